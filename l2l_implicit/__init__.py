@@ -1,0 +1,19 @@
+"""Implicit meta-learning for learn2learn: the hypergradient without the inner loop's history."""
+
+from l2l_implicit import _compat  # noqa: F401  (first: it makes learn2learn importable)
+from l2l_implicit.diagnostics import Diagnostics, UnsolvedWarning
+from l2l_implicit.learner import ImplicitCGHead, ImplicitMAML
+from l2l_implicit.linear_solve import LinearSolution, conjugate_gradient
+from l2l_implicit.linearization import Linearization
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Diagnostics",
+    "ImplicitCGHead",
+    "ImplicitMAML",
+    "LinearSolution",
+    "Linearization",
+    "UnsolvedWarning",
+    "conjugate_gradient",
+]

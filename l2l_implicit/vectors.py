@@ -1,0 +1,36 @@
+"""A module's parameters as one flat vector, and back.
+
+The solvers see one vector; the module keeps its tensors. Everything that converts lives here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def flatten(tensors: Iterable[Tensor]) -> Tensor:
+    """Concatenate tensors of any shapes into one vector of their ``n`` elements, shape ``[n]``."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Views of ``vector`` (shape ``[n]``) in the shapes of ``like``: the inverse of `flatten`."""
+    pieces = vector.split([tensor.numel() for tensor in like])
+    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, like, strict=True)]
+
+
+def substitute(module: nn.Module, old: Sequence[Tensor], new: Sequence[Tensor]) -> None:
+    """Put ``new`` tensors where ``old`` parameters stand in ``module``, shared ones everywhere.
+
+    The tensors themselves are left alone, so graphs and other modules that hold them are too.
+    """
+    replacement = {id(before): after for before, after in zip(old, new, strict=True)}
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if id(parameter) in replacement:
+                part._parameters[name] = replacement[id(parameter)]
+        if isinstance(part, nn.RNNBase):  # its cached list of weights must see the new tensors
+            part._flat_weights = [getattr(part, name) for name in part._flat_weights_names]

@@ -1,0 +1,87 @@
+"""Draws, selects, merges, splits and writes: see `python -m experiments.build_glyphs --help`."""
+
+import argparse
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from experiments.build_glyphs.attribution import attribution
+from experiments.build_glyphs.compare import closeness
+from experiments.build_glyphs.confusables import merge
+from experiments.build_glyphs.faces import Face, all_faces
+from experiments.build_glyphs.rendering import Renderings, render_all
+from experiments.build_glyphs.selection import eligible_classes
+from experiments.build_glyphs.splits import random_split, script_of, script_split
+
+TASKS = Path(__file__).parents[2] / "l2l_implicit" / "tasks"
+DIGEST_COMMAND = (  # run where the package is installed: this environment has no torch
+    "python -c 'from l2l_implicit.tasks import glyphs_file as g; print(g.digest(g.read(g.PATH)))'"
+)
+
+
+def build() -> tuple[dict[str, NDArray], list[Face]]:
+    """The arrays of the file, and the faces that they use."""
+    faces = all_faces()
+    drawn = render_all(faces)
+    chosen = eligible_classes(drawn, faces)
+    points = merge(chosen, drawn, faces)
+    rows = np.concatenate([sorted(chosen[point]) for point in points])
+    used, face = np.unique(drawn.faces[rows], return_inverse=True)
+    faces = [faces[index] for index in used]
+    arrays = _image_arrays(drawn, rows, points) | _face_arrays(faces) | _split_arrays(points)
+    return arrays | {"faces": face.astype(np.int16)}, faces
+
+
+def _image_arrays(drawn: Renderings, rows: NDArray, points: list[int]) -> dict[str, NDArray]:
+    return {
+        "images": drawn.images[rows],
+        "labels": np.searchsorted(points, drawn.codepoints[rows]).astype(np.int16),
+        "codepoints": np.array(points, np.int32),
+        "scripts": np.array([script_of(point) for point in points]),
+    }
+
+
+def _face_arrays(faces: list[Face]) -> dict[str, NDArray]:
+    columns = {
+        "face_families": [face.family for face in faces],
+        "face_styles": [f"{face.style} {face.weight}" for face in faces],
+        "face_packages": [f"{face.package} {face.version}" for face in faces],
+        "face_licences": [face.licence for face in faces],
+    }
+    return {name: np.array(values) for name, values in columns.items()}
+
+
+def _split_arrays(points: list[int]) -> dict[str, NDArray]:
+    scripts = [script_of(point) for point in points]
+    splits = {"random": random_split(len(points)), "script": script_split(scripts)}
+    return {
+        f"split_{split}_{mode}": np.array(classes, np.int16)
+        for split, modes in splits.items()
+        for mode, classes in modes.items()
+    }
+
+
+def main() -> None:
+    """Command line: writes the array and its attribution, and reports what they hold."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=TASKS / "glyphs.npz", help="array to write")
+    parser.add_argument("--against", type=Path, help="another build to compare this one with")
+    options = parser.parse_args()
+    arrays, faces = build()
+    np.savez_compressed(options.out, **arrays)
+    owners = options.out.with_name("GLYPHS_ATTRIBUTION.md")
+    owners.write_text(attribution(faces), encoding="utf-8")
+    print(f"{len(arrays['codepoints'])} classes", dict(Counter(arrays["scripts"].tolist())))
+    print(f"{len(arrays['images'])} images of {len(faces)} faces, "
+          f"{np.bincount(arrays['labels']).min()} to {np.bincount(arrays['labels']).max()} a class")
+    print(f"{options.out}: {options.out.stat().st_size / 1e6:.2f} MB")
+    print("record its digest in l2l_implicit/tasks/glyphs_file.py:", DIGEST_COMMAND)
+    if options.against:
+        with np.load(options.against) as other:
+            print(closeness(arrays, dict(other)))
+
+
+if __name__ == "__main__":
+    main()

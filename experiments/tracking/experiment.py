@@ -1,0 +1,271 @@
+"""A Sacred experiment that refuses wrong configurations and loses no record."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn, cast
+
+from docopt import DocoptExit
+from sacred import SETTINGS, Experiment, Ingredient
+from sacred.dependencies import gather_sources_and_dependencies
+from sacred.run import Run
+from sacred.utils import convert_to_nested_dict
+
+from experiments.tracking.config_check import (
+    Types,
+    check_named_configs,
+    check_run,
+    check_updates,
+    default_config,
+    drop_descriptions,
+)
+from experiments.tracking.database import Database, choose
+from experiments.tracking.errors import Terminated, TrackingError, UserError
+from experiments.tracking.host import gpu_info, repository_info
+from experiments.tracking.ingredient import REPOSITORY
+from experiments.tracking.observer import JournalObserver
+from experiments.tracking.output import keep_output
+from experiments.tracking.values import CheckedMetrics
+
+MONGO_OPTION = "--mongo_db"
+FORCE_OPTION = "--force"
+LARGEST_ARTIFACT = 16 * 2**20
+
+SETTINGS.CAPTURE_MODE = "sys"  # `fd` loses last lines
+SETTINGS.HOST_INFO.INCLUDE_GPU_INFO = False  # calls nvidia-smi without a time limit
+
+
+class TrackedRun(Run):
+    """Sacred's run, whose artifacts and metrics fail at the call instead of in the observer."""
+
+    journal: JournalObserver | None
+
+    def add_artifact(self, filename: Any, name: str | None = None,
+                     metadata: dict[str, Any] | None = None,
+                     content_type: str | None = None) -> None:
+        """Store a file of at most 16 MiB with the run.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is larger.
+        """
+        path = Path(filename)
+        if not path.is_file():
+            raise FileNotFoundError(f"no file {str(path)!r} to add as an artifact")
+        if (size := path.stat().st_size) > LARGEST_ARTIFACT:
+            raise ValueError(
+                f"artifact {str(path)!r} has {size} bytes, more than {LARGEST_ARTIFACT}:"
+                " record its path and sha256 in the run's info instead"
+            )
+        super().add_artifact(str(path), name, metadata, content_type)
+
+    def log_scalar(self, metric_name: str, value: Any, step: int | None = None) -> None:
+        """Record one value of a metric; it is in the run's journal when this returns.
+
+        Args:
+            metric_name: groups separated by `/`, as in "train/loss".
+            value: a number, or a one-element array or tensor; NaN is recorded as NaN.
+            step: a whole number; the metric's own counter if None.
+        """
+        self._metrics.log_scalar_metric(metric_name, value, step)
+
+    def _emit_artifact_added(self, name: str, filename: str, metadata: Any,
+                             content_type: Any) -> None:
+        for observer in self.observers:
+            observer.artifact_event(
+                name=name, filename=filename, metadata=metadata, content_type=content_type
+            )
+
+    def _emit_resource_added(self, filename: str) -> None:
+        for observer in self.observers:
+            observer.resource_event(filename=filename)
+
+
+class TrackedExperiment(Experiment):
+    """`sacred.Experiment` with strict configuration and a record that survives failures.
+
+    Args:
+        name: the experiment's name.
+        ingredients: as in Sacred.
+        types: declared types of entries, by dotted name, such as {"inner.step": float | None};
+            other entries must have their default's type (an int may stand for a float).
+        base_dir: sources below it are recorded; by default this repository.
+        options: further arguments of `sacred.Experiment`.
+    """
+
+    def __init__(self, name: str, ingredients: Sequence[Ingredient] = (),
+                 types: Types | None = None, base_dir: Path | str = REPOSITORY,
+                 **options: Any) -> None:
+        caller = sys._getframe(1).f_globals
+        options = {"save_git_info": False, "base_dir": str(base_dir), **options}
+        with _discovering("none", "none"):  # Sacred would take this module for the main file
+            super().__init__(name, ingredients=ingredients, **options)
+        self.types = dict(types or {})
+        self.doc = caller.get("__doc__") or ""
+        self.captured_out_filter: Callable[[str], str] = keep_output
+        with _discovering("sys", "pkg"):
+            found = gather_sources_and_dependencies(caller, self.save_git_info, self.base_dir)
+        self.mainfile, sources, self.dependencies = found
+        self.sources = {source for source in sources if "site-packages" not in source.filename}
+        self._on_command_line = False
+
+    # ---- running ----
+
+    def run_commandline(self, argv: Any = None) -> Run | None:
+        """Sacred's command line; expected errors are one line, without a traceback.
+
+        Exit status: 0 only if the run completed and is wholly in the database; 1 after an
+        error; 2 for a wrong usage; 128 + signal after an interruption.
+        """
+        self._on_command_line = True
+        try:
+            return super().run_commandline(argv)
+        except DocoptExit as error:
+            print(error)
+            sys.exit(2)
+
+    def run(self, command_name: str | None = None,
+            config_updates: dict[str, Any] | None = None, named_configs: Sequence[str] = (),
+            info: dict[str, Any] | None = None, meta_info: dict[str, Any] | None = None,
+            options: dict[str, Any] | None = None) -> Run:
+        """As in Sacred; from the command line, expected errors end the process.
+
+        Raises:
+            UserError: a wrong configuration or database address.
+            TrackingError: the database did not take everything.
+        """
+        arguments = (command_name, config_updates, named_configs, info, meta_info, options)
+        try:
+            with _terminating():
+                return self._run(*arguments)
+        except (UserError, TrackingError, Terminated, KeyboardInterrupt) as error:
+            if not self._on_command_line or (options or {}).get("--debug"):
+                raise
+            _exit(error)
+
+    def _run(self, *arguments: Any) -> TrackedRun:
+        run = self._create_run(*arguments)
+        try:
+            run()
+        except BaseException:
+            try:
+                _finish(run)
+            except TrackingError as error:
+                print(f"error: {error}", flush=True)
+            raise
+        _finish(run)
+        return run
+
+    # ---- making the run ----
+
+    def get_experiment_info(self) -> dict[str, Any]:
+        """As in Sacred, with the commit of this repository."""
+        return {**super().get_experiment_info(), "repositories": repository_info(str(self.base_dir))}
+
+    def _create_run(self, command_name: str | None = None,
+                    config_updates: dict[str, Any] | None = None,
+                    named_configs: Sequence[str] = (), info: dict[str, Any] | None = None,
+                    meta_info: dict[str, Any] | None = None,
+                    options: dict[str, Any] | None = None) -> TrackedRun:
+        asked = dict(options or {})
+        seeds = self._check(config_updates or {}, named_configs)
+        # Sacred would add its own observer, and only warn of what is an error here
+        handed = {**asked, MONGO_OPTION: None, FORCE_OPTION: True}
+        run = super()._create_run(
+            command_name, config_updates, named_configs, info, meta_info, handed
+        )
+        check_run(run, self.types, seeds)
+        drop_descriptions(run.config)
+        run.meta_info["options"].update(asked)
+        run.host_info["gpus"] = None if run.unobserved else gpu_info()
+        return _track(run, asked.get(MONGO_OPTION))
+
+    def _check(self, updates: Mapping[str, Any], named_configs: Sequence[str]) -> list[str]:
+        paths = [ingredient.path for ingredient, _ in self.traverse_ingredients()]
+        seeds = ["seed", *(f"{path}.seed" for path in paths if path != self.path)]
+        check_named_configs(self, named_configs)
+        nested = convert_to_nested_dict(dict(updates))
+        check_updates(default_config(self), nested, self.types, seeds)
+        return seeds
+
+
+def record(run: Run, values: Mapping[str, Any], step: int | None = None) -> None:
+    """Log several metrics at one step, as `run.log_scalar` does for one."""
+    for name, value in values.items():
+        run.log_scalar(name, value, step)
+
+
+def _track(plain: Run, mongo: str | None) -> TrackedRun:
+    """Give the run its checks, and its observer unless it is unobserved."""
+    plain.__class__ = TrackedRun  # Sacred builds its own Run and takes no other class
+    run = cast(TrackedRun, plain)
+    run._metrics = CheckedMetrics()
+    run.journal = None
+    if not run.unobserved:
+        database = Database(choose(mongo))
+        try:
+            run.journal = JournalObserver(database, run.run_logger, run.beat_interval)
+        except BaseException:
+            database.close()
+            raise
+        run._metrics.sink = run.journal.record
+        run.observers.append(run.journal)
+    return run
+
+
+def _finish(run: TrackedRun) -> None:
+    if run.journal is not None:
+        run.journal.finish()
+    if run._failed_observers:
+        names = ", ".join(type(observer).__name__ for observer in run._failed_observers)
+        raise TrackingError(f"{names} failed: the run's record is not complete, see above")
+
+
+def _exit(error: BaseException) -> NoReturn:
+    """One line, and the exit status."""
+    if isinstance(error, Terminated):
+        print(f"interrupted by {signal.Signals(error.signum).name}", flush=True)
+        sys.exit(128 + error.signum)
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", flush=True)
+        sys.exit(128 + signal.SIGINT)
+    print("error: " + " ".join(str(error).split()), flush=True)
+    sys.exit(1)
+
+
+@contextmanager
+def _discovering(sources: str, dependencies: str) -> Iterator[None]:
+    """Sacred's settings for what it records; restored afterwards."""
+    before = SETTINGS.DISCOVER_SOURCES, SETTINGS.DISCOVER_DEPENDENCIES
+    SETTINGS.DISCOVER_SOURCES, SETTINGS.DISCOVER_DEPENDENCIES = sources, dependencies
+    try:
+        yield
+    finally:
+        SETTINGS.DISCOVER_SOURCES, SETTINGS.DISCOVER_DEPENDENCIES = before
+
+
+@contextmanager
+def _terminating() -> Iterator[None]:
+    """Turn the first SIGTERM or SIGHUP into `Terminated`; further ones are ignored."""
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
+        raise Terminated(signum)
+
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,27 @@
+"""A Sacred ingredient whose creation neither asks git nor searches for sources."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sacred import Ingredient
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+class TrackedIngredient(Ingredient):
+    """`sacred.Ingredient` for `TrackedExperiment`, which records sources and commit itself.
+
+    Args:
+        name: the group of configuration entries.
+        ingredients: as in Sacred.
+        options: further arguments of `sacred.Ingredient`.
+    """
+
+    def __init__(self, name: str, ingredients: Sequence[Ingredient] = (), **options: Any) -> None:
+        options = {"save_git_info": False, "base_dir": str(REPOSITORY), **options}
+        caller = sys._getframe(1).f_globals
+        super().__init__(name, ingredients=ingredients, _caller_globals=caller, **options)

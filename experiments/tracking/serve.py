@@ -1,0 +1,36 @@
+"""Keep the database up for viewers, and print its address.
+
+    python -m experiments.tracking.serve
+
+Ctrl-C ends it; the embedded server stops when no run needs it either. It listens on loopback
+without a password. Omniboard: `omniboard -m 127.0.0.1:PORT:l2l_implicit` (it listens on all
+interfaces, port 9000, without a password). mongosh: the printed URL.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+
+from experiments.tracking.database import Database, choose
+from experiments.tracking.errors import UserError
+
+
+def main() -> None:
+    """Print the address, then wait for Ctrl-C or SIGTERM."""
+    try:
+        database = Database(choose())
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    done = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: done.set())
+    host, port = next(iter(database.client.nodes))
+    print(f"mongodb://{host}:{port}/{database.documents.name}", flush=True)
+    done.wait()
+    database.close()
+
+
+if __name__ == "__main__":
+    main()

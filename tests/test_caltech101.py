@@ -1,0 +1,136 @@
+"""Caltech 101 on a tiny folder of made-up photographs in the real layout."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import l2l_implicit.tasks.caltech101_files as files
+from l2l_implicit.tasks import Caltech101, get_tasksets
+from l2l_implicit.tasks.caltech101 import MEAN, STD
+from l2l_implicit.tasks.caltech101_split import SPLIT
+
+COLOUR = (200, 100, 50)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Three photographs, 24 x 12 pixels, in each of the 100 categories and in the two left out."""
+    photograph = Image.new("RGB", (24, 12), (0, 0, 0))
+    photograph.paste(COLOUR, (6, 0, 18, 12))  # the central square; the sides are cut away
+    for names in (*SPLIT.values(), ("BACKGROUND_Google", "Faces_easy")):
+        for name in names:
+            folder = tmp_path / "caltech101" / "101_ObjectCategories" / name
+            folder.mkdir(parents=True)
+            for number in range(1, 4):
+                photograph.save(folder / f"image_{number:04}.jpg", quality=95, subsampling=0)
+    return tmp_path
+
+
+def categories(root: Path) -> Path:
+    return root / "caltech101" / "101_ObjectCategories"
+
+
+def test_split_is_disjoint_and_has_one_category_of_faces() -> None:
+    names = [name for mode in SPLIT.values() for name in mode]
+    assert [len(SPLIT[mode]) for mode in ("train", "validation", "test")] == [64, 16, 20]
+    assert len(set(names)) == 100 and "Faces" in names
+    assert not {"Faces_easy", "BACKGROUND_Google"} & set(names)
+
+
+def test_items_are_normalised_photographs(root: Path) -> None:
+    test = Caltech101("test", root, size=8)
+    image, label = test[4]
+    assert len(test) == 60 and test.classes == list(SPLIT["test"]) and label == 1
+    assert image.shape == (3, 8, 8) and image.dtype == torch.float32
+    assert test.images.dtype == torch.uint8 and test.images.shape == (60, 3, 8, 8)
+    shown = image * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+    centre = shown[:, 2:-2, 2:-2] * 255  # JPEG blurs the edge between square and sides
+    assert torch.allclose(centre, torch.tensor(COLOUR)[:, None, None].float(), atol=4)
+
+
+def test_the_central_square_is_what_remains(tmp_path: Path) -> None:
+    tall = Image.new("L", (10, 30), 0)
+    tall.paste(255, (0, 10, 10, 20))
+    tall.save(tmp_path / "tall.png")
+    reduced = files.reduce_photograph(tmp_path / "tall.png", 5)
+    assert reduced.shape == (3, 5, 5) and (reduced == 255).all()
+
+
+def test_second_start_reads_the_kept_images(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Caltech101("validation", root, size=6)
+
+    def fail(path: Path, size: int) -> None:
+        raise AssertionError(f"{path} was read again")
+
+    monkeypatch.setattr(files, "reduce_photograph", fail)
+    second = Caltech101("validation", root, size=6)
+    assert torch.equal(first.images, second.images) and torch.equal(first.labels, second.labels)
+    with pytest.raises(AssertionError, match="was read again"):
+        Caltech101("validation", root, size=7)
+
+
+def test_changed_photographs_are_read_again(root: Path) -> None:
+    Caltech101("test", root, size=4)
+    changed = categories(root) / SPLIT["test"][0] / "image_0001.jpg"
+    Image.new("RGB", (50, 50), (255, 255, 255)).save(changed)
+    assert (Caltech101("test", root, size=4).images[0] == 255).all()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short"])
+def test_damaged_kept_images_are_made_anew(root: Path, content: bytes) -> None:
+    first = Caltech101("test", root, size=4)
+    kept = root / "caltech101" / "reduced_test_4.npz"
+    kept.write_bytes(content)
+    assert torch.equal(Caltech101("test", root, size=4).images, first.images)
+    with np.load(kept) as stored:
+        assert stored["images"].shape == (60, 3, 4, 4)
+
+
+def test_a_folder_that_cannot_be_written_does_not_matter(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*names: object) -> None:
+        raise PermissionError("read-only file system")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    assert len(Caltech101("test", root, size=4)) == 60
+    assert [path.name for path in (root / "caltech101").iterdir()] == ["101_ObjectCategories"]
+
+
+def test_missing_folder_says_where_to_get_what(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as raised:
+        Caltech101("train", tmp_path)
+    message = str(raised.value)
+    for part in (str(categories(tmp_path)), "CaltechDATA", "CC BY 4.0", "101_ObjectCategories",
+                 "torchvision.datasets.Caltech101(root, download=True)"):
+        assert part in message
+
+
+def test_missing_category_is_named(root: Path) -> None:
+    for path in (categories(root) / "accordion").iterdir():
+        path.unlink()
+    mode = next(mode for mode, names in SPLIT.items() if "accordion" in names)
+    with pytest.raises(FileNotFoundError, match="found none for accordion: get caltech-101.zip"):
+        Caltech101(mode, root)
+
+
+def test_wrong_options_name_the_right_ones(root: Path) -> None:
+    with pytest.raises(ValueError, match="got 'valid': did you mean 'validation'"):
+        Caltech101("valid", root)
+    with pytest.raises(ValueError, match="size of at least 1 pixel, got 0"):
+        Caltech101("train", root, size=0)
+
+
+def test_task_sets_come_through_learn2learn(root: Path) -> None:
+    tasksets = get_tasksets(
+        "caltech101", root=str(root), train_samples=2, test_samples=3, test_ways=4, size=10
+    )
+    data, labels = tasksets.train.sample()
+    assert data.shape == (10, 3, 10, 10) and labels.bincount().tolist() == [2] * 5
+    assert tasksets.test.sample()[0].shape == (12, 3, 10, 10)
+    with pytest.raises(ValueError, match="train_samples between 1 and 3, .* got 10"):
+        get_tasksets("caltech101", root=str(root), size=10)

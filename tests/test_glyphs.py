@@ -1,0 +1,299 @@
+"""Glyphs: the embedded array, its distortions pixel by pixel, and how hard the levels are."""
+
+import hashlib
+import random
+import time
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import l2l_implicit  # noqa: F401  (first: it makes learn2learn importable)
+from experiments.build_glyphs.confusables import connected
+from experiments.build_glyphs.splits import random_split, script_of, script_split
+from l2l_implicit.tasks import Glyphs, get_tasksets, nearest_centroid_accuracy
+from l2l_implicit.tasks.glyph_clutter import Background, add_fragments, vary_strokes
+from l2l_implicit.tasks.glyph_levels import LEVELS, WARPS, distort
+from l2l_implicit.tasks.glyph_warp import Warp, smooth
+from l2l_implicit.tasks.glyphs_file import PATH, glyph_arrays, load
+from l2l_implicit.tasks.tasksets import MODES
+
+# Of the uint8 images of Glyphs("test", level=...): another value means other data for every user.
+PIXELS = ("21bc7fecf49e852a", "6133e2b4227b41d7", "9307848323042d35", "6049c54f08b12c54")
+
+
+@pytest.fixture
+def arrays() -> dict[str, np.ndarray]:
+    return glyph_arrays()
+
+
+@pytest.fixture
+def drawings(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    return arrays["images"][::100]
+
+
+# The embedded array
+
+
+def test_array_is_small_and_complete(arrays: dict[str, np.ndarray]) -> None:
+    assert PATH.stat().st_size <= 4.5e6
+    assert arrays["images"].shape[1:] == (28, 28) and arrays["images"].dtype == np.uint8
+    assert len(arrays["labels"]) == len(arrays["faces"]) == len(arrays["images"])
+    assert len(arrays["codepoints"]) == len(arrays["scripts"]) == arrays["labels"].max() + 1 == 536
+    assert (arrays["images"].max((1, 2)) > 40).all()
+
+
+def test_every_class_has_enough_distinct_images_of_enough_families(
+    arrays: dict[str, np.ndarray],
+) -> None:
+    families = arrays["face_families"][arrays["faces"]]
+    for label in range(len(arrays["codepoints"])):
+        rows = arrays["labels"] == label
+        _, counts = np.unique(families[rows], return_counts=True)
+        assert 20 <= rows.sum() <= 40 and len(counts) >= 8 and counts.max() <= 4
+        assert len({image.tobytes() for image in arrays["images"][rows]}) == rows.sum()
+
+
+def test_no_class_is_a_composed_character(arrays: dict[str, np.ndarray]) -> None:
+    characters = [chr(point) for point in arrays["codepoints"]]
+    assert len(set(characters)) == len(characters)
+    assert all(len(unicodedata.normalize("NFKD", character)) == 1 for character in characters)
+
+
+@pytest.mark.parametrize("split", ["random", "script"])
+def test_splits_are_disjoint(arrays: dict[str, np.ndarray], split: str) -> None:
+    members = np.concatenate([arrays[f"split_{split}_{mode}"] for mode in MODES])
+    assert len(set(members.tolist())) == len(members)
+    sizes = [len(arrays[f"split_{split}_{mode}"]) for mode in MODES]
+    assert sizes == {"random": [343, 85, 108], "script": [231, 66, 105]}[split]
+
+
+def test_stored_splits_are_those_of_the_build_script(arrays: dict[str, np.ndarray]) -> None:
+    scripts = [script_of(point) for point in arrays["codepoints"].tolist()]
+    assert scripts == arrays["scripts"].tolist()
+    for mode in MODES:
+        assert arrays[f"split_random_{mode}"].tolist() == random_split(len(scripts))[mode]
+        assert arrays[f"split_script_{mode}"].tolist() == script_split(scripts)[mode]
+
+
+def test_script_split_separates_the_scripts(arrays: dict[str, np.ndarray]) -> None:
+    found = [set(arrays["scripts"][arrays[f"split_script_{mode}"]]) for mode in MODES]
+    assert found == [{"LATIN"}, {"GREEK", "HEBREW"}, {"CYRILLIC"}]
+
+
+def test_attribution_names_every_family_with_package_and_licence(
+    arrays: dict[str, np.ndarray],
+) -> None:
+    text = PATH.with_name("GLYPHS_ATTRIBUTION.md").read_text(encoding="utf-8")
+    columns = (arrays["face_families"], arrays["face_packages"], arrays["face_licences"])
+    rows = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| ")}
+    for family, package, licence in zip(*columns, strict=True):
+        assert f"| {package} | {licence} | " in rows[f"| {family}"]
+
+
+def test_missing_file_says_to_reinstall(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="found no file: reinstall the package"):
+        load(tmp_path / "glyphs.npz")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.999])
+def test_truncated_file_says_to_reinstall(tmp_path: Path, share: float) -> None:
+    content = PATH.read_bytes()
+    short = tmp_path / "glyphs.npz"
+    short.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ValueError, match=r"got \d+ bytes that do not unpack .*reinstall"):
+        load(short)
+
+
+def test_altered_pixel_is_found(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
+    images = arrays["images"].copy()
+    images[7, 14, 14] ^= 1
+    altered = tmp_path / "glyphs.npz"
+    np.savez(altered, **(arrays | {"images": images}))
+    with pytest.raises(ValueError, match=r"expected .*SHA-256 \w{64} .*got \w{64}: reinstall"):
+        load(altered)
+
+
+def test_arrays_cannot_be_changed_by_a_user(arrays: dict[str, np.ndarray]) -> None:
+    with pytest.raises(ValueError, match="read-only"):
+        arrays["images"][0, 0, 0] = 1
+
+
+def test_confusable_classes_are_merged_along_chains() -> None:
+    linked = np.zeros((5, 5), bool)
+    for a, b in ((0, 3), (3, 4)):
+        linked[a, b] = linked[b, a] = True
+    assert sorted(connected(linked)) == [[0, 3, 4], [1], [2]]
+
+
+# The data set
+
+
+@pytest.mark.parametrize(("level", "expected"), list(zip(LEVELS, PIXELS, strict=True)))
+def test_pixels_are_the_same_on_every_machine(level: str, expected: str) -> None:
+    images = Glyphs("test", level=level).images.numpy()
+    assert hashlib.sha256(images).hexdigest()[:16] == expected
+
+
+def test_a_few_known_pixels() -> None:
+    """The same in readable form: the middle of row 14 of one image at each level."""
+    images = {level: Glyphs("test", level=level).images for level in LEVELS}
+    rows = {level: images[level][120, 0, 14, 8:20].tolist() for level in LEVELS}
+    assert rows == {
+        "clean": [252, 255, 213, 0, 0, 143, 255, 255, 255, 109, 0, 0],
+        "easy": [10, 239, 250, 174, 0, 46, 192, 254, 255, 171, 38, 0],
+        "medium": [50, 86, 182, 182, 63, 71, 136, 184, 199, 157, 80, 49],
+        "hard": [201, 213, 80, 67, 161, 184, 135, 81, 56, 84, 164, 206],
+    }
+
+
+def test_item_is_a_float_image_and_an_int_label() -> None:
+    glyphs = Glyphs("validation")
+    image, label = glyphs[5]
+    assert image.shape == (1, 28, 28) and image.dtype == torch.float32 and isinstance(label, int)
+    assert torch.equal(image, glyphs.images[5].float() / 255)
+    assert glyphs.images.dtype == torch.uint8 and image.max() <= 1
+
+
+def test_labels_and_their_indices_agree() -> None:
+    glyphs = Glyphs("test", split="script")
+    assert sorted(glyphs.labels_to_indices) == list(range(105)) == list(range(len(glyphs.classes)))
+    for label, indices in glyphs.labels_to_indices.items():
+        assert glyphs.labels[indices].eq(label).all()
+    assert sum(map(len, glyphs.labels_to_indices.values())) == len(glyphs) == len(glyphs.labels)
+    assert all("CYRILLIC" in unicodedata.name(character) for character in glyphs.classes)
+
+
+def test_classes_name_the_characters_of_the_array(arrays: dict[str, np.ndarray]) -> None:
+    glyphs = Glyphs("train", level="clean")
+    first = glyphs.labels_to_indices[10][0]
+    label = np.flatnonzero(arrays["codepoints"] == ord(glyphs.classes[10])).item()
+    row = np.flatnonzero(arrays["labels"] == label)[0]
+    assert np.array_equal(glyphs.images[first, 0], arrays["images"][row])
+    assert glyphs.face_families[first] == arrays["face_families"][arrays["faces"][row]]
+
+
+def test_seed_decides_the_distortion_and_leaves_global_generators_alone() -> None:
+    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    same, again, other = (Glyphs("validation", seed=seed).images for seed in (3, 3, 4))
+    assert torch.equal(same, again) and not torch.equal(same, other)
+    assert random.getstate() == before[0]
+    assert np.array_equal(np.random.get_state()[1], before[1])
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+def test_device_table_holds_the_same_items() -> None:
+    plain, moved = Glyphs("validation"), Glyphs("validation", device="cpu")
+    assert torch.equal(plain[9][0], moved[9][0]) and plain[9][1] == moved[9][1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "valid"}, "got 'valid': did you mean 'validation'?"),
+        ({"split": "scripts"}, "got 'scripts': did you mean 'script'?"),
+        ({"level": "med"}, "got 'med': did you mean 'medium'?"),
+        ({"seed": -1}, "got -1"),
+    ],
+)
+def test_wrong_options_name_the_right_ones(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError) as raised:
+        Glyphs(**options)
+    assert message in str(raised.value)
+
+
+def test_loading_a_mode_is_quick() -> None:
+    start = time.process_time()
+    Glyphs("train", seed=1)
+    assert time.process_time() - start < 3
+
+
+def test_levels_are_ordered_by_difficulty() -> None:
+    random.seed(0)
+    accuracy = []
+    for level in LEVELS:
+        test = get_tasksets("glyphs", test_samples=20, level=level).test
+        accuracy.append(nearest_centroid_accuracy(test, 5, 5, 15, num_tasks=60)[0])
+    # Over 600 tasks: 94.5, 78.7, 43.4, 21.3 %; the intervals of 60 tasks are about 2 points.
+    assert accuracy == pytest.approx([0.945, 0.787, 0.434, 0.213], abs=0.05)
+
+
+# The distortions
+
+
+def test_warp_without_ranges_is_the_identity(drawings: np.ndarray) -> None:
+    still = Warp(rotation=0, scale=(1, 1), shear=0, shift=0, elastic=0, aspect=0)
+    assert np.array_equal(still(drawings, np.random.RandomState(0)), drawings)
+
+
+def test_warp_agrees_with_bilinear_interpolation_in_floating_point(drawings: np.ndarray) -> None:
+    warp = Warp(rotation=18, scale=(0.7, 1.1), shear=0.2, shift=2.5, elastic=0)
+    warped = warp(drawings, np.random.RandomState(0))
+    matrices, offsets = warp._affine(len(drawings), np.random.RandomState(0))
+    for image, result, matrix, offset in zip(drawings, warped, matrices, offsets, strict=True):
+        expected = _bilinear(image.astype(float), matrix / 1024, offset / 2048)
+        # Positions are rounded to 1/256 pixel: at most 2 of 255 grey values along the two axes.
+        assert np.abs(result - expected).max() <= 2.5
+
+
+def _bilinear(image: np.ndarray, matrix: np.ndarray, offset: np.ndarray) -> np.ndarray:
+    """Hat functions around each source position, summed over all pixels; black beyond."""
+    column_and_row = np.indices((28, 28))[::-1].reshape(2, -1) - 13.5
+    x, y = matrix @ column_and_row + offset[:, None]
+    across, down = (np.maximum(0, 1 - np.abs(p[:, None] - np.arange(28))) for p in (x, y))
+    return np.einsum("pj,pi,ji->p", down, across, image, optimize=True).reshape(28, 28)
+
+
+def test_elastic_field_moves_pixels(drawings: np.ndarray) -> None:
+    ranges = {"rotation": 0, "scale": (1, 1), "shear": 0, "shift": 0, "aspect": 0}
+    bent = Warp(**ranges, elastic=1.0)(drawings, np.random.RandomState(0))
+    assert (bent != drawings).any((1, 2)).mean() > 0.9
+
+
+def test_smooth_interpolates_its_nodes() -> None:
+    nodes = np.array([[3, 3, 3, 3] * 4, list(range(16))], np.float32)
+    constant, ramp = smooth(nodes, 4) / 4096
+    assert (constant == 3).all()
+    assert ramp[[0, 0, 27, 27], [0, 27, 0, 27]].tolist() == [0, 3, 12, 15]
+    assert (np.diff(ramp, axis=1) > 0).all() and (np.diff(ramp, axis=0) > 0).all()
+
+
+def test_strokes_only_thicken_or_thin(drawings: np.ndarray) -> None:
+    rng = np.random.RandomState(0)
+    ink, before = vary_strokes(drawings, 0.2, rng).astype(int), drawings.astype(int)
+    change = ink.sum((1, 2)) - before.sum((1, 2))
+    assert (ink[change > 0] >= before[change > 0]).all()
+    assert 0.1 < (change > 0).mean() < 0.3 and 0.6 < (change == 0).mean() < 0.8
+    point = np.zeros((1, 28, 28), np.uint8)
+    point[0, 5, 5] = 200
+    assert np.argwhere(vary_strokes(point, 1.0, rng)[0] == 200).tolist() == [
+        [4, 5], [5, 4], [5, 5], [5, 6], [6, 5],
+    ]
+
+
+def test_fragments_stay_at_one_border() -> None:
+    blank, full = np.zeros((200, 28, 28), np.uint8), np.full((1, 28, 28), 9, np.uint8)
+    cluttered = add_fragments(blank, full, 0.5, np.random.RandomState(0)) == 9
+    touched = cluttered.any((1, 2))
+    assert 0.4 < touched.mean() < 0.6
+    assert set(cluttered[touched].mean((1, 2))) <= {k / 28 for k in range(8, 13)}
+    borders = cluttered[touched][:, [0, 27, 14, 14], [14, 14, 0, 27]]
+    assert (borders.sum(1) == 1).all() and borders.any(0).all()
+
+
+def test_background_has_the_contrast_noise_and_inversion_it_is_given() -> None:
+    grey = np.full((400, 28, 28), 128, np.uint8)
+    plain = Background(contrast=(1, 1), texture=0, noise=0, inverted=0)
+    assert np.array_equal(plain(grey, np.random.RandomState(0)), grey)
+    noisy = Background(contrast=(1, 1), texture=0, noise=0.08, inverted=0)
+    assert noisy(grey, np.random.RandomState(0)).std() == pytest.approx(0.08 * 255, rel=0.02)
+    turned = Background(contrast=(0.5, 0.5), texture=0, noise=0, inverted=0.5)
+    values, counts = np.unique(turned(grey, np.random.RandomState(0)), return_counts=True)
+    assert values.tolist() == [64, 191] and counts.min() / counts.sum() > 0.4
+
+
+def test_clean_level_changes_nothing(drawings: np.ndarray) -> None:
+    assert distort(drawings, "clean", np.random.RandomState(0)) is drawings
+    assert set(WARPS) == set(LEVELS) - {"clean"}

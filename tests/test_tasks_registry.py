@@ -1,0 +1,193 @@
+"""Task sets through learn2learn's own door, episodes split, and raw-pixel nearest centroid."""
+
+import random
+import subprocess
+import sys
+import time
+
+import learn2learn
+import numpy as np
+import pytest
+import torch
+
+from l2l_implicit.tasks import (
+    TASKSETS,
+    get_tasksets,
+    nearest_centroid_accuracy,
+    split_support_query,
+)
+
+BENCHMARKS = learn2learn.vision.benchmarks
+
+
+@pytest.fixture(scope="module")
+def tasksets() -> object:
+    return BENCHMARKS.get_tasksets("glyphs", train_samples=20, test_ways=3, level="clean")
+
+
+# Registration
+
+
+def test_learn2learn_lists_our_task_sets_and_its_own() -> None:
+    names = set(BENCHMARKS.list_tasksets())
+    assert set(TASKSETS) == {"glyphs", "caltech101"}
+    assert names >= {"glyphs", "caltech101", "omniglot", "cifarfs"}
+
+
+def test_importing_our_tasks_registers_whatever_was_imported_first() -> None:
+    code = (
+        "import l2l_implicit.tasks, learn2learn as l2l;"
+        "x, y = l2l.vision.benchmarks.get_tasksets('glyphs', level='easy').test.sample();"
+        "print(tuple(x.shape), sorted(set(y.tolist())))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "(50, 1, 28, 28) [0, 1, 2, 3, 4]"
+
+
+def test_unknown_name_suggests_the_nearest() -> None:
+    with pytest.raises(ValueError, match="got 'glyph': did you mean 'glyphs'?"):
+        get_tasksets("glyph")
+    with pytest.raises(ValueError, match="did you mean 'cifarfs'?"):
+        get_tasksets("cifar-fs")
+
+
+# Tasks
+
+
+def test_tasks_have_the_ways_and_samples_asked_for(tasksets: object) -> None:
+    for taskset, ways, samples in ((tasksets.train, 5, 20), (tasksets.validation, 3, 10)):
+        data, labels = taskset.sample()
+        assert data.shape == (ways * samples, 1, 28, 28) and data.dtype == torch.float32
+        assert labels.bincount().tolist() == [samples] * ways
+
+
+def test_images_of_a_task_belong_to_its_labels(tasksets: object) -> None:
+    data, labels = tasksets.test.sample()
+    glyphs = tasksets.test.dataset.dataset
+    true = [_label_of(glyphs, image) for image in data]
+    pairs = set(zip(labels.tolist(), true, strict=True))
+    assert len(pairs) == 3 and len({label for _, label in pairs}) == 3
+
+
+def _label_of(glyphs: object, image: torch.Tensor) -> int:
+    row = (glyphs.images == (255 * image).round().byte()).flatten(1).all(1).nonzero()[0]
+    return int(glyphs.labels[row])
+
+
+def test_python_random_alone_decides_the_tasks(tasksets: object) -> None:
+    random.seed(5)
+    first = tasksets.test.sample()
+    random.seed(5)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    second, third = tasksets.test.sample(), tasksets.test.sample()
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+    assert not torch.equal(first[0], third[0])
+
+
+def test_a_finite_task_set_repeats_its_tasks() -> None:
+    train = get_tasksets("glyphs", num_tasks=3, level="clean").train
+    assert len(train) == 3 and torch.equal(train[1][0], train[1][0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train_samples": 21}, "train_samples between 1 and 20, .* got 21: .* at most 20"),
+        ({"test_samples": 0}, "test_samples between 1 and 23, .* got 0"),
+        ({"train_ways": 344}, "train_ways between 1 and 343, .* got 344: .* at most 343"),
+        ({"test_ways": 86}, "test_ways between 1 and 85, the number of validation .* got 86"),
+    ],
+)
+def test_too_large_tasks_name_what_is_available(options: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        get_tasksets("glyphs", level="clean", **options)
+
+
+def test_misspelt_options_are_refused() -> None:
+    with pytest.raises(TypeError, match="got levels='easy': did you mean level?"):
+        get_tasksets("glyphs", levels="easy")
+    with pytest.raises(TypeError, match="data_augmentation='lee2019'"):
+        get_tasksets("glyphs", data_augmentation="lee2019")
+    assert get_tasksets("glyphs", level="clean", data_augmentation=None).train.sample()
+
+
+def test_a_task_is_quick(tasksets: object) -> None:
+    def per_task() -> float:
+        start = time.process_time()
+        for _ in range(20):
+            tasksets.validation.sample()
+        return (time.process_time() - start) / 20
+
+    # 0.3 ms measured; the rest is for slow machines.
+    assert min(per_task() for _ in range(5)) < 3e-3
+
+
+# Episodes
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_split_does_not_depend_on_the_order_of_labels(seed: int) -> None:
+    labels = torch.arange(4).repeat_interleave(5) * 3
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(seed))
+    data = torch.stack([labels[order].double(), torch.arange(20.0)], 1)
+    (xs, ys), (xq, yq) = split_support_query(data, labels[order], shots=2)
+    assert ys.tolist() == [0, 0, 3, 3, 6, 6, 9, 9]
+    assert yq.tolist() == [0, 0, 0, 3, 3, 3, 6, 6, 6, 9, 9, 9]
+    assert torch.equal(xs[:, 0], ys.double()) and torch.equal(xq[:, 0], yq.double())
+    positions = torch.cat([xs[:, 1], xq[:, 1]])
+    assert positions.sort().values.tolist() == list(range(20))
+    for label in (0, 3, 6, 9):  # the first two in the order of the episode are the support
+        assert xs[ys == label, 1].max() < xq[yq == label, 1].min()
+
+
+def test_split_agrees_with_learn2learn_on_its_own_episodes(tasksets: object) -> None:
+    data, labels = tasksets.train.sample()
+    ours = split_support_query(data, labels, shots=5)
+    theirs = learn2learn.data.partition_task(data, labels, shots=5)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(mine[0], other[0]) and torch.equal(mine[1], other[1])
+
+
+def test_classes_may_have_unequal_numbers_of_queries() -> None:
+    labels = torch.tensor([1, 0, 1, 0, 1])
+    _, (_, query) = split_support_query(torch.zeros(5, 2), labels, shots=1)
+    assert query.tolist() == [0, 1, 1]
+
+
+def test_split_refuses_what_it_cannot_split() -> None:
+    data, labels = torch.zeros(5, 2), torch.tensor([0, 0, 0, 7, 7])
+    with pytest.raises(ValueError, match="more than shots=2 samples .* got 2 of class 7"):
+        split_support_query(data, labels, shots=2)
+    with pytest.raises(ValueError, match=r"one label for each of 5 inputs, got .*\(4,\)"):
+        split_support_query(data, labels[:4], shots=1)
+    with pytest.raises(ValueError, match="shots of at least 1, got 0"):
+        split_support_query(data, labels, shots=0)
+
+
+# Nearest centroid
+
+
+class Blobs:
+    """Episodes of two classes around 0 and 1; of the query points of class 1 one lies near 0."""
+
+    def sample(self) -> tuple[torch.Tensor, torch.Tensor]:
+        data = torch.tensor([0.0, 0.1, 0.2, 0.1, 1.0, 0.9, 1.1, 0.2])[:, None]
+        return data, torch.tensor([3, 3, 3, 3, 8, 8, 8, 8])
+
+
+def test_nearest_centroid_on_a_known_case() -> None:
+    assert nearest_centroid_accuracy(Blobs(), 2, 2, 2, num_tasks=5) == (0.75, 0.0)
+
+
+def test_nearest_centroid_half_width_is_that_of_the_mean(tasksets: object) -> None:
+    random.seed(0)
+    mean, half_width = nearest_centroid_accuracy(tasksets.train, 5, 5, 15, num_tasks=40)
+    assert 0.9 < mean < 0.99 and 0.003 < half_width < 0.03
+
+
+def test_nearest_centroid_refuses_other_episodes_and_too_few_tasks() -> None:
+    with pytest.raises(ValueError, match="shots \\+ queries = 5 .* got 8 samples of 2 classes"):
+        nearest_centroid_accuracy(Blobs(), 2, 2, 3)
+    with pytest.raises(ValueError, match="num_tasks of at least 2, got 1"):
+        nearest_centroid_accuracy(Blobs(), 2, 2, 2, num_tasks=1)

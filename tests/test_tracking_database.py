@@ -1,0 +1,204 @@
+"""Which database is taken, what is said when there is none, and that no password gets out."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pymongo
+import pytest
+from toy_process import Server, environment, journals, run, start, wait_for
+from toy_process import finish as wait
+
+from experiments.tracking import UserError, embedded, supervisor
+from experiments.tracking.database import Choice, choose
+from experiments.tracking.host import repository_info
+from experiments.tracking.redact import Redactor, secrets_of
+
+PASSWORD = "s3cret/w0rd"
+QUOTED = "s3cret%2Fw0rd"
+SECRETS = (PASSWORD, QUOTED)
+
+
+@pytest.fixture
+def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """An environment that names no database."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("L2L_IMPLICIT_MONGO_URL", "L2L_IMPLICIT_MONGO_URL_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def url_file(path: Path, mode: int, text: str = "mongodb://there/name\n") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(mode)
+    return path
+
+
+def test_the_order_of_the_choice(clean: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert choose() == Choice(None, "embedded")
+    path = url_file(tmp_path / ".config/l2l_implicit/mongo_url", 0o600)
+    assert choose() == Choice("mongodb://there/name", str(path))
+    clean.setenv("L2L_IMPLICIT_MONGO_URL", "mongodb+srv://cluster/x")
+    assert choose() == Choice("mongodb+srv://cluster/x", "L2L_IMPLICIT_MONGO_URL")
+    assert choose("host:1:db").url == "mongodb://host:1/db"
+    assert choose("host:1").url == "mongodb://host:1/l2l_implicit"
+    assert choose("db").url == "mongodb://localhost:27017/db"
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604])
+def test_a_url_file_that_others_can_read_is_refused(
+    clean: pytest.MonkeyPatch, tmp_path: Path, mode: int
+) -> None:
+    path = url_file(tmp_path / "url", mode, f"mongodb://me:{QUOTED}@there")
+    clean.setenv("L2L_IMPLICIT_MONGO_URL_FILE", str(path))
+    with pytest.raises(UserError, match=f"chmod 600 {path}") as caught:
+        choose()
+    assert QUOTED not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "variable", "message"),
+    [
+        (f"mongodb://me:{QUOTED}@there", "", "-m takes HOST:PORT:DB"),
+        ("host:1:db.collection", "", "-m takes HOST:PORT:DB"),
+        ("!", "", "-m takes HOST:PORT:DB"),
+        (None, f"me:{QUOTED}@there", "must hold a URL that starts with mongodb://"),
+    ],
+)
+def test_a_malformed_address_is_refused(
+    clean: pytest.MonkeyPatch, option: str | None, variable: str, message: str
+) -> None:
+    clean.setenv("L2L_IMPLICIT_MONGO_URL", variable)
+    with pytest.raises(UserError, match=message) as caught:
+        choose(option)
+    assert QUOTED not in str(caught.value)
+
+
+def test_a_missing_url_file_is_an_error(clean: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    clean.setenv("L2L_IMPLICIT_MONGO_URL_FILE", str(tmp_path / "none"))
+    with pytest.raises(UserError, match="No such file"):
+        choose()
+
+
+def test_a_missing_embedded_server_says_what_to_install(
+    clean: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    clean.setattr(embedded, "EXECUTABLE", "no-such-server")
+    clean.setenv("L2L_IMPLICIT_DATA", str(tmp_path))
+    with pytest.raises(UserError, match=r'pip install "l2l_implicit\[experiments\]"'):
+        embedded.EmbeddedServer()
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("mongodb://me:{}@127.0.0.1:1/x", "error: no database answers (L2L_IMPLICIT_MONGO_URL): 127.0.0.1:1"),
+        ("mongodb://me:{}@127.0.0.1:port", "is not valid"),
+        ("mongodb://me:{}/@@there", "is not valid"),
+    ],
+)
+def test_a_wrong_url_is_one_line_at_once(tmp_path: Path, url: str, message: str) -> None:
+    began = time.monotonic()
+    env = environment(tmp_path, L2L_IMPLICIT_MONGO_URL=url.format(QUOTED))
+    code, output = run(env, "with", "quick")
+    assert code == 1 and message in output and output.count("\n") == 1
+    assert time.monotonic() - began < 10
+    assert not any(secret in output for secret in SECRETS)
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that asks for the password."""
+    folder, port = tmp_path_factory.mktemp("guarded"), supervisor.free_port(None)
+    unguarded = Server(folder, port)
+    unguarded.start()
+    client: Any = pymongo.MongoClient(unguarded.address)
+    client.admin.command("createUser", "me", pwd=PASSWORD, roles=["root"])
+    client.admin.command("fsync")
+    client.close()
+    unguarded.kill()
+    server = Server(folder, port, "--auth")
+    server.start()
+    yield server
+    server.kill()
+
+
+def guarded_url(server: Server, password: str = QUOTED) -> str:
+    return f"mongodb://me:{password}@{server.address}/lab?authSource=admin"
+
+
+def everything(server: Server) -> str:
+    """All that the server holds, files included."""
+    client: Any = pymongo.MongoClient(guarded_url(server))
+    database = client["lab"]
+    text = "".join(
+        str(document) for name in database.list_collection_names()
+        for document in database[name].find()
+    )
+    client.close()
+    return text
+
+
+def test_a_wrong_password_is_one_line(tmp_path: Path, guarded: Server) -> None:
+    env = environment(tmp_path, L2L_IMPLICIT_MONGO_URL=guarded_url(guarded, "wrong-s3cret"))
+    code, output = run(env, "with", "quick")
+    assert (code, output.count("\n")) == (1, 1)
+    assert "refuses the user name or password" in output and "wrong-s3cret" not in output
+
+
+def test_no_password_reaches_the_database_the_output_or_the_journal(
+    tmp_path: Path, guarded: Server
+) -> None:
+    url = {"L2L_IMPLICIT_MONGO_URL": guarded_url(guarded), "L2L_IMPLICIT_MONGO_PATIENCE": "0.1"}
+    env = environment(tmp_path, **url)
+    # the error's text holds the whole URL; the comment and the options hold the password
+    assert run(env, "-c", f"with {PASSWORD}", "with", "fault=leak", f"say={QUOTED}")[0] == 1
+    process = start(env, "-b", "0.2", "with", "steps=20", "pause=0.05", f"anything={PASSWORD}")
+    wait_for(lambda: "train/loss" in "".join(path.read_text() for path in journals(tmp_path)))
+    guarded.kill()
+    code, output = wait(process)
+    kept = journals(tmp_path)
+    guarded.start()
+    assert code == 1 and len(kept) == 1
+    for text in (output, kept[0].read_text(), everything(guarded)):
+        assert "toy" in text
+        assert not any(secret in text for secret in SECRETS)
+
+
+def test_the_token_of_a_git_remote_is_hidden(tmp_path: Path) -> None:
+    def git(*words: str) -> None:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", tmp_path, *identity, *words], check=True)
+
+    git("init", "-q")
+    git("remote", "add", "origin", "https://me:ghp_token@host/x.git")
+    assert repository_info(tmp_path) == []
+    git("commit", "-q", "--allow-empty", "-m", "first")
+    (found,) = repository_info(tmp_path)
+    assert (found["url"], found["dirty"]) == ("https://***@host/x.git", False)
+
+
+@pytest.mark.parametrize(
+    ("text", "hidden"),
+    [
+        ("mongodb://u:pw@h:1/d", "mongodb://***@h:1/d"),
+        ("mongodb://u:p@ss@h", "mongodb://***@h"),
+        ("see https://token@host/a and mail a@b", "see https://***@host/a and mail a@b"),
+        ("http://host/path@2x.png", "http://host/path@2x.png"),
+        ("an abcdef key", "an *** key"),
+    ],
+)
+def test_redaction(text: str, hidden: str) -> None:
+    redactor = Redactor(["abcdef", "a"])
+    assert redactor.text(text) == hidden
+    assert redactor.tree({text: [text, 1]}) == {hidden: [hidden, 1]}
+
+
+def test_both_forms_of_a_password_are_secret() -> None:
+    assert secrets_of(f"mongodb://me:{QUOTED}@h/d") == set(SECRETS)
+    assert secrets_of("mongodb://h/d") == set()

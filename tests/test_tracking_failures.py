@@ -1,0 +1,196 @@
+"""What happens to a run's record when processes die: real runs, real servers, real signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toy_process import (
+    Server,
+    connected,
+    environment,
+    finish,
+    journals,
+    points,
+    run,
+    start,
+    wait_for,
+)
+
+from experiments.tracking import supervisor
+
+STEPS = 40
+SLOW = ("-b", "0.2", "with", f"steps={STEPS}", "pause=0.04")
+LOSSES = [1 / (1 + step) for step in range(STEPS)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data folder of this module's runs in the embedded server."""
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def embedded(data: Path) -> Iterator[Any]:
+    """The embedded server's database, kept up by the documented command."""
+    process = start(environment(data), module="experiments.tracking.serve")
+    assert process.stdout is not None
+    address = process.stdout.readline().strip()
+    with connected(address) as database:
+        yield database
+    process.terminate()
+    assert finish(process)[0] == 0
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    """A server with a URL."""
+    server = Server(tmp_path / "server", supervisor.free_port(None))
+    server.start()
+    yield server
+    server.kill()
+
+
+def url(server: Server) -> dict[str, str]:
+    return {"L2L_IMPLICIT_MONGO_URL": f"mongodb://{server.address}"}
+
+
+def half_done(database: Any, run_id: int) -> bool:
+    return len(points(database, run_id).get("train/loss", ())) > STEPS // 4
+
+
+def latest(database: Any) -> dict[str, Any]:
+    return database["runs"].find_one({}, sort=[("_id", -1)])
+
+
+def server_process(data: Path) -> int:
+    return supervisor.read_server_file(data / "mongodb")["server"]
+
+
+def parent(process: int) -> int:
+    return int(subprocess.check_output(["ps", "-o", "ppid=", "-p", str(process)]))
+
+
+def is_alive(process: int) -> bool:
+    return Path(f"/proc/{process}").exists()
+
+
+def test_overlapping_runs_share_one_server(data: Path, embedded: Any) -> None:
+    before, server = embedded["runs"].count_documents({}), server_process(data)
+    processes = [start(environment(data), *SLOW) for _ in range(2)]
+    assert [finish(process)[0] for process in processes] == [0, 0]
+    new = list(embedded["runs"].find().sort("_id", -1).limit(2))
+    assert {entry["_id"] for entry in new} == {before + 1, before + 2}
+    assert new[0]["start_time"] < new[1]["stop_time"] and new[1]["start_time"] < new[0]["stop_time"]
+    assert all(points(embedded, entry["_id"])["train/loss"] == LOSSES for entry in new)
+    assert server_process(data) == server
+
+
+def test_the_server_starts_and_stops_with_the_runs_and_keeps_their_data(tmp_path: Path) -> None:
+    assert run(environment(tmp_path), "with", "quick")[0] == 0
+    first = server_process(tmp_path)
+    wait_for(lambda: not is_alive(first))
+    assert run(environment(tmp_path), "with", "quick")[0] == 0
+    with connected(f"127.0.0.1:{supervisor.read_server_file(tmp_path / 'mongodb')['port']}") as db:
+        assert db["runs"].distinct("_id") == [1, 2]
+    assert (tmp_path / "mongodb").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "mongodb" / supervisor.SERVER_FILE).stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("victim", ["server", "supervisor"])
+def test_killing_the_embedded_server_costs_nothing(
+    data: Path, embedded: Any, victim: str
+) -> None:
+    before = latest(embedded)["_id"]
+    process = start(environment(data), *SLOW)
+    wait_for(lambda: latest(embedded)["_id"] > before and half_done(embedded, before + 1))
+    old = server_process(data)
+    os.kill(old if victim == "server" else parent(old), signal.SIGKILL)
+    code, output = finish(process)
+    assert code == 0, output
+    wait_for(lambda: not is_alive(old))
+    assert latest(embedded)["status"] == "COMPLETED"
+    assert points(embedded, before + 1)["train/loss"] == LOSSES
+    assert not journals(data)
+
+
+def test_an_outage_in_mid_run_loses_nothing(tmp_path: Path, server: Server) -> None:
+    process = start(environment(tmp_path, **url(server)), *SLOW)
+    with connected(server.address) as database:
+        wait_for(lambda: half_done(database, 1))
+        server.kill()
+        time.sleep(1.2)
+        server.start()
+        code, output = finish(process)
+        assert code == 0 and "The database is back" in output, output
+        server.kill()  # just after the end: what the run was told is stored must be
+        server.start()
+        assert latest(database)["status"] == "COMPLETED"
+        assert points(database, 1)["train/loss"] == LOSSES
+    assert not journals(tmp_path)
+
+
+def test_a_database_that_never_comes_back(tmp_path: Path, server: Server) -> None:
+    env = environment(tmp_path, **url(server), L2L_IMPLICIT_MONGO_PATIENCE="0.5")
+    seeded = (*SLOW, "seed=1", "say=hello")
+    assert run(env, *seeded)[0] == 0
+    process = start(env, *seeded)
+    with connected(server.address) as database:
+        wait_for(lambda: half_done(database, 2))
+    server.kill()
+    code, output = finish(process)
+    kept = journals(tmp_path)
+    assert code == 1 and len(kept) == 1
+    assert "error: run 2 is not wholly in the database" in output
+    assert f"python -m experiments.tracking.upload {kept[0]}" in output
+    server.start()
+    with connected(server.address) as database:
+        assert latest(database)["status"] == "RUNNING"
+        code, output = run(env, str(kept[0]), module="experiments.tracking.upload")
+        assert code == 0 and "run 2: COMPLETED" in output
+        undisturbed, restored = database["runs"].find().sort("_id", 1)
+        assert points(database, 1)["train/loss"] == points(database, 2)["train/loss"] == LOSSES
+        same = ("status", "config", "result", "command", "host", "resources", "captured_out")
+        assert {key: undisturbed[key] for key in same} == {key: restored[key] for key in same}
+        assert undisturbed["experiment"]["sources"] == restored["experiment"]["sources"]
+        assert undisturbed.keys() == restored.keys()
+        names = [file["filename"] for file in database["fs.files"].find()]
+        assert {f"artifact://runs/{number}/note.py" for number in (1, 2)} <= set(names)
+    assert not journals(tmp_path)
+
+
+def test_a_signal_interrupts_the_run(data: Path, embedded: Any) -> None:
+    before = latest(embedded)["_id"]
+    signals = {signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGINT: 130}
+    processes = [start(environment(data), *SLOW) for _ in signals]
+    new = [before + 1, before + 2, before + 3]
+    wait_for(lambda: all(half_done(embedded, number) for number in new))
+    for process, number in zip(processes, signals, strict=True):
+        process.send_signal(number)
+    assert [finish(process)[0] for process in processes] == list(signals.values())
+    for number in new:
+        assert embedded["runs"].find_one({"_id": number})["status"] == "INTERRUPTED"
+        logged = points(embedded, number)["train/loss"]
+        assert logged == LOSSES[: len(logged)] and STEPS // 4 < len(logged) < STEPS
+
+
+def test_the_next_run_marks_a_killed_one(data: Path, embedded: Any) -> None:
+    before = latest(embedded)["_id"]
+    process = start(environment(data), "-b", "30", "with", "steps=20", "pause=0.05")
+    journal = wait_for(lambda: journals(data))[0]
+    wait_for(lambda: journal.exists() and journal.read_text().count("train/loss") > 5)
+    process.kill()
+    finish(process)
+    assert latest(embedded)["status"] == "RUNNING"
+    code, output = run(environment(data), "with", "quick")
+    assert code == 0 and f"Uploaded the record that run {before + 1} left" in output
+    killed = embedded["runs"].find_one({"_id": before + 1})
+    assert killed["status"] == "FAILED" and killed["fail_trace"][0].startswith("killed")
+    assert len(points(embedded, before + 1)["train/loss"]) > 5
+    assert not journals(data)

@@ -1,0 +1,111 @@
+"""Real processes for the tests of the tracking: runs of the toy experiment, database servers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pymongo
+
+ROOT = Path(__file__).parents[1]
+SERVER = Path(sys.executable).with_name("secantusd-py")
+FAST = {"L2L_IMPLICIT_MONGO_TIMEOUT": "1", "L2L_IMPLICIT_MONGO_PATIENCE": "3"}
+
+
+def environment(data: Path, **variables: str) -> dict[str, str]:
+    """This process's environment with the data folder and variables of a test."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("L2L_IMPLICIT_")}
+    home = {"HOME": str(data), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return {**kept, **home, **FAST, "L2L_IMPLICIT_DATA": str(data), **variables}
+
+
+def start(env: Mapping[str, str], *arguments: str, module: str = "") -> subprocess.Popen[str]:
+    """Start the toy experiment (or a module) and return at once."""
+    program = ["-m", module] if module else ["tests/toy_experiment.py"]
+    return subprocess.Popen(
+        [sys.executable, *program, *arguments],
+        cwd=ROOT,
+        env=dict(env),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Wait for a process; its exit status and all it printed."""
+    output, _ = process.communicate(timeout=60)
+    return process.returncode, output
+
+
+def run(env: Mapping[str, str], *arguments: str, module: str = "") -> tuple[int, str]:
+    """Run the toy experiment (or a module) to its end."""
+    return finish(start(env, *arguments, module=module))
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
+    """The first true value of `condition`."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.05)
+    raise AssertionError(f"not reached within {seconds} s")
+
+
+def journals(data: Path) -> list[Path]:
+    """The journals that runs have left."""
+    return sorted((data / "journals").glob("*.jsonl"))
+
+
+def points(database: Any, run_id: int) -> dict[str, list[Any]]:
+    """{metric: values in the order of their steps}, after checking that no point is double."""
+    found = {}
+    for metric in database["metrics"].find({"run_id": run_id}):
+        assert metric["steps"] == list(range(len(metric["steps"])))
+        assert len(metric["values"]) == len(metric["timestamps"]) == len(metric["steps"])
+        found[metric["name"]] = metric["values"]
+    return found
+
+
+class Server:
+    """A database server of the test's own, to be killed and started again at one address."""
+
+    def __init__(self, folder: Path, port: int, *options: str) -> None:
+        self.address = f"127.0.0.1:{port}"
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+        (folder / "empty.toml").write_text("")
+        self._command = [SERVER, "--config", "empty.toml", "--host", "127.0.0.1", "--port"]
+        self._command += [str(port), "--storage-path", "data", "--standalone", *options]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Return when it answers."""
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self._process = subprocess.Popen(self._command, cwd=self.folder, **quiet)
+        client: Any = pymongo.MongoClient(self.address, serverSelectionTimeoutMS=20000)
+        client.admin.command("ping")
+        client.close()
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+
+@contextmanager
+def connected(address: str) -> Iterator[Any]:
+    """The runs' database at an address."""
+    client: Any = pymongo.MongoClient(address, serverSelectionTimeoutMS=5000)
+    yield client["l2l_implicit"]
+    client.close()

@@ -1,0 +1,44 @@
+"""Runs the tests that need no extra: `python tests/without_extras.py [pytest's arguments]`.
+
+A test file is left out if it imports, itself or through a helper beside it, what only an extra
+brings. So there is no list to keep, and a new test of the library is in without a word.
+"""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+EXPERIMENTS_ONLY = {"experiments", "matplotlib", "pymongo", "sacred", "secantus"}
+EXTRAS = EXPERIMENTS_ONLY | {"higher", "lightning", "pytorch_lightning"}
+
+
+def imported(path: Path) -> set[str]:
+    """The top-level packages that a source file imports, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def reached(path: Path) -> set[str]:
+    """The packages that a file of this folder imports, itself or through helpers beside it."""
+    names, seen = imported(path), {path.stem}
+    while helpers := [name for name in names - seen if (TESTS / f"{name}.py").is_file()]:
+        seen |= set(helpers)
+        names = names.union(*(imported(TESTS / f"{name}.py") for name in helpers))
+    return names
+
+
+def without_extras() -> list[Path]:
+    """The test files that run where the library alone is installed."""
+    return [path for path in sorted(TESTS.rglob("test_*.py")) if not reached(path) & EXTRAS]
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([*map(str, without_extras()), *sys.argv[1:]]))

@@ -11,6 +11,9 @@ medians, memory is the peak of live tensors beyond those alive before the step.
 
 from __future__ import annotations
 
+import l2l_implicit  # noqa: F401  (first: it makes learn2learn importable)
+
+# isort: split
 import copy
 import statistics
 import time
@@ -18,9 +21,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import l2l_implicit  # noqa: F401, I001  (first: it makes learn2learn importable)
-import learn2learn as l2l
 import torch
+from learn2learn.algorithms import MAML
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -120,7 +122,7 @@ def methods(problem: Problem) -> dict[str, Callable[[], None]]:
         "implicit, gradient, adapt(loss)": loss_tensors(problem, implicit("gradient")),
         "implicit, gradient, adapt(closure)": closure(problem, implicit("gradient")),
         "ANIL, features cached": loss_tensors(
-            problem, l2l.algorithms.MAML(copy.deepcopy(problem.head), 0.1)
+            problem, MAML(copy.deepcopy(problem.head), 0.1)
         ),
     }
 

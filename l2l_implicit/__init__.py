@@ -3,7 +3,8 @@
 from l2l_implicit import _compat  # noqa: F401, I001  (first: it makes learn2learn importable)
 from l2l_implicit import tasks  # noqa: F401  (offers our task sets to learn2learn's list)
 from l2l_implicit.diagnostics import Diagnostics, UnsolvedWarning
-from l2l_implicit.learner import ImplicitCGHead, ImplicitMAML
+from l2l_implicit.imaml import ImplicitMAML
+from l2l_implicit.learner import ImplicitCGHead
 from l2l_implicit.linear_solve import LinearSolution, conjugate_gradient
 from l2l_implicit.linearization import Linearization
 

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 
@@ -96,14 +95,14 @@ def steps(loss: Any, number_of_steps: Any) -> None:
 
 def inner_parameters(module: nn.Module, allow_nograd: bool) -> list[Tensor]:
     """Phi: the module's parameters that are to be adapted."""
-    parameters = dict(module.named_parameters())
-    frozen = [name for name, p in parameters.items() if not p.requires_grad]
-    if frozen and not allow_nograd:
+    parameters = list(module.parameters())
+    phi: list[Tensor] = [p for p in parameters if p.requires_grad]
+    if len(phi) < len(parameters) and not allow_nograd:
+        frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
         raise ValueError(
             f"expected parameters that require grad, got {', '.join(frozen)} without; call "
             "requires_grad_() on them, or pass allow_nograd=True to leave them as they are"
         )
-    phi = [p for p in parameters.values() if p.requires_grad]
     if not phi:
         raise ValueError("expected a module with parameters that require grad, got none to adapt")
     if len({(p.dtype, p.device) for p in phi}) > 1:
@@ -125,7 +124,7 @@ def loss(value: Any) -> Tensor:
             "loss: expected one that depends on the learner's parameters, got one without a graph; "
             "compute it from learner(x) with gradients enabled, or pass a closure to adapt()"
         )
-    if not bool(torch.isfinite(value)):
+    if not math.isfinite(value.item()):
         raise ValueError(
             f"loss: expected a finite number, got {float(value.detach())}; look for nan in the "
             "data, or an inner step that diverges: smaller lr, or step='newton'"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from l2l_implicit import checks
 from l2l_implicit.diagnostics import Diagnostics, Limits
 from l2l_implicit.implicit_diff import Cell, Solve, attach
-from l2l_implicit.inner_steps import GradientStep, InnerStep, NewtonStep
+from l2l_implicit.inner_steps import GradientStep, NewtonStep
 from l2l_implicit.linear_head import LinearHeadLinearization, recognize
 from l2l_implicit.linear_solve import NON_FINITE, LinearSolution, Matvec, conjugate_gradient
 from l2l_implicit.linearization import (
@@ -26,6 +26,7 @@ from l2l_implicit.linearization import (
     mark_boundaries,
 )
 from l2l_implicit.regularizer import SquaredDistance
+from l2l_implicit.task import Memory, Remembered, Task
 from l2l_implicit.vectors import flatten, substitute, unflatten
 
 Self = TypeVar("Self", bound="ImplicitCGHead")
@@ -105,8 +106,8 @@ class ImplicitCGHead(MAML):
         self.l2, self.anchor, self.step = l2, anchor, step
         self.cg_steps, self.cg_tol, self.inner_tol = cg_steps, cg_tol, inner_tol
         self.diagnostics = Diagnostics()
-        self._memory: dict[Hashable, tuple[Tensor, Tensor]] | None = {} if warm_start else None
-        self._begin(task=None)
+        self._memory: Memory | None = {} if warm_start else None
+        self._task = Task(key=None, initial=list(model.parameters()))
 
     def clone(
         self: Self,
@@ -128,9 +129,8 @@ class ImplicitCGHead(MAML):
         clone.allow_unused = self.allow_unused if allow_unused is None else allow_unused
         clone.allow_nograd = self.allow_nograd if allow_nograd is None else allow_nograd
         clone.diagnostics = Diagnostics(parent=self.diagnostics)
-        clone._begin(task)
-        clone._initial = list(self.module.parameters())
-        for initial, copied in zip(clone._initial, clone.module.parameters(), strict=True):
+        clone._task = Task(key=task, initial=list(self.module.parameters()))
+        for initial, copied in zip(clone._task.initial, clone.module.parameters(), strict=True):
             copied.requires_grad_(initial.requires_grad)  # clones made under no_grad() lose it
         clone._recall()
         return clone
@@ -177,7 +177,7 @@ class ImplicitCGHead(MAML):
             if first_order:
                 self._adapt_first_order(loss, phi, unused, steps or 1)
                 return
-            self._release()
+            self._task.release()
             if isinstance(loss, Tensor):
                 self._adapt_loss(loss, phi, unused, keep)
             else:
@@ -199,13 +199,14 @@ class ImplicitCGHead(MAML):
 
     def inner_step(self, at: Linearization) -> Tensor:
         """The next phi, shape ``[n]``, from the linearization at the present one."""
-        if self._stepper is None:
-            self._stepper = (
+        task = self._task
+        if task.stepper is None:
+            task.stepper = (
                 NewtonStep(self.lr, self.cg_steps, tol=0.1 * self.cg_tol)
                 if self.step == "newton"
                 else GradientStep(self.lr)
             )
-        return self._stepper(at)
+        return task.stepper(at)
 
     def linear_solve(self, hvp: Matvec, b: Tensor, start: Tensor | None) -> LinearSolution:
         """Solve ``hvp(v) = b`` for the backward pass, shapes ``[n]``, perhaps from a ``start``."""
@@ -283,30 +284,29 @@ class ImplicitCGHead(MAML):
         )
 
     def _squared_distance(self, phi: Sequence[Tensor]) -> SquaredDistance:
-        if self._quadratic is None:
+        if self._task.quadratic is None:
             checks.coefficient(self.l2)
-            self._quadratic = SquaredDistance(self.l2, self._anchor_of(phi) or None)
-        return self._quadratic
+            self._task.quadratic = SquaredDistance(self.l2, self._anchor_of(phi) or None)
+        return self._task.quadratic
 
     def _anchor_of(self, phi: Sequence[Tensor]) -> list[Tensor]:
         """The initial values of phi; empty where the anchor is zero."""
         return self._initial_of(phi) if self.anchor == "init" else []
 
     def _initial_of(self, phi: Sequence[Tensor]) -> list[Tensor]:
-        if self._initial is None:
-            self._initial = list(self.module.parameters())
         adapted = {id(p) for p in phi}
-        pairs = zip(self._initial, self.module.parameters(), strict=True)
+        pairs = zip(self._task.initial, self.module.parameters(), strict=True)
         return [initial for initial, p in pairs if id(p) in adapted]
 
     def _step(self, at: Linearization) -> Tensor:
+        task = self._task
+        task.steps += 1
         if not math.isfinite(at.gradient_norm):
             raise FloatingPointError(
                 f"inner gradient: expected finite numbers, got norm {at.gradient_norm} at step "
-                f"{self._steps + 1}; look for nan in the data, smaller lr, or step='newton'"
+                f"{task.steps}; look for nan in the data, smaller lr, or step='newton'"
             )
-        self._first_norm = self._first_norm or at.gradient_norm
-        self._steps += 1
+        task.first_norm = task.first_norm or at.gradient_norm
         return self.inner_step(at).detach()
 
     def _install(self, vector: Tensor, phi: Sequence[Tensor], at: Linearization | None) -> None:
@@ -316,15 +316,8 @@ class ImplicitCGHead(MAML):
             return
         cell = Cell(at, self._solver(vector))
         zero = self._initial_of(phi) if self.anchor == "zero" else []
-        new = attach(cell, vector, phi, constants=zero)
-        substitute(self.module, phi, new)
-        self._cell = weakref.ref(cell)
-
-    def _release(self) -> None:
-        """Drop the linearization that the next one replaces."""
-        cell = self._cell() if self._cell is not None else None
-        if cell is not None:
-            cell.linearization = None
+        substitute(self.module, phi, attach(cell, vector, phi, constants=zero))
+        self._task.cell = weakref.ref(cell)
 
     def _solver(self, vector: Tensor) -> Solve:
         """`_solve` on a copy without the module: a graph that held its learner would hold itself.
@@ -333,90 +326,31 @@ class ImplicitCGHead(MAML):
         """
         bare = _shallow_copy(self)
         bare._modules["module"] = None
-        bare._stepper = bare._cell = None
+        bare.__dict__["_task"] = self._task.summary()
         return functools.partial(bare._solve, vector)
 
     def _solve(self, phi: Tensor, at: Linearization, b: Tensor) -> Tensor:
         """The vector v of eq. (5), and its diagnostics."""
-        memory = self._memory if self._task is not None else None
-        start = memory[self._task][1] if memory and self._task in memory else None
-        answer = self.linear_solve(at.hvp, b, start)
+        task, memory = self._task, self._memory
+        before = memory.get(task.key) if memory is not None else None
+        answer = self.linear_solve(at.hvp, b, None if before is None else before.v)
         if answer.reason == NON_FINITE:
             raise FloatingPointError(
                 "hypergradient: expected finite products, got nan or infinity in the linear "
                 "system; look for nan in the data or the query loss, or raise l2"
             )
-        residual = at.gradient_norm / max(self._first_norm, at.regularizer_norm(), _TINY)
+        residual = at.gradient_norm / max(task.first_norm, at.regularizer_norm(), _TINY)
         limits = Limits(inner=self.inner_tol, linear=LINEAR_LIMIT)
-        self.diagnostics.record(self._steps, at.gradient_norm, residual, answer, limits)
-        if memory is not None:
-            memory[self._task] = (phi, answer.solution)
+        self.diagnostics.record(task.steps, at.gradient_norm, residual, answer, limits)
+        if memory is not None and task.key is not None:
+            memory[task.key] = Remembered(phi, answer.solution)
         return answer.solution
-
-    def _begin(self, task: Hashable | None) -> None:
-        """The state of one task, empty."""
-        self._task = task
-        self._initial: list[Tensor] | None = None
-        self._quadratic: SquaredDistance | None = None
-        self._stepper: InnerStep | None = None
-        self._cell: weakref.ref[Cell] | None = None
-        self._first_norm, self._steps = 0.0, 0
 
     def _recall(self) -> None:
         """Start from the phi that this task ended with at its last visit."""
-        if self._memory is not None and self._task in self._memory:
+        if self._memory is not None and self._task.key in self._memory:
             phi = checks.inner_parameters(self.module, self.allow_nograd)
-            self._put(self._memory[self._task][0], phi)
-
-
-class ImplicitMAML(ImplicitCGHead):
-    r"""Implicit MAML: every parameter adapts, anchored at the meta-learned initial value.
-
-    `ImplicitCGHead` with ``anchor='init'`` and gradient steps:
-
-    .. math:: \min_\phi \; \text{loss}(\phi) + \tfrac{\lambda}{2} \|\phi - \theta\|^2,
-              \qquad \lambda = \texttt{l2}.
-
-    Takes the place of ``learn2learn.algorithms.MAML(model, lr)``; arguments as there and in
-    `ImplicitCGHead`. The default ``l2=2.0`` is the paper's on Omniglot (0.5 on miniImageNet).
-
-    References:
-        Rajeswaran et al. (2019), Algorithms 1 and 2, eq. (6).
-
-    Example:
-        >>> maml = ImplicitMAML(nn.Linear(20, 5), lr=0.1)
-        >>> x, y, loss = torch.randn(25, 20), torch.arange(25) % 5, nn.CrossEntropyLoss()
-        >>> learner = maml.clone()
-        >>> learner.adapt(lambda: loss(learner(x), y), steps=16)
-        >>> loss(learner(x), y).backward()
-        >>> maml.module.weight.grad.shape
-        torch.Size([5, 20])
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        lr: float,
-        first_order: bool = False,
-        allow_unused: bool | None = None,
-        allow_nograd: bool = False,
-        *,
-        l2: float | Tensor = 2.0,
-        anchor: str = "init",
-        step: str = "gradient",
-        **settings: Any,
-    ) -> None:
-        super().__init__(
-            model,
-            lr,
-            first_order,
-            allow_unused,
-            allow_nograd,
-            l2=l2,
-            anchor=anchor,
-            step=step,
-            **settings,
-        )
+            self._put(self._memory[self._task.key].phi, phi)
 
 
 LINEAR_LIMIT = 0.1

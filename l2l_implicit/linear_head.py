@@ -50,9 +50,8 @@ class LinearHeadLinearization(Linearization):
         self._x, self._source = parts.features, parts.source
         self._scale = parts.scale
         self._p = parts.log_probabilities.exp()
-        self._g = self._p.clone()
-        self._g[torch.arange(len(self._g)), parts.targets] -= 1.0
-        self._g *= self._scale
+        minus_one = self._p.new_full((1, 1), -1.0).expand(len(self._p), 1)
+        self._g = self._p.scatter_add(1, parts.targets.unsqueeze(1), minus_one).mul_(self._scale)
         self._bias = len(parameters) == 2
         super().__init__(parameters, loss, self._in_phi(self._g), quadratic)
 
@@ -91,7 +90,7 @@ def recognize(loss: Tensor, parameters: Sequence[Tensor]) -> LinearCrossEntropy 
     shape ``[m, d]``, and ``parameters`` (weight, bias) or (weight,). Nothing is guessed: what the
     graph does not say is left to the general path.
     """
-    nll = loss.grad_fn
+    nll: Any = loss.grad_fn
     if nll is None or nll.name() != "NllLossBackward0" or nll._saved_weight is not None:
         return None
     softmax = nll.next_functions[0][0]
@@ -103,8 +102,8 @@ def recognize(loss: Tensor, parameters: Sequence[Tensor]) -> LinearCrossEntropy 
         return None
     x, source = features
     log_p, targets = softmax._saved_result.detach(), nll._saved_target
-    if targets.dim() != 1 or bool(((targets < 0) | (targets >= log_p.shape[1])).any()):
-        return None  # an ignored index
+    if targets.dim() != 1 or float(nll._saved_total_weight) != len(targets):
+        return None  # some targets are ignored
     scale = {1: 1.0 / len(targets), 2: 1.0}.get(nll._saved_reduction)
     return None if scale is None else LinearCrossEntropy(x, log_p, targets, scale, source)
 

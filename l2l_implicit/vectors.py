@@ -31,6 +31,6 @@ def substitute(module: nn.Module, old: Sequence[Tensor], new: Sequence[Tensor]) 
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if id(parameter) in replacement:
-                part._parameters[name] = replacement[id(parameter)]
+                part._parameters[name] = replacement[id(parameter)]  # type: ignore[assignment]
         if isinstance(part, nn.RNNBase):  # its cached list of weights must see the new tensors
             part._flat_weights = [getattr(part, name) for name in part._flat_weights_names]

@@ -14,7 +14,7 @@ from l2l_implicit import ImplicitCGHead
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-STEPS = {"newton": 30, "gradient": 400}
+STEPS = {"newton": 30, "gradient": 200}
 
 
 def solved(task):

@@ -97,7 +97,7 @@ def test_a_missing_embedded_server_says_what_to_install(
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("mongodb://me:{}@127.0.0.1:1/x", "error: no database answers (L2L_IMPLICIT_MONGO_URL): 127.0.0.1:1"),
+        ("mongodb://me:{}@127.0.0.1:1/x", "no database answers (L2L_IMPLICIT_MONGO_URL): 127"),
         ("mongodb://me:{}@127.0.0.1:port", "is not valid"),
         ("mongodb://me:{}/@@there", "is not valid"),
     ],

@@ -21,9 +21,11 @@ from toy_process import (
     run,
     start,
     wait_for,
+    write_journal,
 )
 
 from experiments.tracking import supervisor
+from experiments.tracking.uploader import upload_journal
 
 STEPS = 40
 SLOW = ("-b", "0.2", "with", f"steps={STEPS}", "pause=0.04")
@@ -129,11 +131,22 @@ def test_an_outage_in_mid_run_loses_nothing(tmp_path: Path, server: Server) -> N
         server.start()
         code, output = finish(process)
         assert code == 0 and "The database is back" in output, output
-        server.kill()  # just after the end: what the run was told is stored must be
-        server.start()
         assert latest(database)["status"] == "COMPLETED"
         assert points(database, 1)["train/loss"] == LOSSES
     assert not journals(tmp_path)
+
+
+def test_what_is_uploaded_survives_a_crash_just_afterwards(
+    tmp_path: Path, server: Server
+) -> None:
+    losses = [float(step) for step in range(50)]
+    with connected(server.address) as database:
+        for number in (1, 2):
+            upload_journal(write_journal(tmp_path / f"run{number}", number, losses), database)
+            server.kill()
+            server.start()
+            assert points(database, number) == {"loss": losses}
+            assert database["runs"].find_one({"_id": number})["status"] == "COMPLETED"
 
 
 def test_a_database_that_never_comes_back(tmp_path: Path, server: Server) -> None:

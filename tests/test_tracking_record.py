@@ -5,24 +5,21 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from bson import Binary, ObjectId
+from bson import ObjectId
 from sacred.observers import RunObserver
-from toy_process import environment, points, run
+from toy_process import environment, points, run, write_journal
 
 from experiments.tracking import TrackedExperiment, TrackingError, open_database, uploader
 from experiments.tracking.journal import Journal, JournalReader
 from experiments.tracking.output import CUT, HEAD, TAIL, keep_output
 from experiments.tracking.uploader import Uploader, upload_journal
 from experiments.tracking.values import as_number, as_step, storable
-
-NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
 
 
 @pytest.fixture(scope="module")
@@ -41,22 +38,6 @@ def database(data: Path) -> Iterator[Any]:
     """The embedded server's database."""
     with open_database() as documents:
         yield documents
-
-
-def write_journal(path: Path, run_id: int, losses: list[float]) -> Path:
-    """The journal of a run that has completed."""
-    journal = Journal(path, {"token": path.name, "database": "embedded", "host": "h"})
-    document = {"_id": run_id, "meta": {"journal": path.name}, "status": "RUNNING", "info": {}}
-    journal.append({"start": {**document, "artifacts": [], "captured_out": ""}})
-    for step, loss in enumerate(losses):
-        journal.append({"metric": "loss", "step": step, "value": loss, "time": NOW})
-    journal.append({"output": [0, "ab\rc"]})
-    journal.append({"output": [2, "d"]})
-    artifact = {"artifact": "a.bin", "id": ObjectId(), "data": Binary(b"\x00" * 300_000)}
-    journal.append({**artifact, "metadata": None, "content_type": "x/y"})
-    journal.append({"set": {"status": "COMPLETED", "stop_time": NOW}})
-    journal.close()
-    return path
 
 
 def test_an_upload_may_be_repeated(tmp_path: Path, database: Any) -> None:

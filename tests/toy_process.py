@@ -9,11 +9,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import pymongo
+from bson import Binary, ObjectId
 
+from experiments.tracking.journal import Journal
+
+NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
 ROOT = Path(__file__).parents[1]
 SERVER = Path(sys.executable).with_name("secantusd-py")
 FAST = {"L2L_IMPLICIT_MONGO_TIMEOUT": "1", "L2L_IMPLICIT_MONGO_PATIENCE": "3"}
@@ -73,6 +78,22 @@ def points(database: Any, run_id: int) -> dict[str, list[Any]]:
         assert len(metric["values"]) == len(metric["timestamps"]) == len(metric["steps"])
         found[metric["name"]] = metric["values"]
     return found
+
+
+def write_journal(path: Path, run_id: int, losses: list[float]) -> Path:
+    """The journal of a run that has completed."""
+    journal = Journal(path, {"token": path.name, "database": "embedded", "host": "h"})
+    document = {"_id": run_id, "meta": {"journal": path.name}, "status": "RUNNING", "info": {}}
+    journal.append({"start": {**document, "artifacts": [], "captured_out": ""}})
+    for step, loss in enumerate(losses):
+        journal.append({"metric": "loss", "step": step, "value": loss, "time": NOW})
+    journal.append({"output": [0, "ab\rc"]})
+    journal.append({"output": [2, "d"]})
+    artifact = {"artifact": "a.bin", "id": ObjectId(), "data": Binary(b"\x00" * 300_000)}
+    journal.append({**artifact, "metadata": None, "content_type": "x/y"})
+    journal.append({"set": {"status": "COMPLETED", "stop_time": NOW}})
+    journal.close()
+    return path
 
 
 class Server:

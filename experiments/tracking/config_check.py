@@ -134,7 +134,7 @@ def _check_like(key: str, value: Any, default: Any) -> None:
 
 def _is_a(value: Any, wanted: type | UnionType) -> bool:
     """isinstance, with int for float and list for tuple allowed, and bool never a number."""
-    members: tuple[type, ...] = getattr(wanted, "__args__", (wanted,))
+    members: tuple[Any, ...] = getattr(wanted, "__args__", (wanted,))
     widened = {kind for member in members for kind in _WIDER.get(member, (member,))}
     return type(value) in widened or (
         not isinstance(value, bool) and isinstance(value, tuple(widened))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -108,7 +108,7 @@ class TrackedExperiment(Experiment):
             super().__init__(name, ingredients=ingredients, **options)
         self.types = dict(types or {})
         self.doc = caller.get("__doc__") or ""
-        self.captured_out_filter: Callable[[str], str] = keep_output
+        self.captured_out_filter = keep_output  # type: ignore[assignment]  # inferred as None
         with _discovering("sys", "pkg"):
             found = gather_sources_and_dependencies(caller, self.save_git_info, self.base_dir)
         self.mainfile, sources, self.dependencies = found
@@ -166,7 +166,8 @@ class TrackedExperiment(Experiment):
 
     def get_experiment_info(self) -> dict[str, Any]:
         """As in Sacred, with the commit of this repository."""
-        return {**super().get_experiment_info(), "repositories": repository_info(str(self.base_dir))}
+        repositories = repository_info(str(self.base_dir))
+        return {**super().get_experiment_info(), "repositories": repositories}
 
     def _create_run(self, command_name: str | None = None,
                     config_updates: dict[str, Any] | None = None,

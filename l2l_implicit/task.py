@@ -1,0 +1,60 @@
+"""What a learner knows of the one task it adapts to, and what it remembers of tasks before."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from l2l_implicit.implicit_diff import Cell
+from l2l_implicit.linearization import Linearization
+from l2l_implicit.regularizer import SquaredDistance
+
+
+class Remembered(NamedTuple):
+    """A task's phi and v, shape ``[n]`` each, at the end of its last visit."""
+
+    phi: Tensor
+    v: Tensor
+
+
+Memory = dict[Hashable, Remembered]
+
+
+class Task:
+    """The state of one adaptation.
+
+    Args:
+        key: the task's identity, or None.
+        initial: the module's parameters before the first step, with their history.
+
+    Attributes:
+        quadratic: the regulariser in closed form, once there is one.
+        stepper: the inner solver with its state, once there is one.
+        first_norm: norm of the first inner gradient.
+        steps: inner steps taken.
+        cell: the linearization that the current parameters depend on, if one is alive.
+    """
+
+    __slots__ = ("cell", "first_norm", "initial", "key", "quadratic", "stepper", "steps")
+
+    def __init__(self, key: Hashable | None, initial: list[Tensor]) -> None:
+        self.key, self.initial = key, initial
+        self.quadratic: SquaredDistance | None = None
+        self.stepper: Callable[[Linearization], Tensor] | None = None
+        self.first_norm, self.steps = 0.0, 0
+        self.cell: weakref.ref[Cell] | None = None
+
+    def release(self) -> None:
+        """Drop the linearization that the next one replaces."""
+        cell = None if self.cell is None else self.cell()
+        if cell is not None:
+            cell.linearization = None
+
+    def summary(self) -> Task:
+        """What the backward pass needs: no tensors."""
+        short = Task(self.key, [])
+        short.first_norm, short.steps = self.first_norm, self.steps
+        return short

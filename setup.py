@@ -1,0 +1,59 @@
+"""Installs the library; requirements.txt has the pinned set that the experiments run with."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def read_version() -> str:
+    """The version, from the one place that states it (importing the package would need torch)."""
+    source = (ROOT / "l2l_implicit" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "([^"]+)"$', source, re.MULTILINE)
+    if match is None:
+        raise RuntimeError('expected a line `__version__ = "X.Y.Z"` in l2l_implicit/__init__.py')
+    return match.group(1)
+
+
+EXTRAS = {
+    # SecantusDB is GPL-2.0-only and never imported by the library: see requirements.txt.
+    "experiments": [
+        "sacred>=0.8.7",
+        "setuptools<81",  # sacred imports pkg_resources
+        "pymongo>=4.6",
+        "SecantusDB>=0.7.0b3",
+        "matplotlib>=3.7",
+        "tqdm>=4.60",
+    ],
+    "baselines": ["higher>=0.2.1"],
+    "lightning": ["pytorch-lightning>=2.0,<3"],
+    "dev": ["pytest>=8", "pytest-cov", "ruff", "mypy", "tox>=4", "build", "twine"],
+}
+
+setup(
+    name="l2l-implicit",
+    version=read_version(),
+    description="Implicit meta-learning for learn2learn and higher: constant memory in inner steps",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="the l2l_implicit authors",
+    license="MIT",
+    packages=find_packages(include=["l2l_implicit", "l2l_implicit.*"]),
+    package_data={"l2l_implicit": ["py.typed", "tasks/*.npz", "tasks/*.md"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.2",  # the first whose autograd takes a GradientEdge as an input
+        "learn2learn>=0.2.0",
+        "numpy<2",  # learn2learn needs qpth, which refuses numpy 2
+    ],
+    extras_require=EXTRAS,
+    zip_safe=False,
+    classifiers=[
+        "License :: OSI Approved :: MIT License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)

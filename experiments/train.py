@@ -185,7 +185,7 @@ def _report(
         "step_peak_bytes": float(training.peak),
     }
     run.info["result"] = result
-    where = f"run {run._id} of {run.journal.label}" if run.observers else "not recorded (-u)"
+    where = _where(run)
     peak, process = training.peak / 2**20, process_peak() / 2**20
     print(
         f"\ntest accuracy    {test} over {number} new tasks (95 % interval)\n"
@@ -196,6 +196,16 @@ def _report(
         f"learning curve   {folder / 'learning_curve.png'}"
     )
     return result
+
+
+def _where(run: Any) -> str:
+    """Where the run is recorded."""
+    if not run.observers:
+        return "not recorded (-u)"
+    label = run.journal.label
+    if label == "embedded":
+        return f"run {run._id} of the embedded database; python -m experiments.tracking.serve"
+    return f"run {run._id} of {label}"
 
 
 def _quiet(items: Iterable[int]) -> Iterable[int]:

@@ -46,7 +46,12 @@ def implicit(
 
 
 def unrolled(
-    inner: Objective, outer: Objective, theta: Sequence[Tensor], start: Tensor, lr: float, steps: int
+    inner: Objective,
+    outer: Objective,
+    theta: Sequence[Tensor],
+    start: Tensor,
+    lr: float,
+    steps: int,
 ) -> list[Tensor]:
     """Back-propagation through ``steps`` gradient steps from a constant start."""
     leaves = [t.detach().requires_grad_() for t in theta]

@@ -236,7 +236,7 @@ def make_problems() -> dict[str, Problem]:
         Problem("own output", linear(4), theta(), backbone, own_output, query_own_output,
                 anchor="init", l2=0.5),
         Problem("own output nudged", linear(4), theta(nudge=leaf(4)), backbone, nudged_output,
-                query_own_output, anchor="init", l2=0.8, lr=0.5),
+                query_own_output, anchor="init", l2=0.8, lr=0.3),
     ]
     return {problem.name: problem for problem in found}
 

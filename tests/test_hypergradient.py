@@ -1,19 +1,19 @@
 """The hypergradient against oracles that share no code with it."""
 
-import copy
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
 from oracles import finite_difference, implicit, minimize, relative_error, ridge, unrolled
-from problems import NAMES, adapt, hypergradient, linear, make_learner, problem
+from problems import NAMES, adapt, hypergradient, make_learner, problem
 from torch import nn
 
 from l2l_implicit import ImplicitCGHead
 
 pytestmark = pytest.mark.usefixtures("float64")
 
+CLOSURE_LOSS = ("closure", "loss")
 STEPS = {"newton": 30, "gradient": 200}
 
 
@@ -44,10 +44,91 @@ def test_implicit_unrolled_and_finite_differences_meet(name: str) -> None:
         assert abs(slope - along) < 1e-6 * max(abs(slope), scale)
 
 
-@pytest.mark.parametrize("how", ["loss", "closure"])
+@pytest.mark.parametrize("how", CLOSURE_LOSS)
 @pytest.mark.parametrize("step", ["newton", "gradient"])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_way_of_adapting(name: str, step: str, how: str) -> None:
     task = problem(name)
     _, loss = adapt(make_learner(task, step=step), task, how, STEPS[step])
     assert relative_error(hypergradient(task, loss), expected(task)) < 1e-8
+
+
+@pytest.mark.parametrize("how", CLOSURE_LOSS)
+@pytest.mark.parametrize("name", ["softmax mean bias", "two layers", "leaf direct and upstream"])
+def test_features_recomputed_at_every_step(name: str, how: str) -> None:
+    task = problem(name)
+    _, loss = adapt(make_learner(task), task, how, 30, cached=False)
+    assert relative_error(hypergradient(task, loss), expected(task)) < 1e-8
+
+
+def test_ridge_by_hand() -> None:
+    x, y = torch.randn(8, 4, requires_grad=True), torch.randn(8, 2)
+    x_query, y_query = torch.randn(6, 4, requires_grad=True), torch.randn(6, 2)
+    l2 = torch.tensor(0.7, requires_grad=True)
+    head = ImplicitCGHead(nn.Linear(4, 2, bias=False), 0.1, l2=l2, cg_tol=1e-14)
+    learner = head.clone()
+    learner.adapt(lambda: 0.5 * F.mse_loss(learner(x), y, reduction="sum"), steps=4)
+    (0.5 * F.mse_loss(learner(x_query), y_query, reduction="sum")).backward()
+    support, query, of_l2, w = ridge(x.detach(), y, x_query.detach(), y_query, 0.7)
+    assert relative_error([learner.module.weight], [w]) < 1e-12
+    assert relative_error([x.grad, x_query.grad, l2.grad], [support, query, of_l2]) < 1e-11
+    assert torch.equal(head.module.weight.grad, torch.zeros(2, 4))
+
+
+def test_gradient_steps_converge_at_the_rate_of_gradient_descent() -> None:
+    """Error <= C (1 - lr mu)^K, with mu the smallest curvature, lr below 1 / the largest."""
+    task = problem("softmax mean", lr=0.8)
+    exact, parent = expected(task), make_learner(task, step="gradient")
+    errors = []
+    for steps in (20, 30, 40, 50):
+        _, loss = adapt(parent, task, "closure", steps)
+        errors.append(relative_error(hypergradient(task, loss), exact))
+    rate = (1 - task.lr * task.l2) ** 10
+    assert 1e-12 < errors[-1]
+    assert all(after < 1.2 * rate * before for before, after in itertools.pairwise(errors))
+
+
+def test_error_in_the_number_of_products_is_bounded_by_cg() -> None:
+    """Error <= C ((sqrt(k) - 1) / (sqrt(k) + 1))^N, with k the condition number; 0 after n."""
+    task = problem("softmax mean", l2=0.02)
+    phi, exact = solved(task), expected(task)
+    eigenvalues = torch.linalg.eigvalsh(
+        torch.func.hessian(task.inner)(phi, *[t.detach() for t in task.leaves()])
+    )
+    root = float(eigenvalues[-1] / eigenvalues[0]) ** 0.5
+    errors = []
+    for products in (2, 4, 6, 8, 12):
+        parent = make_learner(task, cg_steps=products)
+        learner, loss = adapt(parent, task, "closure", 40)
+        errors.append(relative_error(hypergradient(task, loss), exact))
+        assert learner.diagnostics.inner_residual < 1e-9
+        bound = 2 * root * ((root - 1) / (root + 1)) ** products
+        assert errors[-1] < 10 * bound
+    assert errors[-1] < 1e-9 and errors[0] > 1e-3
+
+
+def test_a_loss_lags_one_step_behind_a_closure() -> None:
+    """phi^{K-1} against phi^K: the difference falls as fast as the steps become small."""
+    task = problem("softmax mean", lr=0.8)
+    parent, differences = make_learner(task, step="gradient"), []
+    for steps in (5, 15, 25, 35):
+        both = [hypergradient(task, adapt(parent, task, how, steps)[1]) for how in CLOSURE_LOSS]
+        differences.append(relative_error(*both))
+    rate = (1 - task.lr * task.l2) ** 10
+    assert 1e-3 < differences[0] < 1
+    assert all(after < 1.2 * rate * before for before, after in itertools.pairwise(differences))
+
+
+def test_a_loss_is_linearized_where_it_was_computed() -> None:
+    """One adapt(loss) must use the curvature at phi^0 and b at phi^1, and nothing else."""
+    task = problem("softmax mean bias")
+    fixed, start = [t.detach() for t in task.leaves()], task.start()
+    slope = torch.func.grad(task.inner)
+    moved = start - task.lr * slope(start, *fixed)
+    h = torch.func.hessian(task.inner)(start, *fixed)
+    v = torch.linalg.solve(h, torch.func.grad(task.outer)(moved, *fixed))
+    mixed = torch.func.jacrev(slope, argnums=1)(start, *fixed)
+    direct = torch.func.grad(task.outer, argnums=1)(moved, *fixed)
+    _, loss = adapt(make_learner(task, step="gradient"), task, "loss", 1)
+    got = hypergradient(task, loss)[0]
+    assert relative_error([got], [direct - torch.tensordot(v, mixed, dims=1)]) < 1e-11

@@ -1,0 +1,179 @@
+"""The adapted learner obeys autograd's rules: sums, accumulation, retained graphs, orders."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import implicit, minimize, relative_error
+from problems import INPUTS, adapt, hypergradient, make_learner, problem
+
+from l2l_implicit import ImplicitCGHead
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def expected(task):
+    phi = minimize(task.inner, task.start(), task.leaves(), task.lr)
+    return implicit(task.inner, task.outer, task.leaves(), phi)
+
+
+def softmax_task(how: str = "closure", **settings):
+    task = problem("softmax mean bias")
+    return task, *adapt(make_learner(task, **settings), task, how)
+
+
+@pytest.mark.parametrize("name", ["softmax mean bias", "two layers"])
+def test_tasks_summed_before_one_backward(name: str) -> None:
+    first, second = problem(name), problem(name)
+    second.head, second.theta, labels = first.head, first.theta, torch.arange(12) // 4
+    second.support = lambda net, theta, h: F.cross_entropy(net(h[0]), labels, reduction="sum")
+    second.lr = 0.1
+    parents = make_learner(first), make_learner(second)
+    pairs = [adapt(p, t) for p, t in zip(parents, (first, second), strict=True)]
+    got = hypergradient(first, pairs[0][1] + 2 * pairs[1][1])
+    both = [a + 2 * b for a, b in zip(expected(first), expected(second), strict=True)]
+    assert relative_error(got, both) < 1e-8
+
+
+def test_several_clones_alive_interleaved() -> None:
+    task = problem("softmax mean bias")
+    parent = make_learner(task)
+    clones, labels = [parent.clone() for _ in range(3)], torch.arange(12) % 3
+    inputs = task.embed(task.theta)
+    for _ in range(20):
+        for shift, clone in enumerate(clones):
+            clone.adapt(F.cross_entropy(clone(inputs[0]), labels.roll(shift)))
+    losses = [task.query(clone, task.theta, inputs) for clone in clones]
+    got = hypergradient(task, losses[2] + losses[0] + losses[1])
+    total = [torch.zeros_like(g) for g in got]
+    for shift in range(3):
+        task.support = lambda net, t, h, s=shift: F.cross_entropy(net(h[0]), labels.roll(s))
+        total = [a + b for a, b in zip(total, expected(task), strict=True)]
+    assert relative_error(got, total) < 1e-8
+
+
+def test_gradients_accumulate_over_backward_calls() -> None:
+    task = problem("softmax mean bias")
+    parent = make_learner(task)
+    once = hypergradient(task, adapt(parent, task)[1])
+    once = [g.clone() for g in once]
+    adapt(parent, task)[1].backward()
+    twice = [t.grad for t in task.leaves()]
+    assert relative_error(twice, [2 * g for g in once]) < 1e-12
+
+
+@pytest.mark.parametrize("how", ["closure", "loss"])
+def test_retained_graph_gives_the_gradient_again(how: str) -> None:
+    task, _, loss = softmax_task(how)
+    loss.backward(retain_graph=True)
+    once = [t.grad.clone() for t in task.leaves()]
+    loss.backward()
+    assert relative_error([t.grad for t in task.leaves()], [2 * g for g in once]) < 1e-12
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_second_backward_raises_torchs_own_error() -> None:
+    """A query loss linear in phi keeps no tensors, so the learner's node must say it itself."""
+    task = problem("softmax mean bias")
+    learner, _ = adapt(make_learner(task), task)
+    loss = sum(p.sum() for p in learner.parameters())
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("query", ["cross-entropy", "linear"])
+@pytest.mark.parametrize("way", ["grad", "backward"])
+def test_higher_order_raises(query: str, way: str) -> None:
+    """A second derivative would lack the curvature of the solution: no number rather than that."""
+    task = problem("softmax mean bias")
+    learner, loss = adapt(make_learner(task), task)
+    inputs = task.embed(task.theta)
+    loss = loss if query == "cross-entropy" else learner(inputs[1]).sum()
+    theta = task.theta["backbone"]
+    with pytest.raises(RuntimeError):
+        (first,) = torch.autograd.grad(loss, theta, create_graph=True)
+        if way == "grad":
+            torch.autograd.grad(first.square().sum(), theta)
+        else:
+            first.square().sum().backward()
+
+
+def test_clone_of_an_adapted_clone() -> None:
+    """The second learner starts at, and is anchored to, the first one's solution."""
+    task = problem("anchored softmax", l2=0.5)
+    del task.theta["l2"]
+    parent, labels = make_learner(task), torch.arange(12) % 3
+    x, x_query = task.embed(task.theta)
+    first = parent.clone()
+    first.adapt(lambda: F.cross_entropy(first(x), labels), steps=20)
+    second = first.clone()
+    second.adapt(lambda: F.cross_entropy(second(x), labels.roll(1)), steps=20)
+    got = hypergradient(task, F.cross_entropy(second(x_query), labels[:9]))
+
+    leaves = [t.detach().requires_grad_() for t in task.leaves()]
+    h, h_query = task.embed({"backbone": leaves[0]})
+    weight, bias = leaves[1:]
+    for targets in (labels, labels.roll(1)):
+        anchor = weight, bias
+        for _ in range(150):
+            loss = F.cross_entropy(F.linear(h, weight, bias), targets)
+            loss = loss + 0.25 * sum(
+                (p - a).square().sum() for p, a in zip((weight, bias), anchor, strict=True)
+            )
+            slopes = torch.autograd.grad(loss, (weight, bias), create_graph=True)
+            weight, bias = weight - slopes[0], bias - slopes[1]
+    unrolled_loss = F.cross_entropy(F.linear(h_query, weight, bias), labels[:9])
+    assert relative_error(got, torch.autograd.grad(unrolled_loss, leaves)) < 1e-8
+
+
+def test_adapting_on_after_backward() -> None:
+    task = problem("softmax mean bias")
+    learner, loss = adapt(make_learner(task), task, steps=1)
+    loss.backward()
+    inputs = task.embed(task.theta)
+    learner.adapt(lambda: task.support(learner, task.theta, inputs), steps=30)
+    got = hypergradient(task, task.query(learner, task.theta, inputs))
+    assert relative_error(got, expected(task)) < 1e-8
+
+
+def test_query_loss_that_holds_phi_itself() -> None:
+    task = problem("softmax mean bias")
+    learner, loss = adapt(make_learner(task), task)
+    decay = sum(p.square().sum() for p in learner.parameters())
+    query = task.outer
+    task.outer = lambda phi, *leaves: query(phi, *leaves) + phi.square().sum()
+    assert relative_error(hypergradient(task, loss + decay), expected(task)) < 1e-8
+
+
+def test_query_that_touches_one_parameter_only() -> None:
+    task = problem("softmax mean bias")
+    learner, _ = adapt(make_learner(task), task)
+    task.outer = lambda phi, *leaves: phi[-3:].square().sum()
+    got = hypergradient(task, learner.module.bias.square().sum())
+    assert relative_error(got, expected(task)) < 1e-8
+
+
+def test_float32_agrees_with_float64() -> None:
+    task = problem("softmax mean bias")
+    exact = hypergradient(task, adapt(make_learner(task), task)[1])
+    exact = [g.clone() for g in exact]
+    single = problem("softmax mean bias", head=copy.deepcopy(task.head).float())
+    single.theta = {k: t.detach().float().requires_grad_() for k, t in task.theta.items()}
+    single.embed = lambda t: tuple(torch.tanh(x.float() @ t["backbone"]) for x in INPUTS)
+    _, loss = adapt(make_learner(single, cg_tol=1e-6), single)
+    got = hypergradient(single, loss)
+    assert all(g.dtype == torch.float32 for g in got)
+    assert relative_error([g.double() for g in got], exact) < 2e-5
+
+
+def test_l2_of_another_dtype_and_shape() -> None:
+    task = problem("softmax mean bias", l2=0.3)
+    want = expected(task)
+    l2 = torch.tensor([0.3], dtype=torch.float32, requires_grad=True)
+    parent = ImplicitCGHead(task.head, task.lr, l2=l2, cg_tol=1e-12)
+    adapt(parent, task)[1].backward()
+    assert l2.grad.shape == (1,) and l2.grad.dtype == torch.float32
+    assert abs(float(l2.grad) - float(want[1])) < 1e-6 * abs(float(want[1]))

@@ -1,0 +1,293 @@
+"""The closed form of a linear head's cross-entropy: equal to the general path, and used rightly."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import implicit, minimize, relative_error
+from problems import two_layers
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import l2l_implicit.learner as learner_module
+from l2l_implicit import ImplicitCGHead
+from l2l_implicit.linear_head import LinearHeadLinearization, recognize
+from l2l_implicit.linearization import AutogradLinearization
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+M, WIDTH, CLASSES = 12, 4, 3
+Y = torch.arange(M) % CLASSES
+ROUNDING = 1e-14
+
+
+def both(reduction: str, bias: bool, history: bool) -> tuple:
+    """The two linearizations of one loss."""
+    parent = ImplicitCGHead(nn.Linear(WIDTH, CLASSES, bias), 0.1, l2=0.2)
+    learner, x = parent.clone(), torch.randn(M, WIDTH)
+    x = torch.tanh(x.requires_grad_()) if history else x
+    loss = F.cross_entropy(learner(x), Y, reduction=reduction)
+    phi = list(learner.module.parameters())
+    quadratic, parts = learner._squared_distance(phi), recognize(loss, phi)
+    assert parts is not None
+    closed = LinearHeadLinearization(float(loss), parts, phi, quadratic)
+    return closed, AutogradLinearization(loss, phi, quadratic=quadratic), x
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("history", [True, False])
+def test_closed_form_equals_the_general_path(reduction: str, bias: bool, history: bool) -> None:
+    closed, general, x = both(reduction, bias, history)
+    assert relative_error([closed.gradient], [general.gradient]) < ROUNDING
+    assert closed.objective == pytest.approx(general.objective, rel=ROUNDING)
+    assert torch.equal(closed.point, general.point)
+    for _ in range(3):
+        v = torch.randn_like(closed.point)
+        assert relative_error([closed.hvp(v)], [general.hvp(v)]) < ROUNDING
+        ours, theirs = closed.mixed_vjp(v), general.mixed_vjp(v)
+        assert len(ours) == len(theirs) == len(closed.sources()) == int(history)
+        if history:
+            assert closed.sources()[0] is general.sources()[0] is x
+            assert relative_error(ours, theirs) < ROUNDING
+
+
+# Which losses are recognised, and that every answer is right either way
+
+Loss = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]  # net, features, weight
+
+
+def smooth(net, x, w):
+    return F.cross_entropy(net(x), Y, label_smoothing=0.1)
+
+
+def weighted(net, x, w):
+    return F.cross_entropy(net(x), Y, weight=torch.tensor([1.0, 2.0, 0.5]))
+
+
+def ignored_negative(net, x, w):
+    return F.cross_entropy(net(x), torch.where(Y == 1, -100, Y))
+
+
+def ignored_in_range(net, x, w):
+    """A class that is a valid index, and yet ignored."""
+    return F.cross_entropy(net(x), Y, ignore_index=1)
+
+
+def ignored_absent(net, x, w):
+    return F.cross_entropy(net(x), Y % 2, ignore_index=2)
+
+
+def three_dimensional(net, x, w):
+    return F.cross_entropy(net(x.view(4, 3, WIDTH)).flatten(0, 1), Y)
+
+
+def spatial(net, x, w):
+    """Logits [batch, classes, places]: a two-dimensional kind of nll_loss."""
+    return F.cross_entropy(net(x.view(4, 3, WIDTH)).transpose(1, 2), Y.view(4, 3))
+
+
+def probabilities(net, x, w):
+    targets = torch.eye(CLASSES)[Y] * 0.7 + 0.1
+    return F.cross_entropy(net(x), targets)
+
+
+def scaled_loss(net, x, w):
+    return 0.5 * F.cross_entropy(net(x), Y)
+
+
+def scaled_logits(net, x, w):
+    return F.cross_entropy(1.5 * net(x), Y)
+
+
+def penalty(net, x, w):
+    return F.cross_entropy(net(x), Y) + 0.1 * net(x).square().mean()
+
+
+def other_axis(net, x, w):
+    """A log-softmax over the examples, not the classes."""
+    return F.nll_loss(F.log_softmax(net(x), dim=0), Y)
+
+
+def no_softmax(net, x, w):
+    return F.nll_loss(net(x), Y) + 0.05 * net(x).square().mean()
+
+
+def bytes_as_targets(net, x, w):
+    return F.cross_entropy(net(x), Y.to(torch.uint8))
+
+
+def rows_repeated(net, x, w):
+    return F.cross_entropy(net(x[torch.arange(M) % 5]), Y)
+
+
+def unreduced(net, x, w):
+    return F.cross_entropy(net(x), Y, reduction="none").mean()
+
+
+def one_example(net, x, w):
+    return F.cross_entropy(net(x[:1]), Y[:1])
+
+
+def unbatched(net, x, w):
+    return F.cross_entropy(net(x[0]), Y[0])
+
+
+def plain(net, x, w):
+    return F.cross_entropy(net(x), Y)
+
+
+def strong(net, x, w):
+    return 4.0 * F.cross_entropy(net(x), Y)
+
+
+CASES: list[tuple[Loss, bool | None]] = [
+    (plain, True), (one_example, True), (rows_repeated, True), (ignored_absent, None),
+    (bytes_as_targets, None), (smooth, False), (weighted, False), (ignored_negative, False),
+    (ignored_in_range, False), (three_dimensional, False), (spatial, False),
+    (probabilities, False), (scaled_loss, False), (scaled_logits, False), (penalty, False),
+    (other_axis, False), (no_softmax, False), (unreduced, False), (unbatched, False),
+    (strong, False),
+]  # fmt: skip
+
+
+def run(head: nn.Module, loss: Loss, how: str, monkeypatch: pytest.MonkeyPatch, outside=False):
+    """The hypergradient, the oracle's, and whether the closed form was used."""
+    used: list[bool] = []
+
+    def spy(*args):
+        parts = recognize(*args)
+        used.append(parts is not None)
+        return parts
+
+    monkeypatch.setattr(learner_module, "recognize", spy)
+    theta, data, query = torch.randn(5, WIDTH).requires_grad_(), torch.randn(M, 5), torch.randn(6)
+    initial = next(head.parameters())
+    learner = ImplicitCGHead(head, 0.1, l2=0.2, cg_tol=1e-13, cg_steps=100).clone()
+    x = torch.tanh(data @ theta)
+    net = learner.module if outside else learner
+
+    def support() -> Tensor:
+        return loss(net, x, initial)
+
+    if how == "closure":
+        learner.adapt(support, steps=20)
+    else:
+        for _ in range(20):
+            learner.adapt(support())
+    (learner(x)[:6] * query[:, None]).square().mean().backward()
+
+    def pure(phi: Tensor):
+        pieces = phi.split([p.numel() for p in head.parameters()])
+        named = {
+            k: piece.view_as(p)
+            for (k, p), piece in zip(head.named_parameters(), pieces, strict=True)
+        }
+        return lambda inputs: functional_call(head, named, (inputs,))
+
+    def inner(phi: Tensor, t: Tensor) -> Tensor:
+        embedded = torch.tanh(data @ t)
+        return loss(pure(phi), embedded, initial.detach()) + 0.1 * phi.square().sum()
+
+    def outer(phi: Tensor, t: Tensor) -> Tensor:
+        return (pure(phi)(torch.tanh(data @ t))[:6] * query[:, None]).square().mean()
+
+    # The oracle starts where the learner ended: a head of two layers has more than one minimum.
+    found = torch.cat([p.detach().reshape(-1) for p in learner.module.parameters()])
+    phi = minimize(inner, found, [theta], lr=0.1)
+    assert relative_error([found], [phi]) < 1e-6
+    return relative_error([theta.grad], implicit(inner, outer, [theta], phi)), used
+
+
+@pytest.mark.parametrize("how", ["loss", "closure"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("loss, closed", CASES, ids=[loss.__name__ for loss, _ in CASES])
+def test_every_loss_is_right(
+    loss: Loss, closed: bool | None, bias: bool, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error, used = run(nn.Linear(WIDTH, CLASSES, bias), loss, how, monkeypatch)
+    assert error < 1e-9
+    assert closed is None or all(u is closed for u in used)
+
+
+@pytest.mark.parametrize("how", ["loss", "closure"])
+def test_two_layers_are_not_taken_for_one(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    error, used = run(two_layers(2, 2.0), strong, how, monkeypatch)
+    assert error < 1e-8 and not any(used)
+
+
+@pytest.mark.parametrize("how", ["loss", "closure"])
+def test_features_that_bypass_forward(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    error, used = run(nn.Linear(WIDTH, CLASSES), plain, how, monkeypatch, outside=True)
+    assert error < 1e-9 and not any(used)
+
+
+class Tied(nn.Module):
+    """Logits ``tanh(x W') W'``: one weight, twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(torch.tanh(F.linear(x, self.weight)), self.weight)
+
+
+@pytest.mark.parametrize("how", ["loss", "closure"])
+def test_tied_weights(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    error, used = run(Tied(), strong, how, monkeypatch)
+    assert error < 1e-8 and not any(used)
+
+
+class LinearModule(nn.Module):
+    """A linear map in another spelling."""
+
+    def __init__(self, spelling: str) -> None:
+        super().__init__()
+        self.weight, self.spelling = nn.Parameter(torch.randn(WIDTH, WIDTH)), spelling
+        self.bias = nn.Parameter(torch.randn(WIDTH)) if "bias" in spelling else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, b = self.weight, self.bias
+        return {
+            "x @ w": lambda: x @ w,
+            "x @ w.t()": lambda: x @ w.t(),
+            "x.t().t() @ w.t()": lambda: x.t().t() @ w.t(),
+            "(w @ x.t()).t()": lambda: (w @ x.t()).t(),
+            "bias beta": lambda: torch.addmm(b, x, w.t(), beta=2.0),
+            "bias alpha": lambda: torch.addmm(b, x, w.t(), alpha=3.0),
+            "bias from w": lambda: F.linear(x, w, w.sum(0) + b),
+            "bias twice": lambda: F.linear(x, w, b) + b,
+            "bias sliced": lambda: F.linear(x, w, b[:1].expand(WIDTH)),
+            "w + 0": lambda: F.linear(x, w + 0.0),
+            "w, bias scaled": lambda: F.linear(x, 2 * w, b),
+            "in place": lambda: F.linear(x, w).mul_(2.0),
+        }[self.spelling]()
+
+
+SPELLINGS = [
+    "x @ w", "x @ w.t()", "x.t().t() @ w.t()", "(w @ x.t()).t()", "bias beta", "bias alpha",
+    "bias from w", "bias twice", "bias sliced", "w + 0", "w, bias scaled", "in place",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_other_spellings_of_a_linear_map(spelling: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    error, _ = run(LinearModule(spelling), plain, "closure", monkeypatch)
+    assert error < 1e-9
+
+
+@pytest.mark.parametrize("leaf", [False, True])
+def test_learner_fed_its_own_weight(leaf: bool) -> None:
+    """Inputs that are phi: the logits ``W W'`` are no linear map of W. Closures make W a leaf."""
+    learner = ImplicitCGHead(nn.Linear(WIDTH, WIDTH, bias=False), 0.1, l2=0.5).clone()
+    if leaf:
+        learner.module.weight = nn.Parameter(learner.module.weight.detach())
+    w, y = learner.module.weight, torch.arange(WIDTH)
+    dense = torch.func.grad(lambda w: F.cross_entropy(w @ w.t(), y))(w.detach())
+    assert recognize(F.cross_entropy(learner(w), y), [w]) is None
+    learner.inner_step = lambda at: at.point - at.gradient
+    learner.adapt(lambda: F.cross_entropy(learner(learner.module.weight), y), steps=1)
+    moved = w.detach() - dense - 0.5 * w.detach()
+    assert relative_error([learner.module.weight], [moved]) < ROUNDING

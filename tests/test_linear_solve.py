@@ -1,0 +1,282 @@
+"""Conjugate gradient: what published versions get wrong, and what must never come out."""
+
+import math
+
+import pytest
+import torch
+from oracles import relative_error, subroutine_1
+
+from l2l_implicit import conjugate_gradient
+from l2l_implicit.linear_solve import CONVERGED, MAX_STEPS, NON_FINITE, NOT_POSITIVE, ZERO
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def spd(n: int, condition: float = 100.0) -> torch.Tensor:
+    """A random symmetric matrix with eigenvalues from 1 to ``condition``, evenly in the log."""
+    q = torch.linalg.qr(torch.randn(n, n))[0]
+    return q @ torch.diag(torch.logspace(0, math.log10(condition), n)) @ q.t()
+
+
+def residual(a: torch.Tensor, v: torch.Tensor, b: torch.Tensor) -> float:
+    return float((b - a @ v).norm() / b.norm())
+
+
+def test_identity_takes_one_step() -> None:
+    b = torch.randn(5)
+    answer = conjugate_gradient(torch.eye(5).mv, b)
+    assert torch.allclose(answer.solution, b, rtol=1e-15, atol=0)
+    assert (answer.steps, answer.reason) == (1, CONVERGED)
+
+
+@pytest.mark.parametrize("factor", [1e-30, 0.3, 7.0, 1e30])
+def test_multiple_of_identity(factor: float) -> None:
+    b = torch.randn(5)
+    answer = conjugate_gradient(lambda p: factor * p, b)
+    assert relative_error([answer.solution], [b / factor]) < 1e-15
+    assert answer.steps == 1
+
+
+@pytest.mark.parametrize("start", [None, torch.ones(3)])
+def test_zero_right_hand_side(start: torch.Tensor | None) -> None:
+    answer = conjugate_gradient(spd(3).mv, torch.zeros(3), start=start)
+    assert torch.equal(answer.solution, torch.zeros(3))
+    assert (answer.steps, answer.residual_norm, answer.relative_residual) == (0, 0.0, 0.0)
+    assert answer.reason == ZERO
+
+
+def test_empty_system() -> None:
+    answer = conjugate_gradient(lambda p: p, torch.zeros(0))
+    assert answer.solution.shape == (0,) and answer.reason == ZERO
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_exact_after_as_many_steps_as_distinct_eigenvalues(rank: int) -> None:
+    q = torch.linalg.qr(torch.randn(8, 8))[0]
+    a = q @ torch.diag(1.0 + torch.arange(8) % rank) @ q.t()
+    b = torch.randn(8)
+    answer = conjugate_gradient(a.mv, b, max_steps=20, tol=1e-12)
+    assert answer.steps == rank and answer.reason == CONVERGED
+    assert residual(a, answer.solution, b) < 1e-12
+
+
+def test_exact_after_n_steps() -> None:
+    a, b = spd(6, 10.0), torch.randn(6)
+    answer = conjugate_gradient(a.mv, b, max_steps=6, tol=1e-10)
+    assert answer.reason == CONVERGED
+    assert relative_error([answer.solution], [torch.linalg.solve(a, b)]) < 1e-9
+
+
+def test_stops_early_at_its_tolerance() -> None:
+    a, b = spd(50, 1e4), torch.randn(50)
+    answers = [conjugate_gradient(a.mv, b, max_steps=500, tol=tol) for tol in (1e-1, 1e-4, 1e-8)]
+    assert all(answer.reason == CONVERGED for answer in answers)
+    assert answers[0].steps < answers[1].steps < answers[2].steps < 500
+    for answer, tol in zip(answers, (1e-1, 1e-4, 1e-8), strict=True):
+        assert residual(a, answer.solution, b) <= tol * (1 + 1e-6)
+        assert answer.relative_residual <= tol
+        assert answer.residual_norm == pytest.approx(answer.relative_residual * float(b.norm()))
+
+
+def test_one_step_is_steepest_descent() -> None:
+    a, b = spd(5), torch.randn(5)
+    answer = conjugate_gradient(a.mv, b, max_steps=1)
+    steepest = (b @ b) / (b @ a @ b) * b
+    grows = (b - a @ steepest).norm() >= b.norm()
+    assert torch.allclose(answer.solution, torch.zeros(5) if grows else steepest, rtol=1e-13)
+    assert (answer.steps, answer.reason) == (1, MAX_STEPS)
+
+
+def test_counts_its_products() -> None:
+    calls, a, b = [], spd(5), torch.randn(5)
+    answer = conjugate_gradient(lambda p: (calls.append(1), a @ p)[1], b, max_steps=4, tol=1e-14)
+    assert answer.steps == len(calls) == 4
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+@pytest.mark.parametrize("warm", [False, True])
+def test_is_subroutine_1(steps: int, warm: bool) -> None:
+    """Eigenvalues near each other: every residual is then smaller than the one before."""
+    a, b = spd(6, 3.0), torch.randn(6)
+    start = torch.linalg.solve(a, b) + 0.1 * torch.randn(6) if warm else None
+    got = conjugate_gradient(a.mv, b, start=start, max_steps=steps, tol=1e-15).solution
+    assert relative_error([got], [subroutine_1(a.mv, b, steps, start)]) < 1e-12
+
+
+def test_returns_its_best_iterate() -> None:
+    """With clustered and stray eigenvalues CG's residual grows at times; the answer's never."""
+    a = torch.diag(torch.tensor([1e-4, 1.0, 1.1, 1.2, 50.0, 1e4]))
+    b = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 10.0])
+    plain = [residual(a, subroutine_1(a.mv, b, n), b) for n in range(1, 6)]
+    assert any(later > before for before, later in zip(plain, plain[1:], strict=False))
+    for n in range(1, 6):
+        answer = conjugate_gradient(a.mv, b, max_steps=n, tol=1e-12)
+        best = min([1.0, *plain[:n]])
+        assert residual(a, answer.solution, b) == pytest.approx(best, rel=1e-6)
+        assert answer.relative_residual == pytest.approx(best, rel=1e-6)
+
+
+# Warm starts
+
+
+def test_start_at_the_solution_costs_no_step() -> None:
+    a, b = spd(5), torch.randn(5)
+    exact = torch.linalg.solve(a, b)
+    answer = conjugate_gradient(a.mv, b, start=exact)
+    assert torch.allclose(answer.solution, exact, rtol=1e-14) and answer.steps == 0
+    assert answer.reason == CONVERGED
+
+
+def test_start_nearby_saves_steps() -> None:
+    a, b = spd(30, 1e3), torch.randn(30)
+    near = torch.linalg.solve(a, b) + 1e-5 * torch.randn(30)
+    cold = conjugate_gradient(a.mv, b, max_steps=300, tol=1e-4)
+    warm = conjugate_gradient(a.mv, b, start=near, max_steps=300, tol=1e-4)
+    assert warm.reason == cold.reason == CONVERGED and warm.steps < cold.steps
+
+
+@pytest.mark.parametrize("value", [1e6, 1e300, math.nan, math.inf])
+def test_start_worse_than_none_is_dropped(value: float) -> None:
+    a, b = spd(5), torch.randn(5)
+    start = torch.full((5,), value)
+    got = conjugate_gradient(a.mv, b, start=start, max_steps=3)
+    assert torch.equal(got.solution, conjugate_gradient(a.mv, b, max_steps=3).solution)
+    assert bool((start == start[0]).all()) or math.isnan(value)  # the caller's tensor is left alone
+
+
+# Systems that are not positive definite
+
+
+def test_singular_but_consistent() -> None:
+    q = torch.linalg.qr(torch.randn(6, 6))[0]
+    a = q @ torch.diag(torch.tensor([0.0, 0.0, 1.0, 2.0, 3.0, 4.0])) @ q.t()
+    b = a @ torch.randn(6)
+    answer = conjugate_gradient(a.mv, b, max_steps=50, tol=1e-10)
+    assert answer.reason == CONVERGED and answer.steps == 4
+    assert relative_error([answer.solution], [torch.linalg.pinv(a) @ b]) < 1e-8
+
+
+@pytest.mark.parametrize("max_steps", [1, 5, 50, 2000])
+def test_singular_and_inconsistent(max_steps: int) -> None:
+    a, b = torch.diag(torch.tensor([0.0, 1.0, 2.0])), torch.ones(3)
+    answer = conjugate_gradient(a.mv, b, max_steps=max_steps)
+    assert torch.isfinite(answer.solution).all() and answer.solution.norm() < 1e3
+    assert answer.reason in (NOT_POSITIVE, MAX_STEPS)
+    assert residual(a, answer.solution, b) == pytest.approx(answer.relative_residual, rel=1e-6)
+    assert 1 / math.sqrt(3) - 1e-9 <= answer.relative_residual <= 1
+
+
+def test_zero_matrix() -> None:
+    answer = conjugate_gradient(torch.zeros_like, torch.ones(3))
+    assert torch.equal(answer.solution, torch.zeros(3)) and answer.reason == NOT_POSITIVE
+    assert answer.relative_residual == 1.0
+
+
+def test_indefinite() -> None:
+    a, b = torch.diag(torch.tensor([3.0, 2.0, -1.0])), torch.tensor([1.0, 1.0, 0.5])
+    answer = conjugate_gradient(a.mv, b, max_steps=50)
+    assert answer.reason == NOT_POSITIVE and answer.relative_residual <= 1
+    assert residual(a, answer.solution, b) == pytest.approx(answer.relative_residual)
+
+
+def test_negative_definite() -> None:
+    answer = conjugate_gradient((-spd(4)).mv, torch.randn(4))
+    assert torch.equal(answer.solution, torch.zeros(4)) and answer.reason == NOT_POSITIVE
+
+
+# Values that are not finite, very large, very small
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_right_hand_side_not_finite(bad: float) -> None:
+    answer = conjugate_gradient(torch.eye(3).mv, torch.tensor([1.0, bad, 1.0]))
+    assert torch.equal(answer.solution, torch.zeros(3)) and answer.reason == NON_FINITE
+    assert answer.relative_residual == math.inf
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("after", [0, 2])
+def test_matrix_not_finite(bad: float, after: int) -> None:
+    a, b, calls = spd(5, 1e3), torch.randn(5), []
+
+    def matvec(p: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return a @ p if len(calls) <= after else torch.full_like(p, bad)
+
+    answer = conjugate_gradient(matvec, b, max_steps=5)
+    assert answer.reason == NON_FINITE or (bad == -math.inf and answer.reason == NOT_POSITIVE)
+    assert torch.isfinite(answer.solution).all()
+    assert residual(a, answer.solution, b) == pytest.approx(answer.relative_residual)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("a_scale", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("b_scale", [1e-30, 1.0, 1e30])
+def test_scale_of_matrix_and_right_hand_side(
+    dtype: torch.dtype, a_scale: float, b_scale: float
+) -> None:
+    a, b = spd(5, 10.0).to(dtype), torch.randn(5).to(dtype)
+    exact = torch.linalg.solve(a.double(), b.double()) * (b_scale / a_scale)
+    answer = conjugate_gradient(lambda p: (a @ p) * a_scale, b * b_scale, tol=1e-5)
+    if float(exact.abs().max()) > torch.finfo(dtype).max:
+        assert answer.reason == NON_FINITE and not answer.solution.any()
+    else:
+        assert answer.reason == CONVERGED
+        if float(exact.abs().min()) > torch.finfo(dtype).tiny:
+            assert relative_error([answer.solution.double()], [exact]) < 1e-4
+
+
+@pytest.mark.parametrize("exponent", [-320, -310, -300, 300, 307])
+def test_ends_of_the_range_of_float64(exponent: int) -> None:
+    answer = conjugate_gradient(torch.eye(3).mv, torch.ones(3) * 10.0**exponent)
+    assert torch.allclose(answer.solution, torch.ones(3) * 10.0**exponent, rtol=1e-12, atol=0)
+
+
+# A sweep
+
+
+def random_system(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Any symmetric matrix: definite or not, singular or not, of any scale."""
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def pick(count: int) -> int:
+        return int(torch.randint(count, (1,), generator=generator))
+
+    n = 1 + pick(7)
+    eigenvalues = torch.exp(3 * draw(n))
+    kind = pick(4)
+    if kind == 1:
+        eigenvalues[: pick(n + 1)] = 0.0
+    elif kind == 2:
+        eigenvalues = eigenvalues * draw(n).sign()
+    q = torch.linalg.qr(draw(n, n))[0]
+    a = q @ torch.diag(eigenvalues) @ q.t() * 10.0 ** (pick(13) - 6)
+    b = a @ draw(n) if kind == 3 or pick(2) else draw(n)
+    return (a + a.t()) / 2, b * 10.0 ** (pick(13) - 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("tol", [1e-3, 1e-8, 1e-14])
+def test_sweep_is_finite_and_truthful(dtype: torch.dtype, tol: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(150):
+        a, b = (t.to(dtype) for t in random_system(generator))
+        steps = 1 + int(torch.randint(12, (1,), generator=generator))
+        answer = conjugate_gradient(a.mv, b, max_steps=steps, tol=tol)
+        v = answer.solution
+        assert bool(torch.isfinite(v).all()) and v.dtype == dtype
+        assert answer.steps <= steps and 0 <= answer.relative_residual
+        if answer.reason == ZERO:
+            assert not b.any()
+            continue
+        assert answer.reason in (CONVERGED, MAX_STEPS, NOT_POSITIVE)
+        true = (b.double() - a.double() @ v.double()).norm()
+        rounding = 50 * torch.finfo(dtype).eps * (b.norm() + a.norm() * v.norm()).double()
+        assert abs(true - answer.residual_norm) <= rounding + 1e-6 * answer.residual_norm
+        assert true <= b.double().norm() + rounding
+        if answer.reason == CONVERGED:
+            assert true <= tol * (1 + 1e-6) * b.double().norm() + rounding
+        else:
+            assert answer.relative_residual > tol

@@ -48,10 +48,10 @@ class LinearHeadLinearization(Linearization):
         quadratic: SquaredDistance,
     ) -> None:
         self._x, self._source = parts.features, parts.source
-        self._scale = parts.scale
         self._p = parts.log_probabilities.exp()
-        minus_one = self._p.new_full((1, 1), -1.0).expand(len(self._p), 1)
-        self._g = self._p.scatter_add(1, parts.targets.unsqueeze(1), minus_one).mul_(self._scale)
+        self._scaled_p = self._p * parts.scale
+        minus = self._p.new_full((1, 1), -parts.scale).expand(len(self._p), 1)
+        self._g = self._scaled_p.scatter_add(1, parts.targets.unsqueeze(1), minus)
         self._bias = len(parameters) == 2
         super().__init__(parameters, loss, self._in_phi(self._g), quadratic)
 
@@ -67,8 +67,8 @@ class LinearHeadLinearization(Linearization):
         u = self._x @ direction.t()
         if self._bias:
             u += vector[classes * width :]
-        u *= self._p
-        return direction, (u - self._p * u.sum(1, keepdim=True)).mul_(self._scale)
+        u *= self._scaled_p
+        return direction, u.addcmul_(self._p, u.sum(1, keepdim=True), value=-1.0)
 
     def loss_hvp(self, vector: Tensor) -> Tensor:
         return self._in_phi(self._split(vector)[1])

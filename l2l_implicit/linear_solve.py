@@ -107,25 +107,28 @@ def _iterate(
 ) -> tuple[Tensor, int, float, str]:
     """Subroutine 1, lines 3 to 12; in its names, with p the direction and h = A p."""
     p, rr = r, float(r.dot(r))
+    pp = rr  # |p|^2 by its own recursion, r and the last p being orthogonal
     best, best_rr, largest = v, rr, 0.0
     for n in range(max_steps):
         if math.sqrt(rr) <= threshold:
             return v, n, math.sqrt(rr), CONVERGED
         h = matvec(p)
-        curvature, pp = float(p.dot(h)), float(p.dot(p))
+        curvature = float(p.dot(h))
         largest = max(largest, curvature / pp)
         if not math.isfinite(curvature):
             return best, n, math.sqrt(best_rr), NON_FINITE
         if curvature <= torch.finfo(p.dtype).eps * largest * pp:
             return best, n, math.sqrt(best_rr), NOT_POSITIVE
         eta = rr / curvature
-        v = v + eta * p
-        r = r - eta * h
+        v = torch.add(v, p, alpha=eta)
+        r = torch.sub(r, h, alpha=eta)
         rr, rr_before = float(r.dot(r)), rr
         if not math.isfinite(rr):
             return best, n + 1, math.sqrt(best_rr), NON_FINITE
         if rr < best_rr:
             best, best_rr = v, rr
-        p = r + (rr / rr_before) * p
+        zeta = rr / rr_before
+        p = torch.add(r, p, alpha=zeta)
+        pp = rr + zeta * zeta * pp
     reason = CONVERGED if math.sqrt(best_rr) <= threshold else MAX_STEPS
     return best, max_steps, math.sqrt(best_rr), reason

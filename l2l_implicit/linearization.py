@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -65,7 +66,6 @@ class Linearization(ABC):
 
     Attributes:
         point: phi as one vector, shape ``[n]``, detached.
-        objective: the value of g.
         gradient: of g at ``point``, shape ``[n]``, detached.
         gradient_norm: its Euclidean norm.
     """
@@ -79,12 +79,16 @@ class Linearization(ABC):
     ) -> None:
         self.parameters = parameters
         self.point = flatten(parameter.detach() for parameter in parameters)
-        self.objective, self.gradient = loss, gradient
-        self._quadratic = quadratic
+        self._loss, self._quadratic = loss, quadratic
+        self.gradient = gradient
         if quadratic is not None:
-            self.objective += quadratic.value(self.point)
-            self.gradient = gradient + quadratic.gradient(self.point)
-        self.gradient_norm = float(self.gradient.norm())
+            self.gradient = quadratic.add_gradient(gradient, self.point)
+        self.gradient_norm = math.sqrt(float(self.gradient.dot(self.gradient)))
+
+    @property
+    def objective(self) -> float:
+        """The value of g."""
+        return self._loss + (self._quadratic.value(self.point) if self._quadratic else 0.0)
 
     def hvp(self, vector: Tensor) -> Tensor:
         r"""Hessian-vector product :math:`\nabla^2_\phi g \, p`, shapes ``[n] -> [n]``.
@@ -114,7 +118,8 @@ class Linearization(ABC):
         """Norm of the closed-form regulariser's gradient; 0 where the loss carries it."""
         if self._quadratic is None:
             return 0.0
-        return float(self._quadratic.gradient(self.point).norm())
+        zero = torch.zeros_like(self.point)
+        return float(self._quadratic.add_gradient(zero, self.point).norm())
 
     @abstractmethod
     def loss_hvp(self, vector: Tensor) -> Tensor:

@@ -31,9 +31,9 @@ class SquaredDistance:
         offset = self._offset(point)
         return 0.5 * self._coefficient * float(offset.dot(offset))
 
-    def gradient(self, point: Tensor) -> Tensor:
-        """R's gradient at ``point``, shape ``[n]``."""
-        return self._offset(point) * self._coefficient
+    def add_gradient(self, gradient: Tensor, point: Tensor) -> Tensor:
+        """``gradient`` plus R's at ``point``, shapes ``[n]``."""
+        return gradient.add(self._offset(point), alpha=self._coefficient)
 
     def add_hvp(self, product: Tensor, vector: Tensor) -> Tensor:
         """``product`` plus R's Hessian times ``vector``, shapes ``[n]``."""

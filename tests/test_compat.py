@@ -21,7 +21,8 @@ PACKAGE = {
     "__init__.py": "from . import extension, _meta_registrations",
     "_meta_registrations.py": """
 import torch
-@torch.library.register_fake("torchvision::nms")
+register_fake = getattr(torch.library, "register_fake", None) or torch.library.impl_abstract
+@register_fake("torchvision::nms")  # its name from torch 2.4 on
 def fake(dets, scores, iou_threshold):
     return dets.new_empty(len(dets), dtype=torch.long)
 """,

@@ -1,0 +1,238 @@
+"""Every kind of bad input is answered in one line: what was expected, what came, what to do."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from l2l_implicit import ImplicitCGHead, ImplicitMAML
+
+X, Y = torch.randn(6, 4), torch.arange(6) % 3
+
+
+def head(**settings) -> ImplicitCGHead:
+    return ImplicitCGHead(nn.Linear(4, 3), **{"lr": 0.1, **settings})
+
+
+def trained(**settings) -> ImplicitCGHead:
+    """A clone that has taken one good step."""
+    learner = head(**settings).clone()
+    learner.adapt(F.cross_entropy(learner(X), Y))
+    return learner
+
+
+def message(kind: type[Exception], run: Callable[[], object]) -> str:
+    with pytest.raises(kind) as caught:
+        run()
+    text = str(caught.value)
+    assert "\n" not in text and "expected" in text and "got" in text
+    assert text.count(";") + text.count(":") >= 1, "no remedy after the finding"
+    return text
+
+
+SETTINGS = [
+    ("lr", 0.0, ValueError, "above 0"),
+    ("lr", -0.1, ValueError, "above 0"),
+    ("lr", float("nan"), ValueError, "finite"),
+    ("lr", float("inf"), ValueError, "finite"),
+    ("lr", "0.1", TypeError, "'0.1'"),
+    ("lr", True, TypeError, "True"),
+    ("lr", None, TypeError, "None"),
+    ("lr", torch.tensor(0.1, requires_grad=True), TypeError, "meta-learned"),
+    ("l2", -1e-9, ValueError, "at least 0"),
+    ("l2", torch.tensor(-1.0, requires_grad=True), ValueError, "at least 0"),
+    ("l2", torch.ones(2), ValueError, "override regularizer"),
+    ("l2", float("nan"), ValueError, "finite"),
+    ("l2", [0.1], TypeError, "number"),
+    ("anchor", "zeros", ValueError, "'zero'"),
+    ("anchor", "initial", ValueError, "did you mean 'init'"),
+    ("anchor", None, ValueError, "'zero', 'init'"),
+    ("step", "newtn", ValueError, "did you mean 'newton'"),
+    ("step", "sgd", ValueError, "'newton', 'gradient'"),
+    ("cg_steps", 0, ValueError, "at least 1"),
+    ("cg_steps", 2.0, TypeError, "whole number"),
+    ("cg_steps", True, TypeError, "whole number"),
+    ("cg_tol", 0.0, ValueError, "above 0"),
+    ("cg_tol", float("nan"), ValueError, "finite"),
+    ("inner_tol", -1.0, ValueError, "above 0"),
+]
+
+
+@pytest.mark.parametrize("name, value, kind, hint", SETTINGS)
+def test_settings(name: str, value: object, kind: type[Exception], hint: str) -> None:
+    text = message(kind, lambda: head(**{name: value}))
+    assert text.startswith(name) and hint in text
+
+
+@pytest.mark.parametrize("model", [None, "linear", nn.Linear, [nn.Linear(2, 2)]])
+def test_model_that_is_no_module(model: object) -> None:
+    assert "torch.nn.Module" in message(TypeError, lambda: ImplicitCGHead(model, 0.1))
+
+
+def test_same_checks_for_imaml() -> None:
+    assert "newton" in message(
+        ValueError, lambda: ImplicitMAML(nn.Linear(2, 2), 0.1, step="newtn")
+    )
+
+
+@pytest.mark.parametrize("value", [0, 0.0, torch.tensor(0.0), torch.tensor([0.5]), 3])
+def test_settings_at_the_edge_are_accepted(value: object) -> None:
+    assert head(l2=value).l2 is value
+
+
+@pytest.mark.parametrize("number", [np.float32(0.1), np.float64(0.1)])
+def test_numpys_numbers_are_numbers(number: object) -> None:
+    assert head(lr=number, l2=number).lr == pytest.approx(0.1)
+
+
+def test_numpys_whole_numbers_are_whole() -> None:
+    learner = head(cg_steps=np.int64(5)).clone()
+    learner.adapt(lambda: F.cross_entropy(learner(X), Y), steps=np.int64(2))
+
+
+def nan_loss(learner: ImplicitCGHead) -> Tensor:
+    return learner(X * float("nan")).sum()
+
+
+LOSSES = [
+    ("not a tensor", lambda learner: 3.0, TypeError, "tensor or a closure"),
+    ("None", lambda learner: None, TypeError, "NoneType"),
+    ("vector", lambda learner: learner(X).sum(1), ValueError, "shape (6,)"),
+    ("constant", lambda learner: torch.tensor(1.0), ValueError, "graph"),
+    ("nan", nan_loss, ValueError, "finite"),
+    ("infinite", lambda learner: learner(X).sum() * float("inf"), ValueError, "finite"),
+    ("of something else", lambda learner: torch.ones(3, requires_grad=True).sum(), ValueError,
+     "none of them"),
+    ("without the bias", lambda learner: (X @ learner.module.weight.t()).square().sum(),
+     ValueError, "allow_unused=True"),
+]  # fmt: skip
+IDS = [name for name, *_ in LOSSES]
+
+
+@pytest.mark.parametrize("name, loss, kind, hint", LOSSES, ids=IDS)
+def test_losses(name: str, loss: Callable, kind: type[Exception], hint: str) -> None:
+    learner = trained()
+    assert hint in message(kind, lambda: learner.adapt(loss(learner)))
+
+
+@pytest.mark.parametrize("name, loss, kind, hint", LOSSES, ids=IDS)
+def test_losses_of_a_closure(name: str, loss: Callable, kind: type[Exception], hint: str) -> None:
+    learner = trained()
+    before = list(learner.module.parameters())
+    text = message(kind, lambda: learner.adapt(lambda: loss(learner), steps=2))
+    assert hint in text or "closure" in text
+    assert all(a is b for a, b in zip(before, learner.module.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("first_order", [True, False])
+def test_losses_of_first_order(first_order: bool) -> None:
+    learner = head(first_order=first_order).clone()
+    assert "finite" in message(ValueError, lambda: learner.adapt(nan_loss(learner)))
+
+
+def test_loss_of_earlier_parameters() -> None:
+    learner = head().clone()
+    loss = F.cross_entropy(learner(X), Y)
+    learner.adapt(loss)
+    assert "none of them" in message(ValueError, lambda: learner.adapt(loss))
+
+
+def test_loss_computed_without_gradients() -> None:
+    learner = trained()
+    with torch.no_grad():
+        loss = F.cross_entropy(learner(X), Y)
+    assert "closure" in message(ValueError, lambda: learner.adapt(loss))
+
+
+@pytest.mark.parametrize("steps, kind", [(0, ValueError), (-1, ValueError), (1.5, TypeError)])
+def test_number_of_steps(steps: object, kind: type[Exception]) -> None:
+    learner = trained()
+    text = message(
+        kind, lambda: learner.adapt(lambda: F.cross_entropy(learner(X), Y), steps=steps)
+    )
+    assert text.startswith("steps (K)")
+
+
+def test_steps_with_a_tensor() -> None:
+    learner = trained()
+    loss = F.cross_entropy(learner(X), Y)
+    assert "closure" in message(ValueError, lambda: learner.adapt(loss, steps=3))
+
+
+def test_frozen_parameters() -> None:
+    parent = head()
+    parent.module.bias.requires_grad_(False)
+    learner = parent.clone()
+    text = message(ValueError, lambda: learner.adapt(F.cross_entropy(learner(X), Y)))
+    assert "bias" in text and "weight" not in text and "allow_nograd=True" in text
+
+
+def test_nothing_to_adapt() -> None:
+    learner = ImplicitCGHead(nn.ReLU(), 0.1, allow_nograd=True).clone()
+    theta = torch.ones(3, requires_grad=True)
+    message(ValueError, lambda: learner.adapt(learner(theta).sum()))
+
+
+def test_parameters_of_two_dtypes() -> None:
+    module = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3).double())
+    learner = ImplicitCGHead(module, 0.1).clone()
+    theta = sum(p.sum() for p in learner.parameters())
+    text = message(ValueError, lambda: learner.adapt(theta))
+    assert "float32" in text and "float64" in text
+
+
+def test_inner_gradient_not_finite() -> None:
+    """The loss is finite and its gradient is not: sqrt at zero."""
+    learner = head(first_order=False).clone()
+
+    def loss() -> Tensor:
+        return learner(torch.zeros(2, 4) * learner.module.weight[0]).sub(
+            learner.module.bias
+        ).square().sum().sqrt()
+
+    message(FloatingPointError, lambda: learner.adapt(loss()))
+    message(FloatingPointError, lambda: learner.adapt(loss, steps=2))
+
+
+@pytest.mark.parametrize("how", ["loss", "closure"])
+def test_query_gradient_not_finite(how: str) -> None:
+    learner = trained()
+    if how == "closure":
+        learner.adapt(lambda: F.cross_entropy(learner(X), Y), steps=2)
+    query = learner(X * float("nan")).sum()
+    assert "query loss" in message(FloatingPointError, query.backward)
+
+
+def test_loss_of_superseded_parameters() -> None:
+    learner = trained()
+    stale = F.cross_entropy(learner(X), Y)
+    learner.adapt(F.cross_entropy(learner(X), Y))
+    assert "second clone()" in message(RuntimeError, stale.backward)
+
+
+def test_learned_l2_that_turned_negative() -> None:
+    """An optimiser may push it there; the next task must say so."""
+    l2 = torch.tensor(0.1, requires_grad=True)
+    parent = head(l2=l2)
+    with torch.no_grad():
+        l2.fill_(-0.2)
+    learner = parent.clone()
+    text = message(ValueError, lambda: learner.adapt(F.cross_entropy(learner(X), Y)))
+    assert text.startswith("l2")
+
+
+@pytest.mark.parametrize("reason", ["shape", "dtype"])
+def test_inner_step_of_the_wrong_shape(reason: str) -> None:
+    """An override's mistake must not become a learner in an odd state."""
+
+    class Wrong(ImplicitCGHead):
+        def inner_step(self, at):
+            return at.point[:-1] if reason == "shape" else at.point.double()
+
+    learner = Wrong(nn.Linear(4, 3), 0.1).clone()
+    with pytest.raises((ValueError, TypeError, RuntimeError)):
+        learner.adapt(lambda: F.cross_entropy(learner(X), Y), steps=2)
+    assert learner(X).shape == (6, 3)

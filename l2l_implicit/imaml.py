@@ -24,6 +24,9 @@ class ImplicitMAML(ImplicitCGHead):
         Rajeswaran et al. (2019), Algorithms 1 and 2, eq. (6).
 
     Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from l2l_implicit import ImplicitMAML
         >>> maml = ImplicitMAML(nn.Linear(20, 5), lr=0.1)
         >>> x, y, loss = torch.randn(25, 20), torch.arange(25) % 5, nn.CrossEntropyLoss()
         >>> learner = maml.clone()

@@ -66,6 +66,8 @@ def conjugate_gradient(
         Yang et al. (2025), Subroutine 1.
 
     Example:
+        >>> import torch
+        >>> from l2l_implicit import conjugate_gradient
         >>> A = torch.tensor([[4.0, 1.0], [1.0, 3.0]])
         >>> answer = conjugate_gradient(A.mv, torch.tensor([1.0, 2.0]))
         >>> answer.solution

@@ -129,3 +129,15 @@ def subroutine_1(
         p = r_next + zeta * p
         r = r_next
     return v
+
+
+def peak_of_live_tensors(run: Callable[[], object]) -> int:
+    """Bytes of tensor storage that ``run`` holds at its worst moment, on the CPU."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak

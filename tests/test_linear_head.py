@@ -153,7 +153,14 @@ CASES: list[tuple[Loss, bool | None]] = [
 ]  # fmt: skip
 
 
-def run(head: nn.Module, loss: Loss, how: str, monkeypatch: pytest.MonkeyPatch, outside=False, steps=20):
+def run(
+    head: nn.Module,
+    loss: Loss,
+    how: str,
+    monkeypatch: pytest.MonkeyPatch,
+    outside: bool = False,
+    steps: int = 20,
+) -> tuple[float, list[bool]]:
     """The hypergradient, the oracle's, and whether the closed form was used."""
     used: list[bool] = []
 

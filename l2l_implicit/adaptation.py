@@ -1,0 +1,283 @@
+"""How a learner adapts: learn2learn's ``clone``, ``forward`` and ``adapt``, without a history."""
+
+from __future__ import annotations
+
+import functools
+import math
+import weakref
+from abc import abstractmethod
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from learn2learn.algorithms import MAML
+from learn2learn.utils import clone_module
+from torch import Tensor
+
+from l2l_implicit import checks
+from l2l_implicit.diagnostics import Diagnostics, Limits
+from l2l_implicit.implicit_diff import Cell, Solve, attach
+from l2l_implicit.linear_head import LinearHeadLinearization, recognize
+from l2l_implicit.linear_solve import NON_FINITE, LinearSolution, Matvec
+from l2l_implicit.linearization import (
+    AutogradLinearization,
+    Linearization,
+    inner_gradient,
+    mark_boundaries,
+)
+from l2l_implicit.regularizer import SquaredDistance
+from l2l_implicit.task import Memory, Remembered, Task
+from l2l_implicit.vectors import flatten, substitute, unflatten
+
+Self = TypeVar("Self", bound="ImplicitLearner")
+Closure = Callable[[], Tensor]
+
+LINEAR_LIMIT = 0.1
+_TINY = 1e-30
+
+
+class ImplicitLearner(MAML):
+    """The machinery of `ImplicitCGHead`, which says what it adapts with."""
+
+    anchor: str
+    inner_tol: float
+    diagnostics: Diagnostics
+    _memory: Memory | None
+    _task: Task
+
+    @abstractmethod
+    def regularizer(self, parameters: Sequence[Tensor], anchor: Sequence[Tensor]) -> Tensor:
+        """The inner regulariser, a scalar."""
+
+    @abstractmethod
+    def inner_step(self, at: Linearization) -> Tensor:
+        """The next phi."""
+
+    @abstractmethod
+    def linear_solve(self, hvp: Matvec, b: Tensor, start: Tensor | None) -> LinearSolution:
+        """The solution of ``hvp(v) = b``."""
+
+    @abstractmethod
+    def _closed_form(self, anchor: Sequence[Tensor]) -> SquaredDistance | None:
+        """The regulariser without autograd, if there is one."""
+
+    @abstractmethod
+    def _needs_hvp(self) -> bool:
+        """Whether `inner_step` wants Hessian-vector products."""
+
+    def clone(
+        self: Self,
+        first_order: bool | None = None,
+        allow_unused: bool | None = None,
+        allow_nograd: bool | None = None,
+        *,
+        task: Hashable | None = None,
+    ) -> Self:
+        """A learner for one task, whose parameters are copies of this one's.
+
+        Args:
+            first_order, allow_unused, allow_nograd: as in the constructor; None keeps its value.
+            task: the task's identity, for ``warm_start``; None starts afresh.
+        """
+        clone = _shallow_copy(self)
+        clone.module = clone_module(self.module)
+        clone.first_order = self.first_order if first_order is None else first_order
+        clone.allow_unused = self.allow_unused if allow_unused is None else allow_unused
+        clone.allow_nograd = self.allow_nograd if allow_nograd is None else allow_nograd
+        clone.diagnostics = Diagnostics(parent=self.diagnostics)
+        clone._task = Task(key=task, initial=list(self.module.parameters()))
+        for initial, copied in zip(clone._task.initial, clone.module.parameters(), strict=True):
+            copied.requires_grad_(initial.requires_grad)  # clones made under no_grad() lose it
+        clone._recall()
+        return clone
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's output; inputs with history are noted as part of theta."""
+        if torch.is_grad_enabled() and not self.first_order:
+            args, kwargs = mark_boundaries(args), mark_boundaries(kwargs)
+        return self.module(*args, **kwargs)
+
+    def adapt(
+        self,
+        loss: Tensor | Closure,
+        first_order: bool | None = None,
+        allow_unused: bool | None = None,
+        allow_nograd: bool | None = None,
+        *,
+        steps: int | None = None,
+    ) -> None:
+        r"""One inner step from a loss tensor, or ``steps`` of them from a closure.
+
+        With a loss tensor the learner is linearized where the loss was computed, at
+        :math:`\phi^{K-1}`; with a closure (no arguments, returns the loss of the learner as it
+        then is), exactly at :math:`\phi^K`. A linearization whose gradient is not below
+        ``inner_tol`` times the larger of its first value and the regulariser's own gradient
+        counts as unsolved: the first such hypergradient warns, `diagnostics` counts them.
+        Under ``torch.no_grad()`` nothing is kept.
+
+        Args:
+            loss: a scalar, or a closure that returns one.
+            first_order, allow_unused, allow_nograd: as in the constructor, for this call.
+            steps: the number K of steps; with a closure only.
+
+        Raises:
+            ValueError: if the loss is no finite scalar that depends on the parameters.
+        """
+        first_order = self.first_order if first_order is None else first_order
+        allow_nograd = self.allow_nograd if allow_nograd is None else allow_nograd
+        unused = self.allow_unused if allow_unused is None else allow_unused
+        checks.steps(loss, steps)
+        phi = checks.inner_parameters(self.module, allow_nograd)
+        keep = torch.is_grad_enabled()
+        with torch.enable_grad():
+            if first_order:
+                self._adapt_first_order(loss, phi, unused, steps or 1)
+                return
+            self._task.release()
+            if isinstance(loss, Tensor):
+                self._adapt_loss(loss, phi, unused, keep)
+            else:
+                self._adapt_closure(loss, phi, unused, keep, steps or 1)
+
+    # The pieces of adapt().
+
+    def _adapt_first_order(
+        self, loss: Tensor | Closure, phi: list[Tensor], unused: bool, steps: int
+    ) -> None:
+        for _ in range(steps):
+            value = checks.loss(loss if isinstance(loss, Tensor) else loss())
+            gradients = inner_gradient(value, phi, unused)
+            pairs = zip(phi, gradients, strict=True)
+            new = [p if g is None else p - self.lr * g for p, g in pairs]
+            substitute(self.module, phi, new)
+            phi = new
+
+    def _adapt_loss(self, loss: Tensor, phi: list[Tensor], unused: bool, keep: bool) -> None:
+        at = self._linearize(loss, phi, unused, differentiable=True)
+        self._install(self._step(at), phi, at if keep else None)
+
+    def _adapt_closure(
+        self, closure: Closure, phi: list[Tensor], unused: bool, keep: bool, steps: int
+    ) -> None:
+        vector, now = flatten(p.detach() for p in phi), phi
+        try:
+            for _ in range(steps):
+                now = self._put(vector, now)
+                vector = self._step(self._linearize(closure(), now, unused, self._needs_hvp()))
+            now = self._put(vector, now)
+            at = self._linearize(closure(), now, unused, differentiable=True) if keep else None
+        except BaseException:
+            substitute(self.module, now, phi)
+            raise
+        self._install(vector, now, at)
+
+    def _put(self, vector: Tensor, now: Sequence[Tensor]) -> list[Tensor]:
+        """Make ``vector`` the module's parameters, as leaves: no graph behind them."""
+        leaves = [piece.requires_grad_() for piece in unflatten(vector.detach(), now)]
+        substitute(self.module, now, leaves)
+        return leaves
+
+    def _linearize(
+        self, loss: Tensor, phi: list[Tensor], unused: bool, differentiable: bool
+    ) -> Linearization:
+        checks.loss(loss)
+        task = self._task
+        if task.quadratic is None:
+            task.quadratic = self._closed_form(self._anchor_of(phi))
+        quadratic = task.quadratic
+        if quadratic is None:
+            return self._linearize_all(loss, phi, unused, differentiable)
+        parts = recognize(loss, phi)
+        if parts is not None:
+            return LinearHeadLinearization(float(loss.detach()), parts, phi, quadratic)
+        return AutogradLinearization(
+            loss, phi, quadratic=quadratic, unused=unused, differentiable=differentiable
+        )
+
+    def _linearize_all(
+        self, loss: Tensor, phi: list[Tensor], unused: bool, differentiable: bool
+    ) -> Linearization:
+        """With a regulariser of the user's own, which autograd carries like the loss."""
+        anchor = self._anchor_of(phi)
+        stand_ins = [a.detach().requires_grad_() for a in anchor]
+        center = stand_ins or [torch.zeros_like(p) for p in phi]
+        return AutogradLinearization(
+            loss + self.regularizer(phi, center),
+            phi,
+            anchor=anchor,
+            stand_ins=stand_ins,
+            unused=unused,
+            differentiable=differentiable,
+        )
+
+    def _anchor_of(self, phi: Sequence[Tensor]) -> list[Tensor]:
+        """The initial values of phi; empty where the anchor is zero."""
+        return self._initial_of(phi) if self.anchor == "init" else []
+
+    def _initial_of(self, phi: Sequence[Tensor]) -> list[Tensor]:
+        adapted = {id(p) for p in phi}
+        pairs = zip(self._task.initial, self.module.parameters(), strict=True)
+        return [initial for initial, p in pairs if id(p) in adapted]
+
+    def _step(self, at: Linearization) -> Tensor:
+        task = self._task
+        task.steps += 1
+        if not math.isfinite(at.gradient_norm):
+            raise FloatingPointError(
+                f"inner gradient: expected finite numbers, got norm {at.gradient_norm} at step "
+                f"{task.steps}; look for nan in the data, smaller lr, or step='newton'"
+            )
+        task.first_norm = task.first_norm or at.gradient_norm
+        return self.inner_step(at).detach()
+
+    def _install(self, vector: Tensor, phi: Sequence[Tensor], at: Linearization | None) -> None:
+        """Make ``vector`` the module's parameters, with the implicit gradient of ``at``."""
+        if at is None:
+            self._put(vector, phi)
+            return
+        cell = Cell(at, self._solver(vector))
+        zero = self._initial_of(phi) if self.anchor == "zero" else []
+        substitute(self.module, phi, attach(cell, vector, phi, constants=zero))
+        self._task.cell = weakref.ref(cell)
+
+    def _solver(self, vector: Tensor) -> Solve:
+        """`_solve` on a copy without the module: a graph that held its learner would hold itself.
+
+        The graph is then free to outlive the learner, as a returned loss does.
+        """
+        bare = _shallow_copy(self)
+        bare._modules["module"] = None
+        bare.__dict__["_task"] = self._task.summary()
+        return functools.partial(bare._solve, vector)
+
+    def _solve(self, phi: Tensor, at: Linearization, b: Tensor) -> Tensor:
+        """The vector v of eq. (5), and its diagnostics."""
+        task, memory = self._task, self._memory
+        before = memory.get(task.key) if memory is not None else None
+        answer = self.linear_solve(at.hvp, b, None if before is None else before.v)
+        if answer.reason == NON_FINITE:
+            raise FloatingPointError(
+                "hypergradient: expected finite products, got nan or infinity in the linear "
+                "system; look for nan in the data or the query loss, or raise l2"
+            )
+        residual = at.gradient_norm / max(task.first_norm, at.regularizer_norm(), _TINY)
+        limits = Limits(inner=self.inner_tol, linear=LINEAR_LIMIT)
+        self.diagnostics.record(task.steps, at.gradient_norm, residual, answer, limits)
+        if memory is not None and task.key is not None:
+            memory[task.key] = Remembered(phi, answer.solution)
+        return answer.solution
+
+    def _recall(self) -> None:
+        """Start from the phi that this task ended with at its last visit."""
+        if self._memory is not None and self._task.key in self._memory:
+            phi = checks.inner_parameters(self.module, self.allow_nograd)
+            self._put(self._memory[self._task.key].phi, phi)
+
+
+def _shallow_copy(module: Self) -> Self:
+    """A module of the same class and state whose tables of tensors are its own."""
+    twin = module.__new__(type(module))
+    twin.__dict__ = module.__dict__.copy()
+    for table in ("_parameters", "_buffers", "_modules"):
+        twin.__dict__[table] = twin.__dict__[table].copy()
+    return twin

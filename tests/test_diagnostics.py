@@ -1,0 +1,168 @@
+"""What the learner says when a problem was not solved, and that it says nothing when it was."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from l2l_implicit import ImplicitCGHead, UnsolvedWarning
+from l2l_implicit.linear_solve import CONVERGED, MAX_STEPS
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+Y = torch.arange(25) % 5
+
+
+def data(scale: float = 1.0) -> Tensor:
+    return scale * torch.randn(25, 10)
+
+
+def run(parent: ImplicitCGHead, x: Tensor, steps: int, how: str = "loss") -> ImplicitCGHead:
+    """One task: adapt and back-propagate."""
+    learner = parent.clone()
+
+    def loss() -> Tensor:
+        return F.cross_entropy(learner(x), Y)
+
+    if how == "closure":
+        learner.adapt(loss, steps=steps)
+    else:
+        for _ in range(steps):
+            learner.adapt(loss())
+    F.cross_entropy(learner(x), Y.roll(1)).backward()
+    return learner
+
+
+def head(**settings) -> ImplicitCGHead:
+    return ImplicitCGHead(nn.Linear(10, 5), **{"lr": 0.1, "cg_steps": 60, **settings})
+
+
+@pytest.mark.parametrize("how", ["loss", "closure"])
+@pytest.mark.parametrize("anchor", ["zero", "init"])
+@pytest.mark.parametrize("step, lr, steps", [("newton", 0.1, 10), ("gradient", 1.0, 60)])
+def test_solved_says_nothing(step: str, lr: float, steps: int, anchor: str, how: str) -> None:
+    parent = head(step=step, lr=lr, anchor=anchor)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learner = run(parent, data(), steps, how)
+    for found in (learner.diagnostics, parent.diagnostics):
+        assert (found.hypergradients, found.unsolved_inner, found.unsolved_linear) == (1, 0, 0)
+        assert found.inner_steps == steps and found.inner_residual < 1e-2
+        assert 0 < found.cg_steps <= 60 and found.cg_residual <= 1e-4
+        assert found.cg_reason == CONVERGED
+
+
+CASES = {
+    "too few steps": ({"step": "gradient", "lr": 0.01}, 1.0, 3),
+    "diverging": ({"step": "gradient", "lr": 5.0}, 5.0, 10),
+    "one step of newton": ({"step": "newton"}, 20.0, 1),
+}
+
+
+@pytest.mark.parametrize("how", ["loss", "closure"])
+@pytest.mark.parametrize("case", list(CASES))
+def test_unsolved_inner_problem_warns_once_and_counts(case: str, how: str) -> None:
+    settings, scale, steps = CASES[case]
+    parent, x = head(**settings), data(scale)
+    with pytest.warns(UnsolvedWarning, match="inner problem is not solved") as caught:
+        for _ in range(3):
+            learner = run(parent, x, steps, how)
+    assert sum("inner problem" in str(w.message) for w in caught) == 1
+    assert parent.diagnostics.unsolved_inner == parent.diagnostics.hypergradients == 3
+    assert learner.diagnostics.unsolved_inner == 1
+    assert parent.diagnostics.inner_residual > 0.1
+    assert "\n" not in str(caught[0].message) and "step='newton'" in str(caught[0].message)
+
+
+def test_reported_gradient_is_that_of_the_objective() -> None:
+    parent, x = head(step="gradient", lr=0.3, l2=0.2, inner_tol=1e9), data()
+    learner = run(parent, x, 4, "closure")
+    objective = F.cross_entropy(learner(x), Y) + 0.1 * sum(
+        p.square().sum() for p in learner.parameters()
+    )
+    slopes = torch.autograd.grad(objective, list(learner.parameters()))
+    norm = torch.cat([g.reshape(-1) for g in slopes]).norm()
+    assert parent.diagnostics.inner_gradient_norm == pytest.approx(float(norm), rel=1e-12)
+
+
+def test_unsolved_linear_system_warns_once_and_counts() -> None:
+    parent, x = head(cg_steps=1, l2=1e-4, inner_tol=1e9), data(5.0)
+    with pytest.warns(UnsolvedWarning, match="linear system is not solved") as caught:
+        for _ in range(3):
+            run(parent, x, 3)
+    assert sum("linear system" in str(w.message) for w in caught) == 1
+    assert parent.diagnostics.unsolved_linear == 3
+    assert parent.diagnostics.cg_reason == MAX_STEPS and parent.diagnostics.cg_steps == 1
+
+
+def test_clones_of_clones_report_to_every_parent() -> None:
+    parent, x = head(), data()
+    first = parent.clone()
+    run(first, x, 5)
+    assert parent.diagnostics.hypergradients == first.diagnostics.hypergradients == 1
+    run(parent, x, 5)
+    assert parent.diagnostics.hypergradients == 2 and first.diagnostics.hypergradients == 1
+
+
+def test_a_parents_copies_count_by_themselves() -> None:
+    parents, x = (head(), head()), data()
+    run(parents[0], x, 5)
+    assert [p.diagnostics.hypergradients for p in parents] == [1, 0]
+
+
+def test_a_loss_of_superseded_parameters_raises() -> None:
+    learner, x = head().clone(), data()
+    learner.adapt(F.cross_entropy(learner(x), Y))
+    stale = F.cross_entropy(learner(x), Y)
+    learner.adapt(F.cross_entropy(learner(x), Y))
+    fresh = F.cross_entropy(learner(x), Y)
+    with pytest.raises(RuntimeError, match="later adapt"):
+        stale.backward()
+    with pytest.raises(RuntimeError, match="later adapt"):
+        (F.cross_entropy(learner(x), Y) + stale).backward()
+    fresh.backward()
+
+
+def test_a_second_clone_is_not_superseded_by_the_first() -> None:
+    parent, x = head(), data()
+    first, second = parent.clone(), parent.clone()
+    first.adapt(F.cross_entropy(first(x), Y))
+    kept = F.cross_entropy(first(x), Y)
+    for _ in range(3):
+        second.adapt(F.cross_entropy(second(x), Y))
+    kept.backward()
+
+
+@pytest.mark.parametrize("anchor", ["zero", "init"])
+def test_a_task_solved_from_the_start_says_nothing(anchor: str) -> None:
+    """Its first gradient is rounding already; falling no further is no failure."""
+    x, target = torch.randn(8, 3), torch.zeros(8, 2)
+    module = nn.Linear(3, 2)
+    with torch.no_grad():
+        target = module(x)
+    parent = ImplicitCGHead(module, 0.1, anchor=anchor, l2=0.1 if anchor == "init" else 0.0)
+    learner = parent.clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            learner.adapt(F.mse_loss(learner(x * (1 + 1e-16)) * (1 + 1e-15), target))
+        learner(x).square().sum().backward()
+
+
+def test_a_warm_start_with_ones_own_regularizer_says_nothing() -> None:
+    """The second visit starts at the solution, where the first gradient is tiny already."""
+
+    class Own(ImplicitCGHead):
+        def regularizer(self, parameters, anchor):
+            return 0.05 * sum((p - a).square().sum() for p, a in zip(parameters, anchor))  # noqa: B905
+
+    parent, x = Own(nn.Linear(10, 5), 0.1, warm_start=True, cg_steps=60), data()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            learner = parent.clone(task="a")
+            learner.adapt(lambda: F.cross_entropy(learner(x), Y), steps=15)  # noqa: B023
+            F.cross_entropy(learner(x), Y.roll(1)).backward()
+    assert parent.diagnostics.unsolved_inner == 0

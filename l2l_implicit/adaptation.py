@@ -133,8 +133,9 @@ class ImplicitLearner(MAML):
             if first_order:
                 self._adapt_first_order(loss, phi, unused, steps or 1)
                 return
-            self._task.release()
             if isinstance(loss, Tensor):
+                checks.loss(loss)
+                self._task.release()  # before there are two
                 self._adapt_loss(loss, phi, unused, keep)
             else:
                 self._adapt_closure(loss, phi, unused, keep, steps or 1)
@@ -232,6 +233,7 @@ class ImplicitLearner(MAML):
 
     def _install(self, vector: Tensor, phi: Sequence[Tensor], at: Linearization | None) -> None:
         """Make ``vector`` the module's parameters, with the implicit gradient of ``at``."""
+        self._task.release()
         if at is None:
             self._put(vector, phi)
             return

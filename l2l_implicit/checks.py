@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ def settings(
 
 def number(name: str, value: Any) -> float:
     """``value`` as a finite float."""
-    if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real | Tensor):
         raise TypeError(f"{name}: expected a number, got {value!r}; pass a float")
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(
@@ -62,9 +63,9 @@ def coefficient(l2: Any) -> None:
 
 def count(name: str, value: Any) -> None:
     """A whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: expected a whole number, got {value!r}; pass an int")
-    if value < 1:
+    if int(value) < 1:
         raise ValueError(f"{name}: expected at least 1, got {value}; try 20")
 
 
@@ -104,7 +105,9 @@ def inner_parameters(module: nn.Module, allow_nograd: bool) -> list[Tensor]:
             "requires_grad_() on them, or pass allow_nograd=True to leave them as they are"
         )
     if not phi:
-        raise ValueError("expected a module with parameters that require grad, got none to adapt")
+        raise ValueError(
+            "expected a module with parameters that require grad, got none to adapt; freeze fewer"
+        )
     if len({(p.dtype, p.device) for p in phi}) > 1:
         kinds = ", ".join(sorted({f"{p.dtype} on {p.device}" for p in phi}))
         raise ValueError(f"expected parameters of one dtype and device, got {kinds}; move them")

@@ -17,9 +17,9 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
 from l2l_implicit.linearization import Linearization, Products
@@ -72,9 +72,13 @@ class ImplicitSolution(Function):
         return tuple(unflatten(vector, like))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *b: Tensor) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors  # torch's own error if the graph has been freed
+        if torch.is_grad_enabled():  # once_differentiable lets some second derivatives slip by
+            raise RuntimeError(
+                "expected a first derivative of the adapted learner's loss, got create_graph=True; "
+                "the hypergradient cannot be differentiated again: detach it, or use unrolled MAML"
+            )
         vector = flatten(b)
         products = ctx.cell().hypergradient(vector)
         products += [None] * (len(ctx.shapes) - len(products))

@@ -6,7 +6,7 @@ The hypergradient does not care how the inner minimum was found, only that it wa
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +31,16 @@ class GradientStep:
         return at.point - self.lr * at.gradient
 
 
+class _Step(NamedTuple):
+    """Where a step began, the whole of it, and the objective, its slope and gradient there."""
+
+    point: Tensor
+    direction: Tensor
+    objective: float
+    slope: float
+    gradient_norm: float
+
+
 class NewtonStep:
     r"""Damped Newton-CG: :math:`H s = -\nabla_\phi g` on the kept graph, with backtracking.
 
@@ -49,7 +59,7 @@ class NewtonStep:
 
     def __init__(self, lr: float, max_steps: int, tol: float) -> None:
         self.lr, self.max_steps, self.tol = lr, max_steps, tol
-        self._last: tuple[Tensor, Tensor, float, float] | None = None  # point, step, value, slope
+        self._last: _Step | None = None
         self._first_norm = 0.0
         self._length, self._cuts = 1.0, 0
 
@@ -63,7 +73,8 @@ class NewtonStep:
             return at.point
         direction = self._direction(at, at.gradient_norm / self._first_norm, stop)
         slope = float(direction.dot(at.gradient))
-        self._last, self._length, self._cuts = (at.point, direction, at.objective, slope), 1.0, 0
+        self._last = _Step(at.point, direction, at.objective, slope, at.gradient_norm)
+        self._length, self._cuts = 1.0, 0
         return at.point + direction
 
     def _direction(self, at: Linearization, progress: float, stop: float) -> Tensor:
@@ -76,18 +87,21 @@ class NewtonStep:
     def _rejects(self, at: Linearization) -> bool:
         if self._last is None or self._cuts >= self._MOST_CUTS:
             return False
-        _, _, value, slope = self._last
-        if not math.isfinite(at.objective):
+        last, now = self._last, at.objective
+        if not math.isfinite(now):
             return True
-        rounding = 10 * torch.finfo(at.point.dtype).eps * max(abs(value), abs(at.objective))
-        return at.objective > value + self._ARMIJO * self._length * slope + rounding
+        rounding = 10 * torch.finfo(at.point.dtype).eps * max(abs(last.objective), abs(now))
+        if abs(now - last.objective) <= rounding:  # flat to the last digit: ask the gradient
+            return at.gradient_norm > last.gradient_norm
+        return now > last.objective + self._ARMIJO * self._length * last.slope
 
     def _shorten(self, at: Linearization) -> Tensor:
         """Go back to the minimum of the parabola through the two values and the slope."""
         assert self._last is not None
-        point, direction, value, slope = self._last
-        excess = at.objective - value - slope * self._length
-        cut = -slope * self._length / (2 * excess) if math.isfinite(excess) else 0.1
+        last = self._last
+        expected = last.slope * self._length
+        excess = at.objective - last.objective - expected
+        cut = -expected / (2 * excess) if math.isfinite(excess) and excess > 0 else 0.1
         self._length *= min(0.5, max(0.1, cut))
         self._cuts += 1
-        return point + self._length * direction
+        return last.point + self._length * last.direction

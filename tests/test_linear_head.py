@@ -1,6 +1,7 @@
 """The closed form of a linear head's cross-entropy: equal to the general path, and used rightly."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from problems import two_layers
 from torch import Tensor, nn
 from torch.func import functional_call
 
-import l2l_implicit.learner as learner_module
+import l2l_implicit.adaptation as adaptation
 from l2l_implicit import ImplicitCGHead
 from l2l_implicit.linear_head import LinearHeadLinearization, recognize
 from l2l_implicit.linearization import AutogradLinearization
+from l2l_implicit.regularizer import SquaredDistance
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -30,7 +32,7 @@ def both(reduction: str, bias: bool, history: bool) -> tuple:
     x = torch.tanh(x.requires_grad_()) if history else x
     loss = F.cross_entropy(learner(x), Y, reduction=reduction)
     phi = list(learner.module.parameters())
-    quadratic, parts = learner._squared_distance(phi), recognize(loss, phi)
+    quadratic, parts = SquaredDistance(0.2, None), recognize(loss, phi)
     assert parts is not None
     closed = LinearHeadLinearization(float(loss), parts, phi, quadratic)
     return closed, AutogradLinearization(loss, phi, quadratic=quadratic), x
@@ -56,99 +58,97 @@ def test_closed_form_equals_the_general_path(reduction: str, bias: bool, history
 
 # Which losses are recognised, and that every answer is right either way
 
-Loss = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]  # net, features, weight
+Net = Callable[[Tensor], Tensor]
+Loss = Callable[[Net, Tensor, Tensor], Tensor]  # of net, features, initial weight
 
 
-def smooth(net, x, w):
+def smooth(net: Net, x: Tensor, w: Tensor) -> Tensor:
     return F.cross_entropy(net(x), Y, label_smoothing=0.1)
 
 
-def weighted(net, x, w):
+def weighted(net: Net, x: Tensor, w: Tensor) -> Tensor:
     return F.cross_entropy(net(x), Y, weight=torch.tensor([1.0, 2.0, 0.5]))
 
 
-def ignored_negative(net, x, w):
+def ignored_negative(net: Net, x: Tensor, w: Tensor) -> Tensor:
     return F.cross_entropy(net(x), torch.where(Y == 1, -100, Y))
 
 
-def ignored_in_range(net, x, w):
+def ignored_in_range(net: Net, x: Tensor, w: Tensor) -> Tensor:
     """A class that is a valid index, and yet ignored."""
     return F.cross_entropy(net(x), Y, ignore_index=1)
 
 
-def ignored_absent(net, x, w):
+def ignored_in_a_sum(net: Net, x: Tensor, w: Tensor) -> Tensor:
+    return F.cross_entropy(net(x), Y, ignore_index=1, reduction="sum")
+
+
+def ignored_absent(net: Net, x: Tensor, w: Tensor) -> Tensor:
     return F.cross_entropy(net(x), Y % 2, ignore_index=2)
 
 
-def three_dimensional(net, x, w):
+def three_dimensional(net: Net, x: Tensor, w: Tensor) -> Tensor:
     return F.cross_entropy(net(x.view(4, 3, WIDTH)).flatten(0, 1), Y)
 
 
-def spatial(net, x, w):
+def spatial(net: Net, x: Tensor, w: Tensor) -> Tensor:
     """Logits [batch, classes, places]: a two-dimensional kind of nll_loss."""
     return F.cross_entropy(net(x.view(4, 3, WIDTH)).transpose(1, 2), Y.view(4, 3))
 
 
-def probabilities(net, x, w):
+def probabilities(net: Net, x: Tensor, w: Tensor) -> Tensor:
     targets = torch.eye(CLASSES)[Y] * 0.7 + 0.1
     return F.cross_entropy(net(x), targets)
 
 
-def scaled_loss(net, x, w):
+def scaled_loss(net: Net, x: Tensor, w: Tensor) -> Tensor:
     return 0.5 * F.cross_entropy(net(x), Y)
 
 
-def scaled_logits(net, x, w):
+def scaled_logits(net: Net, x: Tensor, w: Tensor) -> Tensor:
     return F.cross_entropy(1.5 * net(x), Y)
 
 
-def penalty(net, x, w):
+def penalty(net: Net, x: Tensor, w: Tensor) -> Tensor:
     return F.cross_entropy(net(x), Y) + 0.1 * net(x).square().mean()
 
 
-def other_axis(net, x, w):
+def other_axis(net: Net, x: Tensor, w: Tensor) -> Tensor:
     """A log-softmax over the examples, not the classes."""
     return F.nll_loss(F.log_softmax(net(x), dim=0), Y)
 
 
-def no_softmax(net, x, w):
-    return F.nll_loss(net(x), Y) + 0.05 * net(x).square().mean()
-
-
-def bytes_as_targets(net, x, w):
-    return F.cross_entropy(net(x), Y.to(torch.uint8))
-
-
-def rows_repeated(net, x, w):
+def rows_repeated(net: Net, x: Tensor, w: Tensor) -> Tensor:
     return F.cross_entropy(net(x[torch.arange(M) % 5]), Y)
 
 
-def unreduced(net, x, w):
+def unreduced(net: Net, x: Tensor, w: Tensor) -> Tensor:
     return F.cross_entropy(net(x), Y, reduction="none").mean()
 
 
-def one_example(net, x, w):
+def one_example(net: Net, x: Tensor, w: Tensor) -> Tensor:
     return F.cross_entropy(net(x[:1]), Y[:1])
 
 
-def unbatched(net, x, w):
+def unbatched(net: Net, x: Tensor, w: Tensor) -> Tensor:
     return F.cross_entropy(net(x[0]), Y[0])
 
 
-def plain(net, x, w):
+def plain(net: Net, x: Tensor, w: Tensor) -> Tensor:
     return F.cross_entropy(net(x), Y)
 
 
-def strong(net, x, w):
+def strong(net: Net, x: Tensor, w: Tensor) -> Tensor:
     return 4.0 * F.cross_entropy(net(x), Y)
 
 
 CASES: list[tuple[Loss, bool | None]] = [
     (plain, True), (one_example, True), (rows_repeated, True), (ignored_absent, None),
-    (bytes_as_targets, None), (smooth, False), (weighted, False), (ignored_negative, False),
-    (ignored_in_range, False), (three_dimensional, False), (spatial, False),
+    (smooth, False), (weighted, False), (ignored_negative, False),
+    (ignored_in_range, False), (ignored_in_a_sum, False), (three_dimensional, False),
+    (spatial, False),
     (probabilities, False), (scaled_loss, False), (scaled_logits, False), (penalty, False),
-    (other_axis, False), (no_softmax, False), (unreduced, False), (unbatched, False),
+    (other_axis, False), (unreduced, False), (unbatched, False),
     (strong, False),
 ]  # fmt: skip
 
@@ -164,12 +164,12 @@ def run(
     """The hypergradient, the oracle's, and whether the closed form was used."""
     used: list[bool] = []
 
-    def spy(*args):
+    def spy(*args: Any) -> Any:
         parts = recognize(*args)
         used.append(parts is not None)
         return parts
 
-    monkeypatch.setattr(learner_module, "recognize", spy)
+    monkeypatch.setattr(adaptation, "recognize", spy)
     theta, data, query = torch.randn(5, WIDTH).requires_grad_(), torch.randn(M, 5), torch.randn(6)
     initial = next(head.parameters())
     learner = ImplicitCGHead(head, 0.1, l2=0.2, cg_tol=1e-13, cg_steps=100).clone()
@@ -186,7 +186,7 @@ def run(
             learner.adapt(support())
     (learner(x)[:6] * query[:, None]).square().mean().backward()
 
-    def pure(phi: Tensor):
+    def pure(phi: Tensor) -> Net:
         pieces = phi.split([p.numel() for p in head.parameters()])
         named = {
             k: piece.view_as(p)

@@ -1,0 +1,123 @@
+"""Memory does not grow with the number of inner steps."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import peak_of_live_tensors
+from torch import Tensor, nn
+
+from l2l_implicit import ImplicitCGHead
+
+from learn2learn.algorithms import MAML  # isort: skip  (after l2l_implicit, which repairs it)
+
+MIB = 2**20
+Y = torch.arange(10) % 5
+
+
+def test_the_measure_knows_an_allocation() -> None:
+    def two_then_one() -> None:
+        pair = torch.empty(3 * MIB // 4), torch.empty(MIB // 4)
+        del pair
+        torch.empty(2 * MIB // 4)
+
+    assert peak_of_live_tensors(two_then_one) == 4 * MIB
+
+
+def task(parent: nn.Module, width: int, how: str, steps: int) -> Callable[[], object]:
+    """One task with features that have history: adapt, then back-propagate the query loss."""
+    theta, data = torch.randn(8, width, requires_grad=True), torch.randn(10, 8)
+
+    def run() -> None:
+        learner, h = parent.clone(), torch.tanh(data @ theta)
+
+        def loss() -> Tensor:
+            return F.cross_entropy(learner(h), Y)
+
+        if how == "closure":
+            learner.adapt(loss, steps=steps)
+        else:
+            for _ in range(steps):
+                learner.adapt(loss())
+        F.cross_entropy(learner(h), Y).backward()
+        for leaf in (theta, *parent.parameters()):
+            leaf.grad = None
+
+    return run
+
+
+def growth(parent: nn.Module, width: int, how: str, many: int, spread: int = 0) -> float:
+    """Peak at ``many`` steps over the largest peak at one to three.
+
+    With autograd's second derivatives the peak differs by one vector phi from run to run, at any
+    number of steps: with the order in which torch frees its graph. ``spread`` allows for it.
+    """
+    task(parent, width, how, 2)()  # what is allocated once and for all
+    few = max(peak_of_live_tensors(task(parent, width, how, steps)) for steps in (1, 2, 3))
+    vector = sum(p.numel() * p.element_size() for p in parent.parameters())
+    return (peak_of_live_tensors(task(parent, width, how, many)) - spread * vector) / few
+
+
+def linear_head() -> nn.Module:
+    return nn.Linear(2000, 5)
+
+
+def small_head() -> nn.Module:
+    """Large against what a step keeps beside the linearization; small enough for 1000 steps."""
+    return nn.Sequential(nn.Linear(200, 100), nn.Tanh(), nn.Linear(100, 5))
+
+
+def large_head() -> nn.Module:
+    """Two million parameters."""
+    return nn.Sequential(nn.Linear(2000, 1000), nn.Tanh(), nn.Linear(1000, 5))
+
+
+def head(module: nn.Module, step: str, **settings) -> ImplicitCGHead:
+    return ImplicitCGHead(module, 0.01, step=step, l2=0.5, **{"cg_steps": 3, **settings})
+
+
+WAYS = [(step, how) for step in ("newton", "gradient") for how in ("loss", "closure")]
+
+
+@pytest.mark.parametrize("step, how", WAYS)
+def test_linear_head_from_1_to_1000_steps(step: str, how: str) -> None:
+    torch.manual_seed(0)
+    assert growth(head(linear_head(), step), 2000, how, 1000) < 1.02
+
+
+@pytest.mark.parametrize("step, how", WAYS)
+@pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
+def test_large_head_from_1_to_10_steps(step: str, how: str) -> None:
+    """In ten steps an unrolled learner would hold ten times as much."""
+    torch.manual_seed(0)
+    assert growth(head(large_head(), step), 2000, how, 10, spread=1) < 1.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step, how", WAYS)
+@pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
+def test_two_layers_from_1_to_1000_steps(step: str, how: str) -> None:
+    torch.manual_seed(0)
+    assert growth(head(small_head(), step), 200, how, 1000, spread=1) < 1.02
+
+
+@pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
+def test_the_measure_sees_what_learn2learn_keeps() -> None:
+    """The control: an unrolled learner does grow, by about a gradient a step."""
+    torch.manual_seed(0)
+    assert growth(MAML(large_head(), 0.01), 2000, "loss", 10) > 1.5
+
+
+def test_many_tasks_in_turn_hold_no_more_than_one() -> None:
+    """Many tasks one after the other: nothing piles up between them."""
+    torch.manual_seed(0)
+    parent = head(linear_head(), "newton")
+    one = task(parent, 2000, "loss", 5)
+
+    def many() -> None:
+        for _ in range(20):
+            one()
+
+    one()
+    assert peak_of_live_tensors(many) < 1.02 * peak_of_live_tensors(one)

@@ -62,7 +62,7 @@ def _accuracies(
         100 * centroid.mean, color="C3", linestyle=":", label=f"raw pixels, centroid: {centroid}"
     )
     axes.set_ylabel("query accuracy (%)")
-    axes.legend(loc="lower right")
+    axes.legend(loc="best")
     axes.grid(alpha=0.3)
 
 

@@ -151,7 +151,10 @@ def _save(
         "optimizer": learner.optimizer.state_dict(),
     }
     torch.save(state, folder / "parameters.pt")
-    title = "{tasks[name]}, {tasks[ways]}-way {tasks[shots]}-shot, {algorithm[name]}"
+    title = (
+        "{tasks[name]}, {tasks[ways]}-way {tasks[shots]}-shot, {algorithm[name]}, "
+        "step={algorithm[step]}, K={algorithm[steps]}, seed {seed}"
+    )
     picture = folder / "learning_curve.png"
     learning_curve.draw(
         picture,

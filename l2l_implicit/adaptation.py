@@ -128,6 +128,7 @@ class ImplicitLearner(MAML):
         allow_nograd = self.allow_nograd if allow_nograd is None else allow_nograd
         unused = self.allow_unused if allow_unused is None else allow_unused
         checks.steps(loss, steps)
+        checks.gradients_possible()
         phi = checks.inner_parameters(self.module, allow_nograd)
         keep = torch.is_grad_enabled()
         with torch.enable_grad():

@@ -8,6 +8,7 @@ import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -92,6 +93,15 @@ def steps(loss: Any, number_of_steps: Any) -> None:
         raise TypeError(f"loss: expected a tensor or a closure, got {type(loss).__name__}")
     elif number_of_steps is not None:
         count("steps (K)", number_of_steps)
+
+
+def gradients_possible() -> None:
+    """Adapting differentiates, which inference mode forbids whatever comes after it."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "adapt: expected a mode in which gradients can be enabled, got torch.inference_mode(); "
+            "use torch.no_grad(), and adapt(closure, steps=K)"
+        )
 
 
 def inner_parameters(module: nn.Module, allow_nograd: bool) -> list[Tensor]:

@@ -77,8 +77,9 @@ class NewtonStep:
         direction = self._direction(at, at.gradient_norm / self._first_norm, stop)
         slope = float(direction.dot(at.gradient))
         self._last = _Step(at.point, direction, at.objective, slope, at.gradient_norm)
-        self._length, self._cuts = 1.0, 0
-        return at.point + direction
+        # After cuts, grow back step by step: each cut costs the evaluation of a loss.
+        self._length, self._cuts = min(1.0, 2.0 * self._length), 0
+        return at.point + self._length * direction
 
     def _direction(self, at: Linearization, progress: float, stop: float) -> Tensor:
         """Inexact Newton: the nearer the minimum, the smaller the residual asked for."""

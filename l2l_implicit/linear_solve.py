@@ -75,20 +75,18 @@ def conjugate_gradient(
         >>> answer.steps, answer.reason
         (2, 'converged')
     """
-    zero = torch.zeros_like(b)
     scale = float(b.abs().max()) if b.numel() else 0.0
     if not math.isfinite(scale):
-        return LinearSolution(zero, 0, math.inf, math.inf, NON_FINITE)
+        return LinearSolution(torch.zeros_like(b), 0, math.inf, math.inf, NON_FINITE)
     if scale == 0.0:
-        return LinearSolution(zero, 0, 0.0, 0.0, ZERO)
+        return LinearSolution(torch.zeros_like(b), 0, 0.0, 0.0, ZERO)
     # In units of the largest entry of b no square overflows or underflows.
-    unit_b = b / scale
-    b_norm = float(unit_b.norm())
-    v, r = _first_iterate(matvec, unit_b, b_norm, start, scale)
-    v, steps, r_norm, reason = _iterate(matvec, v, r, tol * b_norm, max_steps)
-    v = v * scale
+    b_norm = float((b / scale).norm())
+    v, r = _first_iterate(matvec, b / scale, b_norm, start, scale)
+    steps, r_norm, reason = _iterate(matvec, v, r, tol * b_norm, max_steps)
+    v *= scale
     if not bool(torch.isfinite(v).all()):
-        return LinearSolution(zero, steps, math.inf, math.inf, NON_FINITE)
+        return LinearSolution(torch.zeros_like(b), steps, math.inf, math.inf, NON_FINITE)
     return LinearSolution(v, steps, r_norm * scale, r_norm / b_norm, reason)
 
 
@@ -105,32 +103,37 @@ def _first_iterate(
 
 
 def _iterate(
-    matvec: Matvec, v: Tensor, r: Tensor, threshold: float, max_steps: int
-) -> tuple[Tensor, int, float, str]:
-    """Subroutine 1, lines 3 to 12; in its names, with p the direction and h = A p."""
-    p, rr = r, float(r.dot(r))
+    matvec: Matvec, best: Tensor, r: Tensor, threshold: float, max_steps: int
+) -> tuple[int, float, str]:
+    """Subroutine 1, lines 3 to 12; in its names, with p the direction and h = A p.
+
+    Works in place, so that memory is the same whatever happens: five vectors and a product.
+    ``best`` comes as the first iterate and leaves as the one of the smallest residual.
+    """
+    v, p, rr = best.clone(), r.clone(), float(r.dot(r))
     pp = rr  # |p|^2 by its own recursion, r and the last p being orthogonal
-    best, best_rr, largest = v, rr, 0.0
+    best_rr, largest = rr, 0.0
     for n in range(max_steps):
         if math.sqrt(rr) <= threshold:
-            return v, n, math.sqrt(rr), CONVERGED
+            return n, math.sqrt(best_rr), CONVERGED
         h = matvec(p)
         curvature = float(p.dot(h))
         largest = max(largest, curvature / pp)
         if not math.isfinite(curvature):
-            return best, n, math.sqrt(best_rr), NON_FINITE
+            return n, math.sqrt(best_rr), NON_FINITE
         if curvature <= torch.finfo(p.dtype).eps * largest * pp:
-            return best, n, math.sqrt(best_rr), NOT_POSITIVE
+            return n, math.sqrt(best_rr), NOT_POSITIVE
         eta = rr / curvature
-        v = torch.add(v, p, alpha=eta)
-        r = torch.sub(r, h, alpha=eta)
+        v.add_(p, alpha=eta)
+        r.sub_(h, alpha=eta)
         rr, rr_before = float(r.dot(r)), rr
         if not math.isfinite(rr):
-            return best, n + 1, math.sqrt(best_rr), NON_FINITE
+            return n + 1, math.sqrt(best_rr), NON_FINITE
         if rr < best_rr:
-            best, best_rr = v, rr
+            best_rr = rr
+            best.copy_(v)
         zeta = rr / rr_before
-        p = torch.add(r, p, alpha=zeta)
+        torch.add(r, p, alpha=zeta, out=p)
         pp = rr + zeta * zeta * pp
     reason = CONVERGED if math.sqrt(best_rr) <= threshold else MAX_STEPS
-    return best, max_steps, math.sqrt(best_rr), reason
+    return max_steps, math.sqrt(best_rr), reason

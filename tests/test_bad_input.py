@@ -236,3 +236,9 @@ def test_inner_step_of_the_wrong_shape(reason: str) -> None:
     with pytest.raises((ValueError, TypeError, RuntimeError)):
         learner.adapt(lambda: F.cross_entropy(learner(X), Y), steps=2)
     assert learner(X).shape == (6, 3)
+
+
+def test_inference_mode_is_refused_with_the_mode_to_use() -> None:
+    learner = ImplicitCGHead(nn.Linear(4, 3), 0.1).clone()
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="use torch.no_grad"):
+        learner.adapt(lambda: learner(torch.ones(2, 4)).sum(), steps=2)

@@ -122,10 +122,6 @@ def rows_repeated(net: Net, x: Tensor, w: Tensor) -> Tensor:
     return F.cross_entropy(net(x[torch.arange(M) % 5]), Y)
 
 
-def unreduced(net: Net, x: Tensor, w: Tensor) -> Tensor:
-    return F.cross_entropy(net(x), Y, reduction="none").mean()
-
-
 def one_example(net: Net, x: Tensor, w: Tensor) -> Tensor:
     return F.cross_entropy(net(x[:1]), Y[:1])
 
@@ -148,7 +144,7 @@ CASES: list[tuple[Loss, bool | None]] = [
     (ignored_in_range, False), (ignored_in_a_sum, False), (three_dimensional, False),
     (spatial, False),
     (probabilities, False), (scaled_loss, False), (scaled_logits, False), (penalty, False),
-    (other_axis, False), (unreduced, False), (unbatched, False),
+    (other_axis, False), (unbatched, False),
     (strong, False),
 ]  # fmt: skip
 

@@ -92,14 +92,14 @@ class MetaLearner:
         """One outer iteration (Yang et al. 2025, Algorithm 1, lines 3 to 14)."""
         start = time.perf_counter()
         results = self.hypergradient(batch)
-        norm = torch.nn.utils.get_total_norm(p.grad for p in self.parameters if p.grad is not None)
+        norms = [p.grad.norm() for p in self.parameters if p.grad is not None]
         self.optimizer.step()
         seconds = time.perf_counter() - start
         noted = [result.diagnostics for result in results]
         return OuterStep(
             query_loss=_mean(float(result.loss) for result in results),
             query_accuracy=_mean(result.accuracy for result in results),
-            hypergradient_norm=float(norm),
+            hypergradient_norm=float(torch.stack(norms).norm()),
             inner_residual=_mean(d.inner_residual for d in noted),
             cg_residual=_mean(d.cg_residual for d in noted),
             cg_steps=_mean(d.cg_steps for d in noted),

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ ex = TrackedExperiment(
     types={f"tasks.{key}": kind for key, kind in TASK_TYPES.items()},
 )
 named_configs.register(ex)
+
+COUNTS = ("iterations", "meta_batch", "validate_every", "validation_tasks", "test_tasks")
 
 
 @ex.config
@@ -108,26 +110,17 @@ class Training:
         return accuracy
 
 
-def _check(
-    iterations: int,
-    meta_batch: int,
-    meta_lr: float,
-    validate_every: int,
-    validation_tasks: int,
-    test_tasks: int,
-    threads: int,
-) -> None:
+def _check(config: Mapping[str, Any]) -> None:
     try:
-        checks.count("iterations", iterations)
-        checks.count("meta_batch", meta_batch)
-        checks.positive("meta_lr", meta_lr)
-        checks.count("validate_every", validate_every)
-        checks.count("validation_tasks", validation_tasks)
-        checks.count("test_tasks", test_tasks)
+        for name in COUNTS:
+            checks.count(name, config[name])
+        checks.positive("meta_lr", config["meta_lr"])
     except ValueError as error:
         raise UserError(str(error)) from error
-    if threads < 0:
-        raise UserError(f"threads: expected at least 0, got {threads}; 0 is torch's own choice")
+    if config["threads"] < 0:
+        raise UserError(
+            f"threads: expected at least 0, got {config['threads']}; 0 is torch's own choice"
+        )
 
 
 def _centroid(tasks: Tasks, sizes: tuple[int, int, int], number: int) -> tuple[float, float]:
@@ -222,6 +215,7 @@ def _bar(items: Iterable[int]) -> Iterator[int]:
 @ex.automain
 def train(
     _run: Any,
+    _config: Mapping[str, Any],
     iterations: int,
     meta_batch: int,
     meta_lr: float,
@@ -231,18 +225,16 @@ def train(
     threads: int,
     output: str,
     seed: int,
-    model: dict[str, Any],
 ) -> dict[str, float]:
     """The whole run; returns the test accuracy with its interval."""
-    _check(iterations, meta_batch, meta_lr, validate_every, validation_tasks, test_tasks, threads)
+    _check(_config)
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
     tasks = make_tasks()
     backbone, width = make_backbone(tasks.image_shape())
-    learner = MetaLearner(
-        backbone, make_algorithm(width, tasks.ways), meta_lr, model["channels_last"]
-    )
+    channels_last = _config["model"]["channels_last"]
+    learner = MetaLearner(backbone, make_algorithm(width, tasks.ways), meta_lr, channels_last)
     training = Training(_run, learner, tasks, seed)
     training.loop(iterations, meta_batch, validate_every, validation_tasks)
     test = learner.evaluate(tasks.stream("test", 0), test_tasks, _bar)

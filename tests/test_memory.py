@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from oracles import peak_of_live_tensors
 from torch import Tensor, nn
 
+from experiments.peak_memory import peak_memory
 from l2l_implicit import ImplicitCGHead
 
 from learn2learn.algorithms import MAML  # isort: skip  (after l2l_implicit, which repairs it)
@@ -22,7 +23,15 @@ def test_the_measure_knows_an_allocation() -> None:
         del pair
         torch.empty(2 * MIB // 4)
 
-    assert peak_of_live_tensors(two_then_one) == 4 * MIB
+    assert peak_of_live_tensors(two_then_one) == peak_memory(two_then_one) == 4 * MIB
+
+
+def test_two_measures_agree_on_a_task() -> None:
+    """The counter of storages against the allocator's own record, which takes gigabytes."""
+    torch.manual_seed(0)
+    one = task(head(large_head(), "gradient"), 2000, "loss", 2)
+    one()
+    assert peak_memory(one) == pytest.approx(peak_of_live_tensors(one), rel=0.02)
 
 
 def task(parent: nn.Module, width: int, how: str, steps: int) -> Callable[[], object]:
@@ -50,8 +59,8 @@ def task(parent: nn.Module, width: int, how: str, steps: int) -> Callable[[], ob
 def growth(parent: nn.Module, width: int, how: str, many: int) -> float:
     """Peak at ``many`` steps over the peak at one."""
     task(parent, width, how, 2)()  # what is allocated once and for all
-    one = peak_of_live_tensors(task(parent, width, how, 1))
-    return peak_of_live_tensors(task(parent, width, how, many)) / one
+    one = peak_memory(task(parent, width, how, 1))
+    return peak_memory(task(parent, width, how, many)) / one
 
 
 def linear_head() -> nn.Module:

@@ -194,7 +194,7 @@ class ImplicitLearner(MAML):
         quadratic = task.quadratic
         if quadratic is None:
             return self._linearize_all(loss, phi, unused, differentiable)
-        parts = recognize(loss, phi)
+        parts = recognize(loss, phi, task.independent)
         if parts is not None:
             return LinearHeadLinearization(float(loss.detach()), parts, phi, quadratic)
         return AutogradLinearization(

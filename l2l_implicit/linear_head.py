@@ -84,12 +84,20 @@ class LinearHeadLinearization(Linearization):
         return [self._g @ direction + change @ weight]
 
 
-def recognize(loss: Tensor, parameters: Sequence[Tensor]) -> LinearCrossEntropy | None:
+def recognize(
+    loss: Tensor, parameters: Sequence[Tensor], independent: set[Any] | None = None
+) -> LinearCrossEntropy | None:
     """The parts of ``loss`` if its graph is the cross-entropy of a linear head, else None.
 
     Recognised are hard targets, no class weights, reduction ``mean`` or ``sum``, features of
     shape ``[m, d]``, and ``parameters`` (weight, bias) or (weight,). Nothing is guessed: what the
     graph does not say is left to the general path.
+
+    Args:
+        loss: a scalar with a graph.
+        parameters: phi.
+        independent: nodes whose history is known to be free of phi, and so of every later phi;
+            new ones are added.
     """
     nll: Any = loss.grad_fn
     if nll is None or nll.name() != "NllLossBackward0" or nll._saved_weight is not None:
@@ -98,7 +106,7 @@ def recognize(loss: Tensor, parameters: Sequence[Tensor]) -> LinearCrossEntropy 
     if softmax is None or softmax.name() != "LogSoftmaxBackward0" or softmax._saved_dim != 1:
         return None
     linear = softmax.next_functions[0][0]
-    features = _features(linear, parameters)
+    features = _features(linear, parameters, set() if independent is None else independent)
     if features is None:
         return None
     x, source = features
@@ -109,9 +117,11 @@ def recognize(loss: Tensor, parameters: Sequence[Tensor]) -> LinearCrossEntropy 
     return None if scale is None else LinearCrossEntropy(x, log_p, targets, scale, source)
 
 
-def _features(linear: Any, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor | None] | None:
+def _features(
+    linear: Any, parameters: Sequence[Tensor], independent: set[Any]
+) -> tuple[Tensor, Tensor | None] | None:
     """The features that a linear map with just these parameters was applied to, and theta's end."""
-    edges = [tuple(get_gradient_edge(p))[:2] for p in parameters]
+    edges = [_edge(p) for p in parameters]
     if linear is None or linear.name() not in ("AddmmBackward0", "MmBackward0"):
         return None
     *bias, (origin, _), (transpose, _) = linear.next_functions
@@ -127,13 +137,25 @@ def _features(linear: Any, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor
     if not is_boundary(origin):
         return None
     source = origin.saved_tensors[0]
-    return None if _reaches(source, {node for node, _ in edges}) else (x.detach(), source)
+    node = _edge(source)[0]
+    if node not in independent:
+        if _reaches(node, {node for node, _ in edges}):
+            return None
+        independent.add(node)
+    return x.detach(), source
 
 
-def _reaches(tensor: Tensor, nodes: set[Any]) -> bool:
-    """Whether the history of ``tensor`` holds one of ``nodes``."""
+def _edge(tensor: Tensor) -> tuple[Any, int]:
+    """Where a gradient with respect to ``tensor`` arrives: a node and the number of its output."""
+    if tensor.grad_fn is not None:
+        return tensor.grad_fn, tensor.output_nr
+    return get_gradient_edge(tensor).node, 0
+
+
+def _reaches(start: Any, nodes: set[Any]) -> bool:
+    """Whether the history from the node ``start`` on holds one of ``nodes``."""
     seen: set[Any] = set()
-    stack: list[Any] = [get_gradient_edge(tensor).node]
+    stack = [start]
     while stack:
         node = stack.pop()
         if node is None or node in seen:

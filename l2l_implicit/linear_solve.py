@@ -81,11 +81,13 @@ def conjugate_gradient(
     if scale == 0.0:
         return LinearSolution(torch.zeros_like(b), 0, 0.0, 0.0, ZERO)
     # In units of the largest entry of b no square overflows or underflows.
-    b_norm = float((b / scale).norm())
-    v, r = _first_iterate(matvec, b / scale, b_norm, start, scale)
+    unit_b = b / scale
+    b_norm = math.sqrt(float(unit_b.dot(unit_b)))
+    v, r = _first_iterate(matvec, unit_b, b_norm, start, scale)
+    del unit_b  # the residual from now on, or of no more use
     steps, r_norm, reason = _iterate(matvec, v, r, tol * b_norm, max_steps)
     v *= scale
-    if not bool(torch.isfinite(v).all()):
+    if not math.isfinite(float(v.sum())):
         return LinearSolution(torch.zeros_like(b), steps, math.inf, math.inf, NON_FINITE)
     return LinearSolution(v, steps, r_norm * scale, r_norm / b_norm, reason)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -35,10 +35,13 @@ class Task:
         stepper: the inner solver with its state, once there is one.
         first_norm: norm of the first inner gradient.
         steps: inner steps taken.
+        independent: nodes of the graph that are known not to depend on phi.
         cell: the linearization that the current parameters depend on, if one is alive.
     """
 
-    __slots__ = ("cell", "first_norm", "initial", "key", "quadratic", "stepper", "steps")
+    __slots__ = (
+        "cell", "first_norm", "independent", "initial", "key", "quadratic", "stepper", "steps"
+    )  # fmt: skip
 
     def __init__(self, key: Hashable | None, initial: list[Tensor]) -> None:
         self.key, self.initial = key, initial
@@ -46,6 +49,7 @@ class Task:
         self.stepper: Callable[[Linearization], Tensor] | None = None
         self.first_norm, self.steps = 0.0, 0
         self.cell: weakref.ref[Cell] | None = None
+        self.independent: set[Any] = set()
 
     def release(self) -> None:
         """Drop the linearization that the next one replaces."""

@@ -196,7 +196,8 @@ class ImplicitLearner(MAML):
             return self._linearize_all(loss, phi, unused, differentiable)
         parts = recognize(loss, phi, task.independent)
         if parts is not None:
-            return LinearHeadLinearization(float(loss.detach()), parts, phi, quadratic)
+            point = task.vector_of(phi)
+            return LinearHeadLinearization(float(loss.detach()), parts, phi, quadratic, point)
         return AutogradLinearization(
             loss, phi, quadratic=quadratic, unused=unused, differentiable=differentiable
         )
@@ -222,6 +223,8 @@ class ImplicitLearner(MAML):
         return self._initial_of(phi) if self.anchor == "init" else []
 
     def _initial_of(self, phi: Sequence[Tensor]) -> list[Tensor]:
+        if len(phi) == len(self._task.initial):
+            return self._task.initial
         adapted = {id(p) for p in phi}
         pairs = zip(self._task.initial, self.module.parameters(), strict=True)
         return [initial for initial, p in pairs if id(p) in adapted]
@@ -246,8 +249,10 @@ class ImplicitLearner(MAML):
             return
         cell = Cell(at, self._solver(vector))
         zero = self._initial_of(phi) if self.anchor == "zero" else []
-        substitute(self.module, phi, attach(cell, vector, phi, constants=zero))
+        new = attach(cell, vector, phi, constants=zero)
+        substitute(self.module, phi, new)
         self._task.cell = weakref.ref(cell)
+        self._task.vector, self._task.first = vector, new[0]
 
     def _solver(self, vector: Tensor) -> Solve:
         """`_solve` on a copy without the module: a graph that held its learner would hold itself.

@@ -46,6 +46,7 @@ class LinearHeadLinearization(Linearization):
         parts: LinearCrossEntropy,
         parameters: Sequence[Tensor],
         quadratic: SquaredDistance,
+        point: Tensor | None = None,
     ) -> None:
         self._x, self._source = parts.features, parts.source
         self._p = parts.log_probabilities.exp()
@@ -53,7 +54,7 @@ class LinearHeadLinearization(Linearization):
         target = parts.targets.long().unsqueeze(1)
         self._g = self._scaled_p.scatter(1, target, -parts.scale, reduce="add")
         self._bias = len(parameters) == 2
-        super().__init__(parameters, loss, self._in_phi(self._g), quadratic)
+        super().__init__(parameters, loss, self._in_phi(self._g), quadratic, point)
 
     def _in_phi(self, per_logit: Tensor) -> Tensor:
         """The gradient in phi of a function whose gradient in the logits is ``per_logit``."""
@@ -64,9 +65,10 @@ class LinearHeadLinearization(Linearization):
         """A direction V, and the change S that it makes in the loss's gradient in the logits."""
         classes, width = self.parameters[0].shape
         direction = vector[: classes * width].view(classes, width)
-        u = self._x @ direction.t()
         if self._bias:
-            u += vector[classes * width :]
+            u = torch.addmm(vector[classes * width :], self._x, direction.t())
+        else:
+            u = self._x @ direction.t()
         u *= self._scaled_p
         return direction, u.addcmul_(self._p, u.sum(1, keepdim=True), value=-1.0)
 

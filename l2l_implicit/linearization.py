@@ -69,6 +69,7 @@ class Linearization(ABC):
         loss: its value.
         gradient: its gradient in phi, shape ``[n]``, detached.
         quadratic: R in closed form, or None if the loss holds it already.
+        point: phi as one vector, if at hand.
 
     Attributes:
         point: phi as one vector, shape ``[n]``, detached.
@@ -82,9 +83,10 @@ class Linearization(ABC):
         loss: float,
         gradient: Tensor,
         quadratic: SquaredDistance | None,
+        point: Tensor | None = None,
     ) -> None:
         self.parameters = parameters
-        self.point = flatten(parameter.detach() for parameter in parameters)
+        self.point = flatten(p.detach() for p in parameters) if point is None else point
         self._loss, self._quadratic = loss, quadratic
         self.gradient = gradient
         if quadratic is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -35,12 +35,15 @@ class Task:
         stepper: the inner solver with its state, once there is one.
         first_norm: norm of the first inner gradient.
         steps: inner steps taken.
+        vector: the current parameters as one vector, while ``first`` is the first of them.
+        first: see ``vector``.
         independent: nodes of the graph that are known not to depend on phi.
         cell: the linearization that the current parameters depend on, if one is alive.
     """
 
     __slots__ = (
-        "cell", "first_norm", "independent", "initial", "key", "quadratic", "stepper", "steps"
+        "cell", "first", "first_norm", "independent", "initial", "key", "quadratic", "stepper",
+        "steps", "vector",
     )  # fmt: skip
 
     def __init__(self, key: Hashable | None, initial: list[Tensor]) -> None:
@@ -49,7 +52,15 @@ class Task:
         self.stepper: Callable[[Linearization], Tensor] | None = None
         self.first_norm, self.steps = 0.0, 0
         self.cell: weakref.ref[Cell] | None = None
+        self.vector: Tensor | None = None
+        self.first: Tensor | None = None
         self.independent: set[Any] = set()
+
+    def vector_of(self, phi: Sequence[Tensor]) -> Tensor | None:
+        """``phi`` as one vector, if it is what was last installed."""
+        if self.vector is None or phi[0] is not self.first:
+            return None
+        return self.vector if sum(p.numel() for p in phi) == self.vector.numel() else None
 
     def release(self) -> None:
         """Drop the linearization that the next one replaces."""

@@ -95,10 +95,11 @@ class Training:
     def _measure_memory(self, iteration: int, episodes: list[Any]) -> None:
         """On a repetition of the step's gradient that is not timed: counting slows it down."""
         state = {name: b.clone() for name, b in self.learner.backbone.named_buffers()}
-        self.peak = max(self.peak, peak_memory(lambda: self.learner.hypergradient(episodes)))
+        peak = peak_memory(lambda: self.learner.hypergradient(episodes))
+        self.peak = max(self.peak, peak)
         for name, buffer in self.learner.backbone.named_buffers():
             buffer.copy_(state[name])
-        record(self.run, {"train/step_peak_bytes": self.peak}, iteration)
+        record(self.run, {"train/step_peak_bytes": peak}, iteration)
 
     def _validate(self, iteration: int, number: int) -> Interval:
         start = time.perf_counter()
@@ -126,7 +127,7 @@ def _check(config: Mapping[str, Any]) -> None:
 def _centroid(tasks: Tasks, sizes: tuple[int, int, int], number: int) -> tuple[float, float]:
     """Nearest centroid on the raw pixels of the same test tasks."""
     stream = tasks.stream("test", 0)
-    with stream._own_random():
+    with stream.own_random():
         return nearest_centroid_accuracy(stream.taskset, *sizes, num_tasks=max(2, number))
 
 

@@ -60,13 +60,14 @@ class TaskStream:
 
     def sample(self) -> Episode:
         """The next task."""
-        with self._own_random():
+        with self.own_random():
             images, labels = self.taskset.sample()
         support, query = split_support_query(images, labels, self._shots)
         return Episode(torch.cat([support[0], query[0]]), support[1], query[1])
 
     @contextmanager
-    def _own_random(self) -> Iterator[None]:
+    def own_random(self) -> Iterator[None]:
+        """Python's ``random`` in this stream's state; what is drawn inside moves it on."""
         others = random.getstate()
         random.setstate(self._state)
         try:

@@ -1,0 +1,96 @@
+"""An inner optimiser's step as a differentiable function, by way of ``higher``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from l2l_implicit import checks
+from l2l_implicit.baselines.optimizers import Factory, make_optimizer, placeholders
+from l2l_implicit.linearization import inner_gradient
+
+# Settings of torch's optimisers that higher passes over in silence.
+IGNORED = ("maximize", "decoupled_weight_decay")
+
+
+def require_higher() -> Any:
+    """The package ``higher``, which only the unrolled baselines need."""
+    try:
+        import higher
+    except ModuleNotFoundError:
+        raise ImportError(
+            "UnrolledMAML: expected the package higher, got none installed; "
+            "pip install l2l-implicit[baselines], or use Learn2LearnMAML"
+        ) from None
+    return higher
+
+
+class DifferentiableUpdate:
+    """One task's inner optimiser with its state.
+
+    Args:
+        choice: the optimiser, by name or as a factory.
+        like: the parameters it will update; their shapes, dtypes and devices are looked at.
+
+    Raises:
+        ImportError: without higher.
+        ValueError: for an optimiser or a setting that higher does not support.
+    """
+
+    def __init__(self, choice: str | Factory, like: Sequence[Tensor]) -> None:
+        higher = require_higher()
+        leaves = placeholders(like)  # higher copies the parameters it is given
+        optimizer = make_optimizer(choice, leaves)
+        try:
+            self._higher = higher.get_diff_optim(optimizer, leaves)
+        except ValueError:
+            raise ValueError(
+                "optimizer: expected one that higher can differentiate, got "
+                f"{type(optimizer).__name__}; try SGD, Adam or RMSprop, or higher.register_optim()"
+            ) from None
+        for name in IGNORED:
+            if any(group.get(name) for group in optimizer.param_groups):
+                raise ValueError(
+                    f"optimizer: expected settings that higher differentiates, got {name}=True, "
+                    "which it ignores; leave it out"
+                )
+
+    def unrolled(
+        self, loss: Tensor, parameters: Sequence[Tensor], lr: float | Tensor, unused: bool
+    ) -> list[Tensor]:
+        """The next parameters, with the whole history of the step."""
+
+        def check(gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+            pairs = zip(gradients, parameters, strict=True)
+            checks.used([g for g, p in pairs if p.requires_grad], unused)
+            return gradients
+
+        return self._higher.step(loss, parameters, override={"lr": [lr]}, grad_callback=check)
+
+    def first_order(
+        self, loss: Tensor, parameters: Sequence[Tensor], lr: float | Tensor, unused: bool
+    ) -> list[Tensor]:
+        """The next parameters, as far as gradients go a constant away from these (and from lr).
+
+        Inner gradients, and whatever the optimiser makes of them and of the parameters, are
+        constants: a momentum or a weight decay too. Where no gradients are kept, leaves.
+        """
+        adapted = [p for p in parameters if p.requires_grad]
+        with torch.enable_grad():
+            found = iter(inner_gradient(loss, adapted, unused))
+        gradients = [next(found) if p.requires_grad else None for p in parameters]
+        constants = [p.detach() for p in parameters]
+        new = self._higher.step(
+            torch.zeros((), requires_grad=True),  # higher need not look: the gradients are known
+            constants,
+            override={"lr": [lr]},
+            grad_callback=lambda _: gradients,
+        )
+        if not torch.is_grad_enabled():
+            return [q.requires_grad_(p.requires_grad) for p, q in zip(parameters, new, strict=True)]
+        triples = zip(parameters, constants, new, strict=True)
+        return [p + (q - c) if p.requires_grad else p for p, c, q in triples]
+

@@ -1,0 +1,127 @@
+"""What the baselines share: learn2learn's contract, with closures, and no graph where none is due.
+
+A baseline says how it takes one inner step; everything else about ``clone`` and ``adapt`` is here.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from learn2learn.algorithms import MAML
+from learn2learn.utils import clone_module
+from torch import Tensor, nn
+
+from l2l_implicit import checks
+
+Self = TypeVar("Self", bound="BaselineLearner")
+Closure = Callable[[], Tensor]
+
+
+class BaselineLearner(MAML):
+    """learn2learn's MAML whose ``adapt`` also takes a closure; arguments as there."""
+
+    _links_to_initial = True  # whether a clone's parameters have a history
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | Tensor,
+        first_order: bool = False,
+        allow_unused: bool | None = None,
+        allow_nograd: bool = False,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {model!r}; wrap it in one")
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError(
+                f"lr: expected one number, got a tensor of shape {tuple(lr.shape)}; pass one step "
+                "size for all parameters"
+            )
+        checks.positive("lr", lr)
+        super().__init__(model, lr, first_order, allow_unused, allow_nograd)
+
+    @abstractmethod
+    def _step(self, loss: Tensor, unused: bool, first_order: bool, keep: bool) -> None:
+        """One inner step; without ``keep`` the new parameters are leaves."""
+
+    def _begin(self, parent: Self) -> None:
+        """Called on a clone as soon as it is one."""
+
+    def clone(
+        self: Self,
+        first_order: bool | None = None,
+        allow_unused: bool | None = None,
+        allow_nograd: bool | None = None,
+    ) -> Self:
+        """A learner for one task, whose parameters are copies of this one's.
+
+        As in learn2learn, buffers that need no gradient (batch norm's) are shared, not copied.
+
+        Args:
+            first_order, allow_unused, allow_nograd: as in the constructor; None keeps its value.
+        """
+        clone = _shallow_copy(self)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._links_to_initial):
+            clone.module = clone_module(self.module)
+        pairs = zip(clone.module.parameters(), self.module.parameters(), strict=True)
+        for copied, initial in pairs:
+            copied.requires_grad_(initial.requires_grad)  # a copy without a history loses it
+        clone.first_order = _first(first_order, self.first_order)
+        clone.allow_unused = _first(allow_unused, self.allow_unused)
+        clone.allow_nograd = _first(allow_nograd, self.allow_nograd)
+        clone._begin(self)
+        return clone
+
+    def adapt(
+        self,
+        loss: Tensor | Closure,
+        first_order: bool | None = None,
+        allow_unused: bool | None = None,
+        allow_nograd: bool | None = None,
+        *,
+        steps: int | None = None,
+    ) -> None:
+        """One inner step from a loss tensor, or ``steps`` of them from a closure.
+
+        Under ``torch.no_grad()`` a closure is evaluated with gradients enabled, and nothing is
+        kept from one step to the next.
+
+        Args:
+            loss: a scalar, or a closure (no arguments) that returns the loss of the learner as it
+                then is.
+            first_order, allow_unused, allow_nograd: as in the constructor, for this call.
+            steps: the number K of steps; with a closure only.
+
+        Raises:
+            ValueError: if the loss is no finite scalar that depends on the parameters.
+        """
+        first_order = _first(first_order, self.first_order)
+        unused = _first(allow_unused, self.allow_unused)
+        checks.steps(loss, steps)
+        checks.gradients_possible()
+        checks.inner_parameters(self.module, _first(allow_nograd, self.allow_nograd))
+        keep = torch.is_grad_enabled()
+        with torch.enable_grad():
+            for _ in range(steps or 1):  # no name for the loss: its graph ends with the step
+                self._step(_evaluate(loss), unused, first_order, keep)
+
+
+def _evaluate(loss: Tensor | Closure) -> Tensor:
+    return checks.loss(loss if isinstance(loss, Tensor) else loss())
+
+
+def _first(given: bool | None, otherwise: bool) -> bool:
+    return otherwise if given is None else given
+
+
+def _shallow_copy(learner: Self) -> Self:
+    """A learner of the same class and attributes whose tables of tensors are its own."""
+    twin = learner.__new__(type(learner))
+    attributes: dict[str, Any] = learner.__dict__.copy()
+    for table in ("_parameters", "_buffers", "_modules"):
+        attributes[table] = attributes[table].copy()
+    twin.__dict__.update(attributes)
+    return twin

@@ -1,0 +1,44 @@
+"""The inner optimiser: by name, or made by the user's own factory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, Optimizer, RMSprop
+
+from l2l_implicit import checks
+
+Factory = Callable[[list[Tensor]], Optimizer]
+BY_NAME: dict[str, Factory] = {"sgd": SGD, "adam": Adam, "rmsprop": RMSprop}
+
+
+def make_optimizer(choice: str | Factory, parameters: Sequence[Tensor]) -> Optimizer:
+    """An optimiser of the parameters (leaves); its step size is for the caller to set.
+
+    Raises:
+        ValueError: for an unknown name.
+        TypeError: for what is neither a name nor a factory of optimisers.
+    """
+    if isinstance(choice, str):
+        checks.choice("optimizer", choice, BY_NAME)
+        return BY_NAME[choice](list(parameters))
+    if not callable(choice):
+        raise TypeError(
+            f"optimizer: expected a name or a function of the parameters, got {choice!r}; try "
+            "'sgd', or lambda parameters: torch.optim.SGD(parameters, momentum=0.9)"
+        )
+    optimizer = choice(list(parameters))
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            "optimizer: expected the function to return a torch.optim.Optimizer, got "
+            f"{type(optimizer).__name__}; return one made of the parameters it is given"
+        )
+    return optimizer
+
+
+def placeholders(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Leaves in the parameters' shapes, of one element's memory each; never none."""
+    alike = [p.detach().new_zeros(()).expand(p.shape) for p in parameters]
+    return [leaf.requires_grad_() for leaf in alike or [torch.zeros(1)]]

@@ -1,0 +1,98 @@
+"""`UnrolledMAML`: back-propagation through the inner loop, by way of ``higher``."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from l2l_implicit.baselines.differentiable_update import DifferentiableUpdate
+from l2l_implicit.baselines.learner import BaselineLearner
+from l2l_implicit.baselines.optimizers import Factory
+from l2l_implicit.vectors import substitute
+
+Self = TypeVar("Self", bound="UnrolledMAML")
+
+
+class UnrolledMAML(BaselineLearner):
+    r"""Adapts a module by an optimiser whose every step is differentiated.
+
+    With :math:`\phi^0` the module's initial value and U the optimiser's update,
+
+    .. math:: \phi^{k+1} = U(\phi^k, \nabla_\phi \text{loss}(\theta, \phi^k)), \quad k < K,
+
+    and ``backward()`` on a loss of the adapted learner leaves its exact derivative on theta (all
+    that the losses depend on), on :math:`\phi^0` and on ``lr``. Which algorithm it is depends on
+    what it wraps:
+
+    =====================  ======================================================
+    MAML, FOMAML           the whole network; ``first_order=True``
+    ANIL, fo_ANIL          the head, on features computed once, outside
+    ITD-BiO                the head with ``learn_init=False``: theta is all there is to learn
+    =====================  ======================================================
+
+    The memory of the second-order variants grows with K. The module stays an ordinary
+    ``nn.Module``, whose parameters are tensors with a history.
+
+    Args:
+        model: the module to adapt.
+        lr: inner step size; a scalar tensor that requires grad is meta-learned.
+        first_order: the gradient at the adapted point, all inner gradients taken as constants.
+        allow_unused: let parameters be absent from the loss. Defaults to ``allow_nograd``.
+        allow_nograd: adapt only the parameters that require grad.
+        learn_init: whether a clone's initial value depends on this learner's parameters;
+            otherwise it is a constant, and they get no gradient.
+        optimizer: ``'sgd'``, ``'adam'``, ``'rmsprop'``, or a function of a list of parameters
+            that returns a torch optimiser of a class that higher knows. Its step size is ``lr``,
+            whatever the function sets; its state begins anew in every clone. The steps are
+            higher's: its Adam adds epsilon before the bias correction (Kingma and Ba 2015, end of
+            section 2), torch's after it.
+
+    Raises:
+        ImportError: without ``higher``.
+        ValueError, TypeError: for a setting out of its range, in one line.
+
+    References:
+        Finn et al. (2017), Algorithm 1; Raghu et al. (2020); Ji et al. (2020), ITD-BiO, which is
+        eq. (3) of Yang et al. (2025); Grefenstette et al. (2019), higher.
+
+    Example::
+
+        features, head = nn.Linear(20, 10), UnrolledMAML(nn.Linear(10, 5), lr=0.1)
+        x, y, loss = torch.randn(25, 20), torch.arange(25) % 5, nn.CrossEntropyLoss()
+        learner, h = head.clone(), features(x)
+        learner.adapt(lambda: loss(learner(h), y), steps=5)
+        loss(learner(h), y).backward()
+        assert features.weight.grad.any() and head.module.weight.grad.any()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | Tensor,
+        first_order: bool = False,
+        allow_unused: bool | None = None,
+        allow_nograd: bool = False,
+        *,
+        learn_init: bool = True,
+        optimizer: str | Factory = "sgd",
+    ) -> None:
+        super().__init__(model, lr, first_order, allow_unused, allow_nograd)
+        DifferentiableUpdate(optimizer, list(model.parameters()))  # fails now rather than in adapt
+        self.learn_init, self.optimizer = learn_init, optimizer
+        self._links_to_initial = learn_init
+        self._update: DifferentiableUpdate | None = None
+
+    def _begin(self, parent: Self) -> None:
+        self._update = None
+
+    def _step(self, loss: Tensor, unused: bool, first_order: bool, keep: bool) -> None:
+        parameters = list(self.module.parameters())
+        if self._update is None:
+            self._update = DifferentiableUpdate(self.optimizer, parameters)
+        lr = self.lr.reshape(()) if isinstance(self.lr, Tensor) else self.lr
+        take = self._update.unrolled if keep and not first_order else self._update.first_order
+        with torch.set_grad_enabled(keep):
+            new = take(loss, parameters, lr, unused)
+        substitute(self.module, parameters, new)

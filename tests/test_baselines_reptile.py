@@ -1,0 +1,116 @@
+"""Reptile's outer gradient against steps taken by hand."""
+
+import pytest
+import torch
+from baseline_oracles import Case, Tensors, make_case, momentum, path
+from baseline_tasks import support_loss
+from oracles import relative_error
+from torch import Tensor
+
+from l2l_implicit.baselines import Reptile
+
+pytestmark = pytest.mark.usefixtures("float64")
+CASES = ["maml linear", "maml mlp", "maml cnn"]
+
+
+def way(case: Case, adapted: Tensors) -> list[Tensor]:
+    return [initial - after for initial, after in zip(case.start(), adapted, strict=True)]
+
+
+def nichols_adam(phi: Tensors, g: Tensors, state: Tensors, lr: float, k: int) -> tuple:
+    """Adam with betas 0 and 0.999, epsilon beside the corrected root, as torch has it."""
+    v = tuple(0.999 * a + 0.001 * d**2 for a, d in zip(state or (0.0,) * len(g), g, strict=True))
+    roots = [(a / (1 - 0.999**k)).sqrt() + 1e-8 for a in v]
+    return tuple(p - lr * d / r for p, d, r in zip(phi, g, roots, strict=True)), v
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("how", ["loss", "closure"])
+def test_plain_steps(how: str, steps: int, name: str) -> None:
+    case = make_case(name)
+    adapted = path(case, case.start(), (), 0.3, steps)[-1]
+    learner = Reptile(case.module, 0.3).clone()
+    loss = support_loss(learner, case)
+    if how == "closure":
+        learner.adapt(loss, steps=steps)
+    else:
+        for _ in range(steps):
+            learner.adapt(loss())
+    learner.outer_gradient()
+    assert relative_error([p.grad for p in case.module.parameters()], way(case, adapted)) < 1e-12
+    assert relative_error(list(learner.module.parameters()), adapted) < 1e-12
+
+
+OPTIMIZERS = {
+    "momentum": (momentum, lambda ps: torch.optim.SGD(ps, momentum=0.9, weight_decay=0.1)),
+    "adam": (nichols_adam, lambda ps: torch.optim.Adam(ps, betas=(0.0, 0.999))),
+}
+
+
+@pytest.mark.parametrize("kind", list(OPTIMIZERS))
+def test_inner_optimizers_begin_anew_in_every_clone(kind: str) -> None:
+    update, optimizer = OPTIMIZERS[kind]
+    case = make_case("maml mlp")
+    adapted = path(case, case.start(), (), 0.02, 4, update)[-1]
+    parent = Reptile(case.module, 0.02, optimizer=optimizer)
+    for _ in range(2):
+        learner = parent.clone()
+        learner.adapt(support_loss(learner, case), steps=4)
+        assert relative_error(list(learner.module.parameters()), adapted) < 1e-12
+
+
+def test_weights_and_tasks_add_up() -> None:
+    case = make_case("maml linear")
+    parent = Reptile(case.module, 0.3)
+    for weight, steps in ((0.25, 2), (0.5, 4)):
+        learner = parent.clone()
+        learner.adapt(support_loss(learner, case), steps=steps)
+        learner.outer_gradient(weight)
+    ends = path(case, case.start(), (), 0.3, 4)
+    pairs = zip(way(case, ends[2]), way(case, ends[4]), strict=True)
+    expected = [0.25 * a + 0.5 * b for a, b in pairs]
+    assert relative_error([p.grad for p in case.module.parameters()], expected) < 1e-12
+
+
+def test_an_outer_step_is_that_of_the_paper() -> None:
+    """phi + epsilon (adapted - phi), Algorithm 1."""
+    case = make_case("maml linear")
+    start, adapted = case.start(), path(case, case.start(), (), 0.3, 3)[-1]
+    expected = [p + 0.1 * (a - p) for p, a in zip(start, adapted, strict=True)]
+    outer = torch.optim.SGD(case.module.parameters(), lr=0.1)
+    learner = Reptile(case.module, 0.3).clone()
+    learner.adapt(support_loss(learner, case), steps=3)
+    learner.outer_gradient()
+    outer.step()
+    assert relative_error(list(case.module.parameters()), expected) < 1e-12
+
+
+def test_a_clone_of_a_clone_goes_on_from_it() -> None:
+    case = make_case("maml linear")
+    learner = Reptile(case.module, 0.3).clone()
+    learner.adapt(support_loss(learner, case), steps=2)
+    second = learner.clone()
+    second.adapt(support_loss(second, case), steps=3)
+    second.outer_gradient()
+    expected = way(case, path(case, case.start(), (), 0.3, 5)[-1])
+    assert relative_error([p.grad for p in case.module.parameters()], expected) < 1e-12
+
+
+def test_the_original_stays_as_it_is() -> None:
+    case = make_case("maml cnn")
+    before = [p.clone() for p in case.start()]
+    learner = Reptile(case.module, 0.3).clone()
+    learner.adapt(support_loss(learner, case), steps=3)
+    assert all(torch.equal(a, b) for a, b in zip(case.start(), before, strict=True))
+    assert all(p.grad is None for p in [*case.module.parameters(), *learner.module.parameters()])
+
+
+def test_frozen_parameters_get_no_outer_gradient() -> None:
+    case = make_case("maml mlp")
+    case.module[0].weight.requires_grad_(False)
+    learner = Reptile(case.module, 0.3, allow_nograd=True).clone()
+    learner.adapt(support_loss(learner, case), steps=3)
+    learner.outer_gradient()
+    assert [p.grad is None for p in case.module.parameters()] == [True, False, False, False]
+    assert torch.equal(learner.module[0].weight, case.module[0].weight)

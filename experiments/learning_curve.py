@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,64 +13,55 @@ matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt  # noqa: E402
 
 from experiments.meta_learning import Interval, OuterStep  # noqa: E402
+from experiments.training import Training  # noqa: E402
 
-Validations = Sequence[tuple[int, Interval]]
 
-
-def draw(
-    path: Path,
-    title: str,
-    steps: Sequence[OuterStep],
-    validations: Validations,
-    centroid: Interval,
-    test: Interval,
-) -> None:
-    """Accuracies above, what was solved and how well below, over outer iterations.
+def draw(path: Path, title: str, training: Training, centroid: Interval | None) -> None:
+    """Scores above, what was solved and how well below, over outer iterations.
 
     Args:
         path: the PNG to write.
         title: what was run.
-        steps: one for each outer iteration.
-        validations: (iteration, accuracy) pairs.
-        centroid: nearest centroid on raw pixels, on test tasks.
-        test: the final test accuracy.
+        training: the finished run.
+        centroid: nearest centroid on raw pixels, on test tasks; None for regression.
     """
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(8, 7), sharex=True, height_ratios=(2, 1), layout="constrained"
     )
-    _accuracies(top, steps, validations, centroid, test)
-    _residuals(bottom, steps)
+    _scores(top, training, centroid)
+    _residuals(bottom, training.steps)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def _accuracies(
-    axes: plt.Axes,
-    steps: Sequence[OuterStep],
-    validations: Validations,
-    centroid: Interval,
-    test: Interval,
-) -> None:
-    means = _running_mean([100 * step.query_accuracy for step in steps], 20)
+def _scores(axes: plt.Axes, training: Training, centroid: Interval | None) -> None:
+    measure = training.learner.measure
+    means = _running_mean([measure.factor * step.query_score for step in training.steps], 20)
     axes.plot(range(1, len(means) + 1), means, color="0.7", label="training tasks, mean of 20")
-    at = [iteration for iteration, _ in validations]
-    mean = [100 * value.mean for _, value in validations]
-    half = [100 * value.half_width for _, value in validations]
+    at = [iteration for iteration, _ in training.validations]
+    mean = [measure.factor * value.mean for _, value in training.validations]
+    half = [measure.factor * value.half_width for _, value in training.validations]
     axes.errorbar(at, mean, half, fmt="o-", capsize=3, label="validation tasks, 95 % interval")
-    axes.axhline(100 * test.mean, color="C2", linestyle="--", label=f"test tasks: {test}")
-    axes.axhline(
-        100 * centroid.mean, color="C3", linestyle=":", label=f"raw pixels, centroid: {centroid}"
-    )
-    axes.set_ylabel("query accuracy (%)")
+    for value, color, style, name in (
+        (training.result, "C2", "--", "test tasks"),
+        (centroid, "C3", ":", "raw pixels, centroid"),
+    ):
+        if value is not None and math.isfinite(value.mean):
+            label = f"{name}: {measure.show(value)}"
+            axes.axhline(measure.factor * value.mean, color=color, linestyle=style, label=label)
+    axes.set_ylabel(f"query {measure.name}" + (f" ({measure.unit})" if measure.unit else ""))
     axes.legend(loc="best")
     axes.grid(alpha=0.3)
 
 
 def _residuals(axes: plt.Axes, steps: Sequence[OuterStep]) -> None:
     iterations = range(1, len(steps) + 1)
-    axes.semilogy(iterations, [s.inner_residual for s in steps], label="inner gradient, relative")
-    axes.semilogy(iterations, [s.cg_residual for s in steps], label="CG residual, relative")
+    if any(step.inner_residual is not None for step in steps):
+        inner = [step.inner_residual or math.nan for step in steps]
+        linear = [step.cg_residual or math.nan for step in steps]
+        axes.semilogy(iterations, inner, label="inner gradient, relative")
+        axes.semilogy(iterations, linear, label="linear residual, relative")
     axes.semilogy(
         iterations, [s.hypergradient_norm for s in steps], color="0.6", label="hypergradient norm"
     )

@@ -1,48 +1,108 @@
-"""Settings by name, one for each thing people want to run: ``with NAME``.
+"""Settings by name: benchmarks, algorithms, and the papers' own. ``with cifarfs anil seed=1``.
 
-A key given on the command line beats a named config, in either order.
+Later names beat earlier ones; a key given on the command line beats a named config, in either
+order.
 """
-
-# ruff: noqa: F841  (Sacred reads a config function's local variables)
 
 from __future__ import annotations
 
+from typing import Any
+
 from sacred import Experiment
+
+from experiments.ingredients.algorithm_table import ALGORITHMS, VARIANTS
+
+Config = dict[str, Any]
+
+BENCHMARKS: dict[str, Config] = {
+    "glyphs": {"tasks": {"name": "glyphs"}},
+    "caltech101": {"tasks": {"name": "caltech101"}},
+    "cifarfs": {"tasks": {"name": "cifarfs"}, "model": {"hidden": 64}},
+    "fc100": {"tasks": {"name": "fc100"}, "model": {"hidden": 64}},
+    "mini_imagenet": {"tasks": {"name": "mini_imagenet"}},
+    "tiered_imagenet": {"tasks": {"name": "tiered_imagenet"}},
+    "omniglot": {"tasks": {"name": "omniglot"}, "model": {"hidden": 64}},
+    "folder": {"tasks": {"name": "folder"}},
+    "sine": {"tasks": {"name": "sine", "shots": 10, "queries": 10}},
+}
+
+_METHODS: dict[str, Config] = {
+    **{name: {"algorithm": {"name": name}} for name in ALGORITHMS},
+    **{name: {"algorithm": {"name": "rm_metal", "variant": name}} for name in VARIANTS},
+}
+
+# A run of seconds, to see that everything works.
+_SMOKE: Config = {
+    "tasks": {"name": "glyphs", "level": "easy"},
+    "model": {"hidden": 8},
+    "iterations": 4,
+    "validate_every": 2,
+    "validation_tasks": 4,
+    "test_tasks": 8,
+}
+
+
+def _yang() -> dict[str, Config]:
+    """Yang et al. (2025), section 5 and appendix C.2: ``yang_<benchmark>_<algorithm>``."""
+    outer = {"iterations": 2000, "meta_batch": 32}
+    five = {"ways": 5, "shots": 5, "queries": 5}
+    small = {"rm_metal": (1e-4, 0.1, 20), "itd_bio": (1e-4, 0.1, 20),
+             "maml": (1e-3, 0.5, 3), "anil": (1e-4, 0.1, 10)}
+    large = {"rm_metal": (1e-3, 0.05, 20), "itd_bio": (1e-3, 0.05, 20),
+             "maml": (5e-3, 0.5, 3), "anil": (1e-3, 0.1, 5)}
+    filters = {"cifarfs": 64, "fc100": 64, "mini_imagenet": 32, "tiered_imagenet": 32}
+    found = {}
+    for benchmark, hidden in filters.items():
+        for name, (meta_lr, lr, steps) in (small if hidden == 64 else large).items():
+            algorithm: Config = {"name": name, "lr": lr, "steps": steps, "test_steps": 20}
+            if name == "rm_metal":
+                algorithm |= {"variant": "paper", "cg_steps": 20}
+            if name == "maml":
+                algorithm |= {"test_scope": "head"}
+            found[f"yang_{benchmark}_{name}"] = {
+                "tasks": {"name": benchmark, **five},
+                "model": {"name": "cnn4", "hidden": hidden},
+                "algorithm": algorithm,
+                "meta_lr": meta_lr,
+                **outer,
+            }
+    return found
+
+
+def _rajeswaran() -> dict[str, Config]:
+    """Rajeswaran et al. (2019), Tables 2 and 3: ``rajeswaran_omniglot_5way_1shot_gd`` and so on.
+
+    The paper prints lambda, the inner steps and the CG steps; the sizes of the networks are those
+    of Finn et al. (2017), which it refers to. Its outer step size, meta-batch, number of outer
+    iterations and query images are not in the text: ours.
+    """
+    found = {}
+    for ways, steps in ((5, 16), (20, 25)):
+        for shots in (1, 5):
+            for kind in ("gd", "hf"):
+                algorithm = {"name": f"imaml_{kind}", "l2": 2.0, "cg_steps": 5,
+                             "steps": steps if kind == "gd" else 5}
+                found[f"rajeswaran_omniglot_{ways}way_{shots}shot_{kind}"] = {
+                    "tasks": {"name": "omniglot", "ways": ways, "shots": shots, "queries": shots},
+                    "model": {"name": "cnn4", "hidden": 64},
+                    "algorithm": algorithm,
+                }
+    for kind in ("gd", "hf"):
+        found[f"rajeswaran_mini_imagenet_{kind}"] = {
+            "tasks": {"name": "mini_imagenet", "ways": 5, "shots": 1, "queries": 15},
+            "model": {"name": "cnn4", "hidden": 32},
+            "algorithm": {"name": f"imaml_{kind}", "l2": 0.5, "cg_steps": 5,
+                          "steps": 10 if kind == "gd" else 5},
+        }
+    return found
+
+
+def all_configs() -> dict[str, Config]:
+    """Every named config of `experiments.train`."""
+    return {**BENCHMARKS, **_METHODS, **_yang(), **_rajeswaran(), "smoke": _SMOKE}
 
 
 def register(experiment: Experiment) -> None:
-    """Offer every named config of this file to ``experiment``."""
-    for config in (glyphs, caltech101, paper, anil, smoke):
-        experiment.named_config(config)
-
-
-def glyphs() -> None:
-    """The embedded characters, level medium (the default benchmark)."""
-    tasks = {"name": "glyphs"}
-
-
-def caltech101() -> None:
-    """Caltech-101 at 32 pixels, CNN4-32, 5-way 5-shot, 3,000 outer iterations."""
-    tasks = {"name": "caltech101"}
-    iterations = 3000
-    validation_tasks = 600
-
-
-def paper() -> None:
-    """Algorithm 1 as printed: 20 gradient steps of 0.1 and 20 CG steps (Yang et al., C.2)."""
-    algorithm = {"name": "rm_metal", "step": "gradient", "steps": 20, "cg_steps": 20, "lr": 0.1}
-
-
-def anil() -> None:
-    """ANIL: learn2learn's MAML on the head, features computed once, K = 5."""
-    algorithm = {"name": "anil", "steps": 5, "lr": 0.1}
-
-
-def smoke() -> None:
-    """A run of seconds, to see that everything works: easy glyphs, four outer iterations."""
-    tasks = {"name": "glyphs", "level": "easy"}
-    model = {"hidden": 8}
-    iterations = 4
-    validate_every = 2
-    validation_tasks = 4
-    test_tasks = 8
+    """Offer every named config to ``experiment``."""
+    for name, config in all_configs().items():
+        experiment.add_named_config(name, config)

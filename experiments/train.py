@@ -1,38 +1,46 @@
 """Meta-train and meta-test one algorithm on one benchmark: a Sacred experiment.
 
     python -m experiments.train
-    python -m experiments.train with caltech101 tasks.root=DATA
-    python -m experiments.train print_config with caltech101
+    python -m experiments.train with caltech101 anil tasks.root=DATA
+    python -m experiments.train print_config with caltech101 maml
+    python -m experiments.train resume=latest
 """
 
 # ruff: noqa: F841  (Sacred reads a config function's local variables)
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from experiments import learning_curve, named_configs
-from experiments.ingredients import algorithm, make_algorithm, make_backbone, make_tasks
-from experiments.ingredients import model as model_ingredient
-from experiments.ingredients import tasks as tasks_ingredient
-from experiments.ingredients.tasks import TYPES as TASK_TYPES
+from experiments import checkpoint, learning_curve, named_configs
+from experiments.ingredients import algorithm, model, tasks
+from experiments.ingredients.algorithm_table import settings_of
 from experiments.ingredients.tasks import Tasks
-from experiments.meta_learning import Interval, MetaLearner, OuterStep
-from experiments.peak_memory import peak_memory, process_peak
-from experiments.tracking import TrackedExperiment, UserError, record
+from experiments.meta_learning import MEASURES, Interval, Measure, MetaLearner
+from experiments.peak_memory import process_peak
+from experiments.tracking import TrackedExperiment, UserError
+from experiments.training import Schedule, Training
 from l2l_implicit import checks
 from l2l_implicit.tasks import nearest_centroid_accuracy
 
+_TYPES: dict[str, Any] = {
+    "validate_seconds": float | None,
+    "budget": float | None,
+    "cell": str | None,
+    "score": str | None,
+    "resume": str | None,
+    **{f"tasks.{key}": kind for key, kind in tasks.TYPES.items()},
+    **{f"model.{key}": kind for key, kind in model.TYPES.items()},
+    **{f"algorithm.{key}": kind for key, kind in algorithm.TYPES.items()},
+}
 ex = TrackedExperiment(
-    "train",
-    ingredients=[tasks_ingredient, model_ingredient, algorithm],
-    types={f"tasks.{key}": kind for key, kind in TASK_TYPES.items()},
+    "train", ingredients=[tasks.tasks, model.model, algorithm.algorithm], types=_TYPES
 )
 named_configs.register(ex)
 
@@ -40,82 +48,41 @@ COUNTS = ("iterations", "meta_batch", "validate_every", "validation_tasks", "tes
 
 
 @ex.config
-def defaults() -> None:
-    iterations = 600  # outer iterations
+def defaults(algorithm: dict[str, Any]) -> None:
+    iterations = 600  # outer iterations, at most
     meta_batch = 8  # tasks an outer iteration, |B|
-    meta_lr = 0.001  # outer step size of Adam
+    _own = settings_of(algorithm["name"], algorithm["variant"])
+    meta_optimizer = _own["meta_optimizer"]  # adam or sgd
+    meta_lr = _own["meta_lr"]  # outer step size
     validate_every = 100  # outer iterations
+    validate_seconds = None  # seconds of training between validations, instead
     validation_tasks = 100
     test_tasks = 600
+    score = None  # what is reported: accuracy (classification) or mse (regression); None: its own
+    test_at = ()  # outer iterations at which the test score is recorded besides
+    budget = None  # seconds of training whose test score is the result; None: no limit
+    budget_clock = "cpu"  # cpu (of this process, whatever else the machine does) or wall
     threads = 1  # of torch; 0 leaves torch's own choice
-    output = "runs"  # folder of the learning curve and the trained parameters
+    output = "runs"  # folder of the learning curve, the trained parameters, the checkpoints
+    checkpoint_seconds = 60.0  # between checkpoints
+    resume = None  # set by the command line's resume=
+    cell = None  # of a sweep (python -m experiments.sweep)
     seed = 0
-
-
-class Training:
-    """One run: the outer loop with what it records.
-
-    Args:
-        run: Sacred's.
-        learner: theta and its steps.
-        tasks: the task sets.
-        seed: of every stream of tasks; validation and test tasks are the same for every run.
-    """
-
-    def __init__(self, run: Any, learner: MetaLearner, tasks: Tasks, seed: int) -> None:
-        self.run, self.learner, self.tasks = run, learner, tasks
-        self._stream = tasks.stream("train", seed)
-        self.steps: list[OuterStep] = []
-        self.validations: list[tuple[int, Interval]] = []
-        self.peak = 0
-
-    def loop(self, iterations: int, batch: int, every: int, validation_tasks: int) -> None:
-        """All outer iterations, with a progress bar."""
-        with tqdm(total=iterations, unit="iteration", desc="meta-training") as bar:
-            for iteration in range(1, iterations + 1):
-                self._iterate(iteration, batch, measure=iteration % every == 1 or every == 1)
-                if iteration % every == 0 or iteration == iterations:
-                    accuracy = self._validate(iteration, validation_tasks)
-                    bar.set_postfix_str(f"validation {accuracy}")
-                bar.update()
-
-    def _iterate(self, iteration: int, batch: int, measure: bool) -> None:
-        start = time.perf_counter()
-        episodes = [self._stream.sample() for _ in range(batch)]
-        loading = time.perf_counter() - start
-        if measure:
-            self._measure_memory(iteration, episodes)
-        step = self.learner.step(episodes)
-        self.steps.append(step)
-        values = {f"train/{name}": value for name, value in step._asdict().items()}
-        values["train/loading_seconds"] = loading
-        values["train/process_peak_bytes"] = process_peak()
-        record(self.run, values, iteration)
-
-    def _measure_memory(self, iteration: int, episodes: list[Any]) -> None:
-        """On a repetition of the step's gradient that is not timed: counting slows it down."""
-        state = {name: b.clone() for name, b in self.learner.backbone.named_buffers()}
-        peak = peak_memory(lambda: self.learner.hypergradient(episodes))
-        self.peak = max(self.peak, peak)
-        for name, buffer in self.learner.backbone.named_buffers():
-            buffer.copy_(state[name])
-        record(self.run, {"train/step_peak_bytes": peak}, iteration)
-
-    def _validate(self, iteration: int, number: int) -> Interval:
-        start = time.perf_counter()
-        accuracy = self.learner.evaluate(self.tasks.stream("validation", 0), number, _quiet)
-        self.validations.append((iteration, accuracy))
-        seconds = time.perf_counter() - start
-        values = {"accuracy": accuracy.mean, "half_width": accuracy.half_width, "seconds": seconds}
-        record(self.run, {f"validation/{k}": v for k, v in values.items()}, iteration)
-        return accuracy
 
 
 def _check(config: Mapping[str, Any]) -> None:
     try:
         for name in COUNTS:
             checks.count(name, config[name])
+        for iteration in config["test_at"]:
+            checks.count("test_at", iteration)
         checks.positive("meta_lr", config["meta_lr"])
+        checks.positive("checkpoint_seconds", config["checkpoint_seconds"])
+        for name in ("budget", "validate_seconds"):
+            if config[name] is not None:
+                checks.positive(name, config[name])
+        checks.choice("meta_optimizer", config["meta_optimizer"], ("adam", "sgd"))
+        checks.choice("budget_clock", config["budget_clock"], ("cpu", "wall"))
     except ValueError as error:
         raise UserError(str(error)) from error
     if config["threads"] < 0:
@@ -124,75 +91,135 @@ def _check(config: Mapping[str, Any]) -> None:
         )
 
 
-def _centroid(tasks: Tasks, sizes: tuple[int, int, int], number: int) -> tuple[float, float]:
+def _schedule(config: Mapping[str, Any]) -> Schedule:
+    return Schedule(
+        iterations=config["iterations"],
+        batch=config["meta_batch"],
+        validate_every=config["validate_every"],
+        validate_seconds=config["validate_seconds"],
+        validation_tasks=config["validation_tasks"],
+        test_tasks=config["test_tasks"],
+        test_at=tuple(config["test_at"]),
+        budget=config["budget"],
+        cpu=config["budget_clock"] == "cpu",
+        checkpoint_seconds=config["checkpoint_seconds"],
+    )
+
+
+def _learner(config: Mapping[str, Any], given: Tasks) -> MetaLearner:
+    """Theta with its algorithm, on the tasks' inputs and outputs."""
+    measure = _measure(given, config["score"])
+    backbone, width = model.make_backbone(given.input_shape())
+    algorithms = algorithm.make_algorithms(
+        config["algorithm"],
+        backbone,
+        width,
+        given.outputs("train"),
+        given.outputs("test"),
+        measure.loss,
+    )
+    return MetaLearner(
+        algorithms,
+        measure,
+        config["meta_optimizer"],
+        config["meta_lr"],
+        config["model"]["channels_last"],
+    )
+
+
+def _measure(given: Tasks, score: str | None) -> Measure:
+    """How tasks of this kind are learnt and judged."""
+    measure = MEASURES[given.kind]
+    if score not in (None, measure.name):
+        raise UserError(
+            f"score: expected {measure.name!r} for {given.name}, a {given.kind}, got {score!r}; "
+            "leave it out"
+        )
+    return measure
+
+
+def _centroid(given: Tasks, number: int) -> Interval | None:
     """Nearest centroid on the raw pixels of the same test tasks."""
-    stream = tasks.stream("test", 0)
+    if given.kind != "classification":
+        return None
+    stream = given.stream("test", 0)
     with stream.own_random():
-        return nearest_centroid_accuracy(stream.taskset, *sizes, num_tasks=max(2, number))
+        sizes = given.sizes("test")
+        return Interval(*nearest_centroid_accuracy(stream.taskset, *sizes, max(2, number)))
 
 
-def _save(
-    run: Any, training: Training, test: Interval, centroid: Interval, output: str
-) -> Path:
-    """The artifacts, in a folder of the run's own and in the database."""
+def _folder(run: Any, output: str) -> Path:
+    """The run's own folder."""
     name = str(run._id) if run._id is not None else time.strftime("unobserved-%Y%m%d-%H%M%S")
-    folder = Path(output) / name
-    folder.mkdir(parents=True, exist_ok=True)
-    learner = training.learner
-    state = {
-        "backbone": learner.backbone.state_dict(),
-        "head": learner.algorithm.head.state_dict(),
-        "optimizer": learner.optimizer.state_dict(),
-    }
-    torch.save(state, folder / "parameters.pt")
-    title = (
-        "{tasks[name]}, {tasks[ways]}-way {tasks[shots]}-shot, {algorithm[name]}, "
-        "step={algorithm[step]}, K={algorithm[steps]}, seed {seed}"
-    )
+    return Path(output) / name
+
+
+def _save(run: Any, training: Training, centroid: Interval | None) -> None:
+    """The artifacts, in the run's folder and in the database."""
+    folder = training.folder
+    torch.save(training.learner.state_dict(), folder / "parameters.pt")
     picture = folder / "learning_curve.png"
-    learning_curve.draw(
-        picture,
-        title.format(**run.config),
-        training.steps,
-        training.validations,
-        centroid,
-        test,
-    )
+    learning_curve.draw(picture, _title(run.config), training, centroid)
     run.add_artifact(folder / "parameters.pt")
     run.add_artifact(picture)
-    return folder
 
 
-def _report(
-    run: Any,
-    training: Training,
-    test: Interval,
-    centroid: Interval,
-    number: int,
-    folder: Path,
-) -> dict[str, float]:
-    """Record and print what the run found."""
-    seconds = sorted(step.seconds for step in training.steps)[len(training.steps) // 2]
-    result = {
-        "test_accuracy": test.mean,
-        "test_half_width": test.half_width,
-        "centroid_accuracy": centroid.mean,
-        "centroid_half_width": centroid.half_width,
-        "step_seconds": seconds,
-        "step_peak_bytes": float(training.peak),
-    }
-    run.info["result"] = result
-    where = _where(run)
-    peak, process = training.peak / 2**20, process_peak() / 2**20
-    print(
-        f"\ntest accuracy    {test} over {number} new tasks (95 % interval)\n"
-        f"raw pixels       {centroid} with nearest centroid on the same tasks\n"
-        f"outer step       {seconds:.3f} s (median), {peak:.1f} MiB of tensors at its peak "
-        f"({process:.0f} MiB the process)\n"
-        f"recorded         {where}\n"
-        f"learning curve   {folder / 'learning_curve.png'}"
+def _title(config: Mapping[str, Any]) -> str:
+    task, method = config["tasks"], config["algorithm"]
+    ways = "" if task["name"] == "sine" else f"{task['ways']}-way "
+    solver = f"step={method['step']}, " if method["step"] else ""
+    return (
+        f"{task['name']}, {ways}{task['shots']}-shot, {method['name']}, {solver}"
+        f"K={method['steps']}, seed {config['seed']}"
     )
+
+
+def _result(training: Training, centroid: Interval | None) -> dict[str, Any]:
+    """What the run found, as it is recorded."""
+    test, name = training.result, training.learner.measure.name
+    assert test is not None
+    steps = training.steps
+    result: dict[str, Any] = {
+        f"test_{name}": test.mean,
+        "test_half_width": test.half_width,
+        "iterations": len(steps),
+        "training_seconds": training.seconds,
+        "step_seconds": _median([step.seconds for step in steps]),
+        "step_cpu_seconds": _median([step.cpu_seconds for step in steps]),
+        "step_peak_bytes": float(training.peak),
+        "process_peak_bytes": float(process_peak()),
+        "diverged": training.diverged,
+    }
+    if centroid is not None:
+        result |= {"centroid_accuracy": centroid.mean, "centroid_half_width": centroid.half_width}
     return result
+
+
+def _median(values: list[float]) -> float | None:
+    return sorted(values)[len(values) // 2] if values else None
+
+
+def _print(
+    run: Any, training: Training, result: Mapping[str, Any], centroid: Interval | None
+) -> None:
+    """What a person wants to know at the end."""
+    measure, number = training.learner.measure, training.schedule.test_tasks
+    assert training.result is not None
+    score = measure.show(training.result)
+    print(f"\n{'test ' + measure.name:17}{score} over {number} new tasks (95 % interval)")
+    if centroid is not None:
+        raw = measure.show(centroid)
+        print(f"raw pixels       {raw} with nearest centroid on the same tasks")
+    if training.steps:
+        print(
+            f"outer step       {result['step_seconds']:.3f} s (median of {len(training.steps)}), "
+            f"{training.peak / 2**20:.1f} MiB of tensors at its peak "
+            f"({result['process_peak_bytes'] / 2**20:.0f} MiB the process)"
+        )
+    if training.diverged is not None:
+        print(f"diverged         {training.diverged}")
+    print(f"recorded         {_where(run)}")
+    print(f"learning curve   {training.folder / 'learning_curve.png'}")
 
 
 def _where(run: Any) -> str:
@@ -205,41 +232,50 @@ def _where(run: Any) -> str:
     return f"run {run._id} of {label}"
 
 
-def _quiet(items: Iterable[int]) -> Iterable[int]:
-    return items
+def _resume(run: Any, training: Training, folder: Path) -> None:
+    """Go on where a killed run left its checkpoint, and let each of the two name the other."""
+    state = checkpoint.load(folder)
+    training.load_state_dict(state)
+    checkpoint.save(training.folder, training.state_dict())
+    checkpoint.remove(folder)  # only now: one of the two is there at any moment
+    run.info["resumes"] = folder.name
+    if run.journal is not None and state["token"] is not None:
+        run.journal.supersede(state["token"])
+    print(f"resumed          run {folder.name} after {len(training.steps)} outer iterations")
 
 
-def _bar(items: Iterable[int]) -> Iterator[int]:
-    return iter(tqdm(items, unit="task", desc="meta-testing"))
-
-
-@ex.automain
-def train(
-    _run: Any,
-    _config: Mapping[str, Any],
-    iterations: int,
-    meta_batch: int,
-    meta_lr: float,
-    validate_every: int,
-    validation_tasks: int,
-    test_tasks: int,
-    threads: int,
-    output: str,
-    seed: int,
-) -> dict[str, float]:
-    """The whole run; returns the test accuracy with its interval."""
+@ex.main
+def train(_run: Any, _config: Mapping[str, Any], output: str, seed: int) -> dict[str, Any]:
+    """The whole run; returns the test score with its interval."""
     _check(_config)
-    if threads:
-        torch.set_num_threads(threads)
+    if _config["threads"]:
+        torch.set_num_threads(_config["threads"])
     torch.manual_seed(seed)
-    tasks = make_tasks()
-    backbone, width = make_backbone(tasks.image_shape())
-    channels_last = _config["model"]["channels_last"]
-    learner = MetaLearner(backbone, make_algorithm(width, tasks.ways), meta_lr, channels_last)
-    training = Training(_run, learner, tasks, seed)
-    training.loop(iterations, meta_batch, validate_every, validation_tasks)
-    test = learner.evaluate(tasks.stream("test", 0), test_tasks, _bar)
-    sizes = (tasks.ways, tasks.shots, tasks.queries)
-    centroid = Interval(*_centroid(tasks, sizes, test_tasks))
-    folder = _save(_run, training, test, centroid, output)
-    return _report(_run, training, test, centroid, test_tasks, folder)
+    given = tasks.make_tasks()
+    _run.info["tasks"] = given.describe()
+    learner, folder = _learner(_config, given), _folder(_run, output)
+    checkpoint.write_config(folder, _config)
+    training = Training(_run, learner, given, _schedule(_config), seed, folder)
+    if _config["resume"] is not None:
+        _resume(_run, training, Path(_config["resume"]))
+    training.loop()
+    centroid = _centroid(given, _config["test_tasks"])
+    _save(_run, training, centroid)
+    result = _result(training, centroid)
+    _run.info["result"] = result
+    _print(_run, training, result, centroid)
+    checkpoint.remove(folder)
+    return result
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command line: Sacred's, and ``resume=``."""
+    try:
+        arguments = checkpoint.arguments(argv)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    ex.run_commandline(arguments)
+
+
+if __name__ == "__main__":
+    main(sys.argv)

@@ -12,6 +12,10 @@ import torch
 from torch import Tensor, nn
 
 
+class NotFinite(FloatingPointError, ValueError):
+    """A loss that is nan or infinite: a wrong input, or an inner loop that diverges."""
+
+
 def settings(
     model: Any, lr: Any, l2: Any, anchor: Any, cg_steps: Any, cg_tol: Any, step: Any, inner_tol: Any
 ) -> None:
@@ -138,7 +142,7 @@ def loss(value: Any) -> Tensor:
             "compute it from learner(x) with gradients enabled, or pass a closure to adapt()"
         )
     if not math.isfinite(value.item()):
-        raise ValueError(
+        raise NotFinite(
             f"loss: expected a finite number, got {float(value.detach())}; look for nan in the "
             "data, or an inner step that diverges: smaller lr, or step='newton'"
         )

@@ -7,7 +7,7 @@ import torch
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes more than a few seconds")
+    config.addinivalue_line("markers", "slow: takes minutes; run by: python -m pytest -m slow")
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Task sets through learn2learn's own door, episodes split, and raw-pixel nearest centroid."""
 
+import l2l_implicit  # noqa: F401, I001  (first: it makes learn2learn importable)
+
 import random
 import subprocess
 import sys
@@ -30,8 +32,13 @@ def tasksets() -> object:
 
 def test_learn2learn_lists_our_task_sets_and_its_own() -> None:
     names = set(BENCHMARKS.list_tasksets())
-    assert set(TASKSETS) == {"glyphs", "caltech101"}
-    assert names >= {"glyphs", "caltech101", "omniglot", "cifarfs"}
+    assert set(TASKSETS) == {"glyphs", "caltech101", "folder", "sine"}
+    assert names >= {*TASKSETS, "omniglot", "cifarfs", "mini-imagenet"}
+
+
+def test_learn2learns_own_task_sets_stay_as_they_are() -> None:
+    module = learn2learn.vision.benchmarks.omniglot_benchmark
+    assert BENCHMARKS._TASKSETS["omniglot"] is module.omniglot_tasksets
 
 
 def test_importing_our_tasks_registers_whatever_was_imported_first() -> None:
@@ -48,7 +55,7 @@ def test_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(ValueError, match="got 'glyph': did you mean 'glyphs'?"):
         get_tasksets("glyph")
     with pytest.raises(ValueError, match="did you mean 'cifarfs'?"):
-        get_tasksets("cifar-fs")
+        get_tasksets("cifar_fs")
 
 
 # Tasks

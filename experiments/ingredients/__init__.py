@@ -1,17 +1,3 @@
-"""From configuration to objects: tasks, model, algorithm."""
+"""From configuration to objects: the tasks, the feature extractor, the algorithm."""
 
-import l2l_implicit  # noqa: F401, I001  (first: it makes learn2learn importable)
-
-from experiments.ingredients.algorithm import algorithm, make_algorithm
-from experiments.ingredients.model import build_backbone, make_backbone, model
-from experiments.ingredients.tasks import make_tasks, tasks
-
-__all__ = [
-    "algorithm",
-    "build_backbone",
-    "make_algorithm",
-    "make_backbone",
-    "make_tasks",
-    "model",
-    "tasks",
-]
+import l2l_implicit  # noqa: F401  (first: it makes learn2learn importable)

@@ -1,92 +1,207 @@
-"""The inner learner: one object behind learn2learn's ``clone`` and ``adapt``."""
+"""The algorithm: one object behind learn2learn's ``clone`` and ``adapt``."""
 
 # ruff: noqa: F841  (Sacred reads a config function's local variables)
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
-import learn2learn as l2l
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from experiments.algorithms import Algorithm, HeadOnly, Loss, ReptileNetwork, WholeNetwork
+from experiments.ingredients.algorithm_table import (
+    ALGORITHMS,
+    LEARNED_INITIAL_HEAD,
+    VARIANTS,
+    settings_of,
+)
 from experiments.tracking import TrackedIngredient, UserError
-from experiments.tracking.errors import nearest
-from l2l_implicit import Diagnostics, ImplicitCGHead, checks
+from l2l_implicit import ImplicitCGHead, ImplicitMAML, checks
+from l2l_implicit.baselines import Learn2LearnMAML, Reptile, UnrolledMAML
 
 algorithm = TrackedIngredient("algorithm")
-TYPES = {"l2": float, "cg_tol": float, "lr": float}
+TYPES = {
+    "variant": str | None,
+    "lr": float | str,
+    "test_steps": int | None,
+    "test_scope": str | None,
+    "scope": str | None,
+    "l2": float | None,
+    "step": str | None,
+    "solver": str | None,
+    "cg_steps": int | None,
+    "cg_tol": float | None,
+    "features": str | None,
+    "engine": str | None,
+    "optimizer": str | None,
+    "learn_lr": bool | None,
+    "learn_l2": bool | None,
+}
 
 
 @algorithm.config
 def defaults() -> None:
-    name = "rm_metal"  # rm_metal (ImplicitCGHead) or anil (learn2learn's MAML on the head)
-    lr = 0.1  # inner step size; step=newton needs it only as a fallback
-    steps = 20  # the most inner steps K
-    l2 = 0.1  # inner regulariser
-    cg_steps = 20  # the most conjugate gradient steps N
-    cg_tol = 1e-4  # relative residual at which conjugate gradient stops
-    step = "newton"  # newton or gradient
+    name = "rm_metal"  # one of experiments.ingredients.algorithm_table
+    variant = None  # rm_metal: None (the learner's own defaults), paper or as_released
+    _own = settings_of(name, variant)
+    scope = _own["scope"]  # what is adapted: head or network
+    lr = _own["lr"]  # inner step size; auto: from the largest curvature (step=gradient)
+    steps = _own["steps"]  # the most inner steps K
+    test_steps = None  # inner steps in validation and test; None: as in training
+    test_scope = None  # head: a network's head alone is adapted in validation and test
+    l2 = _own["l2"]  # inner regulariser
+    step = _own["step"]  # inner solver: newton, lbfgs or gradient
+    solver = _own["solver"]  # linear solver: cg, neumann or direct
+    cg_steps = _own["cg_steps"]  # the most steps N of the linear solver
+    cg_tol = _own["cg_tol"]  # relative residual at which the linear solver stops
+    features = _own["features"]  # cached (once a task) or as_published (at every inner step)
+    engine = _own["engine"]  # of unrolled differentiation: higher or learn2learn
+    optimizer = _own["optimizer"]  # inner: sgd, adam or rmsprop
+    learn_lr = _own["learn_lr"]  # meta-learn the inner step size
+    learn_l2 = _own["learn_l2"]  # meta-learn the regulariser
+    batch_norm = _own["batch_norm"]  # support and query: together, separately or eval
 
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+class Algorithms(NamedTuple):
+    """One algorithm, as it is trained and as it is evaluated."""
+
+    training: Algorithm
+    evaluation: Algorithm
 
 
-class ImplicitHead:
-    """`ImplicitCGHead` in an outer step."""
+def make_algorithms(
+    settings: Mapping[str, Any], backbone: nn.Module, width: int, outputs: int,
+    test_outputs: int, loss: Loss,
+) -> Algorithms:  # fmt: skip
+    """The configured algorithm on a backbone and a linear head.
 
-    def __init__(self, head: ImplicitCGHead, steps: int, loss: Loss) -> None:
-        self.head, self._steps, self._loss = head, steps, loss
+    Args:
+        settings: the configuration of this ingredient.
+        backbone: inputs to ``width`` features.
+        outputs, test_outputs: of the head, in training and in evaluation.
+        loss: of predictions and targets.
 
-    def adapt(self, features: Tensor, labels: Tensor) -> tuple[nn.Module, Diagnostics]:
-        """A head adapted to the support set (features ``[m, d]``, labels ``[m]``)."""
-        learner = self.head.clone()
-        learner.adapt(lambda: self._loss(learner(features), labels), steps=self._steps)
-        return learner, learner.diagnostics
-
-
-class UnrolledHead:
-    """learn2learn's MAML on the head: ANIL, with the features computed once a task."""
-
-    def __init__(self, head: l2l.algorithms.MAML, steps: int, loss: Loss) -> None:
-        self.head, self._steps, self._loss = head, steps, loss
-
-    def adapt(self, features: Tensor, labels: Tensor) -> tuple[nn.Module, Diagnostics]:
-        """As `ImplicitHead.adapt`; where no gradient is wanted, first-order and without history."""
-        evaluating = not torch.is_grad_enabled()
-        with torch.enable_grad():
-            learner = self.head.clone(first_order=evaluating)
-            for _ in range(self._steps):
-                learner.adapt(self._loss(learner(features), labels))
-        return learner, Diagnostics()
-
-
-@algorithm.capture
-def make_algorithm(
-    width: int,
-    ways: int,
-    name: str,
-    lr: float,
-    steps: int,
-    l2: float,
-    cg_steps: int,
-    cg_tol: float,
-    step: str,
-) -> Any:
-    """The configured algorithm on a linear head of ``width`` features and ``ways`` classes."""
-    head, loss = nn.Linear(width, ways), nn.CrossEntropyLoss()
+    Raises:
+        UserError: what the algorithm cannot do, in one line.
+    """
+    _check(settings)
     try:
-        checks.count("steps (K)", steps)
-        checks.positive("lr", lr)
-        if name == "rm_metal":
-            learner = ImplicitCGHead(
-                head, lr, l2=l2, cg_steps=cg_steps, cg_tol=cg_tol, step=step
-            )
-            return ImplicitHead(learner, steps, loss)
-        if name == "anil":
-            return UnrolledHead(l2l.algorithms.MAML(head, lr), steps, loss)
+        return _build(settings, backbone, nn.Linear(width, outputs), test_outputs, loss)
     except (ValueError, TypeError) as error:
         raise UserError(f"algorithm.{error}") from error
-    near = nearest(name, ["rm_metal", "anil"])
-    raise UserError(f"algorithm.name: expected rm_metal or anil, got {name!r}{near}")
+
+
+def _build(
+    s: Mapping[str, Any], backbone: nn.Module, head: nn.Linear, test_outputs: int, loss: Loss
+) -> Algorithms:
+    learn, test_steps = _learner(s), s["test_steps"] or s["steps"]
+    if s["batch_norm"] == "eval":
+        _freeze_statistics(backbone)
+    if s["scope"] == "head":
+        how = {"together": s["batch_norm"] == "together", "cached": s["features"] == "cached"}
+        training = HeadOnly(backbone, learn(head), s["steps"], loss, **how)
+        if test_outputs != head.out_features:
+            if s["name"] in LEARNED_INITIAL_HEAD:
+                raise ValueError(_other_ways(s["name"], head.out_features, test_outputs))
+            head = nn.Linear(head.in_features, test_outputs)
+        return Algorithms(training, HeadOnly(backbone, learn(head), test_steps, loss, **how))
+    if test_outputs != head.out_features:
+        raise ValueError(_other_ways(s["name"], head.out_features, test_outputs))
+    learner = learn(nn.Sequential(backbone, head))
+    kind = ReptileNetwork if s["name"] == "reptile" else WholeNetwork
+    training = kind(learner, s["steps"], loss)
+    if s["test_scope"] == "head":
+        return Algorithms(training, HeadOnly(backbone, learn(head), test_steps, loss, False))
+    return Algorithms(training, WholeNetwork(learner, test_steps, loss))
+
+
+def _other_ways(name: str, trained: int, tested: int) -> str:
+    return (
+        f"name={name}: expected test_ways={trained} as in training, got {tested}; the initial "
+        "head is meta-learned and has that many outputs: use rm_metal or itd_bio, or equal ways"
+    )
+
+
+def _learner(s: Mapping[str, Any]) -> Callable[[nn.Module], Any]:
+    """From a module to a learner of it; scalars that are meta-learned are shared by all."""
+    name, lr = s["name"], s["lr"]
+    if s["learn_lr"]:
+        lr = nn.Parameter(torch.tensor(checks.number("lr", lr)))
+    if name in ("rm_metal", "imaml_gd", "imaml_hf"):
+        l2: Any = nn.Parameter(torch.tensor(float(s["l2"]))) if s["learn_l2"] else s["l2"]
+        keys = ("step", "cg_steps", "cg_tol")
+        cls = ImplicitCGHead if name == "rm_metal" else ImplicitMAML
+        return lambda module: cls(module, lr, l2=l2, **{key: s[key] for key in keys})
+    first_order = name in ("fo_anil", "fomaml")
+    if name == "reptile":
+        return lambda module: Reptile(module, lr, optimizer=s["optimizer"])
+    if s["engine"] == "learn2learn":
+        return lambda module: Learn2LearnMAML(module, lr, first_order=first_order)
+    return lambda module: UnrolledMAML(
+        module, lr, first_order=first_order, learn_init=name != "itd_bio", optimizer=s["optimizer"]
+    )
+
+
+def _freeze_statistics(backbone: nn.Module) -> None:
+    """Batch normalisation by running statistics, from now on."""
+    for module in backbone.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
+def _check(s: Mapping[str, Any]) -> None:
+    """Raise UserError for settings that do not fit together."""
+    name = s["name"]
+    try:
+        checks.choice("name", name, ALGORITHMS)
+        own = settings_of(name, s["variant"])
+        for key, default in own.items():
+            if default is None and s.get(key) is not None:
+                raise ValueError(f"{key}: expected no such setting for {name}, got {s[key]!r}; "
+                                 "leave it out")
+        checks.count("steps (K)", s["steps"])
+        if s["test_steps"] is not None:
+            checks.count("test_steps", s["test_steps"])
+        _check_choices(s)
+        _check_combinations(s)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"algorithm.{error}") from error
+
+
+def _check_choices(s: Mapping[str, Any]) -> None:
+    choices: dict[str, Iterable[str]] = {
+        "scope": ("head", "network"),
+        "test_scope": ("head",),
+        "features": ("cached", "as_published"),
+        "engine": ("higher", "learn2learn"),
+        "batch_norm": ("together", "separately", "eval"),
+        "variant": VARIANTS,
+    }
+    for key, allowed in choices.items():
+        if s[key] is not None:
+            checks.choice(key, s[key], allowed)
+
+
+def _check_combinations(s: Mapping[str, Any]) -> None:
+    name = s["name"]
+    if s["variant"] is not None and name != "rm_metal":
+        raise ValueError(f"variant: expected none for {name}, got {s['variant']!r}; leave it out")
+    if s["scope"] != settings_of(name, None)["scope"] and name != "unrolled":
+        raise ValueError(
+            f"scope: expected {settings_of(name, None)['scope']!r} for {name}, got "
+            f"{s['scope']!r}; use unrolled, or an algorithm of that scope"
+        )
+    if s["scope"] == "network" and s["batch_norm"] == "together":
+        raise ValueError(
+            f"batch_norm: expected separately or eval for {name}, got 'together'; a network that "
+            "is adapted sees the query set only after the inner loop"
+        )
+    if s["engine"] == "learn2learn":
+        if name in ("itd_bio", "unrolled") or s["optimizer"] != "sgd" or s["learn_lr"]:
+            raise ValueError(
+                f"engine: expected higher for {name} with optimizer={s['optimizer']}, "
+                f"learn_lr={s['learn_lr']}, got 'learn2learn', whose MAML has none of these; "
+                "use engine=higher"
+            )

@@ -1,49 +1,82 @@
-"""The feature extractor theta: learn2learn's convolutional networks."""
+"""The feature extractor theta: learn2learn's convolutional networks, or a small dense one."""
 
 # ruff: noqa: F841  (Sacred reads a config function's local variables)
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import learn2learn as l2l
 import torch
 from torch import nn
 
 from experiments.tracking import TrackedIngredient, UserError
-from experiments.tracking.errors import nearest
+from l2l_implicit import checks
 
 model = TrackedIngredient("model")
+TYPES = {"name": str | None, "hidden": int | None}
+BACKBONES = ("cnn4", "resnet12", "wrn28", "mlp")
+HIDDEN = {"cnn4": 32, "mlp": 40}
 
 
 @model.config
 def defaults() -> None:
-    name = "cnn4"  # cnn4 or resnet12
-    hidden = 32  # filters a layer (cnn4)
-    channels_last = True  # memory layout; about 1.6 times faster on a CPU
+    name = None  # cnn4, resnet12, wrn28 or mlp; None: cnn4 for images, mlp for vectors
+    hidden = None  # filters a layer (cnn4; None: 32) or units a layer (mlp; None: 40)
+    channels_last = True  # memory layout of images; about 1.6 times faster on a CPU
 
 
 def build_backbone(
-    image_shape: torch.Size, name: str, hidden: int, channels_last: bool
+    input_shape: Sequence[int], name: str | None, hidden: int | None, channels_last: bool
 ) -> tuple[nn.Module, int]:
-    """The network, and how many features it gives for an image of ``image_shape`` (c, h, w).
+    """The network, and how many features it gives for one input.
+
+    Args:
+        input_shape: (channels, height, width) of an image, or (n,) of a vector.
+        name, hidden, channels_last: the configuration of this ingredient.
 
     Raises:
-        UserError: no such network.
+        UserError: no such network, or not for such inputs.
     """
-    if hidden < 1:
-        raise UserError(f"model.hidden: expected at least 1 filter, got {hidden}; try 32")
-    channels = image_shape[0]
-    if name == "cnn4":
-        backbone: nn.Module = l2l.vision.models.CNN4Backbone(hidden_size=hidden, channels=channels)
-    elif name == "resnet12":
-        backbone = l2l.vision.models.ResNet12Backbone(channels=channels)
-    else:
-        near = nearest(name, ["cnn4", "resnet12"])
-        raise UserError(f"model.name: expected cnn4 or resnet12, got {name!r}{near}")
-    if channels_last:
+    image = len(input_shape) == 3
+    name = name or ("cnn4" if image else "mlp")
+    _check(name, hidden, input_shape)
+    backbone = _build(name, hidden or HIDDEN.get(name, 0), input_shape[0])
+    if channels_last and image:
         backbone = backbone.to(memory_format=torch.channels_last)
     with torch.no_grad():
-        width = backbone.eval()(torch.zeros(1, *image_shape)).shape[1]
+        width = backbone.eval()(torch.zeros(1, *input_shape)).shape[1]
     return backbone.train(), width
+
+
+def _build(name: str, hidden: int, channels: int) -> nn.Module:
+    if name == "cnn4":
+        return l2l.vision.models.CNN4Backbone(hidden_size=hidden, channels=channels)
+    if name == "resnet12":
+        return l2l.vision.models.ResNet12Backbone(channels=channels)
+    if name == "wrn28":
+        if channels != 3:
+            raise UserError(f"model.name: expected cnn4 or resnet12 for {channels}-channel "
+                            "images, got 'wrn28', which takes 3 channels")
+        return l2l.vision.models.WRN28Backbone()
+    return nn.Sequential(
+        nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
+    )
+
+
+def _check(name: str, hidden: int | None, input_shape: Sequence[int]) -> None:
+    try:
+        checks.choice("name", name, BACKBONES)
+    except ValueError as error:
+        raise UserError(f"model.{error}") from error
+    if hidden is not None and hidden < 1:
+        raise UserError(f"model.hidden: expected at least 1, got {hidden}; try 32")
+    if hidden is not None and name not in HIDDEN:
+        raise UserError(f"model.hidden: expected none for {name}, got {hidden}; leave it out")
+    if (name == "mlp") == (len(input_shape) == 3):
+        kind = "images" if len(input_shape) == 3 else "vectors"
+        right = "cnn4, resnet12 or wrn28" if kind == "images" else "mlp"
+        raise UserError(f"model.name: expected {right} for {kind}, got {name!r}")
 
 
 make_backbone = model.capture(build_backbone)

@@ -129,6 +129,21 @@ class JournalObserver(MongoObserver):
         return stored
 
     @property
+    def token(self) -> str:
+        """The name of this run's journal, recorded as ``meta.journal``: unique to the run."""
+        return self._token
+
+    def supersede(self, token: str) -> None:
+        """Mark the killed run of another journal, which this run goes on from."""
+        change = {"status": "INTERRUPTED", "info.resumed_by": self.run_entry["_id"]}
+        try:
+            self.runs.update_one(
+                {"meta.journal": token, "status": {"$ne": "COMPLETED"}}, {"$set": change}
+            )
+        except pymongo.errors.PyMongoError as error:
+            self._log.warning("the killed run is not marked: %s", self._redact.text(str(error)))
+
+    @property
     def label(self) -> str:
         """The database's address without passwords, or `embedded`."""
         return self._database.label

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from l2l_implicit.tasks.caltech101_files import images_of, split_folder
+from l2l_implicit.tasks.caltech101_files import fetch, images_of, split_folder
 from l2l_implicit.tasks.caltech101_split import SPLIT
 from l2l_implicit.tasks.image_table import ImageTable
 from l2l_implicit.tasks.tasksets import (
@@ -79,9 +79,11 @@ def caltech101_tasksets(
 
     Raises:
         ValueError: more ways or samples than there are.
-        FileNotFoundError: the images are not there.
+        FileNotFoundError: the images are not there, and cannot be downloaded.
         TypeError: an unknown option.
     """
     refuse_unknown(kwargs, own=("size",))
-    tables = {mode: Caltech101(mode, root or "~/data", size, device) for mode in MODES}
+    folder = Path(root or "~/data").expanduser()
+    fetch(folder)
+    tables = {mode: Caltech101(mode, folder, size, device) for mode in MODES}
     return build_tasksets(tables, train_ways, train_samples, test_ways, test_samples)

@@ -3,25 +3,40 @@
 from collections.abc import Callable
 from typing import Any
 
+import learn2learn as l2l
 from learn2learn.vision import benchmarks
 
 from l2l_implicit.tasks.caltech101 import caltech101_tasksets
+from l2l_implicit.tasks.folder import folder_tasksets
 from l2l_implicit.tasks.glyphs import glyphs_tasksets
+from l2l_implicit.tasks.learn2learn_tasksets import LEARN2LEARN
+from l2l_implicit.tasks.sine import sine_tasksets
 from l2l_implicit.tasks.tasksets import Benchmark, check_name
 
 TASKSETS: dict[str, Callable[..., Benchmark]] = {
     "glyphs": glyphs_tasksets,
     "caltech101": caltech101_tasksets,
+    "folder": folder_tasksets,
+    "sine": sine_tasksets,
+}
+REGRESSIONS = ("sine",)
+ALIASES = {
+    "cifar-fs": "cifarfs",
+    "mini-imagenet": "mini_imagenet",
+    "tiered-imagenet": "tiered_imagenet",
 }
 
 
-def get_tasksets(name: str, **kwargs: Any) -> Any:
-    """Train, validation and test task sets of a benchmark: ours and all of learn2learn's.
+def get_tasksets(name: str, num_tasks: int = -1, **kwargs: Any) -> Any:
+    """Train, validation and test task sets of a benchmark: ours, or learn2learn's repaired.
 
     Args:
-        name: "glyphs", "caltech101" or a name of `learn2learn.vision.benchmarks.list_tasksets()`.
+        name: "glyphs", "caltech101", "folder", "sine", "cifarfs", "fc100", "mini_imagenet",
+            "tiered_imagenet", "omniglot", or any other name that
+            `learn2learn.vision.benchmarks.list_tasksets()` has.
+        num_tasks: tasks of each set, which then repeat; -1 draws new ones without end.
         kwargs: as of `learn2learn.vision.benchmarks.get_tasksets` (`train_ways`, `train_samples`,
-            `num_tasks`, `root`, `device`, ...) and the benchmark's own.
+            `root`, `device`, ...) and the benchmark's own.
 
     Returns:
         learn2learn's named tuple (train, validation, test); `.train.sample()` is (data, labels).
@@ -34,13 +49,33 @@ def get_tasksets(name: str, **kwargs: Any) -> Any:
         >>> data.shape
         torch.Size([100, 1, 28, 28])
     """
-    check_name("name", name, tuple(benchmarks.list_tasksets()))
-    return benchmarks.get_tasksets(name, **kwargs)
+    listed = (*benchmarks.list_tasksets(), *LEARN2LEARN, *ALIASES)
+    check_name("name", name, tuple(dict.fromkeys(listed)))
+    name = canonical(name)
+    if name not in LEARN2LEARN:
+        return benchmarks.get_tasksets(name, num_tasks=num_tasks, **kwargs)
+    datasets, transforms = LEARN2LEARN[name](**kwargs)
+    sets = (
+        l2l.data.Taskset(dataset, task_transforms=steps, num_tasks=num_tasks)
+        for dataset, steps in zip(datasets, transforms, strict=True)
+    )
+    return benchmarks.BenchmarkTasksets(*sets)
+
+
+def canonical(name: str) -> str:
+    """Our name of a benchmark: learn2learn's "mini-imagenet" is "mini_imagenet" here."""
+    return ALIASES.get(name, name)
+
+
+def kind_of(name: str) -> str:
+    """What its targets are: "regression" where they are numbers, else "classification"."""
+    return "regression" if name in REGRESSIONS else "classification"
 
 
 def register() -> None:
     """Adds our task sets to `learn2learn.vision.benchmarks`; `import l2l_implicit.tasks` does it.
 
-    learn2learn has no public way to add one: its list is the private dict `_TASKSETS`.
+    learn2learn has no public way to add one: its list is the private dict `_TASKSETS`. What it
+    lists itself stays as it is; `get_tasksets` of this package is the door to the repaired ones.
     """
     benchmarks._TASKSETS.update(TASKSETS)

@@ -7,25 +7,36 @@ change them.
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import learn2learn as l2l
 
-from l2l_implicit.tasks.image_table import ImageTable
+from l2l_implicit.tasks.image_table import LabelledData
 
-Tables = Mapping[str, ImageTable]  # by mode: train, validation, test
-# Three MetaDatasets and three lists of transforms: train, validation, test.
-Benchmark = tuple[tuple[Any, ...], tuple[list[Any], ...]]
+Tables = Mapping[str, LabelledData]  # by mode: train, validation, test
+# Three MetaDatasets and three lists of transforms (or one callable): train, validation, test.
+Benchmark = tuple[tuple[Any, ...], tuple[Any, ...]]
 MODES = ("train", "validation", "test")
 OPTIONS = ("train_ways", "train_samples", "test_ways", "test_samples", "num_tasks", "root",
            "device")  # of every task set
 
 
 def build_tasksets(
-    tables: Tables, train_ways: int, train_samples: int, test_ways: int, test_samples: int
+    tables: Tables,
+    train_ways: int,
+    train_samples: int,
+    test_ways: int,
+    test_samples: int,
+    also: Sequence[Callable[[Any], Any]] = (),
 ) -> Benchmark:
     """Three `MetaDataset` and three lists of task transforms (train, validation, test).
+
+    Args:
+        tables: a data set by mode.
+        train_ways, test_ways: classes of a task (test: also of validation tasks).
+        train_samples, test_samples: images of a class in a task, shots plus queries.
+        also: makers of further transforms, each from its `MetaDataset`.
 
     Raises:
         ValueError: a task asks for more classes than a table has, or more images than its
@@ -45,24 +56,33 @@ def build_tasksets(
             l2l.data.transforms.LoadData(dataset),
             l2l.data.transforms.RemapLabels(dataset),
             l2l.data.transforms.ConsecutiveLabels(dataset),
+            *(make(dataset) for make in also),
         ])
     return tuple(datasets), tuple(transforms)
 
 
-def check_sizes(table: ImageTable, mode: str, ways: int, samples: int, prefix: str) -> None:
+def check_sizes(table: LabelledData, mode: str, ways: int, samples: int, prefix: str) -> None:
     """Raises ValueError where the table cannot give `ways` classes of `samples` images."""
-    available = len(table.labels_to_indices)
+    available = len(table.classes)
+    if not available:
+        raise ValueError(f"expected at least {ways} {mode} classes, got none: add classes")
     if not 1 <= ways <= available:
         raise ValueError(
             f"expected {prefix}_ways between 1 and {available}, the number of {mode} classes, got "
             f"{ways}: choose {prefix}_ways of at most {available}"
         )
-    smallest = min(len(indices) for indices in table.labels_to_indices.values())
+    counts = [len(table.labels_to_indices.get(label, ())) for label in range(available)]
+    smallest = min(counts)
+    name = table.classes[counts.index(smallest)]
+    if not smallest:
+        raise ValueError(
+            f"expected images in every {mode} class, got none in {name}: give it at least {samples}"
+        )
     if not 1 <= samples <= smallest:
         raise ValueError(
             f"expected {prefix}_samples between 1 and {smallest}, the images in the smallest "
-            f"{mode} class, got {samples}: choose {prefix}_samples (shots plus queries) of at "
-            f"most {smallest}"
+            f"{mode} class ({name}), got {samples}: choose {prefix}_samples (shots plus queries) "
+            f"of at most {smallest}, or give that class more images"
         )
 
 
@@ -93,3 +113,22 @@ def check_name(kind: str, value: object, known: tuple[str, ...]) -> None:
             f"expected {kind} to be one of {', '.join(known)}, got {value!r}: did you mean "
             f"{nearest_name(value, known)!r}?"
         )
+
+
+def describe_tasksets(sets: Any) -> dict[str, Any]:
+    """Classes and samples of each mode of a benchmark's task sets, fit for JSON.
+
+    Args:
+        sets: learn2learn's named tuple (train, validation, test).
+
+    Returns:
+        `{"classes": {mode: count}, "samples": {mode: count}, ...}`; what a data set has to say of
+        itself (its attribute `notes`, a dict) comes with it. A data set without classes has 0.
+    """
+    datasets = {mode: getattr(sets, mode).dataset for mode in MODES}
+    found: dict[str, Any] = {
+        "classes": {mode: len(data.labels_to_indices) for mode, data in datasets.items()},
+        "samples": {mode: len(data.indices_to_labels) for mode, data in datasets.items()},
+    }
+    notes = {mode: getattr(data.dataset, "notes", {}) for mode, data in datasets.items()}
+    return found | ({"notes": notes} if any(notes.values()) else {})

@@ -1,0 +1,142 @@
+"""What an outer step asks of every algorithm: learn one task, predict its query set, and leave
+the outer gradient on theta."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from experiments.ingredients.tasks import Episode
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class Adapted(NamedTuple):
+    """A learner after its inner loop, and its predictions on the query set."""
+
+    learner: Any
+    predictions: Tensor
+
+
+class Algorithm(ABC):
+    """theta, and how a task is learnt from it.
+
+    Args:
+        learner: behind learn2learn's ``clone``/``adapt``; its module holds phi.
+        steps: inner steps K.
+        loss: of predictions and targets, a scalar.
+    """
+
+    def __init__(self, learner: Any, steps: int, loss: Loss) -> None:
+        self.learner, self.steps, self.loss = learner, steps, loss
+
+    @abstractmethod
+    def network(self) -> nn.Module:
+        """All of theta that is a module."""
+
+    @abstractmethod
+    def adapt(self, episode: Episode) -> Adapted:
+        """Learn the support set."""
+
+    def backward(self, adapted: Adapted, loss: Tensor, weight: float) -> None:
+        """Add ``weight`` times the gradient of the query ``loss`` to theta's gradients."""
+        (weight * loss).backward()
+
+    def theta(self) -> list[nn.Parameter]:
+        """What the outer optimiser moves: the network, and what the learner learns besides."""
+        scalars = [getattr(self.learner, name, None) for name in ("lr", "l2")]
+        more = [s for s in scalars if isinstance(s, nn.Parameter)]
+        known = {id(p): p for p in (*self.network().parameters(), *more)}
+        return list(known.values())
+
+
+class HeadOnly(Algorithm):
+    """The head alone is adapted, on the backbone's features.
+
+    Args:
+        backbone: inputs to features ``[n, d]``.
+        learner, steps, loss: as in `Algorithm`; the learner's module is the head.
+        together: support and query pass the backbone as one batch (one set of batch statistics).
+        cached: compute the features once a task; else the backbone runs again at every inner
+            step, as in the released code of Yang et al.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        learner: Any,
+        steps: int,
+        loss: Loss,
+        together: bool = True,
+        cached: bool = True,
+    ) -> None:
+        super().__init__(learner, steps, loss)
+        self.backbone, self._together, self._cached = backbone, together, cached
+
+    def network(self) -> nn.Module:
+        return nn.ModuleDict({"backbone": self.backbone, "head": self.learner})
+
+    def adapt(self, episode: Episode) -> Adapted:
+        learner, targets = self.learner.clone(), episode.support_targets
+        if self._cached:
+            support, query = self._both(episode)
+            learner.adapt(lambda: self.loss(learner(support), targets), steps=self.steps)
+        else:
+            learner.adapt(
+                lambda: self.loss(learner(self._support(episode)), targets), steps=self.steps
+            )
+            query = self._query(episode)
+        return Adapted(learner, learner(query))
+
+    def _both(self, episode: Episode) -> tuple[Tensor, Tensor]:
+        if not self._together:
+            return self._support(episode), self._query(episode)
+        features, m = self.backbone(episode.inputs), len(episode.support_targets)
+        return features[:m], features[m:]
+
+    def _support(self, episode: Episode) -> Tensor:
+        m = len(episode.support_targets)
+        if self._together:
+            return self.backbone(episode.inputs)[:m]
+        return self.backbone(episode.inputs[:m])
+
+    def _query(self, episode: Episode) -> Tensor:
+        m = len(episode.support_targets)
+        if self._together:
+            return self.backbone(episode.inputs)[m:]
+        return self.backbone(episode.inputs[m:])
+
+
+class WholeNetwork(Algorithm):
+    """Every parameter is adapted; support and query pass the network one after the other."""
+
+    def network(self) -> nn.Module:
+        return self.learner
+
+    def adapt(self, episode: Episode) -> Adapted:
+        m, learner = len(episode.support_targets), self.learner.clone()
+        self._learn(learner, episode, m)
+        return Adapted(learner, learner(episode.inputs[m:]))
+
+    def _learn(self, learner: Any, episode: Episode, m: int) -> None:
+        inputs, targets = episode.inputs[:m], episode.support_targets
+        learner.adapt(lambda: self.loss(learner(inputs), targets), steps=self.steps)
+
+
+class ReptileNetwork(WholeNetwork):
+    """Nichol et al. (2018): theta moves towards phi^K; in training no query set is held out.
+
+    Tasks are evaluated by a `WholeNetwork`, which learns the support set alone.
+    """
+
+    def _learn(self, learner: Any, episode: Episode, m: int) -> None:
+        targets = torch.cat([episode.support_targets, episode.query_targets])
+        learner.adapt(lambda: self.loss(learner(episode.inputs), targets), steps=self.steps)
+
+    def backward(self, adapted: Adapted, loss: Tensor, weight: float) -> None:
+        adapted.learner.outer_gradient(weight)
+

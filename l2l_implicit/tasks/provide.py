@@ -1,0 +1,166 @@
+"""Data sets on disk: what is in place is used, what is missing is fetched by its owner's code."""
+
+import os
+import shutil
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, NamedTuple
+
+# What the loaders of learn2learn and torchvision raise on damaged or missing files; no network
+# and refused downloads are OSError, or RuntimeError where torchvision compares checksums.
+BROKEN = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    UnpicklingError,
+    zipfile.BadZipFile,
+)
+
+
+class Needed(NamedTuple):
+    """A file or folder that a data set reads.
+
+    Attributes:
+        path: of the file or folder, from the root.
+        url: public address of the file, or of the archive that holds it.
+        archive: name under which the archive is looked for, from the root; None: no archive.
+        into: folder into which the archive is unpacked, from the root.
+    """
+
+    path: str
+    url: str
+    archive: str | None = None
+    into: str = "."
+
+
+def provide(
+    name: str,
+    root: Path,
+    needed: Sequence[Needed],
+    download: Callable[[], Any],
+    leaves: Sequence[str] = (),
+) -> None:
+    """Unpack or download what is not in place.
+
+    Args:
+        name: of the data set, for messages.
+        root: where data lies.
+        needed: all that the data set reads.
+        download: fetches it with the code of the library that owns it.
+        leaves: what an interrupted download leaves, from the root.
+
+    Raises:
+        FileNotFoundError: it cannot be downloaded; says which file from where belongs where.
+        ValueError: an archive is damaged.
+    """
+    for item in _missing(root, needed):
+        if item.archive is not None and (root / item.archive).is_file():
+            unpack(root / item.archive, root / item.into, item.url)
+    if not _missing(root, needed):
+        return
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with removed_if_interrupted([root / path for path in leaves]):
+            download()
+            _insist(root, needed)
+    except BROKEN as error:
+        raise FileNotFoundError(
+            f"expected the data of {name} in {root}, found none and could not download it "
+            f"({type(error).__name__}): {_remedy(root, _missing(root, needed))}"
+        ) from error
+
+
+def unpack(archive: Path, folder: Path, url: str) -> None:
+    """Unpack a zip; its entries appear in the folder only once all of it is unpacked.
+
+    Raises:
+        ValueError: the archive is damaged.
+    """
+    draft = folder / f".unpacking-{os.getpid()}"
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            opened.extractall(draft)  # writes nothing outside of draft, whatever the names say
+        for entry in draft.iterdir():
+            _move(entry, folder / entry.name)
+    except zipfile.BadZipFile as error:
+        raise ValueError(
+            f"expected a zip archive in {archive}, got {error}: delete it and get it from {url}"
+        ) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _move(entry: Path, place: Path) -> None:
+    """Unless it is there: from before, or because another process unpacks the same."""
+    try:
+        if not place.exists():
+            os.replace(entry, place)
+    except OSError:
+        if not place.exists():
+            raise
+
+
+@contextmanager
+def removed_if_interrupted(paths: Iterable[Path]) -> Iterator[None]:
+    """Remove those paths that were not there before where the block ends with an error.
+
+    Half a download would be taken for the whole at the next start.
+    """
+    new = [path for path in paths if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        for path in new:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def damage_explained(name: str, root: Path, needed: Sequence[Needed]) -> Iterator[None]:
+    """Raises ValueError, saying what to replace, where reading files that are there fails."""
+    try:
+        yield
+    except BROKEN as error:
+        places = ", ".join(str(root / item.path) for item in needed)
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+        raise ValueError(
+            f"expected the data of {name} in {places}, could not read it ({reason}): delete it, "
+            f"and {_remedy(root, needed)}"
+        ) from error
+
+
+def _missing(root: Path, needed: Sequence[Needed]) -> list[Needed]:
+    return [item for item in needed if not (root / item.path).exists()]
+
+
+def _insist(root: Path, needed: Sequence[Needed]) -> None:
+    missing = _missing(root, needed)
+    if missing:
+        raise FileNotFoundError(f"no {missing[0].path} after the download")
+
+
+def _remedy(root: Path, needed: Sequence[Needed]) -> str:
+    """Which files from where belong into which folder; archives are unpacked by `provide`."""
+    groups: dict[tuple[str, Path], list[str]] = {}
+    for item in needed:
+        source, _, name = item.url.rpartition("/")
+        place = root / (item.archive or item.path)
+        names = groups.setdefault((source, place.parent), [])
+        entry = name if name == place.name else f"{name} (as {place.name})"
+        if entry not in names:
+            names.append(entry)
+    return "; ".join(
+        f"get {', '.join(names)} from {source} into {folder}"
+        for (source, folder), names in groups.items()
+    )

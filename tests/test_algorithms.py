@@ -1,0 +1,209 @@
+"""The algorithms as an outer step sees them: variants that must agree, and what theta is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from experiments.algorithms import HeadOnly
+from experiments.ingredients.algorithm import make_algorithms
+from experiments.ingredients.algorithm_table import ALGORITHMS, settings_of
+from experiments.ingredients.tasks import Episode
+from experiments.meta_learning import LEAST_L2, MEASURES, Diverged, MetaLearner
+from experiments.tracking import UserError
+
+WAYS, SHOTS, SIDE = 3, 2, 8
+HEAD_ONLY = [name for name, own in ALGORITHMS.items() if own["scope"] == "head"]
+
+
+@pytest.fixture(autouse=True)
+def double() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def backbone() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Linear(144, 6)
+    )
+
+
+def episode(seed: int = 0) -> Episode:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(WAYS).repeat_interleave(SHOTS)
+    images = torch.randn(2 * WAYS * SHOTS, 1, SIDE, SIDE, generator=generator)
+    return Episode(images, labels, labels)
+
+
+def config(name: str, variant: str | None = None, **changes: Any) -> dict[str, Any]:
+    own = settings_of(name, variant)
+    more = {"name": name, "variant": variant, "test_steps": None, "test_scope": None}
+    return {**own, **more, **changes}
+
+
+def meta_learner(settings: dict[str, Any], optimizer: str = "sgd") -> MetaLearner:
+    network = backbone()
+    torch.manual_seed(2)
+    measure = MEASURES["classification"]
+    algorithms = make_algorithms(settings, network, 6, WAYS, WAYS, measure.loss)
+    return MetaLearner(algorithms, measure, optimizer, 0.1, channels_last=False)
+
+
+def gradients(settings: dict[str, Any], *episodes: Episode) -> list[Tensor]:
+    learner = meta_learner(settings)
+    learner.hypergradient(episodes or [episode()])
+    zeros = [torch.zeros_like(p) for p in learner.parameters]
+    pairs = zip(learner.parameters, zeros, strict=True)
+    return [zero if p.grad is None else p.grad for p, zero in pairs]
+
+
+def distance(one: list[Tensor], two: list[Tensor]) -> float:
+    pairs = list(zip(one, two, strict=True))
+    difference = torch.cat([(a - b).reshape(-1) for a, b in pairs]).norm()
+    return float(difference / torch.cat([b.reshape(-1) for _, b in pairs]).norm())
+
+
+@pytest.mark.parametrize("name", HEAD_ONLY)
+@pytest.mark.parametrize("batch_norm", ["together", "separately", "eval"])
+def test_as_published_is_the_cached_gradient(name: str, batch_norm: str) -> None:
+    same = {"batch_norm": batch_norm, "steps": 4}
+    cached = gradients(config(name, **same))
+    published = gradients(config(name, features="as_published", **same))
+    assert distance(published, cached) < 1e-10
+
+
+def test_batch_statistics_are_of_all_images_or_of_each_set() -> None:
+    kinds = [gradients(config("anil", batch_norm=b)) for b in ("together", "separately", "eval")]
+    assert distance(kinds[0], kinds[1]) > 1e-3
+    assert distance(kinds[1], kinds[2]) > 1e-3
+
+
+def test_eval_leaves_the_running_statistics_alone() -> None:
+    learner = meta_learner(config("rm_metal", batch_norm="eval"))
+    before = {k: b.clone() for k, b in learner.algorithms.training.network().named_buffers()}
+    learner.hypergradient([episode()])
+    for name, buffer in learner.algorithms.training.network().named_buffers():
+        assert torch.equal(buffer, before[name])
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_batch_leaves_the_mean_over_its_tasks(name: str) -> None:
+    first, second = gradients(config(name), episode(0)), gradients(config(name), episode(1))
+    both = gradients(config(name), episode(0), episode(1))
+    assert distance(both, [(a + b) / 2 for a, b in zip(first, second, strict=True)]) < 1e-10
+
+
+@pytest.mark.parametrize("engine", ["higher", "learn2learn"])
+@pytest.mark.parametrize("name", ["anil", "maml"])
+def test_engines_agree(name: str, engine: str) -> None:
+    assert distance(gradients(config(name, engine=engine)), gradients(config(name))) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["rm_metal", "itd_bio"])
+def test_an_initial_head_that_is_not_learned_gets_no_gradient(name: str) -> None:
+    learner = meta_learner(config(name))
+    learner.hypergradient([episode()])
+    for parameter in learner.algorithms.training.learner.parameters():
+        assert parameter.grad is None or not parameter.grad.any()
+
+
+@pytest.mark.parametrize("name", ["anil", "fo_anil", "maml", "fomaml", "imaml_gd", "reptile"])
+def test_an_initial_value_that_is_learned_gets_one(name: str) -> None:
+    assert all(bool(g.any()) for g in gradients(config(name))[-2:])
+
+
+def test_reptile_moves_towards_the_adapted_parameters() -> None:
+    learner = meta_learner(config("reptile", steps=3, lr=0.05))
+    start = [p.detach().clone() for p in learner.parameters]
+    task = episode()
+    labels = torch.cat([task.support_targets, task.query_targets])
+    copy = meta_learner(config("reptile")).algorithms.training.network()
+    for _ in range(3):
+        nn.functional.cross_entropy(copy(task.inputs), labels).backward()
+        with torch.no_grad():
+            for p in copy.parameters():
+                p -= 0.05 * p.grad
+                p.grad = None
+    learner.hypergradient([task])
+    expected = [a - b.detach() for a, b in zip(start, copy.parameters(), strict=True)]
+    assert distance([p.grad for p in learner.parameters], expected) < 1e-12
+
+
+def test_meta_learned_scalars_are_part_of_theta() -> None:
+    learner = meta_learner(config("unrolled", learn_lr=True, optimizer="adam"))
+    lr = learner.algorithms.training.learner.lr
+    assert any(p is lr for p in learner.parameters)
+    before = lr.item()
+    learner.step([episode()])
+    assert lr.item() != before
+    assert learner.algorithms.evaluation.learner.lr is lr
+
+
+def test_a_meta_learned_regulariser_stays_positive() -> None:
+    learner = meta_learner(config("rm_metal", learn_l2=True))
+    l2 = learner.algorithms.training.learner.l2
+    assert any(p is l2 for p in learner.parameters)
+    learner.optimizer.param_groups[0]["lr"] = 1e6
+    learner.step([episode()])
+    assert float(l2) == pytest.approx(LEAST_L2) or float(l2) > LEAST_L2
+    assert float(l2) != 0.1
+
+
+def test_a_head_that_is_not_learned_can_be_tested_with_other_ways() -> None:
+    torch.manual_seed(0)
+    loss = MEASURES["classification"].loss
+    found = make_algorithms(config("rm_metal"), backbone(), 6, WAYS, 2, loss)
+    task = Episode(episode().inputs[:8], torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 1, 1]))
+    with torch.no_grad():
+        assert found.evaluation.adapt(task).predictions.shape == (4, 2)
+    with pytest.raises(UserError, match="expected test_ways=3 as in training, got 2"):
+        make_algorithms(config("anil"), backbone(), 6, WAYS, 2, loss)
+
+
+def test_a_network_can_be_tested_by_its_head_alone() -> None:
+    """Yang et al., Table 1: MAML's test accuracy adapts the head only."""
+    learner = meta_learner(config("maml", test_scope="head", test_steps=20))
+    assert isinstance(learner.algorithms.evaluation, HeadOnly)
+    assert learner.algorithms.evaluation.steps == 20
+    with torch.no_grad():
+        adapted = learner.algorithms.evaluation.adapt(episode())
+    assert adapted.predictions.shape == (WAYS * SHOTS, WAYS)
+
+
+@pytest.mark.parametrize("name", ["anil", "maml", "as_released", "imaml_gd", "reptile"])
+def test_a_diverging_inner_loop_is_said_before_theta_moves(name: str) -> None:
+    variant = {"as_released": "as_released"}.get(name)
+    kind = "rm_metal" if variant else name
+    learner = meta_learner(config(kind, variant, lr=1e200, steps=5))
+    before = [p.detach().clone() for p in learner.parameters]
+    with pytest.raises(Diverged):
+        learner.step([episode()])
+    for p, value in zip(learner.parameters, before, strict=True):
+        assert torch.equal(p, value)
+
+
+REFUSED = {
+    "no such setting": (config("maml", l2=0.1), "l2: expected no such setting for maml, got 0.1"),
+    "whole network together": (
+        config("maml", batch_norm="together"),
+        "batch_norm: expected separately or eval for maml, got 'together'",
+    ),
+    "scope": (config("maml", scope="head"), "scope: expected 'network' for maml, got 'head'"),
+    "variant": (config("anil", "paper"), "expected none for anil"),
+    "engine": (config("itd_bio", engine="learn2learn"), "engine: expected higher for itd_bio"),
+    "misspelt": (config("anil", features="cashed"), "did you mean 'cached'?"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_settings_that_do_not_fit(case: str) -> None:
+    settings, expected = REFUSED[case]
+    with pytest.raises(UserError) as refused:
+        meta_learner(settings)
+    assert expected in str(refused.value) and "\n" not in str(refused.value)

@@ -1,0 +1,239 @@
+"""learn2learn's five benchmarks on small data in the real formats, from disk to episode."""
+
+import l2l_implicit  # noqa: F401, I001  (first: it makes learn2learn importable)
+
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import learn2learn
+import numpy as np
+import pytest
+import torch
+from disk_formats import WRITERS
+from PIL import Image
+from small_benchmarks import made, no_network
+from torchvision import transforms
+
+from experiments.tracking import UserError
+from l2l_implicit.tasks import get_tasksets, split_support_query
+from l2l_implicit.tasks.omniglot import split_labels
+
+FIVE = ("cifarfs", "fc100", "mini_imagenet", "tiered_imagenet", "omniglot")
+SHAPES = {
+    "cifarfs": (3, 32, 32),
+    "fc100": (3, 32, 32),
+    "mini_imagenet": (3, 84, 84),
+    "tiered_imagenet": (3, 84, 84),
+    "omniglot": (1, 28, 28),
+}
+THEIRS = {name: name.replace("_", "-") for name in FIVE}
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*results do not compare:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All five, four classes (omniglot: 68 characters) of five images."""
+    root = tmp_path_factory.mktemp("data")
+    for name in FIVE:
+        WRITERS[name](root, 4, 5)
+    return root
+
+
+@pytest.fixture
+def attempts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """No network at all; what was tried."""
+    return no_network(monkeypatch)
+
+
+# From disk to episode
+
+
+@pytest.mark.parametrize("name", FIVE)
+def test_every_mode_gives_tasks_without_a_network(
+    name: str, data: Path, attempts: list[Any]
+) -> None:
+    benchmark = made(name, data, test_ways=4, test_queries=3)
+    for mode, (ways, shots, queries) in (("train", (3, 1, 2)), ("test", (4, 1, 3))):
+        assert benchmark.sizes(mode) == (ways, shots, queries)
+        episode = benchmark.stream(mode, 0).sample()
+        assert episode.inputs.shape == (ways * (shots + queries), *SHAPES[name])
+        assert episode.inputs.dtype == torch.float32
+        assert 0 <= episode.inputs.min() < 0.5 < episode.inputs.max() <= 1
+        assert episode.support_targets.tolist() == list(range(ways))
+        assert episode.query_targets.bincount().tolist() == [queries] * ways
+    assert benchmark.input_shape() == SHAPES[name] and attempts == []
+    assert benchmark.stream("validation", 0).sample().query_targets.dtype == torch.int64
+
+
+@pytest.mark.parametrize("name", FIVE)
+def test_learn2learns_own_names_do_too(name: str, data: Path) -> None:
+    mine, same = (made(each, data).stream("train", 1).sample() for each in (name, THEIRS[name]))
+    assert torch.equal(mine.inputs, same.inputs)
+    if name == "cifarfs":
+        assert made("cifar-fs", data).name == "cifarfs"
+
+
+@pytest.mark.parametrize("name", FIVE[:4])
+def test_tasks_are_those_of_learn2learn(name: str, data: Path, tmp_path: Path) -> None:
+    """Bit for bit, where its own loader is right: it gets a copy, as it writes into the root."""
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    options = {"train_ways": 3, "train_samples": 4, "test_ways": 3, "test_samples": 4}
+    own = {"data_augmentation": "normalize"} if "imagenet" in name else {}
+    theirs = learn2learn.vision.benchmarks.get_tasksets(
+        THEIRS[name], root=str(copy), **options, **own
+    )
+    ours = get_tasksets(name, root=str(data), **options)
+    for mode in ("train", "validation", "test"):
+        expected, found = (_seeded(getattr(sets, mode)) for sets in (theirs, ours))
+        assert torch.equal(expected[0], found[0]) and torch.equal(expected[1], found[1])
+
+
+def _seeded(taskset: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Support images and labels; in validation learn2learn does not order the classes."""
+    random.seed(7)
+    return split_support_query(*taskset.sample(), shots=3)[0]
+
+
+@pytest.mark.parametrize("name", FIVE)
+def test_classes_of_the_modes_are_disjoint(name: str, data: Path) -> None:
+    sets = get_tasksets(name, root=str(data), train_ways=3, test_ways=3,
+                        train_samples=5, test_samples=5)
+    names = [set(getattr(sets, mode).dataset.dataset.classes) for mode in sets._fields]
+    if name in ("fc100", "tiered_imagenet"):  # their labels are numbers that start anew
+        images = [_images(getattr(sets, mode).dataset) for mode in sets._fields]
+        assert not images[0] & images[2] and not images[1] & images[2]
+    else:
+        assert len(set.union(*names)) == sum(map(len, names))
+
+
+def _images(dataset: Any) -> set[bytes]:
+    return {dataset[index][0].numpy().tobytes() for index in range(len(dataset))}
+
+
+@pytest.mark.parametrize("name", FIVE)
+def test_images_on_a_device_are_the_same(name: str, data: Path) -> None:
+    plain, moved = (get_tasksets(name, root=str(data), train_ways=3, train_samples=3, test_ways=3,
+                                 test_samples=3, device=device).train for device in (None, "cpu"))
+    random.seed(1)
+    expected = plain.sample()[0]
+    random.seed(1)
+    assert torch.equal(moved.sample()[0], expected)
+    first, again = moved.dataset[0][0], moved.dataset[0][0]
+    assert first.data_ptr() == again.data_ptr()  # a view of the table that lies on the device
+
+
+@pytest.mark.parametrize("name", FIVE)
+def test_python_random_alone_decides_and_is_left_alone(name: str, data: Path) -> None:
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    first = made(name, data).stream("train", 4).sample()
+    assert random.getstate() == before[0]
+    assert np.random.get_state()[1].tolist() == before[1]
+    assert torch.equal(torch.get_rng_state(), before[2])
+    random.seed(99)
+    np.random.seed(99)
+    torch.manual_seed(99)
+    second, other = (made(name, data).stream("train", seed).sample() for seed in (4, 5))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not torch.equal(first.inputs, other.inputs)
+
+
+# Omniglot
+
+
+def test_omniglot_split_depends_on_its_seed_alone(data: Path) -> None:
+    def names(seed: int | None) -> list[str]:
+        return made("omniglot", data, split_seed=seed).sets.test.dataset.dataset.classes
+
+    random.seed(3)
+    first = names(None)
+    random.seed(4)
+    assert names(0) == first and names(1) != first
+    assert made("omniglot", data).describe()["notes"]["test"] == {"split_seed": 0}
+
+
+def test_omniglot_split_has_the_sizes_of_the_benchmark() -> None:
+    split = split_labels(1623, split_seed=5)
+    assert [len(split[mode]) for mode in ("train", "validation", "test")] == [1100, 100, 423]
+    assert sorted(label for labels in split.values() for label in labels) == list(range(1623))
+
+
+def test_omniglot_images_are_those_of_learn2learn(data: Path, tmp_path: Path) -> None:
+    sets = get_tasksets("omniglot", root=str(data), train_samples=5, test_samples=5, test_ways=2)
+    table = sets.train.dataset.dataset
+    name = table.classes[2].split("/")
+    files = sorted((data / "omniglot-py").glob(f"*/{name[0]}/{name[1]}/*_01.png"))
+    drawn = [_as_published(path) for path in files]
+    image = table[table.labels_to_indices[2][0]][0]
+    assert any(torch.allclose(image, expected, atol=1e-6) for expected in drawn)
+    assert image.mean() < 0.5 < image.max()  # white strokes on black
+
+
+def _as_published(path: Path) -> torch.Tensor:
+    """The transforms of learn2learn's benchmark."""
+    steps = transforms.Compose(
+        [transforms.Resize(28, interpolation=Image.LANCZOS), transforms.ToTensor()]
+    )
+    return 1.0 - steps(Image.open(path).convert("L"))
+
+
+def test_each_class_of_a_task_has_a_rotation_of_its_own(data: Path) -> None:
+    """learn2learn 0.2.0 turns all classes as the last one: here they differ in most tasks."""
+    sets = get_tasksets("omniglot", root=str(data), train_ways=4, train_samples=2, test_samples=2,
+                        test_ways=2)
+    table = sets.train.dataset.dataset
+    upright = {index: table[index][0] for index in range(len(table))}
+    random.seed(0)
+    different = 0
+    for _ in range(5):
+        turns: dict[int, set[int]] = {}
+        for image, label in zip(*sets.train.sample(), strict=True):
+            turns.setdefault(int(label), set()).update(_turns(image, upright))
+        assert all(len(found) == 1 for found in turns.values())
+        different += len(set.union(*turns.values())) > 1
+    assert different >= 4
+
+
+def _turns(image: torch.Tensor, upright: dict[int, torch.Tensor]) -> set[int]:
+    return {
+        turn
+        for original in upright.values()
+        for turn in range(4)
+        if torch.equal(torch.rot90(original, turn, dims=(-2, -1)), image)
+    }
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("mini_imagenet", {"augmentation": "lee2019"}, "got 'lee2019', which .* 0.2.0 has wrong"),
+        ("tiered_imagenet", {"augmentation": "norm"}, "'normalize', got 'norm'"),
+        ("cifarfs", {"augmentation": "normalize"}, "got data_augmentation='normalize'"),
+        ("cifarfs", {"split_seed": 1}, "got split_seed=1"),
+        ("fc100", {"level": "easy"}, "got level='easy'"),
+        ("omniglot", {"size": 28}, "got size=28"),
+        ("fc100", {"skip_unreadable": True}, "got skip_unreadable=True"),
+        ("fc100", {"ways": 5}, "train_ways between 1 and 4, the number of train classes, got 5"),
+        ("fc100", {"test_ways": 7}, "test_ways between 1 and 4, .* validation classes, got 7"),
+        ("fc100", {"queries": 5}, r"train_samples between 1 and 5, .* train class \(0\), got 6"),
+        ("fc10", {}, "got 'fc10': did you mean 'fc100'"),
+    ],
+)
+def test_what_a_benchmark_cannot_do_is_one_line(
+    name: str, options: dict[str, Any], message: str, data: Path
+) -> None:
+    with pytest.raises(UserError, match=f"tasks.name={name}: expected .*{message}") as raised:
+        made(name, data, **options)
+    assert "\n" not in str(raised.value)
+
+
+def test_normalize_is_what_happens_without_it(data: Path) -> None:
+    plain, named = (made("mini_imagenet", data, augmentation=augmentation).stream("train", 0)
+                    for augmentation in (None, "normalize"))
+    assert torch.equal(plain.sample().inputs, named.sample().inputs)

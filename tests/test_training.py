@@ -1,0 +1,121 @@
+"""When a run validates, tests and ends; the learner is a stand-in whose steps cost what is said."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from torch import nn
+
+from experiments.meta_learning import MEASURES, Diverged, Interval, OuterStep
+from experiments.training import Schedule, Training
+
+
+class Run:
+    """Takes note of what is recorded."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[tuple[int, float]]] = {}
+
+    def log_scalar(self, name: str, value: float, step: int) -> None:
+        self.values.setdefault(name, []).append((step, value))
+
+    def at(self, name: str) -> list[int]:
+        return [step for step, _ in self.values.get(name, [])]
+
+
+class Learner:
+    """Every step takes 2 s of the process and 3 s of the wall; it scores its number of steps."""
+
+    measure = MEASURES["classification"]
+
+    def __init__(self, diverges_at: int | None = None, fails_test: bool = False) -> None:
+        self.done, self._diverges_at, self._fails_test = 0, diverges_at, fails_test
+        network = SimpleNamespace(network=lambda: nn.Module())
+        self.algorithms = SimpleNamespace(training=network)
+
+    def hypergradient(self, batch: list[Any]) -> None:
+        pass
+
+    def step(self, batch: list[Any]) -> OuterStep:
+        if self.done + 1 == self._diverges_at:
+            raise Diverged("too large a step")
+        self.done += 1
+        return OuterStep(1.0, 0.5, 0.1, None, None, None, None, None, 3.0, 2.0)
+
+    def evaluate(
+        self, stream: str, number: int, progress: Callable[[Iterable[int]], Iterable[int]]
+    ) -> Interval:
+        if stream == "test" and self._fails_test:
+            raise Diverged("in the test")
+        return Interval(self.done / 100, 0.01)
+
+
+class Tasks:
+    def stream(self, mode: str, seed: int) -> Any:
+        return mode if mode != "train" else SimpleNamespace(sample=lambda: None, state=None)
+
+
+def train(tmp_path: Path, learner: Learner | None = None, **changes: Any) -> tuple[Training, Run]:
+    schedule = Schedule(
+        iterations=10, batch=1, validate_every=4, validate_seconds=None, validation_tasks=3,
+        test_tasks=5, test_at=(), budget=None, cpu=True, checkpoint_seconds=1e9,
+    )._replace(**changes)  # fmt: skip
+    run = Run()
+    training = Training(run, learner or Learner(), Tasks(), schedule, 0, tmp_path)  # type: ignore[arg-type]
+    training.loop()
+    return training, run
+
+
+def test_without_a_budget_the_result_is_that_of_the_last_iteration(tmp_path: Path) -> None:
+    training, run = train(tmp_path)
+    assert len(training.steps) == 10
+    assert run.at("validation/accuracy") == [4, 8, 10]
+    assert run.at("test/accuracy") == [10] and training.result == Interval(0.1, 0.01)
+    assert run.at("train/step_peak_bytes") == [1, 5, 9]
+
+
+@pytest.mark.parametrize(("cpu", "iterations"), [(True, 4), (False, 3)])
+def test_a_budget_is_counted_by_the_clock_that_was_asked_for(
+    tmp_path: Path, cpu: bool, iterations: int
+) -> None:
+    training, run = train(tmp_path, budget=7.0, cpu=cpu)
+    assert len(training.steps) == iterations and run.at("test/accuracy") == [iterations]
+    assert training.seconds == (2.0 if cpu else 3.0) * iterations
+
+
+def test_a_run_goes_on_from_its_budget_to_the_last_test(tmp_path: Path) -> None:
+    training, run = train(tmp_path, budget=7.0, test_at=(2, 6))
+    assert len(training.steps) == 6
+    assert run.at("test/accuracy") == [2, 4, 6]
+    assert training.result == Interval(0.04, 0.01)  # at the budget, not at the end
+
+
+def test_validations_by_seconds_of_training(tmp_path: Path) -> None:
+    _, run = train(tmp_path, validate_seconds=5.0)
+    assert run.at("validation/accuracy") == [3, 6, 9, 10]
+
+
+def test_a_diverged_run_has_a_result_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training, run = train(tmp_path, Learner(diverges_at=6))
+    assert len(training.steps) == 5 and training.result == Interval(0.05, 0.01)
+    assert training.diverged == "at outer iteration 6: too large a step"
+    assert "diverged at outer iteration 6" in capsys.readouterr().out
+
+
+def test_a_test_that_diverges_is_not_a_number(tmp_path: Path) -> None:
+    training, _ = train(tmp_path, Learner(fails_test=True))
+    assert training.result is not None and math.isnan(training.result.mean)
+    assert training.diverged is not None and "in the test" in training.diverged
+
+
+def test_what_an_algorithm_does_not_have_is_not_recorded(tmp_path: Path) -> None:
+    _, run = train(tmp_path)
+    assert "train/query_accuracy" in run.values and "train/query_loss" in run.values
+    assert not any("residual" in name or "unsolved" in name for name in run.values)

@@ -1,0 +1,175 @@
+"""From a sweep's definition and the command line to its cells."""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.sweeps.cells import Cell, Settings, describe
+from experiments.sweeps.definition import Benchmark, Grid, Method, Sweep
+from experiments.sweeps.definitions import SWEEPS
+from experiments.tracking import UserError
+from experiments.tracking.errors import nearest
+
+OPTIONS = ("benchmark", "seeds", "grid", "methods")
+GRID_SEED = 0
+
+
+def find_sweep(name: str) -> Sweep:
+    """The sweep of this name, or the `SWEEP` of a Python file.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name.endswith(".py"):
+        if not Path(name).is_file():
+            raise UserError(f"no file {name} that defines a SWEEP")
+        found = runpy.run_path(name).get("SWEEP")
+        if not isinstance(found, Sweep):
+            raise UserError(f"{name} must define SWEEP, an experiments.sweeps.definition.Sweep")
+        return found
+    _known("sweep", name, SWEEPS)
+    return SWEEPS[name]
+
+
+@dataclass(frozen=True)
+class Group:
+    """One method: the cells of its grid, and those of the final runs of a candidate.
+
+    Attributes:
+        candidates: the grid's settings; their cells are `grid`, empty with one candidate only.
+    """
+
+    name: str
+    candidates: Grid
+    grid: Mapping[str, Cell]
+    finals: tuple[Mapping[str, Cell], ...]
+
+    def final_names(self) -> list[str]:
+        """The names of the final cells, which do not depend on the candidate."""
+        return list(self.finals[0])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All groups of a sweep; the names of cells are METHOD/grid/N and METHOD/final/SEED."""
+
+    groups: tuple[Group, ...]
+
+    def names(self) -> list[str]:
+        """Every cell's name: grids first, since the final runs need them."""
+        grids = [name for group in self.groups for name in group.grid]
+        return grids + [name for group in self.groups for name in group.final_names()]
+
+    def only(self, name: str) -> Plan:
+        """The part that the cell of this name needs: itself, and the grid of a final run.
+
+        Raises:
+            UserError: no such cell.
+        """
+        _known("cell", name, self.names())
+        for group in self.groups:
+            if name in group.grid:
+                return Plan((Group(group.name, (), {name: group.grid[name]}, ({},)),))
+            if name in group.final_names():
+                finals = tuple({name: cells[name]} for cells in group.finals)
+                return Plan((Group(group.name, group.candidates, group.grid, finals),))
+        raise UserError(f"no cell {name!r}")
+
+
+def make_plan(sweep: Sweep, given: Settings) -> Plan:
+    """The cells of a sweep.
+
+    Args:
+        sweep: its definition.
+        given: the command line's KEY=VALUE: `OPTIONS` choose, others are set in every run.
+
+    Raises:
+        UserError: an unknown name, or a setting that a grid searches.
+    """
+    options = {key: given[key] for key in OPTIONS if key in given}
+    overrides = {key: value for key, value in given.items() if key not in OPTIONS}
+    benchmark = str(options.get("benchmark", next(iter(sweep.benchmarks))))
+    _known("benchmark", benchmark, sweep.benchmarks)
+    seeds = options.get("seeds", sweep.seeds)
+    if type(seeds) is not int or seeds < 1:
+        raise UserError(f"seeds: expected a number of seeds of at least 1, got {seeds!r}")
+    _check_overrides(overrides)
+    chosen = _methods(sweep, options.get("methods"))
+    grid = options.get("grid")
+    if grid is not None:
+        _known("grid", str(grid), {name for m in sweep.methods.values() for name in m.grids})
+    make = _Maker(sweep, benchmark, overrides, seeds)
+    return Plan(tuple(make.group(name, sweep.methods[name], grid) for name in chosen))
+
+
+class _Maker:
+    def __init__(self, sweep: Sweep, benchmark: str, overrides: Settings, seeds: int) -> None:
+        self._sweep, self._overrides, self._seeds = sweep, overrides, seeds
+        self._benchmark: Benchmark = sweep.benchmarks[benchmark]
+
+    def group(self, name: str, method: Method, grid_name: Any) -> Group:
+        candidates = method.grids.get(grid_name, method.grid) if grid_name else method.grid
+        self._check_searched(name, candidates)
+        grid = {
+            f"{name}/grid/{n}": self._cell(method, self._sweep.stage1, {}, candidate)
+            for n, candidate in enumerate(candidates)
+        }
+        return Group(
+            name,
+            candidates,
+            grid if len(candidates) > 1 else {},
+            tuple(self._finals(name, method, candidate) for candidate in candidates),
+        )
+
+    def _finals(self, name: str, method: Method, candidate: Settings) -> dict[str, Cell]:
+        stage = self._sweep.stage2
+        return {
+            f"{name}/final/{seed}": self._cell(method, stage, method.final, candidate, seed)
+            for seed in range(self._seeds)
+        }
+
+    def _cell(self, method: Method, stage: Settings, final: Settings,
+              candidate: Settings, seed: int = GRID_SEED) -> Cell:
+        here = self._benchmark
+        layers = [self._sweep.settings, here.settings, method.settings, stage, final]
+        layers += [candidate, self._overrides]
+        settings = {key: value for layer in layers for key, value in layer.items()}
+        own = [config.format(benchmark=here.like) for config in method.configs]
+        configs = (*here.configs, *own)
+        return Cell(self._sweep.module, configs, {**settings, "seed": seed})
+
+    def _check_searched(self, name: str, candidates: Grid) -> None:
+        searched = {key for candidate in candidates for key in candidate}
+        for key in searched & self._overrides.keys():
+            raise UserError(
+                f"{key} is what the grid of {name} searches ({describe(candidates[0])}, ...);"
+                " leave it out, or choose other methods with methods=A,B"
+            )
+
+
+def _check_overrides(overrides: Settings) -> None:
+    for key in overrides:
+        if key in ("seed", "cell"):
+            raise UserError(f"{key} is set by the sweep; the number of seeds is seeds=N")
+        if "." not in key and (near := nearest(key, OPTIONS)):
+            raise UserError(f"no option {key!r} of a sweep{near}")
+
+
+def _methods(sweep: Sweep, asked: Any) -> list[str]:
+    if asked is None:
+        return list(sweep.methods)
+    names = [name.strip() for name in str(asked).split(",")]
+    for name in names:
+        _known("method", name, sweep.methods)
+    return [name for name in sweep.methods if name in names]
+
+
+def _known(kind: str, name: str, known: Iterable[str]) -> None:
+    known = list(known)
+    if name not in known:
+        shown = f"expected one of {', '.join(known)}" if len(known) <= 12 else "--list shows all"
+        raise UserError(f"no {kind} {name!r}{nearest(name, known)} ({shown})")

@@ -1,0 +1,45 @@
+"""A training that takes a second, for the tests of sweeps: it records what a real one does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from experiments.tracking import TrackedExperiment, UserError, record
+
+ex = TrackedExperiment("toy_cell")
+
+
+@ex.config
+def config() -> None:
+    cell = None  # noqa: F841
+    lr = 0.1  # noqa: F841
+    pause = 0.0  # noqa: F841
+    fault = ""  # noqa: F841
+    folder = ""  # noqa: F841
+    output = ""  # noqa: F841
+    seed = 0  # noqa: F841
+
+
+@ex.named_config
+def toy() -> None:
+    """Nothing else."""
+
+
+@ex.automain
+def main(_run: Any, cell: str, lr: float, pause: float, fault: str, folder: str) -> Any:
+    with open(Path(folder) / "started", "a") as file:
+        file.write(f"{cell} {os.getpid()}\n")
+    first = not (Path(folder) / f"{cell}-tried").exists()
+    (Path(folder) / f"{cell}-tried").touch()
+    if fault == "once" and first:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "always":
+        raise UserError("the toy was told to fail")
+    time.sleep(pause)
+    record(_run, {"validation/accuracy": 0.5}, 1)
+    record(_run, {"validation/accuracy": 1 - abs(lr - 0.2)}, 2)
+    return {"test_accuracy": 0.6, "test_half_width": 0.01}

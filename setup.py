@@ -26,6 +26,7 @@ EXTRAS = {
         "SecantusDB>=0.7.0b3",
         "matplotlib>=3.7",
         "tqdm>=4.60",
+        "higher>=0.2.1",
     ],
     "baselines": ["higher>=0.2.1"],
     "lightning": ["pytorch-lightning>=2.0,<3"],

@@ -26,7 +26,7 @@ from experiments.meta_learning import MEASURES, Interval, Measure, MetaLearner
 from experiments.peak_memory import process_peak
 from experiments.tracking import TrackedExperiment, UserError
 from experiments.training import Schedule, Training
-from l2l_implicit import checks
+from l2l_implicit import Chunked, checks
 from l2l_implicit.tasks import nearest_centroid_accuracy
 
 _TYPES: dict[str, Any] = {
@@ -110,6 +110,8 @@ def _learner(config: Mapping[str, Any], given: Tasks) -> MetaLearner:
     """Theta with its algorithm, on the tasks' inputs and outputs."""
     measure = _measure(given, config["score"])
     backbone, width = model.make_backbone(given.input_shape())
+    if isinstance(backbone, Chunked):
+        _check_chunks(backbone, given, config["algorithm"]["batch_norm"] == "together")
     algorithms = algorithm.make_algorithms(
         config["algorithm"],
         backbone,
@@ -138,6 +140,14 @@ def _measure(given: Tasks, score: str | None) -> Measure:
     return measure
 
 
+def _check_chunks(backbone: Chunked, given: Tasks, together: bool) -> None:
+    for ways, shots, queries in (given.sizes("train"), given.sizes("test")):
+        try:
+            backbone.check_batch(ways * (shots + queries if together else max(shots, queries)))
+        except ValueError as error:
+            raise UserError(f"model.{error}") from error
+
+
 def _centroid(given: Tasks, number: int) -> Interval | None:
     """Nearest centroid on the raw pixels of the same test tasks."""
     if given.kind != "classification":
@@ -157,7 +167,14 @@ def _folder(run: Any, output: str) -> Path:
 def _save(run: Any, training: Training, centroid: Interval | None) -> None:
     """The artifacts, in the run's folder and in the database."""
     folder = training.folder
-    torch.save(training.learner.state_dict(), folder / "parameters.pt")
+    learner = training.learner
+    state = {
+        "backbone": learner.algorithms.backbone.state_dict(),
+        "head": learner.algorithms.head.state_dict(),
+        "theta": [parameter.detach() for parameter in learner.parameters],
+        "optimizer": learner.optimizer.state_dict(),
+    }
+    torch.save(state, folder / "parameters.pt")
     picture = folder / "learning_curve.png"
     learning_curve.draw(picture, _title(run.config), training, centroid)
     run.add_artifact(folder / "parameters.pt")

@@ -2,6 +2,7 @@
 
 from l2l_implicit import _compat  # noqa: F401, I001  (first: it makes learn2learn importable)
 from l2l_implicit import tasks  # noqa: F401  (offers our task sets to learn2learn's list)
+from l2l_implicit.chunked import Chunked
 from l2l_implicit.diagnostics import Diagnostics, UnsolvedWarning
 from l2l_implicit.imaml import ImplicitMAML
 from l2l_implicit.learner import ImplicitCGHead
@@ -11,6 +12,7 @@ from l2l_implicit.linearization import Linearization
 __version__ = "0.1.0"
 
 __all__ = [
+    "Chunked",
     "Diagnostics",
     "ImplicitCGHead",
     "ImplicitMAML",

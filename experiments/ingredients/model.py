@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from experiments.tracking import TrackedIngredient, UserError
-from l2l_implicit import checks
+from l2l_implicit import Chunked, checks
 
 model = TrackedIngredient("model")
-TYPES = {"name": str | None, "hidden": int | None}
+TYPES = {"name": str | None, "hidden": int | None, "chunk_size": int | None}
 BACKBONES = ("cnn4", "resnet12", "wrn28", "mlp")
 HIDDEN = {"cnn4": 32, "mlp": 40}
 
@@ -24,16 +24,21 @@ def defaults() -> None:
     name = None  # cnn4, resnet12, wrn28 or mlp; None: cnn4 for images, mlp for vectors
     hidden = None  # filters a layer (cnn4; None: 32) or units a layer (mlp; None: 40)
     channels_last = True  # memory layout of images; about 1.6 times faster on a CPU
+    chunk_size = None  # images that pass the backbone at once, each twice; None: all, once
 
 
 def build_backbone(
-    input_shape: Sequence[int], name: str | None, hidden: int | None, channels_last: bool
+    input_shape: Sequence[int],
+    name: str | None,
+    hidden: int | None,
+    channels_last: bool,
+    chunk_size: int | None = None,
 ) -> tuple[nn.Module, int]:
     """The network, and how many features it gives for one input.
 
     Args:
         input_shape: (channels, height, width) of an image, or (n,) of a vector.
-        name, hidden, channels_last: the configuration of this ingredient.
+        name, hidden, channels_last, chunk_size: the configuration of this ingredient.
 
     Raises:
         UserError: no such network, or not for such inputs.
@@ -46,7 +51,13 @@ def build_backbone(
         backbone = backbone.to(memory_format=torch.channels_last)
     with torch.no_grad():
         width = backbone.eval()(torch.zeros(1, *input_shape)).shape[1]
-    return backbone.train(), width
+    backbone.train()
+    if chunk_size is None:
+        return backbone, width
+    try:
+        return Chunked(backbone, chunk_size), width
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model.{error}") from error
 
 
 def _build(name: str, hidden: int, channels: int) -> nn.Module:

@@ -1,0 +1,132 @@
+"""The benchmark as a Sacred experiment; see the package."""
+
+# ruff: noqa: F841  (Sacred reads a config function's local variables)
+
+from __future__ import annotations
+
+import platform
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from experiments.benchmark import figure
+from experiments.benchmark.cases import Plan
+from experiments.benchmark.measure import Effort
+from experiments.benchmark.problem import Setting
+from experiments.benchmark.registry import select
+from experiments.benchmark.rows import Row, as_markdown, as_text, summary
+from experiments.tracking import TrackedExperiment, record
+from l2l_implicit import UnsolvedWarning
+
+ex = TrackedExperiment("benchmark")
+
+
+@ex.config
+def defaults() -> None:
+    cases = "all"  # names with commas: see experiments/benchmark/registry.py
+    repetitions = 30
+    seconds = 20.0  # a method that took this long in all is repeated no further (but 3 times)
+    steps = 20  # inner steps K
+    cg_steps = 20  # conjugate gradient steps N
+    peer_steps = [1, 5, 20, 100]  # K (and N) of the comparison with other methods
+    sweep_steps = [5, 20, 50, 100, 200]  # K, at N = cg_steps
+    sweep_cg_steps = [5, 10, 20, 50, 100]  # N, at K = steps
+    memory_steps = [1, 10, 100, 1000, 10000]  # K at which memory is measured
+    network_steps = [1, 5, 20]  # K (and N) of iMAML on the whole network
+    hidden = 64  # filters a layer of cnn4 (at 84 pixels: 32 at most)
+    chunk_size = 25  # images
+    channels_last = True  # for every method
+    device = "cpu"
+    threads = 1
+    seed = 0
+    output = "runs"  # the folder of the table and the picture
+
+
+@ex.named_config
+def quick() -> None:
+    """Three repetitions, small tasks, the ends of the ranges: under a minute, and rougher."""
+    cases = "cnn4-32px,20-shot,wide,chunked,k-sweep,n-sweep,k-memory,peers,imaml"
+    repetitions = 3
+    peer_steps = [5]
+    sweep_steps = [5, 200]
+    sweep_cg_steps = [5, 100]
+    memory_steps = [1, 1000]
+    network_steps = [1, 5]
+
+
+def _plan(config: Mapping[str, Any]) -> Plan:
+    """The configuration as the cases read it."""
+    sequences = ("peer", "sweep", "sweep_cg", "memory", "network")
+    return Plan(
+        Setting(config["device"], config["channels_last"], config["seed"]),
+        Effort(config["repetitions"], config["seconds"]),
+        **{key: config[key] for key in ("hidden", "steps", "cg_steps", "chunk_size")},
+        **{f"{key}_steps": config[f"{key}_steps"] for key in sequences},
+    )
+
+
+def _record(run: Any, case: str, rows: list[Row]) -> None:
+    for index, row in enumerate(rows):
+        values = {f"{case}/{row.method}/{key}": v for key, v in row.metrics.items()}
+        record(run, values, index)
+
+
+def _markdown(rows: Mapping[str, list[Row]], machine: str) -> str:
+    """Every table under the command that repeats it, and what missed its bar."""
+    parts = [f"{machine}."]
+    for name, of in rows.items():
+        command = f"python -m experiments.benchmark with cases={name}"
+        parts.append(f"```\n{command}\n```\n\n{as_markdown(of)}")
+    bars, *missed = summary([row for of in rows.values() for row in of]).splitlines()
+    parts.append("\n".join([f"{bars}.", "", *(f"- {line}" for line in missed)]).strip())
+    return "\n\n".join(parts) + "\n"
+
+
+def _machine(device: str, threads: int) -> str:
+    """Where and when this was measured."""
+    cuda = torch.device(device).type == "cuda"
+    name = torch.cuda.get_device_name(device) if cuda else _processor()
+    return f"{time.strftime('%Y-%m-%d')}, {name}, threads: {threads}, torch {torch.__version__}"
+
+
+def _processor() -> str:
+    return f"{platform.machine()} CPU ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def _save(run: Any, rows: dict[str, list[Row]], device: str, threads: int, output: str) -> Path:
+    """The table as Markdown and the picture, in a folder of the run's own and in the database."""
+    name = str(run._id) if run._id is not None else time.strftime("unobserved-%Y%m%d-%H%M%S")
+    folder = Path(output) / name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "benchmark.md").write_text(_markdown(rows, _machine(device, threads)))
+    run.add_artifact(folder / "benchmark.md")
+    if "peers" in rows:
+        figure.draw(folder / "benchmark.png", _machine(device, threads), rows["peers"])
+        run.add_artifact(folder / "benchmark.png")
+    return folder
+
+
+@ex.automain
+def benchmark(
+    _run: Any, _config: Mapping[str, Any], cases: str, device: str, threads: int, output: str
+) -> dict[str, int]:
+    """Print the table; returns how many bars are met, and how many there are."""
+    chosen, plan = select(cases), _plan(_config)
+    torch.set_num_threads(threads)
+    rows: dict[str, list[Row]] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnsolvedWarning)  # random images are not the point here
+        for name, case in tqdm(chosen.items(), desc="cases"):
+            rows[name] = case(plan)
+            _record(_run, name, rows[name])
+            tqdm.write(as_text(rows[name]))
+    everything = [row for of in rows.values() for row in of]
+    print("", summary(everything), _machine(device, threads), sep="\n\n")
+    print(f"\ntable and picture: {_save(_run, rows, device, threads, output)}")
+    bars = [bar for row in everything for bar in row.bars]
+    return {"met": sum(bar.met for bar in bars), "bars": len(bars)}

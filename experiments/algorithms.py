@@ -4,15 +4,26 @@ the outer gradient on theta."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from experiments.ingredients.tasks import Episode
+from l2l_implicit import Diagnostics
+from l2l_implicit.batched import BatchedImplicitHead, per_task_batch_norm
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+Score = Callable[[Tensor, Tensor], float]
+
+
+class QueryResult(NamedTuple):
+    """A task's query loss, score, and the learner's diagnostics if it has any."""
+
+    loss: float
+    score: float
+    diagnostics: Diagnostics | None
 
 
 class Adapted(NamedTuple):
@@ -41,6 +52,17 @@ class Algorithm(ABC):
     @abstractmethod
     def adapt(self, episode: Episode) -> Adapted:
         """Learn the support set."""
+
+    def learn(self, batch: Sequence[Episode], score: Score) -> list[QueryResult]:
+        """Add the mean outer gradient of the tasks to theta's; one of them in memory at a time."""
+        return [self._learn_one(episode, 1.0 / len(batch), score) for episode in batch]
+
+    def _learn_one(self, episode: Episode, weight: float, score: Score) -> QueryResult:
+        adapted = self.adapt(episode)
+        loss = self.loss(adapted.predictions, episode.query_targets)
+        self.backward(adapted, loss, weight)
+        found = score(adapted.predictions.detach(), episode.query_targets)
+        return QueryResult(loss.item(), found, getattr(adapted.learner, "diagnostics", None))
 
     def backward(self, adapted: Adapted, loss: Tensor, weight: float) -> None:
         """Add ``weight`` times the gradient of the query ``loss`` to theta's gradients."""
@@ -109,6 +131,38 @@ class HeadOnly(Algorithm):
         if self._together:
             return self.backbone(episode.inputs)[m:]
         return self.backbone(episode.inputs[m:])
+
+
+class HeadsTogether(HeadOnly):
+    """All tasks of a batch in one inner loop and one linear solve: the same numbers, for a GPU.
+
+    Args:
+        inner_loss: "cross_entropy" or "squared_error", what ``loss`` is.
+    """
+
+    def __init__(self, *arguments: Any, inner_loss: str, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._inner_loss = inner_loss
+
+    def learn(self, batch: Sequence[Episode], score: Score) -> list[QueryResult]:
+        support, query = self._features(batch)
+        heads = BatchedImplicitHead.like(self.learner, steps=self.steps, loss=self._inner_loss)
+        adapted = heads(support, torch.stack([e.support_targets for e in batch]))
+        predictions, targets = adapted(query), torch.stack([e.query_targets for e in batch])
+        self.loss(predictions.flatten(0, 1), targets.flatten(0, 1)).backward()
+        triples = zip(predictions.detach(), targets, adapted.diagnostics.tasks(), strict=True)
+        return [QueryResult(self.loss(p, t).item(), score(p, t), d) for p, t, d in triples]
+
+    def _features(self, batch: Sequence[Episode]) -> tuple[Tensor, Tensor]:
+        """Of support and query sets, ``[T, m, d]`` and ``[T, q, d]``."""
+        m, tasks = len(batch[0].support_targets), len(batch)
+        backbone = per_task_batch_norm(self.backbone, tasks)
+        if self._together:
+            both = backbone(torch.cat([e.inputs for e in batch])).unflatten(0, (tasks, -1))
+            return both[:, :m], both[:, m:]
+        sets = ([e.inputs[:m] for e in batch], [e.inputs[m:] for e in batch])
+        support, query = (backbone(torch.cat(s)).unflatten(0, (tasks, -1)) for s in sets)
+        return support, query
 
 
 class WholeNetwork(Algorithm):

@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from experiments.algorithms import Adapted, Loss
+from experiments.algorithms import Loss, QueryResult, Score
 from experiments.ingredients.algorithm import Algorithms
 from experiments.ingredients.tasks import Episode, TaskStream
-from l2l_implicit import Diagnostics
 
 LEAST_L2 = 1e-4  # of a meta-learned one: below it the inner problem is not strongly convex
 
@@ -23,14 +22,16 @@ class Measure(NamedTuple):
 
     Attributes:
         name: of the score, as it is recorded.
+        inner: the loss's name in `l2l_implicit.batched`.
         loss: of predictions and targets, a scalar.
         score: the same, a number.
         unit, factor: for people: "%" and 100 for an accuracy in [0, 1].
     """
 
     name: str
+    inner: str
     loss: Loss
-    score: Callable[[Tensor, Tensor], float]
+    score: Score
     unit: str
     factor: float
 
@@ -57,17 +58,13 @@ def _squared_error(predictions: Tensor, targets: Tensor) -> float:
 
 
 MEASURES = {
-    "classification": Measure("accuracy", nn.CrossEntropyLoss(), _accuracy, "%", 100.0),
-    "regression": Measure("mse", nn.MSELoss(), _squared_error, "", 1.0),
+    "classification": Measure(
+        "accuracy", "cross_entropy", nn.CrossEntropyLoss(), _accuracy, unit="%", factor=100.0
+    ),
+    "regression": Measure(
+        "mse", "squared_error", nn.MSELoss(), _squared_error, unit="", factor=1.0
+    ),
 }
-
-
-class QueryResult(NamedTuple):
-    """A task's query loss, score, and the learner's diagnostics if it has any."""
-
-    loss: float
-    score: float
-    diagnostics: Diagnostics | None
 
 
 class OuterStep(NamedTuple):
@@ -120,27 +117,21 @@ class MetaLearner:
         self.parameters = algorithms.training.theta()
         kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[optimizer]
         self.optimizer = kind(self.parameters, lr=meta_lr)
+        self.device = self.parameters[0].device
         self._format = torch.channels_last if channels_last else torch.contiguous_format
 
     def hypergradient(self, batch: Sequence[Episode]) -> list[QueryResult]:
-        """Leave the mean hypergradient of the batch on theta; one task in memory at a time.
+        """Leave the mean hypergradient of the batch on theta.
 
         Raises:
             Diverged: where a number is not finite.
         """
         self.optimizer.zero_grad()
+        episodes = [self._laid_out(episode) for episode in batch]
         try:
-            return [self._learn(self._laid_out(episode), 1.0 / len(batch)) for episode in batch]
+            return self.algorithms.training.learn(episodes, self.measure.score)
         except FloatingPointError as error:
             raise Diverged(str(error)) from error
-
-    def _learn(self, episode: Episode, weight: float) -> QueryResult:
-        algorithm = self.algorithms.training
-        adapted = algorithm.adapt(episode)
-        loss = algorithm.loss(adapted.predictions, episode.query_targets)
-        algorithm.backward(adapted, loss, weight)
-        diagnostics = getattr(adapted.learner, "diagnostics", None)
-        return QueryResult(loss.item(), self._score(adapted, episode), diagnostics)
 
     def step(self, batch: Sequence[Episode]) -> OuterStep:
         """One outer iteration (Yang et al. 2025, Algorithm 1, lines 3 to 14).
@@ -186,17 +177,15 @@ class MetaLearner:
                 adapted = self.algorithms.evaluation.adapt(episode)
             except FloatingPointError as error:
                 raise Diverged(str(error)) from error
-            scores.append(self._score(adapted, episode))
+            scores.append(self.measure.score(adapted.predictions, episode.query_targets))
         return interval(scores)
 
-    def _score(self, adapted: Adapted, episode: Episode) -> float:
-        return self.measure.score(adapted.predictions.detach(), episode.query_targets)
-
     def _laid_out(self, episode: Episode) -> Episode:
-        """The episode with its images in the configured memory layout."""
-        if episode.inputs.dim() != 4:
-            return episode
-        return episode._replace(inputs=episode.inputs.contiguous(memory_format=self._format))
+        """The episode on the parameters' device, its images in the configured memory layout."""
+        inputs, support, query = (t.to(self.device) for t in episode)
+        if inputs.dim() == 4:
+            inputs = inputs.contiguous(memory_format=self._format)
+        return Episode(inputs, support, query)
 
     @torch.no_grad()
     def _project(self) -> None:

@@ -63,6 +63,7 @@ def defaults(algorithm: dict[str, Any]) -> None:
     budget = None  # seconds of training whose test score is the result; None: no limit
     budget_clock = "cpu"  # cpu (of this process, whatever else the machine does) or wall
     threads = 1  # of torch; 0 leaves torch's own choice
+    device = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU if there is one
     output = "runs"  # folder of the learning curve, the trained parameters, the checkpoints
     checkpoint_seconds = 60.0  # between checkpoints
     resume = None  # set by the command line's resume=
@@ -110,6 +111,8 @@ def _learner(config: Mapping[str, Any], given: Tasks) -> MetaLearner:
     """Theta with its algorithm, on the tasks' inputs and outputs."""
     measure = _measure(given, config["score"])
     backbone, width = model.make_backbone(given.input_shape())
+    device = _device(config["device"])
+    backbone.to(device)
     if isinstance(backbone, Chunked):
         _check_chunks(backbone, given, config["algorithm"]["batch_norm"] == "together")
     algorithms = algorithm.make_algorithms(
@@ -119,6 +122,8 @@ def _learner(config: Mapping[str, Any], given: Tasks) -> MetaLearner:
         given.outputs("train"),
         given.outputs("test"),
         measure.loss,
+        measure.inner,
+        device,
     )
     return MetaLearner(
         algorithms,
@@ -138,6 +143,20 @@ def _measure(given: Tasks, score: str | None) -> Measure:
             "leave it out"
         )
     return measure
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"device: expected auto, cpu or a GPU that is there, got {name!r} ({reason}); try cpu"
+        ) from error
+    return device
 
 
 def _check_chunks(backbone: Chunked, given: Tasks, together: bool) -> None:

@@ -150,7 +150,8 @@ class Training:
         """On a repetition of the step's gradient that is not timed: counting slows it down."""
         network = self.learner.algorithms.training.network()
         state = {name: buffer.clone() for name, buffer in network.named_buffers()}
-        peak = peak_memory(lambda: self.learner.hypergradient(episodes))
+        device = self.learner.device
+        peak = peak_memory(lambda: self.learner.hypergradient(episodes), device)
         self.peak = max(self.peak, peak)
         for name, buffer in network.named_buffers():
             buffer.copy_(state[name])

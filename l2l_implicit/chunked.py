@@ -76,7 +76,7 @@ class Chunked(nn.Module):
         if not batches or not all(isinstance(batch, Tensor) for batch in batches):
             kinds = ", ".join(type(batch).__name__ for batch in batches) or "nothing"
             raise TypeError(f"images: expected one or more tensors, got {kinds}; pass tensors")
-        self._check_statistics(max(len(batch) for batch in batches))
+        self.check_batch(max(len(batch) for batch in batches))
         features = tuple(self._features(batch) for batch in batches)
         return features if len(features) > 1 else features[0]
 
@@ -99,7 +99,8 @@ class Chunked(nn.Module):
             context_fn=lambda: (first, SecondPass(first)),
         )
 
-    def _check_statistics(self, largest: int) -> None:
+    def check_batch(self, largest: int) -> None:
+        """Raises ValueError where the statistics of a batch of ``largest`` would cross a chunk."""
         if self.chunk_size is None or largest <= self.chunk_size:
             return
         for name, module in self.backbone.named_modules():

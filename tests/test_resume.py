@@ -66,7 +66,7 @@ def document(run_id: int) -> dict[str, Any]:
 
 def parameters(folder: Path) -> list[torch.Tensor]:
     state = torch.load(folder / "parameters.pt")
-    return [*state["theta"], *state["network"].values()]
+    return [*state["theta"], *state["backbone"].values(), *state["head"].values()]
 
 
 def assert_same_end(folder: Path, reference: int, resumed: int) -> None:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from experiments.meta_learning import MEASURES, Diverged, Interval, OuterStep
@@ -32,6 +33,7 @@ class Learner:
     """Every step takes 2 s of the process and 3 s of the wall; it scores its number of steps."""
 
     measure = MEASURES["classification"]
+    device = torch.device("cpu")
 
     def __init__(self, diverges_at: int | None = None, fails_test: bool = False) -> None:
         self.done, self._diverges_at, self._fails_test = 0, diverges_at, fails_test

@@ -10,7 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from experiments.algorithms import Algorithm, HeadOnly, Loss, ReptileNetwork, WholeNetwork
+from experiments.algorithms import (
+    Algorithm,
+    HeadOnly,
+    HeadsTogether,
+    Loss,
+    ReptileNetwork,
+    WholeNetwork,
+)
 from experiments.ingredients.algorithm_table import (
     ALGORITHMS,
     LEARNED_INITIAL_HEAD,
@@ -38,6 +45,7 @@ TYPES = {
     "optimizer": str | None,
     "learn_lr": bool | None,
     "learn_l2": bool | None,
+    "together": bool | str | None,
 }
 
 
@@ -61,19 +69,22 @@ def defaults() -> None:
     optimizer = _own["optimizer"]  # inner: sgd, adam or rmsprop
     learn_lr = _own["learn_lr"]  # meta-learn the inner step size
     learn_l2 = _own["learn_l2"]  # meta-learn the regulariser
+    together = _own["together"]  # all tasks of a batch at once; auto: on a GPU
     batch_norm = _own["batch_norm"]  # support and query: together, separately or eval
 
 
 class Algorithms(NamedTuple):
-    """One algorithm, as it is trained and as it is evaluated."""
+    """One algorithm, as it is trained and as it is evaluated, and the modules that it trains."""
 
     training: Algorithm
     evaluation: Algorithm
+    backbone: nn.Module
+    head: nn.Module
 
 
 def make_algorithms(
     settings: Mapping[str, Any], backbone: nn.Module, width: int, outputs: int,
-    test_outputs: int, loss: Loss,
+    test_outputs: int, loss: Loss, inner_loss: str, device: torch.device,
 ) -> Algorithms:  # fmt: skip
     """The configured algorithm on a backbone and a linear head.
 
@@ -81,40 +92,57 @@ def make_algorithms(
         settings: the configuration of this ingredient.
         backbone: inputs to ``width`` features.
         outputs, test_outputs: of the head, in training and in evaluation.
-        loss: of predictions and targets.
+        loss: of predictions and targets; ``inner_loss`` is its name in `l2l_implicit.batched`.
+        device: where the head is to be; the backbone is there.
 
     Raises:
         UserError: what the algorithm cannot do, in one line.
     """
     _check(settings)
+    head = nn.Linear(width, outputs).to(device)
+    together = _all_at_once(settings, device)
     try:
-        return _build(settings, backbone, nn.Linear(width, outputs), test_outputs, loss)
+        return _build(settings, backbone, head, test_outputs, loss, inner_loss if together else "")
     except (ValueError, TypeError) as error:
         raise UserError(f"algorithm.{error}") from error
 
 
 def _build(
-    s: Mapping[str, Any], backbone: nn.Module, head: nn.Linear, test_outputs: int, loss: Loss
-) -> Algorithms:
-    learn, test_steps = _learner(s), s["test_steps"] or s["steps"]
+    s: Mapping[str, Any], backbone: nn.Module, head: nn.Linear, test_outputs: int, loss: Loss,
+    all_at_once: str,
+) -> Algorithms:  # fmt: skip
+    learn, test_steps, initial = _learner(s), s["test_steps"] or s["steps"], head
     if s["batch_norm"] == "eval":
         _freeze_statistics(backbone)
     if s["scope"] == "head":
         how = {"together": s["batch_norm"] == "together", "cached": s["features"] == "cached"}
-        training = HeadOnly(backbone, learn(head), s["steps"], loss, **how)
+        arguments = (backbone, learn(head), s["steps"], loss)
+        training = HeadOnly(*arguments, **how)
+        if all_at_once:
+            training = HeadsTogether(*arguments, **how, inner_loss=all_at_once)
         if test_outputs != head.out_features:
             if s["name"] in LEARNED_INITIAL_HEAD:
                 raise ValueError(_other_ways(s["name"], head.out_features, test_outputs))
-            head = nn.Linear(head.in_features, test_outputs)
-        return Algorithms(training, HeadOnly(backbone, learn(head), test_steps, loss, **how))
+            head = nn.Linear(head.in_features, test_outputs).to(head.weight.device)
+        evaluation: Algorithm = HeadOnly(backbone, learn(head), test_steps, loss, **how)
+        return Algorithms(training, evaluation, backbone, initial)
     if test_outputs != head.out_features:
         raise ValueError(_other_ways(s["name"], head.out_features, test_outputs))
     learner = learn(nn.Sequential(backbone, head))
     kind = ReptileNetwork if s["name"] == "reptile" else WholeNetwork
     training = kind(learner, s["steps"], loss)
+    evaluation = WholeNetwork(learner, test_steps, loss)
     if s["test_scope"] == "head":
-        return Algorithms(training, HeadOnly(backbone, learn(head), test_steps, loss, False))
-    return Algorithms(training, WholeNetwork(learner, test_steps, loss))
+        evaluation = HeadOnly(backbone, learn(head), test_steps, loss, together=False)
+    return Algorithms(training, evaluation, backbone, head)
+
+
+def _all_at_once(s: Mapping[str, Any], device: torch.device) -> bool:
+    """Whether the tasks of a batch are learnt together: by default on a GPU, where that is fast."""
+    able = s["together"] is not None and s["features"] == "cached" and s["solver"] != "neumann"
+    if s["together"] == "auto":
+        return able and device.type == "cuda" and s["step"] != "lbfgs"
+    return bool(s["together"])
 
 
 def _other_ways(name: str, trained: int, tested: int) -> str:
@@ -131,7 +159,7 @@ def _learner(s: Mapping[str, Any]) -> Callable[[nn.Module], Any]:
         lr = nn.Parameter(torch.tensor(checks.number("lr", lr)))
     if name in ("rm_metal", "imaml_gd", "imaml_hf"):
         l2: Any = nn.Parameter(torch.tensor(float(s["l2"]))) if s["learn_l2"] else s["l2"]
-        keys = ("step", "cg_steps", "cg_tol")
+        keys = ("step", "solver", "cg_steps", "cg_tol")
         cls = ImplicitCGHead if name == "rm_metal" else ImplicitMAML
         return lambda module: cls(module, lr, l2=l2, **{key: s[key] for key in keys})
     first_order = name in ("fo_anil", "fomaml")
@@ -171,12 +199,13 @@ def _check(s: Mapping[str, Any]) -> None:
 
 
 def _check_choices(s: Mapping[str, Any]) -> None:
-    choices: dict[str, Iterable[str]] = {
+    choices: dict[str, Iterable[Any]] = {
         "scope": ("head", "network"),
         "test_scope": ("head",),
         "features": ("cached", "as_published"),
         "engine": ("higher", "learn2learn"),
         "batch_norm": ("together", "separately", "eval"),
+        "together": ("auto", True, False),
         "variant": VARIANTS,
     }
     for key, allowed in choices.items():
@@ -186,6 +215,11 @@ def _check_choices(s: Mapping[str, Any]) -> None:
 
 def _check_combinations(s: Mapping[str, Any]) -> None:
     name = s["name"]
+    if s["together"] is True and s["features"] == "as_published":
+        raise ValueError(
+            "together: expected False with features='as_published', got True; the backbone cannot "
+            "run again at every inner step of all tasks at once"
+        )
     if s["variant"] is not None and name != "rm_metal":
         raise ValueError(f"variant: expected none for {name}, got {s['variant']!r}; leave it out")
     if s["scope"] != settings_of(name, None)["scope"] and name != "unrolled":

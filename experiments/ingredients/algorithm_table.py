@@ -6,7 +6,7 @@ from typing import Any
 
 KEYS = (
     "scope", "lr", "steps", "l2", "step", "solver", "cg_steps", "cg_tol", "features", "engine",
-    "optimizer", "learn_lr", "learn_l2", "batch_norm", "meta_optimizer", "meta_lr",
+    "optimizer", "learn_lr", "learn_l2", "batch_norm", "together", "meta_optimizer", "meta_lr",
 )  # fmt: skip
 
 _IMPLICIT = {
@@ -18,7 +18,7 @@ _NETWORK = {"scope": "network", "batch_norm": "separately"}
 
 ALGORITHMS: dict[str, dict[str, Any]] = {
     # Yang, Ma, Yu (2025), Algorithm 1.
-    "rm_metal": {**_HEAD, **_IMPLICIT, "l2": 0.1, "step": "newton"},
+    "rm_metal": {**_HEAD, **_IMPLICIT, "l2": 0.1, "step": "newton", "together": "auto"},
     # Rajeswaran et al. (2019), Algorithm 2 with gradient descent, or Hessian-free, inside.
     "imaml_gd": {**_NETWORK, **_IMPLICIT, "l2": 2.0, "step": "gradient", "steps": 16,
                  "cg_steps": 5},
@@ -49,7 +49,10 @@ LEARNED_INITIAL_HEAD = ("anil", "fo_anil", "unrolled")
 
 
 def settings_of(name: str, variant: str | None) -> dict[str, Any]:
-    """The settings of an algorithm; every one of `KEYS` is there. Unknown names have none."""
+    """The settings of an algorithm; every one of `KEYS` is there.
+
+    Those of an unknown name are rm_metal's: it is the name that the user has to hear of.
+    """
     common = {"meta_optimizer": "adam", "meta_lr": 0.001}
-    own = {**ALGORITHMS.get(name, {}), **VARIANTS.get(variant or "", {})}
+    own = {**ALGORITHMS.get(name, ALGORITHMS["rm_metal"]), **VARIANTS.get(variant or "", {})}
     return {**dict.fromkeys(KEYS), **common, **own}

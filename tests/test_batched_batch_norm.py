@@ -1,0 +1,261 @@
+"""Several tasks in one pass of a backbone end as one pass for each task would."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from oracles import relative_error
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from l2l_implicit.batched import per_task_batch_norm
+from l2l_implicit.batched.drop_block import drop_blocks, keep_mask
+from l2l_implicit.chunked import Chunked
+
+from learn2learn.vision.models import CNN4Backbone, ResNet12Backbone  # isort: skip  (after ours)
+from learn2learn.vision.models.cnn4 import OmniglotFC  # isort: skip
+from learn2learn.vision.models.resnet12 import DropBlock  # isort: skip
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+TASKS, N = 3, 4
+ROUNDING = 1e-11  # of double precision, after a dozen layers
+
+
+def both(backbone: nn.Module, images: Tensor, passes: int = 2) -> tuple[nn.Module, nn.Module]:
+    """A backbone after passes with all tasks together, and a copy after the loop's; compared."""
+    together, looped = backbone, copy.deepcopy(backbone)
+    keys = list(together.state_dict())
+    run = per_task_batch_norm(together, tasks=TASKS)
+    for _ in range(passes):
+        features = run(images)
+        expected = torch.cat([looped(task) for task in images.chunk(TASKS)])
+        assert relative_error([features], [expected]) < ROUNDING
+        direction = torch.randn_like(expected)
+        (features * direction).sum().backward()
+        (expected * direction).sum().backward()
+    assert list(together.state_dict()) == keys
+    for (name, ours), theirs in zip(
+        together.state_dict().items(), looped.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13, msg=name)
+    ours, theirs = ([p.grad for p in net.parameters()] for net in (together, looped))
+    # A bias before a batch norm has no effect: its gradient is rounding, so all count as one.
+    assert relative_error(ours, theirs) < ROUNDING
+    return together, looped
+
+
+def net_2d(**settings: object) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3, **settings), nn.ReLU(), nn.Flatten())
+
+
+IMAGES_2D = (TASKS * N, 2, 5, 5)
+NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "2d": (net_2d, IMAGES_2D),
+    "momentum": (lambda: net_2d(momentum=0.37), IMAGES_2D),
+    "cumulative average": (lambda: net_2d(momentum=None), IMAGES_2D),
+    "no running statistics": (lambda: net_2d(track_running_stats=False), IMAGES_2D),
+    "not affine": (lambda: net_2d(affine=False), IMAGES_2D),
+    "1d": (lambda: nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3)), (TASKS * N, 6)),
+    "1d sequence": (lambda: nn.Sequential(nn.Conv1d(2, 3, 2), nn.BatchNorm1d(3)),
+                    (TASKS * N, 2, 6)),
+    "3d": (lambda: nn.Sequential(nn.Conv3d(2, 3, 2), nn.BatchNorm3d(3)), (TASKS * N, 2, 4, 4, 4)),
+    "one layer 3d": (lambda: nn.BatchNorm3d(2), (TASKS * N, 2, 4, 4, 4)),
+    "one layer": (lambda: nn.BatchNorm2d(2), IMAGES_2D),
+    "per-image norms": (lambda: nn.Sequential(nn.GroupNorm(1, 2), nn.InstanceNorm2d(2),
+                                              nn.BatchNorm2d(2)), IMAGES_2D),
+    "CNN4": (lambda: CNN4Backbone(hidden_size=4, channels=3), (TASKS * N, 3, 16, 16)),
+    "fully connected": (lambda: OmniglotFC(36, 5, sizes=[8, 6]), (TASKS * N, 1, 6, 6)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_one_pass_equals_a_pass_for_each_task(name: str) -> None:
+    build, shape = NETS[name]
+    scales = torch.linspace(0.5, 2.0, TASKS).repeat_interleave(N).view(-1, *[1] * (len(shape) - 1))
+    both(build(), scales * torch.randn(shape) + scales)
+
+
+@pytest.mark.parametrize("name", ["2d", "CNN4", "one layer 3d"])
+def test_channels_last_is_kept(name: str) -> None:
+    build, shape = NETS[name]
+    layout = torch.channels_last_3d if len(shape) == 5 else torch.channels_last
+    seen: list[bool] = []
+    backbone = build().to(memory_format=layout)
+
+    def look(module: nn.Module, args: object, out: Tensor) -> None:
+        seen.append(out.is_contiguous(memory_format=layout))
+
+    for module in backbone.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
+            module.register_forward_hook(look)
+    per_task_batch_norm(backbone, TASKS)(torch.randn(shape).contiguous(memory_format=layout))
+    assert seen and all(seen)
+    both(backbone, torch.randn(shape).contiguous(memory_format=layout))
+
+
+def test_resnet12_with_its_schedule() -> None:
+    """With drop block off in effect; its schedule counts passes, and so moves on by T."""
+    backbone = ResNet12Backbone(avg_pool=False, dropblock_dropout=0.0)
+    narrow = resnet_of_width(backbone, 4)
+    together, looped = both(narrow, torch.randn(TASKS * N, 3, 16, 16), passes=1)
+    counts = [m.num_batches_tracked for m in looped.modules() if hasattr(m, "drop_block")]
+    ours = [m.num_batches_tracked for m in together.modules() if hasattr(m, "drop_block")]
+    assert ours == counts == [TASKS] * 4
+
+
+def resnet_of_width(backbone: nn.Module, width: int) -> nn.Module:
+    """learn2learn's residual network, four blocks of ``width`` filters."""
+    for number in (1, 2, 3, 4):
+        backbone.inplanes = 3 if number == 1 else width
+        layer = backbone._make_layer(type(backbone.layer1[0]), width, stride=2, drop_block=True)
+        setattr(backbone, f"layer{number}", layer)
+    return backbone.double()
+
+
+def test_drop_block_scales_each_task_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = DropBlock(block_size=3)
+    centers = (torch.rand(N * TASKS, 2, 6, 6) < 0.1).double()
+    kept = keep_mask(centers, 3)
+    torch.testing.assert_close(kept, block._compute_block_mask(centers))
+    assert 0.3 < kept.mean() < 0.9
+    x = torch.randn(N * TASKS, 2, 8, 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "bernoulli_", lambda self, p: self.copy_(centers))
+        got = drop_blocks(block, TASKS, x, gamma=0.1)
+    for task in range(TASKS):
+        mask = kept[task::TASKS]
+        expected = mask * x[task::TASKS] * (mask.numel() / mask.sum())
+        torch.testing.assert_close(got[task::TASKS], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_drop_block_and_dropout_in_a_whole_network() -> None:
+    """Random masks differ from the loop's; their share, and the task's own scale, do not."""
+    torch.manual_seed(1)
+    block, x = DropBlock(block_size=2), torch.ones(TASKS * 40, 3, 9, 9)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.dropout = block, nn.Dropout(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.dropout(self.block(x, gamma=0.05))
+
+    out = per_task_batch_norm(Net(), TASKS)(x)
+    dropped = (out == 0).double().mean().item()
+    expected = 1 - 0.5 * (1 - 0.05) ** 4  # four centers reach a place
+    assert dropped == pytest.approx(expected, abs=0.03)
+
+
+def test_evaluation_mode_is_a_plain_pass() -> None:
+    backbone, images = net_2d().eval(), torch.randn(IMAGES_2D)
+    state = copy.deepcopy(backbone.state_dict())
+    torch.testing.assert_close(per_task_batch_norm(backbone, TASKS)(images), backbone(images))
+    for ours, before in zip(backbone.state_dict().values(), state.values(), strict=True):
+        assert torch.equal(ours, before)
+
+
+def test_one_task_is_a_plain_pass() -> None:
+    backbone = net_2d()
+    plain, images = copy.deepcopy(backbone), torch.randn(IMAGES_2D)
+    torch.testing.assert_close(per_task_batch_norm(backbone, 1)(images), plain(images))
+    torch.testing.assert_close(backbone.state_dict(), plain.state_dict())
+
+
+def test_tasks_do_not_meet() -> None:
+    """What a task's features are does not depend on the others."""
+    run, images = per_task_batch_norm(net_2d(), TASKS), torch.randn(IMAGES_2D)
+    before = run(images)
+    images[N:] *= 7.0
+    after = run(images)
+    assert torch.equal(before[:N], after[:N]) and not torch.equal(before[N:], after[N:])
+
+
+def test_the_backbone_is_left_as_it_was() -> None:
+    backbone = net_2d()
+    before = {id(m): set(m.__dict__) for m in backbone.modules()}
+
+    def fail(*_: object) -> None:
+        raise OSError("mine")
+
+    hook = backbone[3].register_forward_hook(fail)
+    with pytest.raises(OSError, match="mine"):
+        per_task_batch_norm(backbone, TASKS)(torch.randn(IMAGES_2D))
+    hook.remove()
+    assert {id(m): set(m.__dict__) for m in backbone.modules()} == before
+
+
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float32])
+def test_low_precision_under_autocast(cast: torch.dtype) -> None:
+    torch.set_default_dtype(torch.float32)
+    backbone, images = net_2d(), torch.randn(IMAGES_2D)
+    looped = copy.deepcopy(backbone)
+    with torch.autocast("cpu", torch.bfloat16, enabled=cast is torch.bfloat16):
+        features = per_task_batch_norm(backbone, TASKS)(images)
+        expected = torch.cat([looped(task) for task in images.chunk(TASKS)])
+    assert features.dtype == expected.dtype == cast
+    torch.testing.assert_close(features, expected)
+    torch.testing.assert_close(backbone.state_dict(), looped.state_dict())
+    assert backbone[1].running_mean.dtype == torch.float32
+
+
+class FoldsIntoTheBatch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.flatten(0, 2)).view(x.shape)
+
+
+class MyBatchNorm(nn.BatchNorm2d):
+    pass
+
+
+class BatchNormOfMine(nn.Identity):
+    pass
+
+
+REFUSED: list[tuple[Callable[[], nn.Module], str]] = [
+    (lambda: nn.Sequential(nn.SyncBatchNorm(2)), r"0: expected .* got SyncBatchNorm"),
+    (lambda: MyBatchNorm(2), "backbone: expected .* got MyBatchNorm"),
+    (BatchNormOfMine, "called a batch norm"),
+    (lambda: nn.LazyBatchNorm2d(), "got LazyBatchNorm2d"),
+    (lambda: nn.InstanceNorm2d(2, track_running_stats=True), "averaged over the batch"),
+    (lambda: parametrizations.spectral_norm(nn.Conv2d(2, 3, 3)), "spectral norm"),
+    (lambda: nn.utils.spectral_norm(nn.Conv2d(2, 3, 3)), "spectral norm"),
+    (lambda: Chunked(net_2d(), 100), "second pass"),
+    (FoldsIntoTheBatch, "norm: expected the batch of 12 images, got 120 rows"),
+    (lambda: nn.Flatten(0, 1), "expected one row of features"),
+]
+
+
+@pytest.mark.parametrize(("build", "message"), REFUSED)
+def test_what_would_mix_the_tasks_is_refused(
+    build: Callable[[], nn.Module], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        per_task_batch_norm(build(), TASKS)(torch.randn(IMAGES_2D))
+
+
+def test_bad_numbers() -> None:
+    with pytest.raises(ValueError, match="expected a multiple of tasks = 5, got 12"):
+        per_task_batch_norm(net_2d(), 5)(torch.randn(IMAGES_2D))
+    with pytest.raises(ValueError, match="tasks: expected at least 1"):
+        per_task_batch_norm(net_2d(), 0)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        per_task_batch_norm(nn.BatchNorm1d(2), 4)(torch.randn(4, 2))
+
+
+def test_the_number_of_operations_does_not_grow_with_the_tasks() -> None:
+    counts = []
+    for tasks in (2, 16):
+        run = per_task_batch_norm(net_2d(), tasks)
+        images = torch.randn(tasks * N, 2, 5, 5)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            run(images).square().mean().backward()
+        events = profile.key_averages()
+        counts.append(sum(e.count for e in events if e.key.startswith("aten::")))
+    assert counts[0] == counts[1]

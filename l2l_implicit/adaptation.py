@@ -6,7 +6,7 @@ import functools
 import math
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -16,21 +16,23 @@ from torch import Tensor
 
 from l2l_implicit import checks
 from l2l_implicit.diagnostics import Diagnostics, Limits
+from l2l_implicit.first_order import first_order_steps
 from l2l_implicit.implicit_diff import Cell, Solve, attach
-from l2l_implicit.linear_head import LinearHeadLinearization, recognize
+from l2l_implicit.inner_loop import Closure, ClosureObjective, descend
+from l2l_implicit.linear_head import LinearHeadLinearization
 from l2l_implicit.linear_solve import NON_FINITE, LinearSolution, Matvec
 from l2l_implicit.linearization import (
     AutogradLinearization,
     Linearization,
-    inner_gradient,
     mark_boundaries,
 )
+from l2l_implicit.recognition import LinearHeadLoss, recognize
 from l2l_implicit.regularizer import SquaredDistance
+from l2l_implicit.support_features import SupportFeatures
 from l2l_implicit.task import Memory, Remembered, Task
-from l2l_implicit.vectors import flatten, substitute, unflatten
+from l2l_implicit.vectors import flatten, shallow_copy, substitute, unflatten
 
 Self = TypeVar("Self", bound="ImplicitLearner")
-Closure = Callable[[], Tensor]
 
 LINEAR_LIMIT = 0.1
 _TINY = 1e-30
@@ -65,6 +67,10 @@ class ImplicitLearner(MAML):
     def _needs_hvp(self) -> bool:
         """Whether `inner_step` wants Hessian-vector products."""
 
+    @abstractmethod
+    def _own_linear_solve(self) -> bool:
+        """Whether `linear_solve` is a subclass's, which expects the system as it is."""
+
     def clone(
         self: Self,
         first_order: bool | None = None,
@@ -79,7 +85,7 @@ class ImplicitLearner(MAML):
             first_order, allow_unused, allow_nograd: as in the constructor; None keeps its value.
             task: the task's identity, for ``warm_start``; None starts afresh.
         """
-        clone = _shallow_copy(self)
+        clone = shallow_copy(self)
         clone.module = clone_module(self.module)
         clone.first_order = self.first_order if first_order is None else first_order
         clone.allow_unused = self.allow_unused if allow_unused is None else allow_unused
@@ -113,8 +119,9 @@ class ImplicitLearner(MAML):
         then is), exactly at :math:`\phi^K`. A linearization whose gradient is not below
         ``inner_tol`` times the larger of its first value and the regulariser's own gradient
         counts as unsolved: the first such hypergradient warns, `diagnostics` counts them.
-        Under ``torch.no_grad()`` nothing is kept. With a closure, Newton steps end before
-        ``steps`` where the gradient has fallen to ``cg_tol / 10`` of its first value.
+        Under ``torch.no_grad()`` nothing is kept. With a closure the steps end before ``steps``
+        where the gradient has fallen to ``stop_tol`` of its first value; with loss tensors phi
+        then stays where it is.
 
         Args:
             loss: a scalar, or a closure that returns one.
@@ -133,50 +140,56 @@ class ImplicitLearner(MAML):
         keep = torch.is_grad_enabled()
         with torch.enable_grad():
             if first_order:
-                self._adapt_first_order(loss, phi, unused, steps or 1)
+                losses = (lambda: loss) if isinstance(loss, Tensor) else loss
+                first_order_steps(
+                    self.module, losses, phi, lr=self.lr, unused=unused, steps=steps or 1
+                )
                 return
             if isinstance(loss, Tensor):
-                checks.loss(loss)
-                self._task.release()  # before there are two
-                self._adapt_loss(loss, phi, unused, keep)
+                self._adapt_loss(checks.loss(loss), phi, unused, keep)
             else:
                 self._adapt_closure(loss, phi, unused, keep, steps or 1)
 
     # The pieces of adapt().
 
-    def _adapt_first_order(
-        self, loss: Tensor | Closure, phi: list[Tensor], unused: bool, steps: int
-    ) -> None:
-        for _ in range(steps):
-            value = checks.loss(loss if isinstance(loss, Tensor) else loss())
-            gradients = inner_gradient(value, phi, unused)
-            pairs = zip(phi, gradients, strict=True)
-            new = [p if g is None else p - self.lr * g for p, g in pairs]
-            substitute(self.module, phi, new)
-            phi = new
-
     def _adapt_loss(self, loss: Tensor, phi: list[Tensor], unused: bool, keep: bool) -> None:
-        at = self._linearize(loss, phi, unused, differentiable=True)
+        parts, before = self._recognize(loss, phi), self._task.linearization()
+        if isinstance(before, LinearHeadLinearization) and parts is not None:
+            if keep and self._task.solved and before.same_problem(parts):
+                self._task.steps += 1
+                return
+            parts = parts.sharing(before.features)
+        before = None
+        self._task.release()  # before there are two
+        at = self._linearize(loss, phi, unused, True, parts)
         self._install(self._step(at), phi, at if keep else None)
 
     def _adapt_closure(
         self, closure: Closure, phi: list[Tensor], unused: bool, keep: bool, steps: int
     ) -> None:
-        now, hvp = self._put(flatten(p.detach() for p in phi), phi), self._needs_hvp()
+        features: list[SupportFeatures] = []  # of the evaluation before
+
+        def linearize(loss: Tensor, now: list[Tensor], differentiable: bool) -> Linearization:
+            parts = self._recognize(checks.loss(loss), now)
+            if parts is not None:
+                parts = parts.sharing(*features)
+                features[:] = [parts.features]
+            return self._linearize(loss, now, unused, differentiable, parts)
+
+        objective = ClosureObjective(closure, phi, self._put, linearize)
         try:
-            at: Linearization | None = self._linearize(closure(), now, unused, hvp)
-            for k in range(1, steps + 1):
-                assert at is not None
-                vector = self._step(at)
-                if vector is at.point and hvp:  # solved: further steps would stay here
-                    break
-                at, now = None, self._put(vector, now)
-                if k < steps or keep:
-                    at = self._linearize(closure(), now, unused, hvp or k == steps)
+            vector, at = descend(
+                objective,
+                self._step,
+                flatten(p.detach() for p in phi),  # held by nobody else
+                steps=steps,
+                hvp=self._needs_hvp(),
+                keep=keep,
+            )
         except BaseException:
-            substitute(self.module, now, phi)
+            substitute(self.module, objective.phi, phi)
             raise
-        self._install(vector, now, at if keep else None)
+        self._install(vector, objective.phi, at if keep else None)
 
     def _put(self, vector: Tensor, now: Sequence[Tensor]) -> list[Tensor]:
         """Make ``vector`` the module's parameters, as leaves: no graph behind them."""
@@ -184,19 +197,26 @@ class ImplicitLearner(MAML):
         substitute(self.module, now, leaves)
         return leaves
 
-    def _linearize(
-        self, loss: Tensor, phi: list[Tensor], unused: bool, differentiable: bool
-    ) -> Linearization:
-        checks.loss(loss)
+    def _recognize(self, loss: Tensor, phi: list[Tensor]) -> LinearHeadLoss | None:
+        """The closed form of ``loss``, where the regulariser has one too."""
         task = self._task
         if task.quadratic is None:
             task.quadratic = self._closed_form(self._anchor_of(phi))
-        quadratic = task.quadratic
+        return None if task.quadratic is None else recognize(loss, phi, task.independent)
+
+    def _linearize(
+        self,
+        loss: Tensor,
+        phi: list[Tensor],
+        unused: bool,
+        differentiable: bool,
+        parts: LinearHeadLoss | None,
+    ) -> Linearization:
+        quadratic = self._task.quadratic
         if quadratic is None:
             return self._linearize_all(loss, phi, unused, differentiable)
-        parts = recognize(loss, phi, task.independent)
         if parts is not None:
-            point = task.vector_of(phi)
+            point = self._task.vector_of(phi)
             return LinearHeadLinearization(float(loss.detach()), parts, phi, quadratic, point)
         return AutogradLinearization(
             loss, phi, quadratic=quadratic, unused=unused, differentiable=differentiable
@@ -239,7 +259,8 @@ class ImplicitLearner(MAML):
             )
         task.first_norm = task.first_norm or at.gradient_norm
         phi = self.inner_step(at)
-        return phi if phi is at.point else phi.detach()
+        task.solved = phi is at.point
+        return phi if task.solved else phi.detach()
 
     def _install(self, vector: Tensor, phi: Sequence[Tensor], at: Linearization | None) -> None:
         """Make ``vector`` the module's parameters, with the implicit gradient of ``at``."""
@@ -259,7 +280,7 @@ class ImplicitLearner(MAML):
 
         The graph is then free to outlive the learner, as a returned loss does.
         """
-        bare = _shallow_copy(self)
+        bare = shallow_copy(self)
         bare._modules["module"] = None
         bare.__dict__["_task"] = self._task.summary()
         return functools.partial(bare._solve, vector)
@@ -268,7 +289,11 @@ class ImplicitLearner(MAML):
         """The vector v of eq. (5), and its diagnostics."""
         task, memory = self._task, self._memory
         before = memory.get(task.key) if memory is not None else None
-        answer = self.linear_solve(at.hvp, b, None if before is None else before.v)
+        start = None if before is None else before.v
+        if self._own_linear_solve():
+            answer = self.linear_solve(at.hvp, b, start)
+        else:
+            answer = at.solve(b, self.linear_solve, start)
         if answer.reason == NON_FINITE:
             raise FloatingPointError(
                 "hypergradient: expected finite products, got nan or infinity in the linear "
@@ -286,12 +311,3 @@ class ImplicitLearner(MAML):
         if self._memory is not None and self._task.key in self._memory:
             phi = checks.inner_parameters(self.module, self.allow_nograd)
             self._put(self._memory[self._task.key].phi, phi)
-
-
-def _shallow_copy(module: Self) -> Self:
-    """A module of the same class and state whose tables of tensors are its own."""
-    twin = module.__new__(type(module))
-    twin.__dict__ = module.__dict__.copy()
-    for table in ("_parameters", "_buffers", "_modules"):
-        twin.__dict__[table] = twin.__dict__[table].copy()
-    return twin

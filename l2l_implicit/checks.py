@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +17,23 @@ class NotFinite(FloatingPointError, ValueError):
     """A loss that is nan or infinite: a wrong input, or an inner loop that diverges."""
 
 
+SOLVERS = ("cg", "neumann", "direct")
+STEPS = ("newton", "gradient", "lbfgs")
+
+
 def settings(
     model: Any, lr: Any, l2: Any, anchor: Any, cg_steps: Any, cg_tol: Any, step: Any, inner_tol: Any
 ) -> None:
-    """The constructor's arguments."""
+    """What every implicit learner's constructor is given, its defaults elsewhere."""
+    model_and_lr(model, lr, first_order=False)
+    coefficient(l2)
+    choice("anchor", anchor, ("zero", "init"))
+    inner_solver(step, None, inner_tol)
+    linear_solver("cg", cg_steps, cg_tol, None)
+
+
+def model_and_lr(model: Any, lr: Any, first_order: bool) -> None:
+    """The constructor's first arguments, which learn2learn has too."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {model!r}; wrap it in one")
     if isinstance(lr, Tensor) and lr.requires_grad:
@@ -27,13 +41,53 @@ def settings(
             "lr: expected a number, got a tensor that requires grad; the solution of the inner "
             "problem does not depend on lr, so it cannot be meta-learned here: pass float(lr)"
         )
-    positive("lr", lr)
-    coefficient(l2)
-    choice("anchor", anchor, ("zero", "init"))
-    choice("step", step, ("newton", "gradient"))
+    if not isinstance(lr, str):
+        positive("lr", lr)
+    elif lr != "auto":
+        raise TypeError(f"lr: expected a number or 'auto', got {lr!r}; pass a float")
+    elif first_order:
+        raise ValueError(
+            "lr: expected a number with first_order=True, which knows no curvature, got 'auto'; "
+            "pass a float"
+        )
+
+
+def inner_solver(step: Any, stop_tol: Any, inner_tol: Any) -> None:
+    """How the inner problem is solved, and when it counts as solved."""
+    if isinstance(step, str) or not callable(step):
+        choice("step", step, STEPS)
+    else:
+        makes_a_step(step)
+    if stop_tol is not None:
+        positive("stop_tol", stop_tol)
+    positive("inner_tol", inner_tol)
+
+
+def linear_solver(solver: Any, cg_steps: Any, cg_tol: Any, neumann_alpha: Any) -> None:
+    """How the linear system is solved."""
+    choice("solver", solver, SOLVERS)
     count("cg_steps (N)", cg_steps)
     positive("cg_tol", cg_tol)
-    positive("inner_tol", inner_tol)
+    if neumann_alpha is not None:
+        positive("neumann_alpha", neumann_alpha)
+
+
+def makes_a_step(step: Callable[..., Any]) -> bool:
+    """Whether ``step`` is a factory, called once a task, or else the step itself."""
+    try:
+        signature = inspect.signature(step)
+    except ValueError:  # a callable written in C does not say
+        return False
+    for arguments, factory in (((), True), ((None,), False)):
+        try:
+            signature.bind(*arguments)
+        except TypeError:
+            continue
+        return factory
+    raise TypeError(
+        f"step: expected a factory without arguments or a callable of one linearization, got "
+        f"{step!r} with the arguments {signature}; wrap it in functools.partial"
+    )
 
 
 def number(name: str, value: Any) -> float:

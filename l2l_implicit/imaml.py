@@ -19,9 +19,11 @@ class ImplicitMAML(ImplicitCGHead):
 
     Takes the place of ``learn2learn.algorithms.MAML(model, lr)``; arguments as there and in
     `ImplicitCGHead`. The default ``l2=2.0`` is the paper's on Omniglot (0.5 on miniImageNet).
+    The paper's Hessian-free variant is ``step='newton', cg_steps=5``: five CG steps for the search
+    direction and for the meta-gradient, and a line search on the regularised training loss.
 
     References:
-        Rajeswaran et al. (2019), Algorithms 1 and 2, eq. (6).
+        Rajeswaran et al. (2019), Algorithms 1 and 2, eq. (6), and section 4.
 
     Example:
         >>> import torch
@@ -39,7 +41,7 @@ class ImplicitMAML(ImplicitCGHead):
     def __init__(
         self,
         model: nn.Module,
-        lr: float,
+        lr: float | str,
         first_order: bool = False,
         allow_unused: bool | None = None,
         allow_nograd: bool = False,

@@ -1,14 +1,11 @@
-r"""The common case in closed form: cross-entropy of a linear head.
+r"""The common case in closed form: cross-entropy or squared error of a linear head.
 
-With features :math:`X` (``[m, d]``), logits :math:`Z = X W^\top + c` (``[m, k]``), probabilities
-:math:`P`, one-hot targets :math:`T` and :math:`s = 1/m` (or 1 for a sum), the loss has
+With features :math:`X` (``[m, d]``), outputs :math:`Z = X W^\top + c` (``[m, k]``), the loss's
+gradient :math:`G` and Hessian product :math:`S = \nabla^2_Z \, U` in the outputs
+(`l2l_implicit.linear_losses`), and a direction :math:`(V, e)` with :math:`U = X V^\top + e`:
 
-.. math:: G = s (P - T), \qquad \nabla_W = G^\top X, \quad \nabla_c = G^\top 1
-
-and, for a direction :math:`(V, e)` with :math:`U = X V^\top + e` and
-:math:`S = s (P \odot U - P \odot (P \odot U) 1 1^\top)`,
-
-.. math:: \nabla^2_\phi \, (V, e) = (S^\top X, S^\top 1), \qquad
+.. math:: \nabla_W = G^\top X, \quad \nabla_c = G^\top 1, \qquad
+          \nabla^2_\phi \, (V, e) = (S^\top X, S^\top 1), \qquad
           \nabla^2_{X\phi} \, (V, e) = G V + S W.
 
 A few products of small matrices, no autograd. Any other head or loss takes the general path.
@@ -17,153 +14,126 @@ A few products of small matrices, no autograd. Any other head or loss takes the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
-from l2l_implicit.linearization import Linearization, Products, is_boundary
+from l2l_implicit.linear_losses import OutputLoss
+from l2l_implicit.linear_solve import LinearSolution, LinearSolver, of_larger_system
+from l2l_implicit.linearization import Linearization, Products
+from l2l_implicit.recognition import LinearHeadLoss, recognize
 from l2l_implicit.regularizer import SquaredDistance
+from l2l_implicit.support_features import SupportFeatures
 
+__all__ = ["LinearHeadLinearization", "recognize"]
 
-class LinearCrossEntropy(NamedTuple):
-    """What a loss's graph was found to be: the cross-entropy of a linear map of ``features``."""
-
-    features: Tensor
-    log_probabilities: Tensor
-    targets: Tensor
-    scale: float
-    source: Tensor | None
+_DENSE = 256  # the most unknowns of a system that is written out
 
 
 class LinearHeadLinearization(Linearization):
-    """`Linearization` of a `LinearCrossEntropy`; phi is the weight, or weight and bias."""
+    """`Linearization` of a `LinearHeadLoss`; phi is the weight, or weight and bias."""
+
+    closed_form = True
 
     def __init__(
         self,
         loss: float,
-        parts: LinearCrossEntropy,
+        parts: LinearHeadLoss,
         parameters: Sequence[Tensor],
         quadratic: SquaredDistance,
         point: Tensor | None = None,
     ) -> None:
-        self._x, self._source = parts.features, parts.source
-        self._p = parts.log_probabilities.exp()
-        self._scaled_p = self._p * parts.scale
-        target = parts.targets.long().unsqueeze(1)
-        self._g = self._scaled_p.scatter(1, target, -parts.scale, reduce="add")
-        self._bias = len(parameters) == 2
-        super().__init__(parameters, loss, self._in_phi(self._g), quadratic, point)
+        self.features: SupportFeatures = parts.features
+        self.output_loss: OutputLoss = parts.loss
+        gradient = self._in_phi(self.output_loss.gradient)
+        super().__init__(parameters, loss, gradient, quadratic, point)
+        self.quadratic = quadratic
 
-    def _in_phi(self, per_logit: Tensor) -> Tensor:
-        """The gradient in phi of a function whose gradient in the logits is ``per_logit``."""
-        weight = (per_logit.t() @ self._x).view(-1)
-        return torch.cat([weight, per_logit.sum(0)]) if self._bias else weight
+    def _in_phi(self, per_output: Tensor) -> Tensor:
+        """The gradient in phi of a function whose gradient in the outputs is ``per_output``."""
+        weight = (per_output.t() @ self.features.x).view(-1)
+        return torch.cat([weight, per_output.sum(0)]) if self.features.bias else weight
 
-    def _split(self, vector: Tensor) -> tuple[Tensor, Tensor]:
-        """A direction V, and the change S that it makes in the loss's gradient in the logits."""
-        classes, width = self.parameters[0].shape
-        direction = vector[: classes * width].view(classes, width)
-        if self._bias:
-            u = torch.addmm(vector[classes * width :], self._x, direction.t())
-        else:
-            u = self._x @ direction.t()
-        u *= self._scaled_p
-        return direction, u.addcmul_(self._p, u.sum(1, keepdim=True), value=-1.0)
+    def _outputs(self, vector: Tensor) -> Tensor:
+        """The head's outputs ``[m, k]`` with phi = ``vector``."""
+        weight = self._weight(vector)
+        if self.features.bias:
+            return torch.addmm(vector[weight.numel() :], self.features.x, weight.t())
+        return self.features.x @ weight.t()
+
+    def _weight(self, vector: Tensor) -> Tensor:
+        shape = self.parameters[0].shape
+        return vector[: shape.numel()].view(shape)
 
     def loss_hvp(self, vector: Tensor) -> Tensor:
-        return self._in_phi(self._split(vector)[1])
+        return self._in_phi(self.output_loss.curve(self._outputs(vector)))
 
     def loss_sources(self) -> list[Tensor]:
-        return [] if self._source is None else [self._source]
+        return [] if self.features.source is None else [self.features.source]
 
     def loss_mixed_vjp(self, vector: Tensor) -> Products:
-        if self._source is None:
+        if self.features.source is None:
             return []
-        direction, change = self._split(vector)
-        weight = self.point[: direction.numel()].view_as(direction)
-        return [self._g @ direction + change @ weight]
+        loss, change = self.output_loss, self.output_loss.curve(self._outputs(vector))
+        return [loss.gradient @ self._weight(vector) + change @ self._weight(self.point)]
 
+    def evaluate(self, point: Tensor) -> tuple[float, Tensor]:
+        moved = self.output_loss.moved(self._outputs(point))
+        gradient = self.quadratic.add_gradient(self._in_phi(moved.gradient), point)
+        return moved.value() + self.quadratic.value(point), gradient
 
-def recognize(
-    loss: Tensor, parameters: Sequence[Tensor], independent: set[Any] | None = None
-) -> LinearCrossEntropy | None:
-    """The parts of ``loss`` if its graph is the cross-entropy of a linear head, else None.
+    def solve(self, b: Tensor, solver: LinearSolver, start: Tensor | None = None) -> LinearSolution:
+        """In the features' span a like system of ``k * m`` unknowns; beyond it, ``l2 v = b``."""
+        if not self._reducible():
+            return super().solve(b, solver, start)
+        basis = self.features.basis
+        small, rest = basis.split(b)
+        matvec = self._small_hvp if self._small_hessian is None else self._small_hessian.mv
+        answer = solver(matvec, small, None if start is None else basis.project(start))
+        v = rest.div_(self.quadratic.strength).add_(basis.lift(answer.solution))
+        return of_larger_system(answer, v, b)
 
-    Recognised are hard targets, no class weights, reduction ``mean`` or ``sum``, features of
-    shape ``[m, d]``, and ``parameters`` (weight, bias) or (weight,). Nothing is guessed: what the
-    graph does not say is left to the general path.
-
-    Args:
-        loss: a scalar with a graph.
-        parameters: phi.
-        independent: nodes whose history is known to be free of phi, and so of every later phi;
-            new ones are added.
-    """
-    nll: Any = loss.grad_fn
-    if nll is None or nll.name() != "NllLossBackward0" or nll._saved_weight is not None:
-        return None
-    softmax = nll.next_functions[0][0]
-    if softmax is None or softmax.name() != "LogSoftmaxBackward0" or softmax._saved_dim != 1:
-        return None
-    linear = softmax.next_functions[0][0]
-    features = _features(linear, parameters, set() if independent is None else independent)
-    if features is None:
-        return None
-    x, source = features
-    log_p, targets = softmax._saved_result.detach(), nll._saved_target
-    if targets.dim() != 1 or float(nll._saved_total_weight) != len(targets):
-        return None  # some targets are ignored
-    scale = {1: 1.0 / len(targets), 2: 1.0}.get(nll._saved_reduction)
-    return None if scale is None else LinearCrossEntropy(x, log_p, targets, scale, source)
-
-
-def _features(
-    linear: Any, parameters: Sequence[Tensor], independent: set[Any]
-) -> tuple[Tensor, Tensor | None] | None:
-    """The features that a linear map with just these parameters was applied to, and theta's end."""
-    edges = [_edge(p) for p in parameters]
-    if linear is None or linear.name() not in ("AddmmBackward0", "MmBackward0"):
-        return None
-    *bias, (origin, _), (transpose, _) = linear.next_functions
-    if transpose is None or transpose.name() != "TBackward0":
-        return None
-    if edges != [transpose.next_functions[0], *bias]:
-        return None
-    if bias and not linear._saved_alpha == linear._saved_beta == 1:
-        return None
-    x = linear._saved_mat1 if bias else linear._saved_self  # the boundary's own copy
-    if origin is None:
-        return x.detach(), None
-    if not is_boundary(origin):
-        return None
-    source = origin.saved_tensors[0]
-    node = _edge(source)[0]
-    if node not in independent:
-        if _reaches(node, {node for node, _ in edges}):
+    def newton_direction(self) -> Tensor | None:
+        if not self._reducible() or self._small_hessian is None:
             return None
-        independent.add(node)
-    return x.detach(), source
+        factor, failed = torch.linalg.cholesky_ex(self._small_hessian)
+        if bool(failed):
+            return None
+        strength, basis = self.quadratic.strength, self.features.basis
+        small = basis.project(self.gradient)
+        v = torch.cholesky_solve(small.unsqueeze(1), factor).squeeze(1)
+        beyond = basis.lift(small.div_(strength).sub_(v))
+        return beyond.sub_(self.gradient, alpha=1.0 / strength)
 
+    def _reducible(self) -> bool:
+        return self.quadratic.strength > 0 and self.features.reducible()
 
-def _edge(tensor: Tensor) -> tuple[Any, int]:
-    """Where a gradient with respect to ``tensor`` arrives: a node and the number of its output."""
-    if tensor.grad_fn is not None:
-        return tensor.grad_fn, tensor.output_nr
-    return get_gradient_edge(tensor).node, 0
+    def _small_hvp(self, vector: Tensor) -> Tensor:
+        """`hvp` in the basis of the features' span, shapes ``[k * m]``."""
+        x = self.features.basis.x
+        change = self.output_loss.curve(x @ vector.view(-1, x.shape[1]).t())
+        return self.quadratic.add_hvp((change.t() @ x).view(-1), vector)
 
+    @cached_property
+    def _small_hessian(self) -> Tensor | None:
+        """The matrix of `_small_hvp`, where it is small; a product with it costs one call."""
+        classes, x = len(self.parameters[0]), self.features.basis.x
+        if classes * len(x) > _DENSE:
+            return None
+        weighted = self.output_loss.blocks().unsqueeze(3) * x  # [k, k, m, m]
+        blocks = x.t() @ weighted
+        hessian = blocks.transpose(1, 2).reshape(classes * len(x), -1)
+        hessian.diagonal().add_(self.quadratic.strength)
+        return hessian
 
-def _reaches(start: Any, nodes: set[Any]) -> bool:
-    """Whether the history from the node ``start`` on holds one of ``nodes``."""
-    seen: set[Any] = set()
-    stack = [start]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        if node in nodes:
-            return True
-        seen.add(node)
-        stack.extend(child for child, _ in node.next_functions)
-    return False
+    def same_problem(self, parts: LinearHeadLoss) -> bool:
+        """Whether ``parts`` are of the very loss, features and phi that this was made of."""
+        ours, theirs = self.output_loss, parts.loss
+        return (
+            type(ours) is type(theirs)
+            and ours.scale == theirs.scale
+            and self.features.equal(parts.features)
+            and torch.equal(ours.targets, theirs.targets)
+            and torch.equal(ours.outputs, theirs.outputs)
+        )

@@ -1,10 +1,10 @@
-"""Conjugate gradient for the Hessian-inverse-vector product."""
+"""Linear solvers for the Hessian-inverse-vector product: what they return, and CG, the default."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ MAX_STEPS = "step limit reached"
 ZERO = "right-hand side is zero"
 NOT_POSITIVE = "matrix is singular or indefinite along the search direction"
 NON_FINITE = "non-finite value"
+DIVERGED = "series diverges: its step size is too large, or the matrix not positive definite"
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,30 @@ class LinearSolution:
     residual_norm: float
     relative_residual: float
     reason: str
+
+
+LinearSolver = Callable[[Matvec, Tensor, Tensor | None], LinearSolution]
+
+
+def no_solution(b: Tensor, steps: int, reason: str) -> LinearSolution:
+    """Zero, where nothing better is known."""
+    if reason == ZERO:
+        return LinearSolution(torch.zeros_like(b), steps, 0.0, 0.0, reason)
+    return LinearSolution(torch.zeros_like(b), steps, math.inf, math.inf, reason)
+
+
+def of_larger_system(part: LinearSolution, v: Tensor, b: Tensor) -> LinearSolution:
+    """The solution ``v`` of a system with right-hand side ``b``, of which only ``part`` was hard.
+
+    The rest was solved exactly, so the residual is that of the part.
+    """
+    if part.reason == NON_FINITE:
+        return no_solution(b, part.steps, NON_FINITE)
+    norm = float(torch.linalg.vector_norm(b))
+    if not 0.0 < norm < math.inf:
+        return replace(part, solution=v)
+    reason = CONVERGED if part.reason == ZERO else part.reason
+    return LinearSolution(v, part.steps, part.residual_norm, part.residual_norm / norm, reason)
 
 
 def conjugate_gradient(
@@ -77,9 +102,9 @@ def conjugate_gradient(
     """
     scale = float(b.abs().max()) if b.numel() else 0.0
     if not math.isfinite(scale):
-        return LinearSolution(torch.zeros_like(b), 0, math.inf, math.inf, NON_FINITE)
+        return no_solution(b, 0, NON_FINITE)
     if scale == 0.0:
-        return LinearSolution(torch.zeros_like(b), 0, 0.0, 0.0, ZERO)
+        return no_solution(b, 0, ZERO)
     # In units of the largest entry of b no square overflows or underflows.
     unit_b = b / scale
     b_norm = math.sqrt(float(unit_b.dot(unit_b)))
@@ -88,7 +113,7 @@ def conjugate_gradient(
     steps, r_norm, reason = _iterate(matvec, v, r, tol * b_norm, max_steps)
     v *= scale
     if not math.isfinite(float(v.sum())):
-        return LinearSolution(torch.zeros_like(b), steps, math.inf, math.inf, NON_FINITE)
+        return no_solution(b, steps, NON_FINITE)
     return LinearSolution(v, steps, r_norm * scale, r_norm / b_norm, reason)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -14,6 +14,7 @@ from torch.autograd import Function, grad
 from torch.autograd.graph import GradientEdge
 
 from l2l_implicit import checks
+from l2l_implicit.linear_solve import LinearSolution, LinearSolver
 from l2l_implicit.regularizer import SquaredDistance
 from l2l_implicit.vectors import flatten, unflatten
 
@@ -75,7 +76,14 @@ class Linearization(ABC):
         point: phi as one vector, shape ``[n]``, detached.
         gradient: of g at ``point``, shape ``[n]``, detached.
         gradient_norm: its Euclidean norm.
+        differentiable: whether there are products; without them there are value and gradient.
+        closed_form: whether it took no autograd, so that another one costs next to nothing.
+        elsewhere: g and its gradient at other points ``[n]``, where a closure can compute them.
     """
+
+    differentiable = True
+    closed_form = False
+    elsewhere: Callable[[Tensor], tuple[float, Tensor]] | None = None
 
     def __init__(
         self,
@@ -106,6 +114,35 @@ class Linearization(ABC):
         """
         product = self.loss_hvp(vector)
         return product if self._quadratic is None else self._quadratic.add_hvp(product, vector)
+
+    def solve(self, b: Tensor, solver: LinearSolver, start: Tensor | None = None) -> LinearSolution:
+        r"""Solve :math:`\nabla^2_\phi g \, v = b`, shapes ``[n]``, by ``solver``.
+
+        Args:
+            b: the right-hand side.
+            solver: maps matvec, right-hand side and start to a solution; the system that it gets
+                may be smaller than this one and equivalent to it.
+            start: a first guess.
+        """
+        return solver(self.hvp, b, start)
+
+    def newton_direction(self) -> Tensor | None:
+        """The solution of ``H s = -gradient``, shape ``[n]``, if it is cheap; else None."""
+        return None
+
+    def evaluate(self, point: Tensor) -> tuple[float, Tensor]:
+        """g and its gradient at another ``point``, both shapes ``[n]``.
+
+        Raises:
+            RuntimeError: if the loss can not be computed again.
+        """
+        if self.elsewhere is None:
+            raise RuntimeError(
+                "adapt: expected a loss that can be computed again at other parameters, as "
+                "step='lbfgs' needs it, got a tensor that is no cross-entropy or squared error of "
+                "a linear head; use adapt(closure, steps=K)"
+            )
+        return self.elsewhere(point)
 
     def sources(self) -> list[Tensor]:
         """The tensors of theta that g depends on, in the order of `mixed_vjp`."""
@@ -170,6 +207,7 @@ class AutogradLinearization(Linearization):
         gradients = inner_gradient(loss, parameters, unused, create_graph=differentiable)
         dense = flatten(g.detach() for g in _dense(gradients, parameters))
         super().__init__(parameters, float(loss.detach()), dense, quadratic)
+        self.differentiable = differentiable
         if differentiable:
             kept = [(g, i) for i, g in enumerate(gradients) if g is not None and g.requires_grad]
             self._gradients, self._kept = [g for g, _ in kept], [i for _, i in kept]

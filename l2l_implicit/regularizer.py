@@ -23,6 +23,11 @@ class SquaredDistance:
         self._center = None if anchor is None else flatten(a.detach() for a in anchor)
         self._coefficient = float(l2.detach()) if isinstance(l2, Tensor) else float(l2)
 
+    @property
+    def strength(self) -> float:
+        """The coefficient: R's curvature in every direction."""
+        return self._coefficient
+
     def _offset(self, point: Tensor) -> Tensor:
         return point if self._center is None else point - self._center
 

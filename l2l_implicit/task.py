@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from l2l_implicit.implicit_diff import Cell
+from l2l_implicit.inner_steps import InnerStep
 from l2l_implicit.linearization import Linearization
 from l2l_implicit.regularizer import SquaredDistance
 
@@ -37,20 +38,21 @@ class Task:
         steps: inner steps taken.
         vector: the current parameters as one vector, while ``first`` is the first of them.
         first: see ``vector``.
+        solved: whether the inner solver has said that there is nothing left to do.
         independent: nodes of the graph that are known not to depend on phi.
         cell: the linearization that the current parameters depend on, if one is alive.
     """
 
     __slots__ = (
-        "cell", "first", "first_norm", "independent", "initial", "key", "quadratic", "stepper",
-        "steps", "vector",
+        "cell", "first", "first_norm", "independent", "initial", "key", "quadratic", "solved",
+        "stepper", "steps", "vector",
     )  # fmt: skip
 
     def __init__(self, key: Hashable | None, initial: list[Tensor]) -> None:
         self.key, self.initial = key, initial
         self.quadratic: SquaredDistance | None = None
-        self.stepper: Callable[[Linearization], Tensor] | None = None
-        self.first_norm, self.steps = 0.0, 0
+        self.stepper: InnerStep | None = None
+        self.first_norm, self.steps, self.solved = 0.0, 0, False
         self.cell: weakref.ref[Cell] | None = None
         self.vector: Tensor | None = None
         self.first: Tensor | None = None
@@ -61,6 +63,11 @@ class Task:
         if self.vector is None or phi[0] is not self.first:
             return None
         return self.vector if sum(p.numel() for p in phi) == self.vector.numel() else None
+
+    def linearization(self) -> Linearization | None:
+        """The one that the current parameters depend on, if it is alive."""
+        cell = None if self.cell is None else self.cell()
+        return None if cell is None else cell.linearization
 
     def release(self) -> None:
         """Drop the linearization that the next one replaces."""

@@ -1,4 +1,4 @@
-"""A module's parameters as one flat vector, and back.
+"""A module's parameters as one flat vector, and back; and other tensors in their place.
 
 The solvers see one vector; the module keeps its tensors. Everything that converts lives here.
 """
@@ -6,9 +6,12 @@ The solvers see one vector; the module keeps its tensors. Everything that conver
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def flatten(tensors: Iterable[Tensor]) -> Tensor:
@@ -34,3 +37,12 @@ def substitute(module: nn.Module, old: Sequence[Tensor], new: Sequence[Tensor]) 
                 part._parameters[name] = replacement[id(parameter)]  # type: ignore[assignment]
         if isinstance(part, nn.RNNBase):  # its cached list of weights must see the new tensors
             part._flat_weights = [getattr(part, name) for name in part._flat_weights_names]
+
+
+def shallow_copy(module: Module) -> Module:
+    """A module of the same class and state whose tables of tensors are its own."""
+    twin = module.__new__(type(module))
+    twin.__dict__ = module.__dict__.copy()
+    for table in ("_parameters", "_buffers", "_modules"):
+        twin.__dict__[table] = twin.__dict__[table].copy()
+    return twin

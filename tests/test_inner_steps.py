@@ -9,8 +9,9 @@ from oracles import relative_error
 from torch import Tensor, nn
 
 from l2l_implicit import ImplicitCGHead
-from l2l_implicit.inner_steps import GradientStep, NewtonStep
+from l2l_implicit.inner_steps import GradientStep
 from l2l_implicit.linearization import AutogradLinearization
+from l2l_implicit.newton import NewtonStep
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -95,7 +96,7 @@ def test_newton_backtracks(start: float) -> None:
 def test_a_step_to_the_minimum_is_not_rejected_for_rounding() -> None:
     """Where the objective is flat to its last digit, the gradient still tells better from worse."""
     point, step = torch.full((3,), 1e-9), newton()
-    step._first_norm = 1.0
+    step._stop._largest = 1.0
     point = step(linearize(overshoots, point))
     assert point.abs().max() < 1e-18
     assert step(linearize(overshoots, point)).abs().max() < 1e-18

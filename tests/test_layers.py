@@ -12,9 +12,11 @@ PACKAGE = Path(__file__).parents[1] / "l2l_implicit"
 # Each layer may import those before it.
 LAYERS = [
     {"vectors", "checks", "_compat"},
-    {"linear_solve", "regularizer"},
-    {"linearization"},
-    {"linear_head", "implicit_diff", "inner_steps", "diagnostics"},
+    {"linear_solve", "regularizer", "linear_losses", "support_features", "module_state"},
+    {"curvature", "direct_solve"},
+    {"linearization", "neumann_series", "chunked"},
+    {"recognition", "implicit_diff", "inner_steps", "diagnostics", "first_order", "inner_loop"},
+    {"linear_head", "newton", "lbfgs"},
     {"task"},
     {"adaptation"},
     {"learner"},

@@ -1,0 +1,95 @@
+"""L-BFGS with a line search: torch's own, an iteration at a time."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from l2l_implicit.inner_steps import Stop
+from l2l_implicit.linearization import Linearization
+
+
+class LBFGSStep:
+    """One iteration of ``torch.optim.LBFGS`` with the strong Wolfe line search.
+
+    The line search evaluates the objective at other points than the present one
+    (`Linearization.evaluate`): a linear head in closed form can, and so can a closure.
+
+    Args:
+        tol: the gradient's norm, relative to its first, at which phi is left where it is.
+        history: pairs of differences that it keeps.
+
+    References:
+        Nocedal, Wright (2006), Algorithms 3.5 and 7.5.
+    """
+
+    needs_hvp = False
+
+    _PATIENCE = 15
+
+    def __init__(self, tol: float, history: int = 20) -> None:
+        self._stop, self._history = Stop(tol), history
+        self._phi: Tensor | None = None
+        self._objective = math.inf
+        self._best: tuple[Tensor, float] | None = None  # in whole steps: a point, its gradient norm
+        self._worse = 0  # whole steps since then
+
+    def __call__(self, at: Linearization) -> Tensor:
+        if self._stop(at):
+            return at.point
+        if self._best is not None and self._differs(at, *self._best):
+            self._best, self._phi, self._objective = None, None, math.inf
+        if self._best is not None:
+            return self._whole_step(at, *self._best)
+        rounding = 10 * torch.finfo(at.point.dtype).eps * abs(at.objective)
+        flat, self._objective = self._objective - at.objective <= rounding, at.objective
+        if not flat:
+            moved = self._iterate(at, "strong_wolfe")
+            if not torch.equal(moved, at.point):
+                return moved
+        return self._whole_step(at, at.point, math.inf)
+
+    def _differs(self, at: Linearization, best: Tensor, norm: float) -> bool:
+        """Whether the gradient at a known point is another one: the data have changed."""
+        return at.gradient_norm > 2.0 * norm and torch.equal(at.point, best)
+
+    def _whole_step(self, at: Linearization, best: Tensor, norm: float) -> Tensor:
+        """Where the objective is flat to its last digits: no line search, the gradient judges."""
+        if at.gradient_norm < norm:
+            self._best, self._worse = (at.point, at.gradient_norm), 0
+        else:
+            self._worse += 1
+        if self._worse <= self._PATIENCE and at.gradient_norm < 1e3 * norm:
+            return self._iterate(at, None)
+        self._worse = self._PATIENCE
+        return at.point if torch.equal(at.point, best) else best
+
+    def _iterate(self, at: Linearization, line_search: str | None) -> Tensor:
+        """One iteration of torch's, from the present point."""
+        if self._phi is None:
+            # Torch drops pairs of differences whose product is below 1e-10, whatever the units:
+            # in these, the product begins at about 1e6.
+            self._unit = 1e6 / max(at.gradient_norm**2, 1e-20)
+            self._phi = at.point.clone().requires_grad_()
+            self._optimizer = torch.optim.LBFGS(
+                [self._phi], max_iter=1, tolerance_grad=0.0, tolerance_change=0.0,
+                history_size=self._history,
+            )  # fmt: skip
+        phi, before = self._phi, at.point
+        phi.data.copy_(before)
+
+        def objective() -> float:
+            value, gradient = (
+                (at.objective, at.gradient)
+                if torch.equal(phi, before)
+                else at.evaluate(phi.detach().clone())
+            )
+            phi.grad = gradient * self._unit
+            return value * self._unit
+
+        self._optimizer.param_groups[0]["line_search_fn"] = line_search
+        self._optimizer.step(objective)  # type: ignore[arg-type]
+        phi.grad = None
+        return phi.detach().clone()

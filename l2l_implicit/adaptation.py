@@ -68,6 +68,10 @@ class ImplicitLearner(MAML):
         """Whether `inner_step` wants Hessian-vector products."""
 
     @abstractmethod
+    def _own_step_is_known(self) -> bool:
+        """Whether `inner_step` has no state but the task's ``stepper``."""
+
+    @abstractmethod
     def _own_linear_solve(self) -> bool:
         """Whether `linear_solve` is a subclass's, which expects the system as it is."""
 
@@ -121,7 +125,9 @@ class ImplicitLearner(MAML):
         counts as unsolved: the first such hypergradient warns, `diagnostics` counts them.
         Under ``torch.no_grad()`` nothing is kept. With a closure the steps end before ``steps``
         where the gradient has fallen to ``stop_tol`` of its first value; with loss tensors phi
-        then stays where it is.
+        then stays where it is. A closure whose loss has a closed form (of a linear head) is called
+        at the first and the last point only; if its data have changed in between, the steps are
+        taken once more, with a call for each.
 
         Args:
             loss: a scalar, or a closure that returns one.
@@ -185,6 +191,7 @@ class ImplicitLearner(MAML):
                 steps=steps,
                 hvp=self._needs_hvp(),
                 keep=keep,
+                restart=self._task.restart if self._own_step_is_known() else None,
             )
         except BaseException:
             substitute(self.module, objective.phi, phi)

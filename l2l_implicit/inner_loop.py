@@ -1,4 +1,8 @@
-"""The inner loop of a closure: the objective as a function of phi, and the steps on it."""
+"""The inner loop of a closure: the objective as a function of phi, and the steps on it.
+
+A loss that has a closed form is known everywhere once it is known at one point: its steps need no
+closure. That it was the same loss all along is seen at the end, where the closure is called again.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,14 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from l2l_implicit.linear_head import LinearHeadLinearization
 from l2l_implicit.linearization import Linearization
+from l2l_implicit.span import HeadInSpan, SpanLinearization
 
 Closure = Callable[[], Tensor]
 Put = Callable[[Tensor, list[Tensor]], list[Tensor]]
 Step = Callable[[Linearization], Tensor]
+Back = Callable[[], None]
 Linearize = Callable[[Tensor, list[Tensor], bool], Linearization]
 
 
@@ -45,7 +52,14 @@ class ClosureObjective:
 
 
 def descend(
-    objective: ClosureObjective, step: Step, vector: Tensor, *, steps: int, hvp: bool, keep: bool
+    objective: ClosureObjective,
+    step: Step,
+    vector: Tensor,
+    *,
+    steps: int,
+    hvp: bool,
+    keep: bool,
+    restart: Callable[[], tuple[Back, Back]] | None,
 ) -> tuple[Tensor, Linearization | None]:
     """Phi after ``steps`` inner steps from ``vector``, and the linearization there.
 
@@ -56,8 +70,17 @@ def descend(
         steps: the most steps.
         hvp: whether ``step`` needs products.
         keep: whether the last linearization is wanted, with products.
+        restart: gives ``step`` a fresh state, and returns what brings the old one back and what
+            ends the new one; None if nothing does.
     """
     at: Linearization | None = objective.linearize(vector, hvp)
+    if isinstance(at, LinearHeadLinearization) and restart is not None:
+        back, forget = restart()
+        point = _closed_form_steps(at, step, steps)
+        if (end := _same_objective(objective.linearize(point, True), at)) is not None:
+            forget()
+            return point, end
+        back()  # the closure draws anew each time: it has to be asked at each step
     for k in range(1, steps + 1):
         assert at is not None
         at.elsewhere = objective.evaluate
@@ -73,3 +96,30 @@ def descend(
         if last:
             break
     return vector, at
+
+
+def _same_objective(
+    end: Linearization, start: LinearHeadLinearization
+) -> LinearHeadLinearization | None:
+    """``end``, if the closure has returned the same loss as at the start."""
+    if isinstance(end, LinearHeadLinearization) and end.same_objective(start):
+        return end
+    return None
+
+
+def _closed_form_steps(start: LinearHeadLinearization, step: Step, steps: int) -> Tensor:
+    """Phi after the steps, if the closure returns the same loss all along."""
+    if not start.reducible():
+        return _walk(start, step, steps)
+    head = HeadInSpan(start)
+    u = _walk(SpanLinearization(head, start.output_loss, head.start), step, steps)
+    return head.phi(u)
+
+
+def _walk(at: LinearHeadLinearization | SpanLinearization, step: Step, steps: int) -> Tensor:
+    for _ in range(steps):
+        vector = step(at)
+        if vector is at.point:
+            break
+        at = at.moved(vector)
+    return at.point

@@ -185,5 +185,9 @@ class ImplicitCGHead(ImplicitLearner):
             return True
         return getattr(self._stepper(), "needs_hvp", True)
 
+    def _own_step_is_known(self) -> bool:
+        base = type(self).inner_step is ImplicitCGHead.inner_step
+        return base and (isinstance(self.step, str) or checks.makes_a_step(self.step))
+
     def _own_linear_solve(self) -> bool:
         return type(self).linear_solve is not ImplicitCGHead.linear_solve

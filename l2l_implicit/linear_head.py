@@ -38,15 +38,17 @@ class LinearHeadLinearization(Linearization):
 
     def __init__(
         self,
-        loss: float,
+        loss: float | None,
         parts: LinearHeadLoss,
         parameters: Sequence[Tensor],
         quadratic: SquaredDistance,
         point: Tensor | None = None,
     ) -> None:
+        self.parts = parts
         self.features: SupportFeatures = parts.features
         self.output_loss: OutputLoss = parts.loss
         gradient = self._in_phi(self.output_loss.gradient)
+        loss = self.output_loss.value() if loss is None else loss
         super().__init__(parameters, loss, gradient, quadratic, point)
         self.quadratic = quadratic
 
@@ -83,9 +85,15 @@ class LinearHeadLinearization(Linearization):
         gradient = self.quadratic.add_gradient(self._in_phi(moved.gradient), point)
         return moved.value() + self.quadratic.value(point), gradient
 
+    def moved(self, point: Tensor) -> LinearHeadLinearization:
+        """The same objective linearized at another ``point``, shape ``[n]``."""
+        output_loss = self.output_loss.moved(self._outputs(point))
+        parts = LinearHeadLoss(self.features, output_loss)
+        return LinearHeadLinearization(None, parts, self.parameters, self.quadratic, point)
+
     def solve(self, b: Tensor, solver: LinearSolver, start: Tensor | None = None) -> LinearSolution:
         """In the features' span a like system of ``k * m`` unknowns; beyond it, ``l2 v = b``."""
-        if not self._reducible():
+        if not self.reducible():
             return super().solve(b, solver, start)
         basis = self.features.basis
         small, rest = basis.split(b)
@@ -95,7 +103,7 @@ class LinearHeadLinearization(Linearization):
         return of_larger_system(answer, v, b)
 
     def newton_direction(self) -> Tensor | None:
-        if not self._reducible() or self._small_hessian is None:
+        if not self.reducible() or self._small_hessian is None:
             return None
         factor, failed = torch.linalg.cholesky_ex(self._small_hessian)
         if bool(failed):
@@ -106,7 +114,8 @@ class LinearHeadLinearization(Linearization):
         beyond = basis.lift(small.div_(strength).sub_(v))
         return beyond.sub_(self.gradient, alpha=1.0 / strength)
 
-    def _reducible(self) -> bool:
+    def reducible(self) -> bool:
+        """Whether the problem is smaller in the features' span."""
         return self.quadratic.strength > 0 and self.features.reducible()
 
     def _small_hvp(self, vector: Tensor) -> Tensor:
@@ -129,11 +138,9 @@ class LinearHeadLinearization(Linearization):
 
     def same_problem(self, parts: LinearHeadLoss) -> bool:
         """Whether ``parts`` are of the very loss, features and phi that this was made of."""
-        ours, theirs = self.output_loss, parts.loss
-        return (
-            type(ours) is type(theirs)
-            and ours.scale == theirs.scale
-            and self.features.equal(parts.features)
-            and torch.equal(ours.targets, theirs.targets)
-            and torch.equal(ours.outputs, theirs.outputs)
-        )
+        same = torch.equal(self.output_loss.outputs, parts.loss.outputs)
+        return same and self.parts.equal(parts)
+
+    def same_objective(self, other: LinearHeadLinearization) -> bool:
+        """Whether the two are of one loss of one set of features, at whatever phi."""
+        return self.quadratic is other.quadratic and self.parts.equal(other.parts)

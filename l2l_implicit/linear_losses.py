@@ -53,38 +53,34 @@ class CrossEntropy:
 
     def __init__(self, log_probabilities: Tensor, targets: Tensor, scale: float) -> None:
         self.outputs, self.targets, self.scale = log_probabilities, targets, scale
+        self._p = log_probabilities.exp()
 
     @cached_property
-    def _p(self) -> Tensor:
-        return self.outputs.exp()
-
-    @cached_property
-    def _scaled_p(self) -> Tensor:
-        return self._p * self.scale
+    def _one_hot(self) -> Tensor:
+        column = self.targets.long().unsqueeze(1)
+        return torch.zeros_like(self.outputs).scatter_(1, column, 1.0)
 
     @cached_property
     def gradient(self) -> Tensor:
-        return self._scaled_p.scatter(1, self._column(), -self.scale, reduce="add")
-
-    def _column(self) -> Tensor:
-        return self.targets.long().unsqueeze(1)
+        return torch.sub(self._p, self._one_hot).mul_(self.scale)
 
     def curve(self, change: Tensor) -> Tensor:
-        change *= self._scaled_p
+        change.mul_(self._p).mul_(self.scale)
         return change.addcmul_(self._p, change.sum(1, keepdim=True), value=-1.0)
 
     def blocks(self) -> Tensor:
         p = self._p.t()
-        scaled = p * self.scale
-        off_diagonal = -(scaled.unsqueeze(1) * p)
-        off_diagonal.diagonal().add_(scaled.t())
-        return off_diagonal
+        blocks = (p * -self.scale).unsqueeze(1) * p
+        blocks.diagonal().add_(self._p, alpha=self.scale)
+        return blocks
 
     def value(self) -> float:
-        return -self.scale * float(self.outputs.gather(1, self._column()).sum())
+        return -self.scale * float(torch.dot(self.outputs.view(-1), self._one_hot.view(-1)))
 
     def moved(self, outputs: Tensor) -> CrossEntropy:
-        return CrossEntropy(torch.log_softmax(outputs, 1), self.targets, self.scale)
+        there = CrossEntropy(torch.log_softmax(outputs, 1), self.targets, self.scale)
+        there.__dict__["_one_hot"] = self._one_hot
+        return there
 
 
 class SquaredError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
@@ -23,6 +24,16 @@ class LinearHeadLoss(NamedTuple):
 
     features: SupportFeatures
     loss: OutputLoss
+
+    def equal(self, other: LinearHeadLoss) -> bool:
+        """Whether both are one loss with one set of targets on the same features."""
+        ours, theirs = self.loss, other.loss
+        return (
+            type(ours) is type(theirs)
+            and ours.scale == theirs.scale
+            and (self.features is other.features or self.features.equal(other.features))
+            and torch.equal(ours.targets, theirs.targets)
+        )
 
     def sharing(self, *known: SupportFeatures) -> LinearHeadLoss:
         """The same with one of the ``known`` features, if they are equal: it may have a basis."""

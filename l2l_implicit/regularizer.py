@@ -20,7 +20,7 @@ class SquaredDistance:
     def __init__(self, l2: float | Tensor, anchor: Sequence[Tensor] | None) -> None:
         self._l2 = l2 if isinstance(l2, Tensor) and l2.requires_grad else None
         self._anchor = anchor
-        self._center = None if anchor is None else flatten(a.detach() for a in anchor)
+        self.center = None if anchor is None else flatten(a.detach() for a in anchor)
         self._coefficient = float(l2.detach()) if isinstance(l2, Tensor) else float(l2)
 
     @property
@@ -28,8 +28,15 @@ class SquaredDistance:
         """The coefficient: R's curvature in every direction."""
         return self._coefficient
 
+    @classmethod
+    def at(cls, strength: float, center: Tensor | None) -> SquaredDistance:
+        """With a number for l2 and a vector ``[n]`` for the anchor, neither a part of theta."""
+        found = cls(strength, None)
+        found.center = center
+        return found
+
     def _offset(self, point: Tensor) -> Tensor:
-        return point if self._center is None else point - self._center
+        return point if self.center is None else point - self.center
 
     def value(self, point: Tensor) -> float:
         """R at ``point``, shape ``[n]``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -68,6 +68,19 @@ class Task:
         """The one that the current parameters depend on, if it is alive."""
         cell = None if self.cell is None else self.cell()
         return None if cell is None else cell.linearization
+
+    def restart(self) -> tuple[Callable[[], None], Callable[[], None]]:
+        """Begin with a fresh inner solver; returns how to undo that, and how to be done with it."""
+        before = self.stepper, self.steps, self.first_norm, self.solved
+        self.stepper = None
+
+        def undo() -> None:
+            self.stepper, self.steps, self.first_norm, self.solved = before
+
+        def done() -> None:
+            self.stepper = None  # its state was in other coordinates
+
+        return undo, done
 
     def release(self) -> None:
         """Drop the linearization that the next one replaces."""

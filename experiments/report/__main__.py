@@ -1,0 +1,105 @@
+"""Draw every table and figure from the database.
+
+    python -m experiments.report
+    python -m experiments.report accuracy benchmark=caltech101 --output report
+
+Reads MongoDB and nothing else: the database that experiments.train records in, or -m's. Words are
+a sweep's name (accuracy, yang_table1, or a Python file that defines SWEEP) and the KEY=VALUE that
+it was run with; without any, every sweep. What the report shows: docs/report.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from pymongo.errors import PyMongoError
+
+from experiments.report.archive import Archive
+from experiments.report.request import Request, load_trainings
+from experiments.report.sections import SECTIONS
+from experiments.report.sweep_state import SweepState, read_sweep
+from experiments.report.write import write
+from experiments.sweeps.cells import parse_settings
+from experiments.sweeps.definitions import SWEEPS
+from experiments.sweeps.plan import find_sweep
+from experiments.tracking import UserError
+from experiments.tracking.database import Database, choose
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; 0, or 1 after an error that is one line."""
+    options = _parse(argv)
+    try:
+        database = Database(choose(options.mongo_db))
+        try:
+            path = report(database, options.words, Path(options.output))
+        finally:
+            database.close()
+    except (UserError, PyMongoError, OSError) as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 1
+    print(f"report           {path}")
+    return 0
+
+
+def report(database: Database, words: Sequence[str], folder: Path) -> Path:
+    """Write the report; the path of its page.
+
+    Args:
+        database: that is read.
+        words: names of sweeps, and KEY=VALUE for one of them.
+        folder: for all files.
+
+    Raises:
+        UserError: an unknown sweep or setting.
+    """
+    archive = Archive(database.documents)
+    load_trainings(archive)
+    request = Request(archive, tuple(_sweeps(words, archive)))
+    sections = [section for make in SECTIONS for section in make(request)]
+    now = datetime.now(timezone.utc)
+    about = f"From the database {database.label}, {now:%Y-%m-%d %H:%M} UTC."
+    command = shlex.join(["python", "-m", "experiments.report", *words])
+    return write(folder, sections, about, command)
+
+
+def _sweeps(words: Sequence[str], archive: Archive) -> list[SweepState]:
+    names = [word for word in words if "=" not in word]
+    settings = parse_settings([word for word in words if "=" in word])
+    if settings and len(names) != 1:
+        raise UserError(
+            f"KEY=VALUE needs one sweep that it was given to, got {len(names)} names; name that one"
+        )
+    found = []
+    for name in names or list(SWEEPS):
+        found += _on_benchmarks(name, settings, archive)
+    return found
+
+
+def _on_benchmarks(name: str, settings: Mapping[str, Any], archive: Archive) -> list[SweepState]:
+    sweep = find_sweep(name)
+    asked = settings.get("benchmark")
+    benchmarks = list(sweep.benchmarks) if asked is None else [str(asked)]
+    return [read_sweep(name, sweep, benchmark, settings, archive) for benchmark in benchmarks]
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.report", description="Tables and figures from the database."
+    )
+    add = parser.add_argument
+    add("words", nargs="*", metavar="SWEEP | KEY=VALUE",
+        help="a sweep's name and what it was run with; default: every sweep")
+    add("--output", default="report", metavar="FOLDER", help="for all files (default: report)")
+    add("-m", "--mongo_db", metavar="HOST:PORT:DB", help="as in experiments.train")
+    return parser.parse_intermixed_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""What a report is made of: sections of tables and figures, as data."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from matplotlib.figure import Figure as Drawing
+
+Record: TypeAlias = Mapping[str, Any]
+"""A row's raw values by name, as the CSV file has them."""
+
+MISSING = "–"
+
+
+@dataclass(frozen=True)
+class Column:
+    """How people see one or more values of a record.
+
+    Args:
+        header: with the unit.
+        show: the text of a record's cell.
+        best: what the bold cell of the column has the largest of; None: no bold cell.
+        text: whether it holds words, to the left; numbers are to the right.
+    """
+
+    header: str
+    show: Callable[[Record], str]
+    best: Callable[[Record], float] | None = None
+    text: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where something comes from.
+
+    Args:
+        command: that makes the runs.
+        runs: their ids.
+    """
+
+    command: str
+    runs: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """Written as CSV (the records), LaTeX, Markdown and HTML (the columns).
+
+    Args:
+        name: of the files.
+        folded: whether the page shows it only on demand.
+    """
+
+    name: str
+    caption: str
+    columns: tuple[Column, ...]
+    records: tuple[Record, ...]
+    source: Source
+    notes: tuple[str, ...] = ()
+    folded: bool = False
+
+    def best_rows(self, column: Column) -> set[int]:
+        """The rows whose cell of this column is bold: the best of several finite values."""
+        if column.best is None:
+            return set()
+        values = [column.best(record) for record in self.records]
+        finite = [value for value in values if math.isfinite(value)]
+        return {n for n, v in enumerate(values) if len(finite) > 1 and v == max(finite)}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Written as PNG and SVG; its numbers as CSV.
+
+    Args:
+        name: of the files.
+        caption: says what bands and marks are.
+        draw: makes the picture.
+        records: the numbers in it.
+    """
+
+    name: str
+    caption: str
+    draw: Callable[[], Drawing]
+    records: tuple[Record, ...]
+    source: Source
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, paragraphs, and what follows."""
+
+    title: str
+    text: tuple[str, ...] = ()
+    items: tuple[Table | Figure, ...] = field(default=())
+
+
+def file_name(*words: str) -> str:
+    """A name for files from words such as a benchmark's name, whatever is in it."""
+    return re.sub(r"\W+", "_", "_".join(words), flags=re.ASCII).strip("_")
+
+
+def text_column(header: str, key: str) -> Column:
+    """A column of one value, shown as it is."""
+    return Column(header, lambda record: str(record.get(key, "")) or MISSING, text=True)
+
+
+def number_column(header: str, key: str, factor: float = 1.0, digits: int = 1) -> Column:
+    """A column of one number, ``factor`` times, rounded."""
+    return Column(header, lambda record: number(record.get(key), factor, digits))
+
+
+def number(value: Any, factor: float = 1.0, digits: int = 1) -> str:
+    """A rounded number, or a dash for what is missing or not finite."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    return f"{factor * value:.{digits}f}"
+
+
+def plus_minus(mean: Any, half_width: Any, factor: float = 1.0, digits: int = 1) -> str:
+    """``63.2 ± 1.1``; the mean alone where it has no interval."""
+    shown, half = number(mean, factor, digits), number(half_width, factor, digits)
+    return shown if MISSING in (shown, half) else f"{shown} ± {half}"

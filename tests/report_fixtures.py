@@ -1,0 +1,51 @@
+"""Fixtures of the report's tests: a database to fill, and the report of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_runs import Recorder
+
+from experiments.report.__main__ import main
+from experiments.sweeps.definitions import SWEEPS
+from experiments.sweeps.plan import Plan, make_plan
+from experiments.tracking import open_database
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """An embedded database for all tests of this file: starting one takes a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("L2L_IMPLICIT_DATA", str(tmp_path_factory.mktemp("data")))
+        patch.delenv("L2L_IMPLICIT_MONGO_URL", raising=False)
+        patch.setenv("L2L_IMPLICIT_MONGO_URL_FILE", "")
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+        with open_database() as found:
+            yield found
+
+
+@pytest.fixture
+def recorder(documents: Any) -> Recorder:
+    """The database, emptied."""
+    for name in documents.list_collection_names():
+        documents[name].delete_many({})
+    return Recorder(documents)
+
+
+@pytest.fixture
+def plan() -> Plan:
+    return make_plan(SWEEPS["accuracy"], {"benchmark": "glyphs", "methods": "rm_metal,anil"})
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Callable[..., Path]:
+    """Writes the report of these words into a folder."""
+
+    def write(*words: str) -> Path:
+        assert main([*words, "--output", str(tmp_path / "report")]) == 0
+        return tmp_path / "report"
+
+    return write

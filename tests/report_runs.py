@@ -1,0 +1,153 @@
+"""Runs as Sacred records them, without running anything: for the report's tests."""
+
+from __future__ import annotations
+
+import csv
+import math
+import random
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from bson import ObjectId
+
+from experiments.sweeps.cells import Cell
+from experiments.sweeps.plan import Plan
+
+START = datetime(2026, 1, 1)
+COMMIT = "a" * 40
+CURVE = {100: 0.5, 200: 0.65, 300: 0.7}
+"""A validation curve like any other."""
+
+WORDS = ("accuracy", "benchmark=glyphs", "methods=rm_metal,anil")
+"""The sweep that the fixture `plan` plans, as the report is asked for it."""
+
+
+class Recorder:
+    """Inserts run documents and their metrics into a pymongo database."""
+
+    def __init__(self, documents: Any) -> None:
+        self.documents = documents
+        self._files: dict[tuple[str, str], Any] = {}
+        self._number = 0
+
+    def run(
+        self,
+        config: Mapping[str, Any],
+        metrics: Mapping[str, Mapping[int, float]] | None = None,
+        status: str = "COMPLETED",
+        **fields: Any,
+    ) -> int:
+        """One run; its number. Fields: those of the document, and those of `_experiment`."""
+        self._number += 1
+        start = START + timedelta(minutes=self._number)
+        stop = None if status == "RUNNING" else start + timedelta(seconds=300)
+        self.documents["runs"].insert_one({
+            "_id": self._number, "experiment": self._experiment(fields), "config": nested(config),
+            "status": status, "start_time": start, "stop_time": stop, "result": None, "info": {},
+            "heartbeat": start + timedelta(seconds=290), "host": {"hostname": "here"}, **fields,
+        })  # fmt: skip
+        for name, points in (metrics or {}).items():
+            self.documents["metrics"].insert_one({
+                "run_id": self._number, "name": name, "steps": list(points),
+                "values": list(points.values()), "timestamps": [start] * len(points),
+            })  # fmt: skip
+        return self._number
+
+    def _experiment(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """Takes out of the fields: experiment (its name), sources (md5 by file), commit, dirty."""
+        sources = fields.pop("sources", {"experiments/train.py": "1"})
+        repository = {"commit": fields.pop("commit", COMMIT), "dirty": fields.pop("dirty", False)}
+        return {
+            "name": fields.pop("experiment", "train"),
+            "sources": [[name, self._file(name, md5)] for name, md5 in sources.items()],
+            "repositories": [{**repository, "url": "https://x"}],
+            "dependencies": ["torch==2.13.0", "numpy==1.26.4"],
+        }
+
+    def training(self, cell: Cell, curve: Mapping[int, float], **options: Any) -> int:
+        """A complete training of a cell, with this validation curve, 0.1 s an iteration."""
+        result = {"test_accuracy": 0.6, "test_half_width": 0.01, "iterations": max(curve),
+                  "step_seconds": 0.11, "step_cpu_seconds": 0.1, "step_peak_bytes": 2.0**25,
+                  "process_peak_bytes": 2.0**29, "diverged": None, **options.pop("result", {})}
+        metrics = {**validations(curve), **options.pop("metrics", {})}
+        return self.run(config_of(cell), result=result, metrics=metrics, **options)
+
+    def _file(self, name: str, md5: str) -> Any:
+        if (name, md5) not in self._files:
+            number = self._files[name, md5] = ObjectId()
+            self.documents["fs.files"].insert_one({"_id": number, "filename": name, "md5": md5})
+        return self._files[name, md5]
+
+
+def config_of(cell: Cell) -> dict[str, Any]:
+    """The dotted configuration that a run of this cell has."""
+    named = {"tasks.name": cell.configs[0], "algorithm.name": cell.configs[1]}
+    return {**named, **cell.settings, "cell": cell.identity}
+
+
+def validations(curve: Mapping[int, float]) -> dict[str, dict[int, float]]:
+    """The three metrics of a validation."""
+    return {
+        "validation/accuracy": dict(curve),
+        "validation/half_width": dict.fromkeys(curve, 0.02),
+        "validation/training_seconds": {step: step / 10 for step in curve},
+    }
+
+
+def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """{"algorithm": {"lr": 0.1}} from {"algorithm.lr": 0.1}."""
+    tree: dict[str, Any] = {}
+    for key, value in settings.items():
+        *groups, leaf = key.split(".")
+        place = tree
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[leaf] = value
+    return tree
+
+
+def fill(recorder: Recorder, plan: Plan, generator: random.Random, share: float = 1.0) -> None:
+    """A share of the cells of a plan; of each grid the second candidate is the best."""
+    for order, group in enumerate(plan.groups):
+        best, every = 0.72 - 0.025 * order, 40 + 35 * (order % 5)
+        for number, cell in enumerate([*group.grid.values(), *group.finals[1].values()]):
+            if generator.random() > share:
+                continue
+            final = number >= len(group.grid)
+            level = best if final else best - 0.1 * abs(number - 1)
+            curve = _curve(generator, level, every, final)
+            test = level - 0.03 + generator.gauss(0, 0.008)
+            result = {"test_accuracy": test, "step_cpu_seconds": 0.05 * (1 + order)}
+            recorder.training(cell, curve, result=result)
+
+
+def _curve(generator: random.Random, level: float, every: int, final: bool) -> dict[int, float]:
+    steps = [every * (n + 1) for n in range(16 if final else 8)]
+    scores = [level - 0.4 * math.exp(-n / 2.5) + generator.gauss(0, 0.012) for n in range(16)]
+    if final and generator.random() < 0.2:
+        scores[12:] = [0.2] * 4
+    return dict(zip(steps, scores, strict=False))
+
+
+def rows(folder: Path, name: str) -> list[dict[str, str]]:
+    with open(folder / f"{name}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def row(folder: Path, name: str, method: str) -> dict[str, str]:
+    (found,) = [r for r in rows(folder, name) if r["method"] == method]
+    return found
+
+
+def finals(plan: Plan, method: str, candidate: int = 0) -> list[Cell]:
+    (group,) = [group for group in plan.groups if group.name == method]
+    return list(group.finals[candidate].values())
+
+
+def grid(recorder: Recorder, plan: Plan, method: str, last: tuple[float, ...]) -> None:
+    """A complete grid whose candidates end at these validation accuracies."""
+    (group,) = [group for group in plan.groups if group.name == method]
+    for cell, value in zip(group.grid.values(), last, strict=True):
+        recorder.training(cell, {100: 0.3, 200: value})

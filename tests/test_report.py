@@ -1,0 +1,186 @@
+"""What the report averages, what it never does, and what it shows as missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean, stdev
+
+import pytest
+from report_runs import CURVE, WORDS, Recorder, finals, grid, row, rows
+
+from experiments.sweeps.cells import Cell
+from experiments.sweeps.plan import Plan
+
+pytest_plugins = ("report_fixtures",)
+
+
+def test_means_and_intervals_are_those_of_the_database(
+    recorder: Recorder, plan: Plan, report: Callable[..., Path]
+) -> None:
+    """Recomputed here from the documents, with the tabulated t of two degrees of freedom."""
+    grid(recorder, plan, "anil", (0.5, 0.6, 0.55))
+    for cell, test in zip(finals(plan, "anil", 1), (0.60, 0.64, 0.65), strict=True):
+        recorder.training(cell, CURVE, result={"test_accuracy": test, "test_half_width": test / 60})
+    found = row(report(*WORDS), "accuracy_accuracy_glyphs", "anil")
+    wanted = {"config.algorithm.name": "anil", "config.budget": 240}
+    runs = list(recorder.documents["runs"].find(wanted))
+    tests = [run["result"]["test_accuracy"] for run in runs]
+    halves = [run["result"]["test_half_width"] for run in runs]
+    assert len(tests) == 3 and found["seeds"] == "3" and found["setting"] == "algorithm.lr=0.1"
+    assert float(found["test_mean"]) == pytest.approx(mean(tests), abs=1e-12)
+    half = 4.302652729911275 * stdev(tests) / 3**0.5
+    assert float(found["test_half_width_seeds"]) == pytest.approx(half, rel=1e-9)
+    assert float(found["test_half_width_tasks"]) == pytest.approx(mean(halves), abs=1e-12)
+    assert found["source_command"].startswith("python -m experiments.sweep accuracy")
+    assert found["runs"] == "4-6"
+
+
+def test_the_recorded_choice_of_the_sweep_wins(
+    recorder: Recorder, plan: Plan, report: Callable[..., Path]
+) -> None:
+    grid(recorder, plan, "anil", (0.5, 0.6, 0.55))
+    (group,) = [group for group in plan.groups if group.name == "anil"]
+    cells = [cell.identity for cell in group.grid.values()]
+    recorder.documents["sweep_choices"].insert_one({"cells": cells, "index": 2, "time": 1})
+    recorder.training(finals(plan, "anil", 2)[0], CURVE)
+    found = row(report(*WORDS), "accuracy_accuracy_glyphs", "anil")
+    assert (found["setting"], found["seeds"], found["runs"]) == ("algorithm.lr=0.3", "1", "4")
+
+
+def test_missing_cells_have_their_command(
+    recorder: Recorder, plan: Plan, report: Callable[..., Path]
+) -> None:
+    grid(recorder, plan, "anil", (0.5, 0.6, 0.55))
+    killed, stopped, running = finals(plan, "anil", 1)
+    recorder.training(killed, CURVE, status="FAILED", fail_trace=["killed: kill -9"])
+    recorder.training(stopped, CURVE, status="INTERRUPTED", info={"resumed_by": 6})
+    recorder.training(running, CURVE, status="RUNNING", info={"resumes": "5"})
+    folder = report(*WORDS)
+    found = {r["cell"]: r for r in rows(folder, "missing_accuracy_glyphs")}
+    states = {name: (r["state"], r["attempts"]) for name, r in found.items()}
+    assert states["anil/final/0"] == ("failed", "4")
+    assert states["anil/final/1"] == ("failed", "5")
+    assert states["anil/final/2"] == ("running", "6")
+    assert states["rm_metal/grid/0"] == ("not run", "")
+    assert states["rm_metal/final/0"] == ("waits", "")
+    assert len(found) == 9
+    words = "python -m experiments.sweep accuracy benchmark=glyphs methods=rm_metal,anil"
+    assert found["anil/final/0"]["command"] == f"{words} --cell anil/final/0"
+    assert "missing" in (folder / "accuracy_accuracy_glyphs.md").read_text()
+    listed = {r["run"]: r["remarks"] for r in rows(folder, "runs_train")}
+    assert "went on as run 6" in listed["5"] and "goes on from run 5" in listed["6"]
+    assert "kill -9" in listed["4"]
+
+
+def test_other_code_is_never_averaged_silently(
+    recorder: Recorder, plan: Plan, report: Callable[..., Path]
+) -> None:
+    """In a sweep one line says what differs; another commit of the same files is the same code."""
+    grid(recorder, plan, "anil", (0.5, 0.6, 0.55))
+    first, second, third = finals(plan, "anil", 1)
+    recorder.training(first, CURVE)
+    recorder.training(second, CURVE, commit="b" * 40, dirty=True)
+    folder = report(*WORDS)
+    assert row(folder, "accuracy_accuracy_glyphs", "anil")["differs"] == "False"
+    recorder.training(third, CURVE, sources={"experiments/train.py": "2", "a.py": "1"})
+    folder = report(*WORDS)
+    assert row(folder, "accuracy_accuracy_glyphs", "anil")["differs"] == "True"
+    for file in ("accuracy_accuracy_glyphs.md", "cost_accuracy_glyphs.md", "index.html"):
+        text = (folder / file).read_text()
+        assert "anil: code differs" in text and "in a.py, experiments/train.py" in text, file
+
+
+def test_other_settings_are_never_averaged_silently(
+    recorder: Recorder, plan: Plan, report: Callable[..., Path]
+) -> None:
+    """A default of the code that changed between two runs of one cell."""
+    grid(recorder, plan, "anil", (0.5, 0.6, 0.55))
+    for number, cell in enumerate(finals(plan, "anil", 1)):
+        settings = {**cell.settings, "algorithm.l2": 0.1 * (number == 2)}
+        other = Cell(cell.module, cell.configs, settings)
+        recorder.training(other, CURVE)
+        recorder.documents["runs"].update_one(
+            {"_id": number + 4}, {"$set": {"config.cell": cell.identity}}
+        )
+    text = (report(*WORDS) / "accuracy_accuracy_glyphs.md").read_text()
+    assert "anil: settings differ between its runs: algorithm.l2 = 0.0 or 0.1" in text
+
+
+def test_outside_sweeps_only_equal_runs_share_a_row(
+    recorder: Recorder, report: Callable[..., Path]
+) -> None:
+    base = {"tasks.name": "glyphs", "algorithm.name": "maml", "meta_lr": 0.1}
+    result = {"test_accuracy": 0.5, "test_half_width": 0.01}
+    for seed in range(3):
+        recorder.run({**base, "seed": seed}, result=result)
+    recorder.run({**base, "seed": 0}, result={**result, "test_accuracy": 0.8})
+    recorder.run({**base, "seed": 3, "meta_lr": 0.2}, result=result)
+    recorder.run({**base, "seed": 4}, result=result, sources={"experiments/train.py": "2"})
+    found = {r["runs"]: r for r in rows(report(), "other_glyphs")}
+    assert set(found) == {"2-4", "5", "6"}, "of seed 0 the newest; settings and code apart"
+    assert float(found["2-4"]["test_mean"]) == pytest.approx(0.6)
+    assert found["5"]["setting"] == "meta_lr=0.2"
+
+
+def test_collapse_divergence_and_the_budget(
+    recorder: Recorder, plan: Plan, report: Callable[..., Path]
+) -> None:
+    """Budget 240 s, 0.1 s an iteration: what comes after iteration 2400 is after the budget."""
+    grid(recorder, plan, "anil", (0.5, 0.6, 0.55))
+    first, second, third = finals(plan, "anil", 1)
+    kept = {"test/accuracy": {1500: 0.62, 2400: 0.6},
+            "test/training_seconds": {1500: 150.0, 2400: 240.0}}
+    recorder.training(first, {1000: 0.7, 2000: 0.5, 2400: 0.7})
+    recorder.training(second, {1000: 0.7, 2400: 0.65, 3000: 0.2}, metrics=kept)
+    recorder.training(third, {1000: 0.7, 2000: 0.61}, result={"diverged": "at 2001: nan"})
+    found = row(report(*WORDS), "accuracy_accuracy_glyphs", "anil")
+    assert (found["collapsed"], found["collapsed_after_budget"]) == ("1", "1")
+    assert found["diverged"] == "1" and float(found["validation_mean"]) == pytest.approx(0.7)
+    assert float(found["iterations"]) == pytest.approx((2400 + 2400 + 2000) / 3)
+    assert float(found["equal_mean"]) == pytest.approx(0.62) and found["equal_seeds"] == "1"
+
+
+def test_seconds_to_the_share_of_the_best_of_all(
+    recorder: Recorder, plan: Plan, report: Callable[..., Path]
+) -> None:
+    """The best is 0.8, of rm_metal; the threshold 0.72."""
+    curves = {"rm_metal": {100: 0.5, 200: 0.75, 300: 0.8}, "anil": {50: 0.6, 400: 0.73, 500: 0.7}}
+    for method, curve in curves.items():
+        grid(recorder, plan, method, (0.6, 0.5, 0.5))
+        for cell in finals(plan, method):
+            recorder.training(cell, curve)
+    folder = report(*WORDS)
+    found = {name: row(folder, "time_accuracy_glyphs", name) for name in curves}
+    assert float(found["anil"]["threshold"]) == pytest.approx(0.72)
+    assert {name: float(r["seconds"]) for name, r in found.items()} == {"rm_metal": 20, "anil": 40}
+    recorder.documents["metrics"].update_many(
+        {"values": [0.6, 0.73, 0.7]}, {"$set": {"values": [0.6, 0.7, 0.7]}}
+    )
+    found = {name: row(report(*WORDS), "time_accuracy_glyphs", name) for name in curves}
+    assert (found["anil"]["reached"], found["anil"]["seconds"]) == ("0", "nan")
+
+
+def test_older_runs_and_regression_have_curves_too(
+    recorder: Recorder, report: Callable[..., Path]
+) -> None:
+    """Seconds that only the steps recorded, and a score of which less is better."""
+    recorder.run(
+        {"tasks.name": "caltech101", "algorithm.name": "anil", "seed": 0},
+        result={"test_accuracy": 0.5, "test_half_width": 0.01},
+        metrics={
+            "validation/accuracy": {2: 0.4, 4: 0.5},
+            "train/seconds": {1: 1, 2: 2, 3: 3, 4: 4},
+        },
+    )
+    recorder.run(
+        {"tasks.name": "sine", "algorithm.name": "maml", "seed": 0},
+        result={"test_mse": 0.25, "test_half_width": 0.01},
+        metrics={"validation/mse": {2: 0.9, 4: 0.3, 6: 0.4}},
+    )
+    folder = report()
+    points = rows(folder, "curves_other_caltech101")
+    assert [r["training_seconds"] for r in points] == ["3.0", "10.0"]
+    (found,) = rows(folder, "other_sine")
+    assert (found["validation"], found["collapsed"]) == ("0.3", "0")
+    assert "0.250 mse" in (folder / "other_sine.md").read_text()

@@ -103,7 +103,8 @@ def test_the_coordinates_keep_objective_gradient_and_products(anchor: str) -> No
 
 
 def test_a_closure_that_returns_the_same_loss_is_called_twice() -> None:
-    calls, learner, h = 0, ImplicitCGHead(nn.Linear(WIDTH, CLASSES), 0.1).clone(), torch.randn(9, 30)
+    calls, h = 0, torch.randn(SAMPLES, WIDTH)
+    learner = ImplicitCGHead(nn.Linear(WIDTH, CLASSES), 0.1).clone()
 
     def closure() -> Tensor:
         nonlocal calls

@@ -52,9 +52,12 @@ def test_every_definition_gives_different_cells(name: str) -> None:
 
 
 def test_the_comparison_is_fair() -> None:
-    """Equal grids and equal budgets, 11 methods, 3 settings, 3 seeds."""
+    """Equal grids and equal budgets, 11 methods, 5 settings, 3 seeds; the outer step for all."""
     plan = make_plan(SWEEPS["accuracy"], {})
-    assert len(plan.names()) == 11 * (3 + 3)
+    assert len(plan.names()) == 11 * (5 + 3)
+    for method in SWEEPS["accuracy"].methods.values():
+        assert [len(c) for c in method.grid] == [1] * 5
+        assert sum("meta_lr" in c for c in method.grid) == 2
     grids = [cell for group in plan.groups for cell in group.grid.values()]
     finals = [c for g in plan.groups for part in g.finals for c in part.values()]
     for cells in (grids, finals):
@@ -67,7 +70,8 @@ def test_settings_of_the_command_line_reach_every_cell() -> None:
     (group,) = plan.groups
     cells = [*group.grid.values(), *(c for part in group.finals for c in part.values())]
     assert {(c.settings["budget"], c.settings["tasks.root"]) for c in cells} == {(9, "data")}
-    assert [c.settings["algorithm.lr"] for c in group.grid.values()] == [0.03, 0.1, 0.3]
+    inner = [c.settings.get("algorithm.lr") for c in group.grid.values()]
+    assert inner == [0.03, 0.1, 0.3, None, None]
 
 
 TOP_LEVEL = ("iterations", "meta_batch", "meta_lr", "budget", "validate_every", "test_tasks",

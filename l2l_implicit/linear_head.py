@@ -48,8 +48,8 @@ class LinearHeadLinearization(Linearization):
         self.features: SupportFeatures = parts.features
         self.output_loss: OutputLoss = parts.loss
         gradient = self._in_phi(self.output_loss.gradient)
-        loss = self.output_loss.value() if loss is None else loss
-        super().__init__(parameters, loss, gradient, quadratic, point)
+        value = self.output_loss.value if loss is None else loss
+        super().__init__(parameters, value, gradient, quadratic, point)
         self.quadratic = quadratic
 
     def _in_phi(self, per_output: Tensor) -> Tensor:

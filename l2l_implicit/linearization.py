@@ -67,7 +67,7 @@ class Linearization(ABC):
 
     Args:
         parameters: phi, the tensors the loss was computed from.
-        loss: its value.
+        loss: its value, or what computes it.
         gradient: its gradient in phi, shape ``[n]``, detached.
         quadratic: R in closed form, or None if the loss holds it already.
         point: phi as one vector, if at hand.
@@ -88,7 +88,7 @@ class Linearization(ABC):
     def __init__(
         self,
         parameters: Sequence[Tensor],
-        loss: float,
+        loss: float | Callable[[], float],
         gradient: Tensor,
         quadratic: SquaredDistance | None,
         point: Tensor | None = None,
@@ -104,7 +104,8 @@ class Linearization(ABC):
     @property
     def objective(self) -> float:
         """The value of g."""
-        return self._loss + (self._quadratic.value(self.point) if self._quadratic else 0.0)
+        regularizer = self._quadratic.value(self.point) if self._quadratic else 0.0
+        return (self._loss() if callable(self._loss) else self._loss) + regularizer
 
     def hvp(self, vector: Tensor) -> Tensor:
         r"""Hessian-vector product :math:`\nabla^2_\phi g \, p`, shapes ``[n] -> [n]``.

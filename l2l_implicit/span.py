@@ -6,9 +6,9 @@ With the basis Q of the features' span (`l2l_implicit.support_features`), the an
 .. math:: \phi = \tilde W Q^\top + a_\perp + t e, \qquad
           e = (\phi^0 - a)_\perp / \| (\phi^0 - a)_\perp \|,
 
-since beyond the span nothing but the regulariser acts. The coordinates :math:`u = (\tilde W, t)`,
-:math:`k m + 1` of them, keep lengths and angles: in exact arithmetic the solvers' iterates are the
-same.
+since beyond the span nothing but the regulariser acts. The coordinates are the matrix
+:math:`U = (\tilde W, t e_1)`, ``[k, m + 1]``, as if there were one more feature, always zero; they
+keep lengths and angles, so in exact arithmetic the solvers' iterates are the same.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from l2l_implicit.linear_losses import OutputLoss
 from l2l_implicit.linearization import Linearization, Products
 from l2l_implicit.regularizer import SquaredDistance
 
-_DENSE = 256  # the most unknowns of a system that is written out
+_DENSE = 260  # the most unknowns of a system that is written out
 
 
 class HeadInSpan:
@@ -31,36 +31,43 @@ class HeadInSpan:
 
     Args:
         at: the objective linearized at the start.
+
+    Attributes:
+        x: the features with the one that is zero, shape ``[m, m + 1]``.
+        start: the coordinates of the start, shape ``[k * (m + 1)]``.
+        quadratic: the regulariser as a function of the coordinates.
     """
 
     def __init__(self, at: LinearHeadLinearization) -> None:
-        self.basis, self.strength = at.features.basis, at.quadratic.strength
-        self.classes = len(at.parameters[0])
-        start, anchor = at.point, at.quadratic.center
-        offset = start if anchor is None else start - anchor
-        small = self.basis.project(offset)
-        beyond = offset - self.basis.lift(small)
+        self._basis, anchor = at.features.basis, at.quadratic.center
+        self.classes, m = len(at.parameters[0]), len(at.features.x)
+        self.x = torch.nn.functional.pad(self._basis.x, (0, 1))
+        offset = at.point if anchor is None else at.point - anchor
+        small = self._basis.project(offset)
+        beyond = offset - self._basis.lift(small)
         t = beyond.norm()
         self._e = beyond.div_(t.clamp_min(torch.finfo(t.dtype).tiny))
-        self._anchor = anchor
-        self.center = None
+        self.start = offset.new_zeros(self.classes, m + 1)
+        self.start[:, :m] = small.view(self.classes, m)
+        self.start[0, m] = t
+        self.start, self._anchor, center = self.start.view(-1), anchor, None
         if anchor is not None:
-            projected = self.basis.project(anchor)
-            small = small + projected
-            self._anchor = anchor - self.basis.lift(projected)
-            self.center = torch.cat([projected, projected.new_zeros(1)])
-        self.start = torch.cat([small, t.view(1)])
+            projected = self._basis.project(anchor)
+            self._anchor = anchor - self._basis.lift(projected)
+            center = torch.nn.functional.pad(projected.view(self.classes, m), (0, 1)).view(-1)
+            self.start = self.start + center
+        self.quadratic = SquaredDistance.at(at.quadratic.strength, center)
 
     def phi(self, u: Tensor) -> Tensor:
-        """The parameters at coordinates ``u``, shapes ``[k * m + 1] -> [n]``."""
-        vector = self.basis.lift(u[:-1]).addcmul_(self._e, u[-1])
+        """The parameters at coordinates ``u``, shapes ``[k * (m + 1)] -> [n]``."""
+        matrix = u.view(self.classes, -1)
+        vector = self._basis.lift(matrix[:, :-1].reshape(-1)).addcmul_(self._e, matrix[0, -1])
         return vector if self._anchor is None else vector.add_(self._anchor)
 
     @cached_property
     def outer_products(self) -> Tensor:
-        """Of each sample's features with themselves, ``[m, m * m]``."""
-        x = self.basis.x
-        return (x.unsqueeze(2) * x.unsqueeze(1)).view(len(x), -1)
+        """Of each sample's features with themselves, ``[m, (m + 1)^2]``."""
+        return (self.x.unsqueeze(2) * self.x.unsqueeze(1)).view(len(self.x), -1)
 
 
 class SpanLinearization(Linearization):
@@ -69,16 +76,15 @@ class SpanLinearization(Linearization):
     Args:
         head: what the coordinates mean.
         output_loss: the loss at ``point``.
-        point: shape ``[k * m + 1]``.
+        point: shape ``[k * (m + 1)]``.
     """
 
     closed_form = True
 
     def __init__(self, head: HeadInSpan, output_loss: OutputLoss, point: Tensor) -> None:
         self._head, self._output_loss = head, output_loss
-        quadratic = SquaredDistance.at(head.strength, head.center)
         gradient = self._in_u(output_loss.gradient)
-        super().__init__((), output_loss.value(), gradient, quadratic, point)
+        super().__init__((), output_loss.value, gradient, head.quadratic, point)
 
     def moved(self, point: Tensor) -> SpanLinearization:
         """The same objective linearized at another ``point``."""
@@ -90,12 +96,10 @@ class SpanLinearization(Linearization):
         return there.objective, there.gradient
 
     def _in_u(self, per_output: Tensor) -> Tensor:
-        small = per_output.t() @ self._head.basis.x
-        return torch.cat([small.view(-1), small.new_zeros(1)])
+        return (per_output.t() @ self._head.x).view(-1)
 
     def _outputs(self, u: Tensor) -> Tensor:
-        x = self._head.basis.x
-        return x @ u[:-1].view(-1, x.shape[1]).t()
+        return self._head.x @ u.view(self._head.classes, -1).t()
 
     def loss_hvp(self, vector: Tensor) -> Tensor:
         return self._in_u(self._output_loss.curve(self._outputs(vector)))
@@ -107,15 +111,14 @@ class SpanLinearization(Linearization):
         return []
 
     def newton_direction(self) -> Tensor | None:
-        k, m = self._head.classes, len(self._head.basis.x)
-        if k * m > _DENSE:
+        k, (m, width) = self._head.classes, self._head.x.shape
+        if k * width > _DENSE:
             return None
         blocks = self._output_loss.blocks().view(k * k, m) @ self._head.outer_products
-        hessian = blocks.view(k, k, m, m).transpose(1, 2).reshape(k * m, k * m)
-        hessian.diagonal().add_(self._head.strength)
+        hessian = blocks.view(k, k, width, width).transpose(1, 2).reshape(k * width, -1)
+        hessian.diagonal().add_(self._head.quadratic.strength)
         factor, failed = torch.linalg.cholesky_ex(hessian, upper=True)  # the faster half
         if bool(failed):
             return None
-        gradient = self.gradient[:-1].unsqueeze(1)
-        small = torch.cholesky_solve(gradient, factor, upper=True).squeeze(1)
-        return torch.cat([small, self.gradient[-1:] / self._head.strength]).neg_()
+        direction = torch.cholesky_solve(self.gradient.unsqueeze(1), factor, upper=True)
+        return direction.squeeze(1).neg_()

@@ -76,8 +76,13 @@ def descend(
     at: Linearization | None = objective.linearize(vector, hvp)
     if isinstance(at, LinearHeadLinearization) and restart is not None:
         back, forget = restart()
-        point = _closed_form_steps(at, step, steps)
-        if (end := _same_objective(objective.linearize(point, True), at)) is not None:
+        try:
+            point = _closed_form_steps(at, step, steps)
+            end = _same_objective(objective.linearize(point, True), at)
+        except BaseException:
+            back()
+            raise
+        if end is not None:
             forget()
             return point, end
         back()  # the closure draws anew each time: it has to be asked at each step

@@ -5,6 +5,7 @@ Nothing is guessed: what the graph does not say is left to the general path.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -42,7 +43,7 @@ class LinearHeadLoss(NamedTuple):
 
 
 def recognize(
-    loss: Tensor, parameters: Sequence[Tensor], independent: set[Any] | None = None
+    loss: Tensor, parameters: Sequence[Tensor], independent: set[weakref.ref[Tensor]] | None = None
 ) -> LinearHeadLoss | None:
     """The parts of ``loss`` if its graph is a known loss of a linear head, else None.
 
@@ -53,8 +54,8 @@ def recognize(
     Args:
         loss: a scalar with a graph.
         parameters: phi.
-        independent: nodes whose history is known to be free of phi, and so of every later phi;
-            new ones are added.
+        independent: the features whose history was last found to be free of phi, and so of every
+            later phi; weak, since a history is as large as its backbone's graph.
     """
     node: Any = loss.grad_fn
     read = None if node is None else _LOSSES.get(node.name())
@@ -99,7 +100,7 @@ _LOSSES = {"NllLossBackward0": _cross_entropy, "MseLossBackward0": _squared_erro
 
 
 def _features(
-    linear: Any, parameters: Sequence[Tensor], independent: set[Any]
+    linear: Any, parameters: Sequence[Tensor], independent: set[weakref.ref[Tensor]]
 ) -> SupportFeatures | None:
     """The features that a linear map with just these parameters was applied to."""
     if linear is None or linear.name() not in ("AddmmBackward0", "MmBackward0"):
@@ -118,11 +119,11 @@ def _features(
     if not is_boundary(origin):
         return None
     source = origin.saved_tensors[0]
-    node = _edge(source)[0]
-    if node not in independent:
-        if _reaches(node, {node for node, _ in edges}):
+    if not any(known() is source for known in independent):
+        if _reaches(_edge(source)[0], {node for node, _ in edges}):
             return None
-        independent.add(node)
+        independent.clear()  # a closure that makes its features anew has others at each step
+        independent.add(weakref.ref(source))
     return SupportFeatures(x.detach(), source, bool(bias))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -39,7 +39,7 @@ class Task:
         vector: the current parameters as one vector, while ``first`` is the first of them.
         first: see ``vector``.
         solved: whether the inner solver has said that there is nothing left to do.
-        independent: nodes of the graph that are known not to depend on phi.
+        independent: features that are known not to depend on phi.
         cell: the linearization that the current parameters depend on, if one is alive.
     """
 
@@ -56,7 +56,7 @@ class Task:
         self.cell: weakref.ref[Cell] | None = None
         self.vector: Tensor | None = None
         self.first: Tensor | None = None
-        self.independent: set[Any] = set()
+        self.independent: set[weakref.ref[Tensor]] = set()
 
     def vector_of(self, phi: Sequence[Tensor]) -> Tensor | None:
         """``phi`` as one vector, if it is what was last installed."""

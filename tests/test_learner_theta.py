@@ -135,25 +135,31 @@ def test_first_order_learner_asked_for_an_implicit_step() -> None:
     assert relative_error(*grads) < 1e-10
 
 
-def test_an_exception_in_a_closure_leaves_the_learner_as_it_was() -> None:
-    """Also its hypergradient: what it had before is what it has after."""
+@pytest.mark.parametrize(("factor", "fatal"), [(None, 1), (None, 2), (1.0, 3)])
+def test_an_exception_in_a_closure_leaves_the_learner_as_it_was(
+    factor: float | None, fatal: int
+) -> None:
+    """Also its hypergradient: what it had before is what it has after. A factor hides the closed
+    form, whose closure is called twice only."""
     parent, inputs = ImplicitCGHead(nn.Linear(4, 3), 0.1, anchor="init"), x()
     grads = []
     for fails in (False, True):
         learner, calls = parent.clone(), []
         fit(learner, inputs, "closure")
-        before = list(learner.module.parameters())
+        before, steps = list(learner.module.parameters()), learner._task.steps
 
         def broken(learner=learner, calls=calls) -> Tensor:
             calls.append(1)
-            if len(calls) == 3:
+            if len(calls) == fatal:
                 raise KeyError("data")
-            return F.cross_entropy(learner(inputs), Y.roll(1))
+            loss = F.cross_entropy(learner(inputs), Y.roll(1))
+            return loss if factor is None else factor * loss
 
         if fails:
             with pytest.raises(KeyError):
                 learner.adapt(broken, steps=5)
         assert all(a is b for a, b in zip(before, learner.module.parameters(), strict=True))
+        assert factor is not None or learner._task.steps == steps
         loss = F.cross_entropy(learner(inputs), Y)
         grads.append(torch.autograd.grad(loss, list(parent.module.parameters())))
     assert relative_error(*grads) < 1e-9

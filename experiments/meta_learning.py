@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from experiments.algorithms import Loss, QueryResult, Score
 from experiments.ingredients.algorithm import Algorithms
 from experiments.ingredients.tasks import Episode, TaskStream
+from l2l_implicit.distributed import ALONE, Ranks
 
 LEAST_L2 = 1e-4  # of a meta-learned one: below it the inner problem is not strongly convex
 
@@ -103,6 +104,7 @@ class MetaLearner:
         optimizer: "adam" or "sgd", of the outer problem.
         meta_lr: its step size.
         channels_last: memory layout of images.
+        ranks: the processes that share the tasks of a batch out.
     """
 
     def __init__(
@@ -112,22 +114,27 @@ class MetaLearner:
         optimizer: str,
         meta_lr: float,
         channels_last: bool,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self.algorithms, self.measure = algorithms, measure
         self.parameters = algorithms.training.theta()
         kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[optimizer]
         self.optimizer = kind(self.parameters, lr=meta_lr)
         self.device = self.parameters[0].device
         self._format = torch.channels_last if channels_last else torch.contiguous_format
+        ranks.broadcast(p.data for p in self.parameters)
 
     def hypergradient(self, batch: Sequence[Episode]) -> list[QueryResult]:
-        """Leave the mean hypergradient of the batch on theta.
+        """Leave the mean hypergradient of this rank's share of the batch on theta.
 
         Raises:
             Diverged: where a number is not finite.
         """
         self.optimizer.zero_grad()
-        episodes = [self._laid_out(episode) for episode in batch]
+        episodes = [self._laid_out(episode) for episode in self.ranks.share(batch)]
+        if not episodes:
+            return []
         try:
             return self.algorithms.training.learn(episodes, self.measure.score)
         except FloatingPointError as error:
@@ -140,7 +147,10 @@ class MetaLearner:
             Diverged: before theta is touched, where a number is not finite.
         """
         start, cpu = time.perf_counter(), time.process_time()
-        results = self.hypergradient(batch)
+        with self.ranks.together(Diverged):
+            shared = self.hypergradient(batch)
+        results = self.ranks.collect(shared)
+        self.ranks.average(self.parameters, len(shared) / len(batch))
         norms = [p.grad.norm() for p in self.parameters if p.grad is not None]
         norm = float(torch.stack(norms).norm())
         if not math.isfinite(norm):
@@ -148,6 +158,8 @@ class MetaLearner:
         self.optimizer.step()
         self._project()
         noted = [r.diagnostics for r in results if r.diagnostics is not None]
+        spent = (time.perf_counter() - start, time.process_time() - cpu)
+        seconds, cpu_seconds = map(max, zip(*self.ranks.gather(spent), strict=True))
         return OuterStep(
             query_loss=_mean(result.loss for result in results),
             query_score=_mean(result.score for result in results),
@@ -157,8 +169,8 @@ class MetaLearner:
             cg_steps=_mean(d.cg_steps for d in noted) if noted else None,
             unsolved_inner=sum(d.unsolved_inner for d in noted) if noted else None,
             unsolved_linear=sum(d.unsolved_linear for d in noted) if noted else None,
-            seconds=time.perf_counter() - start,
-            cpu_seconds=time.process_time() - cpu,
+            seconds=seconds,
+            cpu_seconds=cpu_seconds,
         )
 
     @torch.no_grad()
@@ -171,14 +183,19 @@ class MetaLearner:
             Diverged: an inner loop left the finite numbers.
         """
         scores = []
-        for _ in progress(range(number)):
-            episode = self._laid_out(tasks.sample())
-            try:
-                adapted = self.algorithms.evaluation.adapt(episode)
-            except FloatingPointError as error:
-                raise Diverged(str(error)) from error
-            scores.append(self.measure.score(adapted.predictions, episode.query_targets))
-        return interval(scores)
+        with self.ranks.together(Diverged):
+            for i in progress(range(number)):
+                episode = tasks.sample()
+                if i % self.ranks.size == self.ranks.rank:
+                    scores.append(self._score(self._laid_out(episode)))
+        return interval(self.ranks.collect(scores))
+
+    def _score(self, episode: Episode) -> float:
+        try:
+            adapted = self.algorithms.evaluation.adapt(episode)
+        except FloatingPointError as error:
+            raise Diverged(str(error)) from error
+        return self.measure.score(adapted.predictions, episode.query_targets)
 
     def _laid_out(self, episode: Episode) -> Episode:
         """The episode on the parameters' device, its images in the configured memory layout."""

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ from experiments.peak_memory import process_peak
 from experiments.tracking import TrackedExperiment, UserError
 from experiments.training import Schedule, Training
 from l2l_implicit import Chunked, checks
+from l2l_implicit.distributed import RankLost, Ranks, connect, own_device
 from l2l_implicit.tasks import nearest_centroid_accuracy
 
 _TYPES: dict[str, Any] = {
@@ -107,7 +109,7 @@ def _schedule(config: Mapping[str, Any]) -> Schedule:
     )
 
 
-def _learner(config: Mapping[str, Any], given: Tasks) -> MetaLearner:
+def _learner(config: Mapping[str, Any], given: Tasks, ranks: Ranks) -> MetaLearner:
     """Theta with its algorithm, on the tasks' inputs and outputs."""
     measure = _measure(given, config["score"])
     backbone, width = model.make_backbone(given.input_shape())
@@ -131,6 +133,7 @@ def _learner(config: Mapping[str, Any], given: Tasks) -> MetaLearner:
         config["meta_optimizer"],
         config["meta_lr"],
         config["model"]["channels_last"],
+        ranks,
     )
 
 
@@ -146,11 +149,13 @@ def _measure(given: Tasks, score: str | None) -> Measure:
 
 
 def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if name == "auto":
+            return own_device()
         device = torch.device(name)
         torch.zeros(1, device=device)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
@@ -270,8 +275,12 @@ def _where(run: Any) -> str:
 
 def _resume(run: Any, training: Training, folder: Path) -> None:
     """Go on where a killed run left its checkpoint, and let each of the two name the other."""
+    ranks = training.learner.ranks
     state = checkpoint.load(folder)
     training.load_state_dict(state)
+    ranks.gather(None)  # every rank has read it
+    if not ranks.first:
+        return
     checkpoint.save(training.folder, training.state_dict())
     checkpoint.remove(folder)  # only now: one of the two is there at any moment
     run.info["resumes"] = folder.name
@@ -282,24 +291,40 @@ def _resume(run: Any, training: Training, folder: Path) -> None:
 
 @ex.main
 def train(_run: Any, _config: Mapping[str, Any], output: str, seed: int) -> dict[str, Any]:
-    """The whole run; returns the test score with its interval."""
+    """The whole run; returns the test score with its interval.
+
+    Under torchrun every rank does it with its share of the tasks, and rank 0 records it.
+    """
     _check(_config)
-    if _config["threads"]:
-        torch.set_num_threads(_config["threads"])
+    try:
+        with connect() as ranks:
+            return _train(_run, _config, output, seed, ranks)
+    except RankLost as error:
+        raise UserError(str(error)) from error
+
+
+def _train(
+    run: Any, config: Mapping[str, Any], output: str, seed: int, ranks: Ranks
+) -> dict[str, Any]:
+    if config["threads"]:
+        torch.set_num_threads(config["threads"])
     torch.manual_seed(seed)
     given = tasks.make_tasks()
-    _run.info["tasks"] = given.describe()
-    learner, folder = _learner(_config, given), _folder(_run, output)
-    checkpoint.write_config(folder, _config)
-    training = Training(_run, learner, given, _schedule(_config), seed, folder)
-    if _config["resume"] is not None:
-        _resume(_run, training, Path(_config["resume"]))
+    run.info["tasks"] = given.describe()
+    learner, folder = _learner(config, given, ranks), _folder(run, output)
+    if ranks.first:
+        checkpoint.write_config(folder, config)
+    training = Training(run, learner, given, _schedule(config), seed, folder)
+    if config["resume"] is not None:
+        _resume(run, training, Path(config["resume"]))
     training.loop()
-    centroid = _centroid(given, _config["test_tasks"])
-    _save(_run, training, centroid)
+    if not ranks.first:
+        return {}
+    centroid = _centroid(given, config["test_tasks"])
+    _save(run, training, centroid)
     result = _result(training, centroid)
-    _run.info["result"] = result
-    _print(_run, training, result, centroid)
+    run.info["result"] = result
+    _print(run, training, result, centroid)
     checkpoint.remove(folder)
     return result
 
@@ -310,6 +335,10 @@ def main(argv: Sequence[str]) -> None:
         arguments = checkpoint.arguments(argv)
     except UserError as error:
         sys.exit(f"error: {error}")
+    if int(os.environ.get("RANK", "0")) > 0:  # rank 0 records and speaks for all
+        quiet = {"-u": ["-u"], "-l": ["-l", "ERROR"]}
+        own = [w for option, words in quiet.items() if option not in arguments for w in words]
+        arguments = [arguments[0], *own, *arguments[1:]]
     ex.run_commandline(arguments)
 
 

@@ -111,10 +111,12 @@ class Training:
 
     def _bar(self) -> tqdm:  # type: ignore[type-arg]
         budget = self.schedule.budget
+        silent = not self.learner.ranks.first
         if budget is None:
-            return tqdm(total=self.schedule.iterations, unit="iteration", desc="meta-training")
+            total = self.schedule.iterations
+            return tqdm(total=total, unit="iteration", desc="meta-training", disable=silent)
         form = "{l_bar}{bar}| {n:.0f}/{total:.0f} s of training [{elapsed}<{remaining}{postfix}]"
-        return tqdm(total=budget, desc="meta-training", bar_format=form)
+        return tqdm(total=budget, desc="meta-training", bar_format=form, disable=silent)
 
     def _progress(self) -> float:
         """Of the bar's total, which it must not pass."""
@@ -151,7 +153,8 @@ class Training:
         network = self.learner.algorithms.training.network()
         state = {name: buffer.clone() for name, buffer in network.named_buffers()}
         device = self.learner.device
-        peak = peak_memory(lambda: self.learner.hypergradient(episodes), device)
+        with self.learner.ranks.together(Diverged):
+            peak = peak_memory(lambda: self.learner.hypergradient(episodes), device)
         self.peak = max(self.peak, peak)
         for name, buffer in network.named_buffers():
             buffer.copy_(state[name])
@@ -193,7 +196,9 @@ class Training:
         if iteration not in self.tests:
             stream, number = self.tasks.stream("test", 0), self.schedule.test_tasks
             try:
-                score = self.learner.evaluate(stream, number, _bar)
+                score = self.learner.evaluate(
+                    stream, number, _bar if self.learner.ranks.first else _quiet
+                )
             except Diverged as reason:
                 self._note_divergence(str(reason))
                 score = Interval(math.nan, math.nan)
@@ -207,14 +212,16 @@ class Training:
         """A run that diverges has a result too: that of the last finite theta."""
         if self.diverged is None:
             self.diverged = f"at outer iteration {len(self.steps) + 1}: {reason}"
-            tqdm.write(f"diverged {self.diverged}")
+            if self.learner.ranks.first:
+                tqdm.write(f"diverged {self.diverged}")
 
     def _record(self, values: dict[str, Any], iteration: int) -> None:
         self._records.append((values, iteration))
         record(self.run, values, iteration)
 
     def _save_if_due(self) -> None:
-        if time.monotonic() - self._saved_at >= self.schedule.checkpoint_seconds:
+        due = time.monotonic() - self._saved_at >= self.schedule.checkpoint_seconds
+        if due and self.learner.ranks.first:
             checkpoint.save(self.folder, self.state_dict())
             self._saved_at = time.monotonic()
 

@@ -15,6 +15,7 @@ from learn2learn.utils import clone_module
 from torch import Tensor
 
 from l2l_implicit import checks
+from l2l_implicit.boundary import map_tensors, mark_boundaries
 from l2l_implicit.diagnostics import Diagnostics, Limits
 from l2l_implicit.first_order import first_order_steps
 from l2l_implicit.implicit_diff import Cell, Solve, attach
@@ -24,8 +25,8 @@ from l2l_implicit.linear_solve import NON_FINITE, LinearSolution, Matvec
 from l2l_implicit.linearization import (
     AutogradLinearization,
     Linearization,
-    mark_boundaries,
 )
+from l2l_implicit.mixed_precision import as_now, precision_of, widened, without_autocast
 from l2l_implicit.recognition import LinearHeadLoss, recognize
 from l2l_implicit.regularizer import SquaredDistance
 from l2l_implicit.support_features import SupportFeatures
@@ -102,10 +103,20 @@ class ImplicitLearner(MAML):
         return clone
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's output; inputs with history are noted as part of theta."""
+        """The module's output; inputs with history are noted as part of theta.
+
+        Under autocast it is computed in the parameters' precision, as is all of `adapt`.
+        """
+        low = precision_of(self.module)
+        dtype = None if low is None else low[1]
         if torch.is_grad_enabled() and not self.first_order:
-            args, kwargs = mark_boundaries(args), mark_boundaries(kwargs)
-        return self.module(*args, **kwargs)
+            args, kwargs = mark_boundaries(args, dtype), mark_boundaries(kwargs, dtype)
+        elif low is not None:
+            args, kwargs = map_tensors(lambda t: widened(t, dtype), (args, kwargs))
+        if low is None:
+            return self.module(*args, **kwargs)
+        with torch.autocast(low[0], enabled=False):
+            return self.module(*args, **kwargs)
 
     def adapt(
         self,
@@ -143,8 +154,9 @@ class ImplicitLearner(MAML):
         checks.steps(loss, steps)
         checks.gradients_possible()
         phi = checks.inner_parameters(self.module, allow_nograd)
-        keep = torch.is_grad_enabled()
-        with torch.enable_grad():
+        keep, device = torch.is_grad_enabled(), phi[0].device.type
+        loss = loss if isinstance(loss, Tensor) else as_now(loss, device)
+        with torch.enable_grad(), without_autocast(device):
             if first_order:
                 losses = (lambda: loss) if isinstance(loss, Tensor) else loss
                 first_order_steps(
@@ -155,6 +167,15 @@ class ImplicitLearner(MAML):
                 self._adapt_loss(checks.loss(loss), phi, unused, keep)
             else:
                 self._adapt_closure(loss, phi, unused, keep, steps or 1)
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DistributedDataParallel asks of the module it is to wrap."""
+        raise TypeError(
+            "DistributedDataParallel: expected a backbone, or a module whose forward() does the "
+            f"whole task, got a {type(self).__name__}, whose clone() and adapt() it would not see; "
+            "average the hypergradients with l2l_implicit.distributed's Ranks.average"
+        )
 
     # The pieces of adapt().
 

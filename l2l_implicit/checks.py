@@ -36,6 +36,12 @@ def model_and_lr(model: Any, lr: Any, first_order: bool) -> None:
     """The constructor's first arguments, which learn2learn has too."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {model!r}; wrap it in one")
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise TypeError(
+            f"model: expected the module itself, got a {type(model).__name__}, which copies and "
+            "averages behind the learner's back; wrap the backbone, or share the tasks out with "
+            "l2l_implicit.distributed"
+        )
     if isinstance(lr, Tensor) and lr.requires_grad:
         raise TypeError(
             "lr: expected a number, got a tensor that requires grad; the solution of the inner "

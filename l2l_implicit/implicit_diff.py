@@ -23,6 +23,7 @@ from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
 
 from l2l_implicit.linearization import Linearization, Products
+from l2l_implicit.mixed_precision import without_autocast
 from l2l_implicit.vectors import flatten, unflatten
 
 Solve = Callable[[Linearization, Tensor], Tensor]
@@ -80,7 +81,8 @@ class ImplicitSolution(Function):
                 "the hypergradient cannot be differentiated again: detach it, or use unrolled MAML"
             )
         vector = flatten(b)
-        products = ctx.cell().hypergradient(vector)
+        with without_autocast(vector.device.type):
+            products = ctx.cell().hypergradient(vector)
         products += [None] * (len(ctx.shapes) - len(products))
         zero = vector.new_zeros(())
         pairs = zip(products, ctx.shapes, strict=True)

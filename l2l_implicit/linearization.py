@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -10,56 +9,16 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, grad
+from torch.autograd import grad
 from torch.autograd.graph import GradientEdge
 
 from l2l_implicit import checks
+from l2l_implicit.boundary import is_boundary
 from l2l_implicit.linear_solve import LinearSolution, LinearSolver
 from l2l_implicit.regularizer import SquaredDistance
 from l2l_implicit.vectors import flatten, unflatten
 
 Products = list[Tensor | None]
-
-
-class Boundary(Function):
-    """A copy of a tensor with history, through which theta enters the inner loss.
-
-    The node it leaves in the graph is the record: it has saved its source (and so autograd frees
-    it, and notices if it was overwritten), and knows whether a gradient with respect to phi has
-    ever passed (``inner``), in which case it is no boundary.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, source: Tensor) -> Tensor:
-        ctx.save_for_backward(source)
-        ctx.inner = False
-        return source.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        ctx.inner = True
-        return gradient
-
-
-def mark_boundaries(value: Any) -> Any:
-    """``value`` with every tensor that has history, in lists, tuples and dicts too, marked."""
-    if isinstance(value, Tensor):
-        return Boundary.apply(value) if value.requires_grad else value
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(mark_boundaries, value))
-    if type(value) is tuple:
-        return tuple(map(mark_boundaries, value))
-    if isinstance(value, list | dict):
-        marked = copy.copy(value)  # keeps a class of the caller's own
-        for key in range(len(value)) if isinstance(value, list) else value:
-            marked[key] = mark_boundaries(value[key])
-        return marked
-    return value
-
-
-def is_boundary(node: Any) -> bool:
-    """Whether a node of the graph is a `Boundary` that no gradient of phi has passed."""
-    return isinstance(node, Boundary._backward_cls) and not node.inner  # type: ignore[attr-defined]
 
 
 class Linearization(ABC):

@@ -8,7 +8,12 @@ import pytest
 
 import l2l_implicit
 
-MODULES = [module.name for module in pkgutil.walk_packages(l2l_implicit.__path__, "l2l_implicit.")]
+# Lightning is an extra: tests/test_lightning.py runs the examples of what needs it.
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(l2l_implicit.__path__, "l2l_implicit.")
+    if not module.name.startswith("l2l_implicit.lightning")
+]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -11,8 +11,9 @@ PACKAGE = Path(__file__).parents[1] / "l2l_implicit"
 
 # Each layer may import those before it.
 LAYERS = [
-    {"vectors", "checks", "_compat"},
-    {"linear_solve", "regularizer", "linear_losses", "support_features", "module_state"},
+    {"vectors", "checks", "_compat", "mixed_precision"},
+    {"linear_solve", "regularizer", "linear_losses", "support_features", "module_state",
+     "boundary"},
     {"curvature", "direct_solve"},
     {"linearization", "neumann_series", "chunked"},
     {"recognition", "implicit_diff", "inner_steps", "diagnostics", "first_order"},
@@ -23,7 +24,7 @@ LAYERS = [
     {"adaptation"},
     {"learner"},
     {"imaml"},
-    {"distributed", "theory", "mixed_precision"},
+    {"distributed", "theory"},
 ]
 ALLOWED_OUTSIDE = {"torch", "learn2learn", "l2l_implicit", *sys.stdlib_module_names}
 

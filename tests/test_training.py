@@ -14,6 +14,7 @@ from torch import nn
 
 from experiments.meta_learning import MEASURES, Diverged, Interval, OuterStep
 from experiments.training import Schedule, Training
+from l2l_implicit.distributed import ALONE
 
 
 class Run:
@@ -34,6 +35,7 @@ class Learner:
 
     measure = MEASURES["classification"]
     device = torch.device("cpu")
+    ranks = ALONE
 
     def __init__(self, diverges_at: int | None = None, fails_test: bool = False) -> None:
         self.done, self._diverges_at, self._fails_test = 0, diverges_at, fails_test

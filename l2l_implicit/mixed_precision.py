@@ -1,0 +1,100 @@
+r"""Autocast and gradient scaling: the inner problem and its linear system keep phi's precision.
+
+A hypergradient is as exact as the point it is taken at and the system it comes from; rounded to
+bfloat16, neither converges beyond two digits. So the learner's module, the inner solver and the
+linear solver run in phi's precision whatever autocast says, and what is expensive, the backbone,
+runs outside of the learner and in low precision. Its features are widened where they enter, and
+their hypergradient is rounded where it leaves, as autocast does with any gradient.
+
+The hypergradient is linear in the loss, :math:`v = H^{-1} (c\, b) = c\, H^{-1} b`, and the solvers'
+tolerances are relative: a scaled loss scales it, no more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_BY_DEVICE = hasattr(torch, "get_autocast_dtype")  # from torch 2.4 on
+
+
+def autocast_enabled(device: str) -> bool:
+    """Whether autocast is on for this type of device."""
+    if _BY_DEVICE:
+        return torch.is_autocast_enabled(device)
+    return torch.is_autocast_cpu_enabled() if device == "cpu" else torch.is_autocast_enabled()
+
+
+def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """A context in which operations keep their operands' precision."""
+    if autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
+def as_now(function: Callable[[], Tensor], device: str) -> Callable[[], Tensor]:
+    """``function`` with autocast as it is now, wherever it is called."""
+    if not autocast_enabled(device):
+        return function
+    low = torch.get_autocast_dtype(device) if _BY_DEVICE else _old_dtype(device)
+    return functools.partial(_under, torch.autocast(device, dtype=low), function)
+
+
+def _old_dtype(device: str) -> torch.dtype:
+    return torch.get_autocast_cpu_dtype() if device == "cpu" else torch.get_autocast_gpu_dtype()
+
+
+def _under(context: torch.autocast, function: Callable[[], Tensor]) -> Tensor:
+    with context:
+        return function()
+
+
+def precision_of(module: nn.Module) -> tuple[str, torch.dtype] | None:
+    """Device type and dtype of a module's parameters if autocast is on there, else None."""
+    own = [p for p in module._parameters.values() if p is not None]  # a layer's need no search
+    first = next(iter(own or module.parameters()), None)
+    if first is None or not autocast_enabled(first.device.type):
+        return None
+    return first.device.type, first.dtype
+
+
+def widened(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """``tensor`` as ``dtype`` if that is wider than the half precision it has."""
+    if dtype is None or tensor.dtype not in (torch.float16, torch.bfloat16):
+        return tensor
+    return tensor.to(torch.promote_types(tensor.dtype, dtype))
+
+
+@contextlib.contextmanager
+def overflow_skips(scaler: Any, parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Turns an overflow within into infinite gradients, which make a scaler skip the step.
+
+    A learner raises ``FloatingPointError`` where half precision has overflowed: at ``adapt`` for
+    the features, in ``backward`` for the loss. Without a scaler that is what one wants to know;
+    with one, overflow is expected: it leaves the step out and lowers its scale.
+
+    Args:
+        scaler: a ``torch.amp.GradScaler``.
+        parameters: theta, what the scaler's optimiser moves.
+
+    Example::
+
+        scaler = torch.amp.GradScaler("cuda")
+        with overflow_skips(scaler, theta):
+            with torch.autocast("cuda", dtype=torch.float16):
+                loss = task()
+            scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    """
+    try:
+        yield
+    except FloatingPointError:
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter, torch.inf)
+            scaler.scale(parameter.new_zeros(()))  # it knows no scale before it is first asked

@@ -1,0 +1,251 @@
+"""Under autocast the features are in half precision; the head and both solvers are not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from l2l_implicit import ImplicitCGHead, ImplicitMAML
+from l2l_implicit.batched import BatchedImplicitHead
+from l2l_implicit.mixed_precision import overflow_skips
+
+BY_DEVICE = hasattr(torch, "get_autocast_dtype")  # torch 2.4: autocast and GradScaler on any device
+HALF = [torch.bfloat16, *([torch.float16] if BY_DEVICE else [])]  # before: bfloat16 alone on a CPU
+SCALE = 2.0**16  # a GradScaler's first
+LABELS = torch.arange(24) % 3
+HEADS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(16, 3),
+    "two layers": lambda: nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3)),
+}
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def inputs() -> Tensor:
+    """Three classes, four support and four query samples each."""
+    return torch.randn(3, 10)[LABELS] + torch.randn(24, 10)
+
+
+def backbone() -> nn.Module:
+    return nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 16))
+
+
+def adapt(head: Any, features: Tensor, how: str) -> Tensor:
+    """The query loss after at most 20 inner steps."""
+    learner, support, query = head.clone(), features[:12], features[12:]
+
+    def loss() -> Tensor:
+        return F.cross_entropy(learner(support), LABELS[:12])
+
+    if how == "closure":
+        learner.adapt(loss, steps=20)
+    else:
+        for _ in range(20):
+            learner.adapt(loss())
+    return F.cross_entropy(learner(query), LABELS[12:])
+
+
+def autocast(dtype: torch.dtype | None) -> torch.autocast:
+    return torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def rounded(features: Tensor, dtype: torch.dtype) -> Tensor:
+    return features.detach().to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("how", ["loss", "closure"])
+@pytest.mark.parametrize("step", ["newton", "gradient", "lbfgs"])
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("dtype", HALF)
+def test_only_the_last_rounding_is_left(
+    dtype: torch.dtype, kind: str, step: str, how: str
+) -> None:
+    if step == "lbfgs":
+        kind, how = "linear", "closure"
+    head = ImplicitCGHead(HEADS[kind](), lr=0.1, step=step, inner_tol=1.0)
+    low = rounded(torch.randn(3, 16)[LABELS] + torch.randn(24, 16), dtype)
+    wide = low.detach().float().requires_grad_()
+    with autocast(dtype):
+        loss = adapt(head, low, how)
+    loss.backward()
+    reference = adapt(head, wide, how)
+    reference.backward()
+    assert torch.equal(loss, reference)
+    assert torch.equal(low.grad, wide.grad.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_whole_hypergradients_agree_with_float32(dtype: torch.dtype) -> None:
+    body, head, x = backbone(), ImplicitCGHead(nn.Linear(16, 3), lr=0.1), inputs()
+    gradients = []
+    for precision in (None, dtype):
+        body.zero_grad()
+        with autocast(precision):
+            loss = adapt(head, body(x), "closure")
+        (SCALE * loss).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in body.parameters()]) / SCALE)
+    exact, found = gradients
+    # Three matrix products forward, three backward, each rounded to half precision.
+    assert float((found - exact).norm() / exact.norm()) < 8 * torch.finfo(dtype).eps
+    assert head.diagnostics.unsolved_inner == head.diagnostics.unsolved_linear == 0
+
+
+def test_the_inner_problem_is_solved_as_in_float32() -> None:
+    head = ImplicitCGHead(nn.Linear(16, 3), lr=0.1)
+    with autocast(torch.bfloat16):
+        adapt(head, backbone()(inputs()), "closure").backward()
+    assert head.diagnostics.inner_residual < 1e-4
+    assert head.diagnostics.cg_residual <= head.cg_tol
+
+
+class Spy(ImplicitCGHead):
+    """Notes the dtype in which a matrix product is computed inside both solvers."""
+
+    seen: list[torch.dtype] = []
+
+    def inner_step(self, at: Any) -> Tensor:
+        self.seen.append((torch.eye(2) @ torch.eye(2)).dtype)
+        return super().inner_step(at)
+
+    def linear_solve(self, hvp: Any, b: Tensor, start: Tensor | None) -> Any:
+        self.seen.append((torch.eye(2) @ torch.eye(2)).dtype)
+        return super().linear_solve(hvp, b, start)
+
+
+@pytest.mark.parametrize("how", ["loss", "closure"])
+def test_both_solvers_run_outside_of_autocast(how: str) -> None:
+    Spy.seen.clear()
+    low = rounded(torch.randn(24, 16), torch.bfloat16)
+    with autocast(torch.bfloat16):
+        adapt(Spy(nn.Linear(16, 3), lr=0.1), low, how).backward()
+        assert (torch.eye(2) @ torch.eye(2)).dtype == torch.bfloat16
+    assert len(Spy.seen) > 2 and set(Spy.seen) == {torch.float32}
+
+
+def test_a_backbone_within_the_closure_stays_in_half_precision() -> None:
+    body, head, x = backbone(), ImplicitCGHead(nn.Linear(16, 3), lr=0.1), inputs()
+    learner, seen = head.clone(), set()
+
+    def loss() -> Tensor:
+        features = body(x)
+        outputs = learner(features)
+        seen.add((features.dtype, outputs.dtype))
+        return F.cross_entropy(outputs, LABELS)
+
+    with autocast(torch.bfloat16):
+        learner.adapt(loss, steps=3)
+    assert seen == {(torch.bfloat16, torch.float32)}
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+def test_evaluation_without_gradients(first_order: bool) -> None:
+    head = ImplicitCGHead(nn.Linear(16, 3), lr=0.1, first_order=first_order)
+    low = torch.randn(24, 16).bfloat16()
+    with torch.no_grad(), autocast(torch.bfloat16):
+        found = adapt(head, low, "closure")
+    with torch.no_grad():
+        assert torch.equal(found, adapt(head, low.float(), "closure"))
+
+
+def test_the_anchor_and_l2_get_full_precision() -> None:
+    low = rounded(torch.randn(3, 16)[LABELS] + torch.randn(24, 16), torch.bfloat16)
+    found = []
+    for dtype in (torch.bfloat16, None):
+        torch.manual_seed(1)
+        l2 = nn.Parameter(torch.tensor(0.1))
+        maml = ImplicitMAML(nn.Linear(16, 3), lr=0.1, l2=l2, step="newton")
+        with autocast(dtype):
+            loss = adapt(maml, low if dtype else low.float(), "closure")
+        loss.backward()
+        found.append([p.grad for p in maml.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_tasks_all_at_once() -> None:
+    heads = BatchedImplicitHead(nn.Linear(16, 3), lr=0.1)
+    low = rounded(torch.randn(4, 24, 16), torch.bfloat16)
+    wide = low.detach().float().requires_grad_()
+    labels = LABELS[:12].expand(4, 12)
+    for features, dtype in ((low, torch.bfloat16), (wide, None)):
+        with autocast(dtype):
+            logits = heads(features[:, :12], labels)(features[:, 12:])
+            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        loss.backward()
+    # autocast adds the support's and the query's parts after it has rounded each
+    torch.testing.assert_close(low.grad.float(), wide.grad, rtol=2**-7, atol=1e-6)
+
+
+# Scaled losses.
+
+
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**-20, SCALE, 2.0**60, 2.0**100])
+@pytest.mark.parametrize("kind", HEADS)
+def test_the_hypergradient_is_linear_in_the_scale(kind: str, scale: float) -> None:
+    head = ImplicitCGHead(HEADS[kind](), lr=0.1, l2=1.0)
+    features, found = torch.randn(3, 16)[LABELS] + torch.randn(24, 16), []
+    for factor in (1.0, scale):
+        wide = features.clone().requires_grad_()
+        (factor * adapt(head, wide, "closure")).backward()
+        found.append(wide.grad / factor)
+        assert head.diagnostics.cg_reason == "converged"
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-7)
+
+
+def test_an_overflow_without_a_scaler_is_an_error() -> None:
+    head, wide = ImplicitCGHead(nn.Linear(16, 3), lr=0.1), torch.randn(24, 16).requires_grad_()
+    with pytest.raises(FloatingPointError, match="hypergradient"):
+        (torch.inf * adapt(head, wide, "closure")).backward()
+
+
+if BY_DEVICE:
+
+    def scaled_steps(scale: float, poison: str) -> tuple[nn.Module, torch.amp.GradScaler]:
+        """One outer step that overflows, and one that may go well."""
+        torch.manual_seed(0)
+        body, head, x = backbone(), ImplicitCGHead(nn.Linear(16, 3), lr=0.1), inputs()
+        optimizer = torch.optim.SGD(body.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        for bad in (True, False):
+            optimizer.zero_grad()
+            with overflow_skips(scaler, body.parameters()):
+                with autocast(torch.float16):
+                    big = 1e6 if bad and poison == "features" else 1.0
+                    loss = adapt(head, body(x * big) * big, "closure")
+                factor = torch.inf if bad and poison == "loss" else 1.0
+                scaler.scale(loss * factor).backward()
+            before = nn.utils.parameters_to_vector(body.parameters()).detach()
+            scaler.step(optimizer)
+            scaler.update()
+            after = nn.utils.parameters_to_vector(body.parameters()).detach()
+            assert torch.equal(before, after) is bad
+        return body, scaler
+
+    @pytest.mark.parametrize("poison", ["features", "loss"])
+    def test_a_scaler_skips_the_step_that_overflows(poison: str) -> None:
+        body, scaler = scaled_steps(SCALE, poison)
+        assert scaler.get_scale() == SCALE / 2
+        assert all(bool(p.isfinite().all()) for p in body.parameters())
+
+    def test_a_scaler_lowers_a_scale_that_is_too_large() -> None:
+        """Half precision overflows in the backbone's backward pass, where nobody raises."""
+        torch.manual_seed(0)
+        body, head, x = backbone(), ImplicitCGHead(nn.Linear(16, 3), lr=0.1), inputs()
+        optimizer = torch.optim.SGD(body.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
+        for _ in range(20):
+            optimizer.zero_grad()
+            with autocast(torch.float16):
+                loss = adapt(head, body(x), "closure")
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert scaler.get_scale() < 2.0**24
+        assert all(bool(p.grad.isfinite().all()) for p in body.parameters())

@@ -1,0 +1,98 @@
+"""What a finished run leaves: its artifacts, its result, and what a person is told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from experiments import learning_curve
+from experiments.meta_learning import Interval
+from experiments.peak_memory import process_peak
+from experiments.training import Training
+
+
+def save(run: Any, training: Training, centroid: Interval | None) -> None:
+    """The artifacts, in the run's folder and in the database."""
+    folder = training.folder
+    learner = training.learner
+    state = {
+        "backbone": learner.algorithms.backbone.state_dict(),
+        "head": learner.algorithms.head.state_dict(),
+        "theta": [parameter.detach() for parameter in learner.parameters],
+        "optimizer": learner.optimizer.state_dict(),
+    }
+    torch.save(state, folder / "parameters.pt")
+    picture = folder / "learning_curve.png"
+    learning_curve.draw(picture, _title(run.config), training, centroid)
+    run.add_artifact(folder / "parameters.pt")
+    run.add_artifact(picture)
+
+
+def _title(config: Mapping[str, Any]) -> str:
+    task, method = config["tasks"], config["algorithm"]
+    ways = "" if task["name"] == "sine" else f"{task['ways']}-way "
+    solver = f"step={method['step']}, " if method["step"] else ""
+    return (
+        f"{task['name']}, {ways}{task['shots']}-shot, {method['name']}, {solver}"
+        f"K={method['steps']}, seed {config['seed']}"
+    )
+
+
+def summary(training: Training, centroid: Interval | None) -> dict[str, Any]:
+    """What the run found, as it is recorded."""
+    test, name = training.result, training.learner.measure.name
+    assert test is not None
+    steps = training.steps
+    result: dict[str, Any] = {
+        f"test_{name}": test.mean,
+        "test_half_width": test.half_width,
+        "iterations": len(steps),
+        "training_seconds": training.seconds,
+        "step_seconds": _median([step.seconds for step in steps]),
+        "step_cpu_seconds": _median([step.cpu_seconds for step in steps]),
+        "step_peak_bytes": float(training.peak),
+        "process_peak_bytes": float(process_peak()),
+        "diverged": training.diverged,
+    }
+    if centroid is not None:
+        result |= {"centroid_accuracy": centroid.mean, "centroid_half_width": centroid.half_width}
+    return result
+
+
+def _median(values: list[float]) -> float | None:
+    return sorted(values)[len(values) // 2] if values else None
+
+
+def announce(
+    run: Any, training: Training, result: Mapping[str, Any], centroid: Interval | None
+) -> None:
+    """What a person wants to know at the end."""
+    measure, number = training.learner.measure, training.schedule.test_tasks
+    assert training.result is not None
+    score = measure.show(training.result)
+    print(f"\n{'test ' + measure.name:17}{score} over {number} new tasks (95 % interval)")
+    if centroid is not None:
+        raw = measure.show(centroid)
+        print(f"raw pixels       {raw} with nearest centroid on the same tasks")
+    if training.steps:
+        print(
+            f"outer step       {result['step_seconds']:.3f} s (median of {len(training.steps)}), "
+            f"{training.peak / 2**20:.1f} MiB of tensors at its peak "
+            f"({result['process_peak_bytes'] / 2**20:.0f} MiB the process)"
+        )
+    if training.diverged is not None:
+        print(f"diverged         {training.diverged}")
+    print(f"recorded         {_where(run)}")
+    print(f"learning curve   {training.folder / 'learning_curve.png'}")
+
+
+def _where(run: Any) -> str:
+    """Where the run is recorded."""
+    if not run.observers:
+        return "not recorded (-u)"
+    label = run.journal.label
+    if label == "embedded":
+        return f"run {run._id} of the embedded database; python -m experiments.tracking.serve"
+    return f"run {run._id} of {label}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,11 @@ def recorder(documents: Any) -> Recorder:
 
 
 @pytest.fixture
-def plan() -> Plan:
+def plan(monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """Of the accuracy sweep with the first three candidates of its grids, whatever it has."""
+    whole = SWEEPS["accuracy"]
+    methods = {name: replace(m, grid=m.grid[:3]) for name, m in whole.methods.items()}
+    monkeypatch.setitem(SWEEPS, "accuracy", replace(whole, methods=methods))
     return make_plan(SWEEPS["accuracy"], {"benchmark": "glyphs", "methods": "rm_metal,anil"})
 
 

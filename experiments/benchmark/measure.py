@@ -42,7 +42,7 @@ class Effort(NamedTuple):
 
 def measure(steps: Mapping[str, Step], effort: Effort, device: str = "cpu") -> dict[str, Cost]:
     """The cost of each step; the first is the floor."""
-    with _short_collections():
+    with short_collections():
         for step in steps.values():
             step()  # caches, and compilation where there is one
         times = _interleaved(steps, effort, device)
@@ -97,7 +97,7 @@ def seconds_of(step: Step, device: str = "cpu") -> float:
 
 
 @contextmanager
-def _short_collections() -> Iterator[None]:
+def short_collections() -> Iterator[None]:
     """Garbage collections that leave out what is there already."""
     gc.collect()
     gc.freeze()

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import gc
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch.nn.functional import cross_entropy
 
 from experiments.algorithms import Algorithm
-from experiments.benchmark.measure import seconds_of, warm_peak
+from experiments.benchmark.measure import seconds_of, short_collections, warm_peak
 from experiments.ingredients.tasks import Episode
 from experiments.memory.methods import Method, Shape, build, episode, supervised
 from experiments.peak_memory import peak_memory
@@ -61,7 +60,7 @@ def growth(
     algorithm, task = build(method, shape, device), episode(shape, device)
     _step(algorithm, task, 1)()  # leaves the gradients' own memory behind
     found = Growth({}, [])
-    with _short_collections():
+    with short_collections():
         for k in steps:
             if found.left_out or forecast(found.points, k) > effort.limit:
                 found.left_out.append(k)
@@ -77,17 +76,6 @@ def forecast(points: dict[int, Point], steps: int) -> float:
         return 0.0
     (k0, before), (k1, last) = list(points.items())[-2:]
     return last.peak + (last.peak - before.peak) / (k1 - k0) * (steps - k1)
-
-
-@contextmanager
-def _short_collections() -> Iterator[None]:
-    """Garbage collections that leave out what is there already: all modules, for the most part."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _step(algorithm: Algorithm, task: Episode, steps: int) -> Callable[[], None]:

@@ -10,7 +10,7 @@ from experiments.sweeps.claims import Claims, Document
 from experiments.sweeps.plan import Group, Plan
 from experiments.sweeps.records import CompleteRun, Records
 
-DONE, RUNNING, TODO, WAITING, FAILED = "done", "running", "to do", "waits", "failed"
+DONE, RUNNING, OPEN, WAITING, FAILED = "done", "running", "to do", "waits", "failed"
 NO_CANDIDATE = "no setting of its grid completed"
 
 
@@ -21,7 +21,7 @@ class Status:
     Attributes:
         name: METHOD/grid/N or METHOD/final/SEED.
         cell: None while the grid that decides its settings is not complete.
-        state: DONE, RUNNING (claimed by a worker), TODO, WAITING (for its grid) or FAILED.
+        state: DONE, RUNNING (claimed by a worker), OPEN, WAITING (for its grid) or FAILED.
         run: the complete run, if DONE.
         claim: the document of its claim, if it has one.
     """
@@ -86,13 +86,13 @@ class Board:
     def _status(self, name: str, cell: Cell, run: CompleteRun | None, claim: Document) -> Status:
         if run is not None and not (run.changed and self._redo):
             return Status(name, cell, DONE, run, claim)
-        state = {"claimed": RUNNING, "failed": FAILED}.get(claim.get("state", ""), TODO)
+        state = {"claimed": RUNNING, "failed": FAILED}.get(claim.get("state", ""), OPEN)
         return Status(name, cell, state, None, claim)
 
     def _decide(self, group: Group, grids: dict[str, Status]) -> tuple[int | None, str]:
         """The chosen candidate's index, or None and the state of the final cells."""
         if not group.grid or not group.final_names():
-            return 0, TODO
+            return 0, OPEN
         found = [grids[name] for name in group.grid]
         if any(status.state not in (DONE, FAILED) for status in found):
             return None, WAITING
@@ -101,7 +101,7 @@ class Board:
             return None, FAILED
         cells = [(c, s.cell) for c, s in zip(group.candidates, found, strict=True) if s.cell]
         choice = self.choices[group.name] = self._records.choose(group.name, cells, runs)
-        return int(choice["index"]), TODO
+        return int(choice["index"]), OPEN
 
 
 def _undecided(name: str, state: str) -> Status:

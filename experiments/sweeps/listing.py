@@ -7,7 +7,7 @@ from statistics import mean
 from types import MappingProxyType
 from typing import Any
 
-from experiments.sweeps.board import DONE, FAILED, RUNNING, TODO, WAITING, Status
+from experiments.sweeps.board import DONE, FAILED, OPEN, RUNNING, WAITING, Status
 from experiments.sweeps.cells import Cell, Settings, describe
 from experiments.sweeps.claims import ATTEMPTS
 from experiments.sweeps.plan import Plan
@@ -92,13 +92,13 @@ def choices(made: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def summary(plan: Plan, statuses: Sequence[Status], workers: int) -> str:
     """One line: how many cells are done, run, are to do, have failed, and the time left."""
     counts = {state: sum(s.state == state for s in statuses)
-              for state in (DONE, RUNNING, TODO, WAITING, FAILED)}
+              for state in (DONE, RUNNING, OPEN, WAITING, FAILED)}
     changed = sum(s.run is not None and s.run.changed for s in statuses)
     parts = [f"{counts[DONE]} done" + (f" ({changed} by other code)" if changed else "")]
     parts += [f"{counts[RUNNING]} running"] if counts[RUNNING] else []
-    parts += [f"{counts[TODO] + counts[WAITING]} to run"]
+    parts += [f"{counts[OPEN] + counts[WAITING]} to run"]
     parts += [f"{counts[FAILED]} failed"] if counts[FAILED] else []
-    left = counts[RUNNING] + counts[TODO] + counts[WAITING]
+    left = counts[RUNNING] + counts[OPEN] + counts[WAITING]
     time = f": {remaining(plan, statuses, workers)}" if left else ""
     return f"{len(statuses)} cells: {', '.join(parts)}{time}"
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from pymongo.errors import PyMongoError
 
-from experiments.sweeps.board import DONE, RUNNING, TODO, Board, Status
+from experiments.sweeps.board import DONE, OPEN, RUNNING, Board, Status
 from experiments.sweeps.claims import Claims, Owner
 from experiments.sweeps.records import Records
 from experiments.sweeps.training import Training, command, find_checkpoint, is_death
@@ -100,7 +100,7 @@ class Worker:
     def _claim(self, status: Status) -> bool:
         if status.cell is None:
             return False
-        if status.state == TODO:
+        if status.state == OPEN:
             return self._claims.take(status.cell.identity, status.name)
         return status.state == RUNNING and self._claims.take_over(status.claim)
 
@@ -210,7 +210,7 @@ class Worker:
 
 def _is_open(status: Status, without: str | None) -> bool:
     """Whether to look again: somebody runs it, or was quicker than this process to claim it."""
-    return status.state == TODO or (status.state == RUNNING and status.name != without)
+    return status.state == OPEN or (status.state == RUNNING and status.name != without)
 
 
 def _file_logger(path: Path) -> logging.Logger:

@@ -24,7 +24,7 @@ class LinearSolution:
     """The answer of a linear solver, and how far it can be trusted.
 
     Attributes:
-        solution: the best iterate, shape ``[n]``; always finite.
+        solution: the answer, shape ``[n]``; always finite.
         steps: matrix-vector products spent on the iterates.
         residual_norm: Euclidean norm of ``b - A solution``, as the recursion carries it.
         relative_residual: ``residual_norm / norm(b)``; 0 for ``b = 0``, ``inf`` where unknown.
@@ -73,9 +73,12 @@ def conjugate_gradient(
     r"""Solve :math:`A v = b` for a symmetric positive definite :math:`A`, given by its products.
 
     What differs from the reference: the step size is that of the AAAI text (the extended version
-    misprints it); the solver stops at a relative tolerance; it returns the iterate of the smallest
-    residual; a start that is worse than none is dropped; and it stops, saying so, where
-    :math:`p^\top A p \le 0` or a value is not finite, before either reaches the answer.
+    misprints it); the solver stops at a relative tolerance; a start that is worse than none is
+    dropped; and it stops, saying so, where :math:`p^\top A p \le 0` or a value is not finite,
+    before either reaches the answer.
+
+    The last iterate is the best one: each step lowers :math:`v^\top A v / 2 - b^\top v`, the error
+    in the norm of A. The residual may rise meanwhile, even above that of zero.
 
     Args:
         matvec: maps a vector ``p`` of shape ``[n]`` to ``A p`` of the same shape.
@@ -85,7 +88,7 @@ def conjugate_gradient(
         tol: stop once ``norm(b - A v) <= tol * norm(b)``.
 
     Returns:
-        The best iterate with its diagnostics.
+        The last iterate, shape ``[n]``, with its diagnostics.
 
     References:
         Yang et al. (2025), Subroutine 1.
@@ -130,37 +133,34 @@ def _first_iterate(
 
 
 def _iterate(
-    matvec: Matvec, best: Tensor, r: Tensor, threshold: float, max_steps: int
+    matvec: Matvec, v: Tensor, r: Tensor, threshold: float, max_steps: int
 ) -> tuple[int, float, str]:
     """Subroutine 1, lines 3 to 12; in its names, with p the direction and h = A p.
 
-    Works in place, so that memory is the same whatever happens: five vectors and a product.
-    ``best`` comes as the first iterate and leaves as the one of the smallest residual.
+    Works in place, so that memory is the same whatever happens: three vectors and a product.
     """
-    v, p, rr = best.clone(), r.clone(), float(r.dot(r))
+    p, rr = r.clone(), float(r.dot(r))
     pp = rr  # |p|^2 by its own recursion, r and the last p being orthogonal
-    best_rr, largest = rr, 0.0
+    largest = 0.0
     for n in range(max_steps):
         if math.sqrt(rr) <= threshold:
-            return n, math.sqrt(best_rr), CONVERGED
+            return n, math.sqrt(rr), CONVERGED
         h = matvec(p)
         curvature = float(p.dot(h))
         largest = max(largest, curvature / pp)
         if not math.isfinite(curvature):
-            return n, math.sqrt(best_rr), NON_FINITE
+            return n, math.sqrt(rr), NON_FINITE
         if curvature <= torch.finfo(p.dtype).eps * largest * pp:
-            return n, math.sqrt(best_rr), NOT_POSITIVE
+            return n, math.sqrt(rr), NOT_POSITIVE
         eta = rr / curvature
         v.add_(p, alpha=eta)
         r.sub_(h, alpha=eta)
         rr, rr_before = float(r.dot(r)), rr
         if not math.isfinite(rr):
-            return n + 1, math.sqrt(best_rr), NON_FINITE
-        if rr < best_rr:
-            best_rr = rr
-            best.copy_(v)
+            v.fill_(math.nan)  # nothing of it can be trusted
+            return n + 1, math.inf, NON_FINITE
         zeta = rr / rr_before
         torch.add(r, p, alpha=zeta, out=p)
         pp = rr + zeta * zeta * pp
-    reason = CONVERGED if math.sqrt(best_rr) <= threshold else MAX_STEPS
-    return max_steps, math.sqrt(best_rr), reason
+    reason = CONVERGED if math.sqrt(rr) <= threshold else MAX_STEPS
+    return max_steps, math.sqrt(rr), reason

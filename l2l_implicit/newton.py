@@ -38,9 +38,9 @@ class NewtonStep:
     it has not fallen by the Armijo rule, the step is taken back in part, along the same direction,
     before a new direction is tried. With a closure, and no closed form, it is searched at once.
 
-    CG ends where it meets a direction of negative curvature, and its iterate of the smallest
-    residual is the step; where that is zero (the gradient itself may be such a direction), the
-    step is a gradient step of size ``lr``.
+    CG ends where it meets a direction of negative curvature, and what it has by then is the step;
+    where that is zero (the gradient itself is such a direction), the step is a gradient step of
+    size ``lr``.
 
     Args:
         lr: step size of the gradient step that stands in for a failed Newton direction; None:

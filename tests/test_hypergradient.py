@@ -99,7 +99,7 @@ def test_error_in_the_number_of_products_is_bounded_by_cg() -> None:
     errors = []
     for products in (2, 4, 6, 8, 12):
         parent = make_learner(task, cg_steps=products)
-        learner, loss = adapt(parent, task, "closure", 40)
+        learner, loss = adapt(parent, task, "closure", 80)
         errors.append(relative_error(hypergradient(task, loss), exact))
         assert learner.diagnostics.inner_residual < 1e-9
         bound = 2 * root * ((root - 1) / (root + 1)) ** products

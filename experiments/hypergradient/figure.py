@@ -16,7 +16,7 @@ Curves = Mapping[str, Mapping[int, float]]
 
 
 def draw(path: Path, problems: Mapping[str, Curves]) -> None:
-    """Write the PNG; solid: implicit, dotted: its last iterate, dashed: unrolled."""
+    """Write the PNG; solid: implicit, dashed: unrolled."""
     columns = len(problems)
     figure, axes = plt.subplots(
         1, columns, figsize=(5 * columns, 5.2), layout="constrained", squeeze=False
@@ -28,14 +28,10 @@ def draw(path: Path, problems: Mapping[str, Curves]) -> None:
 
 
 def _panel(axes: plt.Axes, title: str, curves: Curves) -> None:
-    colors: dict[str, str] = {}
     for name, by_steps in curves.items():
-        implicit, last = "_cg" in name, name.endswith("_last_iterate")
-        color = colors.setdefault(name.removesuffix("_last_iterate"), f"C{len(colors)}")
-        style = ":" if last else "-" if implicit else "--"
-        label = name.replace("_last_iterate", ", last iterate").replace("_", " ")
-        axes.loglog(list(by_steps), list(by_steps.values()), style, color=color, label=label,
-                    marker=None if last else "o", markersize=4)  # fmt: skip
+        style = "-" if "_cg" in name else "--"
+        axes.loglog(list(by_steps), list(by_steps.values()), style, label=name.replace("_", " "),
+                    marker="o", markersize=4)  # fmt: skip
     axes.set(xlabel="inner steps K", ylabel="relative error of the hypergradient", title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", loc="lower left")

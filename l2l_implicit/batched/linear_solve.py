@@ -87,13 +87,13 @@ def batched_conjugate_gradient(
     b_norm = state.rr.sqrt()
     threshold = tol * b_norm
     for step in range(max_steps):
-        state.stop(state.best_rr.sqrt() <= threshold, CONVERGED)
+        state.stop(state.rr.sqrt() <= threshold, CONVERGED)
         if none_left(state.active, step, ask_every):
             break
         state.step(matvec(state.p))
-    state.stop(state.best_rr.sqrt() <= threshold, CONVERGED)
-    residual = state.best_rr.sqrt() / torch.where(b_norm > 0, b_norm, 1.0)
-    solution = state.best * unit.unsqueeze(1)
+    state.stop(state.rr.sqrt() <= threshold, CONVERGED)
+    residual = state.rr.sqrt() / torch.where(b_norm > 0, b_norm, 1.0)
+    solution = state.v * unit.unsqueeze(1)
     lost = broken | ~solution.sum(1).isfinite()
     solution = torch.where(lost.unsqueeze(1), 0.0, solution)
     residual = torch.where(lost, math.inf, residual)
@@ -106,8 +106,8 @@ class _State:
 
     def __init__(self, r: Tensor, broken: Tensor, zero: Tensor) -> None:
         self.r, self.p = r, r.clone()
-        self.v, self.best = torch.zeros_like(r), torch.zeros_like(r)
-        self.rr = self.pp = self.best_rr = dot(r, r)
+        self.v = torch.zeros_like(r)
+        self.rr = self.pp = dot(r, r)
         self.largest = torch.zeros_like(self.rr)
         self.active = torch.ones_like(zero)
         self.steps = torch.zeros_like(zero, dtype=torch.long)
@@ -135,10 +135,9 @@ class _State:
         self.r = torch.where(going, torch.addcmul(self.r, eta, h, value=-1.0), self.r)
         self.steps = self.steps + self.active
         rr = dot(self.r, self.r)
-        self.stop(~rr.isfinite(), NON_FINITE)
-        better = self.active & (rr < self.best_rr)
-        self.best_rr = torch.where(better, rr, self.best_rr)
-        self.best = torch.where(better.unsqueeze(1), self.v, self.best)
+        lost = self.active & ~rr.isfinite()
+        self.stop(lost, NON_FINITE)
+        self.v = torch.where(lost.unsqueeze(1), math.nan, self.v)
         zeta = torch.where(self.active, rr / self.rr, 0.0)
         self.p = torch.addcmul(self.r, zeta.unsqueeze(1), self.p)
         self.pp, self.rr = rr + zeta * zeta * self.pp, rr

@@ -10,7 +10,6 @@ from collections.abc import Hashable, Sequence
 from typing import Any, TypeVar
 
 import torch
-from learn2learn.algorithms import MAML
 from learn2learn.utils import clone_module
 from torch import Tensor
 
@@ -22,16 +21,12 @@ from l2l_implicit.implicit_diff import Cell, Solve, attach
 from l2l_implicit.inner_loop import Closure, ClosureObjective, descend
 from l2l_implicit.linear_head import LinearHeadLinearization
 from l2l_implicit.linear_solve import NON_FINITE, LinearSolution, Matvec
-from l2l_implicit.linearization import (
-    AutogradLinearization,
-    Linearization,
-)
+from l2l_implicit.linearization import Linearization
 from l2l_implicit.mixed_precision import as_now, precision_of, widened, without_autocast
-from l2l_implicit.recognition import LinearHeadLoss, recognize
-from l2l_implicit.regularizer import SquaredDistance
+from l2l_implicit.objective import InnerObjective
 from l2l_implicit.support_features import SupportFeatures
 from l2l_implicit.task import Memory, Remembered, Task
-from l2l_implicit.vectors import flatten, shallow_copy, substitute, unflatten
+from l2l_implicit.vectors import flatten, shallow_copy, substitute
 
 Self = TypeVar("Self", bound="ImplicitLearner")
 
@@ -39,18 +34,12 @@ LINEAR_LIMIT = 0.1
 _TINY = 1e-30
 
 
-class ImplicitLearner(MAML):
+class ImplicitLearner(InnerObjective):
     """The machinery of `ImplicitCGHead`, which says what it adapts with."""
 
-    anchor: str
     inner_tol: float
     diagnostics: Diagnostics
     _memory: Memory | None
-    _task: Task
-
-    @abstractmethod
-    def regularizer(self, parameters: Sequence[Tensor], anchor: Sequence[Tensor]) -> Tensor:
-        """The inner regulariser, a scalar."""
 
     @abstractmethod
     def inner_step(self, at: Linearization) -> Tensor:
@@ -59,10 +48,6 @@ class ImplicitLearner(MAML):
     @abstractmethod
     def linear_solve(self, hvp: Matvec, b: Tensor, start: Tensor | None) -> LinearSolution:
         """The solution of ``hvp(v) = b``."""
-
-    @abstractmethod
-    def _closed_form(self, anchor: Sequence[Tensor]) -> SquaredDistance | None:
-        """The regulariser without autograd, if there is one."""
 
     @abstractmethod
     def _needs_hvp(self) -> bool:
@@ -218,64 +203,6 @@ class ImplicitLearner(MAML):
             substitute(self.module, objective.phi, phi)
             raise
         self._install(vector, objective.phi, at if keep else None)
-
-    def _put(self, vector: Tensor, now: Sequence[Tensor]) -> list[Tensor]:
-        """Make ``vector`` the module's parameters, as leaves: no graph behind them."""
-        leaves = [piece.requires_grad_() for piece in unflatten(vector.detach(), now)]
-        substitute(self.module, now, leaves)
-        return leaves
-
-    def _recognize(self, loss: Tensor, phi: list[Tensor]) -> LinearHeadLoss | None:
-        """The closed form of ``loss``, where the regulariser has one too."""
-        task = self._task
-        if task.quadratic is None:
-            task.quadratic = self._closed_form(self._anchor_of(phi))
-        return None if task.quadratic is None else recognize(loss, phi, task.independent)
-
-    def _linearize(
-        self,
-        loss: Tensor,
-        phi: list[Tensor],
-        unused: bool,
-        differentiable: bool,
-        parts: LinearHeadLoss | None,
-    ) -> Linearization:
-        quadratic = self._task.quadratic
-        if quadratic is None:
-            return self._linearize_all(loss, phi, unused, differentiable)
-        if parts is not None:
-            point = self._task.vector_of(phi)
-            return LinearHeadLinearization(float(loss.detach()), parts, phi, quadratic, point)
-        return AutogradLinearization(
-            loss, phi, quadratic=quadratic, unused=unused, differentiable=differentiable
-        )
-
-    def _linearize_all(
-        self, loss: Tensor, phi: list[Tensor], unused: bool, differentiable: bool
-    ) -> Linearization:
-        """With a regulariser of the user's own, which autograd carries like the loss."""
-        anchor = self._anchor_of(phi)
-        stand_ins = [a.detach().requires_grad_() for a in anchor]
-        center = stand_ins or [torch.zeros_like(p) for p in phi]
-        return AutogradLinearization(
-            loss + self.regularizer(phi, center),
-            phi,
-            anchor=anchor,
-            stand_ins=stand_ins,
-            unused=unused,
-            differentiable=differentiable,
-        )
-
-    def _anchor_of(self, phi: Sequence[Tensor]) -> list[Tensor]:
-        """The initial values of phi; empty where the anchor is zero."""
-        return self._initial_of(phi) if self.anchor == "init" else []
-
-    def _initial_of(self, phi: Sequence[Tensor]) -> list[Tensor]:
-        if len(phi) == len(self._task.initial):
-            return self._task.initial
-        adapted = {id(p) for p in phi}
-        pairs = zip(self._task.initial, self.module.parameters(), strict=True)
-        return [initial for initial, p in pairs if id(p) in adapted]
 
     def _step(self, at: Linearization) -> Tensor:
         task = self._task

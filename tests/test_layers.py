@@ -21,6 +21,7 @@ LAYERS = [
     {"span"},
     {"inner_loop"},
     {"task"},
+    {"objective"},
     {"adaptation"},
     {"learner"},
     {"imaml"},

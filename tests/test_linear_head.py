@@ -11,7 +11,7 @@ from problems import two_layers
 from torch import Tensor, nn
 from torch.func import functional_call
 
-import l2l_implicit.adaptation as adaptation
+import l2l_implicit.objective as objective
 from l2l_implicit import ImplicitCGHead
 from l2l_implicit.linear_head import LinearHeadLinearization, recognize
 from l2l_implicit.linearization import AutogradLinearization
@@ -165,7 +165,7 @@ def run(
         used.append(parts is not None)
         return parts
 
-    monkeypatch.setattr(adaptation, "recognize", spy)
+    monkeypatch.setattr(objective, "recognize", spy)
     theta, data, query = torch.randn(5, WIDTH).requires_grad_(), torch.randn(M, 5), torch.randn(6)
     initial = next(head.parameters())
     learner = ImplicitCGHead(head, 0.1, l2=0.2, cg_tol=1e-13, cg_steps=100).clone()

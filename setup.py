@@ -29,8 +29,8 @@ EXTRAS = {
         "higher>=0.2.1",
     ],
     "baselines": ["higher>=0.2.1"],
-    "lightning": ["pytorch-lightning>=2.0,<3"],
-    "dev": ["pytest>=8", "pytest-cov", "ruff", "mypy", "tox>=4", "build", "twine"],
+    "lightning": ["pytorch-lightning>=2.6,<3"],  # the first whose fit() takes weights_only
+    "dev": ["pytest>=8", "hypothesis", "coverage", "ruff", "mypy", "tox>=4", "build", "twine"],
 }
 
 setup(
@@ -47,13 +47,14 @@ setup(
     install_requires=[
         "torch>=2.2",  # the first whose autograd takes a GradientEdge as an input
         "learn2learn>=0.2.0",
-        "numpy<2",  # learn2learn needs qpth, which refuses numpy 2
+        "numpy>=1.23.5,<2",  # learn2learn needs qpth, which refuses numpy 2
     ],
     extras_require=EXTRAS,
     zip_safe=False,
     classifiers=[
         "License :: OSI Approved :: MIT License",
         "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 12, 13)),
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],

@@ -11,39 +11,46 @@ that was recorded before the checkpoint.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-import pickle
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from torch import nn
 
-from experiments.tracking import UserError
+from experiments.tracking import Terminated, UserError
 from l2l_implicit import checks
 
 CONFIG, STATE = "config.json", "checkpoint.pt"
 
 
+def new_folder(output: Path, name: str) -> Path:
+    """``output/name``; ``name-2`` and so on where a run of another database has that already."""
+    output.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        folder = output / (name if number == 1 else f"{name}-{number}")
+        with suppress(FileExistsError):
+            folder.mkdir()
+            break
+    return folder
+
+
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Start a run's folder: what the run is, and no checkpoint yet."""
+    """Start a run's folder: what the run is."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / STATE).unlink(missing_ok=True)  # of another database's run with the same number
     text = json.dumps({k: v for k, v in config.items() if k != "resume"}, indent=1)
-    _replace(folder / CONFIG, text.encode())
+    replace(folder / CONFIG, lambda file: file.write(text.encode()))
 
 
 def save(folder: Path, state: Mapping[str, Any]) -> None:
     """Replace the folder's checkpoint; whoever is killed here leaves the old one whole."""
-    path = folder / STATE
-    temporary = path.with_suffix(".new")
-    with temporary.open("wb") as file:
-        torch.save({**state, "generators": _generators()}, file)
-        _settle(file)
-    os.replace(temporary, path)
+    replace(folder / STATE, lambda file: torch.save({**state, "generators": generators()}, file))
 
 
 def load(folder: Path) -> dict[str, Any]:
@@ -54,15 +61,20 @@ def load(folder: Path) -> dict[str, Any]:
     """
     path = folder / STATE
     try:
-        state: dict[str, Any] = torch.load(path, weights_only=False)
+        state: dict[str, Any] = torch.load(path, weights_only=True)
     except FileNotFoundError:
         raise UserError(
             f"resume: expected a checkpoint {path}, got none; the run ended, or was killed before "
             "its first: start it anew"
         ) from None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"resume: expected a checkpoint, got {path}: {error}") from error
-    _restore_generators(state["generators"])
+    except Terminated:
+        raise
+    except Exception as error:  # torch's reader of plain data raises what its bytes lead to
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"resume: expected a checkpoint of this version, got {path}: {reason}; start anew"
+        ) from error
+    restore_generators(state["generators"])
     return state
 
 
@@ -116,30 +128,61 @@ def find(output: Path, which: str) -> Path:
     return known[which]
 
 
-def _generators() -> dict[str, Any]:
-    state = {"python": random.getstate(), "numpy": np.random.get_state(),
-             "torch": torch.get_rng_state()}
+def generators() -> dict[str, Any]:
+    """The state of every global random generator, in types that load with ``weights_only``."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    state = {"python": random.getstate(), "torch": torch.get_rng_state(),
+             "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest)}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
 
 
-def _restore_generators(state: Mapping[str, Any]) -> None:
+def restore_generators(state: Mapping[str, Any]) -> None:
+    """The inverse of `generators`."""
+    name, keys, *rest = state["numpy"]
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def _replace(path: Path, content: bytes) -> None:
+@contextmanager
+def put_back_if_broken_off(network: nn.Module, stream: Any) -> Iterator[None]:
+    """Where the block raises: buffers, global random generators and the stream as before it."""
+    buffers = [buffer.clone() for buffer in network.buffers()]
+    before, position = generators(), stream.state
+    try:
+        yield
+    except BaseException:
+        restore_generators(before)
+        stream.state = position
+        with torch.no_grad():
+            for buffer, value in zip(network.buffers(), buffers, strict=True):
+                buffer.copy_(value)
+        raise
+
+
+def replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """The whole new file or the whole old one, whoever is killed and whenever power fails."""
     temporary = path.with_suffix(".new")
-    with temporary.open("wb") as file:
-        file.write(content)
-        _settle(file)
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _settle(path.parent)
 
 
-def _settle(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def _settle(folder: Path) -> None:
+    """Force the folder's entries to the disk: the rename itself."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -12,7 +12,8 @@ matplotlib.use("Agg")  # no screen needed
 
 import matplotlib.pyplot as plt  # noqa: E402
 
-from experiments.meta_learning import Interval, OuterStep  # noqa: E402
+from experiments.history import History  # noqa: E402
+from experiments.meta_learning import Interval  # noqa: E402
 from experiments.training import Training  # noqa: E402
 
 
@@ -29,7 +30,7 @@ def draw(path: Path, title: str, training: Training, centroid: Interval | None) 
         2, 1, figsize=(8, 7), sharex=True, height_ratios=(2, 1), layout="constrained"
     )
     _scores(top, training, centroid)
-    _residuals(bottom, training.steps)
+    _residuals(bottom, training.history)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -37,7 +38,8 @@ def draw(path: Path, title: str, training: Training, centroid: Interval | None) 
 
 def _scores(axes: plt.Axes, training: Training, centroid: Interval | None) -> None:
     measure = training.learner.measure
-    means = _running_mean([measure.factor * step.query_score for step in training.steps], 20)
+    scores = training.history.values(f"train/query_{measure.name}")
+    means = _running_mean([measure.factor * score for score in scores], 20)
     axes.plot(range(1, len(means) + 1), means, color="0.7", label="training tasks, mean of 20")
     at = [iteration for iteration, _ in training.validations]
     mean = [measure.factor * value.mean for _, value in training.validations]
@@ -55,16 +57,16 @@ def _scores(axes: plt.Axes, training: Training, centroid: Interval | None) -> No
     axes.grid(alpha=0.3)
 
 
-def _residuals(axes: plt.Axes, steps: Sequence[OuterStep]) -> None:
-    iterations = range(1, len(steps) + 1)
-    if any(step.inner_residual is not None for step in steps):
-        inner = [step.inner_residual or math.nan for step in steps]
-        linear = [step.cg_residual or math.nan for step in steps]
-        axes.semilogy(iterations, inner, label="inner gradient, relative")
-        axes.semilogy(iterations, linear, label="linear residual, relative")
-    axes.semilogy(
-        iterations, [s.hypergradient_norm for s in steps], color="0.6", label="hypergradient norm"
+def _residuals(axes: plt.Axes, history: History) -> None:
+    lines = (
+        ("train/inner_residual", "inner gradient, relative", None),
+        ("train/cg_residual", "linear residual, relative", None),
+        ("train/hypergradient_norm", "hypergradient norm", "0.6"),
     )
+    for name, label, color in lines:
+        values = [value or math.nan for value in history.values(name)]
+        if values:
+            axes.semilogy(range(1, len(values) + 1), values, label=label, color=color)
     axes.set_xlabel("outer iteration")
     axes.set_ylabel("norm")
     axes.set_ylim(top=100 * axes.get_ylim()[1])  # room for the legend

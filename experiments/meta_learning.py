@@ -5,15 +5,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from experiments import bad_tasks
 from experiments.algorithms import Loss, QueryResult, Score
+from experiments.bad_tasks import CheckedStream
+from experiments.bad_tasks import Diverged as Diverged
 from experiments.ingredients.algorithm import Algorithms
 from experiments.ingredients.tasks import Episode, TaskStream
 from l2l_implicit.distributed import ALONE, Ranks
+
+Item = TypeVar("Item")
 
 LEAST_L2 = 1e-4  # of a meta-learned one: below it the inner problem is not strongly convex
 
@@ -77,6 +82,7 @@ class OuterStep(NamedTuple):
         inner_residual, cg_residual, cg_steps, unsolved_inner, unsolved_linear: of the implicit
             learners' diagnostics; None for algorithms that solve nothing.
         seconds, cpu_seconds: wall time, and the process's own on all its threads.
+        skipped_tasks: left out because their numbers went wrong; None where none may be.
     """
 
     query_loss: float
@@ -89,10 +95,7 @@ class OuterStep(NamedTuple):
     unsolved_linear: int | None
     seconds: float
     cpu_seconds: float
-
-
-class Diverged(ArithmeticError):
-    """The outer or an inner loop has left the finite numbers; theta is still finite."""
+    skipped_tasks: int | None = None
 
 
 class MetaLearner:
@@ -105,6 +108,11 @@ class MetaLearner:
         meta_lr: its step size.
         channels_last: memory layout of images.
         ranks: the processes that share the tasks of a batch out.
+        skip: leave tasks out whose numbers go wrong, instead of raising `Diverged`.
+        say: told which were left out.
+
+    Attributes:
+        skipped: tasks that the last step or evaluation left out.
     """
 
     def __init__(
@@ -115,8 +123,10 @@ class MetaLearner:
         meta_lr: float,
         channels_last: bool,
         ranks: Ranks = ALONE,
+        skip: bool = False,
+        say: Callable[[str], None] = print,
     ) -> None:
-        self.ranks = ranks
+        self.ranks, self.skip, self._say, self.skipped = ranks, skip, say, 0
         self.algorithms, self.measure = algorithms, measure
         self.parameters = algorithms.training.theta()
         kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[optimizer]
@@ -125,34 +135,54 @@ class MetaLearner:
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         ranks.broadcast(p.data for p in self.parameters)
 
-    def hypergradient(self, batch: Sequence[Episode]) -> list[QueryResult]:
+    def hypergradient(self, batch: Sequence[Episode]) -> list[QueryResult | None]:
         """Leave the mean hypergradient of this rank's share of the batch on theta.
 
+        Returns:
+            A result for each task of the share; None for one that was left out.
+
         Raises:
-            Diverged: where a number is not finite.
+            Diverged: where a number is not finite, and tasks are not to be skipped.
         """
+        numbered = [(f"task {i + 1} of {len(batch)}", task) for i, task in enumerate(batch)]
+        tasks = [(name, self._laid_out(task)) for name, task in self.ranks.share(numbered)]
+        network = self.algorithms.training.network()
+        results, faults = bad_tasks.learn(self._attempt, tasks, network, self.skip)
+        for text in faults:
+            self._say(f"skipped {text}")
+        return results
+
+    def _attempt(self, episodes: Sequence[Episode]) -> list[QueryResult]:
         self.optimizer.zero_grad()
-        episodes = [self._laid_out(episode) for episode in self.ranks.share(batch)]
         if not episodes:
             return []
-        try:
-            return self.algorithms.training.learn(episodes, self.measure.score)
-        except FloatingPointError as error:
-            raise Diverged(str(error)) from error
+        results = self.algorithms.training.learn(episodes, self.measure.score)
+        norm = self._norm()
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"expected a finite hypergradient, got norm {norm}; try a smaller lr"
+            )
+        return results
+
+    def _norm(self) -> float:
+        """Of the hypergradient on theta."""
+        norms = [p.grad.norm() for p in self.parameters if p.grad is not None]
+        return float(torch.stack(norms).norm())
 
     def step(self, batch: Sequence[Episode]) -> OuterStep:
         """One outer iteration (Yang et al. 2025, Algorithm 1, lines 3 to 14).
 
         Raises:
-            Diverged: before theta is touched, where a number is not finite.
+            Diverged: before theta is touched, where a number is not finite; where tasks may be
+                skipped, only if none of the batch is left.
         """
         start, cpu = time.perf_counter(), time.process_time()
         with self.ranks.together(Diverged):
             shared = self.hypergradient(batch)
-        results = self.ranks.collect(shared)
-        self.ranks.average(self.parameters, len(shared) / len(batch))
-        norms = [p.grad.norm() for p in self.parameters if p.grad is not None]
-        norm = float(torch.stack(norms).norm())
+        results = self._left(self.ranks.collect(shared))
+        good = sum(result is not None for result in shared)
+        self.ranks.average(self.parameters, good / len(results))
+        norm = self._norm()
         if not math.isfinite(norm):
             raise Diverged(f"expected a finite hypergradient, got norm {norm}; try a smaller lr")
         self.optimizer.step()
@@ -171,30 +201,48 @@ class MetaLearner:
             unsolved_linear=sum(d.unsolved_linear for d in noted) if noted else None,
             seconds=seconds,
             cpu_seconds=cpu_seconds,
+            skipped_tasks=self.skipped if self.skip else None,
         )
+
+    def _left(self, all_of_them: Sequence[Item | None]) -> list[Item]:
+        """Those that were not skipped, which are counted."""
+        left = [item for item in all_of_them if item is not None]
+        self.skipped = len(all_of_them) - len(left)
+        if not left:
+            raise Diverged(f"expected a task that can be learnt, got {self.skipped} that cannot")
+        return left
 
     @torch.no_grad()
     def evaluate(
-        self, tasks: TaskStream, number: int, progress: Callable[[Iterable[int]], Iterable[int]]
+        self,
+        tasks: TaskStream | CheckedStream,
+        number: int,
+        progress: Callable[[Iterable[int]], Iterable[int]],
     ) -> Interval:
         """Mean score over ``number`` tasks; nothing is kept for a backward pass.
 
         Raises:
-            Diverged: an inner loop left the finite numbers.
+            Diverged: an inner loop left the finite numbers, and tasks are not to be skipped.
         """
-        scores = []
+        scores: list[float | None] = []
         with self.ranks.together(Diverged):
             for i in progress(range(number)):
                 episode = tasks.sample()
                 if i % self.ranks.size == self.ranks.rank:
-                    scores.append(self._score(self._laid_out(episode)))
-        return interval(self.ranks.collect(scores))
+                    name = f"task {i + 1} of {number}"
+                    scores.append(self._score(name, self._laid_out(episode)))
+        return interval(self._left(self.ranks.collect(scores)))
 
-    def _score(self, episode: Episode) -> float:
+    def _score(self, name: str, episode: Episode) -> float | None:
         try:
             adapted = self.algorithms.evaluation.adapt(episode)
+            if not bool(torch.isfinite(adapted.predictions).all()):
+                raise FloatingPointError("predictions: expected finite numbers, got others")
         except FloatingPointError as error:
-            raise Diverged(str(error)) from error
+            if not self.skip:
+                raise Diverged(f"{name}: {error}") from error
+            self._say(f"skipped {name}: {error}")
+            return None
         return self.measure.score(adapted.predictions, episode.query_targets)
 
     def _laid_out(self, episode: Episode) -> Episode:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from experiments import learning_curve
+from experiments import checkpoint, learning_curve
 from experiments.meta_learning import Interval
 from experiments.peak_memory import process_peak
 from experiments.training import Training
@@ -23,7 +23,7 @@ def save(run: Any, training: Training, centroid: Interval | None) -> None:
         "theta": [parameter.detach() for parameter in learner.parameters],
         "optimizer": learner.optimizer.state_dict(),
     }
-    torch.save(state, folder / "parameters.pt")
+    checkpoint.replace(folder / "parameters.pt", lambda file: torch.save(state, file))
     picture = folder / "learning_curve.png"
     learning_curve.draw(picture, _title(run.config), training, centroid)
     run.add_artifact(folder / "parameters.pt")
@@ -44,25 +44,25 @@ def summary(training: Training, centroid: Interval | None) -> dict[str, Any]:
     """What the run found, as it is recorded."""
     test, name = training.result, training.learner.measure.name
     assert test is not None
-    steps = training.steps
     result: dict[str, Any] = {
         f"test_{name}": test.mean,
         "test_half_width": test.half_width,
-        "iterations": len(steps),
+        "iterations": training.steps,
         "training_seconds": training.seconds,
-        "step_seconds": _median([step.seconds for step in steps]),
-        "step_cpu_seconds": _median([step.cpu_seconds for step in steps]),
+        "step_seconds": _median(training.history.values("train/seconds")),
+        "step_cpu_seconds": _median(training.history.values("train/cpu_seconds")),
         "step_peak_bytes": float(training.peak),
         "process_peak_bytes": float(process_peak()),
         "diverged": training.diverged,
+        "skipped_tasks": training.skipped_tasks(),
     }
     if centroid is not None:
         result |= {"centroid_accuracy": centroid.mean, "centroid_half_width": centroid.half_width}
     return result
 
 
-def _median(values: list[float]) -> float | None:
-    return sorted(values)[len(values) // 2] if values else None
+def _median(values: Sequence[float]) -> float | None:
+    return sorted(values)[len(values) // 2] if len(values) else None
 
 
 def announce(
@@ -78,10 +78,12 @@ def announce(
         print(f"raw pixels       {raw} with nearest centroid on the same tasks")
     if training.steps:
         print(
-            f"outer step       {result['step_seconds']:.3f} s (median of {len(training.steps)}), "
+            f"outer step       {result['step_seconds']:.3f} s (median of {training.steps}), "
             f"{training.peak / 2**20:.1f} MiB of tensors at its peak "
             f"({result['process_peak_bytes'] / 2**20:.0f} MiB the process)"
         )
+    if result["skipped_tasks"]:
+        print(f"skipped          {result['skipped_tasks']} tasks that could not be learnt")
     if training.diverged is not None:
         print(f"diverged         {training.diverged}")
     print(f"recorded         {_where(run)}")

@@ -18,6 +18,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments import extra  # noqa: F401  (first: it says what to install)
+
+# isort: split
 from pymongo.errors import PyMongoError
 
 from experiments.sweeps import listing

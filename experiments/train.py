@@ -14,12 +14,15 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from experiments import checkpoint, named_configs, outcome
+from experiments.bad_tasks import POLICIES
 from experiments.ingredients import algorithm, model, tasks
 from experiments.ingredients.algorithm_table import settings_of
 from experiments.ingredients.tasks import Tasks
@@ -35,6 +38,7 @@ _TYPES: dict[str, Any] = {
     "budget": float | None,
     "cell": str | None,
     "score": str | None,
+    "on_bad_task": str | None,
     "resume": str | None,
     **{f"tasks.{key}": kind for key, kind in tasks.TYPES.items()},
     **{f"model.{key}": kind for key, kind in model.TYPES.items()},
@@ -67,6 +71,7 @@ def defaults(algorithm: dict[str, Any]) -> None:
     device = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU if there is one
     output = "runs"  # folder of the learning curve, the trained parameters, the checkpoints
     checkpoint_seconds = 60.0  # between checkpoints
+    on_bad_task = None  # with wrong data, or that diverges: stop, the default, or skip
     resume = None  # set by the command line's resume=
     cell = None  # of a sweep (python -m experiments.sweep)
     seed = 0
@@ -85,6 +90,7 @@ def _check(config: Mapping[str, Any]) -> None:
                 checks.positive(name, config[name])
         checks.choice("meta_optimizer", config["meta_optimizer"], ("adam", "sgd"))
         checks.choice("budget_clock", config["budget_clock"], ("cpu", "wall"))
+        checks.choice("on_bad_task", config["on_bad_task"] or "stop", POLICIES)
     except ValueError as error:
         raise UserError(str(error)) from error
     if config["threads"] < 0:
@@ -133,6 +139,8 @@ def _learner(config: Mapping[str, Any], given: Tasks, ranks: Ranks) -> MetaLearn
         config["meta_lr"],
         config["model"]["channels_last"],
         ranks,
+        config["on_bad_task"] == "skip",
+        tqdm.write,
     )
 
 
@@ -181,10 +189,10 @@ def _centroid(given: Tasks, number: int) -> Interval | None:
         return Interval(*nearest_centroid_accuracy(stream.taskset, *sizes, max(2, number)))
 
 
-def _folder(run: Any, output: str) -> Path:
-    """The run's own folder."""
+def _folder(run: Any, output: str, ranks: Ranks) -> Path:
+    """The run's own folder, which rank 0 makes and writes to."""
     name = str(run._id) if run._id is not None else time.strftime("unobserved-%Y%m%d-%H%M%S")
-    return Path(output) / name
+    return checkpoint.new_folder(Path(output), name) if ranks.first else Path(output) / name
 
 
 def _resume(run: Any, training: Training, folder: Path) -> None:
@@ -196,11 +204,11 @@ def _resume(run: Any, training: Training, folder: Path) -> None:
     if not ranks.first:
         return
     checkpoint.save(training.folder, training.state_dict())
-    checkpoint.remove(folder)  # only now: one of the two is there at any moment
     run.info["resumes"] = folder.name
-    if run.journal is not None and state["token"] is not None:
-        run.journal.supersede(state["token"])
-    print(f"resumed          run {folder.name} after {len(training.steps)} outer iterations")
+    if run.journal is not None:
+        run.journal.supersede(state["token"], run.info)
+    checkpoint.remove(folder)  # only now: one of the two is there at any moment
+    print(f"resumed          run {folder.name} after {training.steps} outer iterations")
 
 
 @ex.main
@@ -225,7 +233,7 @@ def _train(
     torch.manual_seed(seed)
     given = tasks.make_tasks()
     run.info["tasks"] = given.describe()
-    learner, folder = _learner(config, given, ranks), _folder(run, output)
+    learner, folder = _learner(config, given, ranks), _folder(run, output, ranks)
     if ranks.first:
         checkpoint.write_config(folder, config)
     training = Training(run, learner, given, _schedule(config), seed, folder)
@@ -239,7 +247,7 @@ def _train(
     result = outcome.summary(training, centroid)
     run.info["result"] = result
     outcome.announce(run, training, result, centroid)
-    checkpoint.remove(folder)
+    run.afterwards.append(partial(checkpoint.remove, folder))
     return result
 
 

@@ -4,50 +4,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tqdm import tqdm
 
 from experiments import checkpoint
-from experiments.ingredients.tasks import Tasks
-from experiments.meta_learning import Diverged, Interval, MetaLearner, OuterStep
+from experiments.bad_tasks import CheckedStream
+from experiments.history import History
+from experiments.ingredients.tasks import Episode, Tasks
+from experiments.meta_learning import Diverged, Interval, MetaLearner
 from experiments.peak_memory import peak_memory, process_peak
-from experiments.tracking import record
+from experiments.schedule import Schedule as Schedule
+from experiments.tracking import Terminated, interruption, record
 
-_STATE = (
-    "steps", "validations", "tests", "result", "seconds", "_validated_at", "diverged", "peak",
-    "_records",
-)  # fmt: skip
-
-
-class Schedule(NamedTuple):
-    """What a run does when.
-
-    Attributes:
-        iterations: the most outer iterations.
-        batch: tasks an outer iteration, |B|.
-        validate_every: outer iterations between validations.
-        validate_seconds: seconds of training between validations instead; or None.
-        validation_tasks, test_tasks: how many.
-        test_at: outer iterations at which the test score is recorded besides.
-        budget: seconds of training after which the test score is the run's result; the run goes
-            on to the last of ``test_at``. None: the result is that of the last iteration.
-        cpu: count seconds of the process's own time, not of the wall's.
-        checkpoint_seconds: of the wall, between checkpoints.
-    """
-
-    iterations: int
-    batch: int
-    validate_every: int
-    validate_seconds: float | None
-    validation_tasks: int
-    test_tasks: int
-    test_at: tuple[int, ...]
-    budget: float | None
-    cpu: bool
-    checkpoint_seconds: float
+_STATE = ("steps", "seconds", "_validated_at", "_looked", "diverged", "peak")
 
 
 class Training:
@@ -58,12 +31,12 @@ class Training:
         learner: theta and its steps.
         tasks: the task sets.
         schedule: what to do when.
-        seed: of the stream of training tasks; those of validation and test are the same for
-            every run.
+        seed: of the stream of training tasks; validation and test tasks are always the same.
         folder: where checkpoints go.
 
     Attributes:
-        steps: one entry for each outer iteration.
+        steps: outer iterations so far.
+        history: all that was recorded.
         validations: (iteration, score) pairs.
         tests: test score by outer iteration.
         result: the test score that counts, once it is there.
@@ -83,37 +56,86 @@ class Training:
     ) -> None:
         self.folder = folder
         self.run, self.learner, self.tasks, self.schedule = run, learner, tasks, schedule
-        self._stream = tasks.stream("train", seed)
-        self.steps: list[OuterStep] = []
+        self._stream = self._checked("train", seed)
+        self.steps, self.peak, self.history = 0, 0, History()
         self.validations: list[tuple[int, Interval]] = []
         self.tests: dict[int, Interval] = {}
         self.result: Interval | None = None
         self.seconds = self._validated_at = 0.0
+        self._looked = self._whole = True
         self.diverged: str | None = None
-        self.peak = 0
-        self._records: list[tuple[dict[str, Any], int]] = []
         self._saved_at = time.monotonic()
+        learner.optimizer.register_step_pre_hook(lambda *_: interruption.hold())
+
+    def _checked(self, mode: str, seed: int) -> CheckedStream:
+        stream, outputs = self.tasks.stream(mode, seed), self.tasks.outputs(mode)
+        return CheckedStream(stream, outputs, self.learner.skip, self._say, mode)
+
+    def skipped_tasks(self) -> int:
+        """In training, validations and tests."""
+        names = [f"{part}/skipped_tasks" for part in ("train", "validation", "test")]
+        return int(sum(sum(self.history.values(name)) for name in names))
+
+    def _say(self, text: str) -> None:
+        if self.learner.ranks.first:
+            tqdm.write(text)
 
     def loop(self) -> None:
-        """All outer iterations, with a progress bar, and the test at the end."""
-        with self._bar() as bar:
-            bar.update(self._progress())
-            while not self._finished() and self.diverged is None:
-                try:
-                    self._iterate()
-                    self._look(bar)
-                except Diverged as reason:
-                    self._note_divergence(str(reason))
-                bar.update(self._progress() - bar.n)
-                self._save_if_due()
-        if self.result is None:
-            self.result = self._tested()
+        """All outer iterations, with a progress bar, and the test at the end.
+
+        Raises:
+            KeyboardInterrupt, Terminated: a signal; the state is saved unless there were two.
+        """
+        try:
+            with self._bar() as bar:
+                bar.update(self._progress())
+                while not self._ended():
+                    try:
+                        self._advance(bar)
+                    except Diverged as reason:
+                        self._note_divergence(str(reason))
+                        self._end_if_asked()
+                    bar.update(self._progress() - bar.n)
+                    self._save_if_due()
+            if self.result is None:
+                self.result = self._tested()
+            self._save()
+        except (KeyboardInterrupt, Terminated):
+            if self._whole and not interruption.urgent():
+                self._save()
+                self._say(f"\nsaved; python -m experiments.train resume={self.folder}")
+            raise
+
+    def _advance(self, bar: Any) -> None:
+        """One outer iteration, then what is due after it."""
+        if self._looked:
+            with interruption.deferred(), self._all_or_nothing():
+                self._iterate()
+                self._looked = False
+            self._end_if_asked()
+        self._look(bar)
+        self._looked = True
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Where this is broken off, the state is as before, theta's aside."""
+        network, self._whole = self.learner.algorithms.training.network(), False
+        try:
+            with checkpoint.put_back_if_broken_off(network, self._stream):
+                yield
+        finally:
+            self._whole = not interruption.urgent()
+
+    def _end_if_asked(self) -> None:
+        """On every rank after the same step, or one would wait for the others."""
+        if any(self.learner.ranks.gather(interruption.asked())):
+            interruption.check()
+            raise KeyboardInterrupt
 
     def _bar(self) -> tqdm:  # type: ignore[type-arg]
         budget = self.schedule.budget
-        silent = not self.learner.ranks.first
+        silent, total = not self.learner.ranks.first, self.schedule.iterations
         if budget is None:
-            total = self.schedule.iterations
             return tqdm(total=total, unit="iteration", desc="meta-training", disable=silent)
         form = "{l_bar}{bar}| {n:.0f}/{total:.0f} s of training [{elapsed}<{remaining}{postfix}]"
         return tqdm(total=budget, desc="meta-training", bar_format=form, disable=silent)
@@ -121,32 +143,42 @@ class Training:
     def _progress(self) -> float:
         """Of the bar's total, which it must not pass."""
         budget = self.schedule.budget
-        return len(self.steps) if budget is None else min(self.seconds, budget)
+        return self.steps if budget is None else min(self.seconds, budget)
+
+    def _ended(self) -> bool:
+        return self.diverged is not None or (self._finished() and self._looked)
 
     def _finished(self) -> bool:
-        schedule, done = self.schedule, len(self.steps)
-        if done >= schedule.iterations:
+        schedule = self.schedule
+        if self.steps >= schedule.iterations:
             return True
-        return self._spent() and done >= max(schedule.test_at, default=0)
+        return self._spent() and self.steps >= max(schedule.test_at, default=0)
 
     def _spent(self) -> bool:
         return self.schedule.budget is not None and self.seconds >= self.schedule.budget
 
     def _iterate(self) -> None:
-        start, schedule, iteration = time.perf_counter(), self.schedule, len(self.steps) + 1
-        episodes = [self._stream.sample() for _ in range(schedule.batch)]
+        start, schedule, iteration = time.perf_counter(), self.schedule, self.steps + 1
+        skipped = self._stream.skipped
+        episodes = [self._sample(task, iteration) for task in range(1, schedule.batch + 1)]
         loading = time.perf_counter() - start
         if iteration % schedule.validate_every == 1 or schedule.validate_every == 1:
             self._measure_memory(iteration, episodes)
         step = self.learner.step(episodes)
-        self.steps.append(step)
+        self.steps = iteration
         self.seconds += step.cpu_seconds if schedule.cpu else step.seconds
         noted = {key: value for key, value in step._asdict().items() if value is not None}
         noted[f"query_{self.learner.measure.name}"] = noted.pop("query_score")
+        if step.skipped_tasks is not None:
+            noted["skipped_tasks"] += self._stream.skipped - skipped
         values = {f"train/{name}": value for name, value in noted.items()}
         values["train/loading_seconds"] = loading
         values["train/process_peak_bytes"] = process_peak()
         self._record(values, iteration)
+
+    def _sample(self, task: int, iteration: int) -> Episode:
+        where = f"outer iteration {iteration}, task {task} of {self.schedule.batch}"
+        return self._stream.sample(where)
 
     def _measure_memory(self, iteration: int, episodes: list[Any]) -> None:
         """On a repetition of the step's gradient that is not timed: counting slows it down."""
@@ -162,12 +194,13 @@ class Training:
 
     def _look(self, bar: Any) -> None:
         """Validate and test where it is due."""
-        schedule, done = self.schedule, len(self.steps)
+        schedule, done = self.schedule, self.steps
         due = done % schedule.validate_every == 0
         if schedule.validate_seconds is not None:
             due = self.seconds - self._validated_at >= schedule.validate_seconds
         ends = self._spent() and self.result is None
-        if due or ends or self._finished():
+        validated = bool(self.validations) and self.validations[-1][0] == done
+        if (due or ends or self._finished()) and not validated:
             score = self._validate()
             bar.set_postfix_str(f"validation {self.learner.measure.show(score)}")
         if ends:
@@ -176,70 +209,87 @@ class Training:
             self._tested()
 
     def _validate(self) -> Interval:
-        start, iteration, name = time.perf_counter(), len(self.steps), self.learner.measure.name
-        stream, number = self.tasks.stream("validation", 0), self.schedule.validation_tasks
-        score = self.learner.evaluate(stream, number, _quiet)
+        start, iteration = time.perf_counter(), self.steps
+        score, skipped = self._evaluate("validation", self.schedule.validation_tasks)
         self.validations.append((iteration, score))
         self._validated_at = self.seconds
-        values = {
-            name: score.mean,
-            "half_width": score.half_width,
-            "seconds": time.perf_counter() - start,
-            "training_seconds": self.seconds,
-        }
+        values = {"seconds": time.perf_counter() - start, **self._scored(score), **skipped}
         self._record({f"validation/{k}": v for k, v in values.items()}, iteration)
         return score
 
     def _tested(self) -> Interval:
         """The test score at this iteration, recorded."""
-        iteration, name = len(self.steps), self.learner.measure.name
+        iteration = self.steps
         if iteration not in self.tests:
-            stream, number = self.tasks.stream("test", 0), self.schedule.test_tasks
+            skipped: dict[str, int] = {}
             try:
-                score = self.learner.evaluate(
-                    stream, number, _bar if self.learner.ranks.first else _quiet
-                )
+                score, skipped = self._evaluate("test", self.schedule.test_tasks)
             except Diverged as reason:
                 self._note_divergence(str(reason))
                 score = Interval(math.nan, math.nan)
             self.tests[iteration] = score
-            values = {name: score.mean, "half_width": score.half_width,
-                      "training_seconds": self.seconds}
+            values = {**self._scored(score), **skipped}
             self._record({f"test/{k}": v for k, v in values.items()}, iteration)
         return self.tests[iteration]
+
+    def _evaluate(self, mode: str, number: int) -> tuple[Interval, dict[str, int]]:
+        """The score on tasks of ``mode``, and how many were skipped where any may be."""
+        stream, learner = self._checked(mode, 0), self.learner
+        progress = _bar if mode == "test" and learner.ranks.first else _quiet
+        with self._all_or_nothing():
+            score = learner.evaluate(stream, number, progress)
+        skipped = {"skipped_tasks": stream.skipped + learner.skipped}
+        return score, skipped if learner.skip else {}
+
+    def _scored(self, score: Interval) -> dict[str, float]:
+        name = self.learner.measure.name
+        return {name: score.mean, "half_width": score.half_width, "training_seconds": self.seconds}
 
     def _note_divergence(self, reason: str) -> None:
         """A run that diverges has a result too: that of the last finite theta."""
         if self.diverged is None:
-            self.diverged = f"at outer iteration {len(self.steps) + 1}: {reason}"
-            if self.learner.ranks.first:
-                tqdm.write(f"diverged {self.diverged}")
+            self.diverged = f"at outer iteration {self.steps + 1}: {reason}"
+            self._say(f"diverged {self.diverged}")
 
     def _record(self, values: dict[str, Any], iteration: int) -> None:
-        self._records.append((values, iteration))
+        self.history.add(values, iteration)
         record(self.run, values, iteration)
 
     def _save_if_due(self) -> None:
-        due = time.monotonic() - self._saved_at >= self.schedule.checkpoint_seconds
-        if due and self.learner.ranks.first:
+        if time.monotonic() - self._saved_at >= self.schedule.checkpoint_seconds:
+            self._save()
+
+    def _save(self) -> None:
+        if self.learner.ranks.first:
             checkpoint.save(self.folder, self.state_dict())
-            self._saved_at = time.monotonic()
+        self._saved_at = time.monotonic()
 
     def state_dict(self) -> dict[str, Any]:
         """All that the rest of the run depends on, and all that was recorded."""
-        state = {name: getattr(self, name) for name in _STATE}
         journal = getattr(self.run, "journal", None)
-        state["token"] = None if journal is None else journal.token
-        return {**state, "learner": self.learner.state_dict(), "stream": self._stream.state}
+        return {
+            **{name: getattr(self, name) for name in _STATE},
+            "validations": [(at, *score) for at, score in self.validations],
+            "tests": [(at, *score) for at, score in self.tests.items()],
+            "result": None if self.result is None else tuple(self.result),
+            "history": self.history.state_dict(),
+            "learner": self.learner.state_dict(),
+            "stream": self._stream.state,
+            "token": None if journal is None else journal.token,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint; what was recorded before it is recorded again, for this run."""
         for name in _STATE:
             setattr(self, name, state[name])
+        self.validations = [(at, Interval(*score)) for at, *score in state["validations"]]
+        self.tests = {at: Interval(*score) for at, *score in state["tests"]}
+        self.result = None if state["result"] is None else Interval(*state["result"])
+        self.history.load_state_dict(state["history"])
         self.learner.load_state_dict(state["learner"])
         self._stream.state = state["stream"]
-        for values, iteration in self._records:
-            record(self.run, values, iteration)
+        for name, iteration, value in self.history.points():
+            self.run.log_scalar(name, value, iteration)
 
 
 def _quiet(items: Iterable[int]) -> Iterable[int]:

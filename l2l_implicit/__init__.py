@@ -4,6 +4,7 @@ from l2l_implicit import _compat  # noqa: F401, I001  (first: it makes learn2lea
 from l2l_implicit import tasks  # noqa: F401  (offers our task sets to learn2learn's list)
 from l2l_implicit.chunked import Chunked
 from l2l_implicit.diagnostics import Diagnostics, UnsolvedWarning
+from l2l_implicit.gbml import ImplicitGBML
 from l2l_implicit.imaml import ImplicitMAML
 from l2l_implicit.learner import ImplicitCGHead
 from l2l_implicit.linear_solve import LinearSolution, conjugate_gradient
@@ -15,6 +16,7 @@ __all__ = [
     "Chunked",
     "Diagnostics",
     "ImplicitCGHead",
+    "ImplicitGBML",
     "ImplicitMAML",
     "LinearSolution",
     "Linearization",

@@ -1,9 +1,12 @@
-"""Marks in autograd's graph where theta enters an inner loss: the tensors given to ``forward``."""
+"""Marks in autograd's graph: where theta enters an inner loss, and where an inner step has ended.
+
+Theta enters by the tensors given to ``forward``.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -66,3 +69,22 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
 def is_boundary(node: Any) -> bool:
     """Whether a node of the graph is a `Boundary` that no gradient of phi has passed."""
     return isinstance(node, Boundary._backward_cls) and not node.inner  # type: ignore[attr-defined]
+
+
+def end_of_gradients(leaves: Iterable[Tensor]) -> None:
+    """Make it an error that ``backward()`` leaves a gradient in ``leaves``, of a past inner step.
+
+    The gradient belongs to theta, and there is no way on from here.
+    """
+    for leaf in leaves:
+        leaf.register_post_accumulate_grad_hook(_refuse)
+
+
+def _refuse(leaf: Tensor) -> None:
+    lost, leaf.grad = leaf.grad, None
+    if lost is not None and bool(lost.any()):
+        raise RuntimeError(
+            "expected a loss of the learner's current parameters, got one that depends on those of "
+            "an inner step: features or outputs that a closure kept from one of its calls; compute "
+            "them before adapt(), anew in each call, or after adapt()"
+        )

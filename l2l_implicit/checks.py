@@ -222,3 +222,13 @@ def used(gradients: Sequence[Tensor | None], allow_unused: bool) -> None:
             f"loss: expected one that depends on all {len(gradients)} parameters, got one that "
             f"{absent} of them do not enter; pass allow_unused=True"
         )
+
+
+def finite_products(products: Iterable[Tensor | None]) -> None:
+    """Whether the mixed products are: they may overflow where the system's solution does not."""
+    for product in products:
+        if product is not None and not math.isfinite(float(product.detach().sum())):
+            raise FloatingPointError(
+                "hypergradient: expected finite products, got nan or infinity in the mixed "
+                "derivative; scale the features down, or raise l2"
+            )

@@ -10,7 +10,27 @@ from l2l_implicit.linear_solve import LinearSolution
 
 
 class UnsolvedWarning(UserWarning):
-    """The inner problem or the linear system was not solved well enough to trust eq. (8)."""
+    """The inner problem or the linear system was not solved well enough to trust eq. (8).
+
+    Given once by each learner; `Diagnostics` counts every case.
+
+    Example:
+        >>> import warnings
+        >>> import torch
+        >>> from torch import nn
+        >>> from l2l_implicit import ImplicitCGHead, UnsolvedWarning
+        >>> head = ImplicitCGHead(nn.Linear(10, 5), lr=0.01, step="gradient")
+        >>> h, y = torch.randn(25, 10, requires_grad=True), torch.arange(25) % 5
+        >>> learner, loss = head.clone(), nn.CrossEntropyLoss()
+        >>> learner.adapt(lambda: loss(learner(h), y), steps=1)
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("error", UnsolvedWarning)  # stop there instead
+        ...     try:
+        ...         loss(learner(h), y).backward()
+        ...     except UnsolvedWarning as warning:
+        ...         print(str(warning)[:31])
+        the inner problem is not solved
+    """
 
 
 @dataclass
@@ -28,6 +48,21 @@ class Diagnostics:
         hypergradients: how many were computed.
         unsolved_inner: how many of them at a point where the inner problem was not solved.
         unsolved_linear: how many with a linear system that was not solved.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from l2l_implicit import ImplicitCGHead
+        >>> head, loss = ImplicitCGHead(nn.Linear(10, 5), lr=0.1), nn.CrossEntropyLoss()
+        >>> h, y = torch.randn(25, 10, requires_grad=True), torch.arange(25) % 5
+        >>> for _ in range(3):
+        ...     learner = head.clone()
+        ...     learner.adapt(lambda: loss(learner(h), y), steps=20)
+        ...     loss(learner(h), y).backward()
+        >>> head.diagnostics.hypergradients, head.diagnostics.unsolved_inner
+        (3, 0)
+        >>> head.diagnostics.inner_residual < 1e-4
+        True
     """
 
     inner_steps: int = 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -47,16 +49,20 @@ def direct_solve(matvec: Matvec, b: Tensor) -> LinearSolution:
             f"solver='direct': expected at most {LARGEST} unknowns (parameters, or samples times "
             f"classes of a linear head in closed form), got {n}; use solver='cg'"
         )
-    if not bool(torch.isfinite(b).all()):
+    scale = float(b.abs().max()) if n else 0.0
+    if not math.isfinite(scale):
         return no_solution(b, 0, NON_FINITE)
-    if not bool(b.any()):
+    if scale == 0.0:
         return no_solution(b, 0, ZERO)
     a = _matrix(matvec, b)
     if not bool(torch.isfinite(a).all()):
         return no_solution(b, n, NON_FINITE)
-    v, reason = _factor_and_solve(a, b)
-    residual, b_norm = float((b - a @ v).norm()), float(b.norm())
-    return LinearSolution(v, n, residual, residual / b_norm, reason)
+    unit = b / scale  # no square of it overflows or underflows
+    v, reason = _factor_and_solve(a, unit)
+    residual, b_norm, v = float((unit - a @ v).norm()), float(unit.norm()), scale * v
+    if not bool(torch.isfinite(v).all()) or not math.isfinite(residual):
+        return no_solution(b, n, NON_FINITE)
+    return LinearSolution(v, n, scale * residual, residual / b_norm, reason)
 
 
 def _matrix(matvec: Matvec, like: Tensor) -> Tensor:

@@ -33,7 +33,22 @@ TIMEOUT = 50.0  # seconds: a rank that answers no more ends the job within a min
 
 
 class RankLost(RuntimeError):
-    """Another process of the job has ended, or does not answer."""
+    """Another process of the job has ended, or does not answer.
+
+    Example:
+        Let the job end: torchrun stops the other ranks and names the one that failed. Where
+        something is to be put in order first:
+
+        >>> from l2l_implicit.distributed import RankLost, connect
+        >>> with connect() as ranks:
+        ...     try:
+        ...         found = ranks.gather(ranks.rank)
+        ...     except RankLost as error:
+        ...         print(f"stopping: {error}")
+        ...         raise
+        >>> found
+        [0]
+    """
 
 
 class Ranks:
@@ -165,6 +180,7 @@ class Ranks:
 
 
 ALONE = Ranks(0, 1)
+"""One process: its share is everything, and nothing is sent."""
 
 
 @contextmanager
@@ -179,6 +195,12 @@ def connect(timeout: float = TIMEOUT) -> Iterator[Ranks]:
 
     Raises:
         RankLost: not all ranks of the job have come in time.
+
+    Example:
+        >>> from l2l_implicit.distributed import connect
+        >>> with connect() as ranks:  # not started by torchrun
+        ...     print(ranks.size, ranks.collect(ranks.share(["a", "b"])))
+        1 ['a', 'b']
     """
     checks.positive("timeout", timeout)
     if dist.is_available() and dist.is_initialized():
@@ -213,6 +235,12 @@ def own_device() -> torch.device:
 
     Raises:
         ValueError: there are more processes than GPUs.
+
+    Example:
+        >>> import torch
+        >>> from l2l_implicit.distributed import own_device
+        >>> own_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+        True
     """
     gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

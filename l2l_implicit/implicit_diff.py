@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
 
+from l2l_implicit import checks
 from l2l_implicit.linearization import Linearization, Products
 from l2l_implicit.mixed_precision import without_autocast
 from l2l_implicit.vectors import flatten, unflatten
@@ -83,6 +84,7 @@ class ImplicitSolution(Function):
         vector = flatten(b)
         with without_autocast(vector.device.type):
             products = ctx.cell().hypergradient(vector)
+        checks.finite_products(products)
         products += [None] * (len(ctx.shapes) - len(products))
         zero = vector.new_zeros(())
         pairs = zip(products, ctx.shapes, strict=True)

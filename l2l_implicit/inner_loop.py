@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from l2l_implicit.boundary import end_of_gradients
 from l2l_implicit.linear_head import LinearHeadLinearization
 from l2l_implicit.linearization import Linearization
 from l2l_implicit.span import HeadInSpan, SpanLinearization
@@ -39,11 +40,17 @@ class ClosureObjective:
     ) -> None:
         self.phi = phi
         self._closure, self._put, self._linearize = closure, put, linearize
+        self._leaves: list[Tensor] = []
 
     def linearize(self, vector: Tensor, differentiable: bool) -> Linearization:
         """The linearization at ``vector``, shape ``[n]``; without products unless wanted."""
-        self.phi = self._put(vector, self.phi)
+        self.leave()
+        self.phi = self._leaves = self._put(vector, self.phi)
         return self._linearize(self._closure(), self.phi, differentiable)
+
+    def leave(self) -> None:
+        """The present phi is about to be replaced: no gradient is to end in it from now on."""
+        end_of_gradients(self._leaves)
 
     def evaluate(self, vector: Tensor) -> tuple[float, Tensor]:
         """The objective and its gradient at ``vector``, shapes ``[n]``."""
@@ -84,6 +91,7 @@ def descend(
             raise
         if end is not None:
             forget()
+            objective.leave()
             return point, end
         back()  # the closure draws anew each time: it has to be asked at each step
     for k in range(1, steps + 1):
@@ -100,6 +108,8 @@ def descend(
             at = objective.linearize(vector, hvp or last)
         if last:
             break
+    if keep:
+        objective.leave()
     return vector, at
 
 

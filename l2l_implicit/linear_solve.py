@@ -29,6 +29,15 @@ class LinearSolution:
         residual_norm: Euclidean norm of ``b - A solution``, as the recursion carries it.
         relative_residual: ``residual_norm / norm(b)``; 0 for ``b = 0``, ``inf`` where unknown.
         reason: why the solver stopped, one of this module's constants.
+
+    Example:
+        >>> import torch
+        >>> from l2l_implicit import conjugate_gradient
+        >>> answer = conjugate_gradient(torch.diag(torch.tensor([1.0, -1.0])).mv, torch.ones(2))
+        >>> answer.reason
+        'matrix is singular or indefinite along the search direction'
+        >>> answer.solution, answer.relative_residual
+        (tensor([0., 0.]), 1.0)
     """
 
     solution: Tensor

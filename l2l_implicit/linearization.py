@@ -38,6 +38,20 @@ class Linearization(ABC):
         differentiable: whether there are products; without them there are value and gradient.
         closed_form: whether it took no autograd, so that another one costs next to nothing.
         elsewhere: g and its gradient at other points ``[n]``, where a closure can compute them.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from l2l_implicit import ImplicitCGHead, Linearization
+        >>> class Damped(ImplicitCGHead):
+        ...     def inner_step(self, at: Linearization) -> torch.Tensor:
+        ...         curvature = at.gradient.dot(at.hvp(at.gradient)) / at.gradient_norm**2
+        ...         return at.point - at.gradient / (2 * curvature)
+        >>> learner, loss = Damped(nn.Linear(10, 5), lr=0.1).clone(), nn.CrossEntropyLoss()
+        >>> h, y = torch.randn(25, 10), torch.arange(25) % 5
+        >>> learner.adapt(lambda: loss(learner(h), y), steps=20)
+        >>> learner.module.weight.shape
+        torch.Size([5, 10])
     """
 
     differentiable = True

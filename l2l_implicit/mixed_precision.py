@@ -82,15 +82,18 @@ def overflow_skips(scaler: Any, parameters: Iterable[Tensor]) -> Iterator[None]:
         scaler: a ``torch.amp.GradScaler``.
         parameters: theta, what the scaler's optimiser moves.
 
-    Example::
-
-        scaler = torch.amp.GradScaler("cuda")
-        with overflow_skips(scaler, theta):
-            with torch.autocast("cuda", dtype=torch.float16):
-                loss = task()
-            scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
+    Example:
+        >>> import torch
+        >>> from l2l_implicit.mixed_precision import overflow_skips
+        >>> theta = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = torch.optim.SGD([theta], lr=0.1)
+        >>> scaler = torch.amp.GradScaler("cpu", init_scale=4.0)  # "cuda" on a GPU
+        >>> with overflow_skips(scaler, [theta]):
+        ...     raise FloatingPointError("as a learner does")
+        >>> _ = scaler.step(optimizer)
+        >>> scaler.update()
+        >>> theta.tolist(), scaler.get_scale()
+        ([1.0, 1.0], 2.0)
     """
     try:
         yield

@@ -99,4 +99,6 @@ def _sum(
         reason = DIVERGED if norm > first_norm else MAX_STEPS
     if best_norm <= tol * b_norm:
         reason = CONVERGED
+    if not bool(torch.isfinite(best).all()):
+        return no_solution(best, steps, NON_FINITE)
     return LinearSolution(best, steps, best_norm, best_norm / b_norm, reason)

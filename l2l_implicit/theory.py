@@ -52,6 +52,11 @@ class ProblemConstants:
 
     References:
         Yang et al. (2025), Assumptions 1 to 3.
+
+    Example:
+        >>> from l2l_implicit.theory import ProblemConstants
+        >>> ProblemConstants(mu=0.5, l_g=10.0, l_f=1.0, l_f0=1.0).kappa
+        20.0
     """
 
     mu: float
@@ -94,6 +99,12 @@ def inner_lr(constants: ProblemConstants, every_task: bool = True) -> float:
 
     References:
         Yang et al. (2025), eqs. (23) to (27).
+
+    Example:
+        >>> from l2l_implicit.theory import ProblemConstants, inner_lr
+        >>> constants = ProblemConstants(mu=1.0, l_g=10.0, l_f=1.0, l_f0=1.0)
+        >>> inner_lr(constants), round(inner_lr(constants, every_task=False), 5)
+        (0.1, 0.00333)
     """
     if every_task:
         return 1.0 / constants.l_g
@@ -163,6 +174,13 @@ def cg_contraction(kappa: float, steps: int, unknowns: int | None = None) -> flo
 
     References:
         Shewchuk (1994), eq. (52); Yang et al. (2025), Lemma 2 and eq. (81).
+
+    Example:
+        >>> from l2l_implicit.theory import cg_contraction
+        >>> [round(cg_contraction(10.0, steps), 4) for steps in (1, 5, 10)]
+        [10.0, 0.0573, 0.0001]
+        >>> cg_contraction(10.0, 5, unknowns=5)
+        0.0
     """
     if unknowns is not None and steps >= unknowns:
         return 0.0
@@ -182,6 +200,11 @@ def hypergradient_lipschitz(constants: ProblemConstants) -> float:
 
     References:
         Ghadimi and Wang (2018), Lemma 2.2; Yang et al. (2025), Lemma 1.
+
+    Example:
+        >>> from l2l_implicit.theory import ProblemConstants, hypergradient_lipschitz
+        >>> hypergradient_lipschitz(ProblemConstants(mu=1.0, l_g=10.0, l_f=1.0, l_f0=1.0))
+        121.0
     """
     c = constants
     inner = c.l_g1 / c.mu + c.l_g * c.l_g2 / c.mu**2

@@ -78,14 +78,15 @@ def finite_difference(
 
     def value(shift: float) -> float:
         moved = [t.detach() + shift * d for t, d in zip(theta, direction, strict=True)]
-        return float(outer(_polish(inner, phi, moved), *moved))
+        return float(outer(polish(inner, phi, moved), *moved))
 
     near, far = value(size) - value(-size), value(2 * size) - value(-2 * size)
     return (8 * near - far) / (12 * size)
 
 
-def _polish(inner: Objective, phi: Tensor, theta: Sequence[Tensor]) -> Tensor:
-    """The minimum next to ``phi``."""
+def polish(inner: Objective, phi: Tensor, theta: Sequence[Tensor]) -> Tensor:
+    """The minimum next to ``phi``, by dense Newton."""
+    theta = [t.detach() for t in theta]
     for _ in range(6):
         phi = phi - torch.linalg.solve(hessian(inner)(phi, *theta), grad(inner)(phi, *theta))
     return phi

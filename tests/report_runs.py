@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import math
 import random
 from collections.abc import Mapping
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from bson import ObjectId
+from gridfs import GridFS
 
 from experiments.sweeps.cells import Cell
 from experiments.sweeps.plan import Plan
+from experiments.tracking.uploader import index_metrics
 
 START = datetime(2026, 1, 1)
 COMMIT = "a" * 40
@@ -29,6 +32,7 @@ class Recorder:
 
     def __init__(self, documents: Any) -> None:
         self.documents = documents
+        index_metrics(documents)  # as every run does
         self._files: dict[tuple[str, str], Any] = {}
         self._number = 0
 
@@ -43,20 +47,23 @@ class Recorder:
         self._number += 1
         start = START + timedelta(minutes=self._number)
         stop = None if status == "RUNNING" else start + timedelta(seconds=300)
+        listed = [{"name": name, "id": str(ObjectId())} for name in metrics or ()]
+        info = {**fields.pop("info", {}), **({"metrics": listed} if listed else {})}
         self.documents["runs"].insert_one({
             "_id": self._number, "experiment": self._experiment(fields), "config": nested(config),
-            "status": status, "start_time": start, "stop_time": stop, "result": None, "info": {},
+            "status": status, "start_time": start, "stop_time": stop, "result": None, "info": info,
             "heartbeat": start + timedelta(seconds=290), "host": {"hostname": "here"}, **fields,
         })  # fmt: skip
-        for name, points in (metrics or {}).items():
+        for entry, points in zip(listed, (metrics or {}).values(), strict=True):
             self.documents["metrics"].insert_one({
-                "run_id": self._number, "name": name, "steps": list(points),
-                "values": list(points.values()), "timestamps": [start] * len(points),
+                "_id": ObjectId(entry["id"]), "run_id": self._number, "name": entry["name"],
+                "steps": list(points), "values": list(points.values()),
+                "timestamps": [start] * len(points),
             })  # fmt: skip
         return self._number
 
     def _experiment(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """Takes out of the fields: experiment (its name), sources (md5 by file), commit, dirty."""
+        """Takes from the fields: experiment (name), sources (content by file), commit, dirty."""
         sources = fields.pop("sources", {"experiments/train.py": "1"})
         repository = {"commit": fields.pop("commit", COMMIT), "dirty": fields.pop("dirty", False)}
         return {
@@ -76,8 +83,9 @@ class Recorder:
 
     def _file(self, name: str, md5: str) -> Any:
         if (name, md5) not in self._files:
-            number = self._files[name, md5] = ObjectId()
-            self.documents["fs.files"].insert_one({"_id": number, "filename": name, "md5": md5})
+            content = md5.encode()
+            real = hashlib.md5(content).hexdigest()
+            self._files[name, md5] = GridFS(self.documents).put(content, filename=name, md5=real)
         return self._files[name, md5]
 
 

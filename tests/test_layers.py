@@ -24,7 +24,7 @@ LAYERS = [
     {"objective"},
     {"adaptation"},
     {"learner"},
-    {"imaml"},
+    {"imaml", "gbml"},
     {"distributed", "theory"},
 ]
 ALLOWED_OUTSIDE = {"torch", "learn2learn", "l2l_implicit", *sys.stdlib_module_names}

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mutations
 import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -54,6 +55,17 @@ def pins() -> dict[str, Version]:
     pairs = [re.fullmatch(r"([\w-]+)==(\S+)", line) for line in stated]
     assert None not in pairs, f"expected NAME==VERSION on every line, got {stated}"
     return {pair[1]: Version(pair[2]) for pair in pairs if pair}
+
+
+def oldest() -> dict[str, Version]:
+    """Name and lowest version of every package in requirements-oldest.txt, over all Pythons."""
+    found: dict[str, Version] = {}
+    for line in requirement_lines("requirements-oldest.txt"):
+        required = Requirement(line)
+        (specifier,) = required.specifier
+        version = Version(specifier.version)
+        found[required.name] = min(version, found.get(required.name, version))
+    return found
 
 
 def ranges(*extras: str) -> list[Requirement]:
@@ -105,6 +117,14 @@ def test_the_pins_satisfy_the_ranges(required: Requirement) -> None:
     assert required.specifier.contains(pins()[required.name], prereleases=True)
 
 
+@pytest.mark.parametrize("required", ranges("experiments", "baselines", "lightning"), ids=str)
+def test_the_oldest_that_is_tested_is_the_oldest_that_is_accepted(required: Requirement) -> None:
+    pin = oldest()[required.name]
+    for bound in [Version(s.version) for s in required.specifier if s.operator == ">="]:
+        assert pin.release[: len(bound.release)] == bound.release
+    assert required.specifier.contains(pin, prereleases=True)
+
+
 def test_torch_and_torchvision_are_pinned_as_a_pair() -> None:
     torch, torchvision = pins()["torch"], pins()["torchvision"]
     assert torchvision.minor == torch.minor + 15  # torch 2.0 came with 0.15, and so on since
@@ -117,9 +137,19 @@ def test_learn2learn_is_compiled_from_its_pyx_files() -> None:
 
 
 def test_the_version_is_stated_once() -> None:
+    """In l2l_implicit/__init__.py; setup.py reads it there, and nobody else repeats it."""
     text = (ROOT / "l2l_implicit" / "__init__.py").read_text(encoding="utf-8")
-    assert len(re.findall(r'^__version__ = "\d+\.\d+\.\d+"$', text, re.MULTILINE)) == 1
+    (version,) = re.findall(r'^__version__ = "(\d+\.\d+\.\d+)"$', text, re.MULTILINE)
     assert "version=read_version()" in (ROOT / "setup.py").read_text(encoding="utf-8")
+    others = [*ROOT.glob("*.toml"), *ROOT.glob("*.cfg"), *ROOT.glob("*.yml"), ROOT / "setup.py"]
+    others += [path for path in sources("l2l_implicit") if path.name != "__init__.py"]
+    statement = re.compile(rf"version\W{{1,5}}{re.escape(version)}\b", re.IGNORECASE)
+    assert not [path for path in others if statement.search(path.read_text(encoding="utf-8"))]
+
+
+def test_every_mutation_still_applies() -> None:
+    """What `python tests/mutations.py` changes is there, once, and Python afterwards."""
+    assert all(mutations.line_of(mutation) for mutation in mutations.MUTATIONS)
 
 
 @pytest.mark.parametrize("pattern", ["py.typed", "tasks/*.npz", "tasks/*.md"])

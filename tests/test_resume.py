@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -42,7 +43,7 @@ def finish(folder: Path, *arguments: str) -> None:
 
 
 def kill_once_there_is(process: subprocess.Popen[str], output: Path, after: float) -> None:
-    """SIGKILL, ``after`` seconds from the first checkpoint in ``output`` on."""
+    """SIGKILL, so many seconds from the first checkpoint in ``output`` on."""
     while not list(output.glob("*/checkpoint.pt")) and process.poll() is None:
         time.sleep(0.02)
     time.sleep(after)
@@ -91,26 +92,6 @@ def test_a_killed_run_ends_as_an_undisturbed_one(folder: Path) -> None:
     assert not list((folder / "runs").glob("*/checkpoint.pt"))
 
 
-@pytest.mark.slow
-def test_killed_at_twenty_random_moments(folder: Path) -> None:
-    """In a step, a checkpoint, a validation, a database write: wherever it falls."""
-    settings = (*SETTINGS, "iterations=60", "checkpoint_seconds=0.05", "validate_every=3")
-    finish(folder, *settings)
-    draw = random.Random(0)
-    process = start(folder, *settings)
-    for _ in range(20):
-        kill_once_there_is(process, folder / "runs", after=draw.uniform(0.0, 9.0))
-        if not list((folder / "runs").glob("*/checkpoint.pt")):  # it had ended before
-            process = start(folder, *settings)
-        else:
-            process = start(folder, "resume=latest")
-    while process.wait() != 0:
-        process = start(folder, "resume=latest")
-    last = max(int(path.parent.name) for path in (folder / "runs").glob("*/parameters.pt"))
-    assert last > 1
-    assert_same_end(folder, 1, last)
-
-
 def test_settings_go_through_the_command_line(tmp_path: Path) -> None:
     run = tmp_path / "7"
     checkpoint.write_config(run, {"seed": 3})
@@ -152,3 +133,23 @@ def test_a_save_that_is_cut_short_leaves_the_old_one(
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(tmp_path, {"value": 2})
     assert checkpoint.load(tmp_path)["value"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.STATE]
+
+
+def test_global_generators_go_on_where_they_were(tmp_path: Path) -> None:
+    """They are stored as plain data: a checkpoint loads with ``weights_only=True``."""
+
+    def drawn() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    drawn()
+    checkpoint.save(tmp_path, {})
+    expected = drawn()
+    checkpoint.load(tmp_path)
+    assert drawn() == expected
+
+
+def test_no_two_runs_share_a_folder(tmp_path: Path) -> None:
+    """Another database numbers its runs from 1 too, and its checkpoint must not be lost."""
+    names = [checkpoint.new_folder(tmp_path / "runs", "1").name for _ in range(3)]
+    assert names == ["1", "1-2", "1-3"]

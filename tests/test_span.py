@@ -28,8 +28,9 @@ SETTINGS = {
     "lbfgs": {"step": "lbfgs", "lr": 0.3, **SOLVED},
 }
 # Newton's direction is exact in the closed form and CG's, with its own tolerance, on the general
-# path: they meet at the minimum only.
-CASES = [*product(("gradient", "auto", "lbfgs"), (1, 2, 30)), ("newton", 30)]
+# path; torch's L-BFGS scales its first step by a 1-norm, which a rotation changes: these two meet
+# at the minimum only.
+CASES = [*product(("gradient", "auto"), (1, 2, 30)), ("lbfgs", 60), ("newton", 30)]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -49,8 +50,9 @@ def learn(
     cls = ImplicitMAML if anchor == "init" else ImplicitCGHead
     head = cls(nn.Linear(width, CLASSES, bias=bias), l2=0.2, **settings)  # type: ignore[arg-type]
     learner, h = head.clone(), features * 1.0
-    learner.adapt(lambda: loss(learner(h[:SAMPLES]), LABELS), steps=steps)
-    F.cross_entropy(learner(h[SAMPLES:]), LABELS).backward()
+    support, query = h[:SAMPLES], h[SAMPLES:]  # one tensor for all calls, else no closed form
+    learner.adapt(lambda: loss(learner(support), LABELS), steps=steps)
+    F.cross_entropy(learner(query), LABELS).backward()
     phi = torch.cat([p.detach().reshape(-1) for p in learner.parameters()])
     assert features.grad is not None and head.module.weight.grad is not None
     return phi, features.grad, head.module.weight.grad
@@ -69,8 +71,10 @@ def test_the_steps_are_those_of_the_general_path(
 
     found = learn(LOSSES[loss], width, steps, bias, anchor, SETTINGS[name])
     expected = learn(unrecognized, width, steps, bias, anchor, SETTINGS[name])
+    # 'auto' estimates the curvature to 1 %, from a start that is another one in other coordinates.
+    tol = 0.01 if name == "auto" else 1e-8
     for value, other in zip(found, expected, strict=True):
-        assert float((value - other).norm()) <= 1e-8 * float(other.norm()) + 1e-12
+        assert float((value - other).norm()) <= tol * float(other.norm()) + 1e-12
 
 
 def linearized(width: int, anchor: str) -> LinearHeadLinearization:

@@ -103,6 +103,32 @@ def test_killed_processes_cost_an_attempt_and_nothing_else(place: Place, databas
     assert statuses == ["FAILED", "FAILED", "COMPLETED"]
 
 
+def test_a_sweep_killed_twice_loses_nothing_and_runs_nothing_twice(
+    place: Place, database: Any
+) -> None:
+    arguments = ("methods=plain", "seeds=4", "pause=0.5", "--workers", "1")
+    for number in (1, 2):
+        sweep = place.start(*arguments)
+        wait_for(lambda number=number: len(complete(database)) >= number, 60.0)
+        wait_for(lambda: place.started().total() > len(complete(database)), 60.0)
+        sweep.kill()
+        finish(sweep)
+        wait_for(lambda: not Path(f"/proc/{place.training()}").exists())
+        done = complete(database)
+        assert number <= len(done) < 4, "killed while cells were open"
+        assert {place.started()[cell] for cell in done} <= {1, 2}
+
+    before = place.started()
+    done = complete(database)
+    code, output = place.run(*arguments)
+    assert code == 0 and "4 done" in output, output
+    assert sorted(complete(database)) == sorted(set(complete(database)))
+    assert len(complete(database)) == 4 and set(done) < set(complete(database))
+    assert {cell: place.started()[cell] for cell in done} == {cell: before[cell] for cell in done}
+    assert database["runs"].count_documents({}) == place.started().total(), "every start is there"
+    assert database["runs"].count_documents({"status": "RUNNING"}) == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_sweep_gives_its_cells_back(
     place: Place, database: Any, number: signal.Signals

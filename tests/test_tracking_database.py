@@ -10,6 +10,8 @@ from typing import Any
 
 import pymongo
 import pytest
+from fake_mongod import FakeMongod, refusal
+from toy_experiment import ex as toy
 from toy_process import Server, environment, journals, run, start, wait_for
 from toy_process import finish as wait
 
@@ -111,6 +113,54 @@ def test_a_wrong_url_is_one_line_at_once(tmp_path: Path, url: str, message: str)
     assert not any(secret in output for secret in SECRETS)
 
 
+ON_INSERT = {"ok": 1, "n": 0, "writeErrors": [{"index": 0, "code": 14031,
+             "errmsg": "No space left on device"}]}  # fmt: skip
+QUOTA = "you are over your space quota, using 512 MB of 512 MB"
+NOT_ALLOWED = refusal(13, "Unauthorized", "not authorized on lab to execute command")
+REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
+    "wrong password": (
+        {"saslStart": refusal(18, "AuthenticationFailed", "Authentication failed.")},
+        "refuses the user name or password",
+    ),
+    "may not read": ({"find": NOT_ALLOWED}, "does not let this user read and write"),
+    "may not write": ({"insert": NOT_ALLOWED}, "ask for the role readWrite"),
+    "may not index": ({"createIndexes": NOT_ALLOWED}, "ask for the role readWrite"),
+    "disk full": ({"insert": refusal(14031, "OutOfDiskSpace", "No space left")}, "is full"),
+    "disk full at one document": ({"insert": ON_INSERT}, "is full"),
+    "quota": ({"insert": refusal(8000, "AtlasError", QUOTA)}, "is full"),
+    "atlas password": ({"find": refusal(8000, "AtlasError", "bad auth : authentication failed")},
+                       "refuses the user name or password"),
+    "anything else": ({"insert": refusal(72, "InvalidOptions", "strange")}, "strange"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_server_that_refuses_is_one_line_at_the_start(
+    clean: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    refused, message = REFUSALS[name]
+    clean.setenv("L2L_IMPLICIT_DATA", str(tmp_path / "data"))
+    with FakeMongod(refused) as server:
+        user = f"me:{QUOTED}@" if "saslStart" in refused else ""
+        clean.setenv("L2L_IMPLICIT_MONGO_URL", f"mongodb://{user}{server.address}/lab")
+        with pytest.raises(SystemExit) as stopped:
+            toy.run_commandline(["toy", "with", "quick"])
+        assert set(refused) <= set(server.seen)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "error" in line]
+    assert stopped.value.code == 1 and len(lines) == 1
+    assert lines[0].startswith("error: ") and message in lines[0]
+    assert not any(secret in lines[0] for secret in SECRETS)
+    assert not journals(tmp_path / "data")
+
+
+def test_a_server_that_wants_tls_is_one_line_at_the_start(tmp_path: Path) -> None:
+    with FakeMongod(hangs_up=True) as server:
+        env = environment(tmp_path, L2L_IMPLICIT_MONGO_URL=f"mongodb://{server.address}/lab")
+        code, output = run(env, "with", "quick")
+    assert (code, output.count("\n")) == (1, 1)
+    assert "if it asks for TLS, the URL needs tls=true" in output
+
+
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server that asks for the password."""
@@ -202,3 +252,7 @@ def test_redaction(text: str, hidden: str) -> None:
 def test_both_forms_of_a_password_are_secret() -> None:
     assert secrets_of(f"mongodb://me:{QUOTED}@h/d") == set(SECRETS)
     assert secrets_of("mongodb://h/d") == set()
+    key = "mongodb://h/?tls=true&tlsCertificateKeyFilePassword=of%20key"
+    assert secrets_of(key) == {"of%20key", "of key"}
+    token = "mongodb+srv://h/?authMechanismProperties=AWS_SESSION_TOKEN:abc"
+    assert "abc" in secrets_of(token)

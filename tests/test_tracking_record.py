@@ -17,7 +17,7 @@ from toy_process import environment, points, run, write_journal
 
 from experiments.tracking import TrackedExperiment, TrackingError, open_database, uploader
 from experiments.tracking.journal import Journal, JournalReader
-from experiments.tracking.output import CUT, HEAD, TAIL, keep_output
+from experiments.tracking.output import CUT, HEAD, TAIL, Tape, keep_output
 from experiments.tracking.uploader import Uploader, upload_journal
 from experiments.tracking.values import as_number, as_step, storable
 
@@ -157,6 +157,18 @@ def test_output_is_drawn_and_cut() -> None:
         text = keep_output(text + str(chunk % 10) * 100_000)
     assert len(text) == HEAD + len(CUT) + TAIL and text.count("output cut here") == 1
     assert text.startswith("0") and text.endswith("9" * 100_000)
+
+
+def test_what_is_printed_is_read_once_and_not_kept() -> None:
+    tape, read = Tape(), []
+    writers = [threading.Thread(target=lambda: [tape.write("x") for _ in range(5000)])
+               for _ in range(4)]  # fmt: skip
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        read.append(tape.read())
+    read.append(tape.read())
+    assert sum(map(len, read)) == 20_000 and tape.read() == ""
 
 
 def test_a_run_with_awkward_information_completes(data: Path, database: Any) -> None:

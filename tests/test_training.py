@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from experiments.ingredients.tasks import Episode
 from experiments.meta_learning import MEASURES, Diverged, Interval, OuterStep
 from experiments.training import Schedule, Training
 from l2l_implicit.distributed import ALONE
@@ -37,10 +38,13 @@ class Learner:
     device = torch.device("cpu")
     ranks = ALONE
 
+    skip, skipped = False, 0
+
     def __init__(self, diverges_at: int | None = None, fails_test: bool = False) -> None:
         self.done, self._diverges_at, self._fails_test = 0, diverges_at, fails_test
         network = SimpleNamespace(network=lambda: nn.Module())
         self.algorithms = SimpleNamespace(training=network)
+        self.optimizer = torch.optim.SGD([torch.zeros(1)])
 
     def hypergradient(self, batch: list[Any]) -> None:
         pass
@@ -51,33 +55,50 @@ class Learner:
         self.done += 1
         return OuterStep(1.0, 0.5, 0.1, None, None, None, None, None, 3.0, 2.0)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": self.done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.done = state["done"]
+
     def evaluate(
-        self, stream: str, number: int, progress: Callable[[Iterable[int]], Iterable[int]]
+        self, stream: Any, number: int, progress: Callable[[Iterable[int]], Iterable[int]]
     ) -> Interval:
-        if stream == "test" and self._fails_test:
+        if self._fails_test and stream.sample().inputs.numel() == TEST_SIZE:
             raise Diverged("in the test")
         return Interval(self.done / 100, 0.01)
 
 
+TEST_SIZE = 3
+
+
 class Tasks:
     def stream(self, mode: str, seed: int) -> Any:
-        return mode if mode != "train" else SimpleNamespace(sample=lambda: None, state=None)
+        labels = torch.zeros(1, dtype=torch.long)
+        task = Episode(torch.zeros(TEST_SIZE if mode == "test" else 2), labels, labels)
+        return SimpleNamespace(sample=lambda: task, state=None)
+
+    def outputs(self, mode: str) -> int:
+        return 1
 
 
-def train(tmp_path: Path, learner: Learner | None = None, **changes: Any) -> tuple[Training, Run]:
-    schedule = Schedule(
+def schedule(**changes: Any) -> Schedule:
+    return Schedule(
         iterations=10, batch=1, validate_every=4, validate_seconds=None, validation_tasks=3,
         test_tasks=5, test_at=(), budget=None, cpu=True, checkpoint_seconds=1e9,
     )._replace(**changes)  # fmt: skip
-    run = Run()
-    training = Training(run, learner or Learner(), Tasks(), schedule, 0, tmp_path)  # type: ignore[arg-type]
+
+
+def train(tmp_path: Path, learner: Learner | None = None, **changes: Any) -> tuple[Training, Run]:
+    run, given = Run(), schedule(**changes)
+    training = Training(run, learner or Learner(), Tasks(), given, 0, tmp_path)  # type: ignore[arg-type]
     training.loop()
     return training, run
 
 
 def test_without_a_budget_the_result_is_that_of_the_last_iteration(tmp_path: Path) -> None:
     training, run = train(tmp_path)
-    assert len(training.steps) == 10
+    assert training.steps == 10
     assert run.at("validation/accuracy") == [4, 8, 10]
     assert run.at("test/accuracy") == [10] and training.result == Interval(0.1, 0.01)
     assert run.at("train/step_peak_bytes") == [1, 5, 9]
@@ -88,13 +109,13 @@ def test_a_budget_is_counted_by_the_clock_that_was_asked_for(
     tmp_path: Path, cpu: bool, iterations: int
 ) -> None:
     training, run = train(tmp_path, budget=7.0, cpu=cpu)
-    assert len(training.steps) == iterations and run.at("test/accuracy") == [iterations]
+    assert training.steps == iterations and run.at("test/accuracy") == [iterations]
     assert training.seconds == (2.0 if cpu else 3.0) * iterations
 
 
 def test_a_run_goes_on_from_its_budget_to_the_last_test(tmp_path: Path) -> None:
     training, run = train(tmp_path, budget=7.0, test_at=(2, 6))
-    assert len(training.steps) == 6
+    assert training.steps == 6
     assert run.at("test/accuracy") == [2, 4, 6]
     assert training.result == Interval(0.04, 0.01)  # at the budget, not at the end
 
@@ -108,7 +129,7 @@ def test_a_diverged_run_has_a_result_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     training, run = train(tmp_path, Learner(diverges_at=6))
-    assert len(training.steps) == 5 and training.result == Interval(0.05, 0.01)
+    assert training.steps == 5 and training.result == Interval(0.05, 0.01)
     assert training.diverged == "at outer iteration 6: too large a step"
     assert "diverged at outer iteration 6" in capsys.readouterr().out
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -16,11 +15,11 @@ from typing import Any
 import pymongo
 from bson import Binary, ObjectId
 
+from experiments.drills.server import Server as Server
 from experiments.tracking.journal import Journal
 
 NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
 ROOT = Path(__file__).parents[1]
-SERVER = Path(sys.executable).with_name("secantusd-py")
 FAST = {"L2L_IMPLICIT_MONGO_TIMEOUT": "1", "L2L_IMPLICIT_MONGO_PATIENCE": "3"}
 
 
@@ -94,34 +93,6 @@ def write_journal(path: Path, run_id: int, losses: list[float]) -> Path:
     journal.append({"set": {"status": "COMPLETED", "stop_time": NOW}})
     journal.close()
     return path
-
-
-class Server:
-    """A database server of the test's own, to be killed and started again at one address."""
-
-    def __init__(self, folder: Path, port: int, *options: str) -> None:
-        self.address = f"127.0.0.1:{port}"
-        self.folder = folder
-        folder.mkdir(exist_ok=True)
-        (folder / "empty.toml").write_text("")
-        self._command = [SERVER, "--config", "empty.toml", "--host", "127.0.0.1", "--port"]
-        self._command += [str(port), "--storage-path", "data", "--standalone", *options]
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        """Return when it answers."""
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self._process = subprocess.Popen(self._command, cwd=self.folder, **quiet)
-        client: Any = pymongo.MongoClient(self.address, serverSelectionTimeoutMS=20000)
-        client.admin.command("ping")
-        client.close()
-
-    def kill(self) -> None:
-        """SIGKILL."""
-        if self._process is not None:
-            self._process.send_signal(signal.SIGKILL)
-            self._process.wait()
-            self._process = None
 
 
 @contextmanager

@@ -9,4 +9,5 @@ drawn anew for each; times are medians, ratios medians of the ratios within a re
 the peak of live tensors beyond those alive before the step.
 """
 
+from experiments import extra  # noqa: F401, I001  (says what to install)
 import l2l_implicit  # noqa: F401  (first: it makes learn2learn importable)

@@ -3,3 +3,5 @@
     python -m experiments.convergence
     python -m experiments.convergence with quick
 """
+
+from experiments import extra  # noqa: F401  (says what to install)

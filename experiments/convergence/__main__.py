@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from experiments.convergence import figure
+from experiments.convergence.figure import Findings, Floors, show
 from experiments.convergence.parts import (
     Bounds,
     Deterministic,
@@ -26,7 +27,6 @@ from experiments.convergence.parts import (
 )
 from experiments.convergence.problem import make_tasks
 from experiments.convergence.runs import log_spaced
-from experiments.report.intervals import Mean
 from experiments.tracking import TrackedExperiment, UserError, record
 from l2l_implicit import checks
 
@@ -139,13 +139,13 @@ def _text(
         f"K_0 = {bounds.inner_steps}, N_0 = {bounds.cg_steps} at lambda_phi = 1 / l_g = "
         f"{bounds.inner_lr:.4f}; 1 / L_F = {bounds.meta_lr:.4f}",
         "",
-        f"Theorem 2    average against T        slope {_show(all_tasks.slope)} (claimed -1)",
-        f"Corollary 1  evaluations to 1/epsilon  slope {_show(all_tasks.evaluations_slope)} "
+        f"Theorem 2    average against T        slope {show(all_tasks.slope)} (claimed -1)",
+        f"Corollary 1  evaluations to 1/epsilon  slope {show(all_tasks.evaluations_slope)} "
         "(claimed 1), all tasks",
     ]
     for each in batches:
         lines.append(
-            f"Theorem 1    floor against |B|       slope {_show(each.slope)} (claimed -1), "
+            f"Theorem 1    floor against |B|       slope {show(each.slope)} (claimed -1), "
             f"K = {each.inner_steps}; evaluations to 1/epsilon, best |B|: {each.costs_slope:.2f}"
         )
     lines += ["", "floor of the squared hypergradient norm", _row("|B|", batches[0].floors)]
@@ -160,10 +160,6 @@ def _text(
 def _row(name: str, values: Any) -> str:
     cells = (f"{v:9d}" if isinstance(v, int) else f"{v:9.1e}" for v in values)
     return f"{name:12}" + " ".join(cells)
-
-
-def _show(value: Mean) -> str:
-    return f"{value.mean:.3f} ± {value.half_width:.3f}"
 
 
 def _result(
@@ -183,6 +179,22 @@ def _result(
     for name, value in slopes.items():
         result |= {name: value.mean, f"{name}_half_width": value.half_width}
     return result | {f"slope_evaluations_K{e.inner_steps}": e.costs_slope for e in batches}
+
+
+def _findings(
+    bounds: Bounds, all_tasks: Deterministic, batches: Sequence[Stochastic],
+    undercut: Mapping[str, Undercut],
+) -> Findings:  # fmt: skip
+    """What the picture shows."""
+    return Findings(
+        [dict(enumerate(curve, 1)) for curve in all_tasks.averages],
+        [dict(enumerate(norms, 1)) for norms in all_tasks.norms],
+        all_tasks.slope,
+        {each.inner_steps: Floors(each.floors, each.slope) for each in batches},
+        {what: {start: {n: value.mean for n, value in by_steps.items()}
+                for start, by_steps in found.items()} for what, found in undercut.items()},
+        {what: getattr(bounds, what) for what in undercut},
+    )  # fmt: skip
 
 
 def _picture(run: Any, output: str) -> Path:
@@ -211,7 +223,7 @@ def convergence(
             _record_theorem_1(_run, each)
     print(_text(plan.bounds, all_tasks, batches, undercut))
     picture = _picture(_run, output)
-    figure.draw(picture, all_tasks, batches, undercut, plan.bounds)
+    figure.draw(picture, _findings(plan.bounds, all_tasks, batches, undercut))
     _run.add_artifact(picture)
     print(f"\npicture: {picture}")
     return _result(plan.bounds, all_tasks, batches)

@@ -3,3 +3,5 @@
     python -m experiments.memory
     python -m experiments.memory with quick
 """
+
+from experiments import extra  # noqa: F401  (says what to install)

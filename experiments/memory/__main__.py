@@ -14,8 +14,9 @@ import torch
 from tqdm import tqdm
 
 from experiments.memory import figure
-from experiments.memory.measure import Effort, Growth, Tick, floor, growth
+from experiments.memory.measure import Effort, Tick, floor, growth
 from experiments.memory.methods import RAJESWARAN, YANG, Method, Shape
+from experiments.memory.points import Growth
 from experiments.peak_memory import process_peak
 from experiments.tracking import TrackedExperiment, UserError, record
 from l2l_implicit import UnsolvedWarning, checks

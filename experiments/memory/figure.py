@@ -1,4 +1,4 @@
-"""Memory, and compute, against inner steps."""
+"""Memory, and compute, against inner steps; without torch, so that the report can draw it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
-matplotlib.use("Agg")  # no screen needed
-
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter  # noqa: E402
-
-from experiments.memory.measure import Growth  # noqa: E402
+from experiments.memory.points import Growth
 
 MIB = 2.0**20
 MARKERS = "os^D"
@@ -31,26 +28,27 @@ def draw(
         titles: what each was measured on.
         floors: bytes of a supervised step there.
     """
-    figure, axes = plt.subplots(1, 3, figsize=(16, 5.2), layout="constrained")
-    _panel(axes[0], yang, "peak")
+    figure = Figure(figsize=(16, 5.2), layout="constrained")
+    axes = figure.subplots(1, 3)
+    panel(axes[0], yang, "peak", floors[0])
     axes[0].set_title(f"Yang et al., Fig. 2\n{titles[0]}")
-    _panel(axes[1], rajeswaran, "peak")
-    _panel(axes[2], rajeswaran, "seconds")
+    panel(axes[1], rajeswaran, "peak", floors[1])
+    panel(axes[2], rajeswaran, "seconds")
     for cell in axes[1:]:
         cell.set_title(f"Rajeswaran et al., Fig. 2b\n{titles[1]}")
-    for cell, floor in zip(axes[:2], floors, strict=True):
-        cell.axhline(floor / MIB, color="0.6", linewidth=1, label="supervised step")
-    for cell in axes:
-        cell.legend(fontsize="small")
-        cell.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
-def _panel(axes: plt.Axes, found: Mapping[str, Growth], what: str) -> None:
-    """Solid: cached features, or iMAML; dashed: as published. One colour a method.
+def panel(axes: Axes, found: Mapping[str, Growth], what: str, floor: float | None = None) -> None:
+    """One panel; solid: cached features, or iMAML; dashed: as published. One colour a method.
 
     Open markers, smaller from method to method, so that equal curves are all seen.
+
+    Args:
+        axes: empty.
+        found: by method.
+        what: a field of `Point`.
+        floor: bytes of a supervised step.
     """
     looks: dict[str, dict[str, Any]] = {}
     for name, each in found.items():
@@ -70,9 +68,13 @@ def _panel(axes: plt.Axes, found: Mapping[str, Growth], what: str) -> None:
             style, **looks[method],
             label=f"{method}, {variant.replace('_', ' ')}",
         )  # fmt: skip
+    if floor is not None:
+        axes.axhline(floor / MIB, color="0.6", linewidth=1, label="supervised step")
     unit = "peak of live tensors, MiB" if what == "peak" else "seconds an outer step"
     axes.set(xlabel="inner steps K", ylabel=f"{unit}, one task")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(LogLocator(10, (1, 2, 5)))
         axis.set_major_formatter(FormatStrFormatter("%g"))
         axis.set_minor_formatter(NullFormatter())
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3, which="both")

@@ -14,23 +14,10 @@ from experiments.algorithms import Algorithm
 from experiments.benchmark.measure import seconds_of, short_collections, warm_peak
 from experiments.ingredients.tasks import Episode
 from experiments.memory.methods import Method, Shape, build, episode, supervised
+from experiments.memory.points import Growth, Point
 from experiments.peak_memory import peak_memory
 
 Tick = Callable[[int], object]
-
-
-class Point(NamedTuple):
-    """The peak of live tensors in bytes, and seconds (median), of one task's outer step."""
-
-    peak: float
-    seconds: float
-
-
-class Growth(NamedTuple):
-    """What was measured by K, and the K that were left out for want of memory."""
-
-    points: dict[int, Point]
-    left_out: list[int]
 
 
 class Effort(NamedTuple):

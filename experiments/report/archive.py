@@ -20,6 +20,9 @@ FIELDS = (
     "meta.named_configs", "meta.config_updates",
 )  # fmt: skip
 
+BATCH = 100
+"""Runs a question asks for: the embedded server takes longer than in proportion to their number."""
+
 
 class Series(NamedTuple):
     """A metric: values at steps, both in the order in which they were recorded."""
@@ -87,22 +90,34 @@ class Archive:
         return {file["_id"]: file["md5"] for file in files}
 
     def load(self, runs: Iterable[Run], names: Iterable[str]) -> None:
-        """Fetch these metrics of all these runs at once, for `series`: one question, not many."""
+        """Fetch these metrics of all these runs, for `series`: `BATCH` runs a question, not one."""
         names = list(names)
         ids = [run.id for run in runs if any((run.id, n) not in self._loaded for n in names)]
         if not ids:
             return
-        wanted = {"run_id": {"$in": ids}, "name": {"$in": names}}
         fields = {"run_id": 1, "name": 1, "steps": 1, "values": 1}
-        for metric in self._documents["metrics"].find(wanted, fields):
-            series = Series(metric["steps"], metric["values"])
-            self._series[metric["run_id"], metric["name"]] = series
+        for first in range(0, len(ids), BATCH):
+            some = {"$in": ids[first : first + BATCH]}
+            wanted = {"run_id": some, "name": {"$in": names}}
+            for metric in self._documents["metrics"].find(wanted, fields):
+                series = Series(metric["steps"], metric["values"])
+                self._series[metric["run_id"], metric["name"]] = series
         self._loaded |= {(run_id, name) for run_id in ids for name in names}
 
     def series(self, run: Run, name: str) -> Series:
         """A metric of a run, empty if it has none."""
         self.load([run], [name])
         return self._series.get((run.id, name), NO_SERIES)
+
+    def all_series(self, run: Run) -> dict[str, Series]:
+        """Every metric of a run by its name, as first recorded; for runs of which all is shown."""
+        fields = {"name": 1, "steps": 1, "values": 1}
+        found = self._documents["metrics"].find({"run_id": run.id}, fields)
+        series = {m["name"]: Series(m["steps"], m["values"]) for m in found}
+        document = self._documents["runs"].find_one({"_id": run.id}, {"info.metrics": 1}) or {}
+        order = [m.get("name") for m in (document.get("info") or {}).get("metrics") or ()]
+        names = [*(name for name in order if name in series), *sorted(series)]
+        return {name: series[name] for name in dict.fromkeys(names)}
 
     def collection(self, name: str) -> list[dict[str, Any]]:
         """The documents of another, small collection."""

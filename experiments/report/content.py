@@ -122,6 +122,15 @@ def number(value: Any, factor: float = 1.0, digits: int = 1) -> str:
     return f"{factor * value:.{digits}f}"
 
 
+def significant(value: Any, digits: int = 2) -> str:
+    """A number of any size: ``0.70``, ``1.1e-06``, ``4044``, or a dash."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    if 10**digits <= abs(value) < 1e5:
+        return f"{value:.0f}"
+    return f"{value:#.{digits}g}".rstrip(".")
+
+
 def plus_minus(mean: Any, half_width: Any, factor: float = 1.0, digits: int = 1) -> str:
     """``63.2 ± 1.1``; the mean alone where it has no interval."""
     shown, half = number(mean, factor, digits), number(half_width, factor, digits)

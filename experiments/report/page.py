@@ -101,7 +101,8 @@ def _notes(notes: Iterable[str]) -> str:
 
 def _source(source: Source, links: str) -> str:
     listed = run_list(source.runs).replace("-", "\N{NON-BREAKING HYPHEN}")
-    runs = f"runs {escape(listed)}" if source.runs else "no runs"
+    word = "runs" if len(source.runs) > 1 else "run"
+    runs = f"{word} {escape(listed)}" if source.runs else "no runs"
     return f'<p class="source"><code>{escape(source.command)}</code> · {runs} · {links}</p>'
 
 

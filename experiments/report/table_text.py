@@ -13,6 +13,7 @@ LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     "±": r"$\pm$", "≤": r"$\leq$", "–": "--", "†": r"$\dagger$", "<": r"$<$", ">": r"$>$",
+    "|": r"$|$",
 }  # fmt: skip
 
 
@@ -30,7 +31,7 @@ def csv_text(records: Sequence[Record], source: Source) -> str:
 
 def markdown_text(table: Table) -> str:
     """A pipe table; caption above, notes, command and runs below."""
-    lines = [table.caption, "", _pipes(column.header for column in table.columns)]
+    lines = [table.caption, "", _pipes(_escape_pipe(c.header) for c in table.columns)]
     lines.append("|" + "|".join("---" if c.text else "---:" for c in table.columns) + "|")
     lines += [_pipes(cells) for cells in _cells(table, "**{}**", _escape_pipe)]
     notes = [line for note in table.notes for line in ("", note)]

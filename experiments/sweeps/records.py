@@ -121,7 +121,8 @@ class Records:
             ``{"index", "settings", "accuracies", "runs", "time", ...}``.
         """
         complete = [runs.get(cell.identity) for _, cell in candidates]
-        key = {"_id": _digest([cell.identity for _, cell in candidates], complete)}
+        ids = [run.run_id if run else None for run in complete]
+        key = {"_id": choice_id([cell.identity for _, cell in candidates], ids)}
         choices = self._database.documents[CHOICES]
         if (decided := choices.find_one(key)) is not None:
             return decided
@@ -133,7 +134,7 @@ class Records:
             "index": index,
             "settings": [list(item) for item in candidates[index][0].items()],
             "cells": [cell.identity for _, cell in candidates],
-            "runs": [run.run_id if run else None for run in complete],
+            "runs": ids,
             "accuracies": accuracies,
             "time": datetime.now(timezone.utc),
         }
@@ -144,8 +145,9 @@ class Records:
         return choice
 
 
-def _digest(identities: list[str], runs: list[CompleteRun | None]) -> str:
-    text = repr([identities, [run.run_id if run else None for run in runs]])
+def choice_id(identities: list[str], run_ids: list[Any]) -> str:
+    """What a choice is found by: the grid's cells and the runs it was made from."""
+    text = repr([identities, run_ids])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

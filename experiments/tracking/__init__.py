@@ -8,16 +8,14 @@ Example:
     ...     record(_run, {"train/loss": 0.5, "train/accuracy": 0.8}, step=0)
 """
 
-import warnings
-
-warnings.filterwarnings("ignore", message="pkg_resources is deprecated")  # Sacred imports it
-
-from experiments.tracking.database import open_database  # noqa: E402
-from experiments.tracking.errors import TrackingError, UserError  # noqa: E402
-from experiments.tracking.experiment import TrackedExperiment, record  # noqa: E402
-from experiments.tracking.ingredient import TrackedIngredient  # noqa: E402
+from experiments import extra  # noqa: F401, I001  (first: it says what to install)
+from experiments.tracking.database import open_database
+from experiments.tracking.errors import Terminated, TrackingError, UserError
+from experiments.tracking.experiment import TrackedExperiment, record
+from experiments.tracking.ingredient import TrackedIngredient
 
 __all__ = [
+    "Terminated",
     "TrackedExperiment",
     "TrackedIngredient",
     "TrackingError",

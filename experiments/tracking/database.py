@@ -18,12 +18,13 @@ from typing import Any, TypeAlias
 
 import pymongo
 from pymongo.database import Database as MongoDatabase
-from pymongo.errors import ConfigurationError, ConnectionFailure, OperationFailure, PyMongoError
+from pymongo.errors import PyMongoError
 from sacred.observers.mongo import get_pattern, parse_mongo_db_arg
 
 from experiments.tracking.embedded import EmbeddedServer
 from experiments.tracking.errors import UserError
 from experiments.tracking.redact import Redactor, secrets_of
+from experiments.tracking.refusals import explain
 
 URL_VARIABLE = "L2L_IMPLICIT_MONGO_URL"
 FILE_VARIABLE = "L2L_IMPLICIT_MONGO_URL_FILE"
@@ -31,7 +32,6 @@ TIMEOUT_VARIABLE = "L2L_IMPLICIT_MONGO_TIMEOUT"
 DEFAULT_FILE = "~/.config/l2l_implicit/mongo_url"
 DEFAULT_NAME = "l2l_implicit"
 SCHEMES = ("mongodb://", "mongodb+srv://")
-AUTHENTICATION_CODES = (13, 18, 8000)
 
 Documents: TypeAlias = MongoDatabase[dict[str, Any]]
 
@@ -131,22 +131,12 @@ class Database:
         except (PyMongoError, ValueError, OSError) as error:
             if client is not None:
                 client.close()
-            raise UserError(self._explain(error)) from None
+            raise UserError(self.explain(error)) from None
         return client, documents
 
-    def _explain(self, error: Exception) -> str:
-        what = f"the database of {self._choice.source}"
-        if isinstance(error, OperationFailure) and error.code in AUTHENTICATION_CODES:
-            return f"{what} refuses the user name or password"
-        reason = self.redactor.text(str(error).split(", Timeout:")[0].split(" (config")[0])
-        if isinstance(error, ConnectionFailure):
-            return f"no database answers ({self._choice.source}): {reason}; -u records nothing"
-        if isinstance(error, (ConfigurationError, ValueError)):
-            return (
-                f"the URL in {self._choice.source} is not valid; name and password must be"
-                " percent-encoded, as in mongodb://NAME:PASSWORD@HOST:PORT/DB"
-            )
-        return f"{what} cannot be used: {reason}"
+    def explain(self, error: Exception) -> str:
+        """One line on what the database refuses, without its password."""
+        return self.redactor.text(explain(error, self._choice.source))
 
     def _label(self) -> str:
         if self._server is not None:

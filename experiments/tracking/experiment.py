@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn, cast
 
 from docopt import DocoptExit
-from sacred import SETTINGS, Experiment, Ingredient
+from sacred import SETTINGS, Experiment, Ingredient, stdout_capturing
 from sacred.dependencies import gather_sources_and_dependencies
 from sacred.run import Run
 from sacred.utils import convert_to_nested_dict
 
+from experiments.tracking import interruption
 from experiments.tracking.config_check import (
     Types,
     check_named_configs,
@@ -30,7 +30,7 @@ from experiments.tracking.errors import Terminated, TrackingError, UserError
 from experiments.tracking.host import gpu_info, repository_info
 from experiments.tracking.ingredient import REPOSITORY
 from experiments.tracking.observer import JournalObserver
-from experiments.tracking.output import keep_output
+from experiments.tracking.output import Tape, keep_output
 from experiments.tracking.values import CheckedMetrics
 
 MONGO_OPTION = "--mongo_db"
@@ -38,13 +38,20 @@ FORCE_OPTION = "--force"
 LARGEST_ARTIFACT = 16 * 2**20
 
 SETTINGS.CAPTURE_MODE = "sys"  # `fd` loses last lines
+stdout_capturing.StringIO = Tape  # the original grows as long as the run prints
 SETTINGS.HOST_INFO.INCLUDE_GPU_INFO = False  # calls nvidia-smi without a time limit
 
 
 class TrackedRun(Run):
-    """Sacred's run, whose artifacts and metrics fail at the call instead of in the observer."""
+    """Sacred's run, whose artifacts and metrics fail at the call instead of in the observer.
+
+    Attributes:
+        journal: of an observed run.
+        afterwards: called once the run has completed and its record is on the disk.
+    """
 
     journal: JournalObserver | None
+    afterwards: list[Callable[[], object]]
 
     def add_artifact(self, filename: Any, name: str | None = None,
                      metadata: dict[str, Any] | None = None,
@@ -142,7 +149,7 @@ class TrackedExperiment(Experiment):
         """
         arguments = (command_name, config_updates, named_configs, info, meta_info, options)
         try:
-            with _terminating():
+            with interruption.handled():
                 return self._run(*arguments)
         except (UserError, TrackingError, Terminated, KeyboardInterrupt) as error:
             if not self._on_command_line or (options or {}).get("--debug"):
@@ -159,7 +166,11 @@ class TrackedExperiment(Experiment):
             except TrackingError as error:
                 print(f"error: {error}", flush=True)
             raise
-        _finish(run)
+        try:
+            _finish(run)
+        finally:
+            for action in run.afterwards:
+                action()
         return run
 
     # ---- making the run ----
@@ -207,7 +218,7 @@ def _track(plain: Run, mongo: str | None) -> TrackedRun:
     plain.__class__ = TrackedRun  # Sacred builds its own Run and takes no other class
     run = cast(TrackedRun, plain)
     run._metrics = CheckedMetrics()
-    run.journal = None
+    run.journal, run.afterwards = None, []
     if not run.unobserved:
         database = Database(choose(mongo))
         try:
@@ -231,11 +242,9 @@ def _finish(run: TrackedRun) -> None:
 def _exit(error: BaseException) -> NoReturn:
     """One line, and the exit status."""
     if isinstance(error, Terminated):
-        print(f"interrupted by {signal.Signals(error.signum).name}", flush=True)
-        sys.exit(128 + error.signum)
+        _exit_at_once(f"interrupted by {signal.Signals(error.signum).name}", error.signum)
     if isinstance(error, KeyboardInterrupt):
-        print("interrupted", flush=True)
-        sys.exit(128 + signal.SIGINT)
+        _exit_at_once("interrupted", signal.SIGINT)
     print("error: " + " ".join(str(error).split()), flush=True)
     sys.exit(1)
 
@@ -251,22 +260,8 @@ def _discovering(sources: str, dependencies: str) -> Iterator[None]:
         SETTINGS.DISCOVER_SOURCES, SETTINGS.DISCOVER_DEPENDENCIES = before
 
 
-@contextmanager
-def _terminating() -> Iterator[None]:
-    """Turn the first SIGTERM or SIGHUP into `Terminated`; further ones are ignored."""
-    numbers = (signal.SIGTERM, signal.SIGHUP)
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(signum: int, frame: FrameType | None) -> NoReturn:
-        for number in numbers:
-            signal.signal(number, signal.SIG_IGN)
-        raise Terminated(signum)
-
-    before = {number: signal.signal(number, interrupt) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _exit_at_once(text: str, signum: int) -> NoReturn:
+    """Without taking torch down piece by piece, which can take seconds."""
+    print(text, flush=True)
+    sys.stderr.flush()
+    os._exit(128 + signum)

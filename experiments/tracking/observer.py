@@ -14,6 +14,7 @@ import threading
 import time
 import uuid
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from experiments.tracking.database import Database
 from experiments.tracking.embedded import data_folder
 from experiments.tracking.errors import TrackingError, UserError
 from experiments.tracking.journal import Journal, JournalReader
+from experiments.tracking.last_upload import LastUpload
 from experiments.tracking.uploader import (
     Uploader,
     index_metrics,
@@ -37,7 +39,6 @@ from experiments.tracking.uploader import (
 from experiments.tracking.values import storable
 
 DEFAULT_INTERVAL = 10.0
-PATIENCE_VARIABLE = "L2L_IMPLICIT_MONGO_PATIENCE"
 FAILURES = (pymongo.errors.PyMongoError, BSONError, TrackingError, UserError, OSError)
 """The database is away or refuses a document, or the embedded server could not be started."""
 
@@ -67,6 +68,7 @@ class JournalObserver(MongoObserver):
         self._away = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
+        self._last: LastUpload | None = None
         upload_abandoned(database, self._folder, log)
 
     # ---- the run's start: written to the database at once, which gives the run's number ----
@@ -86,8 +88,10 @@ class JournalObserver(MongoObserver):
                 clean[0], command, clean[1], start_time, clean[2], clean[3], _id
             )
         except pymongo.errors.PyMongoError as error:
-            reason = self._redact.text(str(error))
-            raise UserError(f"the database does not take the run: {reason}") from None
+            self._journal.close()
+            path.unlink()  # nothing has happened that it could tell of
+            self._journal = None
+            raise UserError(self._database.explain(error)) from None
         self._journal.append({"start": self.run_entry})
         self._uploader = Uploader(JournalReader(path), self._database.documents)
         self._thread.start()
@@ -133,8 +137,11 @@ class JournalObserver(MongoObserver):
         """The name of this run's journal, recorded as ``meta.journal``: unique to the run."""
         return self._token
 
-    def supersede(self, token: str) -> None:
-        """Mark the killed run of another journal, which this run goes on from."""
+    def supersede(self, token: str | None, info: Any) -> None:
+        """Let the killed run of another journal name this one, whose ``info`` names it."""
+        self._append_changed(info=info)
+        if token is None:
+            return
         change = {"status": "INTERRUPTED", "info.resumed_by": self.run_entry["_id"]}
         try:
             self.runs.update_one(
@@ -256,33 +263,29 @@ class JournalObserver(MongoObserver):
             if self._journal is not None:
                 self._finish(self._journal)
         finally:
-            self._database.close()
+            if not self._is_left_behind():  # else the end of the process closes all
+                self._database.close()
+
+    def _is_left_behind(self) -> bool:
+        return self._last is not None and self._last.is_left_behind()
 
     def _finish(self, journal: Journal) -> None:
         error: BaseException | None = None
         if self._uploader is not None:
+            self._stop.set()
+            self._last = LastUpload(partial(self._try_upload, self._uploader), self._thread)
             try:
-                error = self._upload_patiently(self._uploader)
+                error = self._last.run()
             except (KeyboardInterrupt, SacredInterrupt) as interrupt:
                 error = interrupt
-            self._uploader.close()
+            if not self._is_left_behind():
+                self._uploader.close()
         journal.sync()
         if error is None and self._ended:
             journal.path.unlink()  # while locked, so that no other run takes it for abandoned
         journal.close()
         if error is not None or not self._ended:
             raise TrackingError(self._advice(journal.path, error))
-
-    def _upload_patiently(self, uploader: Uploader) -> Exception | None:
-        """Upload the rest; the last error if the database has not come back in time."""
-        self._stop.set()
-        self._thread.join()  # ends: every request to the database has a time limit
-        deadline = time.monotonic() + float(os.environ.get(PATIENCE_VARIABLE) or 30)
-        while (error := self._try_upload(uploader)) is not None:
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.5)
-        return error
 
     def _advice(self, path: Path, error: BaseException | None) -> str:
         run_id = self.run_entry["_id"]

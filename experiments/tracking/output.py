@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 from sacred.utils import apply_backspaces_and_linefeeds
 
 HEAD, TAIL = 200_000, 800_000
@@ -27,3 +29,34 @@ def _drawn(line: str) -> str:
     if "\r" not in line and "\b" not in line:
         return line
     return str(apply_backspaces_and_linefeeds(line))
+
+
+class Tape:
+    """What is printed until it is read: stands in for Sacred's StringIO, which keeps it for good.
+
+    Sacred reads in one thread what others write: here nothing is lost between the two.
+    """
+
+    closed = False
+
+    def __init__(self) -> None:
+        self._parts: list[str] = []
+        self._guard = threading.Lock()
+
+    def write(self, text: str) -> int:
+        """Keep the text."""
+        with self._guard:
+            self._parts.append(text)
+        return len(text)
+
+    def read(self) -> str:
+        """All that has been written since the last call."""
+        with self._guard:
+            parts, self._parts = self._parts, []
+        return "".join(parts)
+
+    def seek(self, position: int) -> int:
+        """Nothing: what was read is gone."""
+        return 0
+
+    tell = flush = close = lambda self: 0

@@ -15,14 +15,18 @@ SHORTEST_SECRET = 6
 """Shorter passwords are hidden inside URLs only: masking every `a` would ruin the record."""
 
 
+SECRET_OPTIONS = ("tlscertificatekeyfilepassword", "ssl_pem_passphrase", "authmechanismproperties")
+"""Options of a URL that are passwords, or hold a session's token."""
+
+
 def secrets_of(url: str) -> set[str]:
-    """The strings of `url` that nobody else may read: the password, as written and decoded."""
+    """The strings of `url` that nobody else may read: passwords, as written and decoded."""
     match = USERINFO.match(url)
-    if match is None:
-        return set()
-    userinfo = match.group()[len(match["scheme"]) : -1]
-    password = userinfo.partition(":")[2]
-    return {form for form in (password, unquote(password)) if form}
+    userinfo = "" if match is None else match.group()[len(match["scheme"]) : -1]
+    options = [option.partition("=") for option in url.partition("?")[2].split("&")]
+    named = [value for name, _, value in options if name.lower() in SECRET_OPTIONS]
+    written = {userinfo.partition(":")[2], *named, *(v.partition(":")[2] for v in named)}
+    return {form for text in written for form in (text, unquote(text)) if form}
 
 
 class Redactor:

@@ -57,14 +57,17 @@ class UnrolledMAML(BaselineLearner):
         Finn et al. (2017), Algorithm 1; Raghu et al. (2020); Ji et al. (2020), ITD-BiO, which is
         eq. (3) of Yang et al. (2025); Grefenstette et al. (2019), higher.
 
-    Example::
-
-        features, head = nn.Linear(20, 10), UnrolledMAML(nn.Linear(10, 5), lr=0.1)
-        x, y, loss = torch.randn(25, 20), torch.arange(25) % 5, nn.CrossEntropyLoss()
-        learner, h = head.clone(), features(x)
-        learner.adapt(lambda: loss(learner(h), y), steps=5)
-        loss(learner(h), y).backward()
-        assert features.weight.grad.any() and head.module.weight.grad.any()
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from l2l_implicit.baselines import UnrolledMAML
+        >>> features, head = nn.Linear(20, 10), UnrolledMAML(nn.Linear(10, 5), lr=0.1)
+        >>> x, y, loss = torch.randn(25, 20), torch.arange(25) % 5, nn.CrossEntropyLoss()
+        >>> learner, h = head.clone(), features(x)
+        >>> learner.adapt(lambda: loss(learner(h), y), steps=5)
+        >>> loss(learner(h), y).backward()
+        >>> bool(features.weight.grad.any()), bool(head.module.weight.grad.any())
+        (True, True)
     """
 
     def __init__(

@@ -28,6 +28,20 @@ class BatchedDiagnostics:
         inner_steps, inner_gradient_norm, inner_residual: as in `l2l_implicit.Diagnostics`.
         cg_steps, cg_residual, cg_reason: of the linear solve, None before ``backward()``;
             reasons are indices into `l2l_implicit.batched.linear_solve.REASONS`.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from l2l_implicit.batched import BatchedImplicitHead
+        >>> head, y = BatchedImplicitHead(nn.Linear(10, 5), lr=0.1), torch.arange(25) % 5
+        >>> adapted = head(torch.randn(8, 25, 10, requires_grad=True), y.expand(8, 25))
+        >>> adapted(torch.randn(8, 15, 10)).square().mean().backward()
+        >>> adapted.diagnostics.inner_residual.shape
+        torch.Size([8])
+        >>> [task.unsolved_inner for task in adapted.diagnostics.tasks()]
+        [0, 0, 0, 0, 0, 0, 0, 0]
+        >>> head.diagnostics.hypergradients
+        8
     """
 
     def __init__(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from l2l_implicit import checks
 from l2l_implicit.batched.diagnostics import BatchedDiagnostics
 from l2l_implicit.batched.inner_solvers import InnerSolution
 from l2l_implicit.batched.linear_solve import LinearSolver, asking_is_free
@@ -62,7 +63,10 @@ class BatchedImplicitSolution(Function):
             ctx.diagnostics.record(answer)
             if asking_is_free(features):  # elsewhere `tasks()` says it
                 ctx.diagnostics.check_linear()
-            return None, *_mixed(ctx, at, -answer.solution)
+            products = _mixed(ctx, at, -answer.solution)
+            if asking_is_free(features):
+                checks.finite_products(products)
+            return None, *products
 
 
 def _mixed(ctx: Any, at: BatchedLinearization, v: Tensor) -> tuple[Tensor | None, ...]:

@@ -35,6 +35,14 @@ class EpisodicDataModule(pl.LightningDataModule):
 
     Raises:
         TypeError, ValueError: in one line, for what is no task set or no number of tasks.
+
+    Example:
+        >>> from l2l_implicit.lightning import EpisodicDataModule
+        >>> from l2l_implicit.tasks import get_tasksets
+        >>> sets = get_tasksets("glyphs", train_samples=10, test_samples=10)
+        >>> tasks = EpisodicDataModule(sets.train, sets.validation, sets.test, epoch_length=2)
+        >>> [images.shape for images, labels in tasks.train_dataloader()]
+        [torch.Size([50, 1, 28, 28]), torch.Size([50, 1, 28, 28])]
     """
 
     def __init__(

@@ -40,6 +40,22 @@ class Caltech101(ImageTable):
     Raises:
         ValueError: an unknown mode or a size below 1.
         FileNotFoundError: the folder, or the folder of a category, is missing or empty.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from l2l_implicit.tasks import Caltech101
+        >>> from l2l_implicit.tasks.caltech101_split import SPLIT
+        >>> root = tempfile.TemporaryDirectory()
+        >>> for category in SPLIT["validation"]:
+        ...     folder = Path(root.name) / "caltech101" / "101_ObjectCategories" / category
+        ...     folder.mkdir(parents=True)
+        ...     for number in (1, 2):
+        ...         Image.new("RGB", (40, 30)).save(folder / f"image_000{number}.jpg")
+        >>> photographs = Caltech101("validation", root.name)
+        >>> len(photographs), photographs[0][0].shape
+        (32, torch.Size([3, 32, 32]))
     """
 
     def __init__(
@@ -81,6 +97,23 @@ def caltech101_tasksets(
         ValueError: more ways or samples than there are.
         FileNotFoundError: the images are not there, and cannot be downloaded.
         TypeError: an unknown option.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from l2l_implicit.tasks import get_tasksets
+        >>> from l2l_implicit.tasks.caltech101_split import SPLIT
+        >>> root = tempfile.TemporaryDirectory()
+        >>> for category in sum(map(list, SPLIT.values()), []):
+        ...     folder = Path(root.name) / "caltech101" / "101_ObjectCategories" / category
+        ...     folder.mkdir(parents=True)
+        ...     for number in (1, 2):
+        ...         Image.new("RGB", (40, 30)).save(folder / f"image_000{number}.jpg")
+        >>> tasks = get_tasksets("caltech101", root=root.name, train_samples=2, test_samples=2)
+        >>> images, labels = tasks.train.sample()
+        >>> images.shape
+        torch.Size([10, 3, 32, 32])
     """
     refuse_unknown(kwargs, own=("size",))
     folder = Path(root or "~/data").expanduser()

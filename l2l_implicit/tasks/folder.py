@@ -19,6 +19,24 @@ class FolderImages(ImageTable):
 
     Attributes:
         skipped: how many files of the whole folder could not be read.
+
+    Example:
+        Made by `folder_tables`, one for each mode.
+
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from l2l_implicit.tasks import folder_tables
+        >>> root = tempfile.TemporaryDirectory()
+        >>> for number in range(12):
+        ...     folder = Path(root.name) / f"class {number}"
+        ...     folder.mkdir()
+        ...     for image in range(3):
+        ...         Image.new("RGB", (40, 30), (20 * number, 50 * image, 0)).save(
+        ...             folder / f"{image}.png")
+        >>> images = folder_tables(root.name, size=16)["train"]
+        >>> len(images), images.skipped, images[0][0].shape
+        (24, 0, torch.Size([3, 16, 16]))
     """
 
     skipped = 0
@@ -49,6 +67,21 @@ def folder_tables(
     Raises:
         FileNotFoundError: no folder, or no class in it.
         ValueError: an incomplete layout, a size below 1, or files that cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from l2l_implicit.tasks import folder_tables
+        >>> root = tempfile.TemporaryDirectory()
+        >>> for number in range(12):
+        ...     folder = Path(root.name) / f"class {number}"
+        ...     folder.mkdir()
+        ...     for image in range(3):
+        ...         Image.new("RGB", (40, 30), (20 * number, 50 * image, 0)).save(
+        ...             folder / f"{image}.png")
+        >>> {mode: len(table.classes) for mode, table in folder_tables(root.name).items()}
+        {'train': 8, 'validation': 2, 'test': 2}
     """
     if size < 1:
         raise ValueError(f"expected a size of at least 1 pixel, got {size}: pass e.g. 32")
@@ -115,6 +148,24 @@ def folder_tasksets(
     Raises:
         ValueError, FileNotFoundError: see `folder_tables`; more ways or samples than there are.
         TypeError: an unknown option.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from l2l_implicit.tasks import get_tasksets
+        >>> root = tempfile.TemporaryDirectory()
+        >>> for number in range(12):
+        ...     folder = Path(root.name) / f"class {number}"
+        ...     folder.mkdir()
+        ...     for image in range(3):
+        ...         Image.new("RGB", (40, 30), (20 * number, 50 * image, 0)).save(
+        ...             folder / f"{image}.png")
+        >>> tasks = get_tasksets("folder", root=root.name, train_ways=2, train_samples=3,
+        ...                      test_ways=2, test_samples=3)
+        >>> images, labels = tasks.train.sample()
+        >>> images.shape
+        torch.Size([6, 3, 32, 32])
     """
     refuse_unknown(kwargs, own=("size", "split_seed", "skip_unreadable"))
     tables = folder_tables(root or "~/data", size, split_seed, skip_unreadable, device)

@@ -24,6 +24,19 @@ from l2l_implicit.tasks.provide import Needed, damage_explained, provide, remove
 
 ZENODO = "https://zenodo.org/record/7978538/files"
 SHORT = {"train": "train", "validation": "val", "test": "test"}
+MINI = {mode: f"mini-imagenet-cache-{mode}.pkl" for mode in SHORT}
+TIERED = [f"{short}_{kind}.pkl" for short in SHORT.values() for kind in ("images_png", "labels")]
+NEEDED: dict[str, list[Needed]] = {
+    "cifarfs": [Needed("cifarfs/cifar100", f"{ZENODO}/cifar100.zip", "cifar100.zip", "cifarfs")],
+    "fc100": [
+        Needed(f"FC100_{short}.pickle", f"{ZENODO}/fc100.zip", "fc100.zip")
+        for short in SHORT.values()
+    ],
+    "mini_imagenet": [Needed(name, f"{ZENODO}/{name}") for name in MINI.values()],
+    "tiered_imagenet": [
+        Needed(f"tiered-imagenet/{name}", f"{ZENODO}/tiered-imagenet-{name}") for name in TIERED
+    ],
+}
 
 
 class WholeCifarfs(CIFARFS):
@@ -47,7 +60,7 @@ class WholeCifarfs(CIFARFS):
 def cifarfs(root: Path, mode: str) -> LabelledData:
     """100 classes of CIFAR-100, 600 images of 32 pixels each (Bertinetto et al. 2019)."""
     short = SHORT[mode]
-    unpacked = Needed("cifarfs/cifar100", f"{ZENODO}/cifar100.zip", "cifar100.zip", "cifarfs")
+    (unpacked,) = NEEDED["cifarfs"]
     copied = unpacked._replace(path=f"cifarfs/processed/{short}")
     if not (root / copied.path).is_dir():
         download = _downloader(CIFARFS, root, mode)
@@ -61,10 +74,7 @@ def cifarfs(root: Path, mode: str) -> LabelledData:
 
 def fc100(root: Path, mode: str) -> LabelledData:
     """100 classes of CIFAR-100 split by superclass, 600 images of 32 pixels each (TADAM 2018)."""
-    needed = [
-        Needed(f"FC100_{short}.pickle", f"{ZENODO}/fc100.zip", "fc100.zip")
-        for short in SHORT.values()
-    ]
+    needed = NEEDED["fc100"]
     leaves = (*(item.path for item in needed), "fc100.zip")
     provide("fc100", root, needed, _downloader(FC100, root, mode), leaves)
     with damage_explained("fc100", root, [n for n in needed if SHORT[mode] in n.path]):
@@ -75,11 +85,10 @@ def fc100(root: Path, mode: str) -> LabelledData:
 
 def mini_imagenet(root: Path, mode: str) -> LabelledData:
     """100 classes of ImageNet, 600 images of 84 pixels each (split of Ravi & Larochelle 2017)."""
-    names = {each: f"mini-imagenet-cache-{each}.pkl" for each in SHORT}
-    needed = [Needed(name, f"{ZENODO}/{name}") for name in names.values()]
+    needed = NEEDED["mini_imagenet"]
 
     def download() -> None:  # file by file: what is complete stays when the next one fails
-        for each, name in names.items():
+        for each, name in MINI.items():
             if not (root / name).exists():
                 with removed_if_interrupted([root / name]):
                     MiniImagenet(root=str(root), mode=each, download=True)
@@ -94,10 +103,7 @@ def mini_imagenet(root: Path, mode: str) -> LabelledData:
 
 def tiered_imagenet(root: Path, mode: str) -> LabelledData:
     """608 classes of ImageNet split by category, 779,165 images of 84 pixels (Ren et al. 2018)."""
-    files = [f"{short}_{kind}.pkl" for short in SHORT.values() for kind in ("images_png", "labels")]
-    needed = [
-        Needed(f"tiered-imagenet/{file}", f"{ZENODO}/tiered-imagenet-{file}") for file in files
-    ]
+    needed = NEEDED["tiered_imagenet"]
     download = _downloader(TieredImagenet, root, mode)
     leaves = ("tiered-imagenet", *(item.path for item in needed), "tiered_imagenet.tar")
     provide("tiered_imagenet", root, needed, download, leaves)

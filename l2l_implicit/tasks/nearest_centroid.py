@@ -28,6 +28,13 @@ def nearest_centroid_accuracy(
 
     Raises:
         ValueError: an episode has other numbers of classes or samples; fewer than 2 tasks.
+
+    Example:
+        >>> from l2l_implicit.tasks import get_tasksets, nearest_centroid_accuracy
+        >>> tasks = get_tasksets("glyphs", test_samples=10, level="clean").test
+        >>> mean, half_width = nearest_centroid_accuracy(tasks, ways=5, shots=5, queries=5)
+        >>> 0.8 < mean < 1.0
+        True
     """
     if num_tasks < 2:
         raise ValueError(f"expected num_tasks of at least 2, got {num_tasks}: an interval needs 2")

@@ -61,10 +61,10 @@ def provide(
         FileNotFoundError: it cannot be downloaded; says which file from where belongs where.
         ValueError: an archive is damaged.
     """
-    for item in _missing(root, needed):
+    for item in missing(root, needed):
         if item.archive is not None and (root / item.archive).is_file():
             unpack(root / item.archive, root / item.into, item.url)
-    if not _missing(root, needed):
+    if not missing(root, needed):
         return
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def provide(
     except BROKEN as error:
         raise FileNotFoundError(
             f"expected the data of {name} in {root}, found none and could not download it "
-            f"({type(error).__name__}): {_remedy(root, _missing(root, needed))}"
+            f"({type(error).__name__}): {remedy(root, missing(root, needed))}"
         ) from error
 
 
@@ -136,21 +136,22 @@ def damage_explained(name: str, root: Path, needed: Sequence[Needed]) -> Iterato
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
         raise ValueError(
             f"expected the data of {name} in {places}, could not read it ({reason}): delete it, "
-            f"and {_remedy(root, needed)}"
+            f"and {remedy(root, needed)}"
         ) from error
 
 
-def _missing(root: Path, needed: Sequence[Needed]) -> list[Needed]:
+def missing(root: Path, needed: Sequence[Needed]) -> list[Needed]:
+    """Those of the files that are not in place."""
     return [item for item in needed if not (root / item.path).exists()]
 
 
 def _insist(root: Path, needed: Sequence[Needed]) -> None:
-    missing = _missing(root, needed)
-    if missing:
-        raise FileNotFoundError(f"no {missing[0].path} after the download")
+    absent = missing(root, needed)
+    if absent:
+        raise FileNotFoundError(f"no {absent[0].path} after the download")
 
 
-def _remedy(root: Path, needed: Sequence[Needed]) -> str:
+def remedy(root: Path, needed: Sequence[Needed]) -> str:
     """Which files from where belong into which folder; archives are unpacked by `provide`."""
     groups: dict[tuple[str, Path], list[str]] = {}
     for item in needed:

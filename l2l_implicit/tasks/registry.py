@@ -19,6 +19,7 @@ TASKSETS: dict[str, Callable[..., Benchmark]] = {
     "folder": folder_tasksets,
     "sine": sine_tasksets,
 }
+"""Our task sets by name; a value makes (datasets, transforms), as learn2learn's benchmarks do."""
 REGRESSIONS = ("sine",)
 ALIASES = {
     "cifar-fs": "cifarfs",
@@ -63,12 +64,24 @@ def get_tasksets(name: str, num_tasks: int = -1, **kwargs: Any) -> Any:
 
 
 def canonical(name: str) -> str:
-    """Our name of a benchmark: learn2learn's "mini-imagenet" is "mini_imagenet" here."""
+    """Our name of a benchmark: learn2learn's "mini-imagenet" is "mini_imagenet" here.
+
+    Example:
+        >>> from l2l_implicit.tasks import canonical
+        >>> canonical("cifar-fs"), canonical("glyphs")
+        ('cifarfs', 'glyphs')
+    """
     return ALIASES.get(name, name)
 
 
 def kind_of(name: str) -> str:
-    """What its targets are: "regression" where they are numbers, else "classification"."""
+    """What its targets are: "regression" where they are numbers, else "classification".
+
+    Example:
+        >>> from l2l_implicit.tasks import kind_of
+        >>> kind_of("sine"), kind_of("glyphs")
+        ('regression', 'classification')
+    """
     return "regression" if name in REGRESSIONS else "classification"
 
 
@@ -77,5 +90,11 @@ def register() -> None:
 
     learn2learn has no public way to add one: its list is the private dict `_TASKSETS`. What it
     lists itself stays as it is; `get_tasksets` of this package is the door to the repaired ones.
+
+    Example:
+        >>> import l2l_implicit.tasks
+        >>> from learn2learn.vision.benchmarks import list_tasksets
+        >>> "glyphs" in list_tasksets()
+        True
     """
     benchmarks._TASKSETS.update(TASKSETS)

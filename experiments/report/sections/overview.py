@@ -14,12 +14,14 @@ def sections(request: Request) -> list[Section]:
     runs = request.archive.runs
     counts = Counter(run.status for run in runs)
     told = ", ".join(f"{number} {status}" for status, number in counts.most_common())
-    codes = {run.code.signature for run in runs}
     text = [f"{len(runs)} runs: {told}." if runs else "The database has no runs yet."]
-    if len(codes) > 1:
+    codes = {name: {run.code.signature for run in runs if run.experiment == name}
+             for name in sorted({run.experiment for run in runs})}  # fmt: skip
+    several = [f"{name} of {len(found)}" for name, found in codes.items() if len(found) > 1]
+    if several:
         text.append(
-            f"They are of {len(codes)} versions of the code. Runs of different code or settings are"
-            " in rows of their own, or a line beside the table says what differs."
+            f"Versions of the code: runs of {', '.join(several)}. Runs of different code or"
+            " settings are in rows of their own, or a line beside the table says what differs."
         )
     return [Section("Overview", tuple(text), (_table(request),) if request.sweeps else ())]
 

@@ -7,6 +7,7 @@ from experiments.report.learning_curves import curve_caption, curve_records, dra
 from experiments.report.request import Request
 from experiments.report.sections.accuracy import accuracy_table, cost_table
 from experiments.report.sections.accuracy_figure import accuracy_figure
+from experiments.report.sections.accuracy_summary import summary_table
 from experiments.report.sections.grid import grid_table
 from experiments.report.sections.missing import missing_table
 from experiments.report.sections.time_to import time_table
@@ -25,6 +26,7 @@ def _section(state: SweepState, request: Request) -> Section:
         _figure(state, request),
         time_table(state, request),
         cost_table(state, request),
+        summary_table(state, request),
         missing_table(state),
         grid_table(state, request.archive),
     ]

@@ -1,0 +1,1 @@
+"""Drills: real runs that are really killed, really cut off from their database."""

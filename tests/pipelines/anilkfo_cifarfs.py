@@ -1,0 +1,109 @@
+"""ANIL with Kronecker-factored updates on CIFAR-FS, as learn2learn's script of this name."""
+# ruff: noqa: I001
+
+import random
+import numpy as np
+
+import learn2learn as l2l
+import torch
+
+from episodes import accuracy, halves
+
+
+class CifarCNN(torch.nn.Module):
+    def __init__(self, output_size=5, hidden_size=32, layers=4):
+        super().__init__()
+        base = l2l.vision.models.ConvBase(
+            hidden=hidden_size, channels=3, max_pool=False, layers=layers, max_pool_factor=0.5
+        )
+        pool = l2l.nn.Lambda(lambda x: x.mean(dim=[2, 3]))
+        self.features = torch.nn.Sequential(base, pool, l2l.nn.Flatten())
+        self.linear = torch.nn.Linear(hidden_size, output_size, bias=True)
+        l2l.vision.models.maml_init_(self.linear)
+
+
+def fast_adapt(
+    batch, features, classifier, update, diff_sgd, loss, adaptation_steps, shots, ways, device
+):
+    data, labels = batch
+    data = features(data.to(device))
+    adaptation_data, adaptation_labels, evaluation_data, evaluation_labels = halves(
+        data, labels.to(device), shots, ways
+    )
+
+    # Adapt the model & learned update
+    for step in range(adaptation_steps):
+        adaptation_error = loss(classifier(adaptation_data), adaptation_labels)
+        if step > 0:  # Update the learnable update function
+            update_grad = torch.autograd.grad(adaptation_error,
+                                              update.parameters(),
+                                              create_graph=True,
+                                              retain_graph=True)
+            diff_sgd(update, update_grad)
+        classifier_updates = update(adaptation_error,
+                                    classifier.parameters(),
+                                    create_graph=True,
+                                    retain_graph=True)
+        diff_sgd(classifier, classifier_updates)
+
+    # Evaluate the adapted model
+    predictions = classifier(evaluation_data)
+    return loss(predictions, evaluation_labels), accuracy(predictions, evaluation_labels)
+
+
+def main(
+    fast_lr=0.1,
+    meta_lr=0.003,
+    num_iterations=10000,
+    meta_batch_size=16,
+    adaptation_steps=5,
+    shots=5,
+    ways=5,
+    cuda=1,
+    seed=1234
+    ):
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    device = torch.device("cuda" if cuda and torch.cuda.device_count() else "cpu")
+    tasksets = l2l.vision.benchmarks.get_tasksets(
+        name="cifarfs",
+        train_samples=2 * shots,
+        train_ways=ways,
+        test_samples=2 * shots,
+        test_ways=ways,
+        root="~/data",
+    )
+
+    model = CifarCNN(output_size=ways)
+    model.to(device)
+    classifier = model.linear
+    kfo_transform = l2l.optim.transforms.KroneckerTransform(l2l.nn.KroneckerLinear)
+    fast_update = l2l.optim.ParameterUpdate(
+        parameters=classifier.parameters(),
+        transform=kfo_transform,
+    )
+    fast_update.to(device)
+    diff_sgd = l2l.optim.DifferentiableSGD(lr=fast_lr)
+    all_parameters = list(model.parameters()) + list(fast_update.parameters())
+    opt = torch.optim.Adam(all_parameters, meta_lr)
+    loss = torch.nn.CrossEntropyLoss(reduction="mean")
+
+    def evaluate(batch):
+        clones = (l2l.clone_module(m) for m in (model.features, classifier, fast_update))
+        return fast_adapt(
+            batch, *clones, diff_sgd, loss, adaptation_steps, shots, ways, device
+        )
+
+    errors = []
+    for _iteration in range(num_iterations):
+        opt.zero_grad()
+        for _task in range(meta_batch_size):
+            error, _ = evaluate(tasksets.train.sample())
+            error.backward()
+            errors.append(error.item())
+            evaluate(tasksets.validation.sample())
+        for p in all_parameters:
+            p.grad.data.mul_(1.0 / meta_batch_size)
+        opt.step()
+    return errors, {"model": model, "update": fast_update}

@@ -1,0 +1,197 @@
+"""learn2learn's models, layers and transforms as feature extractors."""
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import implicit, minimize, polish, relative_error
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from l2l_implicit import ImplicitCGHead, ImplicitGBML
+
+import learn2learn as l2l  # isort: skip  (after l2l_implicit, which repairs it)
+
+models = l2l.vision.models
+WAYS, LABELS, L2 = 3, torch.arange(6) % 3, 0.3
+EXACT = {"l2": L2, "cg_tol": 1e-13, "cg_steps": 200}
+pytestmark = pytest.mark.usefixtures("float64")
+
+KFO = l2l.optim.KroneckerTransform(l2l.nn.KroneckerLinear)
+
+
+def _layers() -> nn.Module:
+    """What learn2learn.nn has: a Kronecker-factored layer, a scale, functions."""
+    rows = l2l.nn.Lambda(lambda x: x.mean(1).mean(1)[:, :6].reshape(-1, 2, 3))
+    return nn.Sequential(rows, l2l.nn.KroneckerLinear(2, 3), l2l.nn.Scale((2, 3)), l2l.nn.Flatten())
+
+
+def _transformed(transform: Callable[[Tensor], nn.Module]) -> nn.Module:
+    """A convolution whose weight goes through a transform of learn2learn.optim."""
+    conv = nn.Conv2d(3, 4, 3)
+    parametrize.register_parametrization(conv, "weight", transform(conv.weight), unsafe=True)
+    return nn.Sequential(conv, nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+RESNET = functools.partial(models.ResNet12, avg_pool=False, wider=False, dropblock_size=2)
+BACKBONES: dict[str, tuple[Callable[[], nn.Module], int]] = {  # and the side of the images
+    "CNN4": (lambda: models.CNN4(WAYS, hidden_size=8, embedding_size=32).features, 32),
+    "ResNet12": (lambda: RESNET(WAYS).features, 32),
+    "WRN28": (lambda: models.wrn28.WideResNet(10, 1, 0.0), 84),
+    "learn2learn.nn": (_layers, 8),
+    "Kronecker": (lambda: _transformed(KFO), 6),
+    "meta-curvature": (lambda: _transformed(l2l.optim.MetaCurvatureTransform), 6),
+    "linear": (lambda: _transformed(l2l.optim.ModuleTransform(nn.Linear)), 6),
+}
+
+
+def objectives(h: Tensor, h_query: Tensor) -> tuple[Callable, Callable]:
+    """The inner and the outer one of a linear head, as functions of phi and the features."""
+
+    def loss(phi: Tensor, h: Tensor, y: Tensor) -> Tensor:
+        weight, bias = phi.split([WAYS * h.shape[1], WAYS])
+        return F.cross_entropy(F.linear(h, weight.view(WAYS, -1), bias), y)
+
+    def inner(phi: Tensor, h: Tensor, h_query: Tensor) -> Tensor:
+        return loss(phi, h, LABELS) + 0.5 * L2 * phi.square().sum()
+
+    return inner, lambda phi, h, h_query: loss(phi, h_query, LABELS.roll(1))
+
+
+def expected(features: Tensor, leaves: list[Tensor], head: nn.Linear) -> list[Tensor]:
+    """The theorem gives the features' gradients, ordinary autograd those of the leaves.
+
+    Features beyond the samples' span are handled by an orthogonal basis: 12 numbers for each.
+    """
+    _, _, basis = torch.linalg.svd(features.detach(), full_matrices=False)
+    low = [part.detach() @ basis.t() for part in features.split(6)]
+    inner, outer = objectives(*low)
+    found = torch.cat([(head.weight.detach() @ basis.t()).reshape(-1), head.bias.detach()])
+    phi = polish(inner, found, low)
+    assert relative_error([found], [phi]) < 1e-8
+    gradient = torch.cat(implicit(inner, outer, low, phi)) @ basis
+    return list(torch.autograd.grad(features, leaves, gradient, allow_unused=True))
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_hypergradient(name: str) -> None:
+    make, side = BACKBONES[name]
+    backbone = make()
+    images = torch.rand(12, 3, side, side)
+    features = backbone(images)
+    learner = ImplicitCGHead(nn.Linear(features.shape[1], WAYS), 0.1, **EXACT).clone()
+    for _ in range(20):
+        learner.adapt(F.cross_entropy(learner(features[:6]), LABELS))
+    loss = F.cross_entropy(learner(features[6:]), LABELS.roll(1))
+    leaves = list(backbone.parameters())
+    got = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+    pairs = list(zip(got, expected(features, leaves, learner.module), strict=True))
+    assert all((g is None) == (e is None) for g, e in pairs)
+    assert relative_error(*zip(*(p for p in pairs if p[0] is not None), strict=True)) < 1e-8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["CNN4", "ResNet12", "WRN28"])
+def test_a_step_in_full_width(name: str) -> None:
+    """As learn2learn builds them, on the images that they are for, in single precision."""
+    sides = {"CNN4": 84, "ResNet12": 84, "WRN28": 84}
+    torch.set_default_dtype(torch.float32)
+    model = getattr(models, name)(WAYS)
+    head = ImplicitCGHead(model.classifier, 0.1)
+    learner, features = head.clone(), model.features(torch.rand(12, 3, sides[name], sides[name]))
+    learner.adapt(lambda: F.cross_entropy(learner(features[:6]), LABELS), steps=20)
+    F.cross_entropy(learner(features[6:]), LABELS.roll(1)).backward()
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+    assert sum(p.grad is not None and bool(p.grad.any()) for p in model.features.parameters()) > 8
+    assert head.diagnostics.unsolved_inner == head.diagnostics.unsolved_linear == 0
+
+
+# Transforms as the metric of the regulariser.
+
+
+def kronecker_metric(phi: Tensor, factors: list[Tensor], h: Tensor) -> Tensor:
+    """(l2/2) |T phi|^2 written out: T multiplies by L'L on the left and by R'R on the right."""
+    weight, bias = phi.split([WAYS * h.shape[1], WAYS])
+    total = torch.zeros(())
+    for value, left, right in (
+        (weight.view(WAYS, -1), *factors[:2]),
+        (bias.view(-1, 1), *factors[2:]),
+    ):
+        total = total + (left.t() @ left @ value @ right.t() @ right).square().sum()
+    return 0.5 * L2 * total
+
+
+@pytest.mark.parametrize("how", ["loss", "closure"])
+def test_a_learned_kronecker_metric(how: str) -> None:
+    h, h_query = torch.randn(6, 4).requires_grad_(), torch.randn(6, 4)
+    gbml = ImplicitGBML(nn.Linear(4, WAYS), KFO, lr=0.1, **EXACT)
+    factors = list(gbml.compute_update.parameters())
+    with torch.no_grad():
+        for factor in factors:
+            factor.add_(0.2 * torch.randn_like(factor))
+    learner = gbml.clone()
+    if how == "closure":
+        learner.adapt(lambda: F.cross_entropy(learner(h), LABELS), steps=20)
+    else:
+        for _ in range(20):
+            learner.adapt(F.cross_entropy(learner(h), LABELS))
+    F.cross_entropy(learner(h_query), LABELS.roll(1)).backward()
+
+    def loss(phi: Tensor, h: Tensor, y: Tensor) -> Tensor:
+        weight, bias = phi.split([WAYS * 4, WAYS])
+        return F.cross_entropy(F.linear(h, weight.view(WAYS, 4), bias), y)
+
+    def inner(phi: Tensor, h: Tensor, *factors: Tensor) -> Tensor:
+        return loss(phi, h, LABELS) + kronecker_metric(phi, list(factors), h)
+
+    leaves = [h, *factors]
+    phi = minimize(inner, torch.zeros(WAYS * 5), leaves, 0.1)
+    theory = implicit(inner, lambda phi, *theta: loss(phi, h_query, LABELS.roll(1)), leaves, phi)
+    assert relative_error([p.grad for p in leaves], theory) < 1e-8
+    assert all(bool(p.grad.any()) for p in factors)
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in gbml.module.parameters())
+
+
+def test_an_identity_transform_changes_nothing() -> None:
+    h, found = torch.randn(6, 4), []
+    torch.manual_seed(1)
+    weights = nn.Linear(4, WAYS).state_dict()
+    nothing = l2l.optim.TransformDictionary({})  # no parameter has a transform
+    for make in (
+        lambda head: ImplicitCGHead(head, 0.1, **EXACT),
+        lambda head: ImplicitGBML(head, KFO, 0.1, **EXACT),
+        lambda head: ImplicitGBML(head, nothing, 0.1, **EXACT),
+    ):
+        head, scale = nn.Linear(4, WAYS), torch.ones((), requires_grad=True)
+        head.load_state_dict(weights)
+        learner = make(head).clone()
+        features = scale * h
+        learner.adapt(lambda f=features, net=learner: F.cross_entropy(net(f), LABELS), steps=20)
+        F.cross_entropy(learner(features), LABELS.roll(1)).backward()
+        found.append(float(scale.grad))
+    assert found[1] == pytest.approx(found[0], rel=1e-10)
+    assert found[2] == pytest.approx(found[0], rel=1e-10)
+
+
+def test_only_some_parameters_adapt() -> None:
+    head = nn.Linear(4, WAYS)
+    head.bias.requires_grad_(False)
+    gbml = ImplicitGBML(head, KFO, 0.1, allow_nograd=True, **EXACT)
+    learner, h = gbml.clone(), torch.randn(6, 4)
+    learner.adapt(lambda: F.cross_entropy(learner(h), LABELS), steps=20)
+    F.cross_entropy(learner(h), LABELS.roll(1)).backward()
+    weight, bias = gbml.compute_update.transforms_modules
+    assert bool(weight.transform.left.grad.any()) and bias.transform.left.grad is None
+
+
+def test_settings_that_have_no_meaning_here() -> None:
+    with pytest.raises(ValueError, match="adapt_transform: expected False"):
+        ImplicitGBML(nn.Linear(4, 3), KFO, adapt_transform=True)
+    with pytest.raises(TypeError, match="transform: expected one of learn2learn.optim"):
+        ImplicitGBML(nn.Linear(4, 3))
+    update = l2l.optim.ParameterUpdate([nn.Linear(4, 3).weight], KFO)
+    learner = ImplicitGBML(nn.Linear(4, 3), lr=0.1, compute_update=update).clone()
+    with pytest.raises(ValueError, match="compute_update: expected one made for the module's 2"):
+        learner.adapt(F.cross_entropy(learner(torch.randn(6, 4)), LABELS))

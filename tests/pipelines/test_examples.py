@@ -1,0 +1,184 @@
+"""learn2learn's example scripts, and what the diffs of docs/examples.md make of them."""
+
+import functools
+import os
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffs import added_lines, patched, read_diffs
+from disk_formats import WRITERS
+from oracles import peak_of_live_tensors
+
+import l2l_implicit  # noqa: F401  (makes learn2learn importable)
+
+import learn2learn as l2l  # isort: skip
+import torchvision  # isort: skip
+
+DIFFS = read_diffs()
+SCRIPTS = {name: f"{name}.py" for name in DIFFS} | dict.fromkeys(
+    ("maml_omniglot", "maml_miniimagenet"), "maml.py"
+)
+VERSIONS = ("original", "changed")
+SMALL = {"ways": 2, "shots": 1, "cuda": False}
+LIGHT = {**SMALL, "meta_batch_size": 1, "num_iterations": 1}
+OPTIONS = {"ways": 2, "shots": 2, "seed": 0, "dataset": "fc100", "iterations": 4, "lr": 0.01,
+           "batch_size": 12, "eval_freq": 3}  # fmt: skip
+CALLS: dict[str, Callable[[Any], Any]] = {
+    "anil_fc100": lambda script: script["main"](**SMALL, meta_bsz=2, iters=2),
+    "anilkfo_cifarfs": lambda script: script["main"](**LIGHT),
+    "maml_omniglot": lambda script: script["main"]("omniglot", **LIGHT),
+    "maml_miniimagenet": lambda script: script["main"](
+        "mini-imagenet", **LIGHT, adaptation_steps=2
+    ),
+    "supervised_pretraining": lambda script: script["pretrain"](
+        Namespace(options=Namespace(**OPTIONS))
+    ),
+}
+pytestmark = [
+    pytest.mark.usefixtures("data"),
+    pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the scripts look for ~/data: four classes of six images in each format."""
+    folder = tmp_path_factory.mktemp("home")
+    for name in ("fc100", "cifarfs", "mini_imagenet", "omniglot"):
+        WRITERS[name](folder / "data", 4, 6)
+    return folder
+
+
+@pytest.fixture
+def data(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(home))
+    # It asks for the checksums of the archives, of which there are none.
+    monkeypatch.setattr(torchvision.datasets.Omniglot, "_check_integrity", lambda self: True)
+
+
+def script(name: str, version: str, folder: Path = Path(__file__).parent) -> dict[str, Any]:
+    """The names that a script defines, in one version or the other."""
+    path = folder / SCRIPTS[name]
+    text = path.read_text("utf-8")
+    code = patched(text, DIFFS[name]) if version == "changed" else text
+    names: dict[str, Any] = {"__name__": name}
+    exec(compile(code, str(path), "exec"), names)
+    return names
+
+
+@functools.cache
+def outcome(name: str, version: str) -> tuple[list[float], dict[str, Any]]:
+    """What the script returns: the losses it has seen, and its modules."""
+    return CALLS[name](script(name, version))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("name", CALLS)
+def test_the_script_runs(name: str, version: str) -> None:
+    errors, modules = outcome(name, version)
+    assert len(errors) > 0 and np.isfinite(errors).all()
+    for module in modules.values():
+        if isinstance(module, torch.nn.Module):
+            assert all(torch.isfinite(p).all() for p in module.parameters())
+
+
+def test_every_script_has_its_diff_and_a_diff_is_short() -> None:
+    assert set(DIFFS) == set(CALLS)
+    for hunks in DIFFS.values():
+        imports = [line for line in added_lines(hunks) if line.startswith("from l2l_implicit")]
+        assert len(imports) == 1 and len(added_lines(hunks)) <= 3
+
+
+# What the changed line changes.
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_initial_head_of_anil(version: str) -> None:
+    """Learned by unrolling; of no influence on a solved problem."""
+    _, found = outcome("anil_fc100", version)
+    gradients = [p.grad for p in found["head"].parameters()]
+    assert all(bool(g.any()) is (version == "original") for g in gradients)
+    assert all(bool(p.grad.any()) for p in found["features"].parameters() if p.dim() == 4)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_kronecker_factors_learn(version: str) -> None:
+    _, found = outcome("anilkfo_cifarfs", version)
+    for transform in found["update"].transforms_modules:
+        left = transform.transform.left
+        assert bool(left.grad.any()) and not torch.equal(left, torch.eye(len(left)))
+
+
+def test_the_whole_network_learns() -> None:
+    _, found = outcome("maml_omniglot", "changed")
+    weights = [p for p in found["maml"].parameters() if p.dim() == 2]
+    assert len(weights) == 5 and all(bool(p.grad.any()) for p in weights)
+    assert found["maml"].diagnostics.inner_residual < 0.1
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_pretrained_features_are_told_apart(version: str) -> None:
+    _, found = outcome("supervised_pretraining", version)
+    assert found["accuracies"][-1] >= 0.75
+
+
+def _learner(version: str) -> torch.nn.Module:
+    model = l2l.vision.models.OmniglotFC(28**2, 3)
+    if version == "original":
+        return l2l.algorithms.MAML(model, lr=0.1)
+    return l2l_implicit.ImplicitMAML(model, lr=0.1)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_memory_of_a_task(version: str) -> None:
+    """Every inner step of the original is kept for the backward pass."""
+    fast_adapt = script("maml_omniglot", version)["fast_adapt"]
+    batch = torch.randn(12, 1, 28, 28), torch.arange(3).repeat_interleave(4)
+    maml, loss = _learner(version), torch.nn.CrossEntropyLoss()
+
+    def peak(steps: int) -> int:
+        def task() -> None:
+            fast_adapt(batch, maml.clone(), loss, steps, 2, 3, "cpu")[0].backward()
+
+        return peak_of_live_tensors(task)
+
+    peak(1)
+    growth = peak(16) / peak(2)
+    assert growth > 1.5 if version == "original" else growth < 1.02
+
+
+# learn2learn's own files, where they are at hand.
+
+UPSTREAM = os.environ.get("LEARN2LEARN_EXAMPLES", "")
+UPSTREAM_CALLS: dict[str, dict[str, Any]] = {
+    "anil_fc100": {**SMALL, "meta_bsz": 2, "iters": 2},
+    "anilkfo_cifarfs": LIGHT,
+    "maml_omniglot": LIGHT,
+    "maml_miniimagenet": {**LIGHT, "adaptation_steps": 2},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not UPSTREAM, reason="LEARN2LEARN_EXAMPLES: no folder named")
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("name", UPSTREAM_CALLS)
+def test_the_real_script_runs(
+    name: str, version: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(SCRIPTS, name, f"{name}.py")
+    script(name, version, Path(UPSTREAM))["main"](**UPSTREAM_CALLS[name])
+    printed = [line.split() for line in capsys.readouterr().out.splitlines() if "Error" in line]
+    assert printed and np.isfinite([float(words[-1]) for words in printed]).all()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not UPSTREAM, reason="LEARN2LEARN_EXAMPLES: no folder named")
+def test_the_real_pretraining_script_is_still_the_one_that_the_diff_is_of() -> None:
+    """It imports wandb, kornia and simple_parsing, so it is not run here."""
+    text = (Path(UPSTREAM) / "supervised_pretraining.py").read_text("utf-8")
+    compile(patched(text, DIFFS["supervised_pretraining"]), "supervised_pretraining.py", "exec")

@@ -1,0 +1,128 @@
+"""Several runs at once on one embedded database: unique numbers, nobody locked out, no orphan."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toy_process import environment, finish, start, wait_for
+
+from experiments.drills.runs import Bench
+from experiments.tracking import open_database, supervisor
+
+LOSS, TRAIN = "train/query_loss", {"name": "train/loss"}
+SMOKE = ("with", "smoke", "iterations=6")
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("L2L_IMPLICIT_DATA", str(tmp_path / "data"))
+    monkeypatch.delenv("L2L_IMPLICIT_MONGO_URL", raising=False)
+    return tmp_path / "data"
+
+
+def server(data: Path) -> dict[str, int]:
+    return supervisor.read_server_file(data / "mongodb")
+
+
+def is_alive(process: int) -> bool:
+    return Path(f"/proc/{process}").exists()
+
+
+def assert_all_recorded(data: Path, number: int, points: int) -> None:
+    with open_database() as database:
+        runs = list(database["runs"].find().sort("_id", 1))
+        assert [run["_id"] for run in runs] == list(range(1, number + 1))
+        assert {run["status"] for run in runs} == {"COMPLETED"}
+        for run in runs:
+            (loss,) = database["metrics"].find({"run_id": run["_id"], "name": LOSS})
+            assert len(loss["steps"]) == points
+    assert not list((data / "journals").glob("*"))
+
+
+def assert_the_server_stops(data: Path) -> None:
+    pid = server(data)["server"]
+    wait_for(lambda: not is_alive(pid), seconds=60.0)
+    time.sleep(0.5)
+    assert server(data)["server"] == pid and not is_alive(pid)
+
+
+def run_at_once(data: Path, number: int) -> None:
+    benches = []
+    for each in range(number):
+        folder = data.parent / str(each)
+        folder.mkdir()
+        benches.append(Bench(folder))
+        benches[-1].environment["L2L_IMPLICIT_DATA"] = str(data)
+    processes = [bench.start(*SMOKE, f"seed={i}") for i, bench in enumerate(benches)]
+    statuses = [process.wait() for process in processes]
+    assert statuses == [0] * number, [bench.text() for bench in benches]
+    assert_all_recorded(data, number, 6)
+    assert_the_server_stops(data)
+
+
+@pytest.mark.slow
+def test_eight_runs_at_once(data: Path) -> None:
+    run_at_once(data, 8)
+
+
+def test_three_runs_at_once_and_one_while_another_ends(data: Path) -> None:
+    """The toy, for time; the lengths differ, so that each ends while others run or start."""
+    env = environment(data)
+    lengths = [(3, 0.0), (12, 0.1), (8, 0.05)]
+    first = [start(env, "-b", "0.2", "with", f"steps={n}", f"pause={p}") for n, p in lengths]
+    assert finish(first[0])[0] == 0
+    late = start(env, "with", "steps=5")  # while the first's share is given up
+    for process in (*first[1:], late):
+        code, output = finish(process)
+        assert code == 0, output
+    with open_database() as database:
+        runs = list(database["runs"].find().sort("_id", 1))
+        assert [run["_id"] for run in runs] == [1, 2, 3, 4]
+        assert {run["status"] for run in runs} == {"COMPLETED"}
+        found = {m["run_id"]: len(m["steps"]) for m in database["metrics"].find(TRAIN)}
+        assert sorted(found.values()) == [3, 5, 8, 12]
+    assert_the_server_stops(data)
+
+
+@pytest.mark.slow
+def test_a_run_that_starts_in_the_servers_last_moments(data: Path) -> None:
+    """The supervisor waits `LINGER` seconds for the next run, then stops; starts fall around it."""
+    env, before = environment(data), 0
+    for pause in (supervisor.LINGER - 0.3, supervisor.LINGER, supervisor.LINGER + 0.2):
+        code, output = finish(start(env, "with", "steps=1"))
+        assert code == 0, output
+        before += 1
+        time.sleep(pause)
+    with open_database() as database:
+        assert database["runs"].distinct("_id") == list(range(1, before + 1))
+
+
+@pytest.mark.slow
+def test_a_crash_of_everything_loses_the_last_seconds_at_most(data: Path) -> None:
+    """SIGKILL to the run, its server and the server's supervisor, all at once."""
+    process = start(environment(data), "-b", "0.2", "with", "steps=400", "pause=0.02")
+
+    def recorded() -> int:
+        with open_database() as database:
+            loss: Any = database["metrics"].find_one({"run_id": 1, **TRAIN})
+            return len(loss["steps"]) if loss else 0
+
+    wait_for(lambda: (data / "mongodb" / supervisor.SERVER_FILE).exists(), seconds=60.0)
+    wait_for(lambda: recorded() > 20, seconds=60.0)
+    seen = recorded()
+    pid = server(data)["server"]
+    keeper = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    for victim in (process.pid, keeper, pid):
+        os.kill(victim, signal.SIGKILL)
+    process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
+    assert recorded() >= seen  # on the disk: the database starts again from it
+    code, output = finish(start(environment(data), "with", "quick"))
+    assert code == 0 and "Uploaded the record that run 1 left" in output
+    assert recorded() >= seen

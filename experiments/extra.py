@@ -1,16 +1,22 @@
 """Imported first by whatever needs more than the library: says in one line what to install."""
 
-import importlib
+import importlib.util
 import warnings
 
 warnings.filterwarnings("ignore", message="pkg_resources is deprecated")  # Sacred imports it
 
-for _name in ("sacred", "pymongo", "matplotlib"):
+
+def _present(name: str) -> bool:
     try:
-        importlib.import_module(_name)
-    except ModuleNotFoundError as error:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+for _name in ("sacred", "pymongo", "matplotlib"):
+    if not _present(_name):
         raise ModuleNotFoundError(
-            f"expected {_name} for the experiments, got {str(error)!r}; "
+            f"expected {_name} for the experiments, got none; "
             "pip install -r requirements.txt, or -r requirements-learn2learn.txt '.[experiments]'",
-            name=error.name,
-        ) from None
+            name=_name,
+        )

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -152,9 +151,3 @@ def test_without_higher(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_importing_the_package_imports_no_higher() -> None:
     code = "import sys, l2l_implicit, l2l_implicit.baselines; sys.exit('higher' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-def test_the_example_in_the_docstring() -> None:
-    """It needs higher, so it is no doctest."""
-    _, example = (UnrolledMAML.__doc__ or "").split("Example::\n")
-    exec(textwrap.dedent(example), {"torch": torch, "nn": nn, "UnrolledMAML": UnrolledMAML})

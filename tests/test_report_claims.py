@@ -95,18 +95,10 @@ def test_imaml_errs_less_than_maml_at_equal_steps(
     assert {k: float(table[0][f"K_{k}"]) for k in ours} == ours
 
 
-@pytest.fixture
-def memory(drawn: tuple[Any, Path]) -> tuple[Any, Path]:
-    documents, _ = drawn
-    if documents["runs"].count_documents({"experiment.name": "memory"}) == 0:
-        pytest.skip("docs/records has no run of experiments.memory")
-    return drawn
-
-
 def test_more_than_half_of_the_memory_is_saved_as_published_and_nothing_against_caches(
-    memory: tuple[Any, Path],
+    drawn: tuple[Any, Path],
 ) -> None:
-    documents, folder = memory
+    documents, folder = drawn
     ours = points(documents, "memory/rm_metal/cached")[5]
     for method, variant, more_than_half in (
         ("maml", "as_published", True), ("anil", "as_published", True),
@@ -118,8 +110,8 @@ def test_more_than_half_of_the_memory_is_saved_as_published_and_nothing_against_
         assert (saved > 0.5) == more_than_half and abs(saved) < 0.01 or more_than_half
 
 
-def test_memory_is_flat_in_the_inner_steps(memory: tuple[Any, Path]) -> None:
-    documents, folder = memory
+def test_memory_is_flat_in_the_inner_steps(drawn: tuple[Any, Path]) -> None:
+    documents, folder = drawn
     for name, table, ours in (("memory/rm_metal/cached", "memory_yang_peak", "rm_metal"),
                               ("imaml_memory/imaml/gradient", "memory_rajeswaran_peak", "imaml")):
         peaks = points(documents, name)

@@ -136,6 +136,8 @@ class TrackedExperiment(Experiment):
         except DocoptExit as error:
             print(error)
             sys.exit(2)
+        finally:
+            self._on_command_line = False
 
     def run(self, command_name: str | None = None,
             config_updates: dict[str, Any] | None = None, named_configs: Sequence[str] = (),

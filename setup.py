@@ -30,7 +30,17 @@ EXTRAS = {
     ],
     "baselines": ["higher>=0.2.1"],
     "lightning": ["pytorch-lightning>=2.6,<3"],  # the first whose fit() takes weights_only
-    "dev": ["pytest>=8", "hypothesis", "coverage", "ruff", "mypy", "tox>=4", "build", "twine"],
+    "dev": [
+        "pytest>=8",
+        "pytest-xdist",
+        "hypothesis",
+        "coverage",
+        "ruff",
+        "mypy",
+        "tox>=4",
+        "build",
+        "twine",
+    ],
 }
 
 setup(

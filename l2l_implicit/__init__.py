@@ -7,8 +7,9 @@ from l2l_implicit.diagnostics import Diagnostics, UnsolvedWarning
 from l2l_implicit.gbml import ImplicitGBML
 from l2l_implicit.imaml import ImplicitMAML
 from l2l_implicit.learner import ImplicitCGHead
-from l2l_implicit.linear_solve import LinearSolution, conjugate_gradient
-from l2l_implicit.linearization import Linearization
+from l2l_implicit.linear_solvers.solution import LinearSolution
+from l2l_implicit.linear_solvers.conjugate_gradient import conjugate_gradient
+from l2l_implicit.inner_problem.linearization import Linearization
 
 __version__ = "0.1.0"
 

@@ -14,17 +14,17 @@ from learn2learn.utils import clone_module
 from torch import Tensor
 
 from l2l_implicit import checks
-from l2l_implicit.boundary import map_tensors, mark_boundaries
 from l2l_implicit.diagnostics import Diagnostics, Limits
-from l2l_implicit.first_order import first_order_steps
 from l2l_implicit.implicit_diff import Cell, Solve, attach
-from l2l_implicit.inner_loop import Closure, ClosureObjective, descend
-from l2l_implicit.linear_head import LinearHeadLinearization
-from l2l_implicit.linear_solve import NON_FINITE, LinearSolution, Matvec
-from l2l_implicit.linearization import Linearization
+from l2l_implicit.inner_problem.boundary import map_tensors, mark_boundaries
+from l2l_implicit.inner_problem.linear_head import LinearHeadLinearization
+from l2l_implicit.inner_problem.linearization import Linearization
+from l2l_implicit.inner_problem.support_features import SupportFeatures
+from l2l_implicit.inner_solvers.first_order import first_order_steps
+from l2l_implicit.inner_solvers.inner_loop import Closure, ClosureObjective, descend
+from l2l_implicit.linear_solvers.solution import NON_FINITE, LinearSolution, Matvec
 from l2l_implicit.mixed_precision import as_now, precision_of, widened, without_autocast
 from l2l_implicit.objective import InnerObjective
-from l2l_implicit.support_features import SupportFeatures
 from l2l_implicit.task import Memory, Remembered, Task
 from l2l_implicit.vectors import flatten, shallow_copy, substitute
 

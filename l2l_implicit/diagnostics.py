@@ -6,7 +6,7 @@ import math
 import warnings
 from dataclasses import dataclass, field
 
-from l2l_implicit.linear_solve import LinearSolution
+from l2l_implicit.linear_solvers.solution import LinearSolution
 
 
 class UnsolvedWarning(UserWarning):

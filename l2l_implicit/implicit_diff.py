@@ -23,7 +23,7 @@ from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
 
 from l2l_implicit import checks
-from l2l_implicit.linearization import Linearization, Products
+from l2l_implicit.inner_problem.linearization import Linearization, Products
 from l2l_implicit.mixed_precision import without_autocast
 from l2l_implicit.vectors import flatten, unflatten
 

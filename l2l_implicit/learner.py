@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from l2l_implicit import checks
 from l2l_implicit.adaptation import ImplicitLearner
 from l2l_implicit.diagnostics import Diagnostics
-from l2l_implicit.direct_solve import direct_solve
-from l2l_implicit.inner_steps import GradientStep, InnerStep
-from l2l_implicit.lbfgs import LBFGSStep
-from l2l_implicit.linear_solve import LinearSolution, Matvec, conjugate_gradient
-from l2l_implicit.linearization import Linearization
-from l2l_implicit.neumann_series import neumann_series
-from l2l_implicit.newton import NewtonStep
-from l2l_implicit.regularizer import SquaredDistance
+from l2l_implicit.inner_problem.linearization import Linearization
+from l2l_implicit.inner_problem.regularizer import SquaredDistance
+from l2l_implicit.inner_solvers.gradient_descent import GradientStep, InnerStep
+from l2l_implicit.inner_solvers.lbfgs import LBFGSStep
+from l2l_implicit.inner_solvers.newton import NewtonStep
+from l2l_implicit.linear_solvers.conjugate_gradient import conjugate_gradient
+from l2l_implicit.linear_solvers.direct_solve import direct_solve
+from l2l_implicit.linear_solvers.neumann_series import neumann_series
+from l2l_implicit.linear_solvers.solution import LinearSolution, Matvec
 from l2l_implicit.task import Task
 
 

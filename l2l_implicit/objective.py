@@ -9,10 +9,10 @@ import torch
 from learn2learn.algorithms import MAML
 from torch import Tensor
 
-from l2l_implicit.linear_head import LinearHeadLinearization
-from l2l_implicit.linearization import AutogradLinearization, Linearization
-from l2l_implicit.recognition import LinearHeadLoss, recognize
-from l2l_implicit.regularizer import SquaredDistance
+from l2l_implicit.inner_problem.linear_head import LinearHeadLinearization
+from l2l_implicit.inner_problem.linearization import AutogradLinearization, Linearization
+from l2l_implicit.inner_problem.recognition import LinearHeadLoss, recognize
+from l2l_implicit.inner_problem.regularizer import SquaredDistance
 from l2l_implicit.task import Task
 from l2l_implicit.vectors import substitute, unflatten
 

@@ -9,9 +9,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from l2l_implicit.implicit_diff import Cell
-from l2l_implicit.inner_steps import InnerStep
-from l2l_implicit.linearization import Linearization
-from l2l_implicit.regularizer import SquaredDistance
+from l2l_implicit.inner_problem.linearization import Linearization
+from l2l_implicit.inner_problem.regularizer import SquaredDistance
+from l2l_implicit.inner_solvers.gradient_descent import InnerStep
 
 
 class Remembered(NamedTuple):

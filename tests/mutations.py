@@ -55,84 +55,84 @@ MUTATIONS = (
         "mixed_vjp(-v)", "mixed_vjp(v)", BASIC,
     ),
     Mutation(
-        "no regulariser in the Hessian product", "regularizer.py",
+        "no regulariser in the Hessian product", "inner_problem/regularizer.py",
         "return product.add(vector, alpha=self._coefficient)", "return product", BASIC,
     ),
     Mutation(
-        "CG with beta = 0", "linear_solve.py",
+        "CG with beta = 0", "linear_solvers/conjugate_gradient.py",
         "zeta = rr / rr_before", "zeta = 0.0", "linear_solve",
     ),
     Mutation(
-        "CG with beta inverted", "linear_solve.py",
+        "CG with beta inverted", "linear_solvers/conjugate_gradient.py",
         "zeta = rr / rr_before", "zeta = rr_before / rr if rr else 0.0", "linear_solve",
     ),
     Mutation(
-        "linearized at the start, closed form", "inner_loop.py",
+        "linearized at the start, closed form", "inner_solvers/inner_loop.py",
         "objective.linearize(point, True), at)", "objective.linearize(at.point, True), at)", "span",
     ),
     Mutation(
-        "linearized beside phi, general path", "inner_loop.py",
+        "linearized beside phi, general path", "inner_solvers/inner_loop.py",
         "linearize(vector, hvp or last)", "linearize(0.9 * vector, hvp or last)", BASIC,
     ),
     Mutation(
-        "features detached, closed form", "linear_head.py",
+        "features detached, closed form", "inner_problem/linear_head.py",
         "else [self.features.source]", "else [self.features.source.detach()]", CLOSED,
     ),
     Mutation(
-        "features detached, general path", "linearization.py",
+        "features detached, general path", "inner_problem/linearization.py",
         "marked = [node.saved_tensors[0] for", "marked = [node.saved_tensors[0].detach() for",
         BASIC,
     ),
     Mutation(
-        "the gradient in l2 without the anchor", "regularizer.py",
+        "the gradient in l2 without the anchor", "inner_problem/regularizer.py",
         "self._offset(point).dot(vector)", "point.dot(vector)", BASIC + " learner_theta",
     ),
     Mutation(
-        "the anchor's sign", "regularizer.py",
+        "the anchor's sign", "inner_problem/regularizer.py",
         "unflatten(vector * -self._coefficient", "unflatten(vector * self._coefficient",
         BASIC,
     ),
     Mutation(
-        "a mixed product without its curvature", "linear_head.py",
+        "a mixed product without its curvature", "inner_problem/linear_head.py",
         " + change @ self._weight(self.point)]", "]", CLOSED,
     ),
     Mutation(
-        "softmax without its coupling of classes", "linear_losses.py",
+        "softmax without its coupling of classes", "inner_problem/linear_losses.py",
         "return change.addcmul_(self._p, change.sum(1, keepdim=True), value=-1.0)",
         "return change", CLOSED,
     ),
     Mutation(
-        "phi of the loss counted as theta", "boundary.py",
+        "phi of the loss counted as theta", "inner_problem/boundary.py",
         "ctx.inner = True", "ctx.inner = False", BASIC + " learner_theta",
     ),
     Mutation(
-        "span: what lies beyond it forgotten", "span.py",
+        "span: what lies beyond it forgotten", "inner_problem/span.py",
         ".addcmul_(self._e, matrix[0, -1])", "", SPAN,
     ),
     Mutation(
-        "span: the direction uphill", "span.py",
+        "span: the direction uphill", "inner_problem/span.py",
         "return direction.squeeze(1).neg_()", "return direction.squeeze(1)", SPAN,
     ),
     Mutation(
-        "span: no bias on the way back", "support_features.py",
+        "span: no bias on the way back", "inner_problem/support_features.py",
         "reshape(-1), weights[:,", "reshape(-1), 0 * weights[:,", SPAN,
     ),
     Mutation(
-        "Newton: every step accepted", "newton.py",
+        "Newton: every step accepted", "inner_solvers/newton.py",
         "return now > last.objective + self._ARMIJO * self._length * last.slope", "return False",
         "diagnostics solvers inner_steps hypergradient_rules",
     ),
     Mutation(
-        "Newton: the stand-in step uphill", "newton.py",
+        "Newton: the stand-in step uphill", "inner_solvers/newton.py",
         "return -self._gradient_step(at)", "return self._gradient_step(at)",
         "inner_steps solvers",
     ),
     Mutation(
-        "the series' residual half updated", "neumann_series.py",
+        "the series' residual half updated", "linear_solvers/neumann_series.py",
         "r.sub_(product, alpha=alpha)", "r.sub_(product, alpha=0.5 * alpha)", "solvers",
     ),
     Mutation(
-        "curvature from below", "curvature.py",
+        "curvature from below", "linear_solvers/curvature.py",
         "largest = abs(ritz) + norm * last", "largest = ritz + norm * last", "solvers",
     ),
     Mutation(
@@ -182,7 +182,7 @@ MUTATIONS = (
         "baselines_reptile",
     ),
     Mutation(
-        "FOMAML: a step twice as long", "first_order.py",
+        "FOMAML: a step twice as long", "inner_solvers/first_order.py",
         "p - lr * g", "p - 2 * lr * g", "first_order",
     ),
     Mutation(
@@ -194,7 +194,7 @@ MUTATIONS = (
         "bad_inner = not residual <= limits.inner", "bad_inner = False", "diagnostics",
     ),
     Mutation(
-        "autocast: features stay half", "boundary.py",
+        "autocast: features stay half", "inner_problem/boundary.py",
         "wide = widened(source, dtype)", "wide = source", "mixed_precision",
     ),
 )  # fmt: skip

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from l2l_implicit import ImplicitCGHead, UnsolvedWarning
-from l2l_implicit.linear_solve import CONVERGED, MAX_STEPS
+from l2l_implicit.linear_solvers.solution import CONVERGED, MAX_STEPS
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -9,9 +9,9 @@ from oracles import relative_error
 from torch import Tensor, nn
 
 from l2l_implicit import ImplicitCGHead
-from l2l_implicit.inner_steps import GradientStep
-from l2l_implicit.linearization import AutogradLinearization
-from l2l_implicit.newton import NewtonStep
+from l2l_implicit.inner_problem.linearization import AutogradLinearization
+from l2l_implicit.inner_solvers.gradient_descent import GradientStep
+from l2l_implicit.inner_solvers.newton import NewtonStep
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -14,7 +14,7 @@ from small_task import small_nets as nets
 from torch import nn
 
 from l2l_implicit import ImplicitCGHead
-from l2l_implicit.linearization import Linearization
+from l2l_implicit.inner_problem.linearization import Linearization
 
 pytestmark = pytest.mark.usefixtures("float64")
 

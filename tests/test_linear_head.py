@@ -13,9 +13,9 @@ from torch.func import functional_call
 
 import l2l_implicit.objective as objective
 from l2l_implicit import ImplicitCGHead
-from l2l_implicit.linear_head import LinearHeadLinearization, recognize
-from l2l_implicit.linearization import AutogradLinearization
-from l2l_implicit.regularizer import SquaredDistance
+from l2l_implicit.inner_problem.linear_head import LinearHeadLinearization, recognize
+from l2l_implicit.inner_problem.linearization import AutogradLinearization
+from l2l_implicit.inner_problem.regularizer import SquaredDistance
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -8,7 +8,13 @@ import torch
 from oracles import relative_error, subroutine_1
 
 from l2l_implicit import conjugate_gradient
-from l2l_implicit.linear_solve import CONVERGED, MAX_STEPS, NON_FINITE, NOT_POSITIVE, ZERO
+from l2l_implicit.linear_solvers.solution import (
+    CONVERGED,
+    MAX_STEPS,
+    NON_FINITE,
+    NOT_POSITIVE,
+    ZERO,
+)
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from l2l_implicit import ImplicitCGHead, conjugate_gradient
 from l2l_implicit.batched import BatchedImplicitHead
-from l2l_implicit.direct_solve import direct_solve
-from l2l_implicit.linear_solve import CONVERGED, LinearSolution
-from l2l_implicit.neumann_series import neumann_series
+from l2l_implicit.linear_solvers.direct_solve import direct_solve
+from l2l_implicit.linear_solvers.neumann_series import neumann_series
+from l2l_implicit.linear_solvers.solution import CONVERGED, LinearSolution
 
 FEW, MANY = 60, 3000
 SEEDS = st.integers(0, 2**31)

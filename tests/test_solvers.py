@@ -14,16 +14,23 @@ from small_task import six_inputs as x
 from torch import Tensor, nn
 
 from l2l_implicit import ImplicitCGHead, ImplicitMAML
-from l2l_implicit.curvature import largest_curvature
-from l2l_implicit.direct_solve import LARGEST, direct_solve
-from l2l_implicit.inner_steps import GradientStep
-from l2l_implicit.linear_head import LinearHeadLinearization
-from l2l_implicit.linear_solve import CONVERGED, DIVERGED, MAX_STEPS, NON_FINITE, NOT_POSITIVE, ZERO
-from l2l_implicit.linearization import AutogradLinearization
-from l2l_implicit.neumann_series import neumann_series
-from l2l_implicit.newton import NewtonStep
-from l2l_implicit.recognition import recognize
-from l2l_implicit.regularizer import SquaredDistance
+from l2l_implicit.inner_problem.linear_head import LinearHeadLinearization
+from l2l_implicit.inner_problem.linearization import AutogradLinearization
+from l2l_implicit.inner_problem.recognition import recognize
+from l2l_implicit.inner_problem.regularizer import SquaredDistance
+from l2l_implicit.inner_solvers.gradient_descent import GradientStep
+from l2l_implicit.inner_solvers.newton import NewtonStep
+from l2l_implicit.linear_solvers.curvature import largest_curvature
+from l2l_implicit.linear_solvers.direct_solve import LARGEST, direct_solve
+from l2l_implicit.linear_solvers.neumann_series import neumann_series
+from l2l_implicit.linear_solvers.solution import (
+    CONVERGED,
+    DIVERGED,
+    MAX_STEPS,
+    NON_FINITE,
+    NOT_POSITIVE,
+    ZERO,
+)
 
 pytestmark = pytest.mark.usefixtures("float64")
 

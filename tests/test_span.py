@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from l2l_implicit import ImplicitCGHead, ImplicitMAML
-from l2l_implicit.linear_head import LinearHeadLinearization
-from l2l_implicit.span import HeadInSpan, SpanLinearization
+from l2l_implicit.inner_problem.linear_head import LinearHeadLinearization
+from l2l_implicit.inner_problem.span import HeadInSpan, SpanLinearization
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from l2l_implicit import checks
 from l2l_implicit.baselines.optimizers import Factory, make_optimizer, placeholders
-from l2l_implicit.linearization import inner_gradient
+from l2l_implicit.inner_problem.linearization import inner_gradient
 
 # Settings of torch's optimisers that higher passes over in silence.
 IGNORED = ("maximize", "decoupled_weight_decay")

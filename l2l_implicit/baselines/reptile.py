@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from l2l_implicit.baselines.learner import BaselineLearner
 from l2l_implicit.baselines.optimizers import Factory, make_optimizer, placeholders
-from l2l_implicit.linearization import inner_gradient
+from l2l_implicit.inner_problem.linearization import inner_gradient
 
 Self = TypeVar("Self", bound="Reptile")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from l2l_implicit.batched.inner_solvers import InnerSolution
 from l2l_implicit.batched.linear_solve import REASONS, BatchedSolution
 from l2l_implicit.diagnostics import Diagnostics, Limits
-from l2l_implicit.linear_solve import NON_FINITE, LinearSolution
+from l2l_implicit.linear_solvers.solution import NON_FINITE, LinearSolution
 
 
 class BatchedDiagnostics:

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from l2l_implicit.batched.objective import BatchedLinearization
-from l2l_implicit.linear_solve import CONVERGED, MAX_STEPS, NON_FINITE, NOT_POSITIVE, ZERO
+from l2l_implicit.linear_solvers.solution import (
+    CONVERGED,
+    MAX_STEPS,
+    NON_FINITE,
+    NOT_POSITIVE,
+    ZERO,
+)
 
 INEXACT = "direct solve ended by rounding"
 REASONS = (MAX_STEPS, CONVERGED, ZERO, NOT_POSITIVE, NON_FINITE, INEXACT)

@@ -3,7 +3,8 @@ r"""The inner objectives of T tasks that share a linear head's shape.
 .. math:: g_t(\phi_t) = \text{loss}_t(X_t W_t^\top + c_t) + \tfrac{l_2}{2} \|\phi_t - a\|^2
 
 A vector ``[T, n]`` holds, for each task, the weight (``[k, d]``, row by row) and then the bias.
-The formulas are those of `l2l_implicit.linear_head`, each product one batched matrix product.
+The formulas are those of `l2l_implicit.inner_problem.linear_head`, each product one batched
+matrix product.
 """
 
 from __future__ import annotations

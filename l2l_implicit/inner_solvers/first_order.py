@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from l2l_implicit import checks
-from l2l_implicit.linearization import inner_gradient
+from l2l_implicit.inner_problem.linearization import inner_gradient
 from l2l_implicit.vectors import substitute
 
 

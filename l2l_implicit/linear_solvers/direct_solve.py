@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from l2l_implicit.linear_solve import (
+from l2l_implicit.linear_solvers.solution import (
     CONVERGED,
     NON_FINITE,
     NOT_POSITIVE,
@@ -38,7 +38,7 @@ def direct_solve(matvec: Matvec, b: Tensor) -> LinearSolution:
 
     Example:
         >>> import torch
-        >>> from l2l_implicit.direct_solve import direct_solve
+        >>> from l2l_implicit.linear_solvers.direct_solve import direct_solve
         >>> A = torch.tensor([[4.0, 1.0], [1.0, 3.0]])
         >>> direct_solve(A.mv, torch.tensor([1.0, 2.0])).solution
         tensor([0.0909, 0.6364])

@@ -2,7 +2,8 @@ r"""The common case in closed form: cross-entropy or squared error of a linear h
 
 With features :math:`X` (``[m, d]``), outputs :math:`Z = X W^\top + c` (``[m, k]``), the loss's
 gradient :math:`G` and Hessian product :math:`S = \nabla^2_Z \, U` in the outputs
-(`l2l_implicit.linear_losses`), and a direction :math:`(V, e)` with :math:`U = X V^\top + e`:
+(`l2l_implicit.inner_problem.linear_losses`), and a direction :math:`(V, e)` with
+:math:`U = X V^\top + e`:
 
 .. math:: \nabla_W = G^\top X, \quad \nabla_c = G^\top 1, \qquad
           \nabla^2_\phi \, (V, e) = (S^\top X, S^\top 1), \qquad
@@ -19,12 +20,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from l2l_implicit.linear_losses import OutputLoss
-from l2l_implicit.linear_solve import LinearSolution, LinearSolver, of_larger_system
-from l2l_implicit.linearization import Linearization, Products
-from l2l_implicit.recognition import LinearHeadLoss, recognize
-from l2l_implicit.regularizer import SquaredDistance
-from l2l_implicit.support_features import SupportFeatures
+from l2l_implicit.inner_problem.linear_losses import OutputLoss
+from l2l_implicit.inner_problem.linearization import Linearization, Products
+from l2l_implicit.inner_problem.recognition import LinearHeadLoss, recognize
+from l2l_implicit.inner_problem.regularizer import SquaredDistance
+from l2l_implicit.inner_problem.support_features import SupportFeatures
+from l2l_implicit.linear_solvers.solution import LinearSolution, LinearSolver, of_larger_system
 
 __all__ = ["LinearHeadLinearization", "recognize"]
 

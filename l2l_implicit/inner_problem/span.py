@@ -1,14 +1,17 @@
 r"""The inner problem of a linear head in the few coordinates in which it is not trivial.
 
-With the basis Q of the features' span (`l2l_implicit.support_features`), the anchor a and the start
-:math:`\phi^0`, every iterate of a solver that moves along gradients and Hessian products lies in
+With the basis Q of the features' span (`l2l_implicit.inner_problem.support_features`), the anchor a
+and the start :math:`\phi^0`, every iterate of a solver that moves along gradients and Hessian
+products lies in
 
 .. math:: \phi = \tilde W Q^\top + a_\perp + t e, \qquad
           e = (\phi^0 - a)_\perp / \| (\phi^0 - a)_\perp \|,
 
 since beyond the span nothing but the regulariser acts. The coordinates are the matrix
 :math:`U = (\tilde W, t e_1)`, ``[k, m + 1]``, as if there were one more feature, always zero; they
-keep lengths and angles, so in exact arithmetic the solvers' iterates are the same.
+keep lengths and angles, so in exact arithmetic the solvers' iterates are the same. Two exceptions:
+torch's L-BFGS, whose first step has a 1-norm in it, and an estimated step size, whose power
+iteration starts elsewhere.
 """
 
 from __future__ import annotations
@@ -18,10 +21,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from l2l_implicit.linear_head import LinearHeadLinearization
-from l2l_implicit.linear_losses import OutputLoss
-from l2l_implicit.linearization import Linearization, Products
-from l2l_implicit.regularizer import SquaredDistance
+from l2l_implicit.inner_problem.linear_head import LinearHeadLinearization
+from l2l_implicit.inner_problem.linear_losses import OutputLoss
+from l2l_implicit.inner_problem.linearization import Linearization, Products
+from l2l_implicit.inner_problem.regularizer import SquaredDistance
 
 _DENSE = 260  # the most unknowns of a system that is written out
 

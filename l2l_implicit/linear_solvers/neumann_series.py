@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from l2l_implicit.curvature import largest_curvature
-from l2l_implicit.linear_solve import (
+from l2l_implicit.linear_solvers.curvature import largest_curvature
+from l2l_implicit.linear_solvers.solution import (
     CONVERGED,
     DIVERGED,
     MAX_STEPS,
@@ -53,7 +53,7 @@ def neumann_series(
 
     Example:
         >>> import torch
-        >>> from l2l_implicit.neumann_series import neumann_series
+        >>> from l2l_implicit.linear_solvers.neumann_series import neumann_series
         >>> A = torch.tensor([[4.0, 1.0], [1.0, 3.0]])
         >>> answer = neumann_series(A.mv, torch.tensor([1.0, 2.0]), max_steps=50)
         >>> answer.solution

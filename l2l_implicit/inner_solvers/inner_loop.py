@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from l2l_implicit.boundary import end_of_gradients
-from l2l_implicit.linear_head import LinearHeadLinearization
-from l2l_implicit.linearization import Linearization
-from l2l_implicit.span import HeadInSpan, SpanLinearization
+from l2l_implicit.inner_problem.boundary import end_of_gradients
+from l2l_implicit.inner_problem.linear_head import LinearHeadLinearization
+from l2l_implicit.inner_problem.linearization import Linearization
+from l2l_implicit.inner_problem.span import HeadInSpan, SpanLinearization
 
 Closure = Callable[[], Tensor]
 Put = Callable[[Tensor, list[Tensor]], list[Tensor]]

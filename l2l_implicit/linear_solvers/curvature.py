@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from l2l_implicit.linear_solve import Matvec
+from l2l_implicit.linear_solvers.solution import Matvec
 
 
 def largest_curvature(
@@ -32,7 +32,7 @@ def largest_curvature(
 
     Example:
         >>> import torch
-        >>> from l2l_implicit.curvature import largest_curvature
+        >>> from l2l_implicit.linear_solvers.curvature import largest_curvature
         >>> A = torch.diag(torch.tensor([1.0, 2.0, 5.0]))
         >>> round(largest_curvature(A.mv, torch.ones(3)), 3)
         5.0

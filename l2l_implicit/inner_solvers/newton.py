@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from l2l_implicit.inner_steps import Stop
-from l2l_implicit.linear_solve import LinearSolution, Matvec, conjugate_gradient
-from l2l_implicit.linearization import Linearization
+from l2l_implicit.inner_problem.linearization import Linearization
+from l2l_implicit.inner_solvers.gradient_descent import Stop
+from l2l_implicit.linear_solvers.conjugate_gradient import conjugate_gradient
+from l2l_implicit.linear_solvers.solution import LinearSolution, Matvec
 
 
 class _Step(NamedTuple):

@@ -13,9 +13,9 @@ from torch.autograd import grad
 from torch.autograd.graph import GradientEdge
 
 from l2l_implicit import checks
-from l2l_implicit.boundary import is_boundary
-from l2l_implicit.linear_solve import LinearSolution, LinearSolver
-from l2l_implicit.regularizer import SquaredDistance
+from l2l_implicit.inner_problem.boundary import is_boundary
+from l2l_implicit.inner_problem.regularizer import SquaredDistance
+from l2l_implicit.linear_solvers.solution import LinearSolution, LinearSolver
 from l2l_implicit.vectors import flatten, unflatten
 
 Products = list[Tensor | None]

@@ -1,7 +1,7 @@
 """Steps of the inner solver: from a linearization of the inner objective to the next phi.
 
 The hypergradient does not care how the inner minimum was found, only that it was. Here: what a step
-is, and gradient descent; `l2l_implicit.newton` and `l2l_implicit.lbfgs` hold the other two.
+is, and gradient descent; `newton` and `lbfgs`, beside this file, hold the other two.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from l2l_implicit.curvature import largest_curvature
-from l2l_implicit.linearization import Linearization
+from l2l_implicit.inner_problem.linearization import Linearization
+from l2l_implicit.linear_solvers.curvature import largest_curvature
 
 
 class InnerStep(Protocol):

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from l2l_implicit.boundary import is_boundary
-from l2l_implicit.linear_losses import CrossEntropy, OutputLoss, SquaredError
-from l2l_implicit.support_features import SupportFeatures
+from l2l_implicit.inner_problem.boundary import is_boundary
+from l2l_implicit.inner_problem.linear_losses import CrossEntropy, OutputLoss, SquaredError
+from l2l_implicit.inner_problem.support_features import SupportFeatures
 
 _MEAN, _SUM = 1, 2  # torch's numbers for a loss's reduction
 

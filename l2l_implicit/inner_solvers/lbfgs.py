@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from l2l_implicit.inner_steps import Stop
-from l2l_implicit.linearization import Linearization
+from l2l_implicit.inner_problem.linearization import Linearization
+from l2l_implicit.inner_solvers.gradient_descent import Stop
 
 
 class LBFGSStep:

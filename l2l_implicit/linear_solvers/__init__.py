@@ -1,0 +1,1 @@
+"""Solvers of the linear system of the hypergradient, from products alone."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from experiments.drills import kill_and_resume, long_run, outage
+from experiments.drills import kill_and_resume, long_run, mixed_precision, outage
 from experiments.drills.runs import report
 
 
@@ -31,6 +32,14 @@ def test_the_database_is_away_for_a_minute_and_for_good(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_five_thousand_iterations_do_not_grow(tmp_path: Path) -> None:
     assert long_run.drill(tmp_path, iterations=5000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_learns_what_float32_learns(dtype: torch.dtype) -> None:
+    half, single = (mixed_precision.drill(kind, 150, 0) for kind in (dtype, torch.float32))
+    assert half.accuracy > single.accuracy - single.half_width - half.half_width
+    assert half.unsolved == 0
 
 
 def test_a_drill_that_finds_something_says_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -133,7 +133,7 @@ MUTATIONS = (
     ),
     Mutation(
         "curvature from below", "linear_solvers/curvature.py",
-        "largest = abs(ritz) + norm * last", "largest = ritz + norm * last", "solvers",
+        "largest = abs(ritz) + norm * last", "largest = ritz + norm * last", "linear_solvers",
     ),
     Mutation(
         "batched: the mixed product's sign", "batched/implicit_diff.py",

@@ -242,7 +242,7 @@ def test_what_is_left_out_is_named_and_places_are_hidden(
     )  # fmt: skip
     recorder.run({"seed": 1}, status="RUNNING")
     recorder.documents["runs"].update_one(
-        {"_id": number}, {"$set": {"experiment.repositories": [{"url": "/home/me/x"}]}}
+        {"_id": number}, {"$set": {"experiment.repositories": [{"url": "/data/me/x"}]}}
     )
     path = export_to()
     (run,) = read_records(path)["runs"]

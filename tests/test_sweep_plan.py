@@ -11,6 +11,7 @@ import pytest
 from experiments import sweep
 from experiments.sweeps.cells import Cell, format_value, parse_settings, parse_value
 from experiments.sweeps.claims import Claims, Owner
+from experiments.sweeps.definition import Benchmark, Method, Sweep
 from experiments.sweeps.definitions import SWEEPS
 from experiments.sweeps.listing import duration
 from experiments.sweeps.plan import find_sweep, make_plan
@@ -51,9 +52,10 @@ def test_every_definition_gives_different_cells(name: str) -> None:
             assert all(type(c.settings["seed"]) is int for c in grids + finals)
 
 
-def test_the_comparison_is_fair() -> None:
+@pytest.mark.parametrize("benchmark", list(SWEEPS["accuracy"].benchmarks))
+def test_the_comparison_is_fair(benchmark: str) -> None:
     """Equal grids and equal budgets, 11 methods, 3 settings, 3 seeds; the outer step for all."""
-    plan = make_plan(SWEEPS["accuracy"], {})
+    plan = make_plan(SWEEPS["accuracy"], {"benchmark": benchmark})
     assert len(plan.names()) == 11 * (3 + 3)
     for method in SWEEPS["accuracy"].methods.values():
         assert [len(c) for c in method.grid] == [1, 1, 2]
@@ -63,6 +65,20 @@ def test_the_comparison_is_fair() -> None:
     for cells in (grids, finals):
         assert len({(c.settings["budget"], c.settings["meta_batch"]) for c in cells}) == 1
     assert finals[0].settings["budget"] == 2 * grids[0].settings["budget"]
+
+
+def test_a_benchmark_may_have_budgets_of_its_own() -> None:
+    """Its settings for a stage beat the method's, its settings for a method the stage's."""
+    sweep = Sweep(
+        {"a": Method(("a",), final={"test_at": [9], "x": 1}), "b": Method(("b",))},
+        {"here": Benchmark(stage2={"test_at": [], "tests": 6}, methods={"b": {"tests": 5}})},
+        stage2={"budget": 4, "tests": 7},
+        seeds=1,
+    )
+    (a,), (b,) = [group.finals for group in make_plan(sweep, {}).groups]
+    common = {"budget": 4, "test_at": [], "seed": 0}
+    assert a["a/final/0"].settings == {**common, "x": 1, "tests": 6}
+    assert b["b/final/0"].settings == {**common, "tests": 5}
 
 
 def test_settings_of_the_command_line_reach_every_cell() -> None:

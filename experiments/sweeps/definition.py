@@ -38,11 +38,17 @@ class Benchmark:
         configs: named configs of the experiment, before the method's.
         settings: for all runs.
         like: the benchmark in whose named configs the methods' settings are.
+        stage1: for the grid's runs, where this benchmark needs another budget.
+        stage2: for the final runs, likewise.
+        methods: for the runs of some methods, by their names.
     """
 
     configs: tuple[str, ...] = ()
     settings: Settings = field(default_factory=dict)
     like: str = ""
+    stage1: Settings = field(default_factory=dict)
+    stage2: Settings = field(default_factory=dict)
+    methods: Mapping[str, Settings] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,8 @@ class Sweep:
 
     The best candidate is the one with the highest final ``validation/accuracy``, the first of
     equals. What is set later in this list wins: `settings`, the benchmark's, the method's, the
-    stage's, the method's `final`, the candidate, the command line.
+    stage's, the method's `final`, the benchmark's for the stage, its for the method, the candidate,
+    the command line.
 
     Args:
         methods: by the name that the listing shows.

@@ -7,8 +7,10 @@ outer step size with the first of them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import product
 
+from experiments.sweeps.cells import Settings
 from experiments.sweeps.definition import Benchmark, Grid, Method, Sweep
 
 
@@ -28,6 +30,23 @@ FASTER = {"algorithm.engine": "learn2learn"}
 
 # A task costs it a second, and validations are not part of the budget.
 SELDOM = {"validate_seconds": 60, "validation_tasks": 50}
+
+WHOLE_NETWORK = ("maml", "fomaml", "reptile", "imaml_gd")
+
+
+def _beside(config: str, settings: Settings, methods: Mapping[str, Settings]) -> Benchmark:
+    """A benchmark beside the two main ones: half the budget and fewer test tasks, none at 1,500."""
+    return Benchmark(
+        (config,),
+        settings,
+        stage1={"budget": 60, "validate_seconds": 15},
+        stage2={"budget": 120, "validate_seconds": 15, "test_tasks": 300, "test_at": []},
+        methods=methods,
+    )
+
+
+FEW = {"imaml_hf": {**SELDOM, "validation_tasks": 25, "test_tasks": 100}}
+FEWER = {**dict.fromkeys(WHOLE_NETWORK, {"test_tasks": 100}), **FEW}
 
 ACCURACY = Sweep(
     methods={
@@ -50,6 +69,11 @@ ACCURACY = Sweep(
     benchmarks={
         "caltech101": Benchmark(("caltech101",), {"tasks.size": 32}),
         "glyphs": Benchmark(("glyphs",), {"tasks.level": "medium", "tasks.split": "random"}),
+        "glyphs_script": _beside("glyphs", {"tasks.level": "medium", "tasks.split": "script"}, FEW),
+        # five alphabets as one folder of classes: docs/tasks.md
+        "omniglot5": _beside("folder", {"tasks.size": 28}, FEW),
+        # A task costs seven times what it does with 32 pixels.
+        "caltech101_84": _beside("caltech101", {"tasks.size": 84, "meta_batch": 2}, FEWER),
     },
     settings={
         "model.hidden": 32,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.sweeps.cells import Cell, Settings, describe
-from experiments.sweeps.definition import Benchmark, Grid, Method, Sweep
+from experiments.sweeps.definition import Grid, Method, Sweep
 from experiments.sweeps.definitions import SWEEPS
 from experiments.tracking import UserError
 from experiments.tracking.errors import nearest
@@ -109,13 +109,14 @@ def make_plan(sweep: Sweep, given: Settings) -> Plan:
 class _Maker:
     def __init__(self, sweep: Sweep, benchmark: str, overrides: Settings, seeds: int) -> None:
         self._sweep, self._overrides, self._seeds = sweep, overrides, seeds
-        self._benchmark: Benchmark = sweep.benchmarks[benchmark]
+        self._benchmark = sweep.benchmarks[benchmark]
 
     def group(self, name: str, method: Method, grid_name: Any) -> Group:
         candidates = method.grids.get(grid_name, method.grid) if grid_name else method.grid
         self._check_searched(name, candidates)
+        stage = {**self._sweep.stage1, **self._benchmark.stage1}
         grid = {
-            f"{name}/grid/{n}": self._cell(method, self._sweep.stage1, {}, candidate)
+            f"{name}/grid/{n}": self._cell(name, stage, candidate)
             for n, candidate in enumerate(candidates)
         }
         return Group(
@@ -126,17 +127,16 @@ class _Maker:
         )
 
     def _finals(self, name: str, method: Method, candidate: Settings) -> dict[str, Cell]:
-        stage = self._sweep.stage2
+        stage = {**self._sweep.stage2, **method.final, **self._benchmark.stage2}
         return {
-            f"{name}/final/{seed}": self._cell(method, stage, method.final, candidate, seed)
+            f"{name}/final/{seed}": self._cell(name, stage, candidate, seed)
             for seed in range(self._seeds)
         }
 
-    def _cell(self, method: Method, stage: Settings, final: Settings,
-              candidate: Settings, seed: int = GRID_SEED) -> Cell:
-        here = self._benchmark
-        layers = [self._sweep.settings, here.settings, method.settings, stage, final]
-        layers += [candidate, self._overrides]
+    def _cell(self, name: str, stage: Settings, candidate: Settings, seed: int = GRID_SEED) -> Cell:
+        here, method = self._benchmark, self._sweep.methods[name]
+        layers = [self._sweep.settings, here.settings, method.settings, stage]
+        layers += [here.methods.get(name, {}), candidate, self._overrides]
         settings = {key: value for layer in layers for key, value in layer.items()}
         own = [config.format(benchmark=here.like) for config in method.configs]
         configs = (*here.configs, *own)

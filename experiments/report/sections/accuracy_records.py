@@ -17,8 +17,21 @@ DIFFERS = " †"
 
 
 def accuracy_records(state: SweepState, request: Request) -> tuple[Record, ...]:
-    """One a method: raw means over its final runs."""
-    return tuple(_record(method, request.summaries(method.runs)) for method in state.methods)
+    """One a method: raw means over its final runs, and how far it is from the first method."""
+    runs = [request.summaries(method.runs) for method in state.methods]
+    return tuple(
+        {**_record(method, own), **_distance(own, runs[0])}
+        for method, own in zip(state.methods, runs, strict=True)
+    )
+
+
+def _distance(runs: Sequence[Summary], first: Sequence[Summary]) -> Record:
+    """The first method's test accuracy minus this one's, seed by seed: equal seeds, equal tasks."""
+    theirs = {run.run.settings.get("seed"): run.test for run in first}
+    own = [(theirs[seed] - run.test) for run in runs
+           if (seed := run.run.settings.get("seed")) in theirs]
+    lead = seeds_mean(own if runs is not first else [])
+    return {"lead_mean": lead.mean, "lead_half_width": lead.half_width, "lead_seeds": lead.number}
 
 
 def _record(method: MethodState, runs: Sequence[Summary]) -> Record:

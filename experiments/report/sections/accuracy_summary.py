@@ -38,6 +38,7 @@ def summary_table(state: SweepState, request: Request) -> Table | None:
         Column("seeds", lambda r: f"{r['seeds']}/{r['seeds_planned']}"),
         Column("test accuracy, %", _over_tasks),
         Column("95 % over seeds", lambda r: number(r["test_half_width_seeds"], 100)),
+        Column(f"{state.methods[0].name} leads by", _lead),
         Column(f"at {equal} iterations, %", lambda r: number(r["equal_mean"], 100)),
         number_column("outer iterations", "iterations", digits=0),
         number_column("s an outer step", "step_cpu_seconds", digits=3),
@@ -45,7 +46,7 @@ def summary_table(state: SweepState, request: Request) -> Table | None:
         Column("collapsed", _collapsed),
     ]
     if not equal:
-        del columns[5]
+        del columns[6]
     return Table(
         file_name("summary", state.name, state.benchmark),
         f"Everything in one table, {state.benchmark}, sweep {state.name}.",
@@ -63,6 +64,10 @@ def _over_tasks(record: Record) -> str:
     return plus_minus(record["test_mean"], record["test_half_width_tasks"], 100)
 
 
+def _lead(record: Record) -> str:
+    return plus_minus(record["lead_mean"], record["lead_half_width"], 100)
+
+
 def _collapsed(record: Record) -> str:
     if not record["seeds"]:
         return MISSING
@@ -75,7 +80,9 @@ def _notes(request: Request, state: SweepState) -> list[str]:
     tasks = sorted({str(run.run.settings.get("test_tasks")) for run in runs})
     return [
         f"Test accuracy: mean over seeds; ±: 95 % over the {' or '.join(tasks)} test tasks of a run"
-        " (mean over seeds). 95 % over seeds: half width by Student's t. Outer step: CPU seconds,"
+        " (mean over seeds). 95 % over seeds: half width by Student's t. Leads by: points, with the"
+        " 95 % interval of the differences seed by seed (Student's t): methods see the same tasks"
+        " where they have the same seed. Outer step: CPU seconds,"
         " median. Peak: of live tensors in an outer step. Collapsed: validation fell by more than"
         f" {100 * DROP:.0f} points from its best within the budget."
     ]

@@ -14,6 +14,7 @@ import argparse
 import os
 import platform
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return check_settings(plan)
         database = Database(choose(options.mongo_db))
         try:
-            return _run(plan, options, database)
+            status = _run(plan, options, database)
+            sys.stdout.flush()
+            return status
         finally:
             database.close()
     except (UserError, PyMongoError) as error:
@@ -56,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped as stopped:
         print(f"stopped by {stopped}; the same command goes on", file=sys.stderr)
         return 128 + stopped.signum
+    except BrokenPipeError:  # whoever read the list has seen enough: `--list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

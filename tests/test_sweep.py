@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sweep_process import Place
+from sweep_process import TOY, Place
 from toy_process import finish, wait_for
 
 from experiments.tracking import open_database, supervisor
@@ -73,6 +73,12 @@ def test_other_code_is_said_and_redone_only_if_asked(place: Place, database: Any
     assert place.started().total() == 1
     code, output = place.run("methods=plain", "seeds=1", "--redo-changed")
     assert place.started().total() == 2
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(place: Place) -> None:
+    list_cells = f"{sys.executable} -m experiments.sweep {TOY} folder=. --list"
+    code, output = finish(place.popen(["bash", "-c", f"{list_cells} | true; exit $PIPESTATUS"]))
+    assert (code, output) == (128 + signal.SIGPIPE, "")
 
 
 def test_two_sweeps_at_once_never_double_a_cell(place: Place, database: Any) -> None:

@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from experiments import checkpoint, named_configs, outcome
+from experiments.allocator import keep_freed_memory
 from experiments.bad_tasks import POLICIES
 from experiments.ingredients import algorithm, model, tasks
 from experiments.ingredients.algorithm_table import settings_of
@@ -230,6 +231,7 @@ def _train(
 ) -> dict[str, Any]:
     if config["threads"]:
         torch.set_num_threads(config["threads"])
+    run.info["keeps_freed_memory"] = keep_freed_memory()
     torch.manual_seed(seed)
     given = tasks.make_tasks()
     run.info["tasks"] = given.describe()

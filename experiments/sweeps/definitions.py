@@ -28,8 +28,8 @@ HEAD_ONLY = {"test_at": [1500]}
 # Measured: the two engines tie in second order, and learn2learn's is faster in first order.
 FASTER = {"algorithm.engine": "learn2learn"}
 
-# Measured on one core: second derivatives of the whole network take 0.8 (imaml_hf) and 0.9 (maml)
-# of the time in the default layout; imaml_gd takes the same, the other methods longer.
+# Measured on one core: second derivatives of the whole network take 0.8 of the time in the default
+# layout; imaml_gd takes the same in both, the other methods longer.
 OWN_LAYOUT = {"model.channels_last": False}
 
 # A task costs it a second, and validations are not part of the budget.

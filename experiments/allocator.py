@@ -15,11 +15,12 @@ VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc to hold on to what is freed, up to 1 GiB at a time; False where it is not there.
+    """Have glibc keep blocks of up to 1 GiB that are freed; False where there is no glibc.
 
-    By default each activation of more than 32 MiB at the most is mapped anew, and the system fills
-    its pages with zeros: on a CPU up to a third of an outer step, for every method. What a process
-    takes at its peak is the same; it takes it until it ends.
+    By default it maps every block above a threshold of 32 MiB at most anew, and gives the free end
+    of the heap back; the system then fills the pages with zeros again at each step. On a CPU that
+    took up to a third of an outer step, of every method. The process's peak grows by a few per
+    cent, and it keeps the peak until it ends.
     """
     if sys.platform != "linux" or any(name in os.environ for name in VARIABLES):
         return False

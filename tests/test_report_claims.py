@@ -14,10 +14,7 @@ from statistics import mean
 from typing import Any
 
 import pytest
-
-from experiments.report.__main__ import main as report
-from experiments.tracking import open_database
-from experiments.tracking.import_runs import main as import_runs
+from reported_records import reported
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "docs" / "records" / "papers_figures.jsonl.gz"
@@ -27,15 +24,8 @@ RECORDS = ROOT / "docs" / "records" / "papers_figures.jsonl.gz"
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Path]]:
     """The database of the recorded runs, and the report of it."""
     folder = tmp_path_factory.mktemp("claims")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("L2L_IMPLICIT_DATA", str(folder / "data"))
-        patch.delenv("L2L_IMPLICIT_MONGO_URL", raising=False)
-        patch.setenv("L2L_IMPLICIT_MONGO_URL_FILE", "")
-        patch.setenv("HOME", str(folder))
-        assert import_runs([str(RECORDS)]) == 0
-        assert report(["smoke", "--output", str(folder / "report")]) == 0
-        with open_database() as documents:
-            yield documents, folder / "report"
+    with reported(RECORDS, ["smoke"], folder) as documents:
+        yield documents, folder / "report"
 
 
 def points(documents: Any, name: str) -> dict[int, float]:
@@ -112,8 +102,10 @@ def test_more_than_half_of_the_memory_is_saved_as_published_and_nothing_against_
 
 def test_memory_is_flat_in_the_inner_steps(drawn: tuple[Any, Path]) -> None:
     documents, folder = drawn
-    for name, table, ours in (("memory/rm_metal/cached", "memory_yang_peak", "rm_metal"),
-                              ("imaml_memory/imaml/gradient", "memory_rajeswaran_peak", "imaml")):
+    for name, table, ours in (
+        ("memory/rm_metal/cached", "memory_yang_peak", "rm_metal"),
+        ("imaml_memory/imaml/gradient", "memory_rajeswaran_peak", "imaml"),
+    ):
         peaks = points(documents, name)
         assert max(peaks) >= 32 * min(peaks) and max(peaks.values()) < 1.01 * min(peaks.values())
         row = shown(folder, table, method=ours, variant=name.rpartition("/")[2])

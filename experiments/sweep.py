@@ -29,6 +29,7 @@ from experiments.sweeps.board import DONE, FAILED, RUNNING, Board, Status
 from experiments.sweeps.cells import parse_settings
 from experiments.sweeps.claims import Claims
 from experiments.sweeps.coordinator import Coordinator
+from experiments.sweeps.definitions import SWEEPS
 from experiments.sweeps.dry_run import check_settings
 from experiments.sweeps.plan import Plan, find_sweep, make_plan
 from experiments.sweeps.records import Records
@@ -69,7 +70,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m experiments.sweep", description="Run the missing cells of a sweep."
     )
     add = parser.add_argument
-    add("name", help="accuracy, yang_table1, smoke, or a Python file that defines SWEEP")
+    add("name", help=f"{', '.join(SWEEPS)}, or a Python file that defines SWEEP")
     add("settings", nargs="*", metavar="KEY=VALUE",
         help="benchmark=NAME, seeds=N, grid=NAME, methods=A,B, or a setting of every run")
     add("--list", action="store_true", help="show every cell and what is known of it")

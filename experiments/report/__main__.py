@@ -4,8 +4,8 @@
     python -m experiments.report accuracy benchmark=caltech101 --output report
 
 Reads MongoDB and nothing else: the database that experiments.train records in, or -m's. Words are
-a sweep's name (accuracy, yang_table1, or a Python file that defines SWEEP) and the KEY=VALUE that
-it was run with; without any, every sweep. What the report shows: docs/report.md.
+a sweep's name (those of experiments.sweep, or a Python file that defines SWEEP) and the KEY=VALUE
+that it was run with; without any, every sweep. What the report shows: docs/report.md.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from l2l_implicit.inner_problem.linearization import Linearization
 from l2l_implicit.inner_problem.support_features import SupportFeatures
 from l2l_implicit.inner_solvers.first_order import first_order_steps
 from l2l_implicit.inner_solvers.inner_loop import Closure, ClosureObjective, descend
-from l2l_implicit.linear_solvers.solution import NON_FINITE, LinearSolution, Matvec
+from l2l_implicit.linear_solvers.solution import NON_FINITE, LinearSolution, Matvec, damped
 from l2l_implicit.mixed_precision import as_now, precision_of, widened, without_autocast
 from l2l_implicit.objective import InnerObjective
 from l2l_implicit.task import Memory, Remembered, Task
@@ -38,6 +38,7 @@ class ImplicitLearner(InnerObjective):
     """The machinery of `ImplicitCGHead`, which says what it adapts with."""
 
     inner_tol: float
+    damping: float
     diagnostics: Diagnostics
     _memory: Memory | None
 
@@ -245,7 +246,9 @@ class ImplicitLearner(InnerObjective):
         task, memory = self._task, self._memory
         before = memory.get(task.key) if memory is not None else None
         start = None if before is None else before.v
-        if self._own_linear_solve():
+        if self.damping:
+            answer = self.linear_solve(damped(at.hvp, self.damping), b, start)
+        elif self._own_linear_solve():
             answer = self.linear_solve(at.hvp, b, start)
         else:
             answer = at.solve(b, self.linear_solve, start)

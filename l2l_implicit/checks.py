@@ -29,7 +29,7 @@ def settings(
     coefficient(l2)
     choice("anchor", anchor, ("zero", "init"))
     inner_solver(step, None, inner_tol)
-    linear_solver("cg", cg_steps, cg_tol, None)
+    linear_solver("cg", cg_steps, cg_tol, None, 0.0)
 
 
 def model_and_lr(model: Any, lr: Any, first_order: bool) -> None:
@@ -69,13 +69,19 @@ def inner_solver(step: Any, stop_tol: Any, inner_tol: Any) -> None:
     positive("inner_tol", inner_tol)
 
 
-def linear_solver(solver: Any, cg_steps: Any, cg_tol: Any, neumann_alpha: Any) -> None:
+def linear_solver(
+    solver: Any, cg_steps: Any, cg_tol: Any, neumann_alpha: Any, damping: Any
+) -> None:
     """How the linear system is solved."""
     choice("solver", solver, SOLVERS)
     count("cg_steps (N)", cg_steps)
     positive("cg_tol", cg_tol)
     if neumann_alpha is not None:
         positive("neumann_alpha", neumann_alpha)
+    if number("damping", damping) < 0:
+        raise ValueError(
+            f"damping: expected a number of at least 0, got {damping}; it is added to the diagonal"
+        )
 
 
 def makes_a_step(step: Callable[..., Any]) -> bool:

@@ -120,7 +120,8 @@ def _warn_linear(linear: LinearSolution, limit: float) -> None:
     warnings.warn(
         f"the linear system is not solved: expected a relative residual of at most {limit:g}, got "
         f"{linear.relative_residual:.2g} after {linear.steps} steps ({linear.reason}), so the "
-        "hypergradient is inexact; raise cg_steps or l2 (said once; .diagnostics counts the rest)",
+        "hypergradient is inexact; raise cg_steps, l2 or damping "
+        "(said once; .diagnostics counts the rest)",
         UnsolvedWarning,
         stacklevel=2,
     )

@@ -74,6 +74,10 @@ class ImplicitCGHead(ImplicitLearner):
             ``'neumann'``: truncated Neumann series; ``'direct'``: dense, for at most 4096 unknowns
             (parameters, or samples times classes of a linear head in closed form).
         neumann_alpha: step size of the series; None: 1 over the largest curvature, estimated.
+        damping: added to the diagonal of the linear system in the backward pass, which is then
+            ``(H + damping I) v = b``. 0 is the exact hypergradient at a minimum. Where the inner
+            problem is not convex and not solved, H is often indefinite and the exact ``v`` is
+            noise of any size: raise it until `diagnostics` counts few unsolved systems.
 
     Raises:
         ValueError, TypeError: for a setting out of its range, in one line.
@@ -115,17 +119,19 @@ class ImplicitCGHead(ImplicitLearner):
         stop_tol: float | None = None,
         solver: str = "cg",
         neumann_alpha: float | None = None,
+        damping: float = 0.0,
     ) -> None:
         super().__init__(model, lr, first_order, allow_unused, allow_nograd)
         checks.model_and_lr(model, lr, first_order)
         checks.coefficient(l2)
         checks.choice("anchor", anchor, ("zero", "init"))
         checks.inner_solver(step, stop_tol, inner_tol)
-        checks.linear_solver(solver, cg_steps, cg_tol, neumann_alpha)
+        checks.linear_solver(solver, cg_steps, cg_tol, neumann_alpha, damping)
         self.lr = lr if isinstance(lr, str) else float(lr)
         self.l2, self.anchor, self.step = l2, anchor, step
         self.cg_steps, self.cg_tol, self.solver = cg_steps, cg_tol, solver
         self.inner_tol, self.stop_tol, self.neumann_alpha = inner_tol, stop_tol, neumann_alpha
+        self.damping = float(damping)
         self.diagnostics = Diagnostics()
         self._memory = {} if warm_start else None
         self._task = Task(key=None, initial=list(model.parameters()))
@@ -149,7 +155,10 @@ class ImplicitCGHead(ImplicitLearner):
         return self._stepper()(at)
 
     def linear_solve(self, hvp: Matvec, b: Tensor, start: Tensor | None) -> LinearSolution:
-        """Solve ``hvp(v) = b`` for the backward pass, shapes ``[n]``, perhaps from a ``start``."""
+        """Solve ``hvp(v) = b`` for the backward pass, shapes ``[n]``, perhaps from a ``start``.
+
+        The products have ``damping`` in them already.
+        """
         if self.solver == "direct":
             return direct_solve(hvp, b)
         limits = Limits(start=start, max_steps=self.cg_steps, tol=self.cg_tol)

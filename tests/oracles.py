@@ -33,11 +33,16 @@ def minimize(inner: Objective, start: Tensor, theta: Sequence[Tensor], lr: float
 
 
 def implicit(
-    inner: Objective, outer: Objective, theta: Sequence[Tensor], phi: Tensor
+    inner: Objective,
+    outer: Objective,
+    theta: Sequence[Tensor],
+    phi: Tensor,
+    damping: float = 0.0,
 ) -> list[Tensor]:
     """The implicit function theorem with dense matrices, at the solution ``phi``."""
     fixed = [t.detach() for t in theta]
-    v = torch.linalg.solve(hessian(inner)(phi, *fixed), grad(outer)(phi, *fixed))
+    matrix = hessian(inner)(phi, *fixed) + damping * torch.eye(len(phi), dtype=phi.dtype)
+    v = torch.linalg.solve(matrix, grad(outer)(phi, *fixed))
     totals = []
     for i in range(1, len(fixed) + 1):
         mixed = jacrev(grad(inner), argnums=i)(phi, *fixed)

@@ -58,6 +58,9 @@ SETTINGS = [
     ("cg_tol", 0.0, ValueError, "above 0"),
     ("cg_tol", float("nan"), ValueError, "finite"),
     ("inner_tol", -1.0, ValueError, "above 0"),
+    ("damping", -1e-9, ValueError, "at least 0"),
+    ("damping", float("inf"), ValueError, "finite"),
+    ("damping", None, TypeError, "number"),
 ]
 
 

@@ -176,6 +176,7 @@ ALONE: list[tuple[dict[str, Any], str]] = [
     ({"lr": "auto", "step": "gradient"}, "got lr='auto'"),
     ({"stop_tol": 0.1, "step": "gradient"}, "got stop_tol"),
     ({"solver": "neumann"}, "got solver='neumann'"),
+    ({"damping": 0.1}, "got damping"),
 ]
 
 

@@ -217,5 +217,5 @@ def test_frozen_parameters_stay(how: str) -> None:
 def test_imaml_is_the_same_class_with_other_defaults() -> None:
     maml = ImplicitMAML(nn.Linear(4, 3), 0.1)
     assert isinstance(maml, ImplicitCGHead)
-    assert (maml.anchor, maml.step, maml.l2) == ("init", "gradient", 2.0)
+    assert (maml.anchor, maml.step, maml.l2, maml.damping) == ("init", "gradient", 2.0, 0.0)
     assert type(maml.clone()) is ImplicitMAML

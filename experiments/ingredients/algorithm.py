@@ -40,6 +40,7 @@ TYPES = {
     "solver": str | None,
     "cg_steps": int | None,
     "cg_tol": float | None,
+    "damping": float | None,
     "features": str | None,
     "engine": str | None,
     "optimizer": str | None,
@@ -64,6 +65,7 @@ def defaults() -> None:
     solver = _own["solver"]  # linear solver: cg, neumann or direct
     cg_steps = _own["cg_steps"]  # the most steps N of the linear solver
     cg_tol = _own["cg_tol"]  # relative residual at which the linear solver stops
+    damping = _own["damping"]  # added to the diagonal of the linear system
     features = _own["features"]  # cached (once a task) or as_published (at every inner step)
     engine = _own["engine"]  # of unrolled differentiation: higher or learn2learn
     optimizer = _own["optimizer"]  # inner: sgd, adam or rmsprop
@@ -140,6 +142,7 @@ def _build(
 def _all_at_once(s: Mapping[str, Any], device: torch.device) -> bool:
     """Whether the tasks of a batch are learnt together: by default on a GPU, where that is fast."""
     able = s["together"] is not None and s["features"] == "cached" and s["solver"] != "neumann"
+    able = able and not s["damping"]
     if s["together"] == "auto":
         return able and device.type == "cuda" and s["step"] != "lbfgs"
     return bool(s["together"])
@@ -159,7 +162,7 @@ def _learner(s: Mapping[str, Any]) -> Callable[[nn.Module], Any]:
         lr = nn.Parameter(torch.tensor(checks.number("lr", lr)))
     if name in ("rm_metal", "imaml_gd", "imaml_hf"):
         l2: Any = nn.Parameter(torch.tensor(float(s["l2"]))) if s["learn_l2"] else s["l2"]
-        keys = ("step", "solver", "cg_steps", "cg_tol")
+        keys = ("step", "solver", "cg_steps", "cg_tol", "damping")
         cls = ImplicitCGHead if name == "rm_metal" else ImplicitMAML
         return lambda module: cls(module, lr, l2=l2, **{key: s[key] for key in keys})
     first_order = name in ("fo_anil", "fomaml")

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 KEYS = (
-    "scope", "lr", "steps", "l2", "step", "solver", "cg_steps", "cg_tol", "features", "engine",
-    "optimizer", "learn_lr", "learn_l2", "batch_norm", "together", "meta_optimizer", "meta_lr",
+    "scope", "lr", "steps", "l2", "step", "solver", "cg_steps", "cg_tol", "damping", "features",
+    "engine", "optimizer", "learn_lr", "learn_l2", "batch_norm", "together", "meta_optimizer",
+    "meta_lr",
 )  # fmt: skip
 
 _IMPLICIT = {
-    "solver": "cg", "cg_steps": 20, "cg_tol": 1e-4, "learn_l2": False, "lr": 0.1, "steps": 20,
+    "solver": "cg", "cg_steps": 20, "cg_tol": 1e-4, "damping": 0.0, "learn_l2": False, "lr": 0.1,
+    "steps": 20,
 }  # fmt: skip
 _UNROLLED = {"engine": "higher", "optimizer": "sgd", "learn_lr": False, "lr": 0.1}
 _HEAD = {"scope": "head", "features": "cached", "batch_norm": "together"}
@@ -19,11 +21,12 @@ _NETWORK = {"scope": "network", "batch_norm": "separately"}
 ALGORITHMS: dict[str, dict[str, Any]] = {
     # Yang, Ma, Yu (2025), Algorithm 1.
     "rm_metal": {**_HEAD, **_IMPLICIT, "l2": 0.1, "step": "newton", "together": "auto"},
-    # Rajeswaran et al. (2019), Algorithm 2 with gradient descent, or Hessian-free, inside.
+    # Rajeswaran et al. (2019), Algorithm 2 with gradient descent, or Hessian-free, inside. The
+    # damping is not in the paper but in its code; without it neither learns (docs/algorithms.md).
     "imaml_gd": {**_NETWORK, **_IMPLICIT, "l2": 2.0, "step": "gradient", "steps": 16,
-                 "cg_steps": 5},
+                 "cg_steps": 5, "damping": 20.0},
     "imaml_hf": {**_NETWORK, **_IMPLICIT, "l2": 2.0, "step": "newton", "steps": 5,
-                 "cg_steps": 5},
+                 "cg_steps": 5, "damping": 20.0},
     # Ji, Yang, Liang (2020): unrolled, theta = features only.
     "itd_bio": {**_HEAD, **_UNROLLED, "steps": 20},
     # Raghu et al. (2019).

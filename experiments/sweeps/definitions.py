@@ -32,6 +32,9 @@ FASTER = {"algorithm.engine": "learn2learn"}
 # layout; imaml_gd takes the same in both, the other methods longer.
 OWN_LAYOUT = {"model.channels_last": False}
 
+# As in the released code of iMAML; without damping neither variant learns.
+DAMPED = {"algorithm.damping": 20.0}
+
 # A task costs it a second, and validations are not part of the budget.
 SELDOM = {"validate_seconds": 60, "validation_tasks": 50}
 
@@ -67,8 +70,10 @@ ACCURACY = Sweep(
         "maml": Method(("maml",), _three(LR, 0.1, 0.5), settings={**FASTER, **OWN_LAYOUT}),
         "fomaml": Method(("fomaml",), _three(LR, 0.1, 0.5), settings=FASTER),
         "reptile": Method(("reptile",), _three(LR, 0.05, 0.1, 1.0)),
-        "imaml_gd": Method(("imaml_gd",), _three(LR, 0.05, 0.1)),
-        "imaml_hf": Method(("imaml_hf",), _three(L2, 2.0, 0.5), settings={**SELDOM, **OWN_LAYOUT}),
+        "imaml_gd": Method(("imaml_gd",), _three(LR, 0.1, 0.05), settings=DAMPED),
+        "imaml_hf": Method(
+            ("imaml_hf",), _three(L2, 2.0, 0.5), settings={**SELDOM, **OWN_LAYOUT, **DAMPED}
+        ),
     },
     benchmarks={
         "caltech101": Benchmark(("caltech101",), {"tasks.size": 32}),

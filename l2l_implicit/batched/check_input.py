@@ -99,6 +99,7 @@ def check_head(head: ImplicitCGHead) -> None:
         "lr='auto' with step='gradient'": gradient and isinstance(head.lr, str),
         "stop_tol with step='gradient'": gradient and head.stop_tol is not None,
         "solver='neumann'": head.solver == "neumann",
+        "damping": head.damping != 0,
     }
     for name, used in alone.items():
         if used:

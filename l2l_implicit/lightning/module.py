@@ -24,7 +24,7 @@ _ANIL = (
     "scheduler_step", "scheduler_decay", "adaptation_steps", "adaptation_lr", "data_parallel",
 )  # fmt: skip
 _COMMAND_LINE = {"l2": float, "anchor": str, "cg_steps": int, "cg_tol": float, "step": str,
-                 "solver": str, "inner_tol": float}  # fmt: skip
+                 "solver": str, "inner_tol": float, "damping": float}  # fmt: skip
 
 
 class LightningImplicitCGHead(LightningANIL):  # type: ignore[misc]  # learn2learn is untyped

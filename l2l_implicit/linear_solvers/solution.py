@@ -50,6 +50,11 @@ class LinearSolution:
 LinearSolver = Callable[[Matvec, Tensor, Tensor | None], LinearSolution]
 
 
+def damped(matvec: Matvec, damping: float) -> Matvec:
+    """Products with ``A + damping I``."""
+    return lambda vector: torch.add(matvec(vector), vector, alpha=damping)
+
+
 def no_solution(b: Tensor, steps: int, reason: str) -> LinearSolution:
     """Zero, where nothing better is known."""
     if reason == ZERO:

@@ -84,10 +84,26 @@ def announce(
         )
     if result["skipped_tasks"]:
         print(f"skipped          {result['skipped_tasks']} tasks that could not be learnt")
+    if unsolved(training):
+        print(f"not solved       {unsolved(training)}")
     if training.diverged is not None:
         print(f"diverged         {training.diverged}")
     print(f"recorded         {_where(run)}")
     print(f"learning curve   {training.folder / 'learning_curve.png'}")
+
+
+def unsolved(training: Training) -> str:
+    """How often an implicit method took its hypergradient where the formula does not hold."""
+    inner, linear = (
+        sum(training.history.values(f"train/unsolved_{what}")) for what in ("inner", "linear")
+    )
+    if not inner + linear:
+        return ""
+    tasks = training.steps * training.schedule.batch
+    return (
+        f"inner problems {inner:.0f}, linear systems {linear:.0f} of {tasks} tasks: raise "
+        "algorithm.steps or l2; algorithm.cg_steps or damping"
+    )
 
 
 def _where(run: Any) -> str:

@@ -190,6 +190,10 @@ MUTATIONS = (
         "start = None if before is None else before.v", "start = None", "warm_start",
     ),
     Mutation(
+        "damping: none", "adaptation.py",
+        "damped(at.hvp, self.damping)", "at.hvp", "damping::test_the_damped_system_is_solved",
+    ),
+    Mutation(
         "an unsolved inner problem not counted", "diagnostics.py",
         "bad_inner = not residual <= limits.inner", "bad_inner = False", "diagnostics",
     ),

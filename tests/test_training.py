@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from experiments import outcome
 from experiments.ingredients.tasks import Episode
 from experiments.meta_learning import MEASURES, Diverged, Interval, OuterStep
 from experiments.training import Schedule, Training
@@ -40,8 +41,14 @@ class Learner:
 
     skip, skipped = False, 0
 
-    def __init__(self, diverges_at: int | None = None, fails_test: bool = False) -> None:
+    def __init__(
+        self,
+        diverges_at: int | None = None,
+        fails_test: bool = False,
+        unsolved: int | None = None,
+    ) -> None:
         self.done, self._diverges_at, self._fails_test = 0, diverges_at, fails_test
+        self._unsolved = unsolved
         network = SimpleNamespace(network=lambda: nn.Module())
         self.algorithms = SimpleNamespace(training=network)
         self.optimizer = torch.optim.SGD([torch.zeros(1)])
@@ -53,7 +60,7 @@ class Learner:
         if self.done + 1 == self._diverges_at:
             raise Diverged("too large a step")
         self.done += 1
-        return OuterStep(1.0, 0.5, 0.1, None, None, None, None, None, 3.0, 2.0)
+        return OuterStep(1.0, 0.5, 0.1, None, None, None, self._unsolved, self._unsolved, 3.0, 2.0)
 
     def state_dict(self) -> dict[str, Any]:
         return {"done": self.done}
@@ -138,6 +145,13 @@ def test_a_test_that_diverges_is_not_a_number(tmp_path: Path) -> None:
     training, _ = train(tmp_path, Learner(fails_test=True))
     assert training.result is not None and math.isnan(training.result.mean)
     assert training.diverged is not None and "in the test" in training.diverged
+
+
+@pytest.mark.parametrize("unsolved", [3, 0, None])
+def test_unsolved_systems_are_summed_up(tmp_path: Path, unsolved: int | None) -> None:
+    training, _ = train(tmp_path, Learner(unsolved=unsolved), batch=4)
+    said = "inner problems 30, linear systems 30 of 40 tasks" if unsolved else ""
+    assert outcome.unsolved(training).partition(":")[0] == said
 
 
 def test_what_an_algorithm_does_not_have_is_not_recorded(tmp_path: Path) -> None:

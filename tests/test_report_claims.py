@@ -110,3 +110,20 @@ def test_memory_is_flat_in_the_inner_steps(drawn: tuple[Any, Path]) -> None:
         assert max(peaks) >= 32 * min(peaks) and max(peaks.values()) < 1.01 * min(peaks.values())
         row = shown(folder, table, method=ours, variant=name.rpartition("/")[2])
         assert {k: float(row[f"K_{k}"]) for k in peaks} == peaks
+
+
+def test_imamls_compute_is_fomamls_plus_a_constant(drawn: tuple[Any, Path]) -> None:
+    documents, folder = drawn
+    seconds = {
+        method: points(documents, f"imaml_seconds/{method}/{variant}")
+        for method, variant in (
+            ("imaml", "gradient"), ("fomaml", "as_published"), ("maml", "as_published")
+        )
+    }  # fmt: skip
+    ours, first_order, maml = seconds["imaml"], seconds["fomaml"], seconds["maml"]
+    more = [ours[k] - first_order[k] for k in ours]
+    assert max(more) < 1.25 * min(more)
+    assert maml[32] / maml[1] > 5 * ours[32] / ours[1]
+    assert [k for k in sorted(ours) if ours[k] < maml[k]] == [8, 16, 32]
+    row = shown(folder, "memory_rajeswaran_seconds", method="imaml", variant="gradient")
+    assert {k: float(row[f"K_{k}"]) for k in ours} == ours

@@ -141,8 +141,8 @@ def _build(
 
 def _all_at_once(s: Mapping[str, Any], device: torch.device) -> bool:
     """Whether the tasks of a batch are learnt together: by default on a GPU, where that is fast."""
-    able = s["together"] is not None and s["features"] == "cached" and s["solver"] != "neumann"
-    able = able and not s["damping"]
+    alone = s["features"] != "cached" or s["solver"] == "neumann" or bool(s["damping"])
+    able = s["together"] is not None and not alone
     if s["together"] == "auto":
         return able and device.type == "cuda" and s["step"] != "lbfgs"
     return bool(s["together"])

@@ -22,7 +22,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     # Yang, Ma, Yu (2025), Algorithm 1.
     "rm_metal": {**_HEAD, **_IMPLICIT, "l2": 0.1, "step": "newton", "together": "auto"},
     # Rajeswaran et al. (2019), Algorithm 2 with gradient descent, or Hessian-free, inside. The
-    # damping is not in the paper but in its code; without it neither learns (docs/algorithms.md).
+    # damping is not in the paper but in its code; without it neither learns (docs/choosing.md).
     "imaml_gd": {**_NETWORK, **_IMPLICIT, "l2": 2.0, "step": "gradient", "steps": 16,
                  "cg_steps": 5, "damping": 20.0},
     "imaml_hf": {**_NETWORK, **_IMPLICIT, "l2": 2.0, "step": "newton", "steps": 5,

@@ -32,7 +32,7 @@ FASTER = {"algorithm.engine": "learn2learn"}
 # layout; imaml_gd takes the same in both, the other methods longer.
 OWN_LAYOUT = {"model.channels_last": False}
 
-# As in the released code of iMAML; without damping neither variant learns.
+# imaml_*'s own default, written out: cells that ran before it was there are other cells.
 DAMPED = {"algorithm.damping": 20.0}
 
 # A task costs it a second, and validations are not part of the budget.

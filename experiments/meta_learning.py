@@ -32,6 +32,7 @@ class Measure(NamedTuple):
         loss: of predictions and targets, a scalar.
         score: the same, a number.
         unit, factor: for people: "%" and 100 for an accuracy in [0, 1].
+        larger_is_better: or the smaller one.
     """
 
     name: str
@@ -40,6 +41,11 @@ class Measure(NamedTuple):
     score: Score
     unit: str
     factor: float
+    larger_is_better: bool
+
+    def better(self, new: float, old: float) -> bool:
+        """Whether one score is better than another."""
+        return new > old if self.larger_is_better else new < old
 
     def show(self, value: Interval) -> str:
         """A mean and its 95 % interval for people."""
@@ -65,11 +71,9 @@ def _squared_error(predictions: Tensor, targets: Tensor) -> float:
 
 MEASURES = {
     "classification": Measure(
-        "accuracy", "cross_entropy", nn.CrossEntropyLoss(), _accuracy, unit="%", factor=100.0
+        "accuracy", "cross_entropy", nn.CrossEntropyLoss(), _accuracy, "%", 100.0, True
     ),
-    "regression": Measure(
-        "mse", "squared_error", nn.MSELoss(), _squared_error, unit="", factor=1.0
-    ),
+    "regression": Measure("mse", "squared_error", nn.MSELoss(), _squared_error, "", 1.0, False),
 }
 
 
@@ -259,20 +263,27 @@ class MetaLearner:
         if isinstance(l2, nn.Parameter):
             l2.clamp_(min=LEAST_L2)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that training changes."""
+    def theta_state(self) -> dict[str, Any]:
+        """Everything that evaluation depends on."""
         return {
             "network": self.algorithms.training.network().state_dict(),
             "theta": [p.detach().clone() for p in self.parameters],
-            "optimizer": self.optimizer.state_dict(),
         }
 
     @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`."""
+    def load_theta_state(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `theta_state`."""
         self.algorithms.training.network().load_state_dict(state["network"])
         for parameter, value in zip(self.parameters, state["theta"], strict=True):
             parameter.copy_(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that training changes."""
+        return {**self.theta_state(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self.load_theta_state(state)
         self.optimizer.load_state_dict(state["optimizer"])
 
 

@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from experiments import checkpoint, learning_curve
-from experiments.meta_learning import Interval
+from experiments.meta_learning import Interval, MetaLearner
 from experiments.peak_memory import process_peak
 from experiments.training import Training
 
 
 def save(run: Any, training: Training, centroid: Interval | None) -> None:
     """The artifacts, in the run's folder and in the database."""
-    folder = training.folder
-    learner = training.learner
+    folder, learner = training.folder, training.learner
+    optimizer = {"optimizer": learner.optimizer.state_dict()}
+    files = [_save_parameters(folder / "parameters.pt", learner, optimizer)]
+    if training.best is not None and training.best.iteration:
+        at = {"iteration": training.best.iteration}
+        with training.best.in_place():
+            files.append(_save_parameters(folder / "early_stopped_parameters.pt", learner, at))
+    files.append(folder / "learning_curve.png")
+    learning_curve.draw(files[-1], _title(run.config), training, centroid)
+    for file in files:
+        run.add_artifact(file)
+
+
+def _save_parameters(path: Path, learner: MetaLearner, more: Mapping[str, Any]) -> Path:
     state = {
         "backbone": learner.algorithms.backbone.state_dict(),
         "head": learner.algorithms.head.state_dict(),
         "theta": [parameter.detach() for parameter in learner.parameters],
-        "optimizer": learner.optimizer.state_dict(),
+        **more,
     }
-    checkpoint.replace(folder / "parameters.pt", lambda file: torch.save(state, file))
-    picture = folder / "learning_curve.png"
-    learning_curve.draw(picture, _title(run.config), training, centroid)
-    run.add_artifact(folder / "parameters.pt")
-    run.add_artifact(picture)
+    checkpoint.replace(path, lambda file: torch.save(state, file))
+    return path
 
 
 def _title(config: Mapping[str, Any]) -> str:
@@ -40,7 +50,9 @@ def _title(config: Mapping[str, Any]) -> str:
     )
 
 
-def summary(training: Training, centroid: Interval | None) -> dict[str, Any]:
+def summary(
+    training: Training, centroid: Interval | None, stopped: Interval | None
+) -> dict[str, Any]:
     """What the run found, as it is recorded."""
     test, name = training.result, training.learner.measure.name
     assert test is not None
@@ -58,6 +70,12 @@ def summary(training: Training, centroid: Interval | None) -> dict[str, Any]:
     }
     if centroid is not None:
         result |= {"centroid_accuracy": centroid.mean, "centroid_half_width": centroid.half_width}
+    if training.best is not None and stopped is not None:
+        result |= {
+            f"early_stopped_{name}": stopped.mean,
+            "early_stopped_half_width": stopped.half_width,
+            "early_stopped_at": training.best.iteration,
+        }
     return result
 
 
@@ -66,13 +84,20 @@ def _median(values: Sequence[float]) -> float | None:
 
 
 def announce(
-    run: Any, training: Training, result: Mapping[str, Any], centroid: Interval | None
+    run: Any,
+    training: Training,
+    result: Mapping[str, Any],
+    centroid: Interval | None,
+    stopped: Interval | None,
 ) -> None:
     """What a person wants to know at the end."""
     measure, number = training.learner.measure, training.schedule.test_tasks
     assert training.result is not None
     score = measure.show(training.result)
     print(f"\n{'test ' + measure.name:17}{score} over {number} new tasks (95 % interval)")
+    if training.best is not None and stopped is not None:
+        at = f"outer iteration {training.best.iteration}, the best validation"
+        print(f"early stopped    {measure.show(stopped)} with theta of {at}")
     if centroid is not None:
         raw = measure.show(centroid)
         print(f"raw pixels       {raw} with nearest centroid on the same tasks")

@@ -19,6 +19,7 @@ class Schedule(NamedTuple):
             on to the last of ``test_at``. None: the result is that of the last iteration.
         cpu: count seconds of the process's own time, not of the wall's.
         checkpoint_seconds: of the wall, between checkpoints.
+        early_stopping: test, besides, theta of the best validation before the result.
     """
 
     iterations: int
@@ -31,3 +32,4 @@ class Schedule(NamedTuple):
     budget: float | None
     cpu: bool
     checkpoint_seconds: float
+    early_stopping: bool = False

@@ -66,6 +66,7 @@ def defaults(algorithm: dict[str, Any]) -> None:
     test_tasks = 600
     score = None  # what is reported: accuracy (classification) or mse (regression); None: its own
     test_at = ()  # outer iterations at which the test score is recorded besides
+    early_stopping = False  # test theta of the best validation besides, and keep it
     budget = None  # seconds of training whose test score is the result; None: no limit
     budget_clock = "cpu"  # cpu (of this process, whatever else the machine does) or wall
     threads = 1  # of torch; 0 leaves torch's own choice
@@ -112,6 +113,7 @@ def _schedule(config: Mapping[str, Any]) -> Schedule:
         budget=config["budget"],
         cpu=config["budget_clock"] == "cpu",
         checkpoint_seconds=config["checkpoint_seconds"],
+        early_stopping=config["early_stopping"],
     )
 
 
@@ -242,13 +244,14 @@ def _train(
     if config["resume"] is not None:
         _resume(run, training, Path(config["resume"]))
     training.loop()
+    stopped = training.early_stopped()
     if not ranks.first:
         return {}
     centroid = _centroid(given, config["test_tasks"])
     outcome.save(run, training, centroid)
-    result = outcome.summary(training, centroid)
+    result = outcome.summary(training, centroid, stopped)
     run.info["result"] = result
-    outcome.announce(run, training, result, centroid)
+    outcome.announce(run, training, result, centroid, stopped)
     run.afterwards.append(partial(checkpoint.remove, folder))
     return result
 

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from experiments import checkpoint
+from experiments import checkpoint, progress
 from experiments.bad_tasks import CheckedStream
+from experiments.early_stopping import BestTheta
 from experiments.history import History
-from experiments.ingredients.tasks import Episode, Tasks
+from experiments.ingredients.tasks import Tasks
 from experiments.meta_learning import Diverged, Interval, MetaLearner
 from experiments.peak_memory import peak_memory, process_peak
 from experiments.schedule import Schedule as Schedule
 from experiments.tracking import Terminated, interruption, record
 
+_SKIPPING = ("train", "validation", "test", "early_stopped")
 _STATE = ("steps", "seconds", "_validated_at", "_looked", "diverged", "peak")
 
 
@@ -40,6 +42,7 @@ class Training:
         validations: (iteration, score) pairs.
         tests: test score by outer iteration.
         result: the test score that counts, once it is there.
+        best: theta of the best validation before it; None unless early stopping is asked for.
         seconds: of training so far, by the schedule's clock.
         diverged: the reason, if the run left the finite numbers.
         peak: bytes of live tensors, at most, in the measured steps.
@@ -61,6 +64,7 @@ class Training:
         self.validations: list[tuple[int, Interval]] = []
         self.tests: dict[int, Interval] = {}
         self.result: Interval | None = None
+        self.best = BestTheta(learner) if schedule.early_stopping else None
         self.seconds = self._validated_at = 0.0
         self._looked = self._whole = True
         self.diverged: str | None = None
@@ -73,8 +77,7 @@ class Training:
 
     def skipped_tasks(self) -> int:
         """In training, validations and tests."""
-        names = [f"{part}/skipped_tasks" for part in ("train", "validation", "test")]
-        return int(sum(sum(self.history.values(name)) for name in names))
+        return int(sum(sum(self.history.values(f"{part}/skipped_tasks")) for part in _SKIPPING))
 
     def _say(self, text: str) -> None:
         if self.learner.ranks.first:
@@ -87,7 +90,7 @@ class Training:
             KeyboardInterrupt, Terminated: a signal; the state is saved unless there were two.
         """
         try:
-            with self._bar() as bar:
+            with progress.of_training(self.schedule, not self.learner.ranks.first) as bar:
                 bar.update(self._progress())
                 while not self._ended():
                     try:
@@ -132,14 +135,6 @@ class Training:
             interruption.check()
             raise KeyboardInterrupt
 
-    def _bar(self) -> tqdm:  # type: ignore[type-arg]
-        budget = self.schedule.budget
-        silent, total = not self.learner.ranks.first, self.schedule.iterations
-        if budget is None:
-            return tqdm(total=total, unit="iteration", desc="meta-training", disable=silent)
-        form = "{l_bar}{bar}| {n:.0f}/{total:.0f} s of training [{elapsed}<{remaining}{postfix}]"
-        return tqdm(total=budget, desc="meta-training", bar_format=form, disable=silent)
-
     def _progress(self) -> float:
         """Of the bar's total, which it must not pass."""
         budget = self.schedule.budget
@@ -160,7 +155,8 @@ class Training:
     def _iterate(self) -> None:
         start, schedule, iteration = time.perf_counter(), self.schedule, self.steps + 1
         skipped = self._stream.skipped
-        episodes = [self._sample(task, iteration) for task in range(1, schedule.batch + 1)]
+        names = (f"task {task} of {schedule.batch}" for task in range(1, schedule.batch + 1))
+        episodes = [self._stream.sample(f"outer iteration {iteration}, {name}") for name in names]
         loading = time.perf_counter() - start
         if iteration % schedule.validate_every == 1 or schedule.validate_every == 1:
             self._measure_memory(iteration, episodes)
@@ -175,10 +171,6 @@ class Training:
         values["train/loading_seconds"] = loading
         values["train/process_peak_bytes"] = process_peak()
         self._record(values, iteration)
-
-    def _sample(self, task: int, iteration: int) -> Episode:
-        where = f"outer iteration {iteration}, task {task} of {self.schedule.batch}"
-        return self._stream.sample(where)
 
     def _measure_memory(self, iteration: int, episodes: list[Any]) -> None:
         """On a repetition of the step's gradient that is not timed: counting slows it down."""
@@ -212,44 +204,57 @@ class Training:
         start, iteration = time.perf_counter(), self.steps
         score, skipped = self._evaluate("validation", self.schedule.validation_tasks)
         self.validations.append((iteration, score))
+        if self.best is not None and self.result is None:
+            self.best.offer(iteration, self.seconds, score.mean)
         self._validated_at = self.seconds
-        values = {"seconds": time.perf_counter() - start, **self._scored(score), **skipped}
-        self._record({f"validation/{k}": v for k, v in values.items()}, iteration)
+        more = {**skipped, "seconds": time.perf_counter() - start}
+        self._record_score("validation", score, iteration, self.seconds, more)
         return score
 
     def _tested(self) -> Interval:
         """The test score at this iteration, recorded."""
-        iteration = self.steps
-        if iteration not in self.tests:
-            skipped: dict[str, int] = {}
-            try:
-                score, skipped = self._evaluate("test", self.schedule.test_tasks)
-            except Diverged as reason:
-                self._note_divergence(str(reason))
-                score = Interval(math.nan, math.nan)
-            self.tests[iteration] = score
-            values = {**self._scored(score), **skipped}
-            self._record({f"test/{k}": v for k, v in values.items()}, iteration)
-        return self.tests[iteration]
+        if self.steps not in self.tests:
+            self.tests[self.steps] = self._test("test", self.steps, self.seconds)
+        return self.tests[self.steps]
+
+    def early_stopped(self) -> Interval | None:
+        """The test score of theta at the best validation, recorded; None if there is none."""
+        if (best := self.best) is None or not best.iteration:
+            return None
+        with best.in_place():
+            return self._test("early_stopped", best.iteration, best.seconds)
+
+    def _test(self, name: str, iteration: int, seconds: float) -> Interval:
+        skipped: dict[str, int] = {}
+        try:
+            score, skipped = self._evaluate("test", self.schedule.test_tasks)
+        except Diverged as reason:
+            self._note_divergence(str(reason))
+            score = Interval(math.nan, math.nan)
+        self._record_score(name, score, iteration, seconds, skipped)
+        return score
 
     def _evaluate(self, mode: str, number: int) -> tuple[Interval, dict[str, int]]:
         """The score on tasks of ``mode``, and how many were skipped where any may be."""
         stream, learner = self._checked(mode, 0), self.learner
-        progress = _bar if mode == "test" and learner.ranks.first else _quiet
+        bar = progress.of_testing if mode == "test" and learner.ranks.first else progress.none
         with self._all_or_nothing():
-            score = learner.evaluate(stream, number, progress)
+            score = learner.evaluate(stream, number, bar)
         skipped = {"skipped_tasks": stream.skipped + learner.skipped}
         return score, skipped if learner.skip else {}
-
-    def _scored(self, score: Interval) -> dict[str, float]:
-        name = self.learner.measure.name
-        return {name: score.mean, "half_width": score.half_width, "training_seconds": self.seconds}
 
     def _note_divergence(self, reason: str) -> None:
         """A run that diverges has a result too: that of the last finite theta."""
         if self.diverged is None:
             self.diverged = f"at outer iteration {self.steps + 1}: {reason}"
             self._say(f"diverged {self.diverged}")
+
+    def _record_score(
+        self, part: str, score: Interval, at: int, seconds: float, more: Mapping[str, float]
+    ) -> None:
+        mean = {self.learner.measure.name: score.mean}
+        values = {**mean, "half_width": score.half_width, "training_seconds": seconds, **more}
+        self._record({f"{part}/{name}": value for name, value in values.items()}, at)
 
     def _record(self, values: dict[str, Any], iteration: int) -> None:
         self.history.add(values, iteration)
@@ -272,6 +277,7 @@ class Training:
             "validations": [(at, *score) for at, score in self.validations],
             "tests": [(at, *score) for at, score in self.tests.items()],
             "result": None if self.result is None else tuple(self.result),
+            "best": None if self.best is None else self.best.state_dict(),
             "history": self.history.state_dict(),
             "learner": self.learner.state_dict(),
             "stream": self._stream.state,
@@ -285,16 +291,10 @@ class Training:
         self.validations = [(at, Interval(*score)) for at, *score in state["validations"]]
         self.tests = {at: Interval(*score) for at, *score in state["tests"]}
         self.result = None if state["result"] is None else Interval(*state["result"])
+        if self.best is not None:
+            self.best.load_state_dict(state["best"])
         self.history.load_state_dict(state["history"])
         self.learner.load_state_dict(state["learner"])
         self._stream.state = state["stream"]
         for name, iteration, value in self.history.points():
             self.run.log_scalar(name, value, iteration)
-
-
-def _quiet(items: Iterable[int]) -> Iterable[int]:
-    return items
-
-
-def _bar(items: Iterable[int]) -> Iterable[int]:
-    return tqdm(items, unit="task", desc="meta-testing", leave=False)

@@ -55,7 +55,30 @@ def test_methods_are_compared_seed_by_seed(
     assert found["lead_seeds"] == "2" and float(found["lead_mean"]) == pytest.approx(0.04)
     assert float(found["lead_half_width"]) == pytest.approx(12.7062 * 0.01, rel=1e-4)
     assert row(folder, "summary_accuracy_glyphs", "rm_metal")["lead_seeds"] == "0"
-    assert "| 4.0 ± 12.7 |" in (folder / "summary_accuracy_glyphs.md").read_text()
+    summary = (folder / "summary_accuracy_glyphs.md").read_text()
+    assert "| 4.0 ± 12.7 |" in summary and "early stopped" not in summary
+
+
+def test_early_stopped_scores_have_columns_of_their_own(
+    recorder: Recorder, plan: Plan, report: Callable[..., Path]
+) -> None:
+    for method, stopped in (("rm_metal", (0.70, 0.73, 0.76)), ("anil", (0.69, 0.70, 0.71))):
+        grid(recorder, plan, method, (0.5, 0.6, 0.55))
+        for cell, test in zip(finals(plan, method, 1), stopped, strict=True):
+            result = {"test_accuracy": 0.5, "early_stopped_accuracy": test}
+            recorder.training(cell, CURVE, result=result)
+    folder = report(*WORDS)
+    found = row(folder, "accuracy_accuracy_glyphs", "anil")
+    assert float(found["early_stopped_mean"]) == pytest.approx(0.70)
+    half = 4.302652729911275 * 0.01 / 3**0.5
+    assert float(found["early_stopped_half_width_seeds"]) == pytest.approx(half, rel=1e-9)
+    assert float(found["early_stopped_lead_mean"]) == pytest.approx(0.03)
+    assert float(found["early_stopped_lead_half_width"]) == pytest.approx(2 * half, rel=1e-9)
+    summary = (folder / "summary_accuracy_glyphs.md").read_text()
+    assert "| early stopped, % | rm_metal then leads by |" in summary
+    assert "| 0.0 ± 0.0 | 70.0 | 3.0 ± 5.0 |" in summary
+    table = (folder / "accuracy_accuracy_glyphs.md").read_text()
+    assert "| 70.0 ± 2.5 |" in table and "Early stopped: test accuracy of theta" in table
 
 
 def test_the_recorded_choice_of_the_sweep_wins(

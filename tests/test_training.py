@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from experiments import outcome
+from experiments import checkpoint, outcome
 from experiments.ingredients.tasks import Episode
 from experiments.meta_learning import MEASURES, Diverged, Interval, OuterStep
 from experiments.training import Schedule, Training
@@ -67,6 +67,8 @@ class Learner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.done = state["done"]
+
+    theta_state, load_theta_state = state_dict, load_state_dict
 
     def evaluate(
         self, stream: Any, number: int, progress: Callable[[Iterable[int]], Iterable[int]]
@@ -125,6 +127,24 @@ def test_a_run_goes_on_from_its_budget_to_the_last_test(tmp_path: Path) -> None:
     assert training.steps == 6
     assert run.at("test/accuracy") == [2, 4, 6]
     assert training.result == Interval(0.04, 0.01)  # at the budget, not at the end
+
+
+def test_early_stopping_looks_no_further_than_the_result(tmp_path: Path) -> None:
+    learner, settings = Learner(), {"budget": 7.0, "test_at": (2, 6), "validate_every": 1}
+    training, run = train(tmp_path, learner, **settings, early_stopping=True)
+    assert training.early_stopped() == Interval(0.04, 0.01) and training.result is not None
+    assert run.values["early_stopped/accuracy"] == [(4, 0.04)]
+    assert run.values["early_stopped/training_seconds"] == [(4, 8.0)]
+    assert learner.done == 6  # the learner has its own theta again
+    given = schedule(**settings, early_stopping=True)
+    resumed = Training(Run(), Learner(), Tasks(), given, 0, tmp_path)  # type: ignore[arg-type]
+    resumed.load_state_dict(checkpoint.load(tmp_path))
+    assert resumed.early_stopped() == Interval(0.04, 0.01)
+
+
+def test_a_run_without_a_validation_has_nothing_to_stop_at(tmp_path: Path) -> None:
+    training, _ = train(tmp_path, Learner(diverges_at=1), early_stopping=True)
+    assert training.steps == 0 and training.early_stopped() is None
 
 
 def test_validations_by_seconds_of_training(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ class Summary:
 
     Attributes:
         test, test_half_width: that count, with the 95 % interval over tasks.
+        early_stopped: the same of theta at the best validation; nan where it was not asked for.
         iterations: outer ones, until the budget was spent if there is one.
         step_cpu_seconds, step_seconds: median of an outer step.
         tensor_bytes, process_bytes: peaks.
@@ -55,6 +56,7 @@ class Summary:
     score: str
     test: float
     test_half_width: float
+    early_stopped: float
     iterations: int | None
     step_cpu_seconds: float
     step_seconds: float
@@ -81,6 +83,7 @@ def summarize(run: Run, archive: Archive) -> Summary:
         score=score,
         test=_number(result.get(f"test_{score}")),
         test_half_width=_number(result.get("test_half_width")),
+        early_stopped=_number(result.get(f"early_stopped_{score}")),
         iterations=_iterations(run, archive, points, budget),
         step_cpu_seconds=_number(result.get("step_cpu_seconds")),
         step_seconds=_number(result.get("step_seconds")),

@@ -38,6 +38,7 @@ def accuracy_table(state: SweepState, request: Request) -> Table:
         Column("seeds", lambda r: f"{r['seeds']}/{r['seeds_planned']}"),
         Column("test accuracy, %", _over_seeds("test"), _best("test_mean")),
         Column("± within a run", lambda r: number(r["test_half_width_tasks"], 100)),
+        Column("early stopped, %", _over_seeds("early_stopped"), _best("early_stopped_mean")),
         Column(f"at {equal} iterations, %", _over_seeds("equal"), _best("equal_mean")),
         Column("best validation, %", _over_seeds("validation"), _best("validation_mean")),
         Column("collapsed", _collapsed),
@@ -45,6 +46,8 @@ def accuracy_table(state: SweepState, request: Request) -> Table:
         text_column("runs", "runs"),
     ]
     if not equal:
+        del columns[6]
+    if not any(math.isfinite(record["early_stopped_mean"]) for record in records):
         del columns[5]
     return Table(
         file_name("accuracy", state.name, state.benchmark),

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 from experiments.report.content import Record
 from experiments.report.differences import difference_lines, run_list
-from experiments.report.intervals import seeds_mean
+from experiments.report.intervals import Mean, seeds_mean
 from experiments.report.request import Request
 from experiments.report.summary import DROP, Summary
 from experiments.report.sweep_state import MethodState, SweepState
 
 DIFFERS = " †"
+EARLY = (
+    "Early stopped: test accuracy of theta at a run's best validation within the budget, mean and"
+    " 95 % interval over seeds."
+)
 
 
 def accuracy_records(state: SweepState, request: Request) -> tuple[Record, ...]:
@@ -26,12 +31,25 @@ def accuracy_records(state: SweepState, request: Request) -> tuple[Record, ...]:
 
 
 def _distance(runs: Sequence[Summary], first: Sequence[Summary]) -> Record:
-    """The first method's test accuracy minus this one's, seed by seed: equal seeds, equal tasks."""
-    theirs = {run.run.settings.get("seed"): run.test for run in first}
-    own = [(theirs[seed] - run.test) for run in runs
-           if (seed := run.run.settings.get("seed")) in theirs]
-    lead = seeds_mean(own if runs is not first else [])
-    return {"lead_mean": lead.mean, "lead_half_width": lead.half_width, "lead_seeds": lead.number}
+    """How far the first method is ahead, at the end of the budget and with early stopping."""
+    test = _lead(runs, first, attrgetter("test"))
+    stopped = _lead(runs, first, attrgetter("early_stopped"))
+    return {
+        "lead_mean": test.mean,
+        "lead_half_width": test.half_width,
+        "lead_seeds": test.number,
+        "early_stopped_lead_mean": stopped.mean,
+        "early_stopped_lead_half_width": stopped.half_width,
+    }
+
+
+def _lead(
+    runs: Sequence[Summary], first: Sequence[Summary], score: Callable[[Summary], float]
+) -> Mean:
+    """Their score minus that of these runs, seed by seed: equal seeds see equal tasks."""
+    theirs = {run.run.settings.get("seed"): score(run) for run in first if runs is not first}
+    own = [(run.run.settings.get("seed"), score(run)) for run in runs]
+    return seeds_mean([theirs[seed] - value for seed, value in own if seed in theirs])
 
 
 def _record(method: MethodState, runs: Sequence[Summary]) -> Record:
@@ -53,6 +71,7 @@ def _record(method: MethodState, runs: Sequence[Summary]) -> Record:
 
 def _scores(runs: Sequence[Summary]) -> Record:
     test = seeds_mean([run.test for run in runs])
+    stopped = seeds_mean([run.early_stopped for run in runs])
     validation = seeds_mean([run.best for run in runs])
     at = max((_equal_at(run) for run in runs), default=0)
     equal = seeds_mean([run.tests[at][0] for run in runs if at in run.tests])
@@ -61,6 +80,8 @@ def _scores(runs: Sequence[Summary]) -> Record:
         "test_mean": test.mean,
         "test_half_width_seeds": test.half_width,
         "test_half_width_tasks": seeds_mean([run.test_half_width for run in runs]).mean,
+        "early_stopped_mean": stopped.mean,
+        "early_stopped_half_width_seeds": stopped.half_width,
         "equal_iterations": at,
         "equal_mean": equal.mean,
         "equal_half_width_seeds": equal.half_width,
@@ -93,6 +114,8 @@ def explanations(records: Sequence[Record]) -> list[str]:
         " 95 % half widths over their test tasks. Best validation: mean over seeds. Collapsed:"
         f" validation fell by more than {100 * DROP:.0f} points from its best within the budget."
     ]
+    if any(math.isfinite(record["early_stopped_mean"]) for record in records):
+        lines.append(EARLY)
     missing = [r for r in records if r["seeds"] < r["seeds_planned"]]
     if missing:
         told = [f"{r['method']} {r['seeds_planned'] - r['seeds']}" for r in missing]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 from experiments.report.content import (
     MISSING,
     Column,
@@ -31,14 +34,16 @@ def summary_table(state: SweepState, request: Request) -> Table | None:
     runs = tuple(run.id for method in state.methods for run in method.runs)
     if not runs:
         return None
-    equal = max(record["equal_iterations"] for record in records)
+    first, equal = state.methods[0].name, max(r["equal_iterations"] for r in records)
     columns = [
         text_column("method", "label"),
         text_column("setting", "setting"),
         Column("seeds", lambda r: f"{r['seeds']}/{r['seeds_planned']}"),
         Column("test accuracy, %", _over_tasks),
         Column("95 % over seeds", lambda r: number(r["test_half_width_seeds"], 100)),
-        Column(f"{state.methods[0].name} leads by", _lead),
+        Column(f"{first} leads by", _lead("lead")),
+        Column("early stopped, %", lambda r: number(r["early_stopped_mean"], 100)),
+        Column(f"{first} then leads by", _lead("early_stopped_lead")),
         Column(f"at {equal} iterations, %", lambda r: number(r["equal_mean"], 100)),
         number_column("outer iterations", "iterations", digits=0),
         number_column("s an outer step", "step_cpu_seconds", digits=3),
@@ -46,7 +51,9 @@ def summary_table(state: SweepState, request: Request) -> Table | None:
         Column("collapsed", _collapsed),
     ]
     if not equal:
-        del columns[6]
+        del columns[8]
+    if not any(math.isfinite(record["early_stopped_mean"]) for record in records):
+        del columns[6:8]
     return Table(
         file_name("summary", state.name, state.benchmark),
         f"Everything in one table, {state.benchmark}, sweep {state.name}.",
@@ -64,8 +71,8 @@ def _over_tasks(record: Record) -> str:
     return plus_minus(record["test_mean"], record["test_half_width_tasks"], 100)
 
 
-def _lead(record: Record) -> str:
-    return plus_minus(record["lead_mean"], record["lead_half_width"], 100)
+def _lead(what: str) -> Callable[[Record], str]:
+    return lambda r: plus_minus(r[f"{what}_mean"], r[f"{what}_half_width"], 100)
 
 
 def _collapsed(record: Record) -> str:

@@ -22,7 +22,7 @@ assert FILES, "docs/records holds no accuracy_*.jsonl.gz"
 T_975 = {1: 12.706204736, 2: 4.302652730}
 """Student's t for 95 % intervals, by degrees of freedom."""
 
-LED = {"caltech101": {"anil", "maml", "reptile", "imaml_gd"}}
+LED = {"caltech101": {"anil", "maml", "reptile", "imaml_gd", "imaml_hf"}}
 """By benchmark."""
 
 

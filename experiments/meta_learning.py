@@ -16,6 +16,7 @@ from experiments.bad_tasks import CheckedStream
 from experiments.bad_tasks import Diverged as Diverged
 from experiments.ingredients.algorithm import Algorithms
 from experiments.ingredients.tasks import Episode, TaskStream
+from experiments.layout import laid_out
 from l2l_implicit.distributed import ALONE, Ranks
 
 Item = TypeVar("Item")
@@ -136,7 +137,7 @@ class MetaLearner:
         kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[optimizer]
         self.optimizer = kind(self.parameters, lr=meta_lr)
         self.device = self.parameters[0].device
-        self._format = torch.channels_last if channels_last else torch.contiguous_format
+        self._channels_last = channels_last
         ranks.broadcast(p.data for p in self.parameters)
 
     def hypergradient(self, batch: Sequence[Episode]) -> list[QueryResult | None]:
@@ -253,7 +254,7 @@ class MetaLearner:
         """The episode on the parameters' device, its images in the configured memory layout."""
         inputs, support, query = (t.to(self.device) for t in episode)
         if inputs.dim() == 4:
-            inputs = inputs.contiguous(memory_format=self._format)
+            inputs = laid_out(inputs, self._channels_last)
         return Episode(inputs, support, query)
 
     @torch.no_grad()

@@ -22,7 +22,11 @@ assert FILES, "docs/records holds no accuracy_*.jsonl.gz"
 T_975 = {1: 12.706204736, 2: 4.302652730}
 """Student's t for 95 % intervals, by degrees of freedom."""
 
-LED = {"caltech101": {"anil", "maml", "reptile", "imaml_gd", "imaml_hf"}}
+SLOW = {"maml", "reptile", "imaml_gd", "imaml_hf"}
+LED = {
+    "caltech101": {"anil", *SLOW},
+    "glyphs": {"rm_metal_paper", "rm_metal_as_released", "fo_anil", "fomaml", *SLOW},
+}
 """By benchmark."""
 
 
@@ -54,15 +58,18 @@ def drawn(
 
 
 def finals(documents: Any) -> dict[str, list[Final]]:
-    """The runs with the largest budget are the final ones; the grid's have half of it."""
+    """The runs with the largest budget are the final ones; the grid's have half of it.
+
+    Of those that ran again with other code the newest counts.
+    """
     complete = {"status": "COMPLETED", "experiment.name": "train"}
     largest = max(documents["runs"].distinct("config.budget", complete))
-    found = defaultdict(list)
-    for run in documents["runs"].find({**complete, "config.budget": largest}).sort("config.seed"):
+    found: dict[str, dict[int, Final]] = defaultdict(dict)
+    for run in documents["runs"].find({**complete, "config.budget": largest}).sort("stop_time"):
         algorithm = run["config"]["algorithm"]
         name = "_".join(filter(None, (algorithm["name"], algorithm["variant"])))
-        found[name].append(final(documents, run, largest))
-    return dict(found)
+        found[name][run["config"]["seed"]] = final(documents, run, largest)
+    return {name: list(by_seed.values()) for name, by_seed in found.items()}
 
 
 def final(documents: Any, run: dict[str, Any], budget: float) -> Final:

@@ -42,22 +42,27 @@ WHOLE_NETWORK = ("maml", "fomaml", "reptile", "imaml_gd")
 
 
 def _beside(config: str, settings: Settings, methods: Mapping[str, Settings]) -> Benchmark:
-    """A benchmark beside the two main ones: a smaller budget and fewer test tasks, none at 1,500.
+    """A benchmark beside the two main ones: a quarter of the budget, 200 test tasks.
 
     Theta of the best validation is tested too, which the two main ones were run without.
     """
-    final = {"budget": 90, "test_tasks": 300, "test_at": [], "early_stopping": True}
+    final = {"budget": 60, "test_tasks": 200, "test_at": [], "early_stopping": True}
     return Benchmark(
         (config,),
         settings,
-        stage1={"budget": 40, "validate_seconds": 15},
+        stage1={"budget": 30, "test_tasks": 10, "validate_seconds": 15},
         stage2={**final, "validate_seconds": 15},
         methods=methods,
     )
 
 
-FEW = {"imaml_hf": {**SELDOM, "validation_tasks": 25, "test_tasks": 50}}
-FEWER = {**dict.fromkeys(WHOLE_NETWORK, {"test_tasks": 100}), **FEW}
+# With one validation, at the end, theta of the best one is the last.
+ONCE = {**SELDOM, "validation_tasks": 25, "early_stopping": False}
+FEW = {"imaml_hf": {**ONCE, "test_tasks": 50}}
+FEWER = {
+    **dict.fromkeys(WHOLE_NETWORK, {"validation_tasks": 25, "test_tasks": 50}),
+    **dict.fromkeys(("imaml_gd", "imaml_hf"), {**ONCE, "test_tasks": 25}),
+}
 
 ACCURACY = Sweep(
     methods={
@@ -86,7 +91,9 @@ ACCURACY = Sweep(
         # five alphabets as one folder of classes: docs/tasks.md
         "omniglot5": _beside("folder", {"tasks.size": 28}, FEW),
         # A task costs seven times what it does with 32 pixels.
-        "caltech101_84": _beside("caltech101", {"tasks.size": 84, "meta_batch": 2}, FEWER),
+        "caltech101_84": _beside(
+            "caltech101", {"tasks.size": 84, "meta_batch": 2, "validation_tasks": 50}, FEWER
+        ),
     },
     settings={
         "model.hidden": 32,

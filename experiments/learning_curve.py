@@ -41,12 +41,12 @@ def _scores(axes: plt.Axes, training: Training, centroid: Interval | None) -> No
     scores = training.history.values(f"train/query_{measure.name}")
     means = _running_mean([measure.factor * score for score in scores], 20)
     axes.plot(range(1, len(means) + 1), means, color="0.7", label="training tasks, mean of 20")
-    at = [iteration for iteration, _ in training.validations]
-    mean = [measure.factor * value.mean for _, value in training.validations]
-    half = [measure.factor * value.half_width for _, value in training.validations]
+    at = [iteration for iteration, _ in training.scores.validations]
+    mean = [measure.factor * value.mean for _, value in training.scores.validations]
+    half = [measure.factor * value.half_width for _, value in training.scores.validations]
     axes.errorbar(at, mean, half, fmt="o-", capsize=3, label="validation tasks, 95 % interval")
     for value, color, style, name in (
-        (training.result, "C2", "--", "test tasks"),
+        (training.scores.result, "C2", "--", "test tasks"),
         (centroid, "C3", ":", "raw pixels, centroid"),
     ):
         if value is not None and math.isfinite(value.mean):

@@ -19,9 +19,9 @@ def save(run: Any, training: Training, centroid: Interval | None) -> None:
     folder, learner = training.folder, training.learner
     optimizer = {"optimizer": learner.optimizer.state_dict()}
     files = [_save_parameters(folder / "parameters.pt", learner, optimizer)]
-    if training.best is not None and training.best.iteration:
-        at = {"iteration": training.best.iteration}
-        with training.best.in_place():
+    if training.scores.best is not None and training.scores.best.iteration:
+        at = {"iteration": training.scores.best.iteration}
+        with training.scores.best.in_place():
             files.append(_save_parameters(folder / "early_stopped_parameters.pt", learner, at))
     files.append(folder / "learning_curve.png")
     learning_curve.draw(files[-1], _title(run.config), training, centroid)
@@ -50,11 +50,9 @@ def _title(config: Mapping[str, Any]) -> str:
     )
 
 
-def summary(
-    training: Training, centroid: Interval | None, stopped: Interval | None
-) -> dict[str, Any]:
+def summary(training: Training, centroid: Interval | None) -> dict[str, Any]:
     """What the run found, as it is recorded."""
-    test, name = training.result, training.learner.measure.name
+    test, name = training.scores.result, training.learner.measure.name
     assert test is not None
     result: dict[str, Any] = {
         f"test_{name}": test.mean,
@@ -70,11 +68,11 @@ def summary(
     }
     if centroid is not None:
         result |= {"centroid_accuracy": centroid.mean, "centroid_half_width": centroid.half_width}
-    if training.best is not None and stopped is not None:
+    if training.scores.best is not None and training.scores.stopped is not None:
         result |= {
-            f"early_stopped_{name}": stopped.mean,
-            "early_stopped_half_width": stopped.half_width,
-            "early_stopped_at": training.best.iteration,
+            f"early_stopped_{name}": training.scores.stopped.mean,
+            "early_stopped_half_width": training.scores.stopped.half_width,
+            "early_stopped_at": training.scores.best.iteration,
         }
     return result
 
@@ -84,20 +82,16 @@ def _median(values: Sequence[float]) -> float | None:
 
 
 def announce(
-    run: Any,
-    training: Training,
-    result: Mapping[str, Any],
-    centroid: Interval | None,
-    stopped: Interval | None,
+    run: Any, training: Training, result: Mapping[str, Any], centroid: Interval | None
 ) -> None:
     """What a person wants to know at the end."""
     measure, number = training.learner.measure, training.schedule.test_tasks
-    assert training.result is not None
-    score = measure.show(training.result)
+    assert training.scores.result is not None
+    score = measure.show(training.scores.result)
     print(f"\n{'test ' + measure.name:17}{score} over {number} new tasks (95 % interval)")
-    if training.best is not None and stopped is not None:
-        at = f"outer iteration {training.best.iteration}, the best validation"
-        print(f"early stopped    {measure.show(stopped)} with theta of {at}")
+    if training.scores.best is not None and training.scores.stopped is not None:
+        at = f"outer iteration {training.scores.best.iteration}, the best validation"
+        print(f"early stopped    {measure.show(training.scores.stopped)} with theta of {at}")
     if centroid is not None:
         raw = measure.show(centroid)
         print(f"raw pixels       {raw} with nearest centroid on the same tasks")

@@ -33,3 +33,7 @@ class Schedule(NamedTuple):
     cpu: bool
     checkpoint_seconds: float
     early_stopping: bool = False
+
+    def tasks(self, mode: str) -> int:
+        """How many tasks a score on ``validation`` or ``test`` is the mean of."""
+        return {"validation": self.validation_tasks, "test": self.test_tasks}[mode]

@@ -244,14 +244,13 @@ def _train(
     if config["resume"] is not None:
         _resume(run, training, Path(config["resume"]))
     training.loop()
-    stopped = training.early_stopped()
     if not ranks.first:
         return {}
     centroid = _centroid(given, config["test_tasks"])
     outcome.save(run, training, centroid)
-    result = outcome.summary(training, centroid, stopped)
+    result = outcome.summary(training, centroid)
     run.info["result"] = result
-    outcome.announce(run, training, result, centroid, stopped)
+    outcome.announce(run, training, result, centroid)
     run.afterwards.append(partial(checkpoint.remove, folder))
     return result
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,13 +12,13 @@ from tqdm import tqdm
 
 from experiments import checkpoint, progress
 from experiments.bad_tasks import CheckedStream
-from experiments.early_stopping import BestTheta
 from experiments.history import History
 from experiments.ingredients.tasks import Tasks
 from experiments.meta_learning import Diverged, Interval, MetaLearner
 from experiments.peak_memory import peak_memory, process_peak
 from experiments.schedule import Schedule as Schedule
-from experiments.tracking import Terminated, interruption, record
+from experiments.scores import Scores
+from experiments.tracking import Terminated, UserError, interruption, record
 
 _SKIPPING = ("train", "validation", "test", "early_stopped")
 _STATE = ("steps", "seconds", "_validated_at", "_looked", "diverged", "peak")
@@ -39,10 +38,7 @@ class Training:
     Attributes:
         steps: outer iterations so far.
         history: all that was recorded.
-        validations: (iteration, score) pairs.
-        tests: test score by outer iteration.
-        result: the test score that counts, once it is there.
-        best: theta of the best validation before it; None unless early stopping is asked for.
+        scores: the validations and tests.
         seconds: of training so far, by the schedule's clock.
         diverged: the reason, if the run left the finite numbers.
         peak: bytes of live tensors, at most, in the measured steps.
@@ -61,10 +57,7 @@ class Training:
         self.run, self.learner, self.tasks, self.schedule = run, learner, tasks, schedule
         self._stream = self._checked("train", seed)
         self.steps, self.peak, self.history = 0, 0, History()
-        self.validations: list[tuple[int, Interval]] = []
-        self.tests: dict[int, Interval] = {}
-        self.result: Interval | None = None
-        self.best = BestTheta(learner) if schedule.early_stopping else None
+        self.scores = Scores(learner, self._evaluate, self._record, schedule.early_stopping)
         self.seconds = self._validated_at = 0.0
         self._looked = self._whole = True
         self.diverged: str | None = None
@@ -96,12 +89,13 @@ class Training:
                     try:
                         self._advance(bar)
                     except Diverged as reason:
-                        self._note_divergence(str(reason))
+                        self._note_divergence(f"at outer iteration {self.steps + 1}: {reason}")
                         self._end_if_asked()
                     bar.update(self._progress() - bar.n)
                     self._save_if_due()
-            if self.result is None:
-                self.result = self._tested()
+            if self.scores.result is None:
+                self.scores.result = self._test()
+            self.scores.test_best(lambda reason: self._say(f"not early stopped, {reason}"))
             self._save()
         except (KeyboardInterrupt, Terminated):
             if self._whole and not interruption.urgent():
@@ -190,71 +184,35 @@ class Training:
         due = done % schedule.validate_every == 0
         if schedule.validate_seconds is not None:
             due = self.seconds - self._validated_at >= schedule.validate_seconds
-        ends = self._spent() and self.result is None
-        validated = bool(self.validations) and self.validations[-1][0] == done
-        if (due or ends or self._finished()) and not validated:
-            score = self._validate()
+        ends = self._spent() and self.scores.result is None
+        if (due or ends or self._finished()) and not self.scores.validated(done):
+            score = self.scores.validate(done, self.seconds)
+            self._validated_at = self.seconds
             bar.set_postfix_str(f"validation {self.learner.measure.show(score)}")
         if ends:
-            self.result = self._tested()
-        if done in schedule.test_at and done not in self.tests:
-            self._tested()
+            self.scores.result = self._test()
+        if done in schedule.test_at:
+            self._test()
 
-    def _validate(self) -> Interval:
-        start, iteration = time.perf_counter(), self.steps
-        score, skipped = self._evaluate("validation", self.schedule.validation_tasks)
-        self.validations.append((iteration, score))
-        if self.best is not None and self.result is None:
-            self.best.offer(iteration, self.seconds, score.mean)
-        self._validated_at = self.seconds
-        more = {**skipped, "seconds": time.perf_counter() - start}
-        self._record_score("validation", score, iteration, self.seconds, more)
-        return score
+    def _test(self) -> Interval:
+        return self.scores.test(self.steps, self.seconds, self._note_divergence)
 
-    def _tested(self) -> Interval:
-        """The test score at this iteration, recorded."""
-        if self.steps not in self.tests:
-            self.tests[self.steps] = self._test("test", self.steps, self.seconds)
-        return self.tests[self.steps]
-
-    def early_stopped(self) -> Interval | None:
-        """The test score of theta at the best validation, recorded; None if there is none."""
-        if (best := self.best) is None or not best.iteration:
-            return None
-        with best.in_place():
-            return self._test("early_stopped", best.iteration, best.seconds)
-
-    def _test(self, name: str, iteration: int, seconds: float) -> Interval:
-        skipped: dict[str, int] = {}
-        try:
-            score, skipped = self._evaluate("test", self.schedule.test_tasks)
-        except Diverged as reason:
-            self._note_divergence(str(reason))
-            score = Interval(math.nan, math.nan)
-        self._record_score(name, score, iteration, seconds, skipped)
-        return score
-
-    def _evaluate(self, mode: str, number: int) -> tuple[Interval, dict[str, int]]:
-        """The score on tasks of ``mode``, and how many were skipped where any may be."""
-        stream, learner = self._checked(mode, 0), self.learner
+    def _evaluate(self, mode: str) -> tuple[Interval, dict[str, float]]:
+        """The score on tasks of ``mode``, the seconds it took, the tasks skipped if any may be."""
+        stream, learner, start = self._checked(mode, 0), self.learner, time.perf_counter()
         bar = progress.of_testing if mode == "test" and learner.ranks.first else progress.none
         with self._all_or_nothing():
-            score = learner.evaluate(stream, number, bar)
-        skipped = {"skipped_tasks": stream.skipped + learner.skipped}
-        return score, skipped if learner.skip else {}
+            score = learner.evaluate(stream, self.schedule.tasks(mode), bar)
+        more: dict[str, float] = {"seconds": time.perf_counter() - start}
+        if learner.skip:
+            more["skipped_tasks"] = stream.skipped + learner.skipped
+        return score, more
 
     def _note_divergence(self, reason: str) -> None:
         """A run that diverges has a result too: that of the last finite theta."""
         if self.diverged is None:
-            self.diverged = f"at outer iteration {self.steps + 1}: {reason}"
-            self._say(f"diverged {self.diverged}")
-
-    def _record_score(
-        self, part: str, score: Interval, at: int, seconds: float, more: Mapping[str, float]
-    ) -> None:
-        mean = {self.learner.measure.name: score.mean}
-        values = {**mean, "half_width": score.half_width, "training_seconds": seconds, **more}
-        self._record({f"{part}/{name}": value for name, value in values.items()}, at)
+            self.diverged = reason
+            self._say(f"diverged {reason}")
 
     def _record(self, values: dict[str, Any], iteration: int) -> None:
         self.history.add(values, iteration)
@@ -274,10 +232,7 @@ class Training:
         journal = getattr(self.run, "journal", None)
         return {
             **{name: getattr(self, name) for name in _STATE},
-            "validations": [(at, *score) for at, score in self.validations],
-            "tests": [(at, *score) for at, score in self.tests.items()],
-            "result": None if self.result is None else tuple(self.result),
-            "best": None if self.best is None else self.best.state_dict(),
+            "scores": self.scores.state_dict(),
             "history": self.history.state_dict(),
             "learner": self.learner.state_dict(),
             "stream": self._stream.state,
@@ -285,14 +240,19 @@ class Training:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint; what was recorded before it is recorded again, for this run."""
+        """Go on from a checkpoint; what was recorded before it is recorded again, for this run.
+
+        Raises:
+            UserError: another version's.
+        """
+        if missing := sorted(self.state_dict().keys() - state.keys()):
+            raise UserError(
+                f"resume: expected a checkpoint of this version, got one without {missing}; resume "
+                "with the version that wrote it, or start anew"
+            )
         for name in _STATE:
             setattr(self, name, state[name])
-        self.validations = [(at, Interval(*score)) for at, *score in state["validations"]]
-        self.tests = {at: Interval(*score) for at, *score in state["tests"]}
-        self.result = None if state["result"] is None else Interval(*state["result"])
-        if self.best is not None:
-            self.best.load_state_dict(state["best"])
+        self.scores.load_state_dict(state["scores"])
         self.history.load_state_dict(state["history"])
         self.learner.load_state_dict(state["learner"])
         self._stream.state = state["stream"]

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import Learner, Run, Tasks, schedule
+from test_training import Learner, Run, Tasks, falling, schedule
 
 from experiments import checkpoint
 from experiments.drills.runs import TIMED, Bench, same_parameters, same_record
-from experiments.tracking import Terminated, interruption, open_database
+from experiments.tracking import Terminated, UserError, interruption, open_database
 from experiments.training import Training
 
 
@@ -52,8 +52,8 @@ class Signalled(Learner):
         self.finished = where
 
 
-def trained(folder: Path, learner: Learner) -> Training:
-    return Training(Run(), learner, Tasks(), schedule(), 0, folder)  # type: ignore[arg-type]
+def trained(folder: Path, learner: Learner, **changes: Any) -> Training:
+    return Training(Run(), learner, Tasks(), schedule(**changes), 0, folder)  # type: ignore[arg-type]
 
 
 def interrupted(folder: Path, learner: Learner, kind: type[BaseException]) -> dict[str, Any]:
@@ -114,14 +114,49 @@ def test_an_evaluation_is_broken_off_and_done_again(tmp_path: Path) -> None:
     torch.manual_seed(0)
     learner = Signalled("evaluation", lasts=5.0)
     state = interrupted(tmp_path, learner, KeyboardInterrupt)
-    assert (state["steps"], state["_looked"], state["validations"]) == (4, False, [])
+    assert (state["steps"], state["_looked"], state["scores"]["validations"]) == (4, False, [])
     torch.manual_seed(0)
     assert torch.equal(state["generators"]["torch"], torch.get_rng_state())
     resumed = trained(tmp_path, Learner())
     resumed.load_state_dict(state)
     resumed.loop()
-    assert resumed.validations == whole.validations and resumed.tests == whole.tests
+    assert resumed.scores.state_dict() == whole.scores.state_dict()
     assert untimed(resumed) == untimed(whole)
+
+
+def test_the_early_stopped_test_is_broken_off_and_done_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    learner = Learner(score=falling)
+    test, calls = learner.evaluate, []
+
+    def evaluate(*arguments: Any) -> Any:
+        calls.append(learner.done)
+        if calls == [4, 8, 10, 10, 4]:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+        return test(*arguments)
+
+    learner.evaluate = evaluate  # type: ignore[method-assign]
+    training = trained(tmp_path, learner, early_stopping=True)
+    with interruption.handled(), pytest.raises(KeyboardInterrupt):
+        training.loop()
+    assert "resume=" in capsys.readouterr().out
+    state = checkpoint.load(tmp_path)
+    assert (state["learner"]["done"], state["scores"]["stopped"]) == (10, None)
+    again = Learner(score=falling)
+    resumed = trained(tmp_path, again, early_stopping=True)
+    resumed.load_state_dict(state)
+    resumed.loop()
+    assert again.tested == [4] and resumed.scores.stopped == (0.16, 0.01)
+
+
+def test_another_version_s_checkpoint_is_refused(tmp_path: Path) -> None:
+    training = trained(tmp_path, Learner())
+    state = training.state_dict()
+    del state["scores"]
+    with pytest.raises(UserError, match=r"of this version, got one without \['scores'\]"):
+        training.load_state_dict(state)
 
 
 def test_a_second_signal_saves_nothing(tmp_path: Path) -> None:

@@ -33,7 +33,14 @@ class Run:
 
 
 class Learner:
-    """Every step takes 2 s of the process and 3 s of the wall; it scores its number of steps."""
+    """Every step takes 2 s of the process and 3 s of the wall.
+
+    Args:
+        diverges_at: the step that does.
+        fails_test_at: after so many steps the test does.
+        unsolved: systems of every step.
+        score: of so many steps.
+    """
 
     measure = MEASURES["classification"]
     device = torch.device("cpu")
@@ -44,11 +51,12 @@ class Learner:
     def __init__(
         self,
         diverges_at: int | None = None,
-        fails_test: bool = False,
+        fails_test_at: int | None = None,
         unsolved: int | None = None,
+        score: Callable[[int], float] = lambda steps: steps / 100,
     ) -> None:
-        self.done, self._diverges_at, self._fails_test = 0, diverges_at, fails_test
-        self._unsolved = unsolved
+        self.done, self._diverges_at, self._fails_test_at = 0, diverges_at, fails_test_at
+        self._unsolved, self._score, self.tested = unsolved, score, list[int]()
         network = SimpleNamespace(network=lambda: nn.Module())
         self.algorithms = SimpleNamespace(training=network)
         self.optimizer = torch.optim.SGD([torch.zeros(1)])
@@ -73,9 +81,11 @@ class Learner:
     def evaluate(
         self, stream: Any, number: int, progress: Callable[[Iterable[int]], Iterable[int]]
     ) -> Interval:
-        if self._fails_test and stream.sample().inputs.numel() == TEST_SIZE:
-            raise Diverged("in the test")
-        return Interval(self.done / 100, 0.01)
+        if stream.sample().inputs.numel() == TEST_SIZE:
+            self.tested.append(self.done)
+            if self.done == self._fails_test_at:
+                raise Diverged("too large a loss")
+        return Interval(self._score(self.done), 0.01)
 
 
 TEST_SIZE = 3
@@ -109,7 +119,7 @@ def test_without_a_budget_the_result_is_that_of_the_last_iteration(tmp_path: Pat
     training, run = train(tmp_path)
     assert training.steps == 10
     assert run.at("validation/accuracy") == [4, 8, 10]
-    assert run.at("test/accuracy") == [10] and training.result == Interval(0.1, 0.01)
+    assert run.at("test/accuracy") == [10] and training.scores.result == Interval(0.1, 0.01)
     assert run.at("train/step_peak_bytes") == [1, 5, 9]
 
 
@@ -126,25 +136,50 @@ def test_a_run_goes_on_from_its_budget_to_the_last_test(tmp_path: Path) -> None:
     training, run = train(tmp_path, budget=7.0, test_at=(2, 6))
     assert training.steps == 6
     assert run.at("test/accuracy") == [2, 4, 6]
-    assert training.result == Interval(0.04, 0.01)  # at the budget, not at the end
+    assert training.scores.result == Interval(0.04, 0.01)  # at the budget, not at the end
 
 
 def test_early_stopping_looks_no_further_than_the_result(tmp_path: Path) -> None:
     learner, settings = Learner(), {"budget": 7.0, "test_at": (2, 6), "validate_every": 1}
     training, run = train(tmp_path, learner, **settings, early_stopping=True)
-    assert training.early_stopped() == Interval(0.04, 0.01) and training.result is not None
+    assert training.scores.stopped == Interval(0.04, 0.01) and training.scores.result is not None
     assert run.values["early_stopped/accuracy"] == [(4, 0.04)]
     assert run.values["early_stopped/training_seconds"] == [(4, 8.0)]
-    assert learner.done == 6  # the learner has its own theta again
+    assert learner.tested == [2, 4, 6]  # theta of the best validation has been tested
     given = schedule(**settings, early_stopping=True)
     resumed = Training(Run(), Learner(), Tasks(), given, 0, tmp_path)  # type: ignore[arg-type]
     resumed.load_state_dict(checkpoint.load(tmp_path))
-    assert resumed.early_stopped() == Interval(0.04, 0.01)
+    assert resumed.scores.stopped == Interval(0.04, 0.01)
+
+
+def falling(steps: int) -> float:
+    return (20 - steps) / 100
+
+
+def test_theta_of_the_best_validation_is_tested_besides(tmp_path: Path) -> None:
+    learner = Learner(score=falling)
+    training, run = train(tmp_path, learner, early_stopping=True)
+    assert learner.tested == [10, 4] and training.scores.result == Interval(0.10, 0.01)
+    assert training.scores.stopped == Interval(0.16, 0.01)
+    assert run.values["early_stopped/accuracy"] == [(4, 0.16)]
+    assert learner.done == 10  # the learner has its own theta again
+
+
+def test_an_early_stopped_test_that_diverges_is_not_the_run_s_divergence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    learner = Learner(score=falling, fails_test_at=4)
+    training, _ = train(tmp_path, learner, early_stopping=True)
+    assert training.scores.stopped is not None and math.isnan(training.scores.stopped.mean)
+    assert training.scores.result == Interval(0.10, 0.01) and training.diverged is None
+    said = "not early stopped, in the test of outer iteration 4: too large a loss"
+    assert said in capsys.readouterr().out
+    assert learner.done == 10
 
 
 def test_a_run_without_a_validation_has_nothing_to_stop_at(tmp_path: Path) -> None:
     training, _ = train(tmp_path, Learner(diverges_at=1), early_stopping=True)
-    assert training.steps == 0 and training.early_stopped() is None
+    assert training.steps == 0 and training.scores.stopped is None
 
 
 def test_validations_by_seconds_of_training(tmp_path: Path) -> None:
@@ -156,15 +191,15 @@ def test_a_diverged_run_has_a_result_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     training, run = train(tmp_path, Learner(diverges_at=6))
-    assert training.steps == 5 and training.result == Interval(0.05, 0.01)
+    assert training.steps == 5 and training.scores.result == Interval(0.05, 0.01)
     assert training.diverged == "at outer iteration 6: too large a step"
     assert "diverged at outer iteration 6" in capsys.readouterr().out
 
 
 def test_a_test_that_diverges_is_not_a_number(tmp_path: Path) -> None:
-    training, _ = train(tmp_path, Learner(fails_test=True))
-    assert training.result is not None and math.isnan(training.result.mean)
-    assert training.diverged is not None and "in the test" in training.diverged
+    training, _ = train(tmp_path, Learner(fails_test_at=10))
+    assert training.scores.result is not None and math.isnan(training.scores.result.mean)
+    assert training.diverged == "in the test after outer iteration 10: too large a loss"
 
 
 @pytest.mark.parametrize("unsolved", [3, 0, None])

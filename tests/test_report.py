@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import pytest
 from report_runs import CURVE, WORDS, Recorder, finals, grid, row, rows
@@ -116,6 +118,18 @@ def test_missing_cells_have_their_command(
     listed = {r["run"]: r["remarks"] for r in rows(folder, "runs_train")}
     assert "went on as run 6" in listed["5"] and "goes on from run 5" in listed["6"]
     assert "kill -9" in listed["4"]
+
+
+@pytest.mark.parametrize("given", [{}, {"tasks": {"root": "/somewhere"}}])
+def test_commands_name_a_data_folder_only_where_one_was_given(
+    recorder: Recorder, plan: Plan, report: Callable[..., Path], given: dict[str, Any]
+) -> None:
+    grid(recorder, plan, "rm_metal", (0.6, 0.5, 0.5))
+    cell = finals(plan, "rm_metal")[0]
+    cell = replace(cell, settings={**cell.settings, "tasks.root": "~/data"})  # the default
+    recorder.training(cell, CURVE, meta={"config_updates": given})
+    command = row(report(*WORDS), "summary_accuracy_glyphs", "rm_metal")["source_command"]
+    assert ("tasks.root=DATA" in command) == bool(given)
 
 
 def test_other_code_is_never_averaged_silently(

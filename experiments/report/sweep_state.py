@@ -117,8 +117,8 @@ def read_sweep(
     reader = _Reader(archive)
     methods = tuple(reader.method(group) for group in plan.groups)
     state = SweepState(name, benchmark, (), methods)
-    roots = {run.settings.get("tasks.root") for run in state.attempts} - {None}
-    shown: dict[str, object] = {"tasks.root": "DATA"} if roots else {}
+    elsewhere = any("tasks.root=DATA" in run.command.split() for run in state.attempts)
+    shown: dict[str, object] = {"tasks.root": "DATA"} if elsewhere else {}
     shown |= {key: value for key, value in given.items() if key != "benchmark"}
     settings = [f"{key}={format_value(value)}" for key, value in shown.items()]
     benchmarks = [f"benchmark={benchmark}"] if len(sweep.benchmarks) > 1 else []

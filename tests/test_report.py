@@ -220,6 +220,17 @@ def test_seconds_to_the_share_of_the_best_of_all(
     assert (found["anil"]["reached"], found["anil"]["seconds"]) == ("0", "nan")
 
 
+def test_who_gets_there_at_the_same_validation_is_as_fast(
+    recorder: Recorder, plan: Plan, report: Callable[..., Path]
+) -> None:
+    for method, curve in {"rm_metal": {202: 0.8, 300: 0.8}, "anil": {200: 0.75, 300: 0.7}}.items():
+        grid(recorder, plan, method, (0.6, 0.5, 0.5))
+        for cell in finals(plan, method):
+            recorder.training(cell, curve)
+    text = (report(*WORDS) / "time_accuracy_glyphs.md").read_text()
+    assert "**≤ 20.2 ± 0.0**" in text and "**≤ 20.0 ± 0.0**" in text
+
+
 def test_older_runs_and_regression_have_curves_too(
     recorder: Recorder, report: Callable[..., Path]
 ) -> None:

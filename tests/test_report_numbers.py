@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ import pytest
 from experiments.report.curves import band, first_reached
 from experiments.report.differences import run_list
 from experiments.report.intervals import seeds_mean, t_quantile
+from experiments.report.learning_curves import draw_curves
 from experiments.report.methods import LOOKS, looks
+from experiments.report.summary import Point
 from experiments.report.table_text import latex
 from experiments.sweeps.definitions import SWEEPS
 
@@ -46,6 +49,15 @@ def test_a_band_is_over_where_all_curves_are() -> None:
     np.testing.assert_allclose(found.high, [1, 3, 5])
     assert band([([0, 1], [0, 1]), ([2, 3], [0, 1])]) is None
     assert band([([0.0], [math.nan])]) is None and band([]) is None
+
+
+def test_seeds_with_nothing_in_common_are_drawn_one_by_one() -> None:
+    runs = [SimpleNamespace(points=[Point(n, 60.0 + n, 0.4, 0.1)], diverged="") for n in (12, 13)]
+    drawing = draw_curves({"imaml_hf": runs}, "accuracy", None)  # type: ignore[dict-item]
+    for axes, at in zip(drawing.axes, ([12, 13], [72, 73]), strict=True):
+        assert [list(line.get_xdata()) for line in axes.lines] == [[x] for x in at]
+    (legend,) = [axes.get_legend() for axes in drawing.axes if axes.get_legend()]
+    assert [text.get_text() for text in legend.get_texts()] == ["imaml_hf"]
 
 
 def test_the_first_time_counts() -> None:

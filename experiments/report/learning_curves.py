@@ -21,8 +21,8 @@ AXES = ("outer iteration", "seconds of training")
 CAPTION = (
     "Validation {score} against outer iterations (left) and seconds of training (right;{clock}"
     " loading of data and validation excluded). Line: mean over {seeds}; band: from the lowest to"
-    " the highest seed, straight between validations, as far as all seeds go. A cross: the run"
-    " diverged there."
+    " the highest seed, straight between validations, as far as all seeds go; seeds that have no"
+    " stretch in common are drawn one by one. A cross: the run diverged there."
 )
 
 
@@ -87,13 +87,15 @@ def _line(
     curves = [_curve(run, by_seconds, factor) for run in runs]
     joined = band(curves)
     style: dict[str, Any] = {"color": look.color, "linestyle": look.dashes, "marker": look.marker}
+    style |= {"markersize": 4.5, "linewidth": 1.7}
     if joined is None:
-        axes.plot([], [], label=name, **style)
-        return
-    every = max(1, len(joined.at) // 6)
-    axes.plot(joined.at, joined.mean, label=name, markevery=every, markersize=4.5,
-              linewidth=1.7, **style)
-    axes.fill_between(joined.at, joined.low, joined.high, color=look.color, alpha=0.15, linewidth=0)
+        for number, (x, y) in enumerate(curves):
+            axes.plot(x, y, label="" if number else name, **style)
+    else:
+        every = max(1, len(joined.at) // 6)
+        axes.plot(joined.at, joined.mean, label=name, markevery=every, **style)
+        axes.fill_between(joined.at, joined.low, joined.high, color=look.color, alpha=0.15,
+                          linewidth=0)  # fmt: skip
     for run, (x, y) in zip(runs, curves, strict=True):
         if run.diverged and x:
             axes.plot(x[-1], y[-1], "x", color=look.color, markersize=9, markeredgewidth=2)

@@ -65,7 +65,8 @@ FEWER = {
     **dict.fromkeys(
         WHOLE_NETWORK, {"validate_seconds": 30, "validation_tasks": 25, "test_tasks": 50}
     ),
-    **dict.fromkeys(("imaml_gd", "imaml_hf"), {**ONCE, "test_tasks": 25}),
+    "imaml_gd": {**ONCE, "test_tasks": 25},
+    "imaml_hf": {**ONCE, "validation_tasks": 10, "test_tasks": 10},
 }
 
 ACCURACY = Sweep(

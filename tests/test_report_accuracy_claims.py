@@ -153,7 +153,8 @@ def test_the_table_of_all_benchmarks(drawn: Drawn) -> None:
         tests, leads = [run.test for run in theirs], [ours[run.seed] - run.test for run in theirs]
         led = mean(leads) > half_width(leads)
         found[name] = f"{100 * mean(tests):.1f} ± {100 * half_width(tests):.1f}" + " *" * led
-    assert found == column(DOCS / "reproduction.md", benchmark)
+    shown = column(DOCS / "reproduction.md", benchmark)
+    assert found == {name: cell for name, cell in shown.items() if cell != "missing"}
 
 
 def column(page: Path, name: str) -> dict[str, str]:

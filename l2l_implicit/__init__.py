@@ -6,21 +6,35 @@ from l2l_implicit.chunked import Chunked
 from l2l_implicit.diagnostics import Diagnostics, UnsolvedWarning
 from l2l_implicit.gbml import ImplicitGBML
 from l2l_implicit.imaml import ImplicitMAML
-from l2l_implicit.learner import ImplicitCGHead
-from l2l_implicit.linear_solvers.solution import LinearSolution
-from l2l_implicit.linear_solvers.conjugate_gradient import conjugate_gradient
 from l2l_implicit.inner_problem.linearization import Linearization
+from l2l_implicit.inner_solvers.gradient_descent import GradientDescent
+from l2l_implicit.inner_solvers.lbfgs import LBFGS
+from l2l_implicit.inner_solvers.newton import Newton
+from l2l_implicit.inner_solvers.protocol import InnerSolver, InnerStep
+from l2l_implicit.learner import ImplicitCGHead
+from l2l_implicit.linear_solvers.conjugate_gradient import CG
+from l2l_implicit.linear_solvers.direct import Direct
+from l2l_implicit.linear_solvers.neumann import Neumann
+from l2l_implicit.linear_solvers.solution import LinearSolution, LinearSolver
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CG",
     "Chunked",
     "Diagnostics",
+    "Direct",
+    "GradientDescent",
     "ImplicitCGHead",
     "ImplicitGBML",
     "ImplicitMAML",
+    "InnerSolver",
+    "InnerStep",
+    "LBFGS",
     "LinearSolution",
+    "LinearSolver",
     "Linearization",
+    "Neumann",
+    "Newton",
     "UnsolvedWarning",
-    "conjugate_gradient",
 ]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 import math
 import numbers
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,22 +16,49 @@ class NotFinite(FloatingPointError, ValueError):
     """A loss that is nan or infinite: a wrong input, or an inner loop that diverges."""
 
 
-SOLVERS = ("cg", "neumann", "direct")
-STEPS = ("newton", "gradient", "lbfgs")
+# Keywords of earlier versions, and where each went.
+_RENAMED = {
+    "step": "inner=Newton(), GradientDescent() or LBFGS()",
+    "solver": "linear=CG(), Neumann() or Direct()",
+    "cg_steps": "linear=CG(steps=...), and inner=Newton(cg_steps=...)",
+    "cg_tol": "linear=CG(tol=...)",
+    "neumann_alpha": "linear=Neumann(step_size=...)",
+    "damping": "linear=CG(damping=...)",
+    "inner_tol": "max_error=...",
+    "stop_tol": "the inner solver's tol, e.g. inner=Newton(tol=...)",
+}
+_KEYWORDS = ("l2", "anchor", "inner", "linear", "loss", "warm_start", "max_error")
 
 
-def settings(
-    model: Any, lr: Any, l2: Any, anchor: Any, cg_steps: Any, cg_tol: Any, step: Any, inner_tol: Any
-) -> None:
-    """What every implicit learner's constructor is given, its defaults elsewhere."""
-    model_and_lr(model, lr, first_order=False)
+def keywords(name: str, unknown: Iterable[str]) -> None:
+    """No keyword that the learner does not have; one of an earlier version names the new one."""
+    for key in unknown:
+        if key in _RENAMED:
+            raise TypeError(f"{key}: expected {_RENAMED[key]}, got the keyword of an earlier version")
+        near = difflib.get_close_matches(key, _KEYWORDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else "leave it out"
+        expected = ", ".join(_KEYWORDS)
+        raise TypeError(f"{name}: expected keywords among {expected}, got {key!r}; {hint}")
+
+
+def settings(l2: Any, anchor: Any, inner: Any, linear: Any, max_error: Any) -> None:
+    """The inner problem and its solvers."""
     coefficient(l2)
     choice("anchor", anchor, ("zero", "init"))
-    inner_solver(step, None, inner_tol)
-    linear_solver("cg", cg_steps, cg_tol, None, 0.0)
+    if isinstance(inner, type) or not callable(getattr(inner, "begin", None)):
+        raise TypeError(
+            f"inner: expected an inner solver such as Newton() or GradientDescent(), got {inner!r}; "
+            "pass an object with a method begin(lr)"
+        )
+    if isinstance(linear, type) or not callable(getattr(linear, "solve", None)):
+        raise TypeError(
+            f"linear: expected a linear solver such as CG() or Direct(), got {linear!r}; "
+            "pass an object with a method solve(hvp, b, start)"
+        )
+    positive("max_error", max_error)
 
 
-def model_and_lr(model: Any, lr: Any, first_order: bool) -> None:
+def model_and_lr(model: Any, lr: Any) -> None:
     """The constructor's first arguments, which learn2learn has too."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {model!r}; wrap it in one")
@@ -47,59 +73,12 @@ def model_and_lr(model: Any, lr: Any, first_order: bool) -> None:
             "lr: expected a number, got a tensor that requires grad; the solution of the inner "
             "problem does not depend on lr, so it cannot be meta-learned here: pass float(lr)"
         )
-    if not isinstance(lr, str):
-        positive("lr", lr)
-    elif lr != "auto":
-        raise TypeError(f"lr: expected a number or 'auto', got {lr!r}; pass a float")
-    elif first_order:
-        raise ValueError(
-            "lr: expected a number with first_order=True, which knows no curvature, got 'auto'; "
-            "pass a float"
+    if isinstance(lr, str):
+        raise TypeError(
+            f"lr: expected a number, got {lr!r}; pass a float, and for a step size of 1 over the "
+            "largest curvature inner=GradientDescent(adaptive=True)"
         )
-
-
-def inner_solver(step: Any, stop_tol: Any, inner_tol: Any) -> None:
-    """How the inner problem is solved, and when it counts as solved."""
-    if isinstance(step, str) or not callable(step):
-        choice("step", step, STEPS)
-    else:
-        makes_a_step(step)
-    if stop_tol is not None:
-        positive("stop_tol", stop_tol)
-    positive("inner_tol", inner_tol)
-
-
-def linear_solver(
-    solver: Any, cg_steps: Any, cg_tol: Any, neumann_alpha: Any, damping: Any
-) -> None:
-    """How the linear system is solved."""
-    choice("solver", solver, SOLVERS)
-    count("cg_steps (N)", cg_steps)
-    positive("cg_tol", cg_tol)
-    if neumann_alpha is not None:
-        positive("neumann_alpha", neumann_alpha)
-    if number("damping", damping) < 0:
-        raise ValueError(
-            f"damping: expected a number of at least 0, got {damping}; it is added to the diagonal"
-        )
-
-
-def makes_a_step(step: Callable[..., Any]) -> bool:
-    """Whether ``step`` is a factory, called once a task, or else the step itself."""
-    try:
-        signature = inspect.signature(step)
-    except ValueError:  # a callable written in C does not say
-        return False
-    for arguments, factory in (((), True), ((None,), False)):
-        try:
-            signature.bind(*arguments)
-        except TypeError:
-            continue
-        return factory
-    raise TypeError(
-        f"step: expected a factory without arguments or a callable of one linearization, got "
-        f"{step!r} with the arguments {signature}; wrap it in functools.partial"
-    )
+    positive("lr", lr)
 
 
 def number(name: str, value: Any) -> float:
@@ -121,6 +100,12 @@ def positive(name: str, value: Any) -> None:
     """A finite number above 0."""
     if number(name, value) <= 0:
         raise ValueError(f"{name}: expected a number above 0, got {value}; try 0.1")
+
+
+def not_negative(name: str, value: Any) -> None:
+    """A finite number of at least 0."""
+    if number(name, value) < 0:
+        raise ValueError(f"{name}: expected a number of at least 0, got {value}; try 0")
 
 
 def coefficient(l2: Any) -> None:
@@ -210,7 +195,7 @@ def loss(value: Any) -> Tensor:
     if not math.isfinite(value.item()):
         raise NotFinite(
             f"loss: expected a finite number, got {float(value.detach())}; look for nan in the "
-            "data, or an inner step that diverges: smaller lr, or step='newton'"
+            "data, or an inner step that diverges: smaller lr, or inner=Newton()"
         )
     return value
 
@@ -238,3 +223,106 @@ def finite_products(products: Iterable[Tensor | None]) -> None:
                 "hypergradient: expected finite products, got nan or infinity in the mixed "
                 "derivative; scale the features down, or raise l2"
             )
+
+
+def finite_solutions(point: Tensor) -> None:
+    """Whether every task's inner problem ended at finite parameters, ``[T, n]``."""
+    finite = point.sum(1).isfinite()
+    if not bool(finite.all()):
+        tasks = (~finite).nonzero().flatten().tolist()
+        where = f" in tasks {tasks}" if len(point) > 1 else ""
+        raise FloatingPointError(
+            f"inner problem: expected finite parameters, got nan or infinity{where}; look for nan in "
+            "the features, scale them down, or raise l2"
+        )
+
+
+# Many tasks at once.
+
+
+def head_loss(value: Any) -> None:
+    """One of torch's two losses that a linear head has in closed form."""
+    if value is None:
+        return
+    plain = isinstance(value, nn.MSELoss) or (
+        isinstance(value, nn.CrossEntropyLoss)
+        and value.weight is None
+        and value.label_smoothing == 0.0
+        and value.ignore_index < 0
+    )
+    if not plain or value.reduction not in ("mean", "sum"):
+        raise ValueError(
+            "loss: expected nn.CrossEntropyLoss (no weights, no smoothing, no ignored class) or "
+            f"nn.MSELoss with reduction mean or sum, got {value!r}; adapt(closure) takes any loss"
+        )
+
+
+def can_be_together(learner: Any) -> None:
+    """A learner whose every setting serves T linear heads at once."""
+    if type(learner.module) is not nn.Linear:
+        raise TypeError(
+            "adapt_together: expected a learner of a torch.nn.Linear, got one of "
+            f"{type(learner.module).__name__}; adapt one task at a time"
+        )
+    known = type(learner).regularizer.__qualname__ == "ImplicitCGHead.regularizer"
+    alone = {
+        "first_order=True": learner.first_order,
+        "warm_start=True": learner._memory is not None,
+        "a regularizer of its own": not known,
+    }
+    for name, used in alone.items():
+        if used:
+            raise ValueError(
+                f"adapt_together: expected settings that serve several tasks, got {name}; adapt one "
+                "task at a time"
+            )
+
+
+def support(features: Any, targets: Any, head: nn.Linear, squared: bool) -> None:
+    """Support sets of T tasks for ``head``."""
+    d, k = head.in_features, head.out_features
+    if not isinstance(features, Tensor) or not isinstance(targets, Tensor):
+        raise TypeError(
+            f"features, targets: expected tensors, got {type(features).__name__}, "
+            f"{type(targets).__name__}; stack the tasks"
+        )
+    if features.dim() != 3 or features.shape[2] != d or not len(features):
+        raise ValueError(
+            f"features: expected shape [T, m, {d}], got {list(features.shape)}; "
+            "view the backbone's output as (tasks, images, features)"
+        )
+    if not features.is_floating_point():
+        raise TypeError(f"features: expected floats, got {features.dtype}; convert them")
+    if features.device != head.weight.device or targets.device != features.device:
+        raise ValueError(
+            f"expected one device, got features on {features.device}, targets on "
+            f"{targets.device}, the head on {head.weight.device}; move them"
+        )
+    examples = list(features.shape[:2])
+    if squared:
+        fits = ([*examples, k], *([examples] if k == 1 else []))
+        if not targets.is_floating_point() or list(targets.shape) not in fits:
+            raise ValueError(
+                f"targets: expected floats of shape {[*examples, k]}, got {targets.dtype} of shape "
+                f"{list(targets.shape)}; reshape them"
+            )
+    elif list(targets.shape) != examples or targets.dtype not in (torch.long, torch.int):
+        raise ValueError(
+            f"targets: expected classes of shape {examples}, got {targets.dtype} of shape "
+            f"{list(targets.shape)}; stack the tasks' labels as .long()"
+        )
+    elif targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < k:
+        raise ValueError(
+            f"targets: expected classes 0 to {k - 1}, got {int(targets.min())} to "
+            f"{int(targets.max())}; relabel them"
+        )
+
+
+def queries(query: Tensor, weight: Tensor) -> None:
+    """Query features of the T tasks that the heads were adapted to."""
+    if query.dim() != 3 or query.shape[0] != weight.shape[0] or query.shape[2] != weight.shape[2]:
+        expected = f"[{weight.shape[0]}, q, {weight.shape[2]}]"
+        raise ValueError(
+            f"query: expected shape {expected}, got {list(query.shape)}; "
+            "pass the same tasks in the same order"
+        )

@@ -59,7 +59,7 @@ class ImplicitGBML(ImplicitCGHead):
         self,
         module: nn.Module,
         transform: Transform | None = None,
-        lr: float | str = 1.0,
+        lr: float = 1.0,
         adapt_transform: bool = False,
         first_order: bool = False,
         allow_unused: bool | None = None,

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from l2l_implicit.inner_solvers.gradient_descent import GradientDescent
+from l2l_implicit.inner_solvers.protocol import InnerSolver
 from l2l_implicit.learner import ImplicitCGHead
 
 
@@ -19,10 +21,10 @@ class ImplicitMAML(ImplicitCGHead):
 
     Takes the place of ``learn2learn.algorithms.MAML(model, lr)``; arguments as there and in
     `ImplicitCGHead`. The default ``l2=2.0`` is the paper's on Omniglot (0.5 on miniImageNet).
-    The paper's Hessian-free variant is ``step='newton', cg_steps=5``: five CG steps for the search
-    direction and for the meta-gradient, and a line search on the regularised training loss.
+    The paper's Hessian-free variant is ``inner=Newton(cg_steps=5), linear=CG(steps=5)``: five CG steps for
+    the search direction and for the meta-gradient, and a line search on the regularised training loss.
 
-    Give a convolutional network ``damping=20``. A few steps from theta its training loss is not
+    Give a convolutional network ``linear=CG(damping=20)``. A few steps from theta its training loss is not
     convex; eq. (6) then divides by curvatures near or below ``-l2``, and the meta-gradients of most
     tasks are noise. The paper does not say so, its released code does: it solves
     ``(2 I + H / (l2 + 10)) v = b``, H of the loss alone, which is ``damping = l2 + 20`` up to a
@@ -47,14 +49,14 @@ class ImplicitMAML(ImplicitCGHead):
     def __init__(
         self,
         model: nn.Module,
-        lr: float | str,
+        lr: float,
         first_order: bool = False,
         allow_unused: bool | None = None,
         allow_nograd: bool = False,
         *,
         l2: float | Tensor = 2.0,
         anchor: str = "init",
-        step: str = "gradient",
+        inner: InnerSolver = GradientDescent(),  # noqa: B008  (frozen)
         **settings: Any,
     ) -> None:
         super().__init__(
@@ -65,6 +67,6 @@ class ImplicitMAML(ImplicitCGHead):
             allow_nograd,
             l2=l2,
             anchor=anchor,
-            step=step,
+            inner=inner,
             **settings,
         )

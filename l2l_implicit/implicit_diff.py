@@ -8,7 +8,7 @@ Differentiating it in :math:`\theta`, with :math:`H = \nabla^2_\phi g` and
           \qquad H v = b. \qquad \text{(Yang et al. 2025, eq. 4 to 8)}
 
 The query loss brings :math:`\nabla_\theta f` by ordinary autograd; `ImplicitSolution` adds the
-rest.
+rest. T tasks do not meet except in what they share, the anchor and l2, whose hypergradients are sums.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
 
 from l2l_implicit import checks
 from l2l_implicit.inner_problem.linearization import Linearization, Products
+from l2l_implicit.linear_solvers.solution import LinearSolution
 from l2l_implicit.mixed_precision import without_autocast
-from l2l_implicit.vectors import flatten, unflatten
 
-Solve = Callable[[Linearization, Tensor], Tensor]
+Solve = Callable[[Linearization, Tensor], LinearSolution]
 
 
-class Cell:
+class SavedLinearization:
     """Holds the one linearization of a learner until it is used or superseded.
 
     Args:
-        linearization: of the inner objective at (about) the solution.
-        solve: maps it and ``b`` to the ``v`` of ``H v = b``, shapes ``[n]``.
+        linearization: of the inner objectives at (about) the solution.
+        solve: maps it and ``b`` to the ``v`` of ``H v = b``, shapes ``[T, n]``.
     """
 
     def __init__(self, linearization: Linearization, solve: Solve) -> None:
@@ -44,9 +44,10 @@ class Cell:
 
     def hypergradient(self, b: Tensor) -> Products:
         """The implicit part of eq. (8): one product for each source of the linearization."""
-        if self.linearization is not None:
-            v = self._solve(self.linearization, b)
-            return self.linearization.mixed_vjp(-v)
+        at = self.linearization
+        if at is not None:
+            products = at.mixed_vjp(self._solve(at, b.to(at.point.dtype)))
+            return [None if product is None else -product for product in products]
         if bool((b == 0).all()):
             return []
         raise RuntimeError(
@@ -60,18 +61,18 @@ class ImplicitSolution(Function):
     """The adapted parameters as a function of theta: identity forward, eq. (8) backward.
 
     The edges go to the sources of theta alone, never to the inner loop, so no history is kept.
-    The linearization lives in a `Cell` owned by the node's saved tensor: autograd drops it after
-    ``backward()`` as it drops any saved tensor, and ``retain_graph=True`` keeps it.
+    The linearization is owned by the node's saved tensor: autograd drops it after ``backward()`` as
+    it drops any saved tensor, and ``retain_graph=True`` keeps it.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, cell: Cell, vector: Tensor, like: Sequence[Tensor], *sources: Tensor
+        ctx: Any, saved: SavedLinearization, phi: Tensor, shapes: Sequence[Size], *sources: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.cell = weakref.ref(cell)
-        ctx.save_for_backward(vector)
-        ctx.shapes = [source.shape for source in sources]
-        return tuple(unflatten(vector, like))
+        ctx.saved = weakref.ref(saved)
+        ctx.save_for_backward(phi)
+        ctx.tasks, ctx.shapes = len(phi), [source.shape for source in sources]
+        return split(phi, shapes)
 
     @staticmethod
     def backward(ctx: Any, *b: Tensor) -> tuple[Tensor | None, ...]:
@@ -81,9 +82,9 @@ class ImplicitSolution(Function):
                 "expected a first derivative of the adapted learner's loss, got create_graph=True; "
                 "the hypergradient cannot be differentiated again: detach it, or use unrolled MAML"
             )
-        vector = flatten(b)
+        vector = torch.cat([piece.reshape(ctx.tasks, -1) for piece in b], 1)
         with without_autocast(vector.device.type):
-            products = ctx.cell().hypergradient(vector)
+            products = ctx.saved().hypergradient(vector)
         checks.finite_products(products)
         products += [None] * (len(ctx.shapes) - len(products))
         zero = vector.new_zeros(())
@@ -92,18 +93,25 @@ class ImplicitSolution(Function):
         return (None, None, None, *dense)
 
 
+def split(phi: Tensor, shapes: Sequence[Size]) -> tuple[Tensor, ...]:
+    """Vectors ``[T, n]`` as tensors of the given shapes, which hold all T tasks."""
+    sizes = [shape.numel() // len(phi) for shape in shapes]
+    pieces = phi.split(sizes, dim=1)
+    return tuple(piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True))
+
+
 def attach(
-    cell: Cell, vector: Tensor, like: Sequence[Tensor], constants: Sequence[Tensor]
+    saved: SavedLinearization, phi: Tensor, shapes: Sequence[Size], constants: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
     """Phi with its implicit gradient.
 
     Args:
-        cell: holds the linearization; after this call the graph alone owns it.
-        vector: phi, shape ``[n]``, detached.
-        like: tensors whose shapes phi takes.
+        saved: holds the linearization; after this call the graph alone owns it.
+        phi: shape ``[T, n]``, detached.
+        shapes: of the tensors to return.
         constants: tensors that phi does not depend on but that get an explicit zero gradient.
     """
-    assert cell.linearization is not None
-    sources = [*cell.linearization.sources(), *constants]
-    with saved_tensors_hooks(lambda _: cell, lambda _: vector.new_empty(0)):
-        return ImplicitSolution.apply(cell, vector, like, *sources)
+    assert saved.linearization is not None
+    sources = [*saved.linearization.sources(), *constants]
+    with saved_tensors_hooks(lambda _: saved, lambda _: phi.new_empty(0)):
+        return ImplicitSolution.apply(saved, phi, shapes, *sources)

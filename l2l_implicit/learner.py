@@ -2,36 +2,121 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypedDict, cast
+import functools
+import math
+import warnings
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
+from learn2learn.algorithms import MAML
+from learn2learn.utils import clone_module
 from torch import Tensor, nn
 
 from l2l_implicit import checks
-from l2l_implicit.adaptation import ImplicitLearner
-from l2l_implicit.diagnostics import Diagnostics
-from l2l_implicit.inner_problem.linearization import Linearization
+from l2l_implicit.diagnostics import Diagnostics, Report, Settings, UnsolvedWarning
+from l2l_implicit.implicit_diff import SavedLinearization, attach
+from l2l_implicit.inner_problem.boundary import end_of_gradients, map_tensors, mark_boundaries
+from l2l_implicit.inner_problem.linear_heads import LinearHeads
+from l2l_implicit.inner_problem.linearization import (
+    AutogradLinearization,
+    Linearization,
+    inner_gradient,
+)
+from l2l_implicit.inner_problem.recognition import HeadLoss, recognize
 from l2l_implicit.inner_problem.regularizer import SquaredDistance
-from l2l_implicit.inner_solvers.gradient_descent import GradientStep, InnerStep
-from l2l_implicit.inner_solvers.lbfgs import LBFGSStep
-from l2l_implicit.inner_solvers.newton import NewtonStep
-from l2l_implicit.linear_solvers.conjugate_gradient import conjugate_gradient
-from l2l_implicit.linear_solvers.direct_solve import direct_solve
-from l2l_implicit.linear_solvers.neumann_series import neumann_series
-from l2l_implicit.linear_solvers.solution import LinearSolution, Matvec
-from l2l_implicit.task import Task
+from l2l_implicit.inner_problem.second_derivative import StepTaken, products_agree
+from l2l_implicit.inner_solvers.inner_loop import descend
+from l2l_implicit.inner_solvers.newton import Newton
+from l2l_implicit.inner_solvers.protocol import InnerSolver, InnerStep
+from l2l_implicit.linear_solvers.conjugate_gradient import CG
+from l2l_implicit.linear_solvers.solution import (
+    NON_FINITE,
+    LinearSolution,
+    LinearSolver,
+    Matvec,
+    damped,
+)
+from l2l_implicit.mixed_precision import as_now, precision_of, widened, without_autocast
+from l2l_implicit.vectors import flatten, shallow_copy, substitute, unflatten
+
+if TYPE_CHECKING:
+    from l2l_implicit.together import AdaptedHeads
+
+Self = TypeVar("Self", bound="ImplicitCGHead")
+Closure = Callable[[], Tensor]
+
+_LOOKS = 5  # steps of loss tensors at which the second derivative is compared, at most
 
 
-class Limits(TypedDict):
-    """What the iterative linear solvers are told alike."""
+class Remembered(NamedTuple):
+    """A task's phi and v, shape ``[1, n]`` each, at the end of its last visit."""
 
-    start: Tensor | None
-    max_steps: int
-    tol: float
+    phi: Tensor
+    v: Tensor
 
 
-class ImplicitCGHead(ImplicitLearner):
+class Task:
+    """The state of one adaptation.
+
+    Args:
+        key: the task's identity, or None.
+        initial: the module's parameters before the first step, with their history.
+
+    Attributes:
+        solver: the inner solver whose state ``step`` is, once there is one.
+        step: see ``solver``.
+        first_norm: norm of the first inner gradient.
+        steps: inner steps taken.
+        taken: the last step of loss tensors, until it has shown what the second derivative is.
+        independent: features that are known not to depend on phi.
+        saved: the linearization that the current parameters depend on, if it is alive.
+        solution: what was solved exactly: the loss, its regulariser, and phi as installed.
+    """
+
+    __slots__ = (
+        "first_norm", "independent", "initial", "key", "looks", "saved", "solution", "solver",
+        "step", "steps", "taken",
+    )  # fmt: skip
+
+    def __init__(self, key: Hashable | None, initial: list[Tensor]) -> None:
+        self.key, self.initial = key, initial
+        self.solver: InnerSolver | None = None
+        self.step: InnerStep | None = None
+        self.first_norm, self.steps, self.looks = 0.0, 0, 0
+        self.taken: StepTaken | None = None
+        self.independent: set[weakref.ref[Tensor]] = set()
+        self.saved: weakref.ref[SavedLinearization] | None = None
+        self.solution: tuple[HeadLoss, SquaredDistance, Tensor] | None = None
+
+    def linearization(self) -> Linearization | None:
+        """The one that the current parameters depend on, if it is alive."""
+        saved = None if self.saved is None else self.saved()
+        return None if saved is None else saved.linearization
+
+    def release(self) -> None:
+        """Drop the linearization that the next one replaces."""
+        saved = None if self.saved is None else self.saved()
+        if saved is not None:
+            saved.linearization = None
+
+    def holds(self, loss: HeadLoss, quadratic: SquaredDistance, phi: Sequence[Tensor]) -> bool:
+        """Whether the current parameters are the solution of this very problem."""
+        if self.solution is None or self.linearization() is None:
+            return False
+        known, regularizer, installed = self.solution
+        unmoved = torch.equal(installed[0], flatten(p.detach() for p in phi))
+        return unmoved and regularizer.same(quadratic) and known.same(loss)
+
+    def summary(self) -> Task:
+        """What the backward pass needs: no tensors."""
+        short = Task(self.key, [])
+        short.first_norm, short.steps = self.first_norm, self.steps
+        return short
+
+
+class ImplicitCGHead(MAML):
     r"""Adapts a module's parameters phi; its hypergradient needs no history of the inner loop.
 
     Takes the place of ``learn2learn.algorithms.MAML(head, lr)``. The inner problem is
@@ -44,11 +129,10 @@ class ImplicitCGHead(ImplicitLearner):
 
     Args:
         model: the module whose parameters are phi, usually the last linear layer.
-        lr: inner step size :math:`\lambda_\phi`, or ``'auto'``: 1 over the largest curvature,
-            estimated where the task starts and again where the objective rises. ``'newton'`` needs
-            it only as a fallback, ``'lbfgs'`` not at all.
+        lr: inner step size :math:`\lambda_\phi` of `GradientDescent`; `Newton` needs it only as a
+            fallback for a module that is no linear head, `LBFGS` not at all.
         first_order: learn2learn's FOMAML instead: plain gradient steps of size ``lr`` on the loss
-            itself, the gradient at the adapted point; regulariser and solver stand idle.
+            itself, the gradient at the adapted point; regulariser and solvers stand idle.
         allow_unused: let parameters be absent from the loss. Defaults to ``allow_nograd``.
         allow_nograd: adapt only the parameters that require grad.
         l2: strength of the regulariser; a scalar tensor that requires grad is meta-learned (its
@@ -56,28 +140,16 @@ class ImplicitCGHead(ImplicitLearner):
         anchor: ``'zero'``: a = 0 (Yang et al.; the module's initial value is where the inner
             solver starts, and its hypergradient is exactly zero); ``'init'``: a is the module's
             initial value, which is meta-learned (Rajeswaran et al.).
-        cg_steps: the most conjugate gradient steps N, in the backward pass and within one Newton
-            step; the number of terms of a Neumann series.
-        cg_tol: relative residual at which conjugate gradient and the series stop.
-        step: the inner solver. ``'newton'``: Newton-CG with a line search (Hessian-free);
-            ``'gradient'``: gradient descent (the papers'); ``'lbfgs'``: torch's, with a strong
-            Wolfe line search, which needs ``adapt(closure)`` unless the loss is a cross-entropy or
-            squared error of a linear head. Or one of your own: an `InnerStep`, or what makes a new
-            one for each task when called without arguments.
+        inner: the inner solver: `Newton`, `GradientDescent` (the papers'), `LBFGS`, or one of your
+            own, an `InnerSolver`.
+        linear: the solver of the linear system in the backward pass: `CG`, `Neumann`, `Direct`, or
+            one of your own, a `LinearSolver`.
+        loss: what `adapt_together` minimises: ``nn.CrossEntropyLoss`` or ``nn.MSELoss`` with
+            reduction ``mean`` or ``sum``; None: the mean of the one that fits the targets.
         warm_start: remember phi and v of each task named in ``clone(task=...)`` and start from
             them at its next visit (Algorithm 1, line 6; Subroutine 1, line 2).
-        inner_tol: largest relative inner gradient at the linearization point that counts as
-            solved.
-        stop_tol: relative inner gradient at which the inner solver stops; None: ``cg_tol / 10``,
-            and never for ``'gradient'``, of which the papers prescribe K steps.
-        solver: of the linear system in the backward pass. ``'cg'``: conjugate gradient;
-            ``'neumann'``: truncated Neumann series; ``'direct'``: dense, for at most 4096 unknowns
-            (parameters, or samples times classes of a linear head in closed form).
-        neumann_alpha: step size of the series; None: 1 over the largest curvature, estimated.
-        damping: added to the diagonal of the linear system in the backward pass, which is then
-            ``(H + damping I) v = b``. 0 is the exact hypergradient at a minimum. Where the inner
-            problem is not convex and not solved, H is often indefinite and the exact ``v`` is
-            noise of any size: raise it until `diagnostics` counts few unsolved systems.
+        max_error: relative error of the hypergradient, by its bound or estimate, above which it
+            counts as unsolved and the first one warns (`UnsolvedWarning`).
 
     Raises:
         ValueError, TypeError: for a setting out of its range, in one line.
@@ -92,48 +164,43 @@ class ImplicitCGHead(ImplicitLearner):
         >>> features, head = nn.Linear(20, 10), ImplicitCGHead(nn.Linear(10, 5), lr=0.1)
         >>> x, y, loss = torch.randn(25, 20), torch.arange(25) % 5, nn.CrossEntropyLoss()
         >>> learner, h = head.clone(), features(x)
-        >>> for _ in range(10):
+        >>> for _ in range(5):
         ...     learner.adapt(loss(learner(h), y))
         >>> loss(learner(h), y).backward()
         >>> features.weight.grad.shape
         torch.Size([10, 20])
-        >>> head.diagnostics.cg_reason
-        'converged'
+        >>> head.diagnostics.unsolved
+        0
     """
 
     def __init__(
         self,
         model: nn.Module,
-        lr: float | str,
+        lr: float,
         first_order: bool = False,
         allow_unused: bool | None = None,
         allow_nograd: bool = False,
         *,
         l2: float | Tensor = 0.1,
         anchor: str = "zero",
-        cg_steps: int = 20,
-        cg_tol: float = 1e-4,
-        step: str | InnerStep | Callable[[], InnerStep] = "newton",
+        inner: InnerSolver = Newton(),  # noqa: B008  (frozen)
+        linear: LinearSolver = CG(),  # noqa: B008
+        loss: nn.Module | None = None,
         warm_start: bool = False,
-        inner_tol: float = 0.1,
-        stop_tol: float | None = None,
-        solver: str = "cg",
-        neumann_alpha: float | None = None,
-        damping: float = 0.0,
+        max_error: float = 0.01,
+        **unknown: Any,
     ) -> None:
+        checks.keywords(type(self).__name__, unknown)
+        checks.model_and_lr(model, lr)
         super().__init__(model, lr, first_order, allow_unused, allow_nograd)
-        checks.model_and_lr(model, lr, first_order)
-        checks.coefficient(l2)
-        checks.choice("anchor", anchor, ("zero", "init"))
-        checks.inner_solver(step, stop_tol, inner_tol)
-        checks.linear_solver(solver, cg_steps, cg_tol, neumann_alpha, damping)
-        self.lr = lr if isinstance(lr, str) else float(lr)
-        self.l2, self.anchor, self.step = l2, anchor, step
-        self.cg_steps, self.cg_tol, self.solver = cg_steps, cg_tol, solver
-        self.inner_tol, self.stop_tol, self.neumann_alpha = inner_tol, stop_tol, neumann_alpha
-        self.damping = float(damping)
+        self.lr = float(lr)
+        self.l2, self.anchor, self.inner, self.linear = l2, anchor, inner, linear
+        self.loss, self.max_error = loss, float(max_error)
+        checks.settings(l2, anchor, inner, linear, max_error)
+        checks.head_loss(loss)
         self.diagnostics = Diagnostics()
-        self._memory = {} if warm_start else None
+        self._memory: dict[Hashable, Remembered] | None = {} if warm_start else None
+        self._second_derivative = {"known": False}  # shared with every clone
         self._task = Task(key=None, initial=list(model.parameters()))
 
     # Three places to override.
@@ -151,53 +218,515 @@ class ImplicitCGHead(ImplicitLearner):
         return 0.5 * self.l2 * torch.stack(squares).sum()
 
     def inner_step(self, at: Linearization) -> Tensor:
-        """The next phi, shape ``[n]``, from the linearization at the present one."""
+        """The next phi, shape ``[1, n]``, from the linearization at the present one."""
         return self._stepper()(at)
 
     def linear_solve(self, hvp: Matvec, b: Tensor, start: Tensor | None) -> LinearSolution:
-        """Solve ``hvp(v) = b`` for the backward pass, shapes ``[n]``, perhaps from a ``start``.
+        """Solve ``hvp(v) = b`` for the backward pass, shapes ``[T, n]``, perhaps from a ``start``.
 
-        The products have ``damping`` in them already.
+        The products have the solver's ``damping`` in them already.
         """
-        if self.solver == "direct":
-            return direct_solve(hvp, b)
-        limits = Limits(start=start, max_steps=self.cg_steps, tol=self.cg_tol)
-        if self.solver == "neumann":
-            return neumann_series(hvp, b, alpha=self.neumann_alpha, **limits)
-        return conjugate_gradient(hvp, b, **limits)
+        return self.linear.solve(hvp, b, start)
+
+    # learn2learn's contract.
+
+    def clone(
+        self: Self,
+        first_order: bool | None = None,
+        allow_unused: bool | None = None,
+        allow_nograd: bool | None = None,
+        *,
+        task: Hashable | None = None,
+    ) -> Self:
+        """A learner for one task, whose parameters are copies of this one's.
+
+        Args:
+            first_order, allow_unused, allow_nograd: as in the constructor; None keeps its value.
+            task: the task's identity, for ``warm_start``; None starts afresh.
+        """
+        clone = shallow_copy(self)
+        clone.module = clone_module(self.module)
+        clone.first_order = self.first_order if first_order is None else first_order
+        clone.allow_unused = self.allow_unused if allow_unused is None else allow_unused
+        clone.allow_nograd = self.allow_nograd if allow_nograd is None else allow_nograd
+        clone.diagnostics = Diagnostics(parent=self.diagnostics)
+        clone._task = Task(key=task, initial=list(self.module.parameters()))
+        for initial, copied in zip(clone._task.initial, clone.module.parameters(), strict=True):
+            copied.requires_grad_(initial.requires_grad)  # clones made under no_grad() lose it
+        if clone._memory is not None and task in clone._memory:
+            phi = checks.inner_parameters(clone.module, clone.allow_nograd)
+            clone._put(clone._memory[task].phi, phi)
+        return clone
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's output; inputs with history are noted as part of theta.
+
+        Under autocast it is computed in the parameters' precision, as is all of `adapt`.
+        """
+        low = precision_of(self.module)
+        dtype = None if low is None else low[1]
+        if torch.is_grad_enabled() and not self.first_order:
+            args, kwargs = mark_boundaries(args, dtype), mark_boundaries(kwargs, dtype)
+        elif low is not None:
+            args, kwargs = map_tensors(lambda t: widened(t, dtype), (args, kwargs))
+        if low is None:
+            return self.module(*args, **kwargs)
+        with torch.autocast(low[0], enabled=False):
+            return self.module(*args, **kwargs)
+
+    def adapt(
+        self,
+        loss: Tensor | Closure,
+        first_order: bool | None = None,
+        allow_unused: bool | None = None,
+        allow_nograd: bool | None = None,
+        *,
+        steps: int | None = None,
+    ) -> None:
+        r"""One inner step from a loss tensor, or ``steps`` of them from a closure.
+
+        A linear head under `Newton` (cross-entropy or squared error, recognised in the loss's graph)
+        is solved exactly at the first call, whatever the number of steps; further calls with the same
+        data change nothing. For everything else a loss tensor is one step, linearized where the loss
+        was computed, at :math:`\phi^{K-1}`; with a closure (no arguments, returns the loss of the
+        learner as it then is) the linearization is exactly at :math:`\phi^K`.
+
+        Under ``torch.no_grad()`` a closure works and nothing is kept. The steps end before ``steps``
+        where the inner solver has nothing left to do. A linear head's closure is called at the first
+        and the last point only; if its data have changed in between, the steps are taken once more,
+        with a call for each.
+
+        Args:
+            loss: a scalar, or a closure that returns one.
+            first_order, allow_unused, allow_nograd: as in the constructor, for this call.
+            steps: the number K of steps; with a closure only.
+
+        Raises:
+            ValueError: if the loss is no finite scalar that depends on the parameters.
+            RuntimeError: if it cannot be differentiated twice.
+        """
+        first_order = self.first_order if first_order is None else first_order
+        allow_nograd = self.allow_nograd if allow_nograd is None else allow_nograd
+        unused = self.allow_unused if allow_unused is None else allow_unused
+        checks.steps(loss, steps)
+        checks.gradients_possible()
+        checks.settings(self.l2, self.anchor, self.inner, self.linear, self.max_error)
+        phi = checks.inner_parameters(self.module, allow_nograd)
+        keep, device = torch.is_grad_enabled(), phi[0].device.type
+        loss = loss if isinstance(loss, Tensor) else as_now(loss, device)
+        with torch.enable_grad(), without_autocast(device):
+            if first_order:
+                self._first_order_steps(loss, phi, unused, steps or 1)
+            elif isinstance(loss, Tensor):
+                self._adapt_loss(checks.loss(loss), phi, unused, keep)
+            else:
+                self._adapt_closure(loss, phi, unused, keep, steps or 1)
+
+    def adapt_together(self, features: Tensor, targets: Tensor, steps: int = 20) -> AdaptedHeads:
+        """Adapt this linear head to T tasks at once; the numbers are those of T clones.
+
+        The number of operations does not depend on T.
+
+        Args:
+            features: of the support sets, ``[T, m, d]``.
+            targets: classes ``[T, m]``, or for the squared error numbers ``[T, m, k]``.
+            steps: the most inner steps K; `Newton` solves the problem whatever they are.
+
+        Returns:
+            T adapted heads: call them with query features ``[T, q, d]``.
+
+        Raises:
+            ValueError, TypeError: for shapes or settings that do not fit, in one line.
+            FloatingPointError: if a task's inner problem has no finite solution.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from l2l_implicit import ImplicitCGHead
+            >>> head = ImplicitCGHead(nn.Linear(10, 5), lr=0.1)
+            >>> features = torch.randn(8, 50, 10, requires_grad=True)  # 8 tasks, 25 + 25 images
+            >>> y = (torch.arange(25) % 5).expand(8, 25)
+            >>> adapted = head.adapt_together(features[:, :25], y)
+            >>> logits = adapted(features[:, 25:])
+            >>> nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten()).backward()
+            >>> features.grad.shape, len(adapted.diagnostics)
+            (torch.Size([8, 50, 10]), 8)
+        """
+        from l2l_implicit.together import adapt_heads
+
+        return adapt_heads(self, features, targets, steps)
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DistributedDataParallel asks of the module it is to wrap."""
+        raise TypeError(
+            "DistributedDataParallel: expected a backbone, or a module whose forward() does the "
+            f"whole task, got a {type(self).__name__}, whose clone() and adapt() it would not see; "
+            "average the hypergradients with l2l_implicit.distributed's Ranks.average"
+        )
+
+    # The pieces of adapt().
+
+    def _adapt_loss(self, loss: Tensor, phi: list[Tensor], unused: bool, keep: bool) -> None:
+        task, known = self._task, self._recognize(loss, phi)
+        if known is not None and self._solves_at_once():
+            quadratic = self._quadratic(phi, torch.float64)
+            if keep and task.holds(known, quadratic, phi):
+                return
+            task.release()
+            there = self._on_heads(self._heads(known, quadratic, phi), 1)
+            self._install(there.point, phi, there if keep else None)
+            if keep:
+                now = flatten(p.detach() for p in self._adapted(phi)).unsqueeze(0)
+                task.solution = known, quadratic, now
+            return
+        task.release()  # before there are two
+        at = self._linearize(loss, phi, unused, True, known)
+        if isinstance(at, AutogradLinearization) and not self._second_derivative["known"]:
+            self._look(at)
+        point = self._step(at)
+        if isinstance(at, AutogradLinearization) and task.looks < _LOOKS:
+            task.taken = None
+            if not self._second_derivative["known"]:
+                task.taken, task.looks = StepTaken.of(at, point), task.looks + 1
+        self._install(point, phi, at if keep else None)
+
+    def _adapt_closure(
+        self, closure: Closure, phi: list[Tensor], unused: bool, keep: bool, steps: int
+    ) -> None:
+        objective = _ClosureObjective(self, closure, phi, unused)
+        point = flatten(p.detach() for p in phi).unsqueeze(0)  # held by nobody else
+        try:
+            at: Linearization | None = self._solve_heads(objective, point, steps)
+            if at is not None:
+                point = at.point
+            else:
+                point, at = descend(
+                    objective.linearize, objective.evaluate, self._step, point, steps=steps,
+                    hvp=self._needs_hvp(), keep=keep,
+                )  # fmt: skip
+                if keep and isinstance(at, AutogradLinearization):
+                    self._compare(at, objective)
+        except BaseException:
+            substitute(self.module, objective.phi, phi)
+            raise
+        if keep:
+            objective.leave()
+        self._install(point, objective.phi, at if keep else None)
+
+    def _solve_heads(
+        self, objective: _ClosureObjective, point: Tensor, steps: int
+    ) -> LinearHeads | None:
+        """The end of the inner loop if the closure's loss is one of a linear head, the same throughout."""
+        known = self._recognize(objective.loss(point), objective.phi)
+        quadratic = self._quadratic(objective.phi, torch.float64)
+        if known is None or quadratic is None:
+            return None
+        before = self._task.steps, self._task.first_norm
+        there = self._on_heads(self._heads(known, quadratic, objective.phi), steps)
+        again = self._recognize(objective.loss(there.point.to(point.dtype)), objective.phi)
+        if again is not None and again.same(known):
+            return there
+        self._task.steps, self._task.first_norm = before
+        objective.forget()
+        return None  # the closure draws anew each time: it has to be asked at each step
+
+    def _on_heads(self, at: LinearHeads, steps: int) -> LinearHeads:
+        """The inner loop of linear heads: their objectives are known everywhere."""
+        task, there = self._task, None
+        if self._own_step() is None:
+            solve = getattr(self.inner, "solve_heads", None)
+            there = None if solve is None else solve(at, steps, self.lr)
+        if there is None:
+            points = []
+            for t in range(len(at.point)):
+                task.step = None
+                here = at if len(at.point) == 1 else at.task(t)
+                for _ in range(steps):
+                    point = self._step(here)
+                    if point is here.point:
+                        break
+                    here = here.moved(point)
+                points.append(here.point)
+            task.step = None
+            there = at.moved(torch.cat(points)) if len(points) > 1 else here
+        elif there.steps is None:
+            task.steps += steps
+        elif len(there.steps) == 1:
+            task.steps += int(there.steps)
+        checks.finite_solutions(there.point)
+        return there
+
+    def _step(self, at: Linearization) -> Tensor:
+        task, norm = self._task, float(at.gradient_norm)
+        task.steps += 1
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"inner gradient: expected finite numbers, got norm {norm} at step {task.steps}; "
+                "look for nan in the data, smaller lr, or inner=Newton()"
+            )
+        task.first_norm = task.first_norm or norm
+        phi = self.inner_step(at)
+        return phi if phi is at.point else phi.detach()
 
     def _stepper(self) -> InnerStep:
         """The task's inner solver, made at its first step."""
         task = self._task
-        if task.stepper is None:
-            task.stepper = self._new_stepper()
-        return task.stepper
-
-    def _new_stepper(self) -> InnerStep:
-        tol = 0.1 * self.cg_tol if self.stop_tol is None else self.stop_tol
-        if self.step == "newton":
-            return NewtonStep(None if isinstance(self.lr, str) else self.lr, self.cg_steps, tol)
-        if self.step == "lbfgs":
-            return LBFGSStep(tol)
-        if self.step == "gradient":
-            return GradientStep(self.lr, self.stop_tol)
-        own = cast(Any, self.step)
-        return own() if checks.makes_a_step(own) else own
-
-    def _closed_form(self, anchor: Sequence[Tensor]) -> SquaredDistance | None:
-        if type(self).regularizer is not ImplicitCGHead.regularizer:
-            return None
-        checks.coefficient(self.l2)
-        return SquaredDistance(self.l2, anchor or None)
+        if task.step is None or task.solver is not self.inner:
+            task.solver, task.step = self.inner, self.inner.begin(self.lr)
+        return task.step
 
     def _needs_hvp(self) -> bool:
-        if type(self).inner_step is not ImplicitCGHead.inner_step:
-            return True
-        return getattr(self._stepper(), "needs_hvp", True)
+        return self._own_step() is not None or getattr(self._stepper(), "needs_hvp", True)
 
-    def _own_step_is_known(self) -> bool:
-        base = type(self).inner_step is ImplicitCGHead.inner_step
-        return base and (isinstance(self.step, str) or checks.makes_a_step(self.step))
+    def _own_step(self) -> Any:
+        """The subclass's `inner_step`, if it has one."""
+        own = type(self).inner_step
+        return None if own is ImplicitCGHead.inner_step else own
 
-    def _own_linear_solve(self) -> bool:
-        return type(self).linear_solve is not ImplicitCGHead.linear_solve
+    def _solves_at_once(self) -> bool:
+        return self._own_step() is None and getattr(self.inner, "at_once", False)
+
+    def _first_order_steps(
+        self, loss: Tensor | Closure, phi: list[Tensor], unused: bool, steps: int
+    ) -> None:
+        """learn2learn's FOMAML: gradient steps whose own derivative is the identity."""
+        for _ in range(steps):
+            now = checks.loss(loss if isinstance(loss, Tensor) else loss())
+            pairs = zip(phi, inner_gradient(now, phi, unused), strict=True)
+            new = [p if g is None else p - self.lr * g for p, g in pairs]
+            substitute(self.module, phi, new)
+            phi = new
+
+    # The inner problem.
+
+    def _recognize(self, loss: Tensor, phi: list[Tensor]) -> HeadLoss | None:
+        """What ``loss`` is of a linear head, where the regulariser is known in closed form too."""
+        if type(self).regularizer is not ImplicitCGHead.regularizer:
+            return None
+        return recognize(loss, phi, self._task.independent)
+
+    def _quadratic(self, phi: Sequence[Tensor], dtype: torch.dtype) -> SquaredDistance | None:
+        """The regulariser in closed form, if it is not a subclass's own."""
+        if type(self).regularizer is not ImplicitCGHead.regularizer:
+            return None
+        return SquaredDistance(self.l2, self._anchor_of(phi), dtype)
+
+    def _heads(
+        self, known: HeadLoss, quadratic: SquaredDistance, phi: Sequence[Tensor]
+    ) -> LinearHeads:
+        problem = known.problem(phi[0].shape, quadratic)
+        return LinearHeads(problem, flatten(p.detach() for p in phi).double().unsqueeze(0))
+
+    def _linearize(
+        self,
+        loss: Tensor,
+        phi: list[Tensor],
+        unused: bool,
+        differentiable: bool,
+        known: HeadLoss | None,
+    ) -> Linearization:
+        if known is not None:
+            quadratic = self._quadratic(phi, torch.float64)
+            assert quadratic is not None
+            return self._heads(known, quadratic, phi)
+        quadratic = self._quadratic(phi, phi[0].dtype)
+        if quadratic is not None:
+            return AutogradLinearization(
+                loss, phi, quadratic=quadratic, unused=unused, differentiable=differentiable
+            )
+        # A regulariser of the user's own, which autograd carries like the loss.
+        anchor = self._anchor_of(phi)
+        stand_ins = [a.detach().requires_grad_() for a in anchor]
+        center = stand_ins or [torch.zeros_like(p) for p in phi]
+        return AutogradLinearization(
+            loss + self.regularizer(phi, center),
+            phi,
+            anchor=anchor,
+            stand_ins=stand_ins,
+            unused=unused,
+            differentiable=differentiable,
+        )
+
+    def _anchor_of(self, phi: Sequence[Tensor]) -> list[Tensor]:
+        """The initial values of phi; empty where the anchor is zero."""
+        return self._initial_of(phi) if self.anchor == "init" else []
+
+    def _initial_of(self, phi: Sequence[Tensor]) -> list[Tensor]:
+        return self._places(self._task.initial, phi)
+
+    def _adapted(self, phi: Sequence[Tensor]) -> list[Tensor]:
+        """The module's present parameters in the places of ``phi``, which they have replaced."""
+        now = list(self.module.parameters())
+        return now if len(now) == len(phi) else [p for p in now if p.requires_grad]
+
+    def _places(self, tensors: list[Tensor], phi: Sequence[Tensor]) -> list[Tensor]:
+        if len(phi) == len(tensors):
+            return tensors
+        adapted = {id(p) for p in phi}
+        pairs = zip(tensors, self.module.parameters(), strict=True)
+        return [tensor for tensor, p in pairs if id(p) in adapted]
+
+    # Putting phi into the module.
+
+    def _put(self, point: Tensor, now: Sequence[Tensor]) -> list[Tensor]:
+        """Make ``point`` the module's parameters, as leaves: no graph behind them."""
+        vector = point.detach()[0].to(now[0].dtype)
+        leaves = [piece.requires_grad_() for piece in unflatten(vector, now)]
+        substitute(self.module, now, leaves)
+        return leaves
+
+    def _install(self, point: Tensor, phi: Sequence[Tensor], at: Linearization | None) -> None:
+        """Make ``point`` the module's parameters, with the implicit gradient of ``at``."""
+        task = self._task
+        task.release()
+        task.solution = None
+        if at is None:
+            self._put(point, phi)
+            return
+        vector = point.to(phi[0].dtype)
+        saved = SavedLinearization(at, self._solver(vector, [self.diagnostics]))
+        zero = self._initial_of(phi) if self.anchor == "zero" else []
+        new = attach(saved, vector, [p.shape for p in phi], constants=zero)
+        substitute(self.module, phi, new)
+        task.saved = weakref.ref(saved)
+
+    # The backward pass.
+
+    def _solver(self, phi: Tensor, diagnostics: Sequence[Diagnostics]) -> Any:
+        """`_solve` on a copy without the module: a graph that held its learner would hold itself.
+
+        The graph is then free to outlive the learner, as a returned loss does.
+        """
+        bare = shallow_copy(self)
+        bare._modules["module"] = None
+        bare.__dict__["_task"] = self._task.summary()
+        return functools.partial(bare._solve, phi, diagnostics)
+
+    def _solve(
+        self, phi: Tensor, diagnostics: Sequence[Diagnostics], at: Linearization, b: Tensor
+    ) -> LinearSolution:
+        """The solutions v of eq. (5), and their diagnostics."""
+        task, memory = self._task, self._memory
+        before = memory.get(task.key) if memory is not None else None
+        start = None if before is None else before.v
+        damping = float(getattr(self.linear, "damping", 0.0))
+        own = type(self).linear_solve is not ImplicitCGHead.linear_solve
+        if at.solved and getattr(self.linear, "takes_factor", False) and not own:
+            answer = at.solve(b, damping)
+        else:
+            answer = self.linear_solve(damped(at.hvp, damping), b, start)
+        bad = [t for t, reason in enumerate(answer.reason) if reason == NON_FINITE]
+        if bad:
+            raise FloatingPointError(
+                "hypergradient: expected finite products, got nan or infinity in the linear "
+                f"system{f' of tasks {bad}' if len(b) > 1 else ''}; look for nan in the data or the "
+                "query loss, or raise l2"
+            )
+        self._record(phi, diagnostics, at, b, answer, damping)
+        if memory is not None and task.key is not None:
+            memory[task.key] = Remembered(phi, answer.solution)
+        return answer
+
+    def _record(
+        self, phi: Tensor, diagnostics: Sequence[Diagnostics], at: Linearization, b: Tensor,
+        answer: LinearSolution, damping: float,
+    ) -> None:  # fmt: skip
+        steps = torch.full_like(answer.steps, self._task.steps) if at.steps is None else at.steps
+        columns = (
+            steps,
+            at.gradient_norm,
+            answer.steps,
+            answer.relative_residual,
+            at.inner_error(self._task.first_norm),
+            at.linear_error(b, answer, damping),
+            at.rounding_error(b, answer, phi.dtype),
+        )
+        rows = torch.stack([column.double() for column in columns], 1).tolist()
+        settings = Settings(
+            self.max_error, self.inner, self.linear, isinstance(self.inner, Newton)
+        )
+        for found, row, reason in zip(diagnostics, rows, answer.reason, strict=True):
+            report = Report(int(row[0]), row[1], int(row[2]), row[3], reason, *row[4:], at.is_bound)
+            found.record(report, settings)
+
+    # Whether autograd's second derivative is one.
+
+    def _look(self, at: AutogradLinearization) -> None:
+        """Compare the gradient's change since the last loss tensor with the products."""
+        taken = self._task.taken
+        agrees = None if taken is None else taken.agrees(at)
+        if agrees is not None:
+            self._say(agrees)
+
+    def _compare(self, at: AutogradLinearization, objective: _ClosureObjective) -> None:
+        """Compare a product with a difference of gradients, with every buffer left as it was."""
+        if self._second_derivative["known"]:
+            return
+        buffers = [(b, b.detach().clone()) for b in self.module.buffers()]
+        devices = [at.point.device] if at.point.is_cuda else []
+        with torch.random.fork_rng(devices=devices):
+            agrees = products_agree(at, objective.evaluate)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        self._say(agrees)
+
+    def _say(self, agrees: bool | None) -> None:
+        self._second_derivative["known"] = True
+        if agrees is False:
+            warnings.warn(
+                "the inner gradient does not change as its second derivative says: expected an "
+                "inner loss that torch can differentiate twice, the same at each call, got an "
+                "operation whose second derivative is missing or wrong (a custom autograd.Function, "
+                "once_differentiable, weight_norm, spectral_norm in training mode, a detached "
+                "piece), or other data at each call; the hypergradient is wrong: write the "
+                "operation out, or use first_order=True (said once)",
+                UnsolvedWarning,
+                stacklevel=4,
+            )
+
+
+class _ClosureObjective:
+    """The inner objective of a closure: puts phi into the module, calls it, linearizes its loss.
+
+    Attributes:
+        phi: the tensors that the module holds now.
+    """
+
+    def __init__(
+        self, learner: ImplicitCGHead, closure: Closure, phi: list[Tensor], unused: bool
+    ) -> None:
+        self.phi, self._learner, self._closure, self._unused = phi, learner, closure, unused
+        self._leaves: list[Tensor] = []
+        self._fresh: tuple[Tensor, Tensor] | None = None  # a point and the loss there, not used yet
+
+    def loss(self, point: Tensor) -> Tensor:
+        """The closure's loss at ``point``, shape ``[1, n]``."""
+        self.leave()
+        self.phi = self._leaves = self._learner._put(point, self.phi)
+        loss = checks.loss(self._closure())
+        self._fresh = point, loss
+        return loss
+
+    def forget(self) -> None:
+        """The closure is to be asked again, even at the same point."""
+        self._fresh = None
+
+    def leave(self) -> None:
+        """The present phi is about to be replaced: no gradient is to end in it from now on."""
+        end_of_gradients(self._leaves)
+
+    def linearize(self, point: Tensor, differentiable: bool) -> Linearization:
+        """The linearization at ``point``; without products unless wanted."""
+        fresh, self._fresh = self._fresh, None
+        loss = fresh[1] if fresh is not None and fresh[0] is point else self.loss(point)
+        self._fresh, fresh = None, None
+        learner = self._learner
+        known = learner._recognize(loss, self.phi)
+        return learner._linearize(loss, self.phi, self._unused, differentiable, known)
+
+    def evaluate(self, point: Tensor) -> tuple[Tensor, Tensor]:
+        """The objective and its gradient at ``point``, shapes ``[1]``, ``[1, n]``."""
+        at = self.linearize(point, False)
+        return at.objective, at.gradient

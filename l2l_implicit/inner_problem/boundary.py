@@ -1,17 +1,19 @@
 """Marks in autograd's graph: where theta enters an inner loss, and where an inner step has ended.
 
-Theta enters by the tensors given to ``forward``.
+Theta enters by the tensors given to ``forward``, and by leaves that the loss uses directly. This file and
+`recognition` are the only ones that know torch's graph from the inside.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.graph import GradientEdge
 
 from l2l_implicit.mixed_precision import widened
 
@@ -69,6 +71,95 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
 def is_boundary(node: Any) -> bool:
     """Whether a node of the graph is a `Boundary` that no gradient of phi has passed."""
     return isinstance(node, Boundary._backward_cls) and not node.inner  # type: ignore[attr-defined]
+
+
+def source_of(node: Any) -> Tensor:
+    """The tensor that a boundary's node marks; an error if it was changed in place since."""
+    try:
+        return node.saved_tensors[0]
+    except RuntimeError as error:
+        raise RuntimeError(
+            "inner loss: expected the inputs of learner(...) as they were when it was called, got "
+            "one that was changed in place since; clone it first, or change it after backward()"
+        ) from error
+
+
+class MetaInputs(NamedTuple):
+    """Where theta enters an inner objective: marked boundaries, and leaves used directly."""
+
+    boundaries: list[Any]
+    leaves: list[Tensor]
+
+    def sources(self) -> list[Tensor]:
+        """The tensors of theta: what was marked, then the leaves."""
+        return [*(source_of(node) for node in self.boundaries), *self.leaves]
+
+    def vjp(
+        self, product: Callable[[Sequence[Any]], Sequence[Tensor | None]], inner: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """Products with each of `sources`.
+
+        Args:
+            product: of the kept inner gradient, with respect to what it is given.
+            inner: phi; what reaches a leaf by way of it, or of a boundary, is cut off there.
+        """
+        through = product([GradientEdge(node, 0) for node in self.boundaries])
+        if not self.leaves:
+            return [*through]
+        hooks = [node.register_prehook(_stop) for node in self.boundaries]
+        hooks += [p.register_hook(torch.zeros_like) for p in inner if not p.is_leaf]
+        try:
+            return [*through, *product(self.leaves)]
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def find_meta_inputs(objective: Tensor, inner: Sequence[Tensor]) -> MetaInputs:
+    """Walk the objective's graph down to theta, stopping at phi and at the boundaries.
+
+    Args:
+        objective: the inner objective, after its gradient in ``inner`` was taken (by then the
+            boundaries that lie downstream of phi have said so).
+        inner: tensors to pass over: phi itself, and stand-ins that are accounted for elsewhere.
+    """
+    known = {id(tensor) for tensor in inner}
+    seen = {tensor.grad_fn for tensor in inner if tensor.grad_fn is not None}
+    found, stack = MetaInputs([], []), [cast(Any, objective.grad_fn)]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if is_boundary(node):
+            found.boundaries.append(node)
+        elif type(node).__name__ != "AccumulateGrad":
+            stack.extend(child for child, _ in node.next_functions)
+        elif id(node.variable) not in known:
+            found.leaves.append(node.variable)
+    return found
+
+
+_KINKS = ("Relu", "Threshold", "MaxPool", "Abs", "Clamp", "Hardt", "Prelu", "Maximum", "Minimum")
+
+
+def has_kinks(objective: Tensor) -> bool:
+    """Whether an operation in the graph is one that has kinks, so that finite steps cross them."""
+    seen, stack = set(), [cast(Any, objective.grad_fn)]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        if any(kink in node.name() for kink in _KINKS):
+            return True
+        seen.add(node)
+        stack.extend(child for child, _ in node.next_functions)
+    return False
+
+
+def _stop(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """A node's incoming gradients, as zeros."""
+    return tuple(None if g is None else torch.zeros_like(g) for g in gradients)
 
 
 def end_of_gradients(leaves: Iterable[Tensor]) -> None:

@@ -13,39 +13,65 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from l2l_implicit.inner_problem.boundary import is_boundary
-from l2l_implicit.inner_problem.linear_losses import CrossEntropy, OutputLoss, SquaredError
-from l2l_implicit.inner_problem.support_features import SupportFeatures
+from l2l_implicit.inner_problem.boundary import is_boundary, source_of
+from l2l_implicit.inner_problem.linear_heads import HeadProblem
+from l2l_implicit.inner_problem.losses import CrossEntropy, OutputLoss, SquaredError
+from l2l_implicit.inner_problem.regularizer import SquaredDistance
 
 _MEAN, _SUM = 1, 2  # torch's numbers for a loss's reduction
 
 
-class LinearHeadLoss(NamedTuple):
-    """What a loss's graph was found to be: a loss of a linear map of ``features``."""
+class HeadLoss(NamedTuple):
+    """What a loss's graph was found to be: a loss of a linear map of features.
 
-    features: SupportFeatures
-    loss: OutputLoss
+    Attributes:
+        x: the features, shape ``[m, d]``, detached; a copy that nobody else writes to.
+        source: the tensor with history that ``x`` is a copy of, or None.
+        origin: of ``source``, what two tensors share only if they have the same history.
+        bias: whether the map adds one.
+        targets: class indices ``[m]`` or values ``[m, k]``; a copy.
+        loss: `CrossEntropy` or `SquaredError`.
+        scale: what the loss is multiplied by: 1, or 1 over what a mean divides by.
+    """
 
-    def equal(self, other: LinearHeadLoss) -> bool:
+    x: Tensor
+    source: Tensor | None
+    origin: tuple[Any, int] | None
+    bias: bool
+    targets: Tensor
+    loss: type[OutputLoss]
+    scale: float
+
+    def same(self, other: HeadLoss) -> bool:
         """Whether both are one loss with one set of targets on the same features."""
-        ours, theirs = self.loss, other.loss
         return (
-            type(ours) is type(theirs)
-            and ours.scale == theirs.scale
-            and (self.features is other.features or self.features.equal(other.features))
-            and torch.equal(ours.targets, theirs.targets)
+            self.loss is other.loss
+            and self.scale == other.scale
+            and self.bias == other.bias
+            and self.origin == other.origin
+            and torch.equal(self.x, other.x)
+            and torch.equal(self.targets, other.targets)
         )
 
-    def sharing(self, *known: SupportFeatures) -> LinearHeadLoss:
-        """The same with one of the ``known`` features, if they are equal: it may have a basis."""
-        equal = [features for features in known if features.equal(self.features)]
-        return self._replace(features=equal[0]) if equal else self
+    def problem(self, weight: torch.Size, quadratic: SquaredDistance) -> HeadProblem:
+        """As the inner problem of one task, T = 1."""
+        x = self.x.to(torch.float64).unsqueeze(0)
+        targets = one_hot(self.targets, weight[0]) if self.targets.dim() == 1 else self.targets
+        targets = targets.to(torch.float64).unsqueeze(0)
+        loss = self.loss(targets, targets, self.scale)
+        return HeadProblem(x, self.source, loss, quadratic, weight, self.bias)
+
+
+def one_hot(classes: Tensor, number: int) -> Tensor:
+    """Class indices ``[..., m]`` as float64 ones ``[..., m, number]``."""
+    zeros = torch.zeros(*classes.shape, number, dtype=torch.float64, device=classes.device)
+    return zeros.scatter_(-1, classes.long().unsqueeze(-1), 1.0)
 
 
 def recognize(
-    loss: Tensor, parameters: Sequence[Tensor], independent: set[weakref.ref[Tensor]] | None = None
-) -> LinearHeadLoss | None:
-    """The parts of ``loss`` if its graph is a known loss of a linear head, else None.
+    loss: Tensor, parameters: Sequence[Tensor], independent: set[weakref.ref[Tensor]]
+) -> HeadLoss | None:
+    """What ``loss`` is, if its graph is a known loss of a linear head, else None.
 
     Recognised are cross-entropy (hard targets, no class weights) and the squared error (constant
     targets), reduction ``mean`` or ``sum``, of features of shape ``[m, d]``, with ``parameters``
@@ -62,47 +88,7 @@ def recognize(
     found = None if read is None else read(node)
     if found is None:
         return None
-    output_loss, linear = found
-    features = _features(linear, parameters, set() if independent is None else independent)
-    return None if features is None else LinearHeadLoss(features, output_loss)
-
-
-def _cross_entropy(nll: Any) -> tuple[OutputLoss, Any] | None:
-    """The loss and the node that made its logits."""
-    softmax = nll.next_functions[0][0]
-    if softmax is None or softmax.name() != "LogSoftmaxBackward0" or softmax._saved_dim != 1:
-        return None
-    targets = nll._saved_target.clone()  # the user's own, which may be written to
-    if nll._saved_weight is not None or targets.dim() != 1:
-        return None
-    if float(nll._saved_total_weight) != len(targets):
-        return None  # some targets are ignored
-    scale = {_MEAN: 1.0 / len(targets), _SUM: 1.0}.get(nll._saved_reduction)
-    if scale is None:
-        return None
-    log_probabilities, linear = softmax._saved_result.detach(), softmax.next_functions[0][0]
-    return CrossEntropy(log_probabilities, targets, scale), linear
-
-
-def _squared_error(mse: Any) -> tuple[OutputLoss, Any] | None:
-    """The loss and the node that made its outputs."""
-    (linear, _), (of_target, _) = mse.next_functions
-    outputs, targets = mse._saved_self, mse._saved_target  # the user's own: copied below
-    if of_target is not None or outputs.dim() != 2 or outputs.shape != targets.shape:
-        return None
-    scale = {_MEAN: 1.0 / outputs.numel(), _SUM: 1.0}.get(mse._saved_reduction)
-    if scale is None or outputs.dtype != targets.dtype:
-        return None
-    return SquaredError(outputs.detach().clone(), targets.clone(), scale), linear
-
-
-_LOSSES = {"NllLossBackward0": _cross_entropy, "MseLossBackward0": _squared_error}
-
-
-def _features(
-    linear: Any, parameters: Sequence[Tensor], independent: set[weakref.ref[Tensor]]
-) -> SupportFeatures | None:
-    """The features that a linear map with just these parameters was applied to."""
+    kind, targets, scale, linear = found
     if linear is None or linear.name() not in ("AddmmBackward0", "MmBackward0"):
         return None
     *bias, (origin, _), (transpose, _) = linear.next_functions
@@ -115,16 +101,54 @@ def _features(
         return None
     x = linear._saved_mat1 if bias else linear._saved_self  # the boundary's own copy
     if origin is None:
-        return SupportFeatures(x.detach().clone(), None, bool(bias))
+        return HeadLoss(x.detach().clone(), None, None, bool(bias), targets, kind, scale)
     if not is_boundary(origin):
         return None
-    source = origin.saved_tensors[0]
+    source = source_of(origin)
     if not any(known() is source for known in independent):
         if _reaches(_edge(source)[0], {node for node, _ in edges}):
             return None
         independent.clear()  # a closure that makes its features anew has others at each step
         independent.add(weakref.ref(source))
-    return SupportFeatures(x.detach(), source, bool(bias))
+    return HeadLoss(x.detach(), source, _edge(source), bool(bias), targets, kind, scale)
+
+
+_Found = tuple[type[OutputLoss], Tensor, float, Any]
+
+
+def _cross_entropy(nll: Any) -> _Found | None:
+    """The loss, its targets and scale, and the node that made its logits."""
+    softmax = nll.next_functions[0][0]
+    if softmax is None or softmax.name() != "LogSoftmaxBackward0" or softmax._saved_dim != 1:
+        return None
+    targets = nll._saved_target.clone()  # the user's own, which may be written to
+    if nll._saved_weight is not None or targets.dim() != 1:
+        return None
+    if float(nll._saved_total_weight) != len(targets):
+        return None  # some targets are ignored
+    scale = _scale(nll, len(targets))
+    return None if scale is None else (CrossEntropy, targets, scale, softmax.next_functions[0][0])
+
+
+def _squared_error(mse: Any) -> _Found | None:
+    """The loss, its targets and scale, and the node that made its outputs."""
+    (linear, _), (of_target, _) = mse.next_functions
+    outputs, targets = mse._saved_self, mse._saved_target  # the user's own: copied below
+    if of_target is not None or outputs.dim() != 2 or outputs.shape != targets.shape:
+        return None
+    scale = _scale(mse, outputs.numel())
+    if scale is None or outputs.dtype != targets.dtype:
+        return None
+    return SquaredError, targets.clone(), scale, linear
+
+
+_LOSSES = {"NllLossBackward0": _cross_entropy, "MseLossBackward0": _squared_error}
+
+
+def _scale(node: Any, count: int) -> float | None:
+    if node._saved_reduction == _SUM:
+        return 1.0
+    return 1.0 / count if node._saved_reduction == _MEAN and count else None
 
 
 def _edge(tensor: Tensor) -> tuple[Any, int]:

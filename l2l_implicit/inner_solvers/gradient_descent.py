@@ -1,89 +1,103 @@
-"""Steps of the inner solver: from a linearization of the inner objective to the next phi.
-
-The hypergradient does not care how the inner minimum was found, only that it was. Here: what a step
-is, and gradient descent; `newton` and `lbfgs`, beside this file, hold the other two.
-"""
+"""Gradient descent, the papers' inner solver."""
 
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from l2l_implicit import checks
+from l2l_implicit.inner_problem.linear_heads import LinearHeads
 from l2l_implicit.inner_problem.linearization import Linearization
+from l2l_implicit.inner_solvers.protocol import Stop
 from l2l_implicit.linear_solvers.curvature import largest_curvature
 
 
-class InnerStep(Protocol):
-    """Proposes phi, shape ``[n]``, from the linearization at the present one; may keep state.
+@dataclass(frozen=True)
+class GradientDescent:
+    r"""Steps :math:`\phi - \lambda_\phi \nabla_\phi g`: Yang et al. (2025), Algorithm 1, line 8.
 
-    One that returns ``at.point`` itself says that there is nothing left to do. One that has an
-    attribute ``needs_hvp`` equal to False is given linearizations without products.
-    """
-
-    def __call__(self, at: Linearization) -> Tensor: ...
-
-
-class Stop:
-    """Says when the inner gradient is small enough.
+    One ``adapt(loss)`` is one step; ``adapt(closure, steps=K)`` is K of them. K steps rarely solve the
+    problem, and the learner says so.
 
     Args:
-        tol: its norm relative to its largest so far, or None for never.
+        adaptive: instead of the learner's ``lr``, 1 over the largest curvature, estimated where the
+            task starts and again wherever the objective has risen since.
+        tol: the gradient's norm, relative to its largest, at which phi is left where it is; None:
+            never, as the papers prescribe.
+
+    References:
+        Yang et al. (2025), Algorithm 1; Rajeswaran et al. (2019), Algorithm 2.
+
+    Example:
+        >>> from torch import nn
+        >>> from l2l_implicit import GradientDescent, ImplicitCGHead
+        >>> ImplicitCGHead(nn.Linear(4, 2), lr=0.1, inner=GradientDescent()).inner
+        GradientDescent(adaptive=False, tol=None)
     """
 
-    def __init__(self, tol: float | None) -> None:
-        self._tol, self._largest = tol, 0.0
+    adaptive: bool = False
+    tol: float | None = None
 
-    def __call__(self, at: Linearization) -> bool:
-        self._largest = max(self._largest, at.gradient_norm)
-        return self._tol is not None and self.progress(at) <= self.floor(at)
+    def __post_init__(self) -> None:
+        if self.tol is not None:
+            checks.positive("GradientDescent: tol", self.tol)
 
-    def floor(self, at: Linearization) -> float:
-        """The tolerance, no smaller than what the dtype can show."""
-        return max(self._tol or 0.0, 10 * torch.finfo(at.point.dtype).eps)
+    def begin(self, lr: float) -> GradientStep:
+        """The state of a new task."""
+        return GradientStep(lr, self.adaptive, self.tol)
 
-    def progress(self, at: Linearization) -> float:
-        """The gradient's norm relative to its largest; 0 for a start without a gradient."""
-        return at.gradient_norm / self._largest if self._largest > 0.0 else 0.0
+    def solve_heads(self, at: LinearHeads, steps: int, lr: float) -> LinearHeads | None:
+        r"""K steps on the Gram matrix, whatever the number of features.
+
+        Invariant: :math:`\phi = a + \tau (\phi^0 - a) + X^\top C`, so that a step costs one product of
+        ``[m, m]`` by ``[m, k]``.
+        """
+        if self.adaptive or self.tol is not None:
+            return None
+        problem, quadratic = at.problem, at.quadratic
+        gram, drift_in_phi = problem.gram(), quadratic.offset(at.point)
+        outputs = problem.outputs(at.point)
+        drift = problem.outputs(drift_in_phi)
+        base = outputs - drift  # the anchor's, zero where that is
+        shrink, tau, c = 1.0 - lr * quadratic.strength, 1.0, torch.zeros_like(drift)
+        for _ in range(steps):
+            slope = problem.loss.moved(outputs).gradient
+            c, tau = torch.add(c * shrink, slope, alpha=-lr), tau * shrink
+            outputs = torch.baddbmm(torch.add(base, drift, alpha=tau), gram, c)
+        point = problem.in_phi(c).add_(drift_in_phi, alpha=tau)
+        return at.moved(point if quadratic.center is None else point + quadratic.center)
 
 
 class GradientStep:
-    r"""Gradient descent, :math:`\phi - \lambda_\phi \nabla_\phi g`: Algorithm 1, line 8.
+    """The state of `GradientDescent`; for T tasks as for one, but with a tolerance T = 1."""
 
-    Args:
-        lr: :math:`\lambda_\phi`, or ``'auto'``: 1 over the largest curvature, estimated at the
-            first step and again wherever the objective has risen since.
-        tol: the gradient's norm, relative to its first, at which phi is left where it is; None:
-            never, as the papers prescribe.
-    """
-
-    def __init__(self, lr: float | str, tol: float | None = None) -> None:
-        self._auto = lr == "auto"
-        self.lr = math.nan if self._auto else float(lr)
-        self.needs_hvp = self._auto
-        self._stop = Stop(tol)
+    def __init__(self, lr: float, adaptive: bool, tol: float | None) -> None:
+        self.lr = math.nan if adaptive else lr
+        self.needs_hvp = self._adaptive = adaptive
+        self._stop, self._stops = Stop(tol), tol is not None
         self._objective = math.inf
 
     def __call__(self, at: Linearization) -> Tensor:
-        if self._stop(at):
+        if self._stops and self._stop(at):
             return at.point
-        if self._auto:
+        if self._adaptive:
             self._measure(at)
         return at.point - self.lr * at.gradient
 
     def _measure(self, at: Linearization) -> None:
         """Keep the step size if there is one and the objective has not risen with it."""
-        objective = at.objective
+        objective = float(at.objective)
         rounding = 10 * torch.finfo(at.point.dtype).eps * abs(objective)
         rose, self._objective = objective > self._objective + rounding, objective
         if rose or math.isnan(self.lr):
-            largest = largest_curvature(at.hvp, at.point)
+            largest = float(largest_curvature(at.hvp, at.point))
             if not 0.0 < largest < math.inf:
                 raise FloatingPointError(
-                    f"lr='auto': expected a finite curvature above 0, got {largest}; look for nan "
-                    "in the data, set l2 above 0, or give lr as a number"
+                    "GradientDescent(adaptive=True): expected a finite curvature above 0, got "
+                    f"{largest}; look for nan in the data, set l2 above 0, or give lr as a number"
                 )
             # On a rise never longer than before: the curvature is that of one point.
             self.lr = min(1.0 / largest, 0.5 * self.lr if rose else math.inf)

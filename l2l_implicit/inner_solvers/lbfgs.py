@@ -3,33 +3,57 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from l2l_implicit import checks
 from l2l_implicit.inner_problem.linearization import Linearization
-from l2l_implicit.inner_solvers.gradient_descent import Stop
+from l2l_implicit.inner_solvers.protocol import Stop
+
+_PATIENCE = 15
 
 
-class LBFGSStep:
-    """One iteration of ``torch.optim.LBFGS`` with the strong Wolfe line search.
+@dataclass(frozen=True)
+class LBFGS:
+    """``torch.optim.LBFGS`` with the strong Wolfe line search; a step is one iteration.
 
-    The line search evaluates the objective at other points than the present one
-    (`Linearization.evaluate`): a linear head in closed form can, and so can a closure.
+    The line search evaluates the objective at other points than the present one: a linear head's
+    cross-entropy or squared error can, and so can a closure. A loss tensor of anything else can not,
+    and is refused.
 
     Args:
-        tol: the gradient's norm, relative to its first, at which phi is left where it is.
         history: pairs of differences that it keeps.
+        tol: the gradient's norm, relative to its largest, at which phi is left where it is.
 
     References:
         Nocedal, Wright (2006), Algorithms 3.5 and 7.5.
+
+    Example:
+        >>> from l2l_implicit import LBFGS
+        >>> LBFGS(history=10)
+        LBFGS(history=10, tol=1e-05)
     """
+
+    history: int = 20
+    tol: float = 1e-5
+
+    def __post_init__(self) -> None:
+        checks.count("LBFGS: history", self.history)
+        checks.positive("LBFGS: tol", self.tol)
+
+    def begin(self, lr: float) -> LBFGSStep:
+        """The state of a new task."""
+        return LBFGSStep(self.tol, self.history)
+
+
+class LBFGSStep:
+    """The state of `LBFGS` for one task, T = 1."""
 
     needs_hvp = False
 
-    _PATIENCE = 15
-
-    def __init__(self, tol: float, history: int = 20) -> None:
+    def __init__(self, tol: float, history: int) -> None:
         self._stop, self._history = Stop(tol), history
         self._phi: Tensor | None = None
         self._objective = math.inf
@@ -37,33 +61,35 @@ class LBFGSStep:
         self._worse = 0  # whole steps since then
 
     def __call__(self, at: Linearization) -> Tensor:
+        norm = float(at.gradient_norm)
         if self._stop(at):
             return at.point
         if self._best is not None and self._differs(at, *self._best):
             self._best, self._phi, self._objective = None, None, math.inf
         if self._best is not None:
-            return self._whole_step(at, *self._best)
-        rounding = 10 * torch.finfo(at.point.dtype).eps * abs(at.objective)
-        flat, self._objective = self._objective - at.objective <= rounding, at.objective
+            return self._whole_step(at, norm, *self._best)
+        objective = float(at.objective)
+        rounding = 10 * torch.finfo(at.point.dtype).eps * abs(objective)
+        flat, self._objective = self._objective - objective <= rounding, objective
         if not flat:
             moved = self._iterate(at, "strong_wolfe")
             if not torch.equal(moved, at.point):
                 return moved
-        return self._whole_step(at, at.point, math.inf)
+        return self._whole_step(at, norm, at.point, math.inf)
 
     def _differs(self, at: Linearization, best: Tensor, norm: float) -> bool:
         """Whether the gradient at a known point is another one: the data have changed."""
-        return at.gradient_norm > 2.0 * norm and torch.equal(at.point, best)
+        return float(at.gradient_norm) > 2.0 * norm and torch.equal(at.point, best)
 
-    def _whole_step(self, at: Linearization, best: Tensor, norm: float) -> Tensor:
+    def _whole_step(self, at: Linearization, now: float, best: Tensor, norm: float) -> Tensor:
         """Where the objective is flat to its last digits: no line search, the gradient judges."""
-        if at.gradient_norm < norm:
-            self._best, self._worse = (at.point, at.gradient_norm), 0
+        if now < norm:
+            self._best, self._worse = (at.point, now), 0
         else:
             self._worse += 1
-        if self._worse <= self._PATIENCE and at.gradient_norm < 1e3 * norm:
+        if self._worse <= _PATIENCE and now < 1e3 * norm:
             return self._iterate(at, None)
-        self._worse = self._PATIENCE
+        self._worse = _PATIENCE
         return at.point if torch.equal(at.point, best) else best
 
     def _iterate(self, at: Linearization, line_search: str | None) -> Tensor:
@@ -71,7 +97,7 @@ class LBFGSStep:
         if self._phi is None:
             # Torch drops pairs of differences whose product is below 1e-10, whatever the units:
             # in these, the product begins at about 1e6.
-            self._unit = 1e6 / max(at.gradient_norm**2, 1e-20)
+            self._unit = 1e6 / max(float(at.gradient_norm) ** 2, 1e-20)
             self._phi = at.point.clone().requires_grad_()
             self._optimizer = torch.optim.LBFGS(
                 [self._phi], max_iter=1, tolerance_grad=0.0, tolerance_change=0.0,
@@ -87,7 +113,7 @@ class LBFGSStep:
                 else at.evaluate(phi.detach().clone())
             )
             phi.grad = gradient * self._unit
-            return value * self._unit
+            return float(value) * self._unit
 
         self._optimizer.param_groups[0]["line_search_fn"] = line_search
         self._optimizer.step(objective)  # type: ignore[arg-type]

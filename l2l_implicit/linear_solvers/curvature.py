@@ -1,31 +1,29 @@
-"""How strongly a function is curved at most: the number that a safe step size comes from."""
+"""How strongly functions are curved at most: the numbers that safe step sizes come from."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
-from l2l_implicit.linear_solvers.solution import Matvec
+from l2l_implicit.linear_solvers.solution import Matvec, dot
 
 
 def largest_curvature(
     matvec: Matvec, like: Tensor, max_steps: int = 10, tol: float = 0.01
-) -> float:
-    r"""An estimate of :math:`\max_i |\lambda_i|` of a symmetric matrix, by Lanczos' method.
+) -> Tensor:
+    r"""Estimates of :math:`\max_i |\lambda_i|` of T symmetric matrices, by Lanczos' method.
 
     The largest Ritz value in modulus plus its residual, which bounds the distance to an
     eigenvalue: Ritz values alone come from below, and a step of 1 over too little diverges.
 
     Args:
-        matvec: maps a vector of shape ``[n]`` to its product with the matrix.
-        like: a tensor of shape, dtype and device of such a vector.
+        matvec: maps vectors of shape ``[T, n]`` to their products with the matrices.
+        like: a tensor of shape, dtype and device of such vectors.
         max_steps: the most products.
         tol: relative residual at which fewer are enough.
 
     Returns:
-        The estimate; 0 for the zero matrix, nan or infinity for products that are not finite.
+        The estimates, ``[T]``; 0 for a zero matrix, nan or infinity for products that are not finite.
 
     References:
         Golub, Van Loan, Matrix Computations, section 10.1.
@@ -33,40 +31,43 @@ def largest_curvature(
     Example:
         >>> import torch
         >>> from l2l_implicit.linear_solvers.curvature import largest_curvature
-        >>> A = torch.diag(torch.tensor([1.0, 2.0, 5.0]))
-        >>> round(largest_curvature(A.mv, torch.ones(3)), 3)
-        5.0
+        >>> A = torch.tensor([1.0, 2.0, 5.0])
+        >>> largest_curvature(lambda p: p * A, torch.ones(1, 3)).round(decimals=3)
+        tensor([5.])
     """
-    # A vector that lies in no subspace on purpose, the same at every call.
+    # Vectors that lie in no subspace on purpose, the same at every call.
     generator = torch.Generator().manual_seed(0)
-    q = torch.randn(like.numel(), generator=generator).to(like)
-    q /= q.norm()
-    basis, diagonal = [q], list[float]()
-    off_diagonal = list[float]()
-    largest = 0.0
-    for _ in range(min(max_steps, like.numel())):
+    q = torch.randn(like.shape[1], generator=generator).to(like).expand_as(like)
+    q = q / torch.linalg.vector_norm(q, dim=1, keepdim=True)
+    tasks, steps = len(like), min(max_steps, like.shape[1])
+    t = torch.zeros(tasks, steps, steps, dtype=torch.float64)
+    basis = [q]
+    for k in range(steps):
         product = matvec(q)
-        diagonal.append(float(q.dot(product)))
+        t[:, k, k] = dot(q, product)
         for before in basis + basis:  # twice is enough
-            product = product - before.dot(product) * before
-        norm = float(product.norm())
-        if not math.isfinite(norm):
-            return norm
-        ritz, last = _largest_ritz(diagonal, off_diagonal)
-        largest = abs(ritz) + norm * last
-        if norm * last <= tol * abs(ritz) or norm <= torch.finfo(q.dtype).eps * abs(ritz):
+            product = product - dot(before, product).unsqueeze(1) * before
+        norm = torch.linalg.vector_norm(product, dim=1)
+        if not bool(norm.isfinite().all() & t.isfinite().all()):
+            # A matrix that is not finite says so; the others' estimates of this step stand.
+            t, norm = t.nan_to_num(nan=torch.inf), norm.nan_to_num(nan=torch.inf)
+            bad = ~(norm.isfinite().cpu() & t.isfinite().all(2).all(1))
+            return torch.where(bad.to(norm.device), torch.inf, _bound(t, k, norm)[0])
+        largest, error = _bound(t, k, norm)
+        small = torch.maximum(tol * largest, torch.finfo(q.dtype).eps * largest)
+        if bool((error <= small).all()) or k == steps - 1:
             break
-        q = product / norm
+        q = product / norm.clamp_min(torch.finfo(q.dtype).tiny).unsqueeze(1)
         basis.append(q)
-        off_diagonal.append(norm)
+        t[:, k, k + 1] = t[:, k + 1, k] = norm
     return largest
 
 
-def _largest_ritz(diagonal: list[float], off_diagonal: list[float]) -> tuple[float, float]:
-    """The eigenvalue largest in modulus, and the last entry of its eigenvector in modulus."""
-    t = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-    for i, value in enumerate(off_diagonal):
-        t[i, i + 1] = t[i + 1, i] = value
-    values, vectors = torch.linalg.eigh(t)
-    i = int(values.abs().argmax())
-    return float(values[i]), float(vectors[-1, i].abs())
+def _bound(t: Tensor, k: int, norm: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest Ritz values in modulus plus their residuals, and these, ``[T]``."""
+    part = torch.where(t.isfinite(), t, 0.0)[:, : k + 1, : k + 1]
+    values, vectors = torch.linalg.eigh(part)
+    i = values.abs().argmax(1, keepdim=True)
+    ritz = values.gather(1, i).squeeze(1).abs().to(norm)
+    last = vectors[:, -1].gather(1, i).squeeze(1).abs().to(norm)
+    return ritz + norm * last, norm * last

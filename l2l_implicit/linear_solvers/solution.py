@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,65 +12,79 @@ from torch import Tensor
 Matvec = Callable[[Tensor], Tensor]
 
 CONVERGED = "converged"
+FACTORED = "the inner solve's factor"
 MAX_STEPS = "step limit reached"
 ZERO = "right-hand side is zero"
 NOT_POSITIVE = "matrix is singular or indefinite along the search direction"
 NON_FINITE = "non-finite value"
 DIVERGED = "series diverges: its step size is too large, or the matrix not positive definite"
 
+REMEDIES = {
+    MAX_STEPS: "give linear= more steps, or raise l2",
+    NOT_POSITIVE: "raise l2, or give linear= a damping: the inner problem is not convex there",
+    DIVERGED: "give linear= a smaller step_size, or take CG",
+    NON_FINITE: "look for nan in the data or the query loss, or raise l2",
+}
+
 
 @dataclass(frozen=True)
 class LinearSolution:
-    """The answer of a linear solver, and how far it can be trusted.
+    """The answers of T linear systems, and how far they can be trusted.
 
     Attributes:
-        solution: the answer, shape ``[n]``; always finite.
-        steps: matrix-vector products spent on the iterates.
-        residual_norm: Euclidean norm of ``b - A solution``, as the recursion carries it.
-        relative_residual: ``residual_norm / norm(b)``; 0 for ``b = 0``, ``inf`` where unknown.
-        reason: why the solver stopped, one of this module's constants.
+        solution: shape ``[T, n]``; always finite.
+        steps: matrix-vector products spent on each, shape ``[T]``.
+        relative_residual: ``norm(b - A v) / norm(b)`` of each, shape ``[T]``; 0 for ``b = 0``,
+            ``inf`` where unknown.
+        reason: why the solver stopped, one text for each task.
+        outputs: for a linear head, the loss's Hessian times the head's outputs along ``solution``,
+            where that is known better than from ``solution``; else None.
 
     Example:
         >>> import torch
-        >>> from l2l_implicit import conjugate_gradient
-        >>> answer = conjugate_gradient(torch.diag(torch.tensor([1.0, -1.0])).mv, torch.ones(2))
+        >>> from l2l_implicit import CG
+        >>> answer = CG().solve(lambda p: p * torch.tensor([1.0, -1.0]), torch.ones(1, 2))
         >>> answer.reason
-        'matrix is singular or indefinite along the search direction'
+        ['matrix is singular or indefinite along the search direction']
         >>> answer.solution, answer.relative_residual
-        (tensor([0., 0.]), 1.0)
+        (tensor([[0., 0.]]), tensor([1.]))
     """
 
     solution: Tensor
-    steps: int
-    residual_norm: float
-    relative_residual: float
-    reason: str
+    steps: Tensor
+    relative_residual: Tensor
+    reason: Sequence[str]
+    outputs: Tensor | None = None
 
 
-LinearSolver = Callable[[Matvec, Tensor, Tensor | None], LinearSolution]
+class LinearSolver(Protocol):
+    """Settings and a method: solves ``(A + damping I) v = b`` for T symmetric matrices A.
+
+    A linear head whose inner problem was solved exactly brings the factor of that solve. A solver
+    with an attribute ``takes_factor`` equal to True is not asked then: the factor is nearer than any
+    tolerance.
+
+    Attributes:
+        damping: added to the diagonal of every A by the learner, which hands over the products with
+            the sum.
+    """
+
+    @property
+    def damping(self) -> float: ...
+
+    def solve(self, hvp: Matvec, b: Tensor, start: Tensor | None = None) -> LinearSolution:
+        """The solutions, all shapes ``[T, n]``, perhaps from a first guess ``start``.
+
+        The answer is finite; what was not solved says so by its residual and its reason.
+        """
+        ...
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner products task by task, ``[T, n], [T, n] -> [T]``."""
+    return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).view(-1)
 
 
 def damped(matvec: Matvec, damping: float) -> Matvec:
     """Products with ``A + damping I``."""
-    return lambda vector: torch.add(matvec(vector), vector, alpha=damping)
-
-
-def no_solution(b: Tensor, steps: int, reason: str) -> LinearSolution:
-    """Zero, where nothing better is known."""
-    if reason == ZERO:
-        return LinearSolution(torch.zeros_like(b), steps, 0.0, 0.0, reason)
-    return LinearSolution(torch.zeros_like(b), steps, math.inf, math.inf, reason)
-
-
-def of_larger_system(part: LinearSolution, v: Tensor, b: Tensor) -> LinearSolution:
-    """The solution ``v`` of a system with right-hand side ``b``, of which only ``part`` was hard.
-
-    The rest was solved exactly, so the residual is that of the part.
-    """
-    if part.reason == NON_FINITE:
-        return no_solution(b, part.steps, NON_FINITE)
-    norm = float(torch.linalg.vector_norm(b))
-    if not 0.0 < norm < math.inf:
-        return replace(part, solution=v)
-    reason = CONVERGED if part.reason == ZERO else part.reason
-    return LinearSolution(v, part.steps, part.residual_norm, part.residual_norm / norm, reason)
+    return (lambda v: torch.add(matvec(v), v, alpha=damping)) if damping else matvec

@@ -14,12 +14,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.parametrizations as parametrizations
+from learn2learn.vision.models.resnet12 import DropBlock
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from l2l_implicit import checks
-from l2l_implicit.batched.batch_coupling import find_coupling
-from l2l_implicit.batched.drop_block import DropBlock, drop_blocks
+from l2l_implicit.chunked import Chunked
 
 Forward = Callable[..., Tensor]
 
@@ -53,7 +56,7 @@ def per_task_batch_norm(backbone: nn.Module, tasks: int) -> Callable[[Tensor], T
     Example:
         >>> import torch
         >>> from torch import nn
-        >>> from l2l_implicit.batched import per_task_batch_norm
+        >>> from l2l_implicit.per_task_norm import per_task_batch_norm
         >>> backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten())
         >>> images = torch.randn(4 * 10, 3, 6, 6)  # 4 tasks of 10 images
         >>> features = per_task_batch_norm(backbone, tasks=4)(images)
@@ -72,7 +75,7 @@ def _run(backbone: nn.Module, tasks: int, images: Tensor) -> Tensor:
             f"images: expected a multiple of tasks = {tasks}, got {len(images)}; "
             "every task needs equally many"
         )
-    find_coupling(backbone)
+    _find_coupling(backbone)
     n = len(images) // tasks
     with _tasks_apart(backbone, tasks, len(images)):
         features = backbone(_swap(images, tasks, n))
@@ -118,7 +121,7 @@ def _forward_of(name: str, module: nn.Module, tasks: int, rows: int) -> Forward 
     if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
         return functools.partial(_normalize, module, tasks, rows, name)
     if type(module) is DropBlock and module.training:
-        return functools.partial(drop_blocks, module, tasks)
+        return functools.partial(_drop_blocks, module, tasks)
     return None
 
 
@@ -181,3 +184,71 @@ def _update(norm: _BatchNorm, mean: Tensor, var: Tensor) -> None:
     for running, each in ((norm.running_mean, mean), (norm.running_var, var)):
         running.mul_(keep.to(running.dtype)).add_((weights.unsqueeze(1) * each).sum(0))
     count += tasks
+
+
+def _drop_blocks(module: Any, tasks: int, x: Tensor, gamma: float) -> Tensor:
+    """``module(x, gamma)`` of each task; x is ``[n * T, C, h, w]``, the task running fastest.
+
+    learn2learn scales what is kept by its share of the whole batch, which would couple the tasks.
+    It also lists the dropped places, for which a GPU has to be waited for; a running maximum marks
+    the same blocks.
+    """
+    size = module.block_size
+    rows, channels, height, width = x.shape
+    shape = (rows, channels, height - size + 1, width - size + 1)
+    centers = torch.empty(shape, dtype=torch.float32, device=x.device).bernoulli_(gamma)
+    kept = _keep_mask(centers, size)
+    share = kept.view(-1, tasks, *kept.shape[1:]).mean((0, 2, 3, 4))
+    scale = (1.0 / share).repeat(rows // tasks).view(rows, 1, 1, 1)
+    return x * (kept * scale).to(x.dtype)
+
+
+def _keep_mask(centers: Tensor, size: int) -> Tensor:
+    """0 on the blocks of ``size`` by ``size`` that begin at the ones of ``centers``, else 1."""
+    padded = F.pad(centers, (size - 1,) * 4)
+    return 1.0 - F.max_pool2d(padded, size, stride=1)
+
+
+# What couples the images of a batch in a way that is not known here.
+
+_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def _find_coupling(backbone: nn.Module) -> None:
+    """Refuse modules that would mix the tasks of one pass, or leave another state than T passes.
+
+    Known are torch's own; a module of the user's own that mixes images is not noticed.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for name, module in backbone.named_modules():
+        why = _coupling(module)
+        if why is not None:
+            raise ValueError(
+                f"{name or 'backbone'}: expected modules that treat images one by one, and torch's "
+                f"BatchNorm1d, 2d, 3d, got {type(module).__name__}, {why}; run one task at a time"
+            )
+
+
+def _coupling(module: nn.Module) -> str | None:
+    """Why ``module`` couples the tasks, or None."""
+    if isinstance(module, _BatchNorm) and type(module) not in _PLAIN:
+        return "whose forward is not known here"
+    if "batchnorm" in _bare_name(module) and type(module) not in _PLAIN:
+        return "which is called a batch norm"
+    if "dropblock" in _bare_name(module) and type(module) is not DropBlock and module.training:
+        return "whose scale may be that of the whole batch"
+    if isinstance(module, Chunked):
+        return "whose second pass comes later"
+    if isinstance(module, _InstanceNorm) and module.track_running_stats and module.training:
+        return "whose running statistics are averaged over the batch"
+    spectral = getattr(parametrizations, "_SpectralNorm", ())
+    hooks = module._forward_pre_hooks.values()
+    if isinstance(module, spectral) or any(isinstance(hook, SpectralNorm) for hook in hooks):
+        return "whose spectral norm advances at every pass" if module.training else None
+    return None
+
+
+def _bare_name(module: nn.Module) -> str:
+    return type(module).__name__.lower().replace("_", "")

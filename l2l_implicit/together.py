@@ -1,0 +1,110 @@
+"""T linear heads adapted at once: `ImplicitCGHead.adapt_together`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from l2l_implicit import checks
+from l2l_implicit.diagnostics import Diagnostics
+from l2l_implicit.implicit_diff import SavedLinearization, attach, split
+from l2l_implicit.inner_problem.linear_heads import HeadProblem, LinearHeads
+from l2l_implicit.inner_problem.losses import CrossEntropy, OutputLoss, SquaredError
+from l2l_implicit.inner_problem.recognition import one_hot
+from l2l_implicit.vectors import flatten
+
+if TYPE_CHECKING:
+    from l2l_implicit.learner import ImplicitCGHead
+
+
+class AdaptedHeads:
+    """T adapted linear heads, with their implicit gradient.
+
+    Attributes:
+        weight: ``[T, k, d]``.
+        bias: ``[T, k]``, or None.
+        diagnostics: of each task, filled by ``backward()``.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from l2l_implicit import ImplicitCGHead
+        >>> head, y = ImplicitCGHead(nn.Linear(10, 5), lr=0.1), torch.arange(25) % 5
+        >>> adapted = head.adapt_together(torch.randn(8, 25, 10), y.expand(8, 25))
+        >>> adapted.weight.shape, adapted.bias.shape
+        (torch.Size([8, 5, 10]), torch.Size([8, 5]))
+        >>> adapted(torch.randn(8, 15, 10)).shape
+        torch.Size([8, 15, 5])
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, diagnostics: Sequence[Diagnostics]
+    ) -> None:
+        self.weight, self.bias, self.diagnostics = weight, bias, diagnostics
+
+    def __call__(self, query: Tensor) -> Tensor:
+        """Each task's outputs for its own features: ``[T, q, d] -> [T, q, k]``.
+
+        In the heads' precision, under autocast too.
+        """
+        checks.queries(query, self.weight)
+        with torch.autocast(query.device.type, enabled=False):
+            logits = torch.bmm(query.to(self.weight.dtype), self.weight.transpose(1, 2))
+            return logits if self.bias is None else logits + self.bias.unsqueeze(1)
+
+
+def adapt_heads(
+    learner: ImplicitCGHead, features: Tensor, targets: Tensor, steps: int
+) -> AdaptedHeads:
+    """`ImplicitCGHead.adapt_together`."""
+    checks.can_be_together(learner)
+    checks.count("steps (K)", steps)
+    head: nn.Linear = learner.module
+    squared = _is_squared(learner.loss, targets)
+    checks.support(features, targets, head, squared)
+    keep, tasks = torch.is_grad_enabled(), len(features)
+    phi = checks.inner_parameters(head, allow_nograd=False)
+    with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+        quadratic = learner._quadratic(phi, torch.float64)
+        assert quadratic is not None
+        x = features.detach().to(torch.float64, copy=True)
+        source = features if keep and features.requires_grad else None
+        loss = _support_loss(learner.loss, squared, targets, head.out_features)
+        problem = HeadProblem(
+            x, source, loss, quadratic, head.weight.shape, head.bias is not None
+        )
+        start = flatten(p.detach() for p in phi).double().expand(tasks, -1)
+        there = learner._on_heads(LinearHeads(problem, start), steps)
+        diagnostics = [Diagnostics(parent=learner.diagnostics) for _ in range(tasks)]
+        shapes = [torch.Size((tasks, *p.shape)) for p in phi]
+        point = there.point.to(head.weight.dtype)
+    if not keep:
+        return _heads(split(point, shapes), diagnostics)
+    if there.steps is None:
+        there.steps = torch.full((tasks,), steps, device=point.device)
+    saved = SavedLinearization(there, learner._solver(point, diagnostics))
+    zero = phi if learner.anchor == "zero" else []
+    return _heads(attach(saved, point, shapes, constants=zero), diagnostics)
+
+
+def _heads(pieces: tuple[Tensor, ...], diagnostics: Sequence[Diagnostics]) -> AdaptedHeads:
+    return AdaptedHeads(pieces[0], pieces[1] if len(pieces) > 1 else None, diagnostics)
+
+
+def _is_squared(loss: nn.Module | None, targets: Tensor) -> bool:
+    return targets.is_floating_point() if loss is None else isinstance(loss, nn.MSELoss)
+
+
+def _support_loss(
+    loss: nn.Module | None, squared: bool, targets: Tensor, classes: int
+) -> OutputLoss:
+    tasks, m = targets.shape[:2]
+    mean = loss is None or loss.reduction == "mean"
+    if squared:
+        dense = targets.to(torch.float64, copy=True).view(tasks, m, classes)
+        return SquaredError(dense, dense, 1.0 / max(1, m * classes) if mean else 1.0)
+    dense = one_hot(targets, classes)
+    return CrossEntropy(dense, dense, 1.0 / max(1, m) if mean else 1.0)

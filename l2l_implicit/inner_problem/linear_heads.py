@@ -17,6 +17,8 @@ number is that of the features squared.
 
 from __future__ import annotations
 
+import math
+import math
 from functools import cached_property
 from typing import NamedTuple
 
@@ -24,7 +26,7 @@ import torch
 from torch import Size, Tensor
 
 from l2l_implicit.inner_problem.linearization import Linearization, Products
-from l2l_implicit.inner_problem.losses import OutputLoss
+from l2l_implicit.inner_problem.losses import Inverse, OutputLoss
 from l2l_implicit.inner_problem.regularizer import SquaredDistance
 from l2l_implicit.linear_solvers.conjugate_gradient import conjugate_gradient
 from l2l_implicit.linear_solvers.solution import (
@@ -36,7 +38,7 @@ from l2l_implicit.linear_solvers.solution import (
 )
 
 MOST_SAMPLES = 512  # of a task whose problem is solved in the span of its samples
-_MOST_STEPS, _SOLVED = 100, 1e-8
+_MOST_STEPS, _MOST_REFINEMENTS, _NEAR = 100, 6, 2e-3
 
 
 class HeadProblem(NamedTuple):
@@ -49,6 +51,7 @@ class HeadProblem(NamedTuple):
         quadratic: the regulariser.
         weight: shape of a head's weight, ``[k, d]``.
         bias: whether the head adds a bias.
+        goal: movement and relative residual that are small enough for the head's precision.
     """
 
     x: Tensor
@@ -57,6 +60,7 @@ class HeadProblem(NamedTuple):
     quadratic: SquaredDistance
     weight: Size
     bias: bool
+    goal: float
 
     def outputs(self, vector: Tensor) -> Tensor:
         """``X V' + e`` for heads ``[T, n]``, shape ``[T, m, k]``."""
@@ -85,6 +89,16 @@ class HeadProblem(NamedTuple):
         return self._replace(x=self.x[t : t + 1], source=None, loss=loss)
 
 
+def goal_of(dtype: torch.dtype) -> float:
+    """A few roundings of ``dtype``, at most 1e-6; float64's is as near as the solves come."""
+    return min(max(8.0 * torch.finfo(dtype).eps, 1e-13), 1e-6)
+
+
+def goal_of(dtype: torch.dtype) -> float:
+    """A few roundings of ``dtype``, at most 1e-6; float64's is as near as the solves come."""
+    return min(max(8.0 * torch.finfo(dtype).eps, 1e-13), 1e-6)
+
+
 class LinearHeads(Linearization):
     """`Linearization` of a `HeadProblem`; phi is the weight, row by row, and then the bias."""
 
@@ -94,7 +108,8 @@ class LinearHeads(Linearization):
         super().__init__(point, problem.quadratic)
         self.problem = problem
         self.quadratic: SquaredDistance = problem.quadratic
-        self.gram: Tensor | None = None
+        # The Gram matrix, and the inverse of a Newton step's Hessian; see `OutputLoss.inverse`.
+        self._factored: tuple[Tensor, Inverse | None] | None = None
 
     @cached_property
     def loss(self) -> OutputLoss:
@@ -155,8 +170,8 @@ class LinearHeads(Linearization):
         Newton's method on A from A = 0, which is the anchor: where it starts is of no matter for a
         strongly convex problem. With :math:`\rho = G + l_2 A` and the Gram matrix K the gradient is
         :math:`X^\top \rho` and the step :math:`\Delta A = -(\rho - \hat S K \rho / l_2) / l_2`,
-        :math:`\hat S` the inverse of `OutputLoss.inverse`. Near the minimum convergence is
-        quadratic, so that the last digit costs one more step.
+        :math:`\hat S` the inverse of `OutputLoss.inverse`. Near the minimum a step of movement
+        :math:`\omega` leaves one of :math:`\omega^2 / 2`: the last digit costs one more step.
         """
         problem, strength = self.problem, self.quadratic.strength
         gram = problem.gram()
@@ -164,70 +179,89 @@ class LinearHeads(Linearization):
         base = gram.new_zeros(*gram.shape[:2], problem.weight[0])
         if center is not None:
             base = problem.outputs(center.expand_as(self.point))
-        a, outputs = torch.zeros_like(base), base
+        a, outputs, last = torch.zeros_like(base), base, math.inf
         active = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
-        last, steps = torch.inf, torch.zeros(len(gram), dtype=torch.long, device=gram.device)
+        steps, inverse = torch.zeros_like(active, dtype=torch.long), None
         for _ in range(_MOST_STEPS if base.numel() else 0):
             loss = problem.loss.moved(outputs)
+            if inverse is None or last > _NEAR:  # near enough the last one does
+                inverse = loss.inverse(kernel)
             rho = torch.add(loss.gradient, a, alpha=strength)
-            change = loss.inverse(kernel)(kernel @ rho).sub_(rho).div_(strength)
+            change = inverse(kernel @ rho).sub_(rho).div_(strength)
             move = gram @ change
-            length, steps = loss.movement(move), steps + active
-            if bool((length > 1.0).any()):
-                share = self._share(loss, a, change, move, gram, length).view(-1, 1, 1)
-                change, move = share * change, share * move
-            if not bool(active.all()):
-                keep = active.view(-1, 1, 1)
-                change, move = torch.where(keep, change, 0.0), torch.where(keep, move, 0.0)
-            a, outputs = a + change, outputs + move
-            stuck = (length < 1e-3) & (length > 0.5 * last)  # rounding's floor
-            active, last = active & ~((length <= _SOLVED) | stuck | ~length.isfinite()), length
-            if not bool(active.any()):
-                break
+            omega = loss.movement(move)
+            largest = float(omega.max())
+            if not largest <= 1.75:  # below it a whole step lowers the objective for certain
+                share = self._share(loss, a, outputs - base, change, move, rho, omega)
+                if share is not None:
+                    change, move = share * change, share * move
+            a, outputs, steps = a + change, outputs + move, steps + active
+            active = active & (omega > _NEAR)
+            small = largest < _NEAR and 0.5 * largest * max(largest, last) <= problem.goal
+            if small or largest < 1e-3 and largest > 0.5 * last or math.isnan(largest):
+                break  # solved; at rounding's floor; lost
+            last = largest
         point = problem.in_phi(a)
         there = LinearHeads(problem, point if center is None else point + center)
-        there.gram, there.solved, there.steps = gram, True, steps
+        there.solved, there.steps = True, steps
+        there._factored = gram, inverse
         return there
 
     def _share(
-        self, loss: OutputLoss, a: Tensor, change: Tensor, move: Tensor, gram: Tensor, omega: Tensor
-    ) -> Tensor:
-        r"""How much of a long Newton step to take, ``[T]``: the best of a few.
+        self, loss: OutputLoss, a: Tensor, ka: Tensor, change: Tensor, move: Tensor, rho: Tensor,
+        omega: Tensor,
+    ) -> Tensor | None:  # fmt: skip
+        r"""How much of a long Newton step to take, ``[T, 1, 1]``; None for all of it.
 
-        One of them, :math:`\ln(1 + \omega) / \omega`, lowers the objective for certain, since the
-        Hessian changes by at most :math:`e^{\omega}` along the step (Sun, Tran-Dinh 2019).
+        The whole step where it lowers the objective enough, else the best of a few, one of which,
+        :math:`\ln(1 + \omega) / \omega`, lowers it for certain: the Hessian changes by at most
+        :math:`e^{\omega}` along the step (Sun, Tran-Dinh 2019).
         """
-        halves = torch.exp2(-torch.arange(6, dtype=a.dtype, device=a.device))
+        strength = self.quadratic.strength
+        linear, square = (ka * change).sum((1, 2)), (move * change).sum((1, 2))
+        now, slope = loss.value, (rho * move).sum((1, 2))
+
+        def rises(shares: Tensor) -> Tensor:
+            trials = loss.outputs + shares.unsqueeze(-1).unsqueeze(-1) * move
+            penalty = strength * shares * (linear + 0.5 * shares * square)
+            return loss.moved(trials).value - now + penalty
+
+        whole = torch.ones_like(omega)
+        if bool((rises(whole) <= 1e-4 * slope).all()):
+            return None
         sure = torch.where(omega.isfinite(), torch.log1p(omega) / omega, 0.0)
+        halves = torch.exp2(-torch.arange(12.0, dtype=omega.dtype, device=omega.device))
         shares = torch.cat([halves.unsqueeze(1).expand(-1, len(omega)), sure.unsqueeze(0)])
-        trials = torch.addcmul(loss.outputs, shares.unsqueeze(2).unsqueeze(3), move)
-        linear, square = ((gram @ c * change).sum((1, 2)) for c in (a, change))
-        penalty = self.quadratic.strength * shares * (linear + 0.5 * shares * square)
-        values = loss.moved(trials).value + penalty
-        best = values.nan_to_num(nan=torch.inf).argmin(0, keepdim=True)
-        return torch.where(omega > 1.0, shares.gather(0, best)[0], 1.0)
+        best = rises(shares).nan_to_num(nan=torch.inf).argmin(0, keepdim=True)
+        return torch.where(omega > 1.75, shares.gather(0, best)[0], whole).view(-1, 1, 1)
 
     def solve(self, b: Tensor, damping: float) -> LinearSolution:
-        r"""``(H + damping I) v = b`` by one factor and one refinement, shapes ``[T, n]``.
+        r"""``(H + damping I) v = b`` by the minimum's factor and refinements, shapes ``[T, n]``.
 
         :math:`v = (b - X^\top q) / \mu` with :math:`q = S X v`, which solves
-        :math:`(S^{-1} + K / \mu) q = X b / \mu`; :math:`\mu` is l2 plus the damping.
+        :math:`(S^{-1} + K / \mu) q = X b / \mu`; :math:`\mu` is l2 plus the damping. A factor from
+        one step before the minimum, or without the damping, is as good: a refinement makes up for it.
         """
         problem, mu = self.problem, self.quadratic.strength + damping
-        if not self.reducible():
+        if self._factored is None:
             return conjugate_gradient(damped(self.hvp, damping), b, 1000, 1e-10)
-        gram = problem.gram() if self.gram is None else self.gram
+        gram, inverse = self._factored
         kernel = gram / mu
-        inverse = self.loss.inverse(kernel)
-        right = problem.outputs(b) / mu
-        q = inverse(right)
-        residual = q - self.loss.curve(right - kernel @ q)
-        q = q - residual + inverse(kernel @ residual)
-        residual = q - self.loss.curve(right - kernel @ q)
-        norm = (residual * (gram @ residual)).sum((1, 2)).clamp_min_(0.0).sqrt()
+        if inverse is None or damping:
+            inverse = self.loss.inverse(kernel)
         b_norm = torch.linalg.vector_norm(b, dim=1)
+        right = problem.outputs(b) / mu
+        q, best = inverse(right), math.inf
+        for _ in range(_MOST_REFINEMENTS):
+            residual = q - self.loss.curve(right - kernel @ q)
+            k_residual = kernel @ residual
+            norm = (residual * k_residual).sum((1, 2)).mul_(mu).clamp_min_(0.0).sqrt_()
+            relative = torch.where(b_norm > 0, norm / b_norm, 0.0)
+            largest = float(relative.max())
+            if largest <= problem.goal or not largest < 0.5 * best:
+                break
+            best, q = largest, q - residual + inverse(k_residual)
         v = (b - problem.in_phi(q)).div_(mu)
-        relative = torch.where(b_norm > 0, norm / b_norm, 0.0)
         steps, reasons = torch.zeros_like(relative, dtype=torch.long), [FACTORED] * len(b)
         good = v.sum(1).isfinite() & relative.isfinite()
         if not bool((good & (b_norm > 0)).all()):

@@ -154,11 +154,12 @@ class _SoftmaxInverse:
         half = torch.linalg.solve_triangular(factor, root.diag_embed(), upper=False)
         self._each = half.mT @ half  # E, [T, k, m, m]
         total = self._each.sum(1)
-        diagonal = total.diagonal(dim1=1, dim2=2)
-        diagonal.add_(4.0 * torch.finfo(total.dtype).eps * diagonal.amax(1, keepdim=True))
+        # E is at most s; a singular total (classes without probability) is no harm that way.
+        total.diagonal(dim1=1, dim2=2).add_(4.0 * torch.finfo(total.dtype).eps * scale)
         self._total, _ = torch.linalg.cholesky_ex(total)
 
     def __call__(self, right: Tensor) -> Tensor:
-        each = self._each @ right.transpose(1, 2).unsqueeze(3)  # [T, k, m, 1]
-        common = torch.cholesky_solve(each.sum(1), self._total)
-        return (each - self._each @ common.unsqueeze(1)).squeeze(3).transpose(1, 2)
+        each = (self._each * right.transpose(1, 2).unsqueeze(2)).sum(3)  # [T, k, m]
+        common = torch.cholesky_solve(each.sum(1).unsqueeze(2), self._total)
+        coupled = (self._each * common.unsqueeze(1).transpose(2, 3)).sum(3)
+        return (each - coupled).transpose(1, 2)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from l2l_implicit.inner_problem.boundary import is_boundary, source_of
-from l2l_implicit.inner_problem.linear_heads import HeadProblem
+from l2l_implicit.inner_problem.linear_heads import HeadProblem, goal_of
 from l2l_implicit.inner_problem.losses import CrossEntropy, OutputLoss, SquaredError
 from l2l_implicit.inner_problem.regularizer import SquaredDistance
 
@@ -59,7 +59,8 @@ class HeadLoss(NamedTuple):
         targets = one_hot(self.targets, weight[0]) if self.targets.dim() == 1 else self.targets
         targets = targets.to(torch.float64).unsqueeze(0)
         loss = self.loss(targets, targets, self.scale)
-        return HeadProblem(x, self.source, loss, quadratic, weight, self.bias)
+        goal = goal_of(self.x.dtype)
+        return HeadProblem(x, self.source, loss, quadratic, weight, self.bias, goal)
 
 
 def one_hot(classes: Tensor, number: int) -> Tensor:

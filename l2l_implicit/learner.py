@@ -633,16 +633,9 @@ class ImplicitCGHead(MAML):
         answer: LinearSolution, damping: float,
     ) -> None:  # fmt: skip
         steps = torch.full_like(answer.steps, self._task.steps) if at.steps is None else at.steps
-        columns = (
-            steps,
-            at.gradient_norm,
-            answer.steps,
-            answer.relative_residual,
-            at.inner_error(self._task.first_norm),
-            at.linear_error(b, answer, damping),
-            at.rounding_error(b, answer, phi.dtype),
-        )
-        rows = torch.stack([column.double() for column in columns], 1).tolist()
+        errors = at.errors(b, answer, damping, phi.dtype, self._task.first_norm)
+        columns = (steps, at.gradient_norm, answer.steps, answer.relative_residual, *errors)
+        rows = torch.stack([column.to(torch.float64) for column in columns], 1).tolist()
         settings = Settings(
             self.max_error, self.inner, self.linear, isinstance(self.inner, Newton)
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,11 +13,25 @@ from torch.autograd import grad
 from l2l_implicit import checks
 from l2l_implicit.inner_problem.boundary import find_meta_inputs
 from l2l_implicit.inner_problem.regularizer import SquaredDistance
-from l2l_implicit.linear_solvers.solution import LinearSolution, dot
+from l2l_implicit.linear_solvers.solution import LinearSolution, norm
 from l2l_implicit.vectors import flatten, unflatten
 
 Products = list[Tensor | None]
 Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class Errors(NamedTuple):
+    """How wrong T hypergradients may be, each part relative to their size, ``[T]``.
+
+    Attributes:
+        inner: from the distance to the inner minimum.
+        linear: from the residual of the linear system.
+        rounding: from the precision of phi and of the query loss's gradient.
+    """
+
+    inner: Tensor
+    linear: Tensor
+    rounding: Tensor
 
 
 class Linearization(ABC):
@@ -64,7 +78,7 @@ class Linearization(ABC):
     @property
     def gradient_norm(self) -> Tensor:
         """Euclidean norm of each task's gradient, shape ``[T]``."""
-        return torch.linalg.vector_norm(self.gradient, dim=1)
+        return norm(self.gradient)
 
     @property
     @abstractmethod
@@ -118,39 +132,37 @@ class Linearization(ABC):
         """Norm of the closed-form regulariser's gradient, ``[T]``; 0 where the loss carries it."""
         if self.quadratic is None:
             return torch.zeros_like(self.point[:, 0])
-        offset = self.quadratic.offset(self.point)
-        return self.quadratic.strength * torch.linalg.vector_norm(offset, dim=1)
+        return self.quadratic.strength * norm(self.quadratic.offset(self.point))
 
     # How wrong the hypergradient is: docs/mathematics.md derives it and names the constants.
 
     is_bound = False
 
-    def inner_error(self, first_norm: float) -> Tensor:
-        r"""What the distance to the minimum costs the hypergradient, relative, ``[T]``.
+    def errors(
+        self, b: Tensor, answer: LinearSolution, damping: float, dtype: torch.dtype, first: float
+    ) -> Errors:
+        r"""The parts of the hypergradient's relative error, here estimates.
 
-        An estimate: :math:`\|\nabla g\| / \mu`, the distance where g is strongly convex with
-        :math:`\mu = l_2`, relative to the distance from the anchor. Without a closed-form regulariser
-        the gradient relative to the first one's norm, ``first_norm``.
+        The inner part is :math:`\|\nabla g\| / \mu`, the distance to the minimum where g is strongly
+        convex with :math:`\mu = l_2`, relative to the distance from the anchor; without a closed-form
+        regulariser the gradient relative to the first one. The linear part is what the residual r
+        costs v, :math:`\|r\| / (\mu \|v\|)` with :math:`\mu = l_2` plus the damping.
+
+        Args:
+            b: the right-hand side, ``[T, n]``.
+            answer: the solution of the linear system.
+            damping: what it had on its diagonal besides H.
+            dtype: of phi as the user has it.
+            first: norm of the first inner gradient.
         """
         scale = self.regularizer_norm()
-        scale = torch.where(scale > 0, scale, first_norm)
-        return self.gradient_norm / scale.clamp_min(torch.finfo(scale.dtype).tiny)
-
-    def linear_error(self, b: Tensor, answer: LinearSolution, damping: float) -> Tensor:
-        r"""What the linear residual r costs v, relative: :math:`\|r\| / (\mu \|v\|)`, ``[T]``."""
-        strength = 0.0 if self.quadratic is None else self.quadratic.strength
-        relative = answer.relative_residual.to(b.dtype)
-        if strength + damping == 0.0:
-            return relative
-        b_norm = torch.linalg.vector_norm(b, dim=1)
-        v_norm = torch.linalg.vector_norm(answer.solution, dim=1)
-        residual = relative * b_norm / (strength + damping)
-        known = torch.where(v_norm > 0, residual / v_norm, torch.inf)
-        return torch.where(residual > 0, known, 0.0)
-
-    def rounding_error(self, b: Tensor, answer: LinearSolution, dtype: torch.dtype) -> Tensor:
-        """What numbers of ``dtype`` cost the hypergradient, relative, ``[T]``."""
-        return torch.zeros_like(b[:, 0])
+        scale = torch.where(scale > 0, scale, first).clamp_min(torch.finfo(b.dtype).tiny)
+        strength = damping + (0.0 if self.quadratic is None else self.quadratic.strength)
+        linear = answer.relative_residual.to(b.dtype)
+        if strength > 0.0:
+            amplified = norm(b) / (strength * norm(answer.solution))
+            linear = torch.where(linear > 0, linear * amplified, 0.0)
+        return Errors(self.gradient_norm / scale, linear, torch.zeros_like(linear))
 
 
 class AutogradLinearization(Linearization):
@@ -269,5 +281,3 @@ def _flat(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
     pairs = zip(gradients, like, strict=True)
     return flatten(torch.zeros_like(t) if g is None else g for g, t in pairs).unsqueeze(0)
 
-
-__all__ = ["AutogradLinearization", "Linearization", "Products", "dot", "inner_gradient"]

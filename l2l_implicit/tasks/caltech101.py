@@ -85,12 +85,9 @@ class Caltech101(ImageTable):
     """
 
     def __init__(
-        self,
-        mode: str = "train",
-        root: str | Path = "~/data",
-        size: int = 32,
+        self, mode: str = "train", root: str | Path = "~/data", size: int = 32,
         device: Device = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         check_name("mode", mode, MODES)
         if size < 1:
             raise ValueError(f"expected a size of at least 1 pixel, got {size}: pass e.g. 32")
@@ -119,15 +116,9 @@ def reduce_photograph(path: Path, size: int) -> NDArray[np.uint8]:
 
 
 def caltech101_tasksets(
-    train_ways: int = 5,
-    train_samples: int = 10,
-    test_ways: int = 5,
-    test_samples: int = 10,
-    root: str | Path | None = "~/data",
-    device: Device = None,
-    size: int = 32,
-    **kwargs: Any,
-) -> Benchmark:
+    train_ways: int = 5, train_samples: int = 10, test_ways: int = 5, test_samples: int = 10,
+    root: str | Path | None = "~/data", device: Device = None, size: int = 32, **kwargs: Any,
+) -> Benchmark:  # fmt: skip
     """(datasets, transforms) of Caltech 101, as learn2learn's own benchmarks return them.
 
     Args:

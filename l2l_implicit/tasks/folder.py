@@ -45,12 +45,9 @@ class FolderImages(ImageTable):
 
 
 def folder_tables(
-    root: str | Path,
-    size: int = 32,
-    split_seed: int | None = None,
-    skip_unreadable: bool = False,
-    device: Device = None,
-) -> dict[str, FolderImages]:
+    root: str | Path, size: int = 32, split_seed: int | None = None,
+    skip_unreadable: bool = False, device: Device = None,
+) -> dict[str, FolderImages]:  # fmt: skip
     """Train, validation and test images of a folder.
 
     The layout is `root/{train,validation,test}/<class>/*`, or `root/<class>/*` with a split of the
@@ -115,17 +112,10 @@ def folder_tables(
 
 
 def folder_tasksets(
-    train_ways: int = 5,
-    train_samples: int = 10,
-    test_ways: int = 5,
-    test_samples: int = 10,
-    root: str | Path | None = "~/data",
-    device: Device = None,
-    size: int = 32,
-    split_seed: int | None = None,
-    skip_unreadable: bool = False,
-    **kwargs: Any,
-) -> Benchmark:
+    train_ways: int = 5, train_samples: int = 10, test_ways: int = 5, test_samples: int = 10,
+    root: str | Path | None = "~/data", device: Device = None, size: int = 32,
+    split_seed: int | None = None, skip_unreadable: bool = False, **kwargs: Any,
+) -> Benchmark:  # fmt: skip
     """(datasets, transforms) of a folder of images, as learn2learn's own benchmarks return them.
 
     Args:
@@ -156,16 +146,7 @@ def folder_tasksets(
 
 
 def modes_of(root: Path, split_seed: int | None) -> tuple[dict[str, Classes], int | None]:
-    """The classes of each mode, and the seed with which they were drawn, None if they were not.
-
-    Args:
-        root: holds `train`, `validation` and `test` with folders of classes, or the classes.
-        split_seed: for one folder of classes, None means 0.
-
-    Raises:
-        FileNotFoundError: no such folder, or no class in it.
-        ValueError: of train, validation and test some are there; a seed where all are.
-    """
+    """The classes of each mode, and the seed with which they were drawn, None if they were not."""
     if not root.is_dir():
         raise FileNotFoundError(
             f"expected a folder of images at {root}, found none: pass root= the folder that holds "

@@ -145,19 +145,11 @@ def smooth(nodes: NDArray[np.float32], count: int) -> NDArray[np.int32]:
 
     Exact in float32 whatever the order of the sum, as long as |nodes| < 4096.
     """
-    weights = _hat_functions(count)
+    position = np.arange(SIDE) * (count - 1) * 64 // (SIDE - 1)  # in 64ths of a node's distance
+    hats = 64 - np.abs(position[:, None] - 64 * np.arange(count))
+    weights = np.maximum(hats, 0).astype(np.float32)
     basis = np.einsum("ip,jq->pqij", weights, weights).reshape(count**2, SIDE**2)
     return (nodes @ basis).astype(np.int32).reshape(-1, SIDE, SIDE)
-
-
-def _hat_functions(count: int) -> NDArray[np.float32]:
-    """Weights [28, count] in 64ths of `count` evenly spaced nodes at each pixel."""
-    position = np.arange(SIDE) * (count - 1) * 64 // (SIDE - 1)
-    first = np.minimum(position // 64, count - 2)
-    weights = np.zeros((SIDE, count), np.float32)
-    weights[np.arange(SIDE), first] = 64 - (position - 64 * first)
-    weights[np.arange(SIDE), first + 1] = position - 64 * first
-    return weights
 
 
 def _source(

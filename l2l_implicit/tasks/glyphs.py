@@ -52,13 +52,9 @@ class Glyphs(ImageTable):
     """
 
     def __init__(
-        self,
-        mode: str = "train",
-        split: str = "random",
-        level: str = "medium",
-        seed: int = 0,
+        self, mode: str = "train", split: str = "random", level: str = "medium", seed: int = 0,
         device: Device = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         check_name("mode", mode, MODES)
         check_name("split", split, SPLITS)
         check_name("level", level, LEVELS)
@@ -80,17 +76,10 @@ class Glyphs(ImageTable):
 
 
 def glyphs_tasksets(
-    train_ways: int = 5,
-    train_samples: int = 10,
-    test_ways: int = 5,
-    test_samples: int = 10,
-    root: str | None = None,
-    device: Device = None,
-    split: str = "random",
-    level: str = "medium",
-    seed: int = 0,
-    **kwargs: Any,
-) -> Benchmark:
+    train_ways: int = 5, train_samples: int = 10, test_ways: int = 5, test_samples: int = 10,
+    root: str | None = None, device: Device = None,
+    split: str = "random", level: str = "medium", seed: int = 0, **kwargs: Any,
+) -> Benchmark:  # fmt: skip
     """(datasets, transforms) of Glyphs, as learn2learn's own benchmarks return them.
 
     Args:

@@ -140,27 +140,20 @@ LOADERS = {
 
 def learn2learn_tasksets(
     name: str,
-    train_ways: int = 5,
-    train_samples: int = 10,
-    test_ways: int = 5,
-    test_samples: int = 10,
-    root: str | Path | None = "~/data",
-    device: Device = None,
-    split_seed: int | None = None,
-    data_augmentation: str | None = None,
-    **kwargs: Any,
-) -> Benchmark:
+    train_ways: int = 5, train_samples: int = 10, test_ways: int = 5, test_samples: int = 10,
+    root: str | Path | None = "~/data", device: Device = None, split_seed: int | None = None,
+    data_augmentation: str | None = None, **kwargs: Any,
+) -> Benchmark:  # fmt: skip
     """(datasets, transforms) of one of learn2learn's benchmarks; images are in [0, 1].
 
     Args:
         name: "cifarfs", "fc100", "mini_imagenet", "tiered_imagenet" or "omniglot".
-        train_ways, train_samples, test_ways, test_samples: see `get_tasksets`.
+        train_ways, train_samples, test_ways, test_samples, kwargs: see `get_tasksets`.
         root: where the data lies; what is missing is downloaded there. None means "~/data".
         device: where the images live, all of them decoded; None decodes when a task asks.
         split_seed: omniglot: of the split of its characters, None means 0.
         data_augmentation: mini_imagenet, tiered_imagenet: "normalize" (divide by 255) or None,
             which means the same; learn2learn's "lee2019" is refused.
-        kwargs: nothing else.
 
     Raises:
         FileNotFoundError: data that is missing and cannot be downloaded.
@@ -170,7 +163,17 @@ def learn2learn_tasksets(
     own: tuple[str, ...] = ()
     if name in AUGMENTED:
         own = ("data_augmentation",)
-        _check_augmentation(data_augmentation)
+        if data_augmentation == "lee2019":
+            raise ValueError(
+                "expected data_augmentation 'normalize', got 'lee2019', which learn2learn 0.2.0 "
+                "has wrong (training images overflow 8 bit, test images are not divided by 255): "
+                "leave it out"
+            )
+        if data_augmentation not in (None, "normalize"):
+            raise ValueError(
+                f"expected data_augmentation 'normalize', got {data_augmentation!r}: leave it out "
+                "for the same"
+            )
     elif data_augmentation is not None:
         kwargs["data_augmentation"] = data_augmentation
     if name == "omniglot":
@@ -190,7 +193,7 @@ def learn2learn_tasksets(
             f"test, found {found}: results do not compare with those on the whole data set",
             stacklevel=2,
         )
-    also = (omniglot.RotateClasses,) if name == "omniglot" else ()
+    also = (omniglot.rotate_classes,) if name == "omniglot" else ()
     return build_tasksets(tables, train_ways, train_samples, test_ways, test_samples, also)
 
 
@@ -198,20 +201,6 @@ LEARN2LEARN: dict[str, Callable[..., Benchmark]] = {
     name: partial(learn2learn_tasksets, name) for name in COMPLETE
 }
 """Repaired benchmarks by our names."""
-
-
-def _check_augmentation(value: str | None) -> None:
-    """Raises ValueError for what learn2learn offers and does wrong, and for unknown names."""
-    if value == "lee2019":
-        raise ValueError(
-            "expected data_augmentation 'normalize', got 'lee2019', which learn2learn 0.2.0 has "
-            "wrong (training images overflow 8 bit, test images are not divided by 255): leave it "
-            "out"
-        )
-    if value not in (None, "normalize"):
-        raise ValueError(
-            f"expected data_augmentation 'normalize', got {value!r}: leave it out for the same"
-        )
 
 
 def _consecutive(labels: Iterable[Any]) -> tuple[list[int], list[str]]:

@@ -46,26 +46,19 @@ class UnpackedOmniglot(Omniglot):
         return (Path(self.root) / self._get_target_folder()).is_dir()
 
 
-class RotateClasses:
+def rotate_classes(dataset: Any, description: Any) -> Any:
     """A task transform: every class of a task turned by 0, 90, 180 or 270 degrees.
 
-    Drawn from Python's `random`, one number for each class in the order in which classes come.
-
-    Args:
-        dataset: a `learn2learn.data.MetaDataset`.
+    Drawn from Python's `random`, one number for each class in the order in which classes come;
+    `dataset` is a `learn2learn.data.MetaDataset`.
     """
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __call__(self, description: Any) -> Any:
-        turns: dict[int, int] = {}
-        for sample in description:
-            label = self.dataset.indices_to_labels[sample.index]
-            if label not in turns:
-                turns[label] = random.randrange(4)
-            sample.transforms.append(functools.partial(_turned, turns=turns[label]))
-        return description
+    turns: dict[int, int] = {}
+    for sample in description:
+        label = dataset.indices_to_labels[sample.index]
+        if label not in turns:
+            turns[label] = random.randrange(4)
+        sample.transforms.append(functools.partial(_turned, turns=turns[label]))
+    return description
 
 
 def _turned(item: Any, turns: int) -> tuple[Tensor, Any]:
@@ -78,11 +71,7 @@ def omniglot_tables(
     """The characters of each mode: 1,100 / 100 / 423 of them, drawn with a seed.
 
     Strokes are white on black. Fewer characters (part of the data) are split in this proportion.
-
-    Args:
-        root: holds `omniglot-py/images_background` and `images_evaluation`, or their archives.
-        split_seed: of the split into modes.
-        device: where the images live, all of them read; None reads when a task asks.
+    With a device all images are read and moved there at once.
 
     Raises:
         FileNotFoundError: not there, and not to be downloaded.

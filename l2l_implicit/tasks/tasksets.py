@@ -7,6 +7,7 @@ change them.
 """
 
 import difflib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,19 +24,15 @@ OPTIONS = ("train_ways", "train_samples", "test_ways", "test_samples", "num_task
 
 def build_tasksets(
     tables: Mapping[str, ImageTable],
-    train_ways: int,
-    train_samples: int,
-    test_ways: int,
-    test_samples: int,
-    also: Sequence[Callable[[Any], Any]] = (),
-) -> Benchmark:
+    train_ways: int, train_samples: int, test_ways: int, test_samples: int,
+    also: Sequence[Callable[[Any, Any], Any]] = (),
+) -> Benchmark:  # fmt: skip
     """Three `MetaDataset` and three lists of task transforms (train, validation, test).
 
     Args:
         tables: a data set by mode.
-        train_ways, test_ways: classes of a task (test: also of validation tasks).
-        train_samples, test_samples: images of a class in a task, shots plus queries.
-        also: makers of further transforms, each from its `MetaDataset`.
+        train_ways, train_samples, test_ways, test_samples: see `get_tasksets`.
+        also: further transforms, called with the `MetaDataset` and the description of a task.
 
     Raises:
         ValueError: a task asks for more classes than a table has, or more images than its
@@ -56,7 +53,7 @@ def build_tasksets(
             l2l.data.transforms.LoadData(dataset),
             l2l.data.transforms.RemapLabels(dataset),
             l2l.data.transforms.ConsecutiveLabels(dataset),
-            *(make(dataset) for make in also),
+            *(functools.partial(transform, dataset) for transform in also),
         ])
     return tuple(datasets), tuple(transforms)
 

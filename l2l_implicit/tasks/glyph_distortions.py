@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 SIDE = 28
-CHUNK = 1024  # images at a time: keeps temporaries in cache, and orders the draws of the noise
+WARP_CHUNK = 512  # images warped at a time: keeps the temporaries in cache
+NOISE_CHUNK = 1024  # images whose noise is drawn at a time: another number, other pixels
 UNIT = 2048  # fixed-point units of a pixel
 WARP_NODES = 4  # the elastic field is given on 4 x 4 points and is bilinear between
 NODE_UNIT = 256  # fixed-point units of a pixel in that field
@@ -38,8 +39,8 @@ class Warp:
         fields = rng.normal(0, self.elastic * NODE_UNIT, (2, len(images), WARP_NODES**2))
         fields = np.rint(fields).astype(np.float32)
         warped = np.empty_like(images)
-        for start in range(0, len(images), CHUNK):
-            part = slice(start, start + CHUNK)
+        for start in range(0, len(images), WARP_CHUNK):
+            part = slice(start, start + WARP_CHUNK)
             columns, rows = _source(matrix[part], offset[part])
             if self.elastic:
                 columns += smooth(fields[0, part], WARP_NODES) >> 9  # NODE_UNIT * 4096 -> UNIT
@@ -114,8 +115,8 @@ class Background:
         nodes = np.rint(nodes).astype(np.float32)
         inverted = rng.random_sample(n) < self.inverted
         result = np.empty_like(images)
-        for start in range(0, n, CHUNK):
-            part = slice(start, start + CHUNK)
+        for start in range(0, n, NOISE_CHUNK):
+            part = slice(start, start + NOISE_CHUNK)
             ink = images[part].astype(np.int16)
             texture = (smooth(nodes[part], TEXTURE_NODES) >> 16).astype(np.int16)
             mixed = (ink * contrast[part, None, None] >> 7) + ((255 - ink) * texture >> 8)

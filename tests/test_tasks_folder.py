@@ -14,8 +14,8 @@ from PIL import Image
 
 from experiments.ingredients.tasks import Tasks, make_tasks, tasks
 from experiments.tracking import UserError
-from l2l_implicit.tasks import folder_tables, get_tasksets, kept_arrays
-from l2l_implicit.tasks.read_image import read_square
+from l2l_implicit.tasks import folder_tables, get_tasksets
+from l2l_implicit.tasks.pictures import read_square
 
 SMALL = {"ways": 3, "shots": 1, "queries": 2, "name": "folder"}
 
@@ -211,7 +211,7 @@ def test_a_folder_that_cannot_be_written_does_not_matter(
     def refuse(*names: object) -> None:
         raise PermissionError("read-only file system")
 
-    monkeypatch.setattr(kept_arrays.os, "replace", refuse)
+    monkeypatch.setattr(os, "replace", refuse)
     assert len(folder_tables(tmp_path, 6)["train"]) == 9
     assert not list(tmp_path.glob(".reduced*"))
 

@@ -22,6 +22,7 @@ from l2l_implicit.inner_problem.linear_heads import LinearHeads
 from l2l_implicit.inner_problem.linearization import (
     AutogradLinearization,
     Linearization,
+    Sizes,
     inner_gradient,
 )
 from l2l_implicit.inner_problem.recognition import HeadLoss, recognize
@@ -37,6 +38,7 @@ from l2l_implicit.linear_solvers.solution import (
     LinearSolver,
     Matvec,
     damped,
+    norm,
 )
 from l2l_implicit.mixed_precision import as_now, precision_of, widened, without_autocast
 from l2l_implicit.vectors import flatten, shallow_copy, substitute, unflatten
@@ -633,14 +635,21 @@ class ImplicitCGHead(MAML):
         answer: LinearSolution, damping: float,
     ) -> None:  # fmt: skip
         steps = torch.full_like(answer.steps, self._task.steps) if at.steps is None else at.steps
-        errors = at.errors(b, answer, damping, phi.dtype, self._task.first_norm)
-        columns = (steps, at.gradient_norm, answer.steps, answer.relative_residual, *errors)
+        columns = (
+            steps, at.gradient_norm, answer.steps, answer.relative_residual, norm(b),
+            norm(answer.solution), *at.scales(),
+        )  # fmt: skip
         rows = torch.stack([column.to(torch.float64) for column in columns], 1).tolist()
-        settings = Settings(
-            self.max_error, self.inner, self.linear, isinstance(self.inner, Newton)
-        )
+        newton = isinstance(self.inner, Newton)
+        settings = Settings(self.max_error, self.inner, self.linear, newton)
+        eps = torch.finfo(phi.dtype).eps
         for found, row, reason in zip(diagnostics, rows, answer.reason, strict=True):
-            report = Report(int(row[0]), row[1], int(row[2]), row[3], reason, *row[4:], at.is_bound)
+            taken, gradient, products, residual, b_norm, v_norm, *scales = row
+            sizes = Sizes(gradient, residual, b_norm, v_norm, tuple(scales))
+            errors = at.errors(sizes, damping, eps, self._task.first_norm)
+            report = Report(
+                int(taken), gradient, int(products), residual, reason, *errors, at.is_bound
+            )
             found.record(report, settings)
 
     # Whether autograd's second derivative is one.

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Size, Tensor
 
-from l2l_implicit.inner_problem.linearization import Errors, Linearization, Products
+from l2l_implicit.inner_problem.linearization import Errors, Linearization, Products, Sizes
 from l2l_implicit.inner_problem.losses import Inverse, OutputLoss
 from l2l_implicit.inner_problem.regularizer import SquaredDistance
 from l2l_implicit.linear_solvers.conjugate_gradient import conjugate_gradient
@@ -38,7 +38,7 @@ from l2l_implicit.linear_solvers.solution import (
 )
 
 MOST_SAMPLES = 512  # of a task whose problem is solved in the span of its samples
-_MOST_STEPS, _MOST_REFINEMENTS, _NEAR = 100, 6, 2e-3
+_MOST_STEPS, _MOST_REFINEMENTS, _NEAR, _TINY = 100, 6, 2e-3, 1e-300
 
 
 class HeadProblem(NamedTuple):
@@ -277,30 +277,32 @@ class LinearHeads(Linearization):
 
     # How wrong the hypergradient is.
 
-    @cached_property
-    def _longest(self) -> Tensor:
-        """Norm of the longest sample's features, with the bias's 1, ``[T]``."""
+    def scales(self) -> tuple[Tensor, ...]:
         if self._factored is not None:
             squares = self._factored[0].diagonal(dim1=1, dim2=2)
         else:
             squares = self.problem.x.square().sum(-1) + float(self.problem.bias)
-        return squares.amax(1).sqrt() if squares.shape[1] else squares.sum(1)
+        m, outputs = squares.shape[1], self.loss.outputs.abs()
+        if not m:
+            return (squares.sum(1),) * 4
+        longest, largest = squares.amax(1).sqrt(), outputs.amax((1, 2))
+        curvature = longest.square() * (m * self.problem.loss.scale)
+        return longest, self.loss.movement_of(longest), self.loss.movement_of(largest), curvature
 
-    def errors(
-        self, b: Tensor, answer: LinearSolution, damping: float, dtype: torch.dtype, first: float
-    ) -> Errors:
+    def errors(self, sizes: Sizes, damping: float, eps: float, first: float) -> Errors:
         r"""Bounds: the minimum is within :math:`\|\nabla g\| / \mu`, and no sample's outputs move by
-        more than the longest sample times that; within :math:`\omega` of it b, H and the mixed
-        derivative each stay within factors :math:`e^{\pm\omega}`. phi and b are rounded to ``dtype``:
-        the outputs by :math:`\epsilon` times their own size, b relative to its own, and what of it lies
-        beyond the span is divided by :math:`\mu`."""
-        found, strength = super().errors(b, answer, damping, dtype, first), self.quadratic.strength
+        more than the longest sample times that; within a movement :math:`\omega` of it b, H and the
+        mixed derivative each stay within factors :math:`e^{\pm\omega}`. phi and b are rounded: the
+        outputs by :math:`\epsilon` times their own size, b relative to its own, and what of it lies
+        beyond the span is divided by :math:`\mu`; the factor is float64's, of a matrix with the
+        condition number :math:`1 + L / \mu`."""
+        strength = self.quadratic.strength
         if strength == 0.0:
-            return found
-        longest, tiny = self._longest, torch.finfo(b.dtype).tiny
-        omega = self.loss.movement_of(longest * self.gradient_norm / strength)
-        b_norm, v_norm = norm(b), norm(answer.solution)
-        amplified = b_norm / (strength * v_norm).clamp_min(tiny)
-        size = 1.0 + longest * (norm(self.point) + 1.0 / b_norm.clamp_min(tiny))
-        rounding = torch.finfo(dtype).eps * amplified * size
-        return Errors(torch.expm1(3.0 * omega), found.linear, rounding)
+            return super().errors(sizes, damping, eps, first)
+        longest, movement, outputs, curvature = sizes.scales
+        omega = 3.0 * movement * sizes.gradient / strength
+        inner = math.expm1(min(omega, 700.0)) if omega == omega else math.inf
+        amplified = sizes.b / max((strength + damping) * sizes.v, _TINY)
+        rounding = 0.4 * eps * amplified * (1.0 + outputs + longest / max(sizes.b, _TINY))
+        rounding += 8.0 * torch.finfo(torch.float64).eps * (1.0 + curvature / strength)
+        return Errors(inner, sizes.linear_error(strength + damping), rounding)

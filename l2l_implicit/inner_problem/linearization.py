@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Errors(NamedTuple):
-    """How wrong T hypergradients may be, each part relative to their size, ``[T]``.
+    """How wrong one task's hypergradient may be, each part relative to its size.
 
     Attributes:
         inner: from the distance to the inner minimum.
@@ -29,9 +30,32 @@ class Errors(NamedTuple):
         rounding: from the precision of phi and of the query loss's gradient.
     """
 
-    inner: Tensor
-    linear: Tensor
-    rounding: Tensor
+    inner: float
+    linear: float
+    rounding: float
+
+
+class Sizes(NamedTuple):
+    """Norms that the error of one task's hypergradient is made of.
+
+    Attributes:
+        gradient: of the inner objective where it was linearized.
+        residual: of the linear system, relative to b.
+        b, v: of its right-hand side and solution.
+        scales: what `Linearization.scales` has.
+    """
+
+    gradient: float
+    residual: float
+    b: float
+    v: float
+    scales: tuple[float, ...]
+
+    def linear_error(self, strength: float) -> float:
+        """What the residual costs v where the matrix is at least ``strength`` times I."""
+        if strength == 0.0 or self.residual == 0.0:
+            return self.residual
+        return self.residual * self.b / (strength * self.v) if self.v > 0.0 else math.inf
 
 
 class Linearization(ABC):
@@ -138,10 +162,12 @@ class Linearization(ABC):
 
     is_bound = False
 
-    def errors(
-        self, b: Tensor, answer: LinearSolution, damping: float, dtype: torch.dtype, first: float
-    ) -> Errors:
-        r"""The parts of the hypergradient's relative error, here estimates.
+    def scales(self) -> tuple[Tensor, ...]:
+        """What `errors` needs to know of the point, each ``[T]``."""
+        return (self.regularizer_norm(),)
+
+    def errors(self, sizes: Sizes, damping: float, eps: float, first: float) -> Errors:
+        r"""The parts of one task's relative error of the hypergradient, here estimates.
 
         The inner part is :math:`\|\nabla g\| / \mu`, the distance to the minimum where g is strongly
         convex with :math:`\mu = l_2`, relative to the distance from the anchor; without a closed-form
@@ -149,20 +175,15 @@ class Linearization(ABC):
         costs v, :math:`\|r\| / (\mu \|v\|)` with :math:`\mu = l_2` plus the damping.
 
         Args:
-            b: the right-hand side, ``[T, n]``.
-            answer: the solution of the linear system.
-            damping: what it had on its diagonal besides H.
-            dtype: of phi as the user has it.
+            sizes: of this task.
+            damping: what the linear system has on its diagonal besides H.
+            eps: rounding of phi as the user has it.
             first: norm of the first inner gradient.
         """
-        scale = self.regularizer_norm()
-        scale = torch.where(scale > 0, scale, first).clamp_min(torch.finfo(b.dtype).tiny)
         strength = damping + (0.0 if self.quadratic is None else self.quadratic.strength)
-        linear = answer.relative_residual.to(b.dtype)
-        if strength > 0.0:
-            amplified = norm(b) / (strength * norm(answer.solution))
-            linear = torch.where(linear > 0, linear * amplified, 0.0)
-        return Errors(self.gradient_norm / scale, linear, torch.zeros_like(linear))
+        scale = sizes.scales[0] or first
+        inner = sizes.gradient / scale if scale > 0.0 else sizes.gradient
+        return Errors(inner, sizes.linear_error(strength), 0.0)
 
 
 class AutogradLinearization(Linearization):

@@ -16,7 +16,13 @@ from test_training import Learner, Run, Tasks, falling, schedule
 
 from experiments import checkpoint
 from experiments.drills.runs import TIMED, Bench, same_parameters, same_record
-from experiments.tracking import Terminated, UserError, interruption, open_database
+from experiments.tracking import (
+    Terminated,
+    UserError,
+    interruption,
+    last_upload,
+    open_database,
+)
 from experiments.training import Training
 
 ROOT = Path(__file__).parents[1]
@@ -226,8 +232,9 @@ def test_ctrl_c_ends_a_run_in_time(
     bench = Bench(tmp_path)
     process, seconds = interrupt(bench, *RUN, "meta_batch=64", times=times)
     assert process.returncode == 130, bench.text()
-    # Five seconds where it has a processor to itself; where it shares one, not those of hours that
-    # the run would have gone on.
+    # Of the five seconds that are promised, what is waited for has its own limits; what is computed
+    # takes as long as the machine's other work lets it, and not the hour that the run would have.
+    assert interruption.GRACE + last_upload.INTERRUPTED < 5.0
     assert seconds < 60.0 and "Traceback" not in bench.text()
     (left,) = bench.checkpoints()
     state = checkpoint.load(left.parent)

@@ -71,9 +71,9 @@ BY_TENSOR = ["softmax mean bias", "anchored softmax"]  # a linear head's loss is
 SOLVED_BY_LBFGSB = [*((name, "closure", 1) for name in NAMES), *((n, "loss", 2) for n in BY_TENSOR)]
 
 
-# Where L-BFGS-B stops depends on the last digit: it compares values of an objective near 1, equal to
-# rounding within sqrt(2 eps / smallest eigenvalue) of the minimum, 7e-8 for 0.1. Relative to phi, of
-# norm 0.4, that is 2e-7; the rest is for what the curvature makes of it in the hypergradient.
+# Where L-BFGS-B stops depends on the last digit: it compares values of an objective near 1, equal
+# to rounding within sqrt(2 eps / smallest eigenvalue) of the minimum, 7e-8 for 0.1. Relative to
+# phi, of norm 0.4, that is 2e-7; the rest is for what curvature makes of it in the hypergradient.
 FLAT = 1e-6
 
 

@@ -74,7 +74,8 @@ class Task:
         taken: the last step of loss tensors, until it has shown what the second derivative is.
         independent: features that are known not to depend on phi.
         saved: the linearization that the current parameters depend on, if it is alive.
-        solution: what was solved exactly: the loss, its regulariser, and phi as installed.
+        solution: what was solved at once: the loss, its regulariser, phi as installed, ``[n]``, and the
+            linear solver.
     """
 
     __slots__ = (
@@ -90,7 +91,7 @@ class Task:
         self.taken: StepTaken | None = None
         self.independent: set[weakref.ref[Tensor]] = set()
         self.saved: weakref.ref[SavedLinearization] | None = None
-        self.solution: tuple[HeadLoss, SquaredDistance, Tensor] | None = None
+        self.solution: tuple[HeadLoss, SquaredDistance, Tensor, Any] | None = None
 
     def linearization(self) -> Linearization | None:
         """The one that the current parameters depend on, if it is alive."""
@@ -103,13 +104,16 @@ class Task:
         if saved is not None:
             saved.linearization = None
 
-    def holds(self, loss: HeadLoss, quadratic: SquaredDistance, phi: Sequence[Tensor]) -> bool:
-        """Whether the current parameters are the solution of this very problem."""
-        if self.solution is None or self.linearization() is None:
-            return False
-        known, regularizer, installed = self.solution
-        unmoved = torch.equal(installed[0], flatten(p.detach() for p in phi))
-        return unmoved and regularizer.same(quadratic) and known.same(loss)
+    def solved(
+        self, loss: HeadLoss, quadratic: SquaredDistance, phi: Sequence[Tensor]
+    ) -> LinearHeads | None:
+        """The solution of this very problem, if the current parameters are it."""
+        at = self.linearization()
+        if self.solution is None or not isinstance(at, LinearHeads):
+            return None
+        known, regularizer, installed, _ = self.solution
+        unmoved = torch.equal(installed, flatten(p.detach() for p in phi))
+        return at if unmoved and regularizer.same(quadratic) and known.same(loss) else None
 
     def summary(self) -> Task:
         """What the backward pass needs: no tensors."""
@@ -373,14 +377,17 @@ class ImplicitCGHead(MAML):
         task, known = self._task, self._recognize(loss, phi)
         if known is not None and self._solves_at_once():
             quadratic = self._quadratic(phi, torch.float64)
-            if keep and task.holds(known, quadratic, phi):
+            there = task.solved(known, quadratic, phi) if keep else None
+            if there is None:
+                task.release()
+                there = self._on_heads(self._heads(known, quadratic, phi), 1)
+            elif (task.solution[0].origin, task.solution[3]) == (known.origin, self.linear):
                 return
-            task.release()
-            there = self._on_heads(self._heads(known, quadratic, phi), 1)
+            there.sees(known.source)
             self._install(there.point, phi, there if keep else None)
             if keep:
-                now = flatten(p.detach() for p in self._adapted(phi)).unsqueeze(0)
-                task.solution = known, quadratic, now
+                now = flatten(p.detach() for p in self._adapted(phi))
+                task.solution = known, quadratic, now, self.linear
             return
         task.release()  # before there are two
         at = self._linearize(loss, phi, unused, True, known)
@@ -427,11 +434,14 @@ class ImplicitCGHead(MAML):
         before = self._task.steps, self._task.first_norm
         there = self._on_heads(self._heads(known, quadratic, objective.phi), steps)
         again = self._recognize(objective.loss(there.point.to(point.dtype)), objective.phi)
-        if again is not None and again.same(known):
-            return there
-        self._task.steps, self._task.first_norm = before
-        objective.forget()
-        return None  # the closure draws anew each time: it has to be asked at each step
+        if again is not None and not again.same(known) and self._solves_at_once():
+            there = self._on_heads(self._heads(again, quadratic, objective.phi), steps)
+        elif again is None or not again.same(known):
+            self._task.steps, self._task.first_norm = before
+            objective.forget()
+            return None  # the closure draws anew each time: it has to be asked at each step
+        there.sees(again.source)
+        return there
 
     def _on_heads(self, at: LinearHeads, steps: int) -> LinearHeads:
         """The inner loop of linear heads: their objectives are known everywhere."""

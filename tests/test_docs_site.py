@@ -18,8 +18,9 @@ PACKAGE = ROOT / "l2l_implicit"
 OFFERED = {
     "l2l_implicit": PACKAGE / "__init__.py",
     **{f"l2l_implicit.{name}": PACKAGE / name / "__init__.py"
-       for name in ("baselines", "batched", "lightning", "tasks")},
-    **{f"l2l_implicit.{name}": PACKAGE / f"{name}.py" for name in ("theory", "distributed")},
+       for name in ("baselines", "lightning", "tasks")},
+    **{f"l2l_implicit.{name}": PACKAGE / f"{name}.py"
+       for name in ("theory", "distributed", "per_task_norm")},
 }  # fmt: skip
 IDENTIFIER = re.compile(r"^::: (\S+)$", re.MULTILINE)
 SYMBOL = re.compile(r"\| `([\w/]+\.py)`: `([\w.]+)` \|$", re.MULTILINE)

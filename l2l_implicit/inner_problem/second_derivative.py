@@ -1,8 +1,8 @@
 """Whether Hessian products are what the gradient's change says: autograd's may be wrong or missing.
 
-An operation without a second derivative, one whose second derivative is wrong, a state that moves with
-every pass, other data at every call: each leaves a gradient that is right and products that are not. A
-difference of two gradients sees all of them, once for each learner.
+An operation without a second derivative, one whose second derivative is wrong, a state that moves
+with every pass, other data at every call: each leaves a gradient that is right and products that
+are not. A difference of two gradients sees all of them, once for each learner.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ def largest_curvature(
         tol: relative residual at which fewer are enough.
 
     Returns:
-        The estimates, ``[T]``; 0 for a zero matrix, nan or infinity for products that are not finite.
+        The estimates, ``[T]``; 0 for a zero matrix, nan or infinity for products that are not
+        finite.
 
     References:
         Golub, Van Loan, Matrix Computations, section 10.1.

@@ -1,0 +1,358 @@
+"""Which losses are known to be those of a linear head, and that every loss is right either way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import implicit, minimize, relative_error
+from problems import two_layers
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import l2l_implicit.learner as learner_module
+from l2l_implicit import CG, GradientDescent, ImplicitCGHead, Newton
+from l2l_implicit.inner_problem.linear_heads import LinearHeads
+from l2l_implicit.inner_problem.linearization import AutogradLinearization
+from l2l_implicit.inner_problem.losses import CrossEntropy, OutputLoss, SquaredError
+from l2l_implicit.inner_problem.recognition import recognize
+from l2l_implicit.inner_problem.regularizer import SquaredDistance
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+M, WIDTH, CLASSES = 12, 4, 3
+Y = torch.arange(M) % CLASSES
+ROUNDING = 1e-13
+SOLVED = 3  # a seed from which Newton's method reaches a minimum in a few steps
+EXACT: dict[str, Any] = {
+    "inner": Newton(cg_steps=200, tol=1e-14),
+    "linear": CG(steps=200, tol=1e-13),
+}
+
+# One loss, read in both ways
+
+
+def squared(outputs: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    targets = F.one_hot(labels, CLASSES).to(outputs.dtype)
+    return F.mse_loss(outputs, targets, reduction=reduction)
+
+
+FUNCTIONS: dict[type[OutputLoss], Callable[..., Tensor]] = {
+    CrossEntropy: F.cross_entropy,
+    SquaredError: squared,
+}
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("history", [True, False])
+@pytest.mark.parametrize("anchored", [True, False])
+def test_closed_form_equals_the_general_path(
+    kind: type[OutputLoss], reduction: str, bias: bool, history: bool, anchored: bool
+) -> None:
+    head = nn.Linear(WIDTH, CLASSES, bias)
+    learner, x = ImplicitCGHead(head, 0.1).clone(), torch.randn(M, WIDTH)
+    x = torch.tanh(x.requires_grad_()) if history else x
+    loss = FUNCTIONS[kind](learner(x), Y, reduction=reduction)
+    phi, independent = list(learner.module.parameters()), set()
+    l2 = torch.tensor(0.2, requires_grad=True)
+    anchor = [torch.randn_like(p).requires_grad_() for p in phi] if anchored else []
+    quadratic = SquaredDistance(l2, anchor, torch.float64)
+    known = recognize(loss, phi, independent)
+    assert known is not None and known.loss is kind
+    point = torch.cat([p.detach().reshape(-1) for p in phi]).unsqueeze(0)
+    closed = LinearHeads(known.problem(phi[0].shape, quadratic), point)
+    general = AutogradLinearization(loss, phi, quadratic=quadratic)
+    assert relative_error([closed.gradient], [general.gradient]) < ROUNDING
+    assert relative_error([closed.objective], [general.objective]) < ROUNDING
+    assert torch.equal(closed.point, general.point)
+    ours, theirs = closed.sources(), general.sources()
+    assert len(ours) == len(theirs) == history + 1 + len(anchor)
+    assert all(a is b for a, b in zip(ours, theirs, strict=True))
+    assert ours[0] is (x if history else l2)
+    v = torch.randn_like(point)
+    assert relative_error([closed.hvp(v)], [general.hvp(v)]) < ROUNDING
+    answer = CG().solve(lambda p: p, v)  # v itself, as a solution
+    products = zip(closed.mixed_vjp(answer), general.mixed_vjp(answer), strict=True)
+    for mine, other in products:
+        assert mine is not None and other is not None
+        assert relative_error([mine], [other]) < ROUNDING
+
+
+# Which losses are recognised, and that every answer is right either way
+
+Net = Callable[[Tensor], Tensor]
+Loss = Callable[[Net, Tensor, Tensor], Tensor]  # of net, features, initial weight
+
+
+def smooth(net: Net, x: Tensor, w: Tensor) -> Tensor:
+    return F.cross_entropy(net(x), Y, label_smoothing=0.1)
+
+
+def weighted(net: Net, x: Tensor, w: Tensor) -> Tensor:
+    return F.cross_entropy(net(x), Y, weight=torch.tensor([1.0, 2.0, 0.5]))
+
+
+def ignored_negative(net: Net, x: Tensor, w: Tensor) -> Tensor:
+    return F.cross_entropy(net(x), torch.where(Y == 1, -100, Y))
+
+
+def ignored_in_range(net: Net, x: Tensor, w: Tensor) -> Tensor:
+    """A class that is a valid index, and yet ignored."""
+    return F.cross_entropy(net(x), Y, ignore_index=1)
+
+
+def ignored_in_a_sum(net: Net, x: Tensor, w: Tensor) -> Tensor:
+    return F.cross_entropy(net(x), Y, ignore_index=1, reduction="sum")
+
+
+def ignored_absent(net: Net, x: Tensor, w: Tensor) -> Tensor:
+    return F.cross_entropy(net(x), Y % 2, ignore_index=2)
+
+
+def three_dimensional(net: Net, x: Tensor, w: Tensor) -> Tensor:
+    return F.cross_entropy(net(x.view(4, 3, WIDTH)).flatten(0, 1), Y)
+
+
+def spatial(net: Net, x: Tensor, w: Tensor) -> Tensor:
+    """Logits [batch, classes, places]: a two-dimensional kind of nll_loss."""
+    return F.cross_entropy(net(x.view(4, 3, WIDTH)).transpose(1, 2), Y.view(4, 3))
+
+
+def probabilities(net: Net, x: Tensor, w: Tensor) -> Tensor:
+    targets = torch.eye(CLASSES)[Y] * 0.7 + 0.1
+    return F.cross_entropy(net(x), targets)
+
+
+def scaled_loss(net: Net, x: Tensor, w: Tensor) -> Tensor:
+    return 0.5 * F.cross_entropy(net(x), Y)
+
+
+def scaled_logits(net: Net, x: Tensor, w: Tensor) -> Tensor:
+    return F.cross_entropy(1.5 * net(x), Y)
+
+
+def penalty(net: Net, x: Tensor, w: Tensor) -> Tensor:
+    return F.cross_entropy(net(x), Y) + 0.1 * net(x).square().mean()
+
+
+def other_axis(net: Net, x: Tensor, w: Tensor) -> Tensor:
+    """A log-softmax over the examples, not the classes."""
+    return F.nll_loss(F.log_softmax(net(x), dim=0), Y)
+
+
+def rows_repeated(net: Net, x: Tensor, w: Tensor) -> Tensor:
+    return F.cross_entropy(net(x[torch.arange(M) % 5]), Y)
+
+
+def one_example(net: Net, x: Tensor, w: Tensor) -> Tensor:
+    return F.cross_entropy(net(x[:1]), Y[:1])
+
+
+def unbatched(net: Net, x: Tensor, w: Tensor) -> Tensor:
+    return F.cross_entropy(net(x[0]), Y[0])
+
+
+def plain(net: Net, x: Tensor, w: Tensor) -> Tensor:
+    return F.cross_entropy(net(x), Y)
+
+
+def strong(net: Net, x: Tensor, w: Tensor) -> Tensor:
+    return 4.0 * F.cross_entropy(net(x), Y)
+
+
+def numbers(net: Net, x: Tensor, w: Tensor) -> Tensor:
+    return F.mse_loss(net(x), torch.linspace(-1, 1, M * CLASSES).view(M, CLASSES))
+
+
+def summed_numbers(net: Net, x: Tensor, w: Tensor) -> Tensor:
+    return F.mse_loss(net(x), torch.eye(CLASSES)[Y], reduction="sum")
+
+
+def numbers_first(net: Net, x: Tensor, w: Tensor) -> Tensor:
+    """The targets in the place of the outputs: the same number, another graph."""
+    return F.mse_loss(torch.eye(CLASSES)[Y], net(x))
+
+
+def targets_of_theta(net: Net, x: Tensor, w: Tensor) -> Tensor:
+    return F.mse_loss(net(x), torch.tanh(x @ torch.ones(WIDTH, CLASSES)))
+
+
+def targets_of_phi(net: Net, x: Tensor, w: Tensor) -> Tensor:
+    return F.mse_loss(net(x), 0.3 * net(x.roll(1, 0)) + torch.eye(CLASSES)[Y])
+
+
+def one_row_of_numbers(net: Net, x: Tensor, w: Tensor) -> Tensor:
+    return F.mse_loss(net(x[0]), torch.eye(CLASSES)[1])
+
+
+def absolute_numbers(net: Net, x: Tensor, w: Tensor) -> Tensor:
+    """Another loss of the same shape, smooth where the errors are large."""
+    return F.huber_loss(net(x), torch.eye(CLASSES)[Y] * 0.1, delta=10.0)
+
+
+CASES: list[tuple[Loss, bool | None]] = [
+    (numbers, True), (summed_numbers, True), (numbers_first, False), (targets_of_theta, False),
+    (targets_of_phi, False), (one_row_of_numbers, False), (absolute_numbers, False),
+    (plain, True), (one_example, True), (rows_repeated, True), (ignored_absent, None),
+    (smooth, False), (weighted, False), (ignored_negative, False),
+    (ignored_in_range, False), (ignored_in_a_sum, False), (three_dimensional, False),
+    (spatial, False),
+    (probabilities, False), (scaled_loss, False), (scaled_logits, False), (penalty, False),
+    (other_axis, False), (unbatched, False),
+    (strong, False),
+]  # fmt: skip
+
+
+def run(
+    head: nn.Module,
+    loss: Loss,
+    how: str,
+    monkeypatch: pytest.MonkeyPatch,
+    outside: bool = False,
+    steps: int = 20,
+) -> tuple[float, list[bool]]:
+    """The hypergradient, the oracle's, and whether the closed form was used."""
+    used: list[bool] = []
+
+    def spy(*args: Any) -> Any:
+        parts = recognize(*args)
+        used.append(parts is not None)
+        return parts
+
+    monkeypatch.setattr(learner_module, "recognize", spy)
+    theta, data, query = torch.randn(5, WIDTH).requires_grad_(), torch.randn(M, 5), torch.randn(6)
+    initial = next(head.parameters())
+    learner = ImplicitCGHead(head, 0.1, l2=0.2, **EXACT).clone()
+    x = torch.tanh(data @ theta)
+    net = learner.module if outside else learner
+
+    def support() -> Tensor:
+        return loss(net, x, initial)
+
+    if how == "closure":
+        learner.adapt(support, steps=steps)
+    else:
+        for _ in range(steps):
+            learner.adapt(support())
+    (learner(x)[:6] * query[:, None]).square().mean().backward()
+
+    def pure(phi: Tensor) -> Net:
+        pieces = phi.split([p.numel() for p in head.parameters()])
+        named = {
+            k: piece.view_as(p)
+            for (k, p), piece in zip(head.named_parameters(), pieces, strict=True)
+        }
+        return lambda inputs: functional_call(head, named, (inputs,))
+
+    def inner(phi: Tensor, t: Tensor) -> Tensor:
+        embedded = torch.tanh(data @ t)
+        return loss(pure(phi), embedded, initial.detach()) + 0.1 * phi.square().sum()
+
+    def outer(phi: Tensor, t: Tensor) -> Tensor:
+        return (pure(phi)(torch.tanh(data @ t))[:6] * query[:, None]).square().mean()
+
+    # The oracle starts where the learner ended: a head of two layers has more than one minimum.
+    found = torch.cat([p.detach().reshape(-1) for p in learner.module.parameters()])
+    phi = minimize(inner, found, [theta], lr=0.1)
+    assert relative_error([found], [phi]) < 1e-6
+    return relative_error([theta.grad], implicit(inner, outer, [theta], phi)), used
+
+
+@pytest.mark.parametrize("how", ["loss", "closure"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("loss, closed", CASES, ids=[loss.__name__ for loss, _ in CASES])
+def test_every_loss_is_right(
+    loss: Loss, closed: bool | None, bias: bool, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error, used = run(nn.Linear(WIDTH, CLASSES, bias), loss, how, monkeypatch)
+    assert error < 1e-9
+    assert closed is None or all(u is closed for u in used)
+
+
+@pytest.mark.parametrize("how", ["loss", "closure"])
+def test_two_layers_are_not_taken_for_one(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(SOLVED)
+    error, used = run(two_layers(2, 2.0), strong, how, monkeypatch, steps=40)
+    assert error < 1e-8 and not any(used)
+
+
+@pytest.mark.parametrize("how", ["loss", "closure"])
+def test_features_that_bypass_forward(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    error, used = run(nn.Linear(WIDTH, CLASSES), plain, how, monkeypatch, outside=True)
+    assert error < 1e-9 and not any(used)
+
+
+class Tied(nn.Module):
+    """Logits ``tanh(x W') W'``: one weight, twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(torch.tanh(F.linear(x, self.weight)), self.weight)
+
+
+@pytest.mark.parametrize("how", ["loss", "closure"])
+def test_tied_weights(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(SOLVED)
+    error, used = run(Tied(), strong, how, monkeypatch, steps=40)
+    assert error < 1e-8 and not any(used)
+
+
+class LinearModule(nn.Module):
+    """A linear map in another spelling."""
+
+    def __init__(self, spelling: str) -> None:
+        super().__init__()
+        self.weight, self.spelling = nn.Parameter(torch.randn(WIDTH, WIDTH)), spelling
+        self.bias = nn.Parameter(torch.randn(WIDTH)) if "bias" in spelling else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, b = self.weight, self.bias
+        return {
+            "x @ w": lambda: x @ w,
+            "x @ w.t()": lambda: x @ w.t(),
+            "x.t().t() @ w.t()": lambda: x.t().t() @ w.t(),
+            "(w @ x.t()).t()": lambda: (w @ x.t()).t(),
+            "bias beta": lambda: torch.addmm(b, x, w.t(), beta=2.0),
+            "bias alpha": lambda: torch.addmm(b, x, w.t(), alpha=3.0),
+            "bias from w": lambda: F.linear(x, w, w.sum(0) + b),
+            "bias twice": lambda: F.linear(x, w, b) + b,
+            "bias sliced": lambda: F.linear(x, w, b[:1].expand(WIDTH)),
+            "w + 0": lambda: F.linear(x, w + 0.0),
+            "w, bias scaled": lambda: F.linear(x, 2 * w, b),
+            "in place": lambda: F.linear(x, w).mul_(2.0),
+        }[self.spelling]()
+
+
+SPELLINGS = [
+    "x @ w", "x @ w.t()", "x.t().t() @ w.t()", "(w @ x.t()).t()", "bias beta", "bias alpha",
+    "bias from w", "bias twice", "bias sliced", "w + 0", "w, bias scaled", "in place",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_other_spellings_of_a_linear_map(spelling: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    error, _ = run(LinearModule(spelling), plain, "closure", monkeypatch)
+    assert error < 1e-9
+
+
+@pytest.mark.parametrize("leaf", [False, True])
+def test_learner_fed_its_own_weight(leaf: bool) -> None:
+    """Inputs that are phi: the logits ``W W'`` are no linear map of W. Closures make W a leaf."""
+    learner = ImplicitCGHead(nn.Linear(WIDTH, WIDTH, bias=False), 0.1, l2=0.5).clone()
+    if leaf:
+        learner.module.weight = nn.Parameter(learner.module.weight.detach())
+    w, y = learner.module.weight, torch.arange(WIDTH)
+    dense = torch.func.grad(lambda w: F.cross_entropy(w @ w.t(), y))(w.detach())
+    assert recognize(F.cross_entropy(learner(w), y), [w], set()) is None
+    learner.inner, learner.lr = GradientDescent(), 1.0
+    learner.adapt(lambda: F.cross_entropy(learner(learner.module.weight), y), steps=1)
+    moved = w.detach() - dense - 0.5 * w.detach()
+    assert relative_error([learner.module.weight], [moved]) < ROUNDING

@@ -67,7 +67,7 @@ class Task:
     Attributes:
         solver: the inner solver whose state ``step`` is, once there is one.
         step: see ``solver``.
-        first_norm: norm of the first inner gradient.
+        first_norm: norm of the first inner gradient; for tasks together ``[T]``.
         steps: inner steps taken.
         taken: the last step of loss tensors, until it has shown what the second derivative is.
         independent: features that are known not to depend on phi.
@@ -84,7 +84,8 @@ class Task:
         self.key, self.initial = key, initial
         self.solver: InnerSolver | None = None
         self.step: InnerStep | None = None
-        self.first_norm, self.steps, self.looks = 0.0, 0, 0
+        self.first_norm: float | Tensor = 0.0
+        self.steps, self.looks = 0, 0
         self.taken: StepTaken | None = None
         self.independent: set[weakref.ref[Tensor]] = set()
         self.saved: weakref.ref[SavedLinearization] | None = None
@@ -354,7 +355,9 @@ class ImplicitCGHead(MAML):
         """
         from l2l_implicit.together import adapt_heads
 
-        return adapt_heads(self, features, targets, steps)
+        several = shallow_copy(self)
+        several._task = Task(key=None, initial=list(self.module.parameters()))
+        return adapt_heads(several, features, targets, steps)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -439,22 +442,30 @@ class ImplicitCGHead(MAML):
             solve = getattr(self.inner, "solve_heads", None)
             there = None if solve is None else solve(at, steps, self.lr)
         if there is None:
-            points = []
+            points: list[Tensor] = []
+            counts: list[int] = []
+            before = task.steps
             for t in range(len(at.point)):
-                task.step = None
-                here = at if len(at.point) == 1 else at.task(t)
+                task.step, here = None, at if len(at.point) == 1 else at.task(t)
                 for _ in range(steps):
                     point = self._step(here)
                     if point is here.point:
                         break
                     here = here.moved(point)
                 points.append(here.point)
+                counts.append(task.steps - before - sum(counts))
             task.step = None
-            there = at.moved(torch.cat(points)) if len(points) > 1 else here
+            there = here
+            if len(points) > 1:
+                there = at.moved(torch.cat(points))
+                there.steps = torch.tensor(counts, device=there.point.device)
         elif there.steps is None:
             task.steps += steps
         elif len(there.steps) == 1:
             task.steps += int(there.steps)
+        if at.quadratic.strength == 0.0:  # then the error is measured by the first gradient
+            first = at.gradient_norm
+            task.first_norm = first if len(first) > 1 else task.first_norm or float(first)
         checks.finite_solutions(there.point)
         return there
 

@@ -102,10 +102,9 @@ def goal_of(dtype: torch.dtype) -> float:
 class LinearHeads(Linearization):
     """`Linearization` of a `HeadProblem`; phi is the weight, row by row, and then the bias."""
 
-    is_bound = True
-
     def __init__(self, problem: HeadProblem, point: Tensor) -> None:
         super().__init__(point, problem.quadratic)
+        self.is_bound = problem.quadratic.strength > 0.0
         self.problem = problem
         self.quadratic: SquaredDistance = problem.quadratic
         # The Gram matrix, and the inverse of a Newton step's Hessian; see `OutputLoss.inverse`.
@@ -281,7 +280,7 @@ class LinearHeads(Linearization):
             return squares.sum(1)
         return squares.amax(1).sqrt()
 
-    def inner_error(self, first_norm: float) -> Tensor:
+    def inner_error(self, first_norm: float | Tensor) -> Tensor:
         r"""A bound: the minimum is within :math:`\|\nabla g\| / \mu`, and no sample's outputs move by
         more than the longest sample times that; within :math:`\omega` of it b, H and the mixed
         derivative each stay within factors :math:`e^{\pm\omega}`."""

@@ -125,7 +125,7 @@ class Linearization(ABC):
 
     is_bound = False
 
-    def inner_error(self, first_norm: float) -> Tensor:
+    def inner_error(self, first_norm: float | Tensor) -> Tensor:
         r"""What the distance to the minimum costs the hypergradient, relative, ``[T]``.
 
         An estimate: :math:`\|\nabla g\| / \mu`, the distance where g is strongly convex with

@@ -69,7 +69,7 @@ class Task:
     Attributes:
         solver: the inner solver whose state ``step`` is, once there is one.
         step: see ``solver``.
-        first_norm: norm of the first inner gradient.
+        first_norm: norm of the first inner gradient; for tasks together ``[T]``.
         steps: inner steps taken.
         taken: the last step of loss tensors, until it has shown what the second derivative is.
         independent: features that are known not to depend on phi.
@@ -87,7 +87,8 @@ class Task:
         self.key, self.initial = key, initial
         self.solver: InnerSolver | None = None
         self.step: InnerStep | None = None
-        self.first_norm, self.steps, self.looks = 0.0, 0, 0
+        self.first_norm: float | Tensor = 0.0
+        self.steps, self.looks = 0, 0
         self.taken: StepTaken | None = None
         self.independent: set[weakref.ref[Tensor]] = set()
         self.saved: weakref.ref[SavedLinearization] | None = None
@@ -360,7 +361,9 @@ class ImplicitCGHead(MAML):
         """
         from l2l_implicit.together import adapt_heads
 
-        return adapt_heads(self, features, targets, steps)
+        several = shallow_copy(self)
+        several._task = Task(key=None, initial=list(self.module.parameters()))
+        return adapt_heads(several, features, targets, steps)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -450,22 +453,30 @@ class ImplicitCGHead(MAML):
             solve = getattr(self.inner, "solve_heads", None)
             there = None if solve is None else solve(at, steps, self.lr)
         if there is None:
-            points = []
+            points: list[Tensor] = []
+            counts: list[int] = []
+            before = task.steps
             for t in range(len(at.point)):
-                task.step = None
-                here = at if len(at.point) == 1 else at.task(t)
+                task.step, here = None, at if len(at.point) == 1 else at.task(t)
                 for _ in range(steps):
                     point = self._step(here)
                     if point is here.point:
                         break
                     here = here.moved(point)
                 points.append(here.point)
+                counts.append(task.steps - before - sum(counts))
             task.step = None
-            there = at.moved(torch.cat(points)) if len(points) > 1 else here
+            there = here
+            if len(points) > 1:
+                there = at.moved(torch.cat(points))
+                there.steps = torch.tensor(counts, device=there.point.device)
         elif there.steps is None:
             task.steps += steps
         elif len(there.steps) == 1:
             task.steps += int(there.steps)
+        if at.quadratic.strength == 0.0:  # then the error is measured by the first gradient
+            first = at.gradient_norm
+            task.first_norm = first if len(first) > 1 else task.first_norm or float(first)
         checks.finite_solutions(there.point)
         return there
 
@@ -645,18 +656,19 @@ class ImplicitCGHead(MAML):
         answer: LinearSolution, damping: float,
     ) -> None:  # fmt: skip
         steps = torch.full_like(answer.steps, self._task.steps) if at.steps is None else at.steps
+        first = torch.as_tensor(self._task.first_norm, dtype=torch.float64, device=b.device)
         columns = (
             steps, at.gradient_norm, answer.steps, answer.relative_residual, norm(b),
-            norm(answer.solution), *at.scales(),
+            norm(answer.solution), first.expand(len(b)), *at.scales(),
         )  # fmt: skip
         rows = torch.stack([column.to(torch.float64) for column in columns], 1).tolist()
         newton = isinstance(self.inner, Newton)
         settings = Settings(self.max_error, self.inner, self.linear, newton)
         eps = torch.finfo(phi.dtype).eps
         for found, row, reason in zip(diagnostics, rows, answer.reason, strict=True):
-            taken, gradient, products, residual, b_norm, v_norm, *scales = row
+            taken, gradient, products, residual, b_norm, v_norm, first, *scales = row
             sizes = Sizes(gradient, residual, b_norm, v_norm, tuple(scales))
-            errors = at.errors(sizes, damping, eps, self._task.first_norm)
+            errors = at.errors(sizes, damping, eps, first)
             report = Report(
                 int(taken), gradient, int(products), residual, reason, *errors, at.is_bound
             )

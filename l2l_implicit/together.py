@@ -84,8 +84,6 @@ def adapt_heads(
         point = there.point.to(head.weight.dtype)
     if not keep:
         return _heads(split(point, shapes), diagnostics)
-    if there.steps is None:
-        there.steps = torch.full((tasks,), steps, device=point.device)
     saved = SavedLinearization(there, learner._solver(point, diagnostics))
     zero = phi if learner.anchor == "zero" else []
     return _heads(attach(saved, point, shapes, constants=zero), diagnostics)

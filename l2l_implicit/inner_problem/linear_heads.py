@@ -97,10 +97,9 @@ def goal_of(dtype: torch.dtype) -> float:
 class LinearHeads(Linearization):
     """`Linearization` of a `HeadProblem`; phi is the weight, row by row, and then the bias."""
 
-    is_bound = True
-
     def __init__(self, problem: HeadProblem, point: Tensor) -> None:
         super().__init__(point, problem.quadratic)
+        self.is_bound = problem.quadratic.strength > 0.0
         self.problem = problem
         self.quadratic: SquaredDistance = problem.quadratic
         # The Gram matrix, and the inverse of a Newton step's Hessian; see `OutputLoss.inverse`.

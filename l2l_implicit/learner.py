@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 Self = TypeVar("Self", bound="ImplicitCGHead")
 Closure = Callable[[], Tensor]
 
-_LOOKS = 5  # steps of loss tensors at which the second derivative is compared, at most
+_LOOKS = 20  # steps of loss tensors at which the second derivative is compared, at most
 
 
 class Remembered(NamedTuple):
@@ -70,13 +70,14 @@ class Task:
         first_norm: norm of the first inner gradient.
         steps: inner steps taken.
         taken: the last step of loss tensors, until it has shown what the second derivative is.
+        missing: what the second derivative did not explain of the step before, if anything.
         independent: features that are known not to depend on phi.
         saved: the linearization that the current parameters depend on, if it is alive.
         solution: what was solved exactly: the loss, its regulariser, and phi as installed.
     """
 
     __slots__ = (
-        "first_norm", "independent", "initial", "key", "looks", "saved", "solution", "solver",
+        "first_norm", "independent", "initial", "key", "looks", "missing", "saved", "solution", "solver",
         "step", "steps", "taken",
     )  # fmt: skip
 
@@ -86,6 +87,7 @@ class Task:
         self.step: InnerStep | None = None
         self.first_norm, self.steps, self.looks = 0.0, 0, 0
         self.taken: StepTaken | None = None
+        self.missing = math.inf
         self.independent: set[weakref.ref[Tensor]] = set()
         self.saved: weakref.ref[SavedLinearization] | None = None
         self.solution: tuple[HeadLoss, SquaredDistance, Tensor] | None = None
@@ -655,7 +657,9 @@ class ImplicitCGHead(MAML):
     def _look(self, at: AutogradLinearization) -> None:
         """Compare the gradient's change since the last loss tensor with the products."""
         taken = self._task.taken
-        agrees = None if taken is None else taken.agrees(at)
+        if taken is None:
+            return
+        agrees, self._task.missing = taken.agrees(at, self._task.missing)
         if agrees is not None:
             self._say(agrees)
 

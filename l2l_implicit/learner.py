@@ -398,6 +398,7 @@ class ImplicitCGHead(MAML):
     ) -> None:
         objective = _ClosureObjective(self, closure, phi, unused)
         point = flatten(p.detach() for p in phi).unsqueeze(0)  # held by nobody else
+        before = self._task.steps, self._task.first_norm
         try:
             at: Linearization | None = self._solve_heads(objective, point, steps)
             if at is not None:
@@ -411,6 +412,7 @@ class ImplicitCGHead(MAML):
                     self._compare(at, objective)
         except BaseException:
             substitute(self.module, objective.phi, phi)
+            self._task.steps, self._task.first_norm = before
             raise
         if keep:
             objective.leave()

@@ -39,7 +39,7 @@ from l2l_implicit.linear_solvers.solution import (
     damped,
 )
 from l2l_implicit.mixed_precision import as_now, precision_of, widened, without_autocast
-from l2l_implicit.vectors import flatten, shallow_copy, substitute, unflatten
+from l2l_implicit.vectors import buffers_apart, flatten, shallow_copy, substitute, unflatten
 
 if TYPE_CHECKING:
     from l2l_implicit.together import AdaptedHeads
@@ -669,13 +669,9 @@ class ImplicitCGHead(MAML):
         """Compare a product with a difference of gradients, with every buffer left as it was."""
         if self._second_derivative["known"]:
             return
-        buffers = [(b, b.detach().clone()) for b in self.module.buffers()]
         devices = [at.point.device] if at.point.is_cuda else []
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), buffers_apart(self.module):
             agrees = products_agree(at, objective.evaluate)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
         self._say(agrees)
 
     def _say(self, agrees: bool | None) -> None:

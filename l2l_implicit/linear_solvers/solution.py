@@ -85,6 +85,11 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).view(-1)
 
 
+def largest_entry(b: Tensor) -> Tensor:
+    """The largest modulus of each row, ``[T, n] -> [T]``; 0 where there is none."""
+    return b.abs().amax(1) if b.shape[1] else b.new_zeros(len(b))
+
+
 def damped(matvec: Matvec, damping: float) -> Matvec:
     """Products with ``A + damping I``."""
     return (lambda v: torch.add(matvec(v), v, alpha=damping)) if damping else matvec

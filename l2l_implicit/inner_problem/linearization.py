@@ -129,10 +129,14 @@ class Linearization(ABC):
         r"""What the distance to the minimum costs the hypergradient, relative, ``[T]``.
 
         An estimate: :math:`\|\nabla g\| / \mu`, the distance where g is strongly convex with
-        :math:`\mu = l_2`, relative to the distance from the anchor. Without a closed-form regulariser
-        the gradient relative to the first one's norm, ``first_norm``.
+        :math:`\mu = l_2`, relative to the distance from the anchor; or to a rounding's root of phi
+        itself where that is larger, as at a task that its anchor solves. Without a closed-form
+        regulariser the gradient relative to the first one's norm, ``first_norm``.
         """
         scale = self.regularizer_norm()
+        if self.quadratic is not None:
+            root = torch.finfo(scale.dtype).eps ** 0.5 * self.quadratic.strength
+            scale = torch.maximum(scale, root * torch.linalg.vector_norm(self.point, dim=1))
         scale = torch.where(scale > 0, scale, first_norm)
         return self.gradient_norm / scale.clamp_min(torch.finfo(scale.dtype).tiny)
 

@@ -41,7 +41,7 @@ from l2l_implicit.linear_solvers.solution import (
     norm,
 )
 from l2l_implicit.mixed_precision import as_now, precision_of, widened, without_autocast
-from l2l_implicit.vectors import flatten, shallow_copy, substitute, unflatten
+from l2l_implicit.vectors import buffers_apart, flatten, shallow_copy, substitute, unflatten
 
 if TYPE_CHECKING:
     from l2l_implicit.together import AdaptedHeads
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 Self = TypeVar("Self", bound="ImplicitCGHead")
 Closure = Callable[[], Tensor]
 
-_LOOKS = 5  # steps of loss tensors at which the second derivative is compared, at most
+_LOOKS = 20  # steps of loss tensors at which the second derivative is compared, at most
 
 
 class Remembered(NamedTuple):
@@ -72,6 +72,7 @@ class Task:
         first_norm: norm of the first inner gradient; for tasks together ``[T]``.
         steps: inner steps taken.
         taken: the last step of loss tensors, until it has shown what the second derivative is.
+        missing: what the second derivative did not explain of the step before, if anything.
         independent: features that are known not to depend on phi.
         saved: the linearization that the current parameters depend on, if it is alive.
         solution: what was solved at once: the loss, its regulariser, phi as installed, ``[n]``, and the
@@ -79,7 +80,7 @@ class Task:
     """
 
     __slots__ = (
-        "first_norm", "independent", "initial", "key", "looks", "saved", "solution", "solver",
+        "first_norm", "independent", "initial", "key", "looks", "missing", "saved", "solution", "solver",
         "step", "steps", "taken",
     )  # fmt: skip
 
@@ -90,6 +91,7 @@ class Task:
         self.first_norm: float | Tensor = 0.0
         self.steps, self.looks = 0, 0
         self.taken: StepTaken | None = None
+        self.missing = math.inf
         self.independent: set[weakref.ref[Tensor]] = set()
         self.saved: weakref.ref[SavedLinearization] | None = None
         self.solution: tuple[HeadLoss, SquaredDistance, Tensor, Any] | None = None
@@ -408,6 +410,7 @@ class ImplicitCGHead(MAML):
     ) -> None:
         objective = _ClosureObjective(self, closure, phi, unused)
         point = flatten(p.detach() for p in phi).unsqueeze(0)  # held by nobody else
+        before = self._task.steps, self._task.first_norm
         try:
             at: Linearization | None = self._solve_heads(objective, point, steps)
             if at is not None:
@@ -421,6 +424,7 @@ class ImplicitCGHead(MAML):
                     self._compare(at, objective)
         except BaseException:
             substitute(self.module, objective.phi, phi)
+            self._task.steps, self._task.first_norm = before
             raise
         if keep:
             objective.leave()
@@ -679,7 +683,9 @@ class ImplicitCGHead(MAML):
     def _look(self, at: AutogradLinearization) -> None:
         """Compare the gradient's change since the last loss tensor with the products."""
         taken = self._task.taken
-        agrees = None if taken is None else taken.agrees(at)
+        if taken is None:
+            return
+        agrees, self._task.missing = taken.agrees(at, self._task.missing)
         if agrees is not None:
             self._say(agrees)
 
@@ -687,13 +693,9 @@ class ImplicitCGHead(MAML):
         """Compare a product with a difference of gradients, with every buffer left as it was."""
         if self._second_derivative["known"]:
             return
-        buffers = [(b, b.detach().clone()) for b in self.module.buffers()]
         devices = [at.point.device] if at.point.is_cuda else []
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), buffers_apart(self.module):
             agrees = products_agree(at, objective.evaluate)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
         self._say(agrees)
 
     def _say(self, agrees: bool | None) -> None:

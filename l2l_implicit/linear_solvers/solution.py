@@ -90,6 +90,11 @@ def norm(vectors: Tensor) -> Tensor:
     return torch.linalg.vector_norm(vectors, dim=1)
 
 
+def largest_entry(b: Tensor) -> Tensor:
+    """The largest modulus of each row, ``[T, n] -> [T]``; 0 where there is none."""
+    return b.abs().amax(1) if b.shape[1] else b.new_zeros(len(b))
+
+
 def damped(matvec: Matvec, damping: float) -> Matvec:
     """Products with ``A + damping I``."""
     return (lambda v: torch.add(matvec(v), v, alpha=damping)) if damping else matvec

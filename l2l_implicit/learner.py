@@ -669,7 +669,7 @@ class ImplicitCGHead(MAML):
             agrees = products_agree(at, objective.evaluate)
         with torch.no_grad():
             for buffer, before in buffers:
-                buffer.copy_(before)
+                buffer.data.copy_(before)  # a graph may have saved it: not a new version
         self._say(agrees)
 
     def _say(self, agrees: bool | None) -> None:

@@ -75,13 +75,14 @@ class Task:
         missing: what the second derivative did not explain of the step before, if anything.
         independent: features that are known not to depend on phi.
         saved: the linearization that the current parameters depend on, if it is alive.
-        solution: what was solved at once: the loss, its regulariser, phi as installed, ``[n]``, and the
+        solution: what was solved at once: the loss, its regulariser, phi as installed, ``[n]``, and
+        the
             linear solver.
     """
 
     __slots__ = (
-        "first_norm", "independent", "initial", "key", "looks", "missing", "saved", "solution", "solver",
-        "step", "steps", "taken",
+        "first_norm", "independent", "initial", "key", "looks", "missing", "saved", "solution",
+        "solver", "step", "steps", "taken",
     )  # fmt: skip
 
     def __init__(self, key: Hashable | None, initial: list[Tensor]) -> None:
@@ -294,16 +295,16 @@ class ImplicitCGHead(MAML):
     ) -> None:
         r"""One inner step from a loss tensor, or ``steps`` of them from a closure.
 
-        A linear head under `Newton` (cross-entropy or squared error, recognised in the loss's graph)
-        is solved exactly at the first call, whatever the number of steps; further calls with the same
-        data change nothing. For everything else a loss tensor is one step, linearized where the loss
-        was computed, at :math:`\phi^{K-1}`; with a closure (no arguments, returns the loss of the
-        learner as it then is) the linearization is exactly at :math:`\phi^K`.
+        A linear head under `Newton` (cross-entropy or squared error, recognised in the loss's
+        graph) is solved exactly at the first call, whatever the number of steps; further calls with
+        the same data change nothing. For everything else a loss tensor is one step, linearized
+        where the loss was computed, at :math:`\phi^{K-1}`; with a closure (no arguments, returns
+        the loss of the learner as it then is) the linearization is exactly at :math:`\phi^K`.
 
-        Under ``torch.no_grad()`` a closure works and nothing is kept. The steps end before ``steps``
-        where the inner solver has nothing left to do. A linear head's closure is called at the first
-        and the last point only; if its data have changed in between, the steps are taken once more,
-        with a call for each.
+        Under ``torch.no_grad()`` a closure works and nothing is kept. The steps end before
+        ``steps`` where the inner solver has nothing left to do. A linear head's closure is called
+        at the first and the last point only; if its data have changed in between, the steps are
+        taken once more, with a call for each.
 
         Args:
             loss: a scalar, or a closure that returns one.
@@ -433,7 +434,7 @@ class ImplicitCGHead(MAML):
     def _solve_heads(
         self, objective: _ClosureObjective, point: Tensor, steps: int
     ) -> LinearHeads | None:
-        """The end of the inner loop if the closure's loss is one of a linear head, the same throughout."""
+        """The end of the inner loop of a closure whose loss is one of a linear head; else None."""
         known = self._recognize(objective.loss(point), objective.phi)
         quadratic = self._quadratic(objective.phi, torch.float64)
         if known is None or quadratic is None:
@@ -647,8 +648,8 @@ class ImplicitCGHead(MAML):
         if bad:
             raise FloatingPointError(
                 "hypergradient: expected finite products, got nan or infinity in the linear "
-                f"system{f' of tasks {bad}' if len(b) > 1 else ''}; look for nan in the data or the "
-                "query loss, or raise l2"
+                f"system{f' of tasks {bad}' if len(b) > 1 else ''}; look for nan in the data or "
+                "the query loss, or raise l2"
             )
         self._record(phi, diagnostics, at, b, answer, damping)
         if memory is not None and task.key is not None:
@@ -671,8 +672,8 @@ class ImplicitCGHead(MAML):
         eps = torch.finfo(phi.dtype).eps
         for found, row, reason in zip(diagnostics, rows, answer.reason, strict=True):
             taken, gradient, products, residual, b_norm, v_norm, first, *scales = row
-            sizes = Sizes(gradient, residual, b_norm, v_norm, tuple(scales))
-            errors = at.errors(sizes, damping, eps, first)
+            sizes = Sizes(gradient, first, residual, b_norm, v_norm, tuple(scales))
+            errors = at.errors(sizes, damping, eps)
             report = Report(
                 int(taken), gradient, int(products), residual, reason, *errors, at.is_bound
             )
@@ -704,8 +705,8 @@ class ImplicitCGHead(MAML):
             warnings.warn(
                 "the inner gradient does not change as its second derivative says: expected an "
                 "inner loss that torch can differentiate twice, the same at each call, got an "
-                "operation whose second derivative is missing or wrong (a custom autograd.Function, "
-                "once_differentiable, weight_norm, spectral_norm in training mode, a detached "
+                "operation whose second derivative is missing or wrong (a custom "
+                "autograd.Function, once_differentiable, weight_norm, spectral_norm in training mode, a detached "
                 "piece), or other data at each call; the hypergradient is wrong: write the "
                 "operation out, or use first_order=True (said once)",
                 UnsolvedWarning,

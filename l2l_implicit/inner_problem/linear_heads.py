@@ -8,11 +8,11 @@ gradient :math:`G` and Hessian product :math:`S` in the outputs
           \nabla^2_\phi \, (V, e) = ((S U)^\top X, (S U)^\top 1), \qquad
           \nabla^2_{X\phi} \, (V, e) = G V + (S U) W.
 
-At the minimum :math:`\phi = a + A^\top X` with :math:`A = -G / l_2`: few-shot learning has fewer samples
-than features, and in A (``[m, k]``) the problem is as small as the samples are few. Newton's method runs
-there on the Gram matrix, and the backward pass solves with the same factor. All of it is float64,
-whatever the features are: a system of a few hundred unknowns costs next to nothing, and its condition
-number is that of the features squared.
+At the minimum :math:`\phi = a + A^\top X` with :math:`A = -G / l_2`: few-shot learning has fewer
+samples than features, and in A (``[m, k]``) the problem is as small as the samples are few.
+Newton's method runs there on the Gram matrix, and the backward pass solves with the same factor.
+All of it is float64, whatever the features are: a system of a few hundred unknowns costs next to
+nothing, and its condition number is that of the features squared.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Size, Tensor
 
-from l2l_implicit.inner_problem.linearization import Errors, Linearization, Products, Sizes
+from l2l_implicit.inner_problem.linearization import Linearization, Products, Sizes
 from l2l_implicit.inner_problem.losses import Inverse, OutputLoss
 from l2l_implicit.inner_problem.regularizer import SquaredDistance
 from l2l_implicit.linear_solvers.conjugate_gradient import conjugate_gradient
@@ -74,7 +74,7 @@ class HeadProblem(NamedTuple):
         return vector[:, : self.weight.numel()].view(-1, *self.weight)
 
     def in_phi(self, per_output: Tensor) -> Tensor:
-        """Gradients in phi, ``[T, n]``, of functions with gradients ``[T, m, k]`` in the outputs."""
+        """Gradients in phi, ``[T, n]``, of functions of the outputs with gradients ``[T, m, k]``."""
         weight = torch.bmm(per_output.mT, self.x).flatten(1)
         return torch.cat([weight, per_output.sum(1)], 1) if self.bias else weight
 
@@ -99,7 +99,6 @@ class LinearHeads(Linearization):
 
     def __init__(self, problem: HeadProblem, point: Tensor) -> None:
         super().__init__(point, problem.quadratic)
-        self.is_bound = problem.quadratic.strength > 0.0
         self.problem = problem
         self.quadratic: SquaredDistance = problem.quadratic
         # The Gram matrix, and the inverse of a Newton step's Hessian; see `OutputLoss.inverse`.
@@ -221,7 +220,8 @@ class LinearHeads(Linearization):
         r"""What to take of a long Newton step: all where it lowers the objective enough.
 
         Else the best of a few shares, one of which, :math:`\ln(1 + \omega) / \omega`, lowers it for
-        certain: the Hessian changes by at most :math:`e^{\omega}` along the step (Sun, Tran-Dinh 2019).
+        certain: the Hessian changes by at most :math:`e^{\omega}` along the step (Sun, Tran-Dinh
+        2019).
         """
         outputs, half = loss.outputs, 0.5 * self.quadratic.strength
 
@@ -247,7 +247,8 @@ class LinearHeads(Linearization):
 
         :math:`v = (b - X^\top q) / \mu` with :math:`q = S X v`, which solves
         :math:`(S^{-1} + K / \mu) q = X b / \mu`; :math:`\mu` is l2 plus the damping. A factor from
-        one step before the minimum, or without the damping, is as good: a refinement makes up for it.
+        one step before the minimum, or without the damping, is as good: a refinement makes up for
+        it.
         """
         problem, mu = self.problem, self.quadratic.strength + damping
         if self._factored is None:
@@ -280,7 +281,14 @@ class LinearHeads(Linearization):
 
     # How wrong the hypergradient is.
 
+    @property
+    def is_bound(self) -> bool:  # type: ignore[override]
+        """After steps that do not end at the minimum it is an estimate: sums may cancel."""
+        return self.solved and self.quadratic.strength > 0.0
+
     def scales(self) -> tuple[Tensor, ...]:
+        if self.quadratic.strength == 0.0:
+            return super().scales()
         if self._factored is not None:
             squares = self._factored[0].diagonal(dim1=1, dim2=2)
         else:
@@ -292,20 +300,20 @@ class LinearHeads(Linearization):
         curvature = longest.square() * (m * self.problem.loss.scale)
         return longest, self.loss.movement_of(longest), self.loss.movement_of(largest), curvature
 
-    def errors(self, sizes: Sizes, damping: float, eps: float, first: float) -> Errors:
-        r"""Bounds: the minimum is within :math:`\|\nabla g\| / \mu`, and no sample's outputs move by
-        more than the longest sample times that; within a movement :math:`\omega` of it b, H and the
-        mixed derivative each stay within factors :math:`e^{\pm\omega}`. phi and b are rounded: the
-        outputs by :math:`\epsilon` times their own size, b relative to its own, and what of it lies
-        beyond the span is divided by :math:`\mu`; the factor is float64's, of a matrix with the
-        condition number :math:`1 + L / \mu`."""
+    def errors(self, sizes: Sizes, damping: float, eps: float) -> tuple[float, float, float]:
+        r"""Bounds where `solved`: the minimum is within :math:`\|\nabla g\| / \mu`, and no sample's
+        outputs move by more than the longest sample times that; within a movement :math:`\omega` of
+        it b, H and the mixed derivative each stay within factors :math:`e^{\pm\omega}`. phi and b
+        are rounded: the outputs by :math:`\epsilon` times their own size, b relative to its own,
+        and what of it lies beyond the span is divided by :math:`\mu`; the factor is float64's, of a
+        matrix with the condition number :math:`1 + L / \mu`."""
         strength = self.quadratic.strength
         if strength == 0.0:
-            return super().errors(sizes, damping, eps, first)
+            return super().errors(sizes, damping, eps)
         longest, movement, outputs, curvature = sizes.scales
         omega = 3.0 * movement * sizes.gradient / strength
         inner = math.expm1(min(omega, 700.0)) if omega == omega else math.inf
         amplified = sizes.b / max((strength + damping) * sizes.v, _TINY)
         rounding = eps + 0.4 * eps * amplified * (1.0 + outputs + longest / max(sizes.b, _TINY))
         rounding += 8.0 * torch.finfo(torch.float64).eps * (1.0 + curvature / strength)
-        return Errors(inner, sizes.linear_error(strength + damping), rounding)
+        return inner, sizes.linear_error(strength + damping), rounding

@@ -21,31 +21,18 @@ Products = list[Tensor | None]
 Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-class Errors(NamedTuple):
-    """How wrong one task's hypergradient may be, each part relative to its size.
-
-    Attributes:
-        inner: from the distance to the inner minimum.
-        linear: from the residual of the linear system.
-        rounding: from the precision of phi and of the query loss's gradient.
-    """
-
-    inner: float
-    linear: float
-    rounding: float
-
-
 class Sizes(NamedTuple):
     """Norms that the error of one task's hypergradient is made of.
 
     Attributes:
-        gradient: of the inner objective where it was linearized.
+        gradient, first: of the inner gradient where it was linearized, and of the first one.
         residual: of the linear system, relative to b.
         b, v: of its right-hand side and solution.
         scales: what `Linearization.scales` has.
     """
 
     gradient: float
+    first: float
     residual: float
     b: float
     v: float
@@ -170,25 +157,25 @@ class Linearization(ABC):
             scale = torch.maximum(scale, root * norm(self.point))
         return (scale,)
 
-    def errors(self, sizes: Sizes, damping: float, eps: float, first: float) -> Errors:
-        r"""The parts of one task's relative error of the hypergradient, here estimates.
-
-        The inner part is :math:`\|\nabla g\| / \mu`, the distance to the minimum where g is strongly
-        convex with :math:`\mu = l_2`, relative to the distance from the anchor (or to a rounding's
-        root of phi, if that is larger); without a closed-form regulariser the gradient relative to the
-        first one. The linear part is what the residual r
-        costs v, :math:`\|r\| / (\mu \|v\|)` with :math:`\mu = l_2` plus the damping.
+    def errors(self, sizes: Sizes, damping: float, eps: float) -> tuple[float, float, float]:
+        r"""How wrong one task's hypergradient may be, relative to its size; here an estimate.
 
         Args:
             sizes: of this task.
             damping: what the linear system has on its diagonal besides H.
             eps: rounding of phi as the user has it.
-            first: norm of the first inner gradient.
+
+        Returns:
+            Three parts. Of the inner minimum: :math:`\|\nabla g\| / \mu`, the distance where g is
+            strongly convex with :math:`\mu = l_2`, relative to the distance from the anchor;
+            without a closed-form regulariser the gradient relative to the first one. Of the linear
+            system: :math:`\|r\| / (\mu \|v\|)` with its residual r, :math:`\mu` with the damping.
+            Of rounding: not known here.
         """
         strength = damping + (0.0 if self.quadratic is None else self.quadratic.strength)
-        scale = sizes.scales[0] or first
+        scale = sizes.scales[0] or sizes.first
         inner = sizes.gradient / scale if scale > 0.0 else sizes.gradient
-        return Errors(inner, sizes.linear_error(strength), 0.0)
+        return inner, sizes.linear_error(strength), 0.0
 
 
 class AutogradLinearization(Linearization):
@@ -232,7 +219,8 @@ class AutogradLinearization(Linearization):
 
     @property
     def objective(self) -> Tensor:
-        return self._value if self.quadratic is None else self._value + self.quadratic.value(self.point)
+        regularizer = 0.0 if self.quadratic is None else self.quadratic.value(self.point)
+        return self._value + regularizer
 
     def hvp(self, vector: Tensor) -> Tensor:
         product = _flat(self._vjp(self.parameters, vector), self.parameters)
@@ -272,8 +260,8 @@ class AutogradLinearization(Linearization):
         tol = torch.finfo(now.dtype).eps ** 0.5
         if not bool((now - before).norm() <= tol * before.norm()):
             raise RuntimeError(
-                "backward: expected the inner loss as adapt() saw it, got another gradient when its "
-                "graph was evaluated again: data or weights were changed in place (.data), or "
+                "backward: expected the inner loss as adapt() saw it, got another gradient when "
+                "its graph was evaluated again: data or weights were changed in place (.data), or "
                 "activation checkpointing ran a block with later weights; use "
                 "adapt(closure, steps=K), and change data after backward()"
             )

@@ -61,15 +61,15 @@ class OutputLoss(ABC):
 
     @abstractmethod
     def inverse(self, kernel: Tensor) -> Inverse:
-        r""":math:`(S^{-1} + \\hat K)^{-1}` for a kernel ``[T, m, m]``, as a function of
+        r""":math:`(S^{-1} + \hat K)^{-1}` for a kernel ``[T, m, m]``, as a function of
         ``[T, m, k]``.
         """
 
     @abstractmethod
     def movement(self, change: Tensor) -> Tensor:
-        """How far a ``change`` of the outputs moves the Hessian, shape ``[T]``.
+        r"""How far a ``change`` of the outputs moves the Hessian, shape ``[T]``.
 
-        With :math:`\\omega` of it the Hessian stays within factors :math:`e^{\\pm \\omega}`.
+        With :math:`\omega` of it the Hessian stays within factors :math:`e^{\pm \omega}`.
         """
 
     @abstractmethod
@@ -153,11 +153,11 @@ class _SoftmaxInverse:
 
     def __init__(self, probabilities: Tensor, scale: float, kernel: Tensor) -> None:
         root = (scale * probabilities).sqrt_().transpose(1, 2)  # [T, k, m]
-        matrix = root.unsqueeze(3) * root.unsqueeze(2)
-        matrix.mul_(kernel.unsqueeze(1)).diagonal(dim1=2, dim2=3).add_(1.0)
+        outer = root.unsqueeze(3) * root.unsqueeze(2)
+        matrix = outer * kernel.unsqueeze(1)
+        matrix.diagonal(dim1=2, dim2=3).add_(1.0)
         factor, _ = torch.linalg.cholesky_ex(matrix)
-        half = torch.linalg.solve_triangular(factor, root.diag_embed(), upper=False)
-        self._each = half.mT @ half  # E, [T, k, m, m]
+        self._each = torch.cholesky_inverse(factor).mul_(outer)  # E, [T, k, m, m]
         total = self._each.sum(1)
         # E is at most s; a singular total (classes without probability) is no harm that way.
         total.diagonal(dim1=1, dim2=2).add_(4.0 * torch.finfo(total.dtype).eps * scale)

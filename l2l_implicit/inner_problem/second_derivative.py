@@ -30,7 +30,7 @@ def products_agree(at: AutogradLinearization, evaluate: Evaluate) -> bool | None
         None where two step sizes disagree: the gradient has kinks or noise there.
     """
     generator = torch.Generator("cpu").manual_seed(0)
-    direction = torch.randn(at.point.shape[1], generator=generator, device="cpu").to(at.point).unsqueeze(0)
+    direction = torch.randn(at.point.shape, generator=generator, device="cpu").to(at.point)
     eps = torch.finfo(at.point.dtype).eps
     size = eps ** (1 / 3) * float(at.point.square().mean().sqrt().clamp_min(1e-3))
 

@@ -71,13 +71,11 @@ def _many_samples(at: LinearHeads, lr: float) -> LinearHeads:
     for t in range(len(at.point)):
         step = NewtonStep(lr, cg_steps=500, tol=1e-10)
         here = at.task(t)
-        for k in range(100):
-            point = step(here)
-            if point is here.point:
-                break
-            here = here.moved(point)
+        count = 0
+        while count < 100 and (point := step(here)) is not here.point:
+            here, count = here.moved(point), count + 1
         points.append(here.point)
-        steps.append(k)
+        steps.append(count)
     there = at.moved(torch.cat(points))
     there.solved, there.steps = True, torch.tensor(steps, device=at.point.device)
     return there

@@ -706,7 +706,7 @@ class ImplicitCGHead(MAML):
                 "the inner gradient does not change as its second derivative says: expected an "
                 "inner loss that torch can differentiate twice, the same at each call, got an "
                 "operation whose second derivative is missing or wrong (a custom "
-                "autograd.Function, once_differentiable, weight_norm, spectral_norm in training mode, a detached "
+                "autograd.Function, once_differentiable, weight_norm, a detached "
                 "piece), or other data at each call; the hypergradient is wrong: write the "
                 "operation out, or use first_order=True (said once)",
                 UnsolvedWarning,

@@ -22,6 +22,7 @@ from l2l_implicit.inner_problem.linear_heads import LinearHeads
 from l2l_implicit.inner_problem.linearization import (
     AutogradLinearization,
     Linearization,
+    Sizes,
     inner_gradient,
 )
 from l2l_implicit.inner_problem.recognition import HeadLoss, recognize
@@ -37,6 +38,7 @@ from l2l_implicit.linear_solvers.solution import (
     LinearSolver,
     Matvec,
     damped,
+    norm,
 )
 from l2l_implicit.mixed_precision import as_now, precision_of, widened, without_autocast
 from l2l_implicit.vectors import flatten, shallow_copy, substitute, unflatten
@@ -428,8 +430,7 @@ class ImplicitCGHead(MAML):
         before = self._task.steps, self._task.first_norm
         there = self._on_heads(self._heads(known, quadratic, objective.phi), steps)
         again = self._recognize(objective.loss(there.point.to(point.dtype)), objective.phi)
-        if again is not None and again.equal(known):
-            there.problem = there.problem._replace(source=again.source)  # the last call's history
+        if again is not None and again.same(known):
             return there
         self._task.steps, self._task.first_norm = before
         objective.forget()
@@ -646,20 +647,21 @@ class ImplicitCGHead(MAML):
     ) -> None:  # fmt: skip
         steps = torch.full_like(answer.steps, self._task.steps) if at.steps is None else at.steps
         columns = (
-            steps,
-            at.gradient_norm,
-            answer.steps,
-            answer.relative_residual,
-            at.inner_error(self._task.first_norm),
-            at.linear_error(b, answer, damping),
-            at.rounding_error(b, answer, phi.dtype),
-        )
-        rows = torch.stack([column.double() for column in columns], 1).tolist()
-        settings = Settings(
-            self.max_error, self.inner, self.linear, isinstance(self.inner, Newton)
-        )
-        for found, row, reason in zip(diagnostics, rows, answer.reason, strict=True):
-            report = Report(int(row[0]), row[1], int(row[2]), row[3], reason, *row[4:], at.is_bound)
+            steps, at.gradient_norm, answer.steps, answer.relative_residual, norm(b),
+            norm(answer.solution), *at.scales(),
+        )  # fmt: skip
+        rows = torch.stack([column.to(torch.float64) for column in columns], 1).tolist()
+        newton = isinstance(self.inner, Newton)
+        settings = Settings(self.max_error, self.inner, self.linear, newton)
+        eps = torch.finfo(phi.dtype).eps
+        first = torch.as_tensor(self._task.first_norm).expand(len(rows)).tolist()
+        for t, (found, row) in enumerate(zip(diagnostics, rows, strict=True)):
+            taken, gradient, products, residual, b_norm, v_norm, *scales = row
+            sizes = Sizes(gradient, residual, b_norm, v_norm, tuple(scales))
+            errors, reason = at.errors(sizes, damping, eps, first[t]), answer.reason[t]
+            report = Report(
+                int(taken), gradient, int(products), residual, reason, *errors, at.is_bound
+            )
             found.record(report, settings)
 
     # Whether autograd's second derivative is one.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from l2l_implicit import checks
 from l2l_implicit.diagnostics import Diagnostics
 from l2l_implicit.implicit_diff import SavedLinearization, attach, split
-from l2l_implicit.inner_problem.linear_heads import HeadProblem, LinearHeads, goal_of, goal_of
+from l2l_implicit.inner_problem.linear_heads import HeadProblem, LinearHeads, goal_of
 from l2l_implicit.inner_problem.losses import CrossEntropy, OutputLoss, SquaredError
 from l2l_implicit.inner_problem.recognition import one_hot
 from l2l_implicit.vectors import flatten

@@ -4,9 +4,9 @@ import math
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -122,33 +122,44 @@ def test_peers_as_published_hold_a_graph_for_each_step(name: str) -> None:
 # Measuring.
 
 
-def test_ratios_and_peaks_are_those_to_the_first() -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What is timed takes what it says that it takes, whatever else the machine does."""
+    clock = SimpleNamespace(now=0.0)
+    timer = SimpleNamespace(perf_counter=lambda: clock.now)
+    monkeypatch.setattr("experiments.benchmark.measure.time", timer)
+    return clock
+
+
+def test_ratios_and_peaks_are_those_to_the_first(clock: SimpleNamespace) -> None:
     def step(milliseconds: int, kib: int) -> ours.Step:
         def run() -> None:
             torch.empty(kib << 10, dtype=torch.uint8)
-            time.sleep(milliseconds / 1000)
+            clock.now += milliseconds / 1000
 
         return run
 
     costs = measure({"floor": step(5, 10), "other": step(20, 30)}, Effort(5))
     assert costs["floor"].time_ratio == 1.0 == costs["floor"].memory_ratio
-    assert 2.0 < costs["other"].time_ratio < 5.0
+    assert costs["other"].seconds == pytest.approx(0.02)
+    assert costs["other"].time_ratio == pytest.approx(4.0)
     assert (costs["other"].peak_bytes, costs["other"].memory_ratio) == (30 << 10, 3.0)
     assert growth(costs) == costs["other"].time_ratio
 
 
-def test_what_takes_long_is_repeated_three_times() -> None:
-    calls = {"floor": 0, "long": 0, "short": 0}
+def test_what_takes_long_is_repeated_three_times(clock: SimpleNamespace) -> None:
+    seconds = {"floor": 1e-4, "long": 0.01, "short": 1e-4}
+    calls = dict.fromkeys(seconds, 0)
 
     def step(name: str, seconds: float) -> ours.Step:
         def run() -> None:
             calls[name] += 1
             torch.empty(1)
-            time.sleep(seconds)
+            clock.now += seconds
 
         return run
 
-    steps = {"floor": step("floor", 0.0), "long": step("long", 0.01), "short": step("short", 0.0)}
+    steps = {name: step(name, took) for name, took in seconds.items()}
     measure(steps, Effort(10, 0.005))
     before = 2  # warming up, and the peak
     assert calls == {"floor": before + 10, "long": before + 3, "short": before + 10}

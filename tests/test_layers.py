@@ -20,7 +20,7 @@ LAYERS = [
     {"adaptation"},
     {"learner"},
     {"imaml", "gbml"},
-    {"distributed", "theory"},
+    {"distributed"},
 ]
 WITHIN = {
     "linear_solvers": [

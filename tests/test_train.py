@@ -92,7 +92,9 @@ def test_every_iteration_is_recorded(document: Any) -> None:
 def test_the_result_and_the_artifacts_are_in_the_database(document: Any) -> None:
     entry, database = document
     assert entry["info"]["result"] == entry["result"]
-    assert 0.2 < entry["result"]["test_accuracy"] < 1
+    recorded = database["metrics"].find_one({"run_id": 1, "name": "test/accuracy"})
+    assert [entry["result"]["test_accuracy"]] == recorded["values"]
+    assert 0 <= entry["result"]["test_accuracy"] <= 1
     assert entry["result"]["test_half_width"] > 0
     files = {artifact["name"]: artifact["file_id"] for artifact in entry["artifacts"]}
     storage = gridfs.GridFS(database)

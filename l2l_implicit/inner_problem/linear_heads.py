@@ -18,14 +18,13 @@ number is that of the features squared.
 from __future__ import annotations
 
 import math
-import math
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Size, Tensor
 
-from l2l_implicit.inner_problem.linearization import Linearization, Products
+from l2l_implicit.inner_problem.linearization import Errors, Linearization, Products, Sizes
 from l2l_implicit.inner_problem.losses import Inverse, OutputLoss
 from l2l_implicit.inner_problem.regularizer import SquaredDistance
 from l2l_implicit.linear_solvers.conjugate_gradient import conjugate_gradient
@@ -35,10 +34,11 @@ from l2l_implicit.linear_solvers.solution import (
     ZERO,
     LinearSolution,
     damped,
+    norm,
 )
 
 MOST_SAMPLES = 512  # of a task whose problem is solved in the span of its samples
-_MOST_STEPS, _MOST_REFINEMENTS, _NEAR = 100, 6, 2e-3
+_MOST_STEPS, _MOST_REFINEMENTS, _NEAR, _TINY = 100, 6, 2e-3, 1e-300
 
 
 class HeadProblem(NamedTuple):
@@ -94,11 +94,6 @@ def goal_of(dtype: torch.dtype) -> float:
     return min(max(8.0 * torch.finfo(dtype).eps, 1e-13), 1e-6)
 
 
-def goal_of(dtype: torch.dtype) -> float:
-    """A few roundings of ``dtype``, at most 1e-6; float64's is as near as the solves come."""
-    return min(max(8.0 * torch.finfo(dtype).eps, 1e-13), 1e-6)
-
-
 class LinearHeads(Linearization):
     """`Linearization` of a `HeadProblem`; phi is the weight, row by row, and then the bias."""
 
@@ -109,6 +104,7 @@ class LinearHeads(Linearization):
         self.quadratic: SquaredDistance = problem.quadratic
         # The Gram matrix, and the inverse of a Newton step's Hessian; see `OutputLoss.inverse`.
         self._factored: tuple[Tensor, Inverse | None] | None = None
+        self._rho: Tensor | None = None  # the gradient in the span of the samples, ``[T, m, k]``
 
     @cached_property
     def loss(self) -> OutputLoss:
@@ -118,6 +114,13 @@ class LinearHeads(Linearization):
     @cached_property
     def gradient(self) -> Tensor:  # type: ignore[override]
         return self.quadratic.add_gradient(self.problem.in_phi(self.loss.gradient), self.point)
+
+    @property
+    def gradient_norm(self) -> Tensor:
+        if self._rho is None or self._factored is None:
+            return super().gradient_norm
+        gram = self._factored[0]
+        return (self._rho * (gram @ self._rho)).sum((1, 2)).clamp_min_(0.0).sqrt_()
 
     @property
     def objective(self) -> Tensor:
@@ -191,9 +194,7 @@ class LinearHeads(Linearization):
             omega = loss.movement(move)
             largest = float(omega.max())
             if not largest <= 1.75:  # below it a whole step lowers the objective for certain
-                share = self._share(loss, a, outputs - base, change, move, rho, omega)
-                if share is not None:
-                    change, move = share * change, share * move
+                change, move = self._shortened(loss, a, base, change, move, rho, omega)
             a, outputs, steps = a + change, outputs + move, steps + active
             active = active & (omega > _NEAR)
             small = largest < _NEAR and 0.5 * largest * max(largest, last) <= problem.goal
@@ -204,35 +205,38 @@ class LinearHeads(Linearization):
         there = LinearHeads(problem, point if center is None else point + center)
         there.solved, there.steps = True, steps
         there._factored = gram, inverse
+        if base.numel():
+            there.loss = problem.loss.moved(outputs)
+            there._rho = torch.add(there.loss.gradient, a, alpha=strength)
         return there
 
-    def _share(
-        self, loss: OutputLoss, a: Tensor, ka: Tensor, change: Tensor, move: Tensor, rho: Tensor,
+    def _shortened(
+        self, loss: OutputLoss, a: Tensor, base: Tensor, change: Tensor, move: Tensor, rho: Tensor,
         omega: Tensor,
-    ) -> Tensor | None:  # fmt: skip
-        r"""How much of a long Newton step to take, ``[T, 1, 1]``; None for all of it.
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        r"""What to take of a long Newton step: all where it lowers the objective enough.
 
-        The whole step where it lowers the objective enough, else the best of a few, one of which,
-        :math:`\ln(1 + \omega) / \omega`, lowers it for certain: the Hessian changes by at most
-        :math:`e^{\omega}` along the step (Sun, Tran-Dinh 2019).
+        Else the best of a few shares, one of which, :math:`\ln(1 + \omega) / \omega`, lowers it for
+        certain: the Hessian changes by at most :math:`e^{\omega}` along the step (Sun, Tran-Dinh 2019).
         """
-        strength = self.quadratic.strength
-        linear, square = (ka * change).sum((1, 2)), (move * change).sum((1, 2))
-        now, slope = loss.value, (rho * move).sum((1, 2))
+        outputs, half = loss.outputs, 0.5 * self.quadratic.strength
 
-        def rises(shares: Tensor) -> Tensor:
-            trials = loss.outputs + shares.unsqueeze(-1).unsqueeze(-1) * move
-            penalty = strength * shares * (linear + 0.5 * shares * square)
-            return loss.moved(trials).value - now + penalty
+        def objective(a: Tensor, outputs: Tensor) -> Tensor:
+            penalty = (a * (outputs - base)).sum((-2, -1))
+            return loss.moved(outputs).value.add_(penalty, alpha=half)
 
-        whole = torch.ones_like(omega)
-        if bool((rises(whole) <= 1e-4 * slope).all()):
-            return None
+        now, slope = objective(a, outputs), (rho * move).sum((1, 2))
+        enough = objective(a + change, outputs + move) <= now + 1e-4 * slope
+        if bool(enough.all()):
+            return change, move
         sure = torch.where(omega.isfinite(), torch.log1p(omega) / omega, 0.0)
-        halves = torch.exp2(-torch.arange(12.0, dtype=omega.dtype, device=omega.device))
+        halves = torch.exp2(-torch.arange(12.0, dtype=a.dtype, device=a.device))
         shares = torch.cat([halves.unsqueeze(1).expand(-1, len(omega)), sure.unsqueeze(0)])
-        best = rises(shares).nan_to_num(nan=torch.inf).argmin(0, keepdim=True)
-        return torch.where(omega > 1.75, shares.gather(0, best)[0], whole).view(-1, 1, 1)
+        each = shares.unsqueeze(2).unsqueeze(3)
+        values = objective(a + each * change, outputs + each * move).nan_to_num(nan=math.inf)
+        best = shares.gather(0, values.argmin(0, keepdim=True))[0]
+        share = torch.where(enough, 1.0, best).view(-1, 1, 1)
+        return share * change, share * move
 
     def solve(self, b: Tensor, damping: float) -> LinearSolution:
         r"""``(H + damping I) v = b`` by the minimum's factor and refinements, shapes ``[T, n]``.
@@ -248,22 +252,22 @@ class LinearHeads(Linearization):
         kernel = gram / mu
         if inverse is None or damping:
             inverse = self.loss.inverse(kernel)
-        b_norm = torch.linalg.vector_norm(b, dim=1)
+        b_norm = norm(b)
         right = problem.outputs(b) / mu
         q, best = inverse(right), math.inf
         for _ in range(_MOST_REFINEMENTS):
             residual = q - self.loss.curve(right - kernel @ q)
             k_residual = kernel @ residual
-            norm = (residual * k_residual).sum((1, 2)).mul_(mu).clamp_min_(0.0).sqrt_()
-            relative = torch.where(b_norm > 0, norm / b_norm, 0.0)
+            size = (residual * k_residual).sum((1, 2)).mul_(mu).clamp_min_(0.0).sqrt_()
+            relative = torch.where(b_norm > 0, size / b_norm, 0.0)
             largest = float(relative.max())
             if largest <= problem.goal or not largest < 0.5 * best:
                 break
             best, q = largest, q - residual + inverse(k_residual)
         v = (b - problem.in_phi(q)).div_(mu)
         steps, reasons = torch.zeros_like(relative, dtype=torch.long), [FACTORED] * len(b)
-        good = v.sum(1).isfinite() & relative.isfinite()
-        if not bool((good & (b_norm > 0)).all()):
+        if not (math.isfinite(largest) and bool((v.sum(1).isfinite() & (b_norm > 0)).all())):
+            good = v.sum(1).isfinite() & relative.isfinite()
             names = zip(good.tolist(), b_norm.tolist(), strict=True)
             reasons = [NON_FINITE if not g else ZERO if n == 0 else FACTORED for g, n in names]
             v, q = (torch.where(good.view(-1, *[1] * (t.dim() - 1)), t, 0.0) for t in (v, q))
@@ -272,32 +276,32 @@ class LinearHeads(Linearization):
 
     # How wrong the hypergradient is.
 
-    @cached_property
-    def _longest(self) -> Tensor:
-        """Norm of the longest sample's features, with the bias's 1, ``[T]``."""
-        squares = self.problem.x.square().sum(-1) + float(self.problem.bias)
-        if not squares.shape[1]:
-            return squares.sum(1)
-        return squares.amax(1).sqrt()
+    def scales(self) -> tuple[Tensor, ...]:
+        if self._factored is not None:
+            squares = self._factored[0].diagonal(dim1=1, dim2=2)
+        else:
+            squares = self.problem.x.square().sum(-1) + float(self.problem.bias)
+        m, outputs = squares.shape[1], self.loss.outputs.abs()
+        if not m:
+            return (squares.sum(1),) * 4
+        longest, largest = squares.amax(1).sqrt(), outputs.amax((1, 2))
+        curvature = longest.square() * (m * self.problem.loss.scale)
+        return longest, self.loss.movement_of(longest), self.loss.movement_of(largest), curvature
 
-    def inner_error(self, first_norm: float | Tensor) -> Tensor:
-        r"""A bound: the minimum is within :math:`\|\nabla g\| / \mu`, and no sample's outputs move by
-        more than the longest sample times that; within :math:`\omega` of it b, H and the mixed
-        derivative each stay within factors :math:`e^{\pm\omega}`."""
-        if self.quadratic.strength == 0.0:
-            return super().inner_error(first_norm)
-        omega = self.loss.movement_of(self._longest * self.gradient_norm / self.quadratic.strength)
-        return torch.expm1(3.0 * omega)
-
-    def rounding_error(self, b: Tensor, answer: LinearSolution, dtype: torch.dtype) -> Tensor:
-        r"""phi and b are rounded to ``dtype``: the outputs by :math:`\epsilon` times their own size, b
-        relative to its own, and what of it lies beyond the span is divided by :math:`\mu`."""
-        eps, strength = torch.finfo(dtype).eps, self.quadratic.strength
+    def errors(self, sizes: Sizes, damping: float, eps: float, first: float) -> Errors:
+        r"""Bounds: the minimum is within :math:`\|\nabla g\| / \mu`, and no sample's outputs move by
+        more than the longest sample times that; within a movement :math:`\omega` of it b, H and the
+        mixed derivative each stay within factors :math:`e^{\pm\omega}`. phi and b are rounded: the
+        outputs by :math:`\epsilon` times their own size, b relative to its own, and what of it lies
+        beyond the span is divided by :math:`\mu`; the factor is float64's, of a matrix with the
+        condition number :math:`1 + L / \mu`."""
+        strength = self.quadratic.strength
         if strength == 0.0:
-            return super().rounding_error(b, answer, dtype)
-        b_norm = torch.linalg.vector_norm(b, dim=1)
-        v_norm = torch.linalg.vector_norm(answer.solution, dim=1)
-        tiny = torch.finfo(b.dtype).tiny
-        amplified = b_norm / (strength * v_norm).clamp_min(tiny)
-        size = self._longest * torch.linalg.vector_norm(self.point, dim=1)
-        return eps * amplified * (1.0 + size + self._longest / b_norm.clamp_min(tiny))
+            return super().errors(sizes._replace(scales=(0.0,)), damping, eps, first)
+        longest, movement, outputs, curvature = sizes.scales
+        omega = 3.0 * movement * sizes.gradient / strength
+        inner = math.expm1(min(omega, 700.0)) if omega == omega else math.inf
+        amplified = sizes.b / max((strength + damping) * sizes.v, _TINY)
+        rounding = 0.4 * eps * amplified * (1.0 + outputs + longest / max(sizes.b, _TINY))
+        rounding += 8.0 * torch.finfo(torch.float64).eps * (1.0 + curvature / strength)
+        return Errors(inner, sizes.linear_error(strength + damping), rounding)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,11 +14,48 @@ from torch.autograd import grad
 from l2l_implicit import checks
 from l2l_implicit.inner_problem.boundary import find_meta_inputs
 from l2l_implicit.inner_problem.regularizer import SquaredDistance
-from l2l_implicit.linear_solvers.solution import LinearSolution, dot
+from l2l_implicit.linear_solvers.solution import LinearSolution, norm
 from l2l_implicit.vectors import flatten, unflatten
 
 Products = list[Tensor | None]
 Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class Errors(NamedTuple):
+    """How wrong one task's hypergradient may be, each part relative to its size.
+
+    Attributes:
+        inner: from the distance to the inner minimum.
+        linear: from the residual of the linear system.
+        rounding: from the precision of phi and of the query loss's gradient.
+    """
+
+    inner: float
+    linear: float
+    rounding: float
+
+
+class Sizes(NamedTuple):
+    """Norms that the error of one task's hypergradient is made of.
+
+    Attributes:
+        gradient: of the inner objective where it was linearized.
+        residual: of the linear system, relative to b.
+        b, v: of its right-hand side and solution.
+        scales: what `Linearization.scales` has.
+    """
+
+    gradient: float
+    residual: float
+    b: float
+    v: float
+    scales: tuple[float, ...]
+
+    def linear_error(self, strength: float) -> float:
+        """What the residual costs v where the matrix is at least ``strength`` times I."""
+        if strength == 0.0 or self.residual == 0.0:
+            return self.residual
+        return self.residual * self.b / (strength * self.v) if self.v > 0.0 else math.inf
 
 
 class Linearization(ABC):
@@ -64,7 +102,7 @@ class Linearization(ABC):
     @property
     def gradient_norm(self) -> Tensor:
         """Euclidean norm of each task's gradient, shape ``[T]``."""
-        return torch.linalg.vector_norm(self.gradient, dim=1)
+        return norm(self.gradient)
 
     @property
     @abstractmethod
@@ -118,39 +156,34 @@ class Linearization(ABC):
         """Norm of the closed-form regulariser's gradient, ``[T]``; 0 where the loss carries it."""
         if self.quadratic is None:
             return torch.zeros_like(self.point[:, 0])
-        offset = self.quadratic.offset(self.point)
-        return self.quadratic.strength * torch.linalg.vector_norm(offset, dim=1)
+        return self.quadratic.strength * norm(self.quadratic.offset(self.point))
 
     # How wrong the hypergradient is: docs/mathematics.md derives it and names the constants.
 
     is_bound = False
 
-    def inner_error(self, first_norm: float | Tensor) -> Tensor:
-        r"""What the distance to the minimum costs the hypergradient, relative, ``[T]``.
+    def scales(self) -> tuple[Tensor, ...]:
+        """What `errors` needs to know of the point, each ``[T]``."""
+        return (self.regularizer_norm(),)
 
-        An estimate: :math:`\|\nabla g\| / \mu`, the distance where g is strongly convex with
-        :math:`\mu = l_2`, relative to the distance from the anchor. Without a closed-form regulariser
-        the gradient relative to the first one's norm, ``first_norm``.
+    def errors(self, sizes: Sizes, damping: float, eps: float, first: float) -> Errors:
+        r"""The parts of one task's relative error of the hypergradient, here estimates.
+
+        The inner part is :math:`\|\nabla g\| / \mu`, the distance to the minimum where g is strongly
+        convex with :math:`\mu = l_2`, relative to the distance from the anchor; without a closed-form
+        regulariser the gradient relative to the first one. The linear part is what the residual r
+        costs v, :math:`\|r\| / (\mu \|v\|)` with :math:`\mu = l_2` plus the damping.
+
+        Args:
+            sizes: of this task.
+            damping: what the linear system has on its diagonal besides H.
+            eps: rounding of phi as the user has it.
+            first: norm of the first inner gradient.
         """
-        scale = self.regularizer_norm()
-        scale = torch.where(scale > 0, scale, first_norm)
-        return self.gradient_norm / scale.clamp_min(torch.finfo(scale.dtype).tiny)
-
-    def linear_error(self, b: Tensor, answer: LinearSolution, damping: float) -> Tensor:
-        r"""What the linear residual r costs v, relative: :math:`\|r\| / (\mu \|v\|)`, ``[T]``."""
-        strength = 0.0 if self.quadratic is None else self.quadratic.strength
-        relative = answer.relative_residual.to(b.dtype)
-        if strength + damping == 0.0:
-            return relative
-        b_norm = torch.linalg.vector_norm(b, dim=1)
-        v_norm = torch.linalg.vector_norm(answer.solution, dim=1)
-        residual = relative * b_norm / (strength + damping)
-        known = torch.where(v_norm > 0, residual / v_norm, torch.inf)
-        return torch.where(residual > 0, known, 0.0)
-
-    def rounding_error(self, b: Tensor, answer: LinearSolution, dtype: torch.dtype) -> Tensor:
-        """What numbers of ``dtype`` cost the hypergradient, relative, ``[T]``."""
-        return torch.zeros_like(b[:, 0])
+        strength = damping + (0.0 if self.quadratic is None else self.quadratic.strength)
+        scale = sizes.scales[0] or first
+        inner = sizes.gradient / scale if scale > 0.0 else sizes.gradient
+        return Errors(inner, sizes.linear_error(strength), 0.0)
 
 
 class AutogradLinearization(Linearization):
@@ -269,5 +302,3 @@ def _flat(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
     pairs = zip(gradients, like, strict=True)
     return flatten(torch.zeros_like(t) if g is None else g for g, t in pairs).unsqueeze(0)
 
-
-__all__ = ["AutogradLinearization", "Linearization", "Products", "dot", "inner_gradient"]

@@ -44,14 +44,11 @@ class HeadLoss(NamedTuple):
 
     def same(self, other: HeadLoss) -> bool:
         """Whether both are one loss with one set of targets on the same features."""
-        return self.origin == other.origin and self.equal(other)
-
-    def equal(self, other: HeadLoss) -> bool:
-        """Whether both are one function of phi, whatever made the features."""
         return (
             self.loss is other.loss
             and self.scale == other.scale
             and self.bias == other.bias
+            and self.origin == other.origin
             and torch.equal(self.x, other.x)
             and torch.equal(self.targets, other.targets)
         )

@@ -85,6 +85,11 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).view(-1)
 
 
+def norm(vectors: Tensor) -> Tensor:
+    """Euclidean norms task by task, ``[T, n] -> [T]``."""
+    return torch.linalg.vector_norm(vectors, dim=1)
+
+
 def damped(matvec: Matvec, damping: float) -> Matvec:
     """Products with ``A + damping I``."""
     return (lambda v: torch.add(matvec(v), v, alpha=damping)) if damping else matvec

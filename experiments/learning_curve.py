@@ -59,7 +59,7 @@ def _scores(axes: plt.Axes, training: Training, centroid: Interval | None) -> No
 
 def _residuals(axes: plt.Axes, history: History) -> None:
     lines = (
-        ("train/inner_residual", "inner gradient, relative", None),
+        ("train/hypergradient_error", "hypergradient's error, relative", None),
         ("train/cg_residual", "linear residual, relative", None),
         ("train/hypergradient_norm", "hypergradient norm", "0.6"),
     )

@@ -34,7 +34,9 @@ def keywords(name: str, unknown: Iterable[str]) -> None:
     """No keyword that the learner does not have; one of an earlier version names the new one."""
     for key in unknown:
         if key in _RENAMED:
-            raise TypeError(f"{key}: expected {_RENAMED[key]}, got the keyword of an earlier version")
+            raise TypeError(
+                f"{key}: expected {_RENAMED[key]}, got the keyword of an earlier version"
+            )
         near = difflib.get_close_matches(key, _KEYWORDS, n=1)
         hint = f"did you mean {near[0]}?" if near else "leave it out"
         expected = ", ".join(_KEYWORDS)
@@ -47,8 +49,8 @@ def settings(l2: Any, anchor: Any, inner: Any, linear: Any, max_error: Any) -> N
     choice("anchor", anchor, ("zero", "init"))
     if isinstance(inner, type) or not callable(getattr(inner, "begin", None)):
         raise TypeError(
-            f"inner: expected an inner solver such as Newton() or GradientDescent(), got {inner!r}; "
-            "pass an object with a method begin(lr)"
+            "inner: expected an inner solver such as Newton() or GradientDescent(), got "
+            f"{inner!r}; pass an object with a method begin(lr)"
         )
     if isinstance(linear, type) or not callable(getattr(linear, "solve", None)):
         raise TypeError(
@@ -232,8 +234,8 @@ def finite_solutions(point: Tensor) -> None:
         tasks = (~finite).nonzero().flatten().tolist()
         where = f" in tasks {tasks}" if len(point) > 1 else ""
         raise FloatingPointError(
-            f"inner problem: expected finite parameters, got nan or infinity{where}; look for nan in "
-            "the features, scale them down, or raise l2"
+            f"inner problem: expected finite parameters, got nan or infinity{where}; look for nan "
+            "in the features, scale them down, or raise l2"
         )
 
 
@@ -273,8 +275,8 @@ def can_be_together(learner: Any) -> None:
     for name, used in alone.items():
         if used:
             raise ValueError(
-                f"adapt_together: expected settings that serve several tasks, got {name}; adapt one "
-                "task at a time"
+                f"adapt_together: expected settings that serve several tasks, got {name}; adapt "
+                "one task at a time"
             )
 
 

@@ -1,4 +1,4 @@
-"""What a learner can say of its last task, and of how often a hypergradient was not to be trusted."""
+"""What a learner says of its last task, and how often a hypergradient was not to be trusted."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ class Diagnostics:
         cg_steps: Hessian-vector products of the last linear solve; 0 for a factor.
         cg_residual: relative residual of the linear system.
         cg_reason: why the linear solver stopped.
-        hypergradient_error: how wrong the hypergradient may be, relative to its size: from the inner
-            gradient's norm, the linear residual and l2, with what rounding costs. A bound for a linear
-            head with l2 > 0, an estimate for any other module; the derivation is in
+        hypergradient_error: how wrong the hypergradient may be, relative to its size: from the
+            inner gradient's norm, the linear residual and l2, with what rounding costs. A bound for
+            a linear head with l2 > 0, an estimate for any other module; the derivation is in
             docs/mathematics.md.
         is_bound: which of the two it is.
         hypergradients: how many were computed.
@@ -140,8 +140,8 @@ def _why(report: Report, settings: Settings) -> str:
             remedy = "scale the features down, or raise l2"
     elif report.linear_error == largest:
         what = (
-            f"the linear system is not solved: a relative residual of {report.cg_residual:.2g} after "
-            f"{report.cg_steps} steps of {settings.linear} ({report.cg_reason})"
+            f"the linear system is not solved: a relative residual of {report.cg_residual:.2g} "
+            f"after {report.cg_steps} steps of {settings.linear} ({report.cg_reason})"
         )
         remedy = REMEDIES.get(report.cg_reason, "raise l2")
     else:

@@ -41,7 +41,7 @@ from l2l_implicit.linear_solvers.solution import (
     norm,
 )
 from l2l_implicit.mixed_precision import as_now, precision_of, widened, without_autocast
-from l2l_implicit.vectors import flatten, shallow_copy, substitute, unflatten
+from l2l_implicit.vectors import buffers_apart, flatten, shallow_copy, substitute, unflatten
 
 if TYPE_CHECKING:
     from l2l_implicit.together import AdaptedHeads
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 Self = TypeVar("Self", bound="ImplicitCGHead")
 Closure = Callable[[], Tensor]
 
-_LOOKS = 5  # steps of loss tensors at which the second derivative is compared, at most
+_LOOKS = 20  # steps of loss tensors at which the second derivative is compared, at most
 
 
 class Remembered(NamedTuple):
@@ -72,13 +72,15 @@ class Task:
         first_norm: norm of the first inner gradient; for tasks together ``[T]``.
         steps: inner steps taken.
         taken: the last step of loss tensors, until it has shown what the second derivative is.
+        missing: what the second derivative did not explain of the step before, if anything.
         independent: features that are known not to depend on phi.
         saved: the linearization that the current parameters depend on, if it is alive.
-        solution: what was solved exactly: the loss, its regulariser, and phi as installed.
+        solution: what was solved at once: the loss, its regulariser, phi as installed, ``[n]``, and the
+            linear solver.
     """
 
     __slots__ = (
-        "first_norm", "independent", "initial", "key", "looks", "saved", "solution", "solver",
+        "first_norm", "independent", "initial", "key", "looks", "missing", "saved", "solution", "solver",
         "step", "steps", "taken",
     )  # fmt: skip
 
@@ -89,9 +91,10 @@ class Task:
         self.first_norm: float | Tensor = 0.0
         self.steps, self.looks = 0, 0
         self.taken: StepTaken | None = None
+        self.missing = math.inf
         self.independent: set[weakref.ref[Tensor]] = set()
         self.saved: weakref.ref[SavedLinearization] | None = None
-        self.solution: tuple[HeadLoss, SquaredDistance, Tensor] | None = None
+        self.solution: tuple[HeadLoss, SquaredDistance, Tensor, Any] | None = None
 
     def linearization(self) -> Linearization | None:
         """The one that the current parameters depend on, if it is alive."""
@@ -104,13 +107,16 @@ class Task:
         if saved is not None:
             saved.linearization = None
 
-    def holds(self, loss: HeadLoss, quadratic: SquaredDistance, phi: Sequence[Tensor]) -> bool:
-        """Whether the current parameters are the solution of this very problem."""
-        if self.solution is None or self.linearization() is None:
-            return False
-        known, regularizer, installed = self.solution
-        unmoved = torch.equal(installed[0], flatten(p.detach() for p in phi))
-        return unmoved and regularizer.same(quadratic) and known.same(loss)
+    def solved(
+        self, loss: HeadLoss, quadratic: SquaredDistance, phi: Sequence[Tensor]
+    ) -> LinearHeads | None:
+        """The solution of this very problem, if the current parameters are it."""
+        at = self.linearization()
+        if self.solution is None or not isinstance(at, LinearHeads):
+            return None
+        known, regularizer, installed, _ = self.solution
+        unmoved = torch.equal(installed, flatten(p.detach() for p in phi))
+        return at if unmoved and regularizer.same(quadratic) and known.same(loss) else None
 
     def summary(self) -> Task:
         """What the backward pass needs: no tensors."""
@@ -376,14 +382,17 @@ class ImplicitCGHead(MAML):
         task, known = self._task, self._recognize(loss, phi)
         if known is not None and self._solves_at_once():
             quadratic = self._quadratic(phi, torch.float64)
-            if keep and task.holds(known, quadratic, phi):
+            there = task.solved(known, quadratic, phi) if keep else None
+            if there is None:
+                task.release()
+                there = self._on_heads(self._heads(known, quadratic, phi), 1)
+            elif (task.solution[0].origin, task.solution[3]) == (known.origin, self.linear):
                 return
-            task.release()
-            there = self._on_heads(self._heads(known, quadratic, phi), 1)
+            there.sees(known.source)
             self._install(there.point, phi, there if keep else None)
             if keep:
-                now = flatten(p.detach() for p in self._adapted(phi)).unsqueeze(0)
-                task.solution = known, quadratic, now
+                now = flatten(p.detach() for p in self._adapted(phi))
+                task.solution = known, quadratic, now, self.linear
             return
         task.release()  # before there are two
         at = self._linearize(loss, phi, unused, True, known)
@@ -401,6 +410,7 @@ class ImplicitCGHead(MAML):
     ) -> None:
         objective = _ClosureObjective(self, closure, phi, unused)
         point = flatten(p.detach() for p in phi).unsqueeze(0)  # held by nobody else
+        before = self._task.steps, self._task.first_norm
         try:
             at: Linearization | None = self._solve_heads(objective, point, steps)
             if at is not None:
@@ -414,6 +424,7 @@ class ImplicitCGHead(MAML):
                     self._compare(at, objective)
         except BaseException:
             substitute(self.module, objective.phi, phi)
+            self._task.steps, self._task.first_norm = before
             raise
         if keep:
             objective.leave()
@@ -430,11 +441,14 @@ class ImplicitCGHead(MAML):
         before = self._task.steps, self._task.first_norm
         there = self._on_heads(self._heads(known, quadratic, objective.phi), steps)
         again = self._recognize(objective.loss(there.point.to(point.dtype)), objective.phi)
-        if again is not None and again.same(known):
-            return there
-        self._task.steps, self._task.first_norm = before
-        objective.forget()
-        return None  # the closure draws anew each time: it has to be asked at each step
+        if again is not None and not again.same(known) and self._solves_at_once():
+            there = self._on_heads(self._heads(again, quadratic, objective.phi), steps)
+        elif again is None or not again.same(known):
+            self._task.steps, self._task.first_norm = before
+            objective.forget()
+            return None  # the closure draws anew each time: it has to be asked at each step
+        there.sees(again.source)
+        return there
 
     def _on_heads(self, at: LinearHeads, steps: int) -> LinearHeads:
         """The inner loop of linear heads: their objectives are known everywhere."""
@@ -646,19 +660,19 @@ class ImplicitCGHead(MAML):
         answer: LinearSolution, damping: float,
     ) -> None:  # fmt: skip
         steps = torch.full_like(answer.steps, self._task.steps) if at.steps is None else at.steps
+        first = torch.as_tensor(self._task.first_norm, dtype=torch.float64, device=b.device)
         columns = (
             steps, at.gradient_norm, answer.steps, answer.relative_residual, norm(b),
-            norm(answer.solution), *at.scales(),
+            norm(answer.solution), first.expand(len(b)), *at.scales(),
         )  # fmt: skip
         rows = torch.stack([column.to(torch.float64) for column in columns], 1).tolist()
         newton = isinstance(self.inner, Newton)
         settings = Settings(self.max_error, self.inner, self.linear, newton)
         eps = torch.finfo(phi.dtype).eps
-        first = torch.as_tensor(self._task.first_norm).expand(len(rows)).tolist()
-        for t, (found, row) in enumerate(zip(diagnostics, rows, strict=True)):
-            taken, gradient, products, residual, b_norm, v_norm, *scales = row
+        for found, row, reason in zip(diagnostics, rows, answer.reason, strict=True):
+            taken, gradient, products, residual, b_norm, v_norm, first, *scales = row
             sizes = Sizes(gradient, residual, b_norm, v_norm, tuple(scales))
-            errors, reason = at.errors(sizes, damping, eps, first[t]), answer.reason[t]
+            errors = at.errors(sizes, damping, eps, first)
             report = Report(
                 int(taken), gradient, int(products), residual, reason, *errors, at.is_bound
             )
@@ -669,7 +683,9 @@ class ImplicitCGHead(MAML):
     def _look(self, at: AutogradLinearization) -> None:
         """Compare the gradient's change since the last loss tensor with the products."""
         taken = self._task.taken
-        agrees = None if taken is None else taken.agrees(at)
+        if taken is None:
+            return
+        agrees, self._task.missing = taken.agrees(at, self._task.missing)
         if agrees is not None:
             self._say(agrees)
 
@@ -677,13 +693,9 @@ class ImplicitCGHead(MAML):
         """Compare a product with a difference of gradients, with every buffer left as it was."""
         if self._second_derivative["known"]:
             return
-        buffers = [(b, b.detach().clone()) for b in self.module.buffers()]
         devices = [at.point.device] if at.point.is_cuda else []
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), buffers_apart(self.module):
             agrees = products_agree(at, objective.evaluate)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
         self._say(agrees)
 
     def _say(self, agrees: bool | None) -> None:

@@ -5,7 +5,8 @@ The solvers see one vector; the module keeps its tensors. Everything that conver
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -37,6 +38,23 @@ def substitute(module: nn.Module, old: Sequence[Tensor], new: Sequence[Tensor]) 
                 part._parameters[name] = replacement[id(parameter)]  # type: ignore[assignment]
         if isinstance(part, nn.RNNBase):  # its cached list of weights must see the new tensors
             part._flat_weights = [getattr(part, name) for name in part._flat_weights_names]
+
+
+@contextlib.contextmanager
+def buffers_apart(module: nn.Module) -> Iterator[None]:
+    """Within, the module has copies of its buffers; then the buffers themselves, untouched.
+
+    Writing the old values back would not do: autograd refuses a graph that has saved one of them.
+    """
+    own = [(part, part._buffers.copy()) for part in module.modules()]
+    copies = {id(b): b.detach().clone() for b in module.buffers()}
+    for part, buffers in own:
+        part._buffers.update((k, b if b is None else copies[id(b)]) for k, b in buffers.items())
+    try:
+        yield
+    finally:
+        for part, buffers in own:
+            part._buffers.update(buffers)
 
 
 def shallow_copy(module: Module) -> Module:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from l2l_implicit import ImplicitCGHead
+from l2l_implicit import CG, ImplicitCGHead, Newton
 
 Net = Callable[[Tensor], Tensor]
 Theta = dict[str, Tensor]
@@ -251,7 +251,7 @@ def problem(name: str, **changes: Any) -> Problem:
 
 # The learner under test, run on a problem.
 
-EXACT = {"cg_tol": 1e-13, "cg_steps": 200}
+EXACT = {"inner": Newton(cg_steps=200, tol=1e-13), "linear": CG(steps=200, tol=1e-13)}
 
 
 def make_learner(task: Problem, cls: type[ImplicitCGHead] = ImplicitCGHead, **settings: Any) -> Any:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments.benchmark import ours, peers
+from experiments.benchmark import cases, ours, peers
 from experiments.benchmark.cases import Plan
 from experiments.benchmark.comparisons import PEERS, RELEASED_STEPS
 from experiments.benchmark.figure import draw
@@ -23,6 +23,7 @@ from experiments.benchmark.rows import Bar, Row, as_markdown, as_text, summary
 from experiments.tracking import UserError
 
 ROOT = Path(__file__).parents[1]
+CALLS, COST = ("adapt(closure)", "adapt(loss)"), Cost(1.0, 1.0, 1.0, 1.0)
 SMALL = Shape("cnn4, GroupNorm", hidden=8, pixels=16, ways=3, shots=2, queries=2)
 
 
@@ -230,9 +231,29 @@ TINY = Plan(
     network_steps=(1, 2),
 )
 BARS = {
-    "cnn4-32px": 8, "20-shot": 4, "wide": 4, "chunked": 2, "k-sweep": 2, "n-sweep": 4,
-    "k-memory": 2, "peers": 18, "imaml": 5, "layouts": 0,
+    "cnn4-32px": 8, "two-threads": 8, "20-shot": 4, "wide": 4, "wide-20-way-1-shot": 2,
+    "chunked": 2, "meta-batch": 1, "head": 2, "k-sweep": 2, "n-sweep": 4, "k-memory": 2,
+    "peers": 18, "imaml": 5, "layouts": 0,
 }  # fmt: skip
+
+
+def test_the_bars_are_those_that_were_asked_for() -> None:
+    def limits(case: str) -> dict[str, float]:
+        rows = CASES[case](TINY)
+        return {row.method: bar.limit for row in rows for bar in row.bars if bar.quantity == "time"}
+
+    ways = {call: limits("cnn4-32px")[f"implicit, newton, {call}"] for call in CALLS}
+    assert ways == {"adapt(closure)": 1.05, "adapt(loss)": 1.08}
+    assert limits("meta-batch") == {"implicit, newton, heads together": 1.02}
+    assert sorted(limits("head").values()) == [0.15, 0.5]
+
+
+def test_two_threads_are_torchs_for_the_case_alone() -> None:
+    before, seen = torch.get_num_threads(), set[int]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cases, "measure", lambda *_: seen.add(torch.get_num_threads()) or {"": COST})
+        CASES["two-threads"](TINY)
+    assert seen == {2} and torch.get_num_threads() == before
 
 
 def test_the_compiled_case_has_names_for_the_tracker(monkeypatch: pytest.MonkeyPatch) -> None:

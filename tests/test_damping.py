@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import random
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from oracles import implicit, minimize, relative_error
-from problems import NAMES, adapt, hypergradient, make_learner, problem
+from problems import EXACT, NAMES, adapt, hypergradient, make_learner, problem
 from torch import nn
 
-from l2l_implicit import ImplicitMAML
+from l2l_implicit import CG, Direct, GradientDescent, ImplicitMAML, LinearSolver, Neumann
 from l2l_implicit.tasks import get_tasksets, split_support_query
 
 from learn2learn.vision.models import CNN4Backbone  # isort: skip  (after ours)
@@ -28,19 +29,19 @@ def test_the_damped_system_is_solved(name: str) -> None:
     task = problem(name)
     phi = minimize(task.inner, task.start(), task.leaves(), task.lr)
     dense = [implicit(task.inner, task.outer, task.leaves(), phi, d) for d in (DAMPING, 0.0)]
-    _, loss = adapt(make_learner(task, damping=DAMPING), task)
+    _, loss = adapt(make_learner(task, linear=replace(EXACT["linear"], damping=DAMPING)), task)
     got = hypergradient(task, loss)
     assert relative_error(got, dense[0]) < 1e-9
     assert relative_error(got, dense[1]) > 1e-3
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("solver", ["cg", "neumann", "direct"])
-def test_where_the_matrix_is_indefinite(solver: str) -> None:
+@pytest.mark.parametrize("linear", [CG(3000, 1e-13, 2.0), Neumann(3000, 1e-13, damping=2.0), Direct(2.0)])
+def test_where_the_matrix_is_indefinite(linear: LinearSolver) -> None:
     task = problem("two layers anchored", l2=0.0)
     task.theta["l2"] = torch.tensor(0.0, requires_grad=True)
     learner, loss = adapt(
-        make_learner(task, step="gradient", solver=solver, cg_steps=3000, damping=2.0),
+        make_learner(task, inner=GradientDescent(), linear=linear),
         task,
         steps=2,
     )
@@ -61,7 +62,7 @@ def meta_gradients(damping: float, tasks: int = 6) -> tuple[torch.Tensor, int]:
     backbone = CNN4Backbone(hidden_size=4, channels=1)
     net = nn.Sequential(backbone, nn.Flatten(), nn.LazyLinear(5))
     net(sets.train.sample()[0])
-    maml = ImplicitMAML(net, lr=0.1, cg_steps=5, damping=damping)
+    maml = ImplicitMAML(net, lr=0.1, linear=CG(steps=5, damping=damping))
     norms = []
     for _ in range(tasks):
         (x, y), (x_query, y_query) = split_support_query(*sets.train.sample(), shots=SIZE // 2)

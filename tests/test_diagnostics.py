@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from l2l_implicit import ImplicitCGHead, UnsolvedWarning
-from l2l_implicit.linear_solvers.solution import CONVERGED, MAX_STEPS
+from l2l_implicit import CG, LBFGS, GradientDescent, ImplicitCGHead, Newton, UnsolvedWarning
+from l2l_implicit.inner_solvers.protocol import InnerSolver
+from l2l_implicit.linear_solvers.solution import CONVERGED, FACTORED, MAX_STEPS
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -36,28 +37,35 @@ def run(parent: ImplicitCGHead, x: Tensor, steps: int, how: str = "loss") -> Imp
 
 
 def head(**settings) -> ImplicitCGHead:
-    return ImplicitCGHead(nn.Linear(10, 5), **{"lr": 0.1, "cg_steps": 60, **settings})
+    return ImplicitCGHead(nn.Linear(10, 5), **{"lr": 0.1, "linear": CG(60), **settings})
 
 
 @pytest.mark.parametrize("how", ["loss", "closure"])
 @pytest.mark.parametrize("anchor", ["zero", "init"])
-@pytest.mark.parametrize("step, lr, steps", [("newton", 0.1, 10), ("gradient", 1.0, 60)])
-def test_solved_says_nothing(step: str, lr: float, steps: int, anchor: str, how: str) -> None:
-    parent = head(step=step, lr=lr, anchor=anchor)
+@pytest.mark.parametrize(
+    "inner, steps", [(Newton(), 10), (Newton(), 1), (GradientDescent(), 100), (LBFGS(), 40)]
+)
+def test_solved_says_nothing(inner: InnerSolver, steps: int, anchor: str, how: str) -> None:
+    parent = head(inner=inner, lr=1.0, anchor=anchor)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         learner = run(parent, data(), steps, how)
     for found in (learner.diagnostics, parent.diagnostics):
-        assert (found.hypergradients, found.unsolved_inner, found.unsolved_linear) == (1, 0, 0)
-        assert 0 < found.inner_steps <= steps and found.inner_residual < 1e-2
-        assert 0 < found.cg_steps <= 60 and found.cg_residual <= 1e-4
-        assert found.cg_reason == CONVERGED
+        assert (found.hypergradients, found.unsolved) == (1, 0)
+        assert (found.unsolved_inner, found.unsolved_linear) == (0, 0)
+        assert 0 < found.inner_steps and 0.0 <= found.hypergradient_error <= 0.01
+        assert found.is_bound and found.cg_residual <= 1e-4
+        if isinstance(inner, Newton):
+            assert (found.cg_steps, found.cg_reason) == (0, FACTORED)
+        else:
+            assert found.inner_steps <= steps and 0 < found.cg_steps <= 60
+            assert found.cg_reason == CONVERGED
 
 
 CASES = {
-    "too few steps": ({"step": "gradient", "lr": 0.01}, 1.0, 3),
-    "diverging": ({"step": "gradient", "lr": 5.0}, 5.0, 10),
-    "one step of newton": ({"step": "newton"}, 20.0, 1),
+    "too few steps": ({"inner": GradientDescent(), "lr": 0.01}, 1.0, 3),
+    "diverging": ({"inner": GradientDescent(), "lr": 5.0}, 5.0, 10),
+    "one step of l-bfgs": ({"inner": LBFGS()}, 20.0, 1),
 }
 
 
@@ -72,12 +80,14 @@ def test_unsolved_inner_problem_warns_once_and_counts(case: str, how: str) -> No
     assert sum("inner problem" in str(w.message) for w in caught) == 1
     assert parent.diagnostics.unsolved_inner == parent.diagnostics.hypergradients == 3
     assert learner.diagnostics.unsolved_inner == 1
-    assert parent.diagnostics.inner_residual > 0.1
-    assert "\n" not in str(caught[0].message) and "step='newton'" in str(caught[0].message)
+    assert parent.diagnostics.unsolved == 3 and parent.diagnostics.hypergradient_error > 0.1
+    text = str(caught[0].message)
+    assert "\n" not in text and "use inner=Newton()" in text
+    assert f"steps of {settings['inner']}" in text, "what is set is not named"
 
 
 def test_reported_gradient_is_that_of_the_objective() -> None:
-    parent, x = head(step="gradient", lr=0.3, l2=0.2, inner_tol=1e9), data()
+    parent, x = head(inner=GradientDescent(), lr=0.3, l2=0.2, max_error=1e9), data()
     learner = run(parent, x, 4, "closure")
     objective = F.cross_entropy(learner(x), Y) + 0.1 * sum(
         p.square().sum() for p in learner.parameters()
@@ -88,12 +98,15 @@ def test_reported_gradient_is_that_of_the_objective() -> None:
 
 
 def test_unsolved_linear_system_warns_once_and_counts() -> None:
-    parent, x = head(cg_steps=1, l2=1e-4, inner_tol=1e9), data(5.0)
+    parent, x = head(inner=LBFGS(tol=1e-10), linear=CG(steps=1), l2=1e-2), data(5.0)
     with pytest.warns(UnsolvedWarning, match="linear system is not solved") as caught:
         for _ in range(3):
-            run(parent, x, 3)
+            run(parent, x, 200, "closure")
     assert sum("linear system" in str(w.message) for w in caught) == 1
-    assert parent.diagnostics.unsolved_linear == 3
+    assert parent.diagnostics.unsolved_linear == parent.diagnostics.unsolved == 3
+    assert parent.diagnostics.unsolved_inner == 0
+    text = str(caught[0].message)
+    assert f"steps of {parent.linear}" in text and "give linear= more steps" in text
     assert parent.diagnostics.cg_reason == MAX_STEPS and parent.diagnostics.cg_steps == 1
 
 
@@ -116,7 +129,7 @@ def test_a_loss_of_superseded_parameters_raises() -> None:
     learner, x = head().clone(), data()
     learner.adapt(F.cross_entropy(learner(x), Y))
     stale = F.cross_entropy(learner(x), Y)
-    learner.adapt(F.cross_entropy(learner(x), Y))
+    learner.adapt(F.cross_entropy(learner(x), Y.roll(1)))
     fresh = F.cross_entropy(learner(x), Y)
     with pytest.raises(RuntimeError, match="later adapt"):
         stale.backward(retain_graph=True)
@@ -154,7 +167,7 @@ def test_a_warm_start_with_ones_own_regularizer_says_nothing() -> None:
         def regularizer(self, parameters, anchor):
             return 0.05 * sum((p - a).square().sum() for p, a in zip(parameters, anchor))  # noqa: B905
 
-    parent, x = Own(nn.Linear(10, 5), 0.1, warm_start=True, cg_steps=60), data()
+    parent, x = Own(nn.Linear(10, 5), 0.1, warm_start=True, linear=CG(60)), data()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(3):

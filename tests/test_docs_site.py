@@ -18,8 +18,9 @@ PACKAGE = ROOT / "l2l_implicit"
 OFFERED = {
     "l2l_implicit": PACKAGE / "__init__.py",
     **{f"l2l_implicit.{name}": PACKAGE / name / "__init__.py"
-       for name in ("baselines", "batched", "lightning", "tasks")},
-    "l2l_implicit.distributed": PACKAGE / "distributed.py",
+       for name in ("baselines", "lightning", "tasks")},
+    **{f"l2l_implicit.{name}": PACKAGE / f"{name}.py"
+       for name in ("distributed", "per_task_norm")},
     "experiments.convergence.theory": ROOT / "experiments" / "convergence" / "theory.py",
 }  # fmt: skip
 IDENTIFIER = re.compile(r"^::: (\S+)$", re.MULTILINE)

@@ -10,7 +10,7 @@ from oracles import implicit, minimize, relative_error
 from problems import INPUTS, Problem, adapt, hypergradient, make_learner, problem
 from torch import Tensor
 
-from l2l_implicit import ImplicitCGHead
+from l2l_implicit import CG, GradientDescent, ImplicitCGHead
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -32,7 +32,7 @@ def test_tasks_summed_before_one_backward(name: str) -> None:
     second.support = lambda net, theta, h: F.cross_entropy(net(h[0]), labels, reduction="sum")
     second.lr = 0.1
     # Gradient steps, as the oracle's: Newton's find a lower minimum of the two layers.
-    parents = make_learner(first, step="gradient"), make_learner(second, step="gradient")
+    parents = make_learner(first, inner=GradientDescent()), make_learner(second, inner=GradientDescent())
     pairs = [adapt(p, t, steps=1000) for p, t in zip(parents, (first, second), strict=True)]
     got = hypergradient(first, pairs[0][1] + 2 * pairs[1][1])
     both = [a + 2 * b for a, b in zip(expected(first), expected(second), strict=True)]
@@ -166,7 +166,7 @@ def test_float32_agrees_with_float64() -> None:
     single = problem("softmax mean bias", head=copy.deepcopy(task.head).float())
     single.theta = {k: t.detach().float().requires_grad_() for k, t in task.theta.items()}
     single.embed = lambda t: tuple(torch.tanh(x.float() @ t["backbone"]) for x in INPUTS)
-    _, loss = adapt(make_learner(single, cg_tol=1e-6), single)
+    _, loss = adapt(make_learner(single, linear=CG(tol=1e-6)), single)
     got = hypergradient(single, loss)
     assert all(g.dtype == torch.float32 for g in got)
     assert relative_error([g.double() for g in got], exact) < 2e-5
@@ -176,7 +176,7 @@ def test_l2_of_another_dtype_and_shape() -> None:
     task = problem("softmax mean bias", l2=0.3)
     want = expected(task)
     l2 = torch.tensor([0.3], dtype=torch.float32, requires_grad=True)
-    parent = ImplicitCGHead(task.head, task.lr, l2=l2, cg_tol=1e-12)
+    parent = ImplicitCGHead(task.head, task.lr, l2=l2, linear=CG(tol=1e-12))
     adapt(parent, task)[1].backward()
     assert l2.grad.shape == (1,) and l2.grad.dtype == torch.float32
     assert abs(float(l2.grad) - float(want[1])) < 1e-6 * abs(float(want[1]))

@@ -14,11 +14,14 @@ from small_task import fit
 from small_task import six_inputs as x
 from torch import Tensor, nn
 
-from l2l_implicit import ImplicitCGHead, ImplicitMAML
+from l2l_implicit import CG, GradientDescent, ImplicitCGHead, ImplicitMAML, Newton
 
 from learn2learn.algorithms import MAML  # isort: skip  (after l2l_implicit, which repairs it)
 
 pytestmark = pytest.mark.usefixtures("float64")
+
+
+EXACT = {"inner": Newton(cg_steps=200, tol=1e-12), "linear": CG(steps=200, tol=1e-12)}
 
 
 class MyHead(ImplicitCGHead):
@@ -35,7 +38,8 @@ def test_signature_begins_as_learn2learns(method: str) -> None:
     theirs = list(inspect.signature(getattr(MAML, method)).parameters.values())
     for mine, other in zip(ours, theirs, strict=False):
         assert (mine.name, mine.default, mine.kind) == (other.name, other.default, other.kind)
-    assert all(p.kind == p.KEYWORD_ONLY for p in ours[len(theirs) :])
+    # Any other keyword is there to be refused, with the new name of an old one.
+    assert all(p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in ours[len(theirs) :])
     assert isinstance(ImplicitCGHead(nn.Linear(2, 2), 0.1), MAML)
 
 
@@ -112,8 +116,8 @@ def test_state_dict_through_a_file(tmp_path) -> None:
 @pytest.mark.parametrize("anchor", ["zero", "init"])
 def test_without_a_clone(how: str, anchor: str) -> None:
     """The parent itself adapts: its first parameters are still the initial value."""
-    parent = ImplicitCGHead(nn.Linear(4, 3), 0.1, anchor=anchor, cg_tol=1e-12)
-    control = ImplicitCGHead(copy.deepcopy(parent.module), 0.1, anchor=anchor, cg_tol=1e-12)
+    parent = ImplicitCGHead(nn.Linear(4, 3), 0.1, anchor=anchor, **EXACT)
+    control = ImplicitCGHead(copy.deepcopy(parent.module), 0.1, anchor=anchor, **EXACT)
     initial, inputs = list(parent.module.parameters()), x()
     clone = control.clone()
     for learner in (parent, clone):
@@ -169,7 +173,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("kind", list(MODULES))
 def test_other_modules(kind: str, how: str) -> None:
     """The inner minimum is one (its gradient is zero), and the parent gets a gradient."""
-    parent = ImplicitCGHead(MODULES[kind](), 0.1, anchor="init", l2=1.0, cg_tol=1e-10)
+    parent = ImplicitCGHead(MODULES[kind](), 0.1, anchor="init", l2=1.0, **EXACT)
     learner, inputs = parent.clone(), x()
     count = len(list(parent.module.parameters()))
     fit(learner, inputs, how, 15)
@@ -217,5 +221,20 @@ def test_frozen_parameters_stay(how: str) -> None:
 def test_imaml_is_the_same_class_with_other_defaults() -> None:
     maml = ImplicitMAML(nn.Linear(4, 3), 0.1)
     assert isinstance(maml, ImplicitCGHead)
-    assert (maml.anchor, maml.step, maml.l2, maml.damping) == ("init", "gradient", 2.0, 0.0)
+    assert (maml.anchor, maml.l2) == ("init", 2.0)
+    assert (maml.inner, maml.linear) == (GradientDescent(), CG())
     assert type(maml.clone()) is ImplicitMAML
+
+
+@pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
+def test_batch_norm_may_be_adapted_by_a_closure() -> None:
+    """The look at the second derivative puts running statistics back as if it had not been."""
+    network = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
+    maml, inputs = ImplicitMAML(network, 0.1), x()
+    passes = []
+    for _ in range(2):  # it looks at the first task alone
+        learner = maml.clone()
+        learner.adapt(lambda learner=learner: F.cross_entropy(learner(inputs), Y), steps=1)
+        passes.append(int(learner.module[1].num_batches_tracked))
+        F.cross_entropy(learner(inputs), Y).backward()
+    assert passes == [2, 5] and network[0].weight.grad.norm() > 0  # two, the query, two more

@@ -11,9 +11,10 @@ from small_task import fit
 from small_task import six_inputs as x
 from torch import Tensor, nn
 
-from l2l_implicit import ImplicitCGHead
+from l2l_implicit import CG, LBFGS, ImplicitCGHead
 
 pytestmark = pytest.mark.usefixtures("float64")
+EXACT = {"inner": LBFGS(tol=1e-13), "linear": CG(steps=200, tol=1e-13)}  # no factor: v is used
 
 
 def visit(parent: ImplicitCGHead, inputs: Tensor, steps: int, **key: str) -> ImplicitCGHead:
@@ -25,7 +26,8 @@ def visit(parent: ImplicitCGHead, inputs: Tensor, steps: int, **key: str) -> Imp
 
 @pytest.mark.parametrize("anchor", ["zero", "init"])
 def test_warm_start_continues_where_the_task_ended(anchor: str) -> None:
-    parent, inputs = ImplicitCGHead(nn.Linear(4, 3), 0.1, warm_start=True, anchor=anchor), x()
+    parent = ImplicitCGHead(nn.Linear(4, 3), 0.1, warm_start=True, anchor=anchor, **EXACT)
+    inputs = x()
     first = visit(parent, inputs, 20, task="a")
     second = parent.clone(task="a")
     assert torch.equal(second.module.weight, first.module.weight)
@@ -38,7 +40,7 @@ def test_warm_start_continues_where_the_task_ended(anchor: str) -> None:
 
 def test_warm_start_does_not_move_the_hypergradient() -> None:
     theta, data, grads = torch.randn(4, 4, requires_grad=True), x(), []
-    parent = ImplicitCGHead(nn.Linear(4, 3), 0.1, warm_start=True, anchor="init", cg_tol=1e-12)
+    parent = ImplicitCGHead(nn.Linear(4, 3), 0.1, warm_start=True, anchor="init", **EXACT)
     for _ in range(2):
         learner = parent.clone(task=7)
         h = torch.tanh(data @ theta)
@@ -59,3 +61,23 @@ def test_deepcopied_warm_parent_has_a_memory_of_its_own() -> None:
     twin = copy.deepcopy(parent)
     visit(parent, inputs, 5, task="a")
     assert torch.equal(twin.clone(task="a").module.weight, twin.module.weight)
+
+
+@pytest.mark.parametrize("tol", [1e-5, 1e-13])
+def test_lbfgs_goes_on_from_next_to_the_minimum(tol: float) -> None:
+    """Its first step knows no curvature; a line search that begins too long sees only rounding."""
+    for seed in range(10):
+        torch.manual_seed(seed)
+        parent = ImplicitCGHead(nn.Linear(4, 3), 0.1, warm_start=True, inner=LBFGS(tol=tol))
+        inputs, norms = x(), []
+        for steps in (20, 1, 1, 10):
+            learner = visit(parent, inputs, steps, task="a")
+            norms.append(learner.diagnostics.inner_gradient_norm)
+        assert max(norms[1:]) < 2.0 * norms[0] + 1e-14 and norms[3] < 1e-4
+
+
+def test_a_linear_head_that_newton_solves_needs_no_memory() -> None:
+    parent, inputs = ImplicitCGHead(nn.Linear(4, 3), 0.1, warm_start=True), x()
+    first, second = (visit(parent, inputs, 1, task="a") for _ in range(2))
+    assert torch.equal(first.module.weight, second.module.weight)
+    assert second.diagnostics.cg_steps == second.diagnostics.unsolved == 0

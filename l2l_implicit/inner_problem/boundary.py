@@ -1,7 +1,7 @@
 """Marks in autograd's graph: where theta enters an inner loss, and where an inner step has ended.
 
-Theta enters by the tensors given to ``forward``, and by leaves that the loss uses directly. This file and
-`recognition` are the only ones that know torch's graph from the inside.
+Theta enters by the tensors given to ``forward``, and by leaves that the loss uses directly. This
+file and `recognition` are the only ones that know torch's graph from the inside.
 """
 
 from __future__ import annotations

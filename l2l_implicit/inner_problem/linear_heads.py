@@ -138,6 +138,10 @@ class LinearHeads(Linearization):
         """Task ``t`` alone, T = 1, without its way to theta."""
         return LinearHeads(self.problem.task(t), self.point[t : t + 1])
 
+    def sees(self, source: Tensor | None) -> None:
+        """From now on theta enters by ``source``, which has the features' numbers."""
+        self.problem = self.problem._replace(source=source)
+
     can_evaluate = True
 
     def evaluate(self, point: Tensor) -> tuple[Tensor, Tensor]:
@@ -302,6 +306,6 @@ class LinearHeads(Linearization):
         omega = 3.0 * movement * sizes.gradient / strength
         inner = math.expm1(min(omega, 700.0)) if omega == omega else math.inf
         amplified = sizes.b / max((strength + damping) * sizes.v, _TINY)
-        rounding = 0.4 * eps * amplified * (1.0 + outputs + longest / max(sizes.b, _TINY))
+        rounding = eps + 0.4 * eps * amplified * (1.0 + outputs + longest / max(sizes.b, _TINY))
         rounding += 8.0 * torch.finfo(torch.float64).eps * (1.0 + curvature / strength)
         return Errors(inner, sizes.linear_error(strength + damping), rounding)

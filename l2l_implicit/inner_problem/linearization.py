@@ -164,14 +164,19 @@ class Linearization(ABC):
 
     def scales(self) -> tuple[Tensor, ...]:
         """What `errors` needs to know of the point, each ``[T]``."""
-        return (self.regularizer_norm(),)
+        scale = self.regularizer_norm()
+        if self.quadratic is not None:  # at the anchor itself the distance is rounding's
+            root = torch.finfo(scale.dtype).eps ** 0.5 * self.quadratic.strength
+            scale = torch.maximum(scale, root * norm(self.point))
+        return (scale,)
 
     def errors(self, sizes: Sizes, damping: float, eps: float, first: float) -> Errors:
         r"""The parts of one task's relative error of the hypergradient, here estimates.
 
         The inner part is :math:`\|\nabla g\| / \mu`, the distance to the minimum where g is strongly
-        convex with :math:`\mu = l_2`, relative to the distance from the anchor; without a closed-form
-        regulariser the gradient relative to the first one. The linear part is what the residual r
+        convex with :math:`\mu = l_2`, relative to the distance from the anchor (or to a rounding's
+        root of phi, if that is larger); without a closed-form regulariser the gradient relative to the
+        first one. The linear part is what the residual r
         costs v, :math:`\|r\| / (\mu \|v\|)` with :math:`\mu = l_2` plus the damping.
 
         Args:

@@ -1,13 +1,15 @@
 r"""The losses whose inner problem of a linear head has a closed form, for T tasks at once.
 
-With outputs :math:`Z` (``[T, m, k]``) and one scale :math:`s` (1 over what a mean divides by, or 1):
+With outputs :math:`Z` (``[T, m, k]``) and one scale :math:`s` (1, or 1 over what a mean divides
+by):
 
 .. math:: \text{cross-entropy:} \quad \nabla_Z = s (P - Y), \quad
           S U = s (P \odot U - P \odot (P \odot U) 1 1^\top)
 .. math:: \text{squared error:} \quad \nabla_Z = 2 s (Z - Y), \quad S U = 2 s U
 
-with the probabilities :math:`P = \text{softmax}(Z)`, the (one-hot) targets :math:`Y` and the Hessian
-:math:`S` in the outputs. Each loss also knows the inverse that the span of the samples needs,
+with the probabilities :math:`P = \text{softmax}(Z)`, the (one-hot) targets :math:`Y` and the
+Hessian :math:`S` in the outputs. Each loss also knows the inverse that the span of the samples
+needs,
 
 .. math:: (S^{-1} + \hat K)^{-1} = S - S (\hat K^{-1} + S)^{-1} S, \qquad \hat K = X X^\top / l_2,
 
@@ -59,7 +61,9 @@ class OutputLoss(ABC):
 
     @abstractmethod
     def inverse(self, kernel: Tensor) -> Inverse:
-        r""":math:`(S^{-1} + \\hat K)^{-1}` for a kernel ``[T, m, m]``, as a function of ``[T, m, k]``."""
+        r""":math:`(S^{-1} + \\hat K)^{-1}` for a kernel ``[T, m, m]``, as a function of
+        ``[T, m, k]``.
+        """
 
     @abstractmethod
     def movement(self, change: Tensor) -> Tensor:
@@ -138,12 +142,13 @@ class _SoftmaxInverse:
     r"""The inverse for the softmax, by one Cholesky factor for each class and one for all.
 
     With :math:`D_c` the diagonal matrix of the samples' :math:`s \, p_c`,
-    :math:`E_c = D_c^{1/2} (I + D_c^{1/2} \hat K D_c^{1/2})^{-1} D_c^{1/2}` and R the sum over classes,
-    the inverse is :math:`E - E R^\top (R E R^\top)^{-1} R E`: k systems of m unknowns instead of one
-    of k m, and all of them well conditioned.
+    :math:`E_c = D_c^{1/2} (I + D_c^{1/2} \hat K D_c^{1/2})^{-1} D_c^{1/2}` and R the sum over
+    classes, the inverse is :math:`E - E R^\top (R E R^\top)^{-1} R E`: k systems of m unknowns
+    instead of one of k m, and all of them well conditioned.
 
     References:
-        Rasmussen, Williams (2006), Gaussian Processes for Machine Learning, eq. 3.47, Algorithm 3.3.
+        Rasmussen, Williams (2006), Gaussian Processes for Machine Learning, eq. 3.47,
+        Algorithm 3.3.
     """
 
     def __init__(self, probabilities: Tensor, scale: float, kernel: Tensor) -> None:

@@ -43,12 +43,11 @@ class HeadLoss(NamedTuple):
     scale: float
 
     def same(self, other: HeadLoss) -> bool:
-        """Whether both are one loss with one set of targets on the same features."""
+        """Whether both are one loss with one set of targets on features of the same numbers."""
         return (
             self.loss is other.loss
             and self.scale == other.scale
             and self.bias == other.bias
-            and self.origin == other.origin
             and torch.equal(self.x, other.x)
             and torch.equal(self.targets, other.targets)
         )

@@ -1,12 +1,13 @@
 """Whether Hessian products are what the gradient's change says: autograd's may be wrong or missing.
 
-An operation without a second derivative, one whose second derivative is wrong, a state that moves with
-every pass, other data at every call: each leaves a gradient that is right and products that are not. A
-difference of two gradients sees all of them, once for each learner.
+An operation without a second derivative, one whose second derivative is wrong, a state that moves
+with every pass, other data at every call: each leaves a gradient that is right and products that
+are not. A difference of two gradients sees all of them, once for each learner.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from l2l_implicit.inner_problem.boundary import has_kinks
 from l2l_implicit.inner_problem.linearization import AutogradLinearization, Evaluate
 
-_TOL, _FLAT = 0.02, 1e3
+_TOL, _CLEAR, _FLAT = 0.02, 0.1, 1e3
 
 
 def products_agree(at: AutogradLinearization, evaluate: Evaluate) -> bool | None:
@@ -58,20 +59,35 @@ class StepTaken(NamedTuple):
         """The step from ``at`` to the point ``to``."""
         return cls(at.point, to, at.gradient, at.hvp(to - at.point))
 
-    def agrees(self, at: AutogradLinearization) -> bool | None:
+    def agrees(self, at: AutogradLinearization, before: float) -> tuple[bool | None, float]:
         """Whether the gradient has changed as the products at both ends say; None: no telling.
 
-        Their mean is right to third order in the step. What is not explained by it, nor by the
-        difference of the two, is no second derivative.
+        Their mean is right to third order in the step: what it misses vanishes as the steps get
+        short, where the second derivative is one, and stays where it is none. So a miss counts that
+        the difference of the products does not explain, on a step that is clearly short or if it
+        is no smaller than the miss of the step before.
+
+        Args:
+            at: the linearization where the step has led to.
+            before: what was missing at the step before, relative; infinity for nothing known.
+
+        Returns:
+            The verdict, and what is missing at this step.
         """
         if not torch.equal(self.to, at.point) or has_kinks(at.loss):
-            return None
+            return None, math.inf
         change, product = at.gradient - self.gradient, at.hvp(self.to - self.point)
-        least = _FLAT * torch.finfo(change.dtype).eps
-        if not bool(change.norm() > least * self.gradient.norm()):
-            return None
-        missing = float((change - 0.5 * (self.product + product)).norm() / change.norm())
+        eps, size, now = torch.finfo(change.dtype).eps, float(change.norm()), at.gradient_norm
+        rounding = eps * max(float(self.gradient.norm()), float(at.regularizer_norm()))
+        moved = float((self.to - self.point).norm()) > eps**0.5 * float(at.point.norm())
+        if not size > _FLAT * rounding or not moved:
+            return None, math.inf
+        missing = float((change - 0.5 * (self.product + product)).norm()) / size
         if missing <= _TOL:
-            return True
-        explained = float((product - self.product).norm() / change.norm())
-        return False if missing > explained else None
+            return True, missing
+        explained = float((product - self.product).norm()) / size
+        norm = float(self.gradient.norm())
+        if missing <= explained or size > 1.2 * max(norm, float(now)):  # beyond the minimum
+            return None, math.inf
+        short = size <= 0.3 * norm and missing > max(_CLEAR, 3.0 * explained)
+        return (False if short or missing > 0.7 * before else None), missing

@@ -20,8 +20,8 @@ class LBFGS:
     """``torch.optim.LBFGS`` with the strong Wolfe line search; a step is one iteration.
 
     The line search evaluates the objective at other points than the present one: a linear head's
-    cross-entropy or squared error can, and so can a closure. A loss tensor of anything else can not,
-    and is refused.
+    cross-entropy or squared error can, and so can a closure. A loss tensor of anything else can
+    not, and is refused.
 
     Args:
         history: pairs of differences that it keeps.
@@ -75,6 +75,8 @@ class LBFGSStep:
             moved = self._iterate(at, "strong_wolfe")
             if not torch.equal(moved, at.point):
                 return moved
+            if not self._optimizer.state[self._phi]["old_dirs"]:
+                return moved  # nothing is known of the curvature: a whole step could be any size
         return self._whole_step(at, norm, at.point, math.inf)
 
     def _differs(self, at: Linearization, best: Tensor, norm: float) -> bool:
@@ -92,6 +94,15 @@ class LBFGSStep:
         self._worse = _PATIENCE
         return at.point if torch.equal(at.point, best) else best
 
+    @staticmethod
+    def _reach(at: Linearization) -> float:
+        """How long the first step may be: 1, or the most that a convex problem's minimum is away.
+
+        A start next to the minimum, as a warm one, has a line search that sees only rounding at 1.
+        """
+        strength = 0.0 if at.quadratic is None else at.quadratic.strength
+        return min(1.0, float(at.gradient_norm) / strength) if strength > 0.0 else 1.0
+
     def _iterate(self, at: Linearization, line_search: str | None) -> Tensor:
         """One iteration of torch's, from the present point."""
         if self._phi is None:
@@ -101,7 +112,7 @@ class LBFGSStep:
             self._phi = at.point.clone().requires_grad_()
             self._optimizer = torch.optim.LBFGS(
                 [self._phi], max_iter=1, tolerance_grad=0.0, tolerance_change=0.0,
-                history_size=self._history,
+                history_size=self._history, lr=self._reach(at),
             )  # fmt: skip
         phi, before = self._phi, at.point
         phi.data.copy_(before)
@@ -118,4 +129,5 @@ class LBFGSStep:
         self._optimizer.param_groups[0]["line_search_fn"] = line_search
         self._optimizer.step(objective)  # type: ignore[arg-type]
         phi.grad = None
+        self._optimizer.param_groups[0]["lr"] = 1.0
         return phi.detach().clone()

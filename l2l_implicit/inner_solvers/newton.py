@@ -22,15 +22,15 @@ _FORCING, _ARMIJO, _MOST_CUTS = 0.1, 1e-4, 20
 class Newton:
     r"""Newton's method, with care where H is indefinite.
 
-    A recognised linear head (cross-entropy or squared error, l2 > 0) is solved exactly, at the first
-    ``adapt``, whatever the number of steps; further calls with the same data change nothing.
+    A recognised linear head (cross-entropy or squared error, l2 > 0) is solved exactly, at the
+    first ``adapt``, whatever the number of steps; further calls with the same data change nothing.
 
-    Any other module takes one Newton-CG step for each ``adapt(loss)``, or step of a closure. With a loss
-    tensor the objective is known only when the next linearization arrives: if by then it has not fallen
-    by the Armijo rule, the step is taken back in part, along the same direction, before a new direction
-    is tried. With a closure it is searched at once. Conjugate gradient ends where it meets a direction
-    of negative curvature, and what it has by then is the step; where that is zero (the gradient itself
-    is such a direction), the step is a gradient step of size ``lr``.
+    Any other module takes one Newton-CG step for each ``adapt(loss)``, or step of a closure. With a
+    loss tensor the objective is known only when the next linearization arrives: if by then it has
+    not fallen by the Armijo rule, the step is taken back in part, along the same direction, before
+    a new direction is tried. With a closure it is searched at once. Conjugate gradient ends where
+    it meets a direction of negative curvature, and what it has by then is the step; where that is
+    zero (the gradient itself is such a direction), the step is a gradient step of size ``lr``.
 
     Args:
         cg_steps: the most Hessian-vector products a direction may cost.

@@ -18,6 +18,7 @@ from l2l_implicit.linear_solvers.solution import (
     LinearSolution,
     Matvec,
     dot,
+    largest_entry,
 )
 
 
@@ -74,7 +75,7 @@ def conjugate_gradient(
     matvec: Matvec, b: Tensor, steps: int, tol: float, start: Tensor | None = None
 ) -> LinearSolution:
     """Subroutine 1 for T systems; see `CG`."""
-    scale = b.abs().amax(1)
+    scale = largest_entry(b)
     broken, zero = ~scale.isfinite(), scale == 0
     unit = torch.where(broken | zero, 1.0, scale).unsqueeze(1)
     # In units of the largest entry of b no square overflows or underflows.
@@ -138,7 +139,8 @@ class _State:
         finite = curvature.isfinite()
         self.stop(~finite, NON_FINITE)
         self.largest = torch.maximum(self.largest, torch.where(finite, curvature / pp, 0.0))
-        self.stop(curvature <= torch.finfo(h.dtype).eps * self.largest * pp, NOT_POSITIVE)
+        rounding = 4.0 * torch.finfo(h.dtype).eps * self.largest * pp
+        self.stop(curvature <= rounding, NOT_POSITIVE)
         if not bool(self.active.all()):
             h = torch.where(self.active.unsqueeze(1), h, 0.0)  # it may not be finite
         eta = torch.where(self.active, self.rr / torch.where(self.active, curvature, 1.0), 0.0)

@@ -23,7 +23,7 @@ def largest_curvature(
         tol: relative residual at which fewer are enough.
 
     Returns:
-        The estimates, ``[T]``; 0 for a zero matrix, nan or infinity for products that are not finite.
+        The estimates, ``[T]``; 0 for a zero matrix, infinity for products that are not finite.
 
     References:
         Golub, Van Loan, Matrix Computations, section 10.1.
@@ -41,32 +41,35 @@ def largest_curvature(
     q = q / torch.linalg.vector_norm(q, dim=1, keepdim=True)
     tasks, steps = len(like), min(max_steps, like.shape[1])
     t = torch.zeros(tasks, steps, steps, dtype=torch.float64)
-    basis = [q]
+    basis, broken = [q], torch.zeros(tasks, dtype=torch.bool, device=like.device)
+    done, found = broken, torch.zeros_like(q[:, 0])
     for k in range(steps):
         product = matvec(q)
+        broken = broken | ~product.sum(1).isfinite()
+        product = torch.where(broken.unsqueeze(1), 0.0, product)  # no other task's business
         t[:, k, k] = dot(q, product)
         for before in basis + basis:  # twice is enough
             product = product - dot(before, product).unsqueeze(1) * before
         norm = torch.linalg.vector_norm(product, dim=1)
-        if not bool(norm.isfinite().all() & t.isfinite().all()):
-            # A matrix that is not finite says so; the others' estimates of this step stand.
-            t, norm = t.nan_to_num(nan=torch.inf), norm.nan_to_num(nan=torch.inf)
-            bad = ~(norm.isfinite().cpu() & t.isfinite().all(2).all(1))
-            return torch.where(bad.to(norm.device), torch.inf, _bound(t, k, norm)[0])
+        broken = broken | ~(norm.isfinite() & t[:, k, k].isfinite().to(norm.device))
+        norm = torch.where(broken, 0.0, norm)
+        t[broken.cpu()] = 0.0
         largest, error = _bound(t, k, norm)
         small = torch.maximum(tol * largest, torch.finfo(q.dtype).eps * largest)
-        if bool((error <= small).all()) or k == steps - 1:
+        found = torch.where(done, found, largest)  # each ends as it would alone
+        done = done | (error <= small)
+        if bool(done.all()) or k == steps - 1:
             break
+        product = torch.where(broken.unsqueeze(1), 0.0, product)
         q = product / norm.clamp_min(torch.finfo(q.dtype).tiny).unsqueeze(1)
         basis.append(q)
         t[:, k, k + 1] = t[:, k + 1, k] = norm
-    return largest
+    return torch.where(broken, torch.inf, found)
 
 
 def _bound(t: Tensor, k: int, norm: Tensor) -> tuple[Tensor, Tensor]:
     """The largest Ritz values in modulus plus their residuals, and these, ``[T]``."""
-    part = torch.where(t.isfinite(), t, 0.0)[:, : k + 1, : k + 1]
-    values, vectors = torch.linalg.eigh(part)
+    values, vectors = torch.linalg.eigh(t[:, : k + 1, : k + 1])
     i = values.abs().argmax(1, keepdim=True)
     ritz = values.gather(1, i).squeeze(1).abs().to(norm)
     last = vectors[:, -1].gather(1, i).squeeze(1).abs().to(norm)

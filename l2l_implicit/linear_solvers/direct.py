@@ -16,6 +16,7 @@ from l2l_implicit.linear_solvers.solution import (
     ZERO,
     LinearSolution,
     Matvec,
+    largest_entry,
 )
 
 LARGEST = 4096
@@ -59,7 +60,7 @@ class Direct:
                 f"linear=Direct(): expected at most {LARGEST} unknowns, got {n} parameters; use "
                 "linear=CG()"
             )
-        scale = b.abs().amax(1)
+        scale = largest_entry(b)
         unit = b / torch.where((scale > 0) & scale.isfinite(), scale, 1.0).unsqueeze(1)
         a = _matrices(hvp, b)  # in units of b's largest entry no square overflows
         sound = scale.isfinite() & a.isfinite().all(2).all(1)

@@ -61,8 +61,8 @@ class LinearSolver(Protocol):
     """Settings and a method: solves ``(A + damping I) v = b`` for T symmetric matrices A.
 
     A linear head whose inner problem was solved exactly brings the factor of that solve. A solver
-    with an attribute ``takes_factor`` equal to True is not asked then: the factor is nearer than any
-    tolerance.
+    with an attribute ``takes_factor`` equal to True is not asked then: the factor is nearer than
+    any tolerance.
 
     Attributes:
         damping: added to the diagonal of every A by the learner, which hands over the products with
@@ -88,6 +88,11 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 def norm(vectors: Tensor) -> Tensor:
     """Euclidean norms task by task, ``[T, n] -> [T]``."""
     return torch.linalg.vector_norm(vectors, dim=1)
+
+
+def largest_entry(b: Tensor) -> Tensor:
+    """The largest modulus of each row, ``[T, n] -> [T]``; 0 where there is none."""
+    return b.abs().amax(1) if b.shape[1] else b.new_zeros(len(b))
 
 
 def damped(matvec: Matvec, damping: float) -> Matvec:

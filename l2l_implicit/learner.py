@@ -73,7 +73,7 @@ class Task:
         missing: what the second derivative did not explain of the step before, if anything.
         independent: features that are known not to depend on phi.
         saved: the linearization that the current parameters depend on, if it is alive.
-        solution: what was solved exactly: the loss, its regulariser, and phi as installed.
+        solution: phi as installed, of a problem that was solved exactly.
     """
 
     __slots__ = (
@@ -90,7 +90,7 @@ class Task:
         self.missing = math.inf
         self.independent: set[weakref.ref[Tensor]] = set()
         self.saved: weakref.ref[SavedLinearization] | None = None
-        self.solution: tuple[HeadLoss, SquaredDistance, Tensor] | None = None
+        self.solution: Tensor | None = None
 
     def linearization(self) -> Linearization | None:
         """The one that the current parameters depend on, if it is alive."""
@@ -105,11 +105,11 @@ class Task:
 
     def holds(self, loss: HeadLoss, quadratic: SquaredDistance, phi: Sequence[Tensor]) -> bool:
         """Whether the current parameters are the solution of this very problem."""
-        if self.solution is None or self.linearization() is None:
+        at = self.linearization()
+        if self.solution is None or not isinstance(at, LinearHeads) or at.known is None:
             return False
-        known, regularizer, installed = self.solution
-        unmoved = torch.equal(installed[0], flatten(p.detach() for p in phi))
-        return unmoved and regularizer.same(quadratic) and known.same(loss)
+        unmoved = torch.equal(self.solution, flatten(p.detach() for p in phi))
+        return unmoved and at.quadratic.same(quadratic) and loss.same(at.known)
 
     def summary(self) -> Task:
         """What the backward pass needs: no tensors."""
@@ -379,8 +379,8 @@ class ImplicitCGHead(MAML):
             there = self._on_heads(self._heads(known, quadratic, phi), 1)
             self._install(there.point, phi, there if keep else None)
             if keep:
-                now = flatten(p.detach() for p in self._adapted(phi)).unsqueeze(0)
-                task.solution = known, quadratic, now
+                # With the linearization, as the features' history must die with it.
+                there.known, task.solution = known, flatten(p.detach() for p in self._adapted(phi))
             return
         task.release()  # before there are two
         at = self._linearize(loss, phi, unused, True, known)
@@ -388,7 +388,6 @@ class ImplicitCGHead(MAML):
             self._look(at)
         point = self._step(at)
         if isinstance(at, AutogradLinearization) and task.looks < _LOOKS:
-            task.taken = None
             if not self._second_derivative["known"]:
                 task.taken, task.looks = StepTaken.of(at, point), task.looks + 1
         self._install(point, phi, at if keep else None)
@@ -659,7 +658,7 @@ class ImplicitCGHead(MAML):
 
     def _look(self, at: AutogradLinearization) -> None:
         """Compare the gradient's change since the last loss tensor with the products."""
-        taken = self._task.taken
+        taken, self._task.taken = self._task.taken, None
         if taken is None:
             return
         agrees, self._task.missing = taken.agrees(at, self._task.missing)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import math
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Size, Tensor
@@ -110,6 +110,7 @@ class LinearHeads(Linearization):
         self.quadratic: SquaredDistance = problem.quadratic
         # The Gram matrix, and the inverse of a Newton step's Hessian; see `OutputLoss.inverse`.
         self._factored: tuple[Tensor, Inverse | None] | None = None
+        self.known: Any = None  # what the loss was recognised as, for the learner
 
     @cached_property
     def loss(self) -> OutputLoss:
@@ -155,7 +156,9 @@ class LinearHeads(Linearization):
                 curved = self.loss.curve(self.problem.outputs(v))
             product = torch.bmm(self.loss.gradient, self.problem.weights(v))
             product = torch.baddbmm(product, curved, self.problem.weights(self.point))
-            products.append(product.to(source.dtype).view(source.shape))
+            # Autograd rounds it to half precision, where an overflow is a scaler's business.
+            wide = torch.promote_types(source.dtype, torch.float32)
+            products.append(product.to(wide).view(source.shape))
         return products + self.quadratic.mixed_vjp(self.point, v)
 
     # The minimum, and systems there, in the span of the samples.

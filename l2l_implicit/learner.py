@@ -75,9 +75,7 @@ class Task:
         missing: what the second derivative did not explain of the step before, if anything.
         independent: features that are known not to depend on phi.
         saved: the linearization that the current parameters depend on, if it is alive.
-        solution: what was solved at once: the loss, its regulariser, phi as installed, ``[n]``, and
-        the
-            linear solver.
+        solution: of what was solved at once: phi as installed, ``[n]``, and the linear solver.
     """
 
     __slots__ = (
@@ -95,7 +93,7 @@ class Task:
         self.missing = math.inf
         self.independent: set[weakref.ref[Tensor]] = set()
         self.saved: weakref.ref[SavedLinearization] | None = None
-        self.solution: tuple[HeadLoss, SquaredDistance, Tensor, Any] | None = None
+        self.solution: tuple[Tensor, Any] | None = None
 
     def linearization(self) -> Linearization | None:
         """The one that the current parameters depend on, if it is alive."""
@@ -113,11 +111,10 @@ class Task:
     ) -> LinearHeads | None:
         """The solution of this very problem, if the current parameters are it."""
         at = self.linearization()
-        if self.solution is None or not isinstance(at, LinearHeads):
+        if self.solution is None or not isinstance(at, LinearHeads) or at.known is None:
             return None
-        known, regularizer, installed, _ = self.solution
-        unmoved = torch.equal(installed, flatten(p.detach() for p in phi))
-        return at if unmoved and regularizer.same(quadratic) and known.same(loss) else None
+        unmoved = torch.equal(self.solution[0], flatten(p.detach() for p in phi))
+        return at if unmoved and at.quadratic.same(quadratic) and at.known.same(loss) else None
 
     def summary(self) -> Task:
         """What the backward pass needs: no tensors."""
@@ -387,13 +384,13 @@ class ImplicitCGHead(MAML):
             if there is None:
                 task.release()
                 there = self._on_heads(self._heads(known, quadratic, phi), 1)
-            elif (task.solution[0].origin, task.solution[3]) == (known.origin, self.linear):
+            elif there.known.origin == known.origin and task.solution[1] == self.linear:
                 return
-            there.sees(known.source)
+            there.sees(known)
             self._install(there.point, phi, there if keep else None)
             if keep:
                 now = flatten(p.detach() for p in self._adapted(phi))
-                task.solution = known, quadratic, now, self.linear
+                task.solution = now, self.linear
             return
         task.release()  # before there are two
         at = self._linearize(loss, phi, unused, True, known)
@@ -401,7 +398,6 @@ class ImplicitCGHead(MAML):
             self._look(at)
         point = self._step(at)
         if isinstance(at, AutogradLinearization) and task.looks < _LOOKS:
-            task.taken = None
             if not self._second_derivative["known"]:
                 task.taken, task.looks = StepTaken.of(at, point), task.looks + 1
         self._install(point, phi, at if keep else None)
@@ -448,7 +444,7 @@ class ImplicitCGHead(MAML):
             self._task.steps, self._task.first_norm = before
             objective.forget()
             return None  # the closure draws anew each time: it has to be asked at each step
-        there.sees(again.source)
+        there.sees(again)
         return there
 
     def _on_heads(self, at: LinearHeads, steps: int) -> LinearHeads:
@@ -683,7 +679,7 @@ class ImplicitCGHead(MAML):
 
     def _look(self, at: AutogradLinearization) -> None:
         """Compare the gradient's change since the last loss tensor with the products."""
-        taken = self._task.taken
+        taken, self._task.taken = self._task.taken, None
         if taken is None:
             return
         agrees, self._task.missing = taken.agrees(at, self._task.missing)

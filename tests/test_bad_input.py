@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from l2l_implicit import ImplicitCGHead, ImplicitMAML
+from l2l_implicit import CG, ImplicitCGHead, ImplicitMAML, Newton
 
 X, Y = torch.randn(6, 4), torch.arange(6) % 3
 
@@ -50,17 +50,18 @@ SETTINGS = [
     ("anchor", "zeros", ValueError, "'zero'"),
     ("anchor", "initial", ValueError, "did you mean 'init'"),
     ("anchor", None, ValueError, "'zero', 'init'"),
-    ("step", "newtn", ValueError, "did you mean 'newton'"),
-    ("step", "sgd", ValueError, "'newton', 'gradient'"),
-    ("cg_steps", 0, ValueError, "at least 1"),
-    ("cg_steps", 2.0, TypeError, "whole number"),
-    ("cg_steps", True, TypeError, "whole number"),
-    ("cg_tol", 0.0, ValueError, "above 0"),
-    ("cg_tol", float("nan"), ValueError, "finite"),
-    ("inner_tol", -1.0, ValueError, "above 0"),
-    ("damping", -1e-9, ValueError, "at least 0"),
-    ("damping", float("inf"), ValueError, "finite"),
-    ("damping", None, TypeError, "number"),
+    ("inner", "newton", TypeError, "Newton()"),
+    ("inner", Newton, TypeError, "Newton()"),
+    ("inner", None, TypeError, "begin(lr)"),
+    ("linear", "cg", TypeError, "CG()"),
+    ("linear", CG, TypeError, "CG()"),
+    ("max_error", -1.0, ValueError, "above 0"),
+    ("max_error", float("nan"), ValueError, "finite"),
+    ("loss", nn.CrossEntropyLoss(label_smoothing=0.1), ValueError, "adapt(closure)"),
+    ("loss", nn.MSELoss(reduction="none"), ValueError, "mean or sum"),
+    ("loss", F.cross_entropy, ValueError, "nn.CrossEntropyLoss"),
+    ("step", "newton", TypeError, "inner=Newton()"),
+    ("damping", 1.0, TypeError, "linear=CG(damping=...)"),
 ]
 
 
@@ -76,9 +77,15 @@ def test_model_that_is_no_module(model: object) -> None:
 
 
 def test_same_checks_for_imaml() -> None:
-    assert "newton" in message(
-        ValueError, lambda: ImplicitMAML(nn.Linear(2, 2), 0.1, step="newtn")
+    assert "Newton()" in message(
+        TypeError, lambda: ImplicitMAML(nn.Linear(2, 2), 0.1, inner="newtn")
     )
+
+
+@pytest.mark.parametrize("cls", [ImplicitCGHead, ImplicitMAML])
+def test_an_unknown_keyword_is_answered_with_the_nearest(cls: type) -> None:
+    text = message(TypeError, lambda: cls(nn.Linear(2, 2), 0.1, anchr="zero"))
+    assert "anchr" in text and "did you mean anchor?" in text
 
 
 @pytest.mark.parametrize("value", [0, 0.0, torch.tensor(0.0), torch.tensor([0.5]), 3])
@@ -92,7 +99,7 @@ def test_numpys_numbers_are_numbers(number: object) -> None:
 
 
 def test_numpys_whole_numbers_are_whole() -> None:
-    learner = head(cg_steps=np.int64(5)).clone()
+    learner = head(inner=Newton(np.int64(5)), linear=CG(np.int64(5))).clone()
     learner.adapt(lambda: F.cross_entropy(learner(X), Y), steps=np.int64(2))
 
 
@@ -212,7 +219,9 @@ def test_query_gradient_not_finite(how: str) -> None:
 def test_loss_of_superseded_parameters() -> None:
     learner = trained()
     stale = F.cross_entropy(learner(X), Y)
-    learner.adapt(F.cross_entropy(learner(X), Y))
+    learner.adapt(F.cross_entropy(learner(X), Y))  # the same problem: nothing is replaced
+    stale.backward(retain_graph=True)
+    learner.adapt(F.cross_entropy(learner(X), Y.roll(1)))
     assert "second clone()" in message(RuntimeError, stale.backward)
 
 
@@ -233,7 +242,7 @@ def test_inner_step_of_the_wrong_shape(reason: str) -> None:
 
     class Wrong(ImplicitCGHead):
         def inner_step(self, at):
-            return at.point[:-1] if reason == "shape" else at.point.double()
+            return at.point[:, :-1] if reason == "shape" else at.point.half()
 
     learner = Wrong(nn.Linear(4, 3), 0.1).clone()
     with pytest.raises((ValueError, TypeError, RuntimeError)):

@@ -13,8 +13,9 @@ from small_task import six_inputs as x
 from small_task import small_nets as nets
 from torch import nn
 
-from l2l_implicit import ImplicitCGHead
+from l2l_implicit import GradientDescent, ImplicitCGHead, Newton
 from l2l_implicit.inner_problem.linearization import Linearization
+from l2l_implicit.inner_solvers.protocol import InnerSolver
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -43,15 +44,15 @@ def linearizations(monkeypatch: pytest.MonkeyPatch) -> weakref.WeakSet:
 
 
 HEADS = {"linear": lambda: nn.Linear(4, 3), "deep": lambda: nets()["deep"]}
-CASES = [(head, how, step) for head in HEADS for how in ("loss", "closure")
-         for step in ("newton", "gradient")]  # fmt: skip
+CASES = [(head, how, inner) for head in HEADS for how in ("loss", "closure")
+         for inner in (Newton(), GradientDescent())]  # fmt: skip
 
 
-@pytest.mark.parametrize("head, how, step", CASES)
+@pytest.mark.parametrize("head, how, inner", CASES)
 def test_one_linearization_lives_and_dies_with_backward(
-    head: str, how: str, step: str, no_collector: None, linearizations: weakref.WeakSet
+    head: str, how: str, inner: InnerSolver, no_collector: None, linearizations: weakref.WeakSet
 ) -> None:
-    parent = ImplicitCGHead(HEADS[head](), 0.1, step=step, l2=0.5)
+    parent = ImplicitCGHead(HEADS[head](), 0.1, inner=inner, l2=0.5)
     learner, inputs = parent.clone(), x()
     fit(learner, inputs, how)
     assert len(linearizations) == 1
@@ -62,11 +63,11 @@ def test_one_linearization_lives_and_dies_with_backward(
     assert len(linearizations) == 0 and loss is not None and learner is not None
 
 
-@pytest.mark.parametrize("head, how, step", CASES)
+@pytest.mark.parametrize("head, how, inner", CASES)
 def test_dropped_without_backward(
-    head: str, how: str, step: str, no_collector: None, linearizations: weakref.WeakSet
+    head: str, how: str, inner: InnerSolver, no_collector: None, linearizations: weakref.WeakSet
 ) -> None:
-    parent = ImplicitCGHead(HEADS[head](), 0.1, step=step)
+    parent = ImplicitCGHead(HEADS[head](), 0.1, inner=inner)
     learner, inputs = parent.clone(), x()
     fit(learner, inputs, how)
     loss, gone = F.cross_entropy(learner(inputs), Y), weakref.ref(learner)
@@ -77,9 +78,9 @@ def test_dropped_without_backward(
     assert len(linearizations) == 0
 
 
-@pytest.mark.parametrize("head, how, step", CASES)
-def test_features_die_with_their_owner(head: str, how: str, step: str, no_collector: None) -> None:
-    parent = ImplicitCGHead(HEADS[head](), 0.1, step=step)
+@pytest.mark.parametrize("head, how, inner", CASES)
+def test_features_die_with_their_owner(head: str, how: str, inner: InnerSolver, no_collector: None) -> None:
+    parent = ImplicitCGHead(HEADS[head](), 0.1, inner=inner)
     theta, learner = torch.randn(4, 4, requires_grad=True), parent.clone()
     h = torch.tanh(x() @ theta)
     gone = weakref.ref(h)
@@ -92,11 +93,11 @@ def test_features_die_with_their_owner(head: str, how: str, step: str, no_collec
     assert theta.grad is not None and learner is not None
 
 
-@pytest.mark.parametrize("head, how, step", CASES)
+@pytest.mark.parametrize("head, how, inner", CASES)
 def test_evaluation_without_grad_keeps_nothing(
-    head: str, how: str, step: str, no_collector: None, linearizations: weakref.WeakSet
+    head: str, how: str, inner: InnerSolver, no_collector: None, linearizations: weakref.WeakSet
 ) -> None:
-    parent = ImplicitCGHead(HEADS[head](), 0.1, step=step).eval()
+    parent = ImplicitCGHead(HEADS[head](), 0.1, inner=inner).eval()
     inputs = x()
     with torch.no_grad():
         learner = parent.clone()

@@ -9,7 +9,8 @@ from oracles import peak_of_live_tensors
 from torch import Tensor, nn
 
 from experiments.peak_memory import peak_memory
-from l2l_implicit import ImplicitCGHead
+from l2l_implicit import CG, GradientDescent, ImplicitCGHead, Newton
+from l2l_implicit.inner_solvers.protocol import InnerSolver
 
 from learn2learn.algorithms import MAML  # isort: skip  (after l2l_implicit, which repairs it)
 
@@ -29,7 +30,7 @@ def test_the_measure_knows_an_allocation() -> None:
 def test_two_measures_agree_on_a_task() -> None:
     """The counter of storages against the allocator's own record, which takes gigabytes."""
     torch.manual_seed(0)
-    one = task(head(large_head(), "gradient"), 2000, "loss", 2)
+    one = task(head(large_head(), GradientDescent()), 2000, "loss", 2)
     one()
     assert peak_memory(one) == pytest.approx(peak_of_live_tensors(one), rel=0.02)
 
@@ -77,39 +78,39 @@ def large_head() -> nn.Module:
     return nn.Sequential(nn.Linear(2000, 1000), nn.Tanh(), nn.Linear(1000, 5))
 
 
-def head(module: nn.Module, step: str, **settings) -> ImplicitCGHead:
-    return ImplicitCGHead(module, 0.01, step=step, l2=0.5, **{"cg_steps": 3, **settings})
+def head(module: nn.Module, inner: InnerSolver) -> ImplicitCGHead:
+    return ImplicitCGHead(module, 0.01, inner=inner, linear=CG(3), l2=0.5)
 
 
-WAYS = [(step, how) for step in ("newton", "gradient") for how in ("loss", "closure")]
+WAYS = [(inner, how) for inner in (Newton(3), GradientDescent()) for how in ("loss", "closure")]
 
 
-@pytest.mark.parametrize("step, how", WAYS)
-def test_linear_head_from_1_to_1000_steps(step: str, how: str) -> None:
+@pytest.mark.parametrize("inner, how", WAYS)
+def test_linear_head_from_1_to_1000_steps(inner: InnerSolver, how: str) -> None:
     torch.manual_seed(0)
-    assert growth(head(linear_head(), step), 2000, how, 1000) < 1.02
+    assert growth(head(linear_head(), inner), 2000, how, 1000) < 1.02
 
 
-@pytest.mark.parametrize("step, how", WAYS)
+@pytest.mark.parametrize("inner, how", WAYS)
 @pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
-def test_large_head_from_1_to_10_steps(step: str, how: str) -> None:
+def test_large_head_from_1_to_10_steps(inner: InnerSolver, how: str) -> None:
     """In ten steps an unrolled learner would hold ten times as much."""
     torch.manual_seed(0)
-    assert growth(head(large_head(), step), 2000, how, 10) < 1.02
+    assert growth(head(large_head(), inner), 2000, how, 10) < 1.02
 
 
-@pytest.mark.parametrize("step, how", [("gradient", "closure"), ("gradient", "loss")])
+@pytest.mark.parametrize("inner, how", WAYS[2:])
 @pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
-def test_large_head_from_1_to_1000_steps(step: str, how: str) -> None:
+def test_large_head_from_1_to_1000_steps(inner: InnerSolver, how: str) -> None:
     torch.manual_seed(0)
-    assert growth(head(large_head(), step), 2000, how, 1000) < 1.02
+    assert growth(head(large_head(), inner), 2000, how, 1000) < 1.02
 
 
-@pytest.mark.parametrize("step, how", WAYS)
+@pytest.mark.parametrize("inner, how", WAYS)
 @pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
-def test_two_layers_from_1_to_1000_steps(step: str, how: str) -> None:
+def test_two_layers_from_1_to_1000_steps(inner: InnerSolver, how: str) -> None:
     torch.manual_seed(0)
-    assert growth(head(small_head(), step), 200, how, 1000) < 1.02
+    assert growth(head(small_head(), inner), 200, how, 1000) < 1.02
 
 
 @pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
@@ -122,7 +123,7 @@ def test_the_measure_sees_what_learn2learn_keeps() -> None:
 def test_many_tasks_in_turn_hold_no_more_than_one() -> None:
     """Many tasks one after the other: nothing piles up between them."""
     torch.manual_seed(0)
-    parent = head(linear_head(), "newton")
+    parent = head(linear_head(), Newton(3))
     one = task(parent, 2000, "loss", 5)
 
     def many() -> None:

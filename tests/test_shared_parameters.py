@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from oracles import implicit, minimize, relative_error
 from torch import Tensor, nn
 
-from l2l_implicit import ImplicitCGHead
+from l2l_implicit import CG, ImplicitCGHead, Newton
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 LABELS, L2 = torch.arange(8) % 4, 0.3
-EXACT = {"l2": L2, "cg_tol": 1e-13, "cg_steps": 200}
+EXACT = {"l2": L2, "inner": Newton(200, 1e-13), "linear": CG(200, 1e-13)}
 
 
 @pytest.fixture

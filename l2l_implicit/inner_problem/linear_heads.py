@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Size, Tensor
@@ -103,6 +103,7 @@ class LinearHeads(Linearization):
         self.quadratic: SquaredDistance = problem.quadratic
         # The Gram matrix, and the inverse of a Newton step's Hessian; see `OutputLoss.inverse`.
         self._factored: tuple[Tensor, Inverse | None] | None = None
+        self.known: Any = None
         self._rho: Tensor | None = None  # the gradient in the span of the samples, ``[T, m, k]``
 
     @cached_property
@@ -137,9 +138,12 @@ class LinearHeads(Linearization):
         """Task ``t`` alone, T = 1, without its way to theta."""
         return LinearHeads(self.problem.task(t), self.point[t : t + 1])
 
-    def sees(self, source: Tensor | None) -> None:
-        """From now on theta enters by ``source``, which has the features' numbers."""
-        self.problem = self.problem._replace(source=source)
+    def sees(self, known: Any) -> None:
+        """From now on theta enters by what ``known``, a recognised loss of the same numbers, has.
+
+        It is kept here, since the features' history must die with the linearization.
+        """
+        self.known, self.problem = known, self.problem._replace(source=known.source)
 
     can_evaluate = True
 
@@ -160,7 +164,9 @@ class LinearHeads(Linearization):
                 curved = self.loss.curve(self.problem.outputs(v))
             product = torch.bmm(self.loss.gradient, self.problem.weights(v))
             product = torch.baddbmm(product, curved, self.problem.weights(self.point))
-            products.append(product.to(source.dtype).view(source.shape))
+            # Autograd rounds it to half precision, where an overflow is a scaler's business.
+            wide = torch.promote_types(source.dtype, torch.float32)
+            products.append(product.to(wide).view(source.shape))
         return products + self.quadratic.mixed_vjp(self.point, v)
 
     # The minimum, and systems there, in the span of the samples.

@@ -36,7 +36,7 @@ def learner() -> MetaLearner:
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
     l2 = nn.Parameter(torch.tensor(1.0))
-    head = ImplicitCGHead(nn.Linear(4, 3), lr=0.1, l2=l2, anchor="init", cg_tol=1e-10)
+    head = ImplicitCGHead(nn.Linear(4, 3), lr=0.1, l2=l2, anchor="init")
     algorithm = HeadOnly(backbone, head, 10, nn.CrossEntropyLoss())
     algorithms = Algorithms(algorithm, algorithm, backbone, head.module)
     return MetaLearner(algorithms, MEASURES["classification"], "adam", 0.01, False)

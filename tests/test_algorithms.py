@@ -315,7 +315,7 @@ REFUSED = {
     ),
     "step": (config("rm_metal", step="neuton"), "step: expected one of 'newton', 'lbfgs', "),
     "solver": (config("rm_metal", solver="gc"), "solver: expected one of 'cg', 'neumann', "),
-    "cg_steps": (config("imaml_gd", cg_steps=0), "algorithm.cg_steps: expected at least 1, got 0"),
+    "cg_steps": (config("imaml_gd", cg_steps=0), "cg_steps (N): expected at least 1, got 0"),
     "misspelt": (config("anil", features="cashed"), "did you mean 'cached'?"),
 }
 

@@ -22,9 +22,12 @@ PER_ITERATION = (
     "train/query_loss",
     "train/query_accuracy",
     "train/hypergradient_norm",
-    "train/inner_residual",
+    "train/hypergradient_error",
     "train/cg_residual",
     "train/cg_steps",
+    "train/unsolved",
+    "train/unsolved_inner",
+    "train/unsolved_linear",
     "train/seconds",
     "train/process_peak_bytes",
 )

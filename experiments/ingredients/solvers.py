@@ -57,7 +57,7 @@ def solvers(**settings: Any) -> dict[str, Any]:
     s = {**_DEFAULTS, **settings}
     checks.choice("step", s["step"], _INNER)
     checks.choice("solver", s["solver"], _LINEAR)
-    checks.count("cg_steps", s["cg_steps"])
+    checks.count("cg_steps (N)", s["cg_steps"])
     checks.positive("cg_tol", s["cg_tol"])
     checks.not_negative("damping", s["damping"])
     return {"inner": _INNER[s["step"]](s), "linear": _LINEAR[s["solver"]](s)}

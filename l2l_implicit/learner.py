@@ -406,16 +406,15 @@ class ImplicitCGHead(MAML):
         self, closure: Closure, phi: list[Tensor], unused: bool, keep: bool, steps: int
     ) -> None:
         objective = _ClosureObjective(self, closure, phi, unused)
-        point = flatten(p.detach() for p in phi).unsqueeze(0)  # held by nobody else
         before = self._task.steps, self._task.first_norm
         try:
-            at: Linearization | None = self._solve_heads(objective, point, steps)
+            at: Linearization | None = self._solve_heads(objective, steps)
             if at is not None:
                 point = at.point
             else:
                 point, at = descend(
-                    objective.linearize, objective.evaluate, self._step, point, steps=steps,
-                    hvp=self._needs_hvp(), keep=keep,
+                    objective.linearize, objective.evaluate, self._step, objective.start,
+                    steps=steps, hvp=self._needs_hvp(), keep=keep,
                 )  # fmt: skip
                 if keep and isinstance(at, AutogradLinearization):
                     self._compare(at, objective)
@@ -427,17 +426,15 @@ class ImplicitCGHead(MAML):
             objective.leave()
         self._install(point, objective.phi, at if keep else None)
 
-    def _solve_heads(
-        self, objective: _ClosureObjective, point: Tensor, steps: int
-    ) -> LinearHeads | None:
+    def _solve_heads(self, objective: _ClosureObjective, steps: int) -> LinearHeads | None:
         """The end of the inner loop of a closure whose loss is one of a linear head; else None."""
-        known = self._recognize(objective.loss(point), objective.phi)
+        known = self._recognize(objective.loss(objective.start()), objective.phi)
         quadratic = self._quadratic(objective.phi, torch.float64)
         if known is None or quadratic is None:
             return None
         before = self._task.steps, self._task.first_norm
         there = self._on_heads(self._heads(known, quadratic, objective.phi), steps)
-        again = self._recognize(objective.loss(there.point.to(point.dtype)), objective.phi)
+        again = self._recognize(objective.loss(there.point), objective.phi)
         if again is not None and not again.same(known) and self._solves_at_once():
             there = self._on_heads(self._heads(again, quadratic, objective.phi), steps)
         elif again is None or not again.same(known):
@@ -720,7 +717,8 @@ class _ClosureObjective:
     def __init__(
         self, learner: ImplicitCGHead, closure: Closure, phi: list[Tensor], unused: bool
     ) -> None:
-        self.phi, self._learner, self._closure, self._unused = phi, learner, closure, unused
+        self.phi = self._before = phi
+        self._learner, self._closure, self._unused = learner, closure, unused
         self._leaves: list[Tensor] = []
         self._fresh: tuple[Tensor, Tensor] | None = None  # a point and the loss there, not used yet
 
@@ -731,6 +729,12 @@ class _ClosureObjective:
         loss = checks.loss(self._closure())
         self._fresh = point, loss
         return loss
+
+    def start(self) -> Tensor:
+        """Where the learner stood before, shape ``[1, n]``."""
+        if self._fresh is not None:
+            return self._fresh[0]
+        return flatten(p.detach() for p in self._before).unsqueeze(0)
 
     def forget(self) -> None:
         """The closure is to be asked again, even at the same point."""

@@ -15,13 +15,13 @@ def descend(
     linearize: Linearize,
     evaluate: Evaluate,
     step: Callable[[Linearization], Tensor],
-    point: Tensor,
+    start: Callable[[], Tensor],
     *,
     steps: int,
     hvp: bool,
     keep: bool,
 ) -> tuple[Tensor, Linearization | None]:
-    """Phi after at most ``steps`` inner steps from ``point``, and the linearization there.
+    """Phi after at most ``steps`` inner steps, and the linearization there.
 
     One linearization is alive at a time, so that memory is the same whatever the number of steps.
 
@@ -29,11 +29,12 @@ def descend(
         linearize: the objective at a point ``[1, n]``, with products or without.
         evaluate: its value and gradient at a point.
         step: the inner solver; it says by ``at.point`` itself that further steps would stay there.
-        point: shape ``[1, n]``.
+        start: gives the first point, shape ``[1, n]``, which nobody else is to hold.
         steps: the most steps.
         hvp: whether ``step`` needs products.
         keep: whether the last linearization is wanted, with products.
     """
+    point = start()
     at: Linearization | None = linearize(point, hvp)
     for k in range(1, steps + 1):
         assert at is not None

@@ -136,9 +136,11 @@ class NewtonStep:
         for _ in range(_MOST_CUTS):
             objective, gradient = at.evaluate(trial)
             there = _Trial(trial, float(objective), float(gradient.norm()))
+            del gradient  # before there are two
             if not self._rejects(there):
                 break
             trial = self._shorten(there)
+            del there
         return trial
 
     def _direction(self, at: Linearization) -> Tensor:

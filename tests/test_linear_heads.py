@@ -204,6 +204,16 @@ def assert_minimum(there: Case) -> None:
 
 
 @pytest.mark.parametrize("tasks", [1, 3])
+def test_minimum_where_long_steps_fail(tasks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From an anchor whose outputs are saturated a whole Newton step overshoots by far."""
+    found = case(CrossEntropy, tasks, x=30.0 * torch.randn(tasks, M, WIDTH), l2=1e-2)
+    assert_minimum(found.at(found.heads.minimum()))
+    monkeypatch.setattr(LinearHeads, "_shortened", lambda self, loss, a, base, *step: step[:2])
+    with pytest.raises((AssertionError, RuntimeError)):
+        assert_minimum(found.at(found.heads.minimum()))
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
 def test_minimum_where_all_samples_are_of_one_class(tasks: int) -> None:
     found = case(CrossEntropy, tasks, anchored=False, l2=1e-4)
     targets = torch.zeros(tasks, M, CLASSES)

@@ -187,6 +187,18 @@ def test_one_pass_of_the_backbone_is_one_for_each_task(batch_norm: str) -> None:
     assert (found[0] - found[1]).norm() <= 1e-10 * found[1].norm()
 
 
+def test_one_pass_takes_sets_of_different_sizes() -> None:
+    whole = [episode(seed) for seed in range(2)]
+    tasks = [Episode(e.inputs[:-3], e.support_targets, torch.arange(3)) for e in whole]
+    for batch_norm in ("together", "separately"):
+        training = meta_learner(config("rm_metal", batch_norm=batch_norm)).algorithms.training
+        assert isinstance(training, HeadsTogether)
+        found = training._in_one_pass(tasks)
+        expected = zip(*(training._both(task) for task in tasks), strict=True)
+        for features, each in zip(found, expected, strict=True):
+            assert (features - torch.stack(each)).norm() <= 1e-12 * features.norm()
+
+
 def test_tasks_of_different_sizes_are_learnt_one_at_a_time() -> None:
     small = Episode(episode(1).inputs[3:], torch.arange(3), episode(1).query_targets)
     tasks = [episode(0), small, episode(2)]

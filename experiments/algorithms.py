@@ -191,11 +191,18 @@ class HeadsTogether(HeadOnly):
         return [QueryResult(self.loss(p, t).item(), score(p, t), d) for p, t, d in triples]
 
     def _in_one_pass(self, batch: Sequence[Episode]) -> tuple[Tensor, Tensor]:
-        m, tasks = len(batch[0].support_targets), len(batch)
-        backbone = per_task_batch_norm(self.backbone, tasks)
-        if self._together:
+        """Their features, ``[T, m, d]`` and ``[T, q, d]``; batch statistics stay each set's own.
+
+        Support and query sets of different sizes that go apart take two passes: then the running
+        statistics see all support sets first.
+        """
+        (_, labels, targets), tasks = batch[0], len(batch)
+        m, sets_a_task = len(labels), 1 if self._together else 2
+        if self._together or m == len(targets):
+            backbone = per_task_batch_norm(self.backbone, sets_a_task * tasks)
             both = backbone(torch.cat([e.inputs for e in batch])).unflatten(0, (tasks, -1))
             return both[:, :m], both[:, m:]
+        backbone = per_task_batch_norm(self.backbone, tasks)
         sets = ([e.inputs[:m] for e in batch], [e.inputs[m:] for e in batch])
         support, query = (backbone(torch.cat(s)).unflatten(0, (tasks, -1)) for s in sets)
         return support, query

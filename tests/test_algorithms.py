@@ -169,6 +169,36 @@ def test_a_batch_is_learnt_in_groups_of_what_may_be_kept(monkeypatch: pytest.Mon
     assert groups == [5, 2, 2, 1, 1, 1]
 
 
+@pytest.mark.parametrize("batch_norm", ["together", "separately", "eval"])
+def test_one_pass_of_the_backbone_is_one_for_each_task(batch_norm: str) -> None:
+    """What a GPU does: the same features, running statistics and hypergradient."""
+    tasks, found = [episode(seed) for seed in range(3)], []
+    for one_pass in (True, False):
+        learner = meta_learner(config("rm_metal", batch_norm=batch_norm))
+        training = learner.algorithms.training
+        assert isinstance(training, HeadsTogether)
+        if one_pass:
+            score = learner.measure.score
+            training._learn_heads(*training._in_one_pass(tasks), tasks, 1.0, score)
+        else:
+            learner.hypergradient(tasks)
+        gradient = [p.grad.flatten() for p in learner.parameters if p.grad is not None]
+        found.append(torch.cat(gradient + [b.flatten() for b in training.network().buffers()]))
+    assert (found[0] - found[1]).norm() <= 1e-10 * found[1].norm()
+
+
+def test_one_pass_takes_sets_of_different_sizes() -> None:
+    whole = [episode(seed) for seed in range(2)]
+    tasks = [Episode(e.inputs[:-3], e.support_targets, torch.arange(3)) for e in whole]
+    for batch_norm in ("together", "separately"):
+        training = meta_learner(config("rm_metal", batch_norm=batch_norm)).algorithms.training
+        assert isinstance(training, HeadsTogether)
+        found = training._in_one_pass(tasks)
+        expected = zip(*(training._both(task) for task in tasks), strict=True)
+        for features, each in zip(found, expected, strict=True):
+            assert (features - torch.stack(each)).norm() <= 1e-12 * features.norm()
+
+
 def test_tasks_of_different_sizes_are_learnt_one_at_a_time() -> None:
     small = Episode(episode(1).inputs[3:], torch.arange(3), episode(1).query_targets)
     tasks = [episode(0), small, episode(2)]

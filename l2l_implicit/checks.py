@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -138,33 +139,29 @@ def choice(name: str, value: Any, allowed: Iterable[str]) -> None:
     raise ValueError(f"{name}: expected one of {expected}, got {value!r}; {hint}")
 
 
-def steps(loss: Any, number_of_steps: Any) -> None:
-    """Whether ``adapt`` got a tensor alone or a closure with its number of steps."""
+def adapt(loss: Any, steps: Any) -> None:
+    """What ``adapt`` got: a tensor alone, or a closure with its number of steps."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "adapt: expected a mode in which gradients can be enabled, got torch.inference_mode(); "
+            "use torch.no_grad(), and adapt(closure, steps=K)"
+        )
     if isinstance(loss, Tensor):
-        if number_of_steps is not None:
+        if steps is not None:
             raise ValueError(
                 "steps: expected with a closure only, got a loss tensor; call adapt(loss) once a "
                 "step, or adapt(lambda: loss_fn(learner(x), y), steps=K)"
             )
     elif not callable(loss):
         raise TypeError(f"loss: expected a tensor or a closure, got {type(loss).__name__}")
-    elif number_of_steps is not None:
-        count("steps (K)", number_of_steps)
-
-
-def gradients_possible() -> None:
-    """Adapting differentiates, which inference mode forbids whatever comes after it."""
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            "adapt: expected a mode in which gradients can be enabled, got torch.inference_mode(); "
-            "use torch.no_grad(), and adapt(closure, steps=K)"
-        )
+    elif steps is not None and not (type(steps) is int and steps >= 1):
+        count("steps (K)", steps)
 
 
 def inner_parameters(module: nn.Module, allow_nograd: bool) -> list[Tensor]:
     """Phi: the module's parameters that are to be adapted."""
     parameters = list(module.parameters())
-    phi: list[Tensor] = [p for p in parameters if p.requires_grad]
+    phi: list[Tensor] = [*filter(_REQUIRES_GRAD, parameters)]
     if len(phi) < len(parameters) and not allow_nograd:
         frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
         raise ValueError(
@@ -175,10 +172,14 @@ def inner_parameters(module: nn.Module, allow_nograd: bool) -> list[Tensor]:
         raise ValueError(
             "expected a module with parameters that require grad, got none to adapt; freeze fewer"
         )
-    if len({(p.dtype, p.device) for p in phi}) > 1:
+    if len(set(map(_KIND, phi))) > 1:
         kinds = ", ".join(sorted({f"{p.dtype} on {p.device}" for p in phi}))
         raise ValueError(f"expected parameters of one dtype and device, got {kinds}; move them")
     return phi
+
+
+_REQUIRES_GRAD = operator.attrgetter("requires_grad")
+_KIND = operator.attrgetter("dtype", "device")
 
 
 def loss(value: Any) -> Tensor:

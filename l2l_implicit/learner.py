@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Sequence
@@ -15,18 +16,18 @@ from learn2learn.utils import clone_module
 from torch import Tensor, nn
 
 from l2l_implicit import checks
-from l2l_implicit.diagnostics import Diagnostics, Report, Settings, UnsolvedWarning
+from l2l_implicit.diagnostics import Diagnostics, UnsolvedWarning
 from l2l_implicit.implicit_diff import SavedLinearization, attach
-from l2l_implicit.inner_problem.boundary import end_of_gradients, map_tensors, mark_boundaries
+from l2l_implicit.inner_problem.boundary import end_of_gradients, mark_boundaries
 from l2l_implicit.inner_problem.linear_heads import LinearHeads
 from l2l_implicit.inner_problem.linearization import (
     AutogradLinearization,
     Linearization,
     Sizes,
+    SquaredDistance,
     inner_gradient,
 )
 from l2l_implicit.inner_problem.recognition import HeadLoss, recognize
-from l2l_implicit.inner_problem.regularizer import SquaredDistance
 from l2l_implicit.inner_problem.second_derivative import StepTaken, products_agree
 from l2l_implicit.inner_solvers.inner_loop import descend
 from l2l_implicit.inner_solvers.newton import Newton
@@ -38,10 +39,16 @@ from l2l_implicit.linear_solvers.solution import (
     LinearSolver,
     Matvec,
     damped,
-    norm,
 )
-from l2l_implicit.mixed_precision import as_now, precision_of, widened, without_autocast
-from l2l_implicit.vectors import buffers_apart, flatten, shallow_copy, substitute, unflatten
+from l2l_implicit.mixed_precision import as_now, precision_of, without_autocast
+from l2l_implicit.vectors import (
+    buffers_apart,
+    flatten,
+    norm,
+    shallow_copy,
+    substitute,
+    unflatten,
+)
 
 if TYPE_CHECKING:
     from l2l_implicit.together import AdaptedHeads
@@ -50,6 +57,9 @@ Self = TypeVar("Self", bound="ImplicitCGHead")
 Closure = Callable[[], Tensor]
 
 _LOOKS = 20  # steps of loss tensors at which the second derivative is compared, at most
+
+
+_SHAPE = operator.attrgetter("shape")
 
 
 class Remembered(NamedTuple):
@@ -113,14 +123,8 @@ class Task:
         at = self.linearization()
         if self.solution is None or not isinstance(at, LinearHeads) or at.known is None:
             return None
-        unmoved = torch.equal(self.solution[0], flatten(p.detach() for p in phi))
+        unmoved = torch.equal(self.solution[0], flatten(phi).detach())
         return at if unmoved and at.quadratic.same(quadratic) and at.known.same(loss) else None
-
-    def summary(self) -> Task:
-        """What the backward pass needs: no tensors."""
-        short = Task(self.key, [])
-        short.first_norm, short.steps = self.first_norm, self.steps
-        return short
 
 
 class ImplicitCGHead(MAML):
@@ -203,8 +207,13 @@ class ImplicitCGHead(MAML):
         self.lr = float(lr)
         self.l2, self.anchor, self.inner, self.linear = l2, anchor, inner, linear
         self.loss, self.max_error = loss, float(max_error)
-        checks.settings(l2, anchor, inner, linear, max_error)
+        self._settings: tuple[Any, ...] = ()
+        self._check_settings()
         checks.head_loss(loss)
+        cls, own = type(self), ImplicitCGHead
+        self._plain_regularizer = cls.regularizer is own.regularizer
+        self._plain_step = cls.inner_step is own.inner_step
+        self._plain_solve = cls.linear_solve is own.linear_solve
         self.diagnostics = Diagnostics()
         self._memory: dict[Hashable, Remembered] | None = {} if warm_start else None
         self._second_derivative = {"known": False}  # shared with every clone
@@ -272,10 +281,10 @@ class ImplicitCGHead(MAML):
         """
         low = precision_of(self.module)
         dtype = None if low is None else low[1]
-        if torch.is_grad_enabled() and not self.first_order:
-            args, kwargs = mark_boundaries(args, dtype), mark_boundaries(kwargs, dtype)
-        elif low is not None:
-            args, kwargs = map_tensors(lambda t: widened(t, dtype), (args, kwargs))
+        mark = torch.is_grad_enabled() and not self.first_order
+        args = mark_boundaries(args, dtype, mark)
+        if kwargs:
+            kwargs = mark_boundaries(kwargs, dtype, mark)
         if low is None:
             return self.module(*args, **kwargs)
         with torch.autocast(low[0], enabled=False):
@@ -315,9 +324,8 @@ class ImplicitCGHead(MAML):
         first_order = self.first_order if first_order is None else first_order
         allow_nograd = self.allow_nograd if allow_nograd is None else allow_nograd
         unused = self.allow_unused if allow_unused is None else allow_unused
-        checks.steps(loss, steps)
-        checks.gradients_possible()
-        checks.settings(self.l2, self.anchor, self.inner, self.linear, self.max_error)
+        checks.adapt(loss, steps)
+        self._check_settings()
         phi = checks.inner_parameters(self.module, allow_nograd)
         keep, device = torch.is_grad_enabled(), phi[0].device.type
         loss = loss if isinstance(loss, Tensor) else as_now(loss, device)
@@ -376,9 +384,15 @@ class ImplicitCGHead(MAML):
 
     # The pieces of adapt().
 
+    def _check_settings(self) -> None:
+        settings = self.anchor, self.inner, self.linear, self.max_error
+        if settings != self._settings:
+            checks.settings(self.l2, *settings)
+            self._settings = settings
+
     def _adapt_loss(self, loss: Tensor, phi: list[Tensor], unused: bool, keep: bool) -> None:
         task, known = self._task, self._recognize(loss, phi)
-        if known is not None and self._solves_at_once():
+        if known is not None and self._plain_step and getattr(self.inner, "at_once", False):
             quadratic = self._quadratic(phi, torch.float64)
             there = task.solved(known, quadratic, phi) if keep else None
             if there is None:
@@ -389,8 +403,7 @@ class ImplicitCGHead(MAML):
             there.sees(known)
             self._install(there.point, phi, there if keep else None)
             if keep:
-                now = flatten(p.detach() for p in self._adapted(phi))
-                task.solution = now, self.linear
+                task.solution = there.point[0].to(phi[0].dtype), self.linear
             return
         task.release()  # before there are two
         at = self._linearize(loss, phi, unused, True, known)
@@ -414,7 +427,8 @@ class ImplicitCGHead(MAML):
             else:
                 point, at = descend(
                     objective.linearize, objective.evaluate, self._step, objective.start,
-                    steps=steps, hvp=self._needs_hvp(), keep=keep,
+                    steps=steps, keep=keep,
+                    hvp=not self._plain_step or getattr(self._stepper(), "needs_hvp", True),
                 )  # fmt: skip
                 if keep and isinstance(at, AutogradLinearization):
                     self._compare(at, objective)
@@ -435,9 +449,10 @@ class ImplicitCGHead(MAML):
         before = self._task.steps, self._task.first_norm
         there = self._on_heads(self._heads(known, quadratic, objective.phi), steps)
         again = self._recognize(objective.loss(there.point), objective.phi)
-        if again is not None and not again.same(known) and self._solves_at_once():
+        same = again is not None and again.same(known)
+        if again is not None and not same and getattr(self.inner, "at_once", False):
             there = self._on_heads(self._heads(again, quadratic, objective.phi), steps)
-        elif again is None or not again.same(known):
+        elif again is None or not same:
             self._task.steps, self._task.first_norm = before
             objective.forget()
             return None  # the closure draws anew each time: it has to be asked at each step
@@ -447,9 +462,8 @@ class ImplicitCGHead(MAML):
     def _on_heads(self, at: LinearHeads, steps: int) -> LinearHeads:
         """The inner loop of linear heads: their objectives are known everywhere."""
         task, there = self._task, None
-        if self._own_step() is None:
-            solve = getattr(self.inner, "solve_heads", None)
-            there = None if solve is None else solve(at, steps, self.lr)
+        if self._plain_step and hasattr(self.inner, "solve_heads"):
+            there = self.inner.solve_heads(at, steps, self.lr)
         if there is None:
             points: list[Tensor] = []
             counts: list[int] = []
@@ -497,17 +511,6 @@ class ImplicitCGHead(MAML):
             task.solver, task.step = self.inner, self.inner.begin(self.lr)
         return task.step
 
-    def _needs_hvp(self) -> bool:
-        return self._own_step() is not None or getattr(self._stepper(), "needs_hvp", True)
-
-    def _own_step(self) -> Any:
-        """The subclass's `inner_step`, if it has one."""
-        own = type(self).inner_step
-        return None if own is ImplicitCGHead.inner_step else own
-
-    def _solves_at_once(self) -> bool:
-        return self._own_step() is None and getattr(self.inner, "at_once", False)
-
     def _first_order_steps(
         self, loss: Tensor | Closure, phi: list[Tensor], unused: bool, steps: int
     ) -> None:
@@ -523,21 +526,22 @@ class ImplicitCGHead(MAML):
 
     def _recognize(self, loss: Tensor, phi: list[Tensor]) -> HeadLoss | None:
         """What ``loss`` is of a linear head, where the regulariser is known in closed form too."""
-        if type(self).regularizer is not ImplicitCGHead.regularizer:
+        if not self._plain_regularizer:
             return None
         return recognize(loss, phi, self._task.independent)
 
     def _quadratic(self, phi: Sequence[Tensor], dtype: torch.dtype) -> SquaredDistance | None:
         """The regulariser in closed form, if it is not a subclass's own."""
-        if type(self).regularizer is not ImplicitCGHead.regularizer:
+        if not self._plain_regularizer:
             return None
-        return SquaredDistance(self.l2, self._anchor_of(phi), dtype)
+        anchor = self._initial_of(phi) if self.anchor == "init" else []
+        return SquaredDistance(self.l2, anchor, dtype)
 
     def _heads(
         self, known: HeadLoss, quadratic: SquaredDistance, phi: Sequence[Tensor]
     ) -> LinearHeads:
         problem = known.problem(phi[0].shape, quadratic)
-        return LinearHeads(problem, flatten(p.detach() for p in phi).double().unsqueeze(0))
+        return LinearHeads(problem, flatten(phi).detach().double().unsqueeze(0))
 
     def _linearize(
         self,
@@ -557,7 +561,7 @@ class ImplicitCGHead(MAML):
                 loss, phi, quadratic=quadratic, unused=unused, differentiable=differentiable
             )
         # A regulariser of the user's own, which autograd carries like the loss.
-        anchor = self._anchor_of(phi)
+        anchor = self._initial_of(phi) if self.anchor == "init" else []
         stand_ins = [a.detach().requires_grad_() for a in anchor]
         center = stand_ins or [torch.zeros_like(p) for p in phi]
         return AutogradLinearization(
@@ -569,23 +573,13 @@ class ImplicitCGHead(MAML):
             differentiable=differentiable,
         )
 
-    def _anchor_of(self, phi: Sequence[Tensor]) -> list[Tensor]:
-        """The initial values of phi; empty where the anchor is zero."""
-        return self._initial_of(phi) if self.anchor == "init" else []
-
     def _initial_of(self, phi: Sequence[Tensor]) -> list[Tensor]:
-        return self._places(self._task.initial, phi)
-
-    def _adapted(self, phi: Sequence[Tensor]) -> list[Tensor]:
-        """The module's present parameters in the places of ``phi``, which they have replaced."""
-        now = list(self.module.parameters())
-        return now if len(now) == len(phi) else [p for p in now if p.requires_grad]
-
-    def _places(self, tensors: list[Tensor], phi: Sequence[Tensor]) -> list[Tensor]:
-        if len(phi) == len(tensors):
-            return tensors
+        """The initial values of phi, which may be some of the module's parameters."""
+        initial = self._task.initial
+        if len(phi) == len(initial):
+            return initial
         adapted = {id(p) for p in phi}
-        pairs = zip(tensors, self.module.parameters(), strict=True)
+        pairs = zip(initial, self.module.parameters(), strict=True)
         return [tensor for tensor, p in pairs if id(p) in adapted]
 
     # Putting phi into the module.
@@ -593,7 +587,7 @@ class ImplicitCGHead(MAML):
     def _put(self, point: Tensor, now: Sequence[Tensor]) -> list[Tensor]:
         """Make ``point`` the module's parameters, as leaves: no graph behind them."""
         vector = point.detach()[0].to(now[0].dtype)
-        leaves = [piece.requires_grad_() for piece in unflatten(vector, now)]
+        leaves = [*map(Tensor.requires_grad_, unflatten(vector, now))]
         substitute(self.module, now, leaves)
         return leaves
 
@@ -608,7 +602,7 @@ class ImplicitCGHead(MAML):
         vector = point.to(phi[0].dtype)
         saved = SavedLinearization(at, self._solver(vector, [self.diagnostics]))
         zero = self._initial_of(phi) if self.anchor == "zero" else []
-        new = attach(saved, vector, [p.shape for p in phi], constants=zero)
+        new = attach(saved, vector, [*map(_SHAPE, phi)], constants=zero)
         substitute(self.module, phi, new)
         task.saved = weakref.ref(saved)
 
@@ -621,56 +615,46 @@ class ImplicitCGHead(MAML):
         """
         bare = shallow_copy(self)
         bare._modules["module"] = None
-        bare.__dict__["_task"] = self._task.summary()
+        bare._task = Task(self._task.key, [])
+        bare._task.first_norm, bare._task.steps = self._task.first_norm, self._task.steps
         return functools.partial(bare._solve, phi, diagnostics)
 
     def _solve(
         self, phi: Tensor, diagnostics: Sequence[Diagnostics], at: Linearization, b: Tensor
     ) -> LinearSolution:
         """The solutions v of eq. (5), and their diagnostics."""
-        task, memory = self._task, self._memory
-        before = memory.get(task.key) if memory is not None else None
-        start = None if before is None else before.v
+        key, memory = self._task.key, self._memory
+        start = None
+        if memory is not None and key in memory:
+            start = memory[key].v
         damping = float(getattr(self.linear, "damping", 0.0))
-        own = type(self).linear_solve is not ImplicitCGHead.linear_solve
-        if at.solved and getattr(self.linear, "takes_factor", False) and not own:
+        if at.solved and self._plain_solve and getattr(self.linear, "takes_factor", False):
             answer = at.solve(b, damping)
         else:
             answer = self.linear_solve(damped(at.hvp, damping), b, start)
-        bad = [t for t, reason in enumerate(answer.reason) if reason == NON_FINITE]
-        if bad:
+        if NON_FINITE in answer.reason:
+            bad = [t for t, reason in enumerate(answer.reason) if reason == NON_FINITE]
             raise FloatingPointError(
                 "hypergradient: expected finite products, got nan or infinity in the linear "
                 f"system{f' of tasks {bad}' if len(b) > 1 else ''}; look for nan in the data or "
                 "the query loss, or raise l2"
             )
-        self._record(phi, diagnostics, at, b, answer, damping)
-        if memory is not None and task.key is not None:
-            memory[task.key] = Remembered(phi, answer.solution)
-        return answer
-
-    def _record(
-        self, phi: Tensor, diagnostics: Sequence[Diagnostics], at: Linearization, b: Tensor,
-        answer: LinearSolution, damping: float,
-    ) -> None:  # fmt: skip
-        steps = torch.full_like(answer.steps, self._task.steps) if at.steps is None else at.steps
-        first = torch.as_tensor(self._task.first_norm, dtype=torch.float64, device=b.device)
+        device, first = b.device, self._task.first_norm
         columns = (
-            steps, at.gradient_norm, answer.steps, answer.relative_residual, norm(b),
-            norm(answer.solution), first.expand(len(b)), *at.scales(),
+            at.gradient_norm, torch.as_tensor(first, device=device).expand(len(b)),
+            answer.relative_residual, norm(b), norm(answer.solution), answer.steps,
+            torch.full_like(answer.steps, self._task.steps) if at.steps is None else at.steps,
+            *at.scales(),
         )  # fmt: skip
-        rows = torch.stack([column.to(torch.float64) for column in columns], 1).tolist()
-        newton = isinstance(self.inner, Newton)
-        settings = Settings(self.max_error, self.inner, self.linear, newton)
-        eps = torch.finfo(phi.dtype).eps
+        rows = torch.stack([*map(Tensor.double, columns)], 1).tolist()
+        settings = self.max_error, self.inner, self.linear
         for found, row, reason in zip(diagnostics, rows, answer.reason, strict=True):
-            taken, gradient, products, residual, b_norm, v_norm, first, *scales = row
-            sizes = Sizes(gradient, first, residual, b_norm, v_norm, tuple(scales))
-            errors = at.errors(sizes, damping, eps)
-            report = Report(
-                int(taken), gradient, int(products), residual, reason, *errors, at.is_bound
-            )
-            found.record(report, settings)
+            sizes = Sizes(*row[:5], scales=row[7:])
+            errors = at.errors(sizes, damping, torch.finfo(phi.dtype).eps)
+            found.record(int(row[6]), int(row[5]), reason, sizes, errors, at.is_bound, settings)
+        if memory is not None and key is not None:
+            memory[key] = Remembered(phi, answer.solution)
+        return answer
 
     # Whether autograd's second derivative is one.
 
@@ -734,7 +718,7 @@ class _ClosureObjective:
         """Where the learner stood before, shape ``[1, n]``."""
         if self._fresh is not None:
             return self._fresh[0]
-        return flatten(p.detach() for p in self._before).unsqueeze(0)
+        return flatten(self._before).detach().unsqueeze(0)
 
     def forget(self) -> None:
         """The closure is to be asked again, even at the same point."""

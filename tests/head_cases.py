@@ -12,7 +12,7 @@ from torch.func import grad, hessian
 
 from l2l_implicit.inner_problem.linear_heads import HeadProblem, LinearHeads, goal_of
 from l2l_implicit.inner_problem.losses import CrossEntropy, OutputLoss, SquaredError
-from l2l_implicit.inner_problem.regularizer import SquaredDistance
+from l2l_implicit.inner_problem.linearization import SquaredDistance
 
 M, WIDTH, CLASSES = 7, 4, 3
 TORCH: dict[type[OutputLoss], Callable[..., Tensor]] = {

@@ -19,7 +19,7 @@ from l2l_implicit.inner_problem.linear_heads import LinearHeads
 from l2l_implicit.inner_problem.linearization import AutogradLinearization
 from l2l_implicit.inner_problem.losses import CrossEntropy, OutputLoss, SquaredError
 from l2l_implicit.inner_problem.recognition import recognize
-from l2l_implicit.inner_problem.regularizer import SquaredDistance
+from l2l_implicit.inner_problem.linearization import SquaredDistance
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -24,9 +24,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Size, Tensor
 
-from l2l_implicit.inner_problem.linearization import Linearization, Products, Sizes
+from l2l_implicit.inner_problem.linearization import (
+    Linearization,
+    Products,
+    Sizes,
+    SquaredDistance,
+)
 from l2l_implicit.inner_problem.losses import Inverse, OutputLoss
-from l2l_implicit.inner_problem.regularizer import SquaredDistance
 from l2l_implicit.linear_solvers.conjugate_gradient import conjugate_gradient
 from l2l_implicit.linear_solvers.solution import (
     FACTORED,
@@ -34,8 +38,8 @@ from l2l_implicit.linear_solvers.solution import (
     ZERO,
     LinearSolution,
     damped,
-    norm,
 )
+from l2l_implicit.vectors import norm
 
 MOST_SAMPLES = 512  # of a task whose problem is solved in the span of its samples
 _MOST_STEPS, _MOST_REFINEMENTS, _NEAR, _TINY = 100, 6, 2e-3, 1e-300
@@ -51,7 +55,7 @@ class HeadProblem(NamedTuple):
         quadratic: the regulariser.
         weight: shape of a head's weight, ``[k, d]``.
         bias: whether the head adds a bias.
-        goal: movement and relative residual that are small enough for the head's precision.
+        dtype: of the features, whose rounding the solves need not undercut.
     """
 
     x: Tensor
@@ -60,7 +64,12 @@ class HeadProblem(NamedTuple):
     quadratic: SquaredDistance
     weight: Size
     bias: bool
-    goal: float
+    dtype: torch.dtype
+
+    @property
+    def goal(self) -> float:
+        """Movement and relative residual that are small enough: a few roundings, at most 1e-6."""
+        return min(max(8.0 * torch.finfo(self.dtype).eps, 1e-13), 1e-6)
 
     def outputs(self, vector: Tensor) -> Tensor:
         """``X V' + e`` for heads ``[T, n]``, shape ``[T, m, k]``."""
@@ -87,11 +96,6 @@ class HeadProblem(NamedTuple):
         """The problem of task ``t`` alone."""
         loss = type(self.loss)(self.loss.outputs, self.loss.targets[t : t + 1], self.loss.scale)
         return self._replace(x=self.x[t : t + 1], source=None, loss=loss)
-
-
-def goal_of(dtype: torch.dtype) -> float:
-    """A few roundings of ``dtype``, at most 1e-6; float64's is as near as the solves come."""
-    return min(max(8.0 * torch.finfo(dtype).eps, 1e-13), 1e-6)
 
 
 class LinearHeads(Linearization):
@@ -124,7 +128,7 @@ class LinearHeads(Linearization):
 
     @property
     def objective(self) -> Tensor:
-        return self.loss.value + self.quadratic.value(self.point)
+        return self.loss.value(self.loss.outputs) + self.quadratic.value(self.point)
 
     def hvp(self, vector: Tensor) -> Tensor:
         change = self.loss.curve(self.problem.outputs(vector))
@@ -171,12 +175,8 @@ class LinearHeads(Linearization):
 
     # The minimum, and systems there, in the span of the samples.
 
-    def reducible(self) -> bool:
-        """Whether `minimum` knows the problem: strongly convex, of not too many samples."""
-        return self.quadratic.strength > 0 and self.problem.x.shape[1] <= MOST_SAMPLES
-
-    def minimum(self) -> LinearHeads:
-        r"""The same objectives linearized at their minima.
+    def minimum(self) -> LinearHeads | None:
+        r"""The same objectives linearized at their minima; None for too many samples, or l2 = 0.
 
         Newton's method on A from A = 0, which is the anchor: where it starts is of no matter for a
         strongly convex problem. With :math:`\rho = G + l_2 A` and the Gram matrix K the gradient is
@@ -185,7 +185,9 @@ class LinearHeads(Linearization):
         :math:`\omega` leaves one of :math:`\omega^2 / 2`: the last digit costs one more step.
         """
         problem, strength = self.problem, self.quadratic.strength
-        gram = problem.gram()
+        if strength == 0.0 or problem.x.shape[1] > MOST_SAMPLES:
+            return None
+        gram, goal = problem.gram(), problem.goal
         kernel, center = gram / strength, self.quadratic.center
         base = gram.new_zeros(*gram.shape[:2], problem.weight[0])
         if center is not None:
@@ -206,13 +208,14 @@ class LinearHeads(Linearization):
                 change, move = self._shortened(loss, a, base, change, move, rho, omega)
             a, outputs, steps = a + change, outputs + move, steps + active
             active = active & (omega > _NEAR)
-            small = largest < _NEAR and 0.5 * largest * max(largest, last) <= problem.goal
+            small = largest < _NEAR and 0.5 * largest * max(largest, last) <= goal
             if small or largest < 1e-3 and largest > 0.5 * last or math.isnan(largest):
                 break  # solved; at rounding's floor; lost
             last = largest
         point = problem.in_phi(a)
         there = LinearHeads(problem, point if center is None else point + center)
-        there.solved, there.steps = True, steps
+        there.solved = there.is_bound = True
+        there.steps = steps
         there._factored = gram, inverse
         if base.numel():
             there.loss = problem.loss.moved(outputs)
@@ -233,7 +236,7 @@ class LinearHeads(Linearization):
 
         def objective(a: Tensor, outputs: Tensor) -> Tensor:
             penalty = (a * (outputs - base)).sum((-2, -1))
-            return loss.moved(outputs).value.add_(penalty, alpha=half)
+            return loss.value(outputs).add_(penalty, alpha=half)
 
         now, slope = objective(a, outputs), (rho * move).sum((1, 2))
         enough = objective(a + change, outputs + move) <= now + 1e-4 * slope
@@ -265,14 +268,14 @@ class LinearHeads(Linearization):
             inverse = self.loss.inverse(kernel)
         b_norm = norm(b)
         right = problem.outputs(b) / mu
-        q, best = inverse(right), math.inf
+        q, best, goal = inverse(right), math.inf, problem.goal
         for _ in range(_MOST_REFINEMENTS):
             residual = q - self.loss.curve(right - kernel @ q)
             k_residual = kernel @ residual
             size = (residual * k_residual).sum((1, 2)).mul_(mu).clamp_min_(0.0).sqrt_()
             relative = torch.where(b_norm > 0, size / b_norm, 0.0)
             largest = float(relative.max())
-            if largest <= problem.goal or not largest < 0.5 * best:
+            if largest <= goal or not largest < 0.5 * best:
                 break
             best, q = largest, q - residual + inverse(k_residual)
         v = (b - problem.in_phi(q)).div_(mu)
@@ -285,12 +288,7 @@ class LinearHeads(Linearization):
             relative = torch.where(good, relative, torch.inf)
         return LinearSolution(v, steps, relative, reasons, q)
 
-    # How wrong the hypergradient is.
-
-    @property
-    def is_bound(self) -> bool:  # type: ignore[override]
-        """After steps that do not end at the minimum it is an estimate: sums may cancel."""
-        return self.solved and self.quadratic.strength > 0.0
+    # How wrong the hypergradient is; a bound at the minimum, else an estimate: sums may cancel.
 
     def scales(self) -> tuple[Tensor, ...]:
         if self.quadratic.strength == 0.0:

@@ -21,7 +21,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -33,10 +32,15 @@ class OutputLoss(ABC):
     """A loss of T tasks at some outputs.
 
     Args:
-        outputs: Z, shape ``[T, m, k]``, or ``[..., T, m, k]`` where only the value is asked for.
+        outputs: Z, shape ``[T, m, k]``.
         targets: Y, shape ``[T, m, k]``; one-hot for classes.
         scale: s.
+
+    Attributes:
+        gradient: in Z, shape ``[T, m, k]``.
     """
+
+    gradient: Tensor
 
     def __init__(self, outputs: Tensor, targets: Tensor, scale: float) -> None:
         self.outputs, self.targets, self.scale = outputs, targets, scale
@@ -45,15 +49,9 @@ class OutputLoss(ABC):
         """The same loss at other outputs."""
         return type(self)(outputs, self.targets, self.scale)
 
-    @property
     @abstractmethod
-    def value(self) -> Tensor:
-        """The losses, shape ``[..., T]``."""
-
-    @property
-    @abstractmethod
-    def gradient(self) -> Tensor:
-        """In Z, shape ``[T, m, k]``."""
+    def value(self, outputs: Tensor) -> Tensor:
+        """The losses at any outputs, ``[..., T, m, k] -> [..., T]``."""
 
     @abstractmethod
     def curve(self, change: Tensor) -> Tensor:
@@ -61,9 +59,7 @@ class OutputLoss(ABC):
 
     @abstractmethod
     def inverse(self, kernel: Tensor) -> Inverse:
-        r""":math:`(S^{-1} + \hat K)^{-1}` for a kernel ``[T, m, m]``, as a function of
-        ``[T, m, k]``.
-        """
+        r""":math:`(S^{-1} + \hat K)^{-1}` of a kernel ``[T, m, m]``; maps ``[T, m, k]`` to that shape."""
 
     @abstractmethod
     def movement(self, change: Tensor) -> Tensor:
@@ -78,21 +74,16 @@ class OutputLoss(ABC):
 
 
 class CrossEntropy(OutputLoss):
-    """``torch.nn.functional.cross_entropy`` of each task."""
+    """``torch.nn.functional.cross_entropy`` of each task; P is `probabilities`."""
 
-    @cached_property
-    def probabilities(self) -> Tensor:
-        """P, shape ``[T, m, k]``."""
-        return self.outputs.softmax(-1)
+    def __init__(self, outputs: Tensor, targets: Tensor, scale: float) -> None:
+        super().__init__(outputs, targets, scale)
+        self.probabilities = outputs.softmax(-1)
+        self.gradient = (self.probabilities - targets).mul_(scale)
 
-    @property
-    def value(self) -> Tensor:
-        chosen = (self.outputs * self.targets).sum(-1)
-        return self.scale * (self.outputs.logsumexp(-1) - chosen).sum(-1)
-
-    @cached_property
-    def gradient(self) -> Tensor:
-        return (self.probabilities - self.targets).mul_(self.scale)
+    def value(self, outputs: Tensor) -> Tensor:
+        chosen = (outputs * self.targets).sum(-1)
+        return (outputs.logsumexp(-1) - chosen).sum(-1).mul_(self.scale)
 
     def curve(self, change: Tensor) -> Tensor:
         weighted = self.probabilities * change
@@ -112,13 +103,12 @@ class CrossEntropy(OutputLoss):
 class SquaredError(OutputLoss):
     """``torch.nn.functional.mse_loss`` of each task: its Hessian is the same everywhere."""
 
-    @property
-    def value(self) -> Tensor:
-        return self.scale * (self.outputs - self.targets).square().sum((-2, -1))
+    def __init__(self, outputs: Tensor, targets: Tensor, scale: float) -> None:
+        super().__init__(outputs, targets, scale)
+        self.gradient = (outputs - targets).mul_(2.0 * scale)
 
-    @cached_property
-    def gradient(self) -> Tensor:
-        return (self.outputs - self.targets).mul_(2.0 * self.scale)
+    def value(self, outputs: Tensor) -> Tensor:
+        return (outputs - self.targets).square().sum((-2, -1)).mul_(self.scale)
 
     def curve(self, change: Tensor) -> Tensor:
         return change * (2.0 * self.scale)

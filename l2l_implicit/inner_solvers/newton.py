@@ -62,7 +62,7 @@ class Newton:
         """All T tasks at their minima; None without a regulariser, where there may be none."""
         if at.quadratic.strength == 0.0:
             return None
-        return at.minimum() if at.reducible() else _many_samples(at, lr)
+        return at.minimum() or _many_samples(at, lr)
 
 
 def _many_samples(at: LinearHeads, lr: float) -> LinearHeads:

@@ -85,11 +85,6 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).view(-1)
 
 
-def norm(vectors: Tensor) -> Tensor:
-    """Euclidean norms task by task, ``[T, n] -> [T]``."""
-    return torch.linalg.vector_norm(vectors, dim=1)
-
-
 def largest_entry(b: Tensor) -> Tensor:
     """The largest modulus of each row, ``[T, n] -> [T]``; 0 where there is none."""
     return b.abs().amax(1) if b.shape[1] else b.new_zeros(len(b))

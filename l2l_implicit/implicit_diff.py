@@ -26,7 +26,7 @@ from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
 
 from l2l_implicit import checks
-from l2l_implicit.inner_problem.linearization import Linearization, Products
+from l2l_implicit.inner_problem.linearization import Linearization
 from l2l_implicit.linear_solvers.solution import LinearSolution
 from l2l_implicit.mixed_precision import without_autocast
 
@@ -43,20 +43,7 @@ class SavedLinearization:
 
     def __init__(self, linearization: Linearization, solve: Solve) -> None:
         self.linearization: Linearization | None = linearization
-        self._solve = solve
-
-    def hypergradient(self, b: Tensor) -> Products:
-        """The implicit part of eq. (8), up to its sign: one product for each source."""
-        at = self.linearization
-        if at is not None:
-            return at.mixed_vjp(self._solve(at, b.to(at.point.dtype)))
-        if bool((b == 0).all()):
-            return []
-        raise RuntimeError(
-            "expected a loss of the learner's current parameters, got one that depends on "
-            "parameters which a later adapt() has replaced and whose linearization is gone: "
-            "compute the loss after the last adapt(), or adapt a second clone()"
-        )
+        self.solve = solve
 
 
 class ImplicitSolution(Function):
@@ -85,9 +72,18 @@ class ImplicitSolution(Function):
                 "the hypergradient cannot be differentiated again: detach it, or use unrolled MAML"
             )
         vector = torch.cat([*map(operator.methodcaller("reshape", ctx.tasks, -1), b)], 1)
-        with without_autocast(vector.device.type):
-            products = ctx.saved().hypergradient(vector)
-        checks.finite_products(products)
+        saved: SavedLinearization = ctx.saved()
+        at, products = saved.linearization, []
+        if at is not None:
+            with without_autocast(vector.device.type):
+                products = at.mixed_vjp(saved.solve(at, vector.to(at.point.dtype)))
+            checks.finite_products(products)
+        elif bool(vector.any()):
+            raise RuntimeError(
+                "expected a loss of the learner's current parameters, got one that depends on "
+                "parameters which a later adapt() has replaced and whose linearization is gone: "
+                "compute the loss after the last adapt(), or adapt a second clone()"
+            )
         gradients: list[Tensor | None] = [None, None, None]
         for product, shape in zip_longest(products, ctx.sources):
             zero = product is None

@@ -14,6 +14,7 @@ import torch
 from learn2learn.algorithms import MAML
 from learn2learn.utils import clone_module
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 
 from l2l_implicit import checks
 from l2l_implicit.diagnostics import Diagnostics, UnsolvedWarning
@@ -40,11 +41,15 @@ from l2l_implicit.linear_solvers.solution import (
     Matvec,
     damped,
 )
-from l2l_implicit.mixed_precision import as_now, precision_of, without_autocast
+from l2l_implicit.mixed_precision import (
+    as_now,
+    autocast_enabled,
+    precision_of,
+    without_autocast,
+)
 from l2l_implicit.vectors import (
     buffers_apart,
     flatten,
-    norm,
     shallow_copy,
     substitute,
     unflatten,
@@ -207,8 +212,8 @@ class ImplicitCGHead(MAML):
         self.lr = float(lr)
         self.l2, self.anchor, self.inner, self.linear = l2, anchor, inner, linear
         self.loss, self.max_error = loss, float(max_error)
-        self._settings: tuple[Any, ...] = ()
-        self._check_settings()
+        self._settings = anchor, inner, linear, max_error
+        checks.settings(l2, *self._settings)
         checks.head_loss(loss)
         cls, own = type(self), ImplicitCGHead
         self._plain_regularizer = cls.regularizer is own.regularizer
@@ -325,10 +330,14 @@ class ImplicitCGHead(MAML):
         allow_nograd = self.allow_nograd if allow_nograd is None else allow_nograd
         unused = self.allow_unused if allow_unused is None else allow_unused
         checks.adapt(loss, steps)
-        self._check_settings()
+        settings = self.anchor, self.inner, self.linear, self.max_error
+        if settings != self._settings:
+            checks.settings(self.l2, *settings)
+            self._settings = settings
         phi = checks.inner_parameters(self.module, allow_nograd)
         keep, device = torch.is_grad_enabled(), phi[0].device.type
-        loss = loss if isinstance(loss, Tensor) else as_now(loss, device)
+        if not isinstance(loss, Tensor) and autocast_enabled(device):
+            loss = as_now(loss, device)
         with torch.enable_grad(), without_autocast(device):
             if first_order:
                 self._first_order_steps(loss, phi, unused, steps or 1)
@@ -384,20 +393,15 @@ class ImplicitCGHead(MAML):
 
     # The pieces of adapt().
 
-    def _check_settings(self) -> None:
-        settings = self.anchor, self.inner, self.linear, self.max_error
-        if settings != self._settings:
-            checks.settings(self.l2, *settings)
-            self._settings = settings
-
     def _adapt_loss(self, loss: Tensor, phi: list[Tensor], unused: bool, keep: bool) -> None:
-        task, known = self._task, self._recognize(loss, phi)
+        task = self._task
+        known = recognize(loss, phi, task.independent) if self._plain_regularizer else None
         if known is not None and self._plain_step and getattr(self.inner, "at_once", False):
             quadratic = self._quadratic(phi, torch.float64)
             there = task.solved(known, quadratic, phi) if keep else None
             if there is None:
                 task.release()
-                there = self._on_heads(self._heads(known, quadratic, phi), 1)
+                there = self._on_heads(known.heads(phi, quadratic), 1)
             elif there.known.origin == known.origin and task.solution[1] == self.linear:
                 return
             there.sees(known)
@@ -437,21 +441,23 @@ class ImplicitCGHead(MAML):
             self._task.steps, self._task.first_norm = before
             raise
         if keep:
-            objective.leave()
+            end_of_gradients(objective.leaves)
         self._install(point, objective.phi, at if keep else None)
 
     def _solve_heads(self, objective: _ClosureObjective, steps: int) -> LinearHeads | None:
         """The end of the inner loop of a closure whose loss is one of a linear head; else None."""
-        known = self._recognize(objective.loss(objective.start()), objective.phi)
-        quadratic = self._quadratic(objective.phi, torch.float64)
-        if known is None or quadratic is None:
+        loss, independent = objective.loss(), self._task.independent
+        known = recognize(loss, objective.phi, independent) if self._plain_regularizer else None
+        if known is None:
             return None
+        del loss  # its graph
+        quadratic = self._quadratic(objective.phi, torch.float64)
         before = self._task.steps, self._task.first_norm
-        there = self._on_heads(self._heads(known, quadratic, objective.phi), steps)
-        again = self._recognize(objective.loss(there.point), objective.phi)
+        there = self._on_heads(known.heads(objective.phi, quadratic), steps)
+        again = recognize(objective.loss(there.point), objective.phi, independent)
         same = again is not None and again.same(known)
         if again is not None and not same and getattr(self.inner, "at_once", False):
-            there = self._on_heads(self._heads(again, quadratic, objective.phi), steps)
+            there = self._on_heads(again.heads(objective.phi, quadratic), steps)
         elif again is None or not same:
             self._task.steps, self._task.first_norm = before
             objective.forget()
@@ -524,24 +530,12 @@ class ImplicitCGHead(MAML):
 
     # The inner problem.
 
-    def _recognize(self, loss: Tensor, phi: list[Tensor]) -> HeadLoss | None:
-        """What ``loss`` is of a linear head, where the regulariser is known in closed form too."""
-        if not self._plain_regularizer:
-            return None
-        return recognize(loss, phi, self._task.independent)
-
     def _quadratic(self, phi: Sequence[Tensor], dtype: torch.dtype) -> SquaredDistance | None:
         """The regulariser in closed form, if it is not a subclass's own."""
         if not self._plain_regularizer:
             return None
         anchor = self._initial_of(phi) if self.anchor == "init" else []
         return SquaredDistance(self.l2, anchor, dtype)
-
-    def _heads(
-        self, known: HeadLoss, quadratic: SquaredDistance, phi: Sequence[Tensor]
-    ) -> LinearHeads:
-        problem = known.problem(phi[0].shape, quadratic)
-        return LinearHeads(problem, flatten(phi).detach().double().unsqueeze(0))
 
     def _linearize(
         self,
@@ -554,7 +548,7 @@ class ImplicitCGHead(MAML):
         if known is not None:
             quadratic = self._quadratic(phi, torch.float64)
             assert quadratic is not None
-            return self._heads(known, quadratic, phi)
+            return known.heads(phi, quadratic)
         quadratic = self._quadratic(phi, phi[0].dtype)
         if quadratic is not None:
             return AutogradLinearization(
@@ -642,7 +636,8 @@ class ImplicitCGHead(MAML):
         device, first = b.device, self._task.first_norm
         columns = (
             at.gradient_norm, torch.as_tensor(first, device=device).expand(len(b)),
-            answer.relative_residual, norm(b), norm(answer.solution), answer.steps,
+            answer.relative_residual, vector_norm(b, dim=1),
+            vector_norm(answer.solution, dim=1), answer.steps,
             torch.full_like(answer.steps, self._task.steps) if at.steps is None else at.steps,
             *at.scales(),
         )  # fmt: skip
@@ -703,13 +698,15 @@ class _ClosureObjective:
     ) -> None:
         self.phi = self._before = phi
         self._learner, self._closure, self._unused = learner, closure, unused
-        self._leaves: list[Tensor] = []
+        self.leaves: list[Tensor] = []
         self._fresh: tuple[Tensor, Tensor] | None = None  # a point and the loss there, not used yet
 
-    def loss(self, point: Tensor) -> Tensor:
-        """The closure's loss at ``point``, shape ``[1, n]``."""
-        self.leave()
-        self.phi = self._leaves = self._learner._put(point, self.phi)
+    def loss(self, point: Tensor | None = None) -> Tensor:
+        """The closure's loss at ``point``, shape ``[1, n]``; None: where the learner stood before."""
+        if point is None:
+            point = flatten(self._before).detach().unsqueeze(0)
+        end_of_gradients(self.leaves)  # none is to end in what is replaced
+        self.phi = self.leaves = self._learner._put(point, self.phi)
         loss = checks.loss(self._closure())
         self._fresh = point, loss
         return loss
@@ -724,17 +721,15 @@ class _ClosureObjective:
         """The closure is to be asked again, even at the same point."""
         self._fresh = None
 
-    def leave(self) -> None:
-        """The present phi is about to be replaced: no gradient is to end in it from now on."""
-        end_of_gradients(self._leaves)
-
     def linearize(self, point: Tensor, differentiable: bool) -> Linearization:
         """The linearization at ``point``; without products unless wanted."""
         fresh, self._fresh = self._fresh, None
         loss = fresh[1] if fresh is not None and fresh[0] is point else self.loss(point)
         self._fresh, fresh = None, None
         learner = self._learner
-        known = learner._recognize(loss, self.phi)
+        known = None
+        if learner._plain_regularizer:
+            known = recognize(loss, self.phi, learner._task.independent)
         return learner._linearize(loss, self.phi, self._unused, differentiable, known)
 
     def evaluate(self, point: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from l2l_implicit import checks
 from l2l_implicit.diagnostics import Diagnostics
 from l2l_implicit.implicit_diff import SavedLinearization, attach, split
-from l2l_implicit.inner_problem.linear_heads import HeadProblem, LinearHeads
+from l2l_implicit.inner_problem.linear_heads import GOALS, HeadProblem, LinearHeads
 from l2l_implicit.inner_problem.losses import CrossEntropy, OutputLoss, SquaredError
 from l2l_implicit.inner_problem.recognition import one_hot
 from l2l_implicit.vectors import flatten
@@ -74,7 +74,8 @@ def adapt_heads(
         source = features if keep and features.requires_grad else None
         loss = _support_loss(learner.loss, squared, targets, head.out_features)
         problem = HeadProblem(
-            x, source, loss, quadratic, head.weight.shape, head.bias is not None, features.dtype
+            x, source, loss, quadratic, head.weight.shape, head.bias is not None,
+            GOALS.get(features.dtype, 1e-6),
         )
         start = flatten(phi).double().expand(tasks, -1)
         there = learner._on_heads(LinearHeads(problem, start), steps)

@@ -30,11 +30,6 @@ def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return [*map(Tensor.view_as, pieces, like)]
 
 
-def norm(vectors: Tensor) -> Tensor:
-    """Euclidean norms task by task, ``[T, n] -> [T]``."""
-    return torch.linalg.vector_norm(vectors, dim=1)
-
-
 def substitute(module: nn.Module, old: Sequence[Tensor], new: Sequence[Tensor]) -> None:
     """Put ``new`` tensors where ``old`` parameters stand in ``module``, shared ones everywhere.
 

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Size, Tensor
+from torch.linalg import vector_norm
 
 from l2l_implicit.inner_problem.linearization import (
     Linearization,
@@ -39,9 +40,9 @@ from l2l_implicit.linear_solvers.solution import (
     LinearSolution,
     damped,
 )
-from l2l_implicit.vectors import norm
 
 MOST_SAMPLES = 512  # of a task whose problem is solved in the span of its samples
+GOALS = {torch.float64: 1e-13}  # what is small enough; 1e-6 for features of less precision
 _MOST_STEPS, _MOST_REFINEMENTS, _NEAR, _TINY = 100, 6, 2e-3, 1e-300
 
 
@@ -55,7 +56,7 @@ class HeadProblem(NamedTuple):
         quadratic: the regulariser.
         weight: shape of a head's weight, ``[k, d]``.
         bias: whether the head adds a bias.
-        dtype: of the features, whose rounding the solves need not undercut.
+        goal: movement and relative residual that are small enough for the features' precision.
     """
 
     x: Tensor
@@ -64,12 +65,7 @@ class HeadProblem(NamedTuple):
     quadratic: SquaredDistance
     weight: Size
     bias: bool
-    dtype: torch.dtype
-
-    @property
-    def goal(self) -> float:
-        """Movement and relative residual that are small enough: a few roundings, at most 1e-6."""
-        return min(max(8.0 * torch.finfo(self.dtype).eps, 1e-13), 1e-6)
+    goal: float
 
     def outputs(self, vector: Tensor) -> Tensor:
         """``X V' + e`` for heads ``[T, n]``, shape ``[T, m, k]``."""
@@ -83,7 +79,7 @@ class HeadProblem(NamedTuple):
         return vector[:, : self.weight.numel()].view(-1, *self.weight)
 
     def in_phi(self, per_output: Tensor) -> Tensor:
-        """Gradients in phi, ``[T, n]``, of functions of the outputs with gradients ``[T, m, k]``."""
+        """Gradients in phi, ``[T, n]``, of functions with ``[T, m, k]`` in the outputs."""
         weight = torch.bmm(per_output.mT, self.x).flatten(1)
         return torch.cat([weight, per_output.sum(1)], 1) if self.bias else weight
 
@@ -202,7 +198,7 @@ class LinearHeads(Linearization):
             rho = torch.add(loss.gradient, a, alpha=strength)
             change = inverse(kernel @ rho).sub_(rho).div_(strength)
             move = gram @ change
-            omega = loss.movement(move)
+            omega = loss.movement(move.norm(dim=2).amax(1))
             largest = float(omega.max())
             if not largest <= 1.75:  # below it a whole step lowers the objective for certain
                 change, move = self._shortened(loss, a, base, change, move, rho, omega)
@@ -266,7 +262,7 @@ class LinearHeads(Linearization):
         kernel = gram / mu
         if inverse is None or damping:
             inverse = self.loss.inverse(kernel)
-        b_norm = norm(b)
+        b_norm = vector_norm(b, dim=1)
         right = problem.outputs(b) / mu
         q, best, goal = inverse(right), math.inf, problem.goal
         for _ in range(_MOST_REFINEMENTS):
@@ -302,7 +298,7 @@ class LinearHeads(Linearization):
             return (squares.sum(1),) * 4
         longest, largest = squares.amax(1).sqrt(), outputs.amax((1, 2))
         curvature = longest.square() * (m * self.problem.loss.scale)
-        return longest, self.loss.movement_of(longest), self.loss.movement_of(largest), curvature
+        return longest, self.loss.movement(longest), self.loss.movement(largest), curvature
 
     def errors(self, sizes: Sizes, damping: float, eps: float) -> tuple[float, float, float]:
         r"""Bounds where `solved`: the minimum is within :math:`\|\nabla g\| / \mu`, and no sample's

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -10,11 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import grad
+from torch.linalg import vector_norm
 
 from l2l_implicit import checks
 from l2l_implicit.inner_problem.boundary import find_meta_inputs
 from l2l_implicit.linear_solvers.solution import LinearSolution
-from l2l_implicit.vectors import flatten, norm, unflatten
+from l2l_implicit.vectors import flatten, unflatten
 
 Products = list[Tensor | None]
 Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -47,7 +49,7 @@ class SquaredDistance:
             return False
         if len(self._anchor) != len(other._anchor):
             return False
-        if any(a is not b for a, b in zip(self._anchor, other._anchor, strict=True)):
+        if not all(map(operator.is_, self._anchor, other._anchor)):
             return False
         return self.center is None or torch.equal(self.center, other.center)  # type: ignore[arg-type]
 
@@ -150,7 +152,7 @@ class Linearization(ABC):
     @property
     def gradient_norm(self) -> Tensor:
         """Euclidean norm of each task's gradient, shape ``[T]``."""
-        return norm(self.gradient)
+        return vector_norm(self.gradient, dim=1)
 
     @property
     @abstractmethod
@@ -204,7 +206,7 @@ class Linearization(ABC):
         """Norm of the closed-form regulariser's gradient, ``[T]``; 0 where the loss carries it."""
         if self.quadratic is None:
             return torch.zeros_like(self.point[:, 0])
-        return self.quadratic.strength * norm(self.quadratic.offset(self.point))
+        return self.quadratic.strength * vector_norm(self.quadratic.offset(self.point), dim=1)
 
     # How wrong the hypergradient is: docs/mathematics.md derives it and names the constants.
 
@@ -215,7 +217,7 @@ class Linearization(ABC):
         scale = self.regularizer_norm()
         if self.quadratic is not None:  # at the anchor itself the distance is rounding's
             root = torch.finfo(scale.dtype).eps ** 0.5 * self.quadratic.strength
-            scale = torch.maximum(scale, root * norm(self.point))
+            scale = torch.maximum(scale, root * vector_norm(self.point, dim=1))
         return (scale,)
 
     def errors(self, sizes: Sizes, damping: float, eps: float) -> tuple[float, float, float]:

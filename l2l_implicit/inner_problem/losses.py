@@ -59,18 +59,14 @@ class OutputLoss(ABC):
 
     @abstractmethod
     def inverse(self, kernel: Tensor) -> Inverse:
-        r""":math:`(S^{-1} + \hat K)^{-1}` of a kernel ``[T, m, m]``; maps ``[T, m, k]`` to that shape."""
+        r""":math:`(S^{-1} + \hat K)^{-1}` of a kernel ``[T, m, m]``, acting on ``[T, m, k]``."""
 
     @abstractmethod
     def movement(self, change: Tensor) -> Tensor:
-        r"""How far a ``change`` of the outputs moves the Hessian, shape ``[T]``.
+        r"""How far the Hessian moves, ``[T]``, when a sample's outputs move by ``change`` in norm.
 
-        With :math:`\omega` of it the Hessian stays within factors :math:`e^{\pm \omega}`.
+        With a movement of :math:`\omega` it stays within factors :math:`e^{\pm \omega}`.
         """
-
-    @abstractmethod
-    def movement_of(self, norm: Tensor) -> Tensor:
-        """The most `movement` of changes no sample of which is longer than ``norm``, ``[T]``."""
 
 
 class CrossEntropy(OutputLoss):
@@ -94,10 +90,7 @@ class CrossEntropy(OutputLoss):
         return _SoftmaxInverse(self.probabilities, self.scale, kernel)
 
     def movement(self, change: Tensor) -> Tensor:
-        return (change.amax(-1) - change.amin(-1)).amax(-1)
-
-    def movement_of(self, norm: Tensor) -> Tensor:
-        return math.sqrt(2.0) * norm
+        return math.sqrt(2.0) * change  # the most that two outputs of a sample part
 
 
 class SquaredError(OutputLoss):
@@ -120,12 +113,9 @@ class SquaredError(OutputLoss):
         return lambda right: torch.cholesky_solve(right, factor)
 
     def movement(self, change: Tensor) -> Tensor:
-        return self.movement_of(change.norm(dim=-1).amax(-1))
-
-    def movement_of(self, norm: Tensor) -> Tensor:
         # Relative to the errors, in which the gradient is linear.
-        tiny = torch.finfo(norm.dtype).tiny
-        return norm / (self.outputs - self.targets).norm(dim=-1).amax(-1).clamp_min(tiny)
+        tiny = torch.finfo(change.dtype).tiny
+        return change / (self.outputs - self.targets).norm(dim=-1).amax(-1).clamp_min(tiny)
 
 
 class _SoftmaxInverse:

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from l2l_implicit.inner_problem.boundary import is_boundary, source_of
-from l2l_implicit.inner_problem.linear_heads import HeadProblem
+from l2l_implicit.inner_problem.linear_heads import GOALS, HeadProblem, LinearHeads
 from l2l_implicit.inner_problem.linearization import SquaredDistance
 from l2l_implicit.inner_problem.losses import CrossEntropy, OutputLoss, SquaredError
+from l2l_implicit.vectors import flatten
 
 _MEAN, _SUM = 1, 2  # torch's numbers for a loss's reduction
 
@@ -53,13 +54,14 @@ class HeadLoss(NamedTuple):
             and torch.equal(self.targets, other.targets)
         )
 
-    def problem(self, weight: torch.Size, quadratic: SquaredDistance) -> HeadProblem:
-        """As the inner problem of one task, T = 1."""
-        x = self.x.to(torch.float64).unsqueeze(0)
+    def heads(self, phi: Sequence[Tensor], quadratic: SquaredDistance) -> LinearHeads:
+        """As the inner problem of one task, linearized at ``phi``."""
+        x, weight = self.x.to(torch.float64).unsqueeze(0), phi[0].shape
         targets = one_hot(self.targets, weight[0]) if self.targets.dim() == 1 else self.targets
         targets = targets.to(torch.float64).unsqueeze(0)
-        loss = self.loss(targets, targets, self.scale)
-        return HeadProblem(x, self.source, loss, quadratic, weight, self.bias, self.x.dtype)
+        loss, goal = self.loss(targets, targets, self.scale), GOALS.get(self.x.dtype, 1e-6)
+        problem = HeadProblem(x, self.source, loss, quadratic, weight, self.bias, goal)
+        return LinearHeads(problem, flatten(phi).detach().double().unsqueeze(0))
 
 
 def one_hot(classes: Tensor, number: int) -> Tensor:

@@ -702,7 +702,7 @@ class _ClosureObjective:
         self._fresh: tuple[Tensor, Tensor] | None = None  # a point and the loss there, not used yet
 
     def loss(self, point: Tensor | None = None) -> Tensor:
-        """The closure's loss at ``point``, shape ``[1, n]``; None: where the learner stood before."""
+        """The loss at ``point``, shape ``[1, n]``; None: where the learner stood before."""
         if point is None:
             point = flatten(self._before).detach().unsqueeze(0)
         end_of_gradients(self.leaves)  # none is to end in what is replaced

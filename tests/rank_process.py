@@ -18,7 +18,7 @@ from experiments.algorithms import HeadOnly
 from experiments.ingredients.algorithm import Algorithms
 from experiments.ingredients.tasks import Episode
 from experiments.meta_learning import MEASURES, MetaLearner
-from l2l_implicit import ImplicitCGHead
+from l2l_implicit import CG, ImplicitCGHead
 from l2l_implicit.distributed import Ranks, connect
 
 STEPS, BATCH = 20, 5
@@ -36,7 +36,7 @@ def learner() -> MetaLearner:
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
     l2 = nn.Parameter(torch.tensor(1.0))
-    head = ImplicitCGHead(nn.Linear(4, 3), lr=0.1, l2=l2, anchor="init", cg_tol=1e-10)
+    head = ImplicitCGHead(nn.Linear(4, 3), lr=0.1, l2=l2, anchor="init", linear=CG(tol=1e-10))
     algorithm = HeadOnly(backbone, head, 10, nn.CrossEntropyLoss())
     algorithms = Algorithms(algorithm, algorithm, backbone, head.module)
     return MetaLearner(algorithms, MEASURES["classification"], "adam", 0.01, False)

@@ -373,6 +373,7 @@ class ImplicitCGHead(MAML):
         task, known = self._task, self._recognize(loss, phi)
         if known is not None and self._solves_at_once():
             quadratic = self._quadratic(phi, torch.float64)
+            assert quadratic is not None
             if keep and task.holds(known, quadratic, phi):
                 return
             task.release()
@@ -648,7 +649,10 @@ class ImplicitCGHead(MAML):
             self.max_error, self.inner, self.linear, isinstance(self.inner, Newton)
         )
         for found, row, reason in zip(diagnostics, rows, answer.reason, strict=True):
-            report = Report(int(row[0]), row[1], int(row[2]), row[3], reason, *row[4:], at.is_bound)
+            inner, linear, rounding = row[4:]
+            report = Report(
+                int(row[0]), row[1], int(row[2]), row[3], reason, inner, linear, rounding, at.is_bound
+            )  # fmt: skip
             found.record(report, settings)
 
     # Whether autograd's second derivative is one.

@@ -18,7 +18,6 @@ number is that of the features squared.
 from __future__ import annotations
 
 import math
-import math
 from functools import cached_property
 from typing import Any, NamedTuple
 

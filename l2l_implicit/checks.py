@@ -34,14 +34,17 @@ _KEYWORDS = ("l2", "anchor", "inner", "linear", "loss", "warm_start", "max_error
 def keywords(name: str, unknown: Iterable[str]) -> None:
     """No keyword that the learner does not have; one of an earlier version names the new one."""
     for key in unknown:
-        if key in _RENAMED:
-            raise TypeError(
-                f"{key}: expected {_RENAMED[key]}, got the keyword of an earlier version"
-            )
+        renamed(key)
         near = difflib.get_close_matches(key, _KEYWORDS, n=1)
         hint = f"did you mean {near[0]}?" if near else "leave it out"
         expected = ", ".join(_KEYWORDS)
         raise TypeError(f"{name}: expected keywords among {expected}, got {key!r}; {hint}")
+
+
+def renamed(key: str) -> None:
+    """No keyword of an earlier version."""
+    if key in _RENAMED:
+        raise TypeError(f"{key}: expected {_RENAMED[key]}, got the keyword of an earlier version")
 
 
 def settings(l2: Any, anchor: Any, inner: Any, linear: Any, max_error: Any) -> None:

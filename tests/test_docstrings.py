@@ -19,7 +19,7 @@ MODULES = [
 ]
 NEEDS_HIGHER = "l2l_implicit.baselines.unrolled"
 NEEDS_A_SCALER_FOR_THE_CPU = "l2l_implicit.mixed_precision"  # from torch 2.3 on
-PACKAGES = ("", ".baselines", ".batched", ".lightning", ".tasks", ".distributed")
+PACKAGES = ("", ".baselines", ".lightning", ".tasks", ".distributed", ".per_task_norm")
 
 
 def public(package: str) -> Iterator[Any]:

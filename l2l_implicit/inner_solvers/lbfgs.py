@@ -75,6 +75,7 @@ class LBFGSStep:
             moved = self._iterate(at, "strong_wolfe")
             if not torch.equal(moved, at.point):
                 return moved
+            assert self._phi is not None
             if not self._optimizer.state[self._phi]["old_dirs"]:
                 return moved  # nothing is known of the curvature: a whole step could be any size
         return self._whole_step(at, norm, at.point, math.inf)

@@ -16,6 +16,12 @@ class InnerStep(Protocol):
     One that returns ``at.point`` itself says that there is nothing left to do. One that has an
     attribute ``needs_hvp`` equal to False is given linearizations without products in the middle of
     a closure's steps.
+
+    Example:
+        >>> from l2l_implicit import InnerStep, Linearization
+        >>> def damped(at: Linearization) -> torch.Tensor:
+        ...     return at.point - 0.1 * at.gradient
+        >>> step: InnerStep = damped
     """
 
     def __call__(self, at: Linearization) -> Tensor: ...
@@ -40,6 +46,21 @@ class InnerSolver(Protocol):
     ``at``, or None for a problem that it leaves to its steps. With an attribute ``at_once`` equal
     to True it solves the problem whatever ``steps`` says, and is called at the first
     ``adapt(loss)``.
+
+    Example:
+        >>> from torch import nn
+        >>> from l2l_implicit import ImplicitCGHead, InnerStep, Linearization
+        >>> class HeavyBall:
+        ...     def begin(self, lr: float) -> InnerStep:
+        ...         velocity = torch.zeros(())
+        ...         def step(at: Linearization) -> torch.Tensor:
+        ...             nonlocal velocity
+        ...             velocity = 0.9 * velocity - lr * at.gradient
+        ...             return at.point + velocity
+        ...         return step
+        >>> learner = ImplicitCGHead(nn.Linear(10, 5), lr=0.1, inner=HeavyBall()).clone()
+        >>> x, y, loss = torch.randn(25, 10), torch.arange(25) % 5, nn.CrossEntropyLoss()
+        >>> learner.adapt(lambda: loss(learner(x), y), steps=100)
     """
 
     def begin(self, lr: float) -> InnerStep:

@@ -14,17 +14,18 @@ from learn2learn.algorithms import LightningANIL
 from learn2learn.utils import accuracy
 from torch import Tensor, nn
 
+from l2l_implicit import checks
 from l2l_implicit.learner import ImplicitCGHead
 from l2l_implicit.tasks import split_support_query
 
 _ARGUMENTS = inspect.signature(ImplicitCGHead).parameters
-_SETTINGS = {name: p.default for name, p in _ARGUMENTS.items() if name not in ("model", "lr")}
+_OTHERS = ("model", "lr", "loss", "unknown")  # LightningANIL's, or no setting
+_SETTINGS = {name: p.default for name, p in _ARGUMENTS.items() if name not in _OTHERS}
 _ANIL = (
     "train_ways", "train_shots", "train_queries", "test_ways", "test_shots", "test_queries", "lr",
     "scheduler_step", "scheduler_decay", "adaptation_steps", "adaptation_lr", "data_parallel",
 )  # fmt: skip
-_COMMAND_LINE = {"l2": float, "anchor": str, "cg_steps": int, "cg_tol": float, "step": str,
-                 "solver": str, "inner_tol": float, "damping": float}  # fmt: skip
+_COMMAND_LINE = {"l2": float, "anchor": str, "max_error": float}
 
 
 class LightningImplicitCGHead(LightningANIL):  # type: ignore[misc]  # learn2learn is untyped
@@ -46,15 +47,16 @@ class LightningImplicitCGHead(LightningANIL):  # type: ignore[misc]  # learn2lea
         **kwargs: LightningANIL's (``train_ways``, ``train_shots``, ``train_queries``, ``test_*``,
             ``lr``, ``scheduler_step``, ``scheduler_decay``, ``adaptation_lr``,
             ``adaptation_steps``; the last is the most inner steps K, 20 by default, since this
-            inner problem is to be solved) and `ImplicitCGHead`'s (``l2``, ``anchor``, ``step``,
-            ``cg_steps``, ...). Others are ignored, as LightningANIL ignores them, so that a whole
-            ``**vars(args)`` may be passed.
+            inner problem is to be solved) and `ImplicitCGHead`'s (``l2``, ``anchor``, ``inner``,
+            ``linear``, ...). Others are ignored, as LightningANIL ignores them, so that a whole
+            ``**vars(args)`` may be passed. A checkpoint keeps numbers, words and flags;
+            ``inner``, ``linear`` and a tensor ``l2`` are passed again to ``load_from_checkpoint``.
 
     Attributes:
         classifier: the `ImplicitCGHead`; its ``diagnostics`` count what was not solved.
 
     Raises:
-        TypeError: an argument that is all but the name of one of these.
+        TypeError: an argument that is all but the name of one of these, or was one once.
         ValueError, TypeError: for a setting out of its range.
 
     References:
@@ -78,7 +80,7 @@ class LightningImplicitCGHead(LightningANIL):  # type: ignore[misc]  # learn2lea
         super().__init__(features, classifier, loss, **kwargs)
         settings = {name: kwargs[name] for name in _SETTINGS if name in kwargs}
         self.classifier = ImplicitCGHead(classifier, self.adaptation_lr, **settings)
-        # A tensor or a solver of one's own is passed again to load_from_checkpoint.
+        # A tensor or a solver is passed again to load_from_checkpoint.
         plain = (bool, int, float, str, type(None))
         self.save_hyperparameters({k: v for k, v in settings.items() if isinstance(v, plain)})
 
@@ -153,6 +155,7 @@ def _check_names(given: Mapping[str, Any]) -> None:
     """Unknown names pass as in LightningANIL, but not one that is all but a known one."""
     known = [*_ANIL, *_SETTINGS]
     for name in given:
+        checks.renamed(name)
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
         if near and near[0] != name:
             raise TypeError(f"{name}: expected a known argument, got a name close to {near[0]!r}; "

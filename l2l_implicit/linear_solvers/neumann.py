@@ -44,7 +44,7 @@ class Neumann:
         >>> import torch
         >>> from l2l_implicit import Neumann
         >>> A = torch.tensor([[4.0, 1.0], [1.0, 3.0]])
-        >>> answer = Neumann(steps=50).solve(lambda p: p @ A, torch.tensor([[1.0, 2.0]]))
+        >>> answer = Neumann(50, 1e-6).solve(lambda p: p @ A, torch.tensor([[1.0, 2.0]]))
         >>> answer.solution
         tensor([[0.0909, 0.6364]])
         >>> answer.reason

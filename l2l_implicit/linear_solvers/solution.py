@@ -67,6 +67,17 @@ class LinearSolver(Protocol):
     Attributes:
         damping: added to the diagonal of every A by the learner, which hands over the products with
             the sum.
+
+    Example:
+        >>> from torch import nn
+        >>> from l2l_implicit import ImplicitCGHead, LinearSolution
+        >>> class FirstOrder:  # v = b, as if H were the identity
+        ...     damping = 0.0
+        ...     def solve(self, hvp, b, start=None):
+        ...         left = (b - hvp(b)).norm(dim=1) / b.norm(dim=1)
+        ...         return LinearSolution(b, torch.ones(len(b)), left, ["identity"] * len(b))
+        >>> ImplicitCGHead(nn.Linear(4, 2), lr=0.1, linear=FirstOrder()).linear.damping
+        0.0
     """
 
     @property

@@ -10,13 +10,13 @@ from oracles import implicit, minimize, polish, relative_error
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from l2l_implicit import ImplicitCGHead, ImplicitGBML
+from l2l_implicit import CG, ImplicitCGHead, ImplicitGBML, Newton
 
 import learn2learn as l2l  # isort: skip  (after l2l_implicit, which repairs it)
 
 models = l2l.vision.models
 WAYS, LABELS, L2 = 3, torch.arange(6) % 3, 0.3
-EXACT = {"l2": L2, "cg_tol": 1e-13, "cg_steps": 200}
+EXACT = {"l2": L2, "inner": Newton(200, 1e-13), "linear": CG(200, 1e-13)}
 pytestmark = pytest.mark.usefixtures("float64")
 
 KFO = l2l.optim.KroneckerTransform(l2l.nn.KroneckerLinear)

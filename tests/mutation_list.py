@@ -69,8 +69,8 @@ MUTATIONS = (
     ),
     Mutation(
         "no bias on the way back", "inner_problem/linear_heads.py",
-        "torch.cat([weight, per_output.sum(1)], 1)", "torch.cat([weight, 0 * per_output.sum(1)], 1)",
-        DERIVATIVES,
+        "torch.cat([weight, per_output.sum(1)], 1)",
+        "torch.cat([weight, 0 * per_output.sum(1)], 1)", DERIVATIVES,
     ),
     Mutation(
         "no bias in the Gram matrix", "inner_problem/linear_heads.py",
@@ -110,7 +110,8 @@ MUTATIONS = (
     ),
     Mutation(
         "minimum starts where the head is", "inner_problem/linear_heads.py",
-        "        if center is not None:\n            base =", "        if True:\n            base =",
+        "base = problem.outputs(center.expand_as(self.point))",
+        "base = problem.outputs(self.point)",
         "linear_heads::test_minimum_is_the_dense_one",
     ),
     Mutation(

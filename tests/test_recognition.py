@@ -71,7 +71,7 @@ def test_closed_form_equals_the_general_path(
     assert len(ours) == len(theirs) == history + 1 + len(anchor)
     assert all(a is b for a, b in zip(ours, theirs, strict=True))
     assert ours[0] is (x if history else l2)
-    v = torch.randn_like(point)
+    v = torch.randn_like(closed.point)
     assert relative_error([closed.hvp(v)], [general.hvp(v)]) < ROUNDING
     answer = CG().solve(lambda p: p, v)  # v itself, as a solution
     products = zip(closed.mixed_vjp(answer), general.mixed_vjp(answer), strict=True)

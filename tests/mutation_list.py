@@ -30,25 +30,25 @@ MUTATIONS = (
         "None if product is None else -product", "product", ALONE,
     ),
     Mutation(
-        "no regulariser in the Hessian product", "inner_problem/regularizer.py",
+        "no regulariser in the Hessian product", "inner_problem/linearization.py",
         "return product.add(vector, alpha=self.strength)", "return product", DERIVATIVES,
     ),
     Mutation(
-        "no regulariser in the gradient", "inner_problem/regularizer.py",
+        "no regulariser in the gradient", "inner_problem/linearization.py",
         "return gradient.add(self.offset(point), alpha=self.strength)", "return gradient",
         DERIVATIVES,
     ),
     Mutation(
-        "the anchor's sign", "inner_problem/regularizer.py",
+        "the anchor's sign", "inner_problem/linearization.py",
         "pull = vector.sum(0).mul_(-self.strength)", "pull = vector.sum(0).mul_(self.strength)",
         MIXED,
     ),
     Mutation(
-        "one task's anchor for all", "inner_problem/regularizer.py",
+        "one task's anchor for all", "inner_problem/linearization.py",
         "pull = vector.sum(0)", "pull = vector[0].clone()", MIXED,
     ),
     Mutation(
-        "the gradient in l2 without the anchor", "inner_problem/regularizer.py",
+        "the gradient in l2 without the anchor", "inner_problem/linearization.py",
         "(self.offset(point) * vector).sum().to", "(point * vector).sum().to", MIXED,
     ),
     # Linear heads.
@@ -174,11 +174,11 @@ MUTATIONS = (
         "            and torch.equal(self.x, other.x)\n", "", ANEW,
     ),
     Mutation(
-        "the quick path ignores a changed l2", "inner_problem/regularizer.py",
+        "the quick path ignores a changed l2", "inner_problem/linearization.py",
         "if self.strength != other.strength or self._l2 is not other._l2:", "if False:", ANEW,
     ),
     Mutation(
-        "the quick path ignores a moved anchor", "inner_problem/regularizer.py",
+        "the quick path ignores a moved anchor", "inner_problem/linearization.py",
         "return self.center is None or torch.equal(self.center, other.center)", "return True", ANEW,
     ),
     Mutation(

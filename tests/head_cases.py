@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Size, Tensor
 from torch.func import grad, hessian
 
-from l2l_implicit.inner_problem.linear_heads import HeadProblem, LinearHeads, goal_of
-from l2l_implicit.inner_problem.losses import CrossEntropy, OutputLoss, SquaredError
+from l2l_implicit.inner_problem.linear_heads import GOALS, HeadProblem, LinearHeads
 from l2l_implicit.inner_problem.linearization import SquaredDistance
+from l2l_implicit.inner_problem.losses import CrossEntropy, OutputLoss, SquaredError
 
 M, WIDTH, CLASSES = 7, 4, 3
 TORCH: dict[type[OutputLoss], Callable[..., Tensor]] = {
@@ -76,7 +76,7 @@ def case(
     problem = HeadProblem(
         x, x.clone().requires_grad_(), kind(targets, targets, scale),
         SquaredDistance(strength, anchor, torch.float64), weight, bias,
-        goal_of(torch.float64) if goal is None else goal,
+        GOALS[torch.float64] if goal is None else goal,
     )  # fmt: skip
     flat = torch.cat([a.reshape(-1) for a in anchor]) if anchor else torch.zeros(n)
     return Case(LinearHeads(problem, torch.randn(tasks, n)), flat, strength)

@@ -18,7 +18,7 @@ from experiments.algorithms import HeadOnly
 from experiments.ingredients.algorithm import Algorithms
 from experiments.ingredients.tasks import Episode
 from experiments.meta_learning import MEASURES, MetaLearner
-from l2l_implicit import CG, ImplicitCGHead
+from l2l_implicit import ImplicitCGHead
 from l2l_implicit.distributed import Ranks, connect
 
 STEPS, BATCH = 20, 5

@@ -15,11 +15,9 @@ from torch.func import functional_call
 
 import l2l_implicit.learner as learner_module
 from l2l_implicit import CG, GradientDescent, ImplicitCGHead, Newton
-from l2l_implicit.inner_problem.linear_heads import LinearHeads
-from l2l_implicit.inner_problem.linearization import AutogradLinearization
+from l2l_implicit.inner_problem.linearization import AutogradLinearization, SquaredDistance
 from l2l_implicit.inner_problem.losses import CrossEntropy, OutputLoss, SquaredError
 from l2l_implicit.inner_problem.recognition import recognize
-from l2l_implicit.inner_problem.linearization import SquaredDistance
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -64,8 +62,7 @@ def test_closed_form_equals_the_general_path(
     quadratic = SquaredDistance(l2, anchor, torch.float64)
     known = recognize(loss, phi, independent)
     assert known is not None and known.loss is kind
-    point = torch.cat([p.detach().reshape(-1) for p in phi]).unsqueeze(0)
-    closed = LinearHeads(known.problem(phi[0].shape, quadratic), point)
+    closed = known.heads(phi, quadratic)
     general = AutogradLinearization(loss, phi, quadratic=quadratic)
     assert relative_error([closed.gradient], [general.gradient]) < ROUNDING
     assert relative_error([closed.objective], [general.objective]) < ROUNDING
@@ -74,7 +71,7 @@ def test_closed_form_equals_the_general_path(
     assert len(ours) == len(theirs) == history + 1 + len(anchor)
     assert all(a is b for a, b in zip(ours, theirs, strict=True))
     assert ours[0] is (x if history else l2)
-    v = torch.randn_like(point)
+    v = torch.randn_like(closed.point)
     assert relative_error([closed.hvp(v)], [general.hvp(v)]) < ROUNDING
     answer = CG().solve(lambda p: p, v)  # v itself, as a solution
     products = zip(closed.mixed_vjp(answer), general.mixed_vjp(answer), strict=True)

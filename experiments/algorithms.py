@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from experiments.ingredients.tasks import Episode
+from experiments.peak_memory import KeptBytes
 from l2l_implicit import Diagnostics
-from l2l_implicit.batched import BatchedImplicitHead, per_task_batch_norm
+from l2l_implicit.per_task_norm import per_task_batch_norm
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Score = Callable[[Tensor, Tensor], float]
@@ -134,32 +135,74 @@ class HeadOnly(Algorithm):
 
 
 class HeadsTogether(HeadOnly):
-    """All tasks of a batch in one inner loop and one linear solve: the same numbers, for a GPU.
+    """The heads of a batch's tasks in one inner loop and one linear solve: the same numbers.
+
+    On a GPU the backbone runs once for all tasks. On a CPU, where that is no faster, it runs task
+    by task, and the graphs of the tasks are kept until their one backward pass: memory is that of
+    as many tasks. Tasks of different sizes are learnt one at a time.
 
     Args:
-        inner_loss: "cross_entropy" or "squared_error", what ``loss`` is.
+        most_bytes: of the graphs that are kept on a CPU; a batch that needs more is learnt in
+            groups, of one task at least.
     """
 
-    def __init__(self, *arguments: Any, inner_loss: str, **options: Any) -> None:
+    def __init__(self, *arguments: Any, most_bytes: float, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._inner_loss = inner_loss
+        self._most_bytes, self._bytes = most_bytes, dict[torch.Size, int]()
 
     def learn(self, batch: Sequence[Episode], score: Score) -> list[QueryResult]:
-        support, query = self._features(batch)
-        heads = BatchedImplicitHead.like(self.learner, steps=self.steps, loss=self._inner_loss)
-        adapted = heads(support, torch.stack([e.support_targets for e in batch]))
-        predictions, targets = adapted(query), torch.stack([e.query_targets for e in batch])
-        self.loss(predictions.flatten(0, 1), targets.flatten(0, 1)).backward()
-        triples = zip(predictions.detach(), targets, adapted.diagnostics.tasks(), strict=True)
+        if len({(len(e.support_targets), len(e.query_targets)) for e in batch}) > 1:
+            return super().learn(batch, score)
+        if batch[0].inputs.is_cuda:
+            return self._learn_heads(*self._in_one_pass(batch), batch, 1.0, score)
+        results: list[QueryResult] = []
+        while len(results) < len(batch):
+            results += self._learn_group(batch[len(results) :], len(batch), score)
+        return results
+
+    def _learn_group(self, left: Sequence[Episode], tasks: int, score: Score) -> list[QueryResult]:
+        """As many of the tasks that are ``left`` as may be kept at once."""
+        sets, size = [self._first(left[0])], left[0].inputs.shape
+        group = left[: max(1, int(min(tasks, self._most_bytes / max(1, self._bytes[size]))))]
+        sets += [self._both(episode) for episode in group[1:]]
+        support, query = (torch.stack(features) for features in zip(*sets, strict=True))
+        return self._learn_heads(support, query, group, len(group) / tasks, score)
+
+    def _first(self, episode: Episode) -> tuple[Tensor, Tensor]:
+        """Its features; the bytes of their graph are counted where they are not known."""
+        if episode.inputs.shape in self._bytes:
+            return self._both(episode)
+        kept = KeptBytes()
+        with kept:
+            features = self._both(episode)
+        self._bytes[episode.inputs.shape] = kept.total
+        return features
+
+    def _learn_heads(
+        self, support: Tensor, query: Tensor, group: Sequence[Episode], weight: float, score: Score
+    ) -> list[QueryResult]:
+        """Add ``weight`` times the mean outer gradient of the group; features ``[T, m, d]``."""
+        labels = torch.stack([episode.support_targets for episode in group])
+        targets = torch.stack([episode.query_targets for episode in group])
+        adapted = self.learner.adapt_together(support, labels, steps=self.steps)
+        predictions = adapted(query)
+        (weight * self.loss(predictions.flatten(0, 1), targets.flatten(0, 1))).backward()
+        triples = zip(predictions.detach(), targets, adapted.diagnostics, strict=True)
         return [QueryResult(self.loss(p, t).item(), score(p, t), d) for p, t, d in triples]
 
-    def _features(self, batch: Sequence[Episode]) -> tuple[Tensor, Tensor]:
-        """Of support and query sets, ``[T, m, d]`` and ``[T, q, d]``."""
-        m, tasks = len(batch[0].support_targets), len(batch)
-        backbone = per_task_batch_norm(self.backbone, tasks)
-        if self._together:
+    def _in_one_pass(self, batch: Sequence[Episode]) -> tuple[Tensor, Tensor]:
+        """Their features, ``[T, m, d]`` and ``[T, q, d]``; batch statistics stay each set's own.
+
+        Support and query sets of different sizes that go apart take two passes: then the running
+        statistics see all support sets first.
+        """
+        (_, labels, targets), tasks = batch[0], len(batch)
+        m, sets_a_task = len(labels), 1 if self._together else 2
+        if self._together or m == len(targets):
+            backbone = per_task_batch_norm(self.backbone, sets_a_task * tasks)
             both = backbone(torch.cat([e.inputs for e in batch])).unflatten(0, (tasks, -1))
             return both[:, :m], both[:, m:]
+        backbone = per_task_batch_norm(self.backbone, tasks)
         sets = ([e.inputs[:m] for e in batch], [e.inputs[m:] for e in batch])
         support, query = (backbone(torch.cat(s)).unflatten(0, (tasks, -1)) for s in sets)
         return support, query

@@ -223,9 +223,8 @@ def datasets(root: Path) -> Iterable[Finding]:
     if imported("l2l_implicit.tasks")[0] is None:
         yield Finding("all", "cannot tell before l2l_implicit imports")
         return
-    from l2l_implicit.tasks.caltech101_files import SOURCE
-    from l2l_implicit.tasks.learn2learn_tables import NEEDED
-    from l2l_implicit.tasks.omniglot import NEEDED as OMNIGLOT
+    from l2l_implicit.tasks.caltech101 import SOURCE
+    from l2l_implicit.tasks.learn2learn_benchmarks import NEEDED
     from l2l_implicit.tasks.provide import Needed, missing, remedy
 
     yield Finding("glyphs, sine", "in the package")
@@ -233,7 +232,7 @@ def datasets(root: Path) -> Iterable[Finding]:
     images = Needed("caltech101/101_ObjectCategories", "")
     there = not missing(root, [images])
     yield Finding("caltech101", "in place" if there else SOURCE, OK if there else MISSING)
-    for name, needed in {**NEEDED, "omniglot": list(OMNIGLOT)}.items():
+    for name, needed in NEEDED.items():
         absent = [item for item in missing(root, needed) if not _archived(root, item)]
         text = f"{remedy(root, absent)}, or let the first run download it" if absent else "in place"
         yield Finding(name, text, MISSING if absent else OK)

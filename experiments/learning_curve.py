@@ -59,12 +59,13 @@ def _scores(axes: plt.Axes, training: Training, centroid: Interval | None) -> No
 
 def _residuals(axes: plt.Axes, history: History) -> None:
     lines = (
-        ("train/inner_residual", "inner gradient, relative", None),
-        ("train/cg_residual", "linear residual, relative", None),
-        ("train/hypergradient_norm", "hypergradient norm", "0.6"),
+        # A bound above 1 says no more than 1; it may be 1e300.
+        ("train/hypergradient_error", "hypergradient's error, relative", None, 1.0),
+        ("train/cg_residual", "linear residual, relative", None, math.inf),
+        ("train/hypergradient_norm", "hypergradient norm", "0.6", math.inf),
     )
-    for name, label, color in lines:
-        values = [value or math.nan for value in history.values(name)]
+    for name, label, color, most in lines:
+        values = [min(value or math.nan, most) for value in history.values(name)]
         if values:
             axes.semilogy(range(1, len(values) + 1), values, label=label, color=color)
     axes.set_xlabel("outer iteration")

@@ -29,7 +29,6 @@ class Measure(NamedTuple):
 
     Attributes:
         name: of the score, as it is recorded.
-        inner: the loss's name in `l2l_implicit.batched`.
         loss: of predictions and targets, a scalar.
         score: the same, a number.
         unit, factor: for people: "%" and 100 for an accuracy in [0, 1].
@@ -37,7 +36,6 @@ class Measure(NamedTuple):
     """
 
     name: str
-    inner: str
     loss: Loss
     score: Score
     unit: str
@@ -72,9 +70,9 @@ def _squared_error(predictions: Tensor, targets: Tensor) -> float:
 
 MEASURES = {
     "classification": Measure(
-        "accuracy", "cross_entropy", nn.CrossEntropyLoss(), _accuracy, "%", 100.0, True
+        "accuracy", nn.CrossEntropyLoss(), _accuracy, "%", 100.0, True
     ),
-    "regression": Measure("mse", "squared_error", nn.MSELoss(), _squared_error, "", 1.0, False),
+    "regression": Measure("mse", nn.MSELoss(), _squared_error, "", 1.0, False),
 }
 
 
@@ -84,8 +82,8 @@ class OuterStep(NamedTuple):
     Attributes:
         query_loss, query_score: on the query sets.
         hypergradient_norm: of the mean over tasks.
-        inner_residual, cg_residual, cg_steps, unsolved_inner, unsolved_linear: of the implicit
-            learners' diagnostics; None for algorithms that solve nothing.
+        hypergradient_error, cg_residual, cg_steps, unsolved, unsolved_inner, unsolved_linear: of
+            the implicit learners' diagnostics; None for algorithms that solve nothing.
         seconds, cpu_seconds: wall time, and the process's own on all its threads.
         skipped_tasks: left out because their numbers went wrong; None where none may be.
     """
@@ -93,9 +91,10 @@ class OuterStep(NamedTuple):
     query_loss: float
     query_score: float
     hypergradient_norm: float
-    inner_residual: float | None
+    hypergradient_error: float | None
     cg_residual: float | None
     cg_steps: float | None
+    unsolved: int | None
     unsolved_inner: int | None
     unsolved_linear: int | None
     seconds: float
@@ -199,9 +198,10 @@ class MetaLearner:
             query_loss=_mean(result.loss for result in results),
             query_score=_mean(result.score for result in results),
             hypergradient_norm=norm,
-            inner_residual=_mean(d.inner_residual for d in noted) if noted else None,
+            hypergradient_error=_mean(d.hypergradient_error for d in noted) if noted else None,
             cg_residual=_mean(d.cg_residual for d in noted) if noted else None,
             cg_steps=_mean(d.cg_steps for d in noted) if noted else None,
+            unsolved=sum(d.unsolved for d in noted) if noted else None,
             unsolved_inner=sum(d.unsolved_inner for d in noted) if noted else None,
             unsolved_linear=sum(d.unsolved_linear for d in noted) if noted else None,
             seconds=seconds,

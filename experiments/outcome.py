@@ -112,16 +112,18 @@ def announce(
 
 
 def unsolved(training: Training) -> str:
-    """How often an implicit method took its hypergradient where the formula does not hold."""
-    inner, linear = (
-        sum(training.history.values(f"train/unsolved_{what}")) for what in ("inner", "linear")
+    """How often a hypergradient may be more than 1 % wrong, and what of it was not solved."""
+    errors, inner, linear = (
+        sum(training.history.values(f"train/{name}"))
+        for name in ("unsolved", "unsolved_inner", "unsolved_linear")
     )
-    if not inner + linear:
+    if not errors + inner + linear:
         return ""
     tasks = training.steps * training.schedule.batch
     return (
-        f"inner problems {inner:.0f}, linear systems {linear:.0f} of {tasks} tasks: raise "
-        "algorithm.steps or l2; algorithm.cg_steps or damping"
+        f"inner problems {inner:.0f}, linear systems {linear:.0f} of {tasks} tasks, "
+        f"{errors:.0f} hypergradients to 1 %: raise algorithm.steps or l2; algorithm.cg_steps or "
+        "damping"
     )
 
 

@@ -132,7 +132,6 @@ def _learner(config: Mapping[str, Any], given: Tasks, ranks: Ranks) -> MetaLearn
         given.outputs("train"),
         given.outputs("test"),
         measure.loss,
-        measure.inner,
         device,
     )
     return MetaLearner(

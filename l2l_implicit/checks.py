@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -52,8 +53,8 @@ def settings(l2: Any, anchor: Any, inner: Any, linear: Any, max_error: Any) -> N
     choice("anchor", anchor, ("zero", "init"))
     if isinstance(inner, type) or not callable(getattr(inner, "begin", None)):
         raise TypeError(
-            f"inner: expected an inner solver such as Newton() or GradientDescent(), got {inner!r}; "
-            "pass an object with a method begin(lr)"
+            "inner: expected an inner solver such as Newton() or GradientDescent(), got "
+            f"{inner!r}; pass an object with a method begin(lr)"
         )
     if isinstance(linear, type) or not callable(getattr(linear, "solve", None)):
         raise TypeError(
@@ -141,33 +142,29 @@ def choice(name: str, value: Any, allowed: Iterable[str]) -> None:
     raise ValueError(f"{name}: expected one of {expected}, got {value!r}; {hint}")
 
 
-def steps(loss: Any, number_of_steps: Any) -> None:
-    """Whether ``adapt`` got a tensor alone or a closure with its number of steps."""
+def adapt(loss: Any, steps: Any) -> None:
+    """What ``adapt`` got: a tensor alone, or a closure with its number of steps."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "adapt: expected a mode in which gradients can be enabled, got torch.inference_mode(); "
+            "use torch.no_grad(), and adapt(closure, steps=K)"
+        )
     if isinstance(loss, Tensor):
-        if number_of_steps is not None:
+        if steps is not None:
             raise ValueError(
                 "steps: expected with a closure only, got a loss tensor; call adapt(loss) once a "
                 "step, or adapt(lambda: loss_fn(learner(x), y), steps=K)"
             )
     elif not callable(loss):
         raise TypeError(f"loss: expected a tensor or a closure, got {type(loss).__name__}")
-    elif number_of_steps is not None:
-        count("steps (K)", number_of_steps)
-
-
-def gradients_possible() -> None:
-    """Adapting differentiates, which inference mode forbids whatever comes after it."""
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            "adapt: expected a mode in which gradients can be enabled, got torch.inference_mode(); "
-            "use torch.no_grad(), and adapt(closure, steps=K)"
-        )
+    elif steps is not None and not (type(steps) is int and steps >= 1):
+        count("steps (K)", steps)
 
 
 def inner_parameters(module: nn.Module, allow_nograd: bool) -> list[Tensor]:
     """Phi: the module's parameters that are to be adapted."""
     parameters = list(module.parameters())
-    phi: list[Tensor] = [p for p in parameters if p.requires_grad]
+    phi: list[Tensor] = [*filter(_REQUIRES_GRAD, parameters)]
     if len(phi) < len(parameters) and not allow_nograd:
         frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
         raise ValueError(
@@ -178,10 +175,14 @@ def inner_parameters(module: nn.Module, allow_nograd: bool) -> list[Tensor]:
         raise ValueError(
             "expected a module with parameters that require grad, got none to adapt; freeze fewer"
         )
-    if len({(p.dtype, p.device) for p in phi}) > 1:
+    if len(set(map(_KIND, phi))) > 1:
         kinds = ", ".join(sorted({f"{p.dtype} on {p.device}" for p in phi}))
         raise ValueError(f"expected parameters of one dtype and device, got {kinds}; move them")
     return phi
+
+
+_REQUIRES_GRAD = operator.attrgetter("requires_grad")
+_KIND = operator.attrgetter("dtype", "device")
 
 
 def loss(value: Any) -> Tensor:
@@ -237,8 +238,8 @@ def finite_solutions(point: Tensor) -> None:
         tasks = (~finite).nonzero().flatten().tolist()
         where = f" in tasks {tasks}" if len(point) > 1 else ""
         raise FloatingPointError(
-            f"inner problem: expected finite parameters, got nan or infinity{where}; look for nan in "
-            "the features, scale them down, or raise l2"
+            f"inner problem: expected finite parameters, got nan or infinity{where}; look for nan "
+            "in the features, scale them down, or raise l2"
         )
 
 
@@ -278,8 +279,8 @@ def can_be_together(learner: Any) -> None:
     for name, used in alone.items():
         if used:
             raise ValueError(
-                f"adapt_together: expected settings that serve several tasks, got {name}; adapt one "
-                "task at a time"
+                f"adapt_together: expected settings that serve several tasks, got {name}; adapt "
+                "one task at a time"
             )
 
 

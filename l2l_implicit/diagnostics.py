@@ -1,13 +1,13 @@
-"""What a learner can say of its last task, and of how often a hypergradient was not to be trusted."""
+"""What a learner says of its last task, and how often a hypergradient was not to be trusted."""
 
 from __future__ import annotations
 
 import math
 import warnings
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-from l2l_implicit.linear_solvers.solution import REMEDIES
+from l2l_implicit.inner_problem.linearization import Sizes
+from l2l_implicit.linear_solvers.solution import FACTORED, REMEDIES
 
 
 class UnsolvedWarning(UserWarning):
@@ -35,29 +35,6 @@ class UnsolvedWarning(UserWarning):
     """
 
 
-class Report(NamedTuple):
-    """One task's hypergradient: see `Diagnostics`; the error falls into its three parts."""
-
-    inner_steps: int
-    inner_gradient_norm: float
-    cg_steps: int
-    cg_residual: float
-    cg_reason: str
-    inner_error: float
-    linear_error: float
-    rounding_error: float
-    is_bound: bool
-
-
-class Settings(NamedTuple):
-    """What a warning may advise to change."""
-
-    max_error: float
-    inner: object
-    linear: object
-    newton: bool
-
-
 @dataclass
 class Diagnostics:
     """The last hypergradient's diagnostics; on a parent, those of its last clone to be used.
@@ -68,9 +45,9 @@ class Diagnostics:
         cg_steps: Hessian-vector products of the last linear solve; 0 for a factor.
         cg_residual: relative residual of the linear system.
         cg_reason: why the linear solver stopped.
-        hypergradient_error: how wrong the hypergradient may be, relative to its size: from the inner
-            gradient's norm, the linear residual and l2, with what rounding costs. A bound for a linear
-            head with l2 > 0, an estimate for any other module; the derivation is in
+        hypergradient_error: how wrong the hypergradient may be, relative to its size: from the
+            inner gradient's norm, the linear residual and l2, with what rounding costs. A bound for
+            a linear head with l2 > 0, an estimate for any other module; the derivation is in
             docs/mathematics.md.
         is_bound: which of the two it is.
         hypergradients: how many were computed.
@@ -106,49 +83,64 @@ class Diagnostics:
     unsolved_linear: int = 0
     parent: Diagnostics | None = field(default=None, repr=False, compare=False)
 
-    def record(self, report: Report, settings: Settings) -> None:
-        """Take note of one hypergradient, here and on every parent; warn of the first bad one."""
-        self.inner_steps, self.inner_gradient_norm = report.inner_steps, report.inner_gradient_norm
-        self.cg_steps, self.cg_residual = report.cg_steps, report.cg_residual
-        self.cg_reason, self.is_bound = report.cg_reason, report.is_bound
-        parts = report.inner_error, report.linear_error, report.rounding_error
-        self.hypergradient_error = sum(parts)
-        limit = settings.max_error
-        bad = not self.hypergradient_error <= limit
+    def record(
+        self,
+        steps: int,
+        products: int,
+        reason: str,
+        sizes: Sizes,
+        errors: tuple[float, float, float],
+        is_bound: bool,
+        settings: tuple[float, object, object],
+    ) -> None:
+        """Take note of one hypergradient, here and on every parent; warn of the first bad one.
+
+        Args:
+            steps: inner steps taken.
+            products, reason: of the linear solve.
+            sizes: norms at the linearization.
+            errors: the parts of its error: inner problem, linear system, rounding.
+            is_bound: whether their sum is a bound.
+            settings: ``max_error``, and the two solvers, which a warning names.
+        """
+        self.inner_steps, self.inner_gradient_norm = steps, sizes.gradient
+        self.cg_steps, self.cg_residual, self.cg_reason = products, sizes.residual, reason
+        self.hypergradient_error, self.is_bound = sum(errors), is_bound
+        bad = not self.hypergradient_error <= settings[0]
         self.hypergradients += 1
         self.unsolved += bad
-        self.unsolved_inner += not report.inner_error <= limit
-        self.unsolved_linear += not report.linear_error <= limit
+        self.unsolved_inner += not errors[0] <= settings[0]
+        self.unsolved_linear += not errors[1] <= settings[0]
         if self.parent is not None:
-            self.parent.record(report, settings)
+            self.parent.record(steps, products, reason, sizes, errors, is_bound, settings)
         elif bad and self.unsolved == 1:
-            warnings.warn(_why(report, settings), UnsolvedWarning, stacklevel=2)
+            warnings.warn(self._why(errors, *settings), UnsolvedWarning, stacklevel=2)
 
-
-def _why(report: Report, settings: Settings) -> str:
-    """What is wrong, by the largest part of the error, and what to do."""
-    parts = report.inner_error, report.linear_error, report.rounding_error
-    error, largest = sum(parts), max(part if part == part else math.inf for part in parts)
-    kind = "at most" if report.is_bound else "about"
-    if report.inner_error == largest or report.inner_error != report.inner_error:
-        what = (
-            f"the inner problem is not solved: an inner gradient of norm "
-            f"{report.inner_gradient_norm:.2g} after {report.inner_steps} steps of {settings.inner}"
+    def _why(
+        self, errors: tuple[float, float, float], limit: float, inner: object, linear: object
+    ) -> str:
+        """What is wrong, by the largest part of the error, and what to do."""
+        largest = max(error if error == error else math.inf for error in errors)
+        if errors[0] == largest or errors[0] != errors[0]:
+            what = (
+                f"the inner problem is not solved: an inner gradient of norm "
+                f"{self.inner_gradient_norm:.2g} after {self.inner_steps} steps of {inner}"
+            )
+            newton = repr(inner).startswith("Newton")
+            remedy = "take more steps, or raise l2" if newton else "use inner=Newton()"
+            if self.cg_reason == FACTORED:
+                remedy = "scale the features down, or raise l2"
+        elif errors[1] == largest:
+            what = (
+                f"the linear system is not solved: a relative residual of {self.cg_residual:.2g} "
+                f"after {self.cg_steps} steps of {linear} ({self.cg_reason})"
+            )
+            remedy = REMEDIES.get(self.cg_reason, "raise l2")
+        else:
+            what = "the precision does not suffice for features of this size and this l2"
+            remedy = "use float64, scale the features down, or raise l2"
+        kind = "at most" if self.is_bound else "about"
+        return (
+            f"{what}; expected a relative error of the hypergradient of at most {limit:g}, got "
+            f"{kind} {sum(errors):.2g}: {remedy} (said once; .diagnostics counts the rest)"
         )
-        remedy = "take more steps, or raise l2" if settings.newton else "use inner=Newton()"
-        if report.cg_reason == "the inner solve's factor":
-            remedy = "scale the features down, or raise l2"
-    elif report.linear_error == largest:
-        what = (
-            f"the linear system is not solved: a relative residual of {report.cg_residual:.2g} after "
-            f"{report.cg_steps} steps of {settings.linear} ({report.cg_reason})"
-        )
-        remedy = REMEDIES.get(report.cg_reason, "raise l2")
-    else:
-        what = "the precision does not suffice for features of this size and this l2"
-        remedy = "use float64, scale the features down, or raise l2"
-    return (
-        f"{what}; expected a relative error of the hypergradient of at most "
-        f"{settings.max_error:g}, got {kind} {error:.2g}: {remedy} "
-        "(said once; .diagnostics counts the rest)"
-    )

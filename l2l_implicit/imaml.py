@@ -21,12 +21,13 @@ class ImplicitMAML(ImplicitCGHead):
 
     Takes the place of ``learn2learn.algorithms.MAML(model, lr)``; arguments as there and in
     `ImplicitCGHead`. The default ``l2=2.0`` is the paper's on Omniglot (0.5 on miniImageNet).
-    The paper's Hessian-free variant is ``inner=Newton(cg_steps=5), linear=CG(steps=5)``: five CG steps for
-    the search direction and for the meta-gradient, and a line search on the regularised training loss.
+    The paper's Hessian-free variant is ``inner=Newton(cg_steps=5), linear=CG(steps=5)``: five CG
+    steps for the search direction and for the meta-gradient, and a line search on the regularised
+    training loss.
 
-    Give a convolutional network ``linear=CG(damping=20)``. A few steps from theta its training loss is not
-    convex; eq. (6) then divides by curvatures near or below ``-l2``, and the meta-gradients of most
-    tasks are noise. The paper does not say so, its released code does: it solves
+    Give a convolutional network ``linear=CG(damping=20)``. A few steps from theta its training loss
+    is not convex; eq. (6) then divides by curvatures near or below ``-l2``, and the meta-gradients
+    of most tasks are noise. The paper does not say so, its released code does: it solves
     ``(2 I + H / (l2 + 10)) v = b``, H of the loss alone, which is ``damping = l2 + 20`` up to a
     factor. The default, 0, is eq. (6), exact where the inner problem is solved.
 

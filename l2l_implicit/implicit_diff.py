@@ -8,13 +8,16 @@ Differentiating it in :math:`\theta`, with :math:`H = \nabla^2_\phi g` and
           \qquad H v = b. \qquad \text{(Yang et al. 2025, eq. 4 to 8)}
 
 The query loss brings :math:`\nabla_\theta f` by ordinary autograd; `ImplicitSolution` adds the
-rest. T tasks do not meet except in what they share, the anchor and l2, whose hypergradients are sums.
+rest. T tasks do not meet except in what they share, the anchor and l2, whose hypergradients are
+sums.
 """
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -43,11 +46,10 @@ class SavedLinearization:
         self._solve = solve
 
     def hypergradient(self, b: Tensor) -> Products:
-        """The implicit part of eq. (8): one product for each source of the linearization."""
+        """The implicit part of eq. (8), up to its sign: one product for each source."""
         at = self.linearization
         if at is not None:
-            products = at.mixed_vjp(self._solve(at, b.to(at.point.dtype)))
-            return [None if product is None else -product for product in products]
+            return at.mixed_vjp(self._solve(at, b.to(at.point.dtype)))
         if bool((b == 0).all()):
             return []
         raise RuntimeError(
@@ -71,7 +73,7 @@ class ImplicitSolution(Function):
     ) -> tuple[Tensor, ...]:
         ctx.saved = weakref.ref(saved)
         ctx.save_for_backward(phi)
-        ctx.tasks, ctx.shapes = len(phi), [source.shape for source in sources]
+        ctx.tasks, ctx.sources = len(phi), [*map(_SHAPE, sources)]
         return split(phi, shapes)
 
     @staticmethod
@@ -82,22 +84,26 @@ class ImplicitSolution(Function):
                 "expected a first derivative of the adapted learner's loss, got create_graph=True; "
                 "the hypergradient cannot be differentiated again: detach it, or use unrolled MAML"
             )
-        vector = torch.cat([piece.reshape(ctx.tasks, -1) for piece in b], 1)
+        vector = torch.cat([*map(operator.methodcaller("reshape", ctx.tasks, -1), b)], 1)
         with without_autocast(vector.device.type):
             products = ctx.saved().hypergradient(vector)
         checks.finite_products(products)
-        products += [None] * (len(ctx.shapes) - len(products))
-        zero = vector.new_zeros(())
-        pairs = zip(products, ctx.shapes, strict=True)
-        dense = (zero.expand(shape) if product is None else product for product, shape in pairs)
-        return (None, None, None, *dense)
+        gradients: list[Tensor | None] = [None, None, None]
+        for product, shape in zip_longest(products, ctx.sources):
+            zero = product is None
+            gradients.append(vector.new_zeros(()).expand(shape) if zero else product.neg())
+        return tuple(gradients)
+
+
+_SHAPE = operator.attrgetter("shape")
 
 
 def split(phi: Tensor, shapes: Sequence[Size]) -> tuple[Tensor, ...]:
     """Vectors ``[T, n]`` as tensors of the given shapes, which hold all T tasks."""
-    sizes = [shape.numel() // len(phi) for shape in shapes]
-    pieces = phi.split(sizes, dim=1)
-    return tuple(piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True))
+    sizes = []
+    for shape in shapes:
+        sizes.append(shape.numel() // len(phi))
+    return tuple(map(Tensor.reshape, phi.split(sizes, dim=1), shapes))
 
 
 def attach(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Sequence
@@ -15,17 +16,18 @@ from learn2learn.utils import clone_module
 from torch import Tensor, nn
 
 from l2l_implicit import checks
-from l2l_implicit.diagnostics import Diagnostics, Report, Settings, UnsolvedWarning
+from l2l_implicit.diagnostics import Diagnostics, UnsolvedWarning
 from l2l_implicit.implicit_diff import SavedLinearization, attach
-from l2l_implicit.inner_problem.boundary import end_of_gradients, map_tensors, mark_boundaries
+from l2l_implicit.inner_problem.boundary import end_of_gradients, mark_boundaries
 from l2l_implicit.inner_problem.linear_heads import LinearHeads
 from l2l_implicit.inner_problem.linearization import (
     AutogradLinearization,
     Linearization,
+    Sizes,
+    SquaredDistance,
     inner_gradient,
 )
 from l2l_implicit.inner_problem.recognition import HeadLoss, recognize
-from l2l_implicit.inner_problem.regularizer import SquaredDistance
 from l2l_implicit.inner_problem.second_derivative import StepTaken, products_agree
 from l2l_implicit.inner_solvers.inner_loop import descend
 from l2l_implicit.inner_solvers.newton import Newton
@@ -38,8 +40,15 @@ from l2l_implicit.linear_solvers.solution import (
     Matvec,
     damped,
 )
-from l2l_implicit.mixed_precision import as_now, precision_of, widened, without_autocast
-from l2l_implicit.vectors import buffers_apart, flatten, shallow_copy, substitute, unflatten
+from l2l_implicit.mixed_precision import as_now, precision_of, without_autocast
+from l2l_implicit.vectors import (
+    buffers_apart,
+    flatten,
+    norm,
+    shallow_copy,
+    substitute,
+    unflatten,
+)
 
 if TYPE_CHECKING:
     from l2l_implicit.together import AdaptedHeads
@@ -48,6 +57,9 @@ Self = TypeVar("Self", bound="ImplicitCGHead")
 Closure = Callable[[], Tensor]
 
 _LOOKS = 20  # steps of loss tensors at which the second derivative is compared, at most
+
+
+_SHAPE = operator.attrgetter("shape")
 
 
 class Remembered(NamedTuple):
@@ -67,30 +79,31 @@ class Task:
     Attributes:
         solver: the inner solver whose state ``step`` is, once there is one.
         step: see ``solver``.
-        first_norm: norm of the first inner gradient.
+        first_norm: norm of the first inner gradient; for tasks together ``[T]``.
         steps: inner steps taken.
         taken: the last step of loss tensors, until it has shown what the second derivative is.
         missing: what the second derivative did not explain of the step before, if anything.
         independent: features that are known not to depend on phi.
         saved: the linearization that the current parameters depend on, if it is alive.
-        solution: phi as installed, of a problem that was solved exactly.
+        solution: of what was solved at once: phi as installed, ``[n]``, and the linear solver.
     """
 
     __slots__ = (
-        "first_norm", "independent", "initial", "key", "looks", "missing", "saved", "solution", "solver",
-        "step", "steps", "taken",
+        "first_norm", "independent", "initial", "key", "looks", "missing", "saved", "solution",
+        "solver", "step", "steps", "taken",
     )  # fmt: skip
 
     def __init__(self, key: Hashable | None, initial: list[Tensor]) -> None:
         self.key, self.initial = key, initial
         self.solver: InnerSolver | None = None
         self.step: InnerStep | None = None
-        self.first_norm, self.steps, self.looks = 0.0, 0, 0
+        self.first_norm: float | Tensor = 0.0
+        self.steps, self.looks = 0, 0
         self.taken: StepTaken | None = None
         self.missing = math.inf
         self.independent: set[weakref.ref[Tensor]] = set()
         self.saved: weakref.ref[SavedLinearization] | None = None
-        self.solution: Tensor | None = None
+        self.solution: tuple[Tensor, Any] | None = None
 
     def linearization(self) -> Linearization | None:
         """The one that the current parameters depend on, if it is alive."""
@@ -103,19 +116,15 @@ class Task:
         if saved is not None:
             saved.linearization = None
 
-    def holds(self, loss: HeadLoss, quadratic: SquaredDistance, phi: Sequence[Tensor]) -> bool:
-        """Whether the current parameters are the solution of this very problem."""
+    def solved(
+        self, loss: HeadLoss, quadratic: SquaredDistance, phi: Sequence[Tensor]
+    ) -> LinearHeads | None:
+        """The solution of this very problem, if the current parameters are it."""
         at = self.linearization()
         if self.solution is None or not isinstance(at, LinearHeads) or at.known is None:
-            return False
-        unmoved = torch.equal(self.solution, flatten(p.detach() for p in phi))
-        return unmoved and at.quadratic.same(quadratic) and loss.same(at.known)
-
-    def summary(self) -> Task:
-        """What the backward pass needs: no tensors."""
-        short = Task(self.key, [])
-        short.first_norm, short.steps = self.first_norm, self.steps
-        return short
+            return None
+        unmoved = torch.equal(self.solution[0], flatten(phi).detach())
+        return at if unmoved and at.quadratic.same(quadratic) and at.known.same(loss) else None
 
 
 class ImplicitCGHead(MAML):
@@ -198,8 +207,13 @@ class ImplicitCGHead(MAML):
         self.lr = float(lr)
         self.l2, self.anchor, self.inner, self.linear = l2, anchor, inner, linear
         self.loss, self.max_error = loss, float(max_error)
-        checks.settings(l2, anchor, inner, linear, max_error)
+        self._settings: tuple[Any, ...] = ()
+        self._check_settings()
         checks.head_loss(loss)
+        cls, own = type(self), ImplicitCGHead
+        self._plain_regularizer = cls.regularizer is own.regularizer
+        self._plain_step = cls.inner_step is own.inner_step
+        self._plain_solve = cls.linear_solve is own.linear_solve
         self.diagnostics = Diagnostics()
         self._memory: dict[Hashable, Remembered] | None = {} if warm_start else None
         self._second_derivative = {"known": False}  # shared with every clone
@@ -267,10 +281,10 @@ class ImplicitCGHead(MAML):
         """
         low = precision_of(self.module)
         dtype = None if low is None else low[1]
-        if torch.is_grad_enabled() and not self.first_order:
-            args, kwargs = mark_boundaries(args, dtype), mark_boundaries(kwargs, dtype)
-        elif low is not None:
-            args, kwargs = map_tensors(lambda t: widened(t, dtype), (args, kwargs))
+        mark = torch.is_grad_enabled() and not self.first_order
+        args = mark_boundaries(args, dtype, mark)
+        if kwargs:
+            kwargs = mark_boundaries(kwargs, dtype, mark)
         if low is None:
             return self.module(*args, **kwargs)
         with torch.autocast(low[0], enabled=False):
@@ -287,16 +301,16 @@ class ImplicitCGHead(MAML):
     ) -> None:
         r"""One inner step from a loss tensor, or ``steps`` of them from a closure.
 
-        A linear head under `Newton` (cross-entropy or squared error, recognised in the loss's graph)
-        is solved exactly at the first call, whatever the number of steps; further calls with the same
-        data change nothing. For everything else a loss tensor is one step, linearized where the loss
-        was computed, at :math:`\phi^{K-1}`; with a closure (no arguments, returns the loss of the
-        learner as it then is) the linearization is exactly at :math:`\phi^K`.
+        A linear head under `Newton` (cross-entropy or squared error, recognised in the loss's
+        graph) is solved exactly at the first call, whatever the number of steps; further calls with
+        the same data change nothing. For everything else a loss tensor is one step, linearized
+        where the loss was computed, at :math:`\phi^{K-1}`; with a closure (no arguments, returns
+        the loss of the learner as it then is) the linearization is exactly at :math:`\phi^K`.
 
-        Under ``torch.no_grad()`` a closure works and nothing is kept. The steps end before ``steps``
-        where the inner solver has nothing left to do. A linear head's closure is called at the first
-        and the last point only; if its data have changed in between, the steps are taken once more,
-        with a call for each.
+        Under ``torch.no_grad()`` a closure works and nothing is kept. The steps end before
+        ``steps`` where the inner solver has nothing left to do. A linear head's closure is called
+        at the first and the last point only; if its data have changed in between, the steps are
+        taken once more, with a call for each.
 
         Args:
             loss: a scalar, or a closure that returns one.
@@ -310,9 +324,8 @@ class ImplicitCGHead(MAML):
         first_order = self.first_order if first_order is None else first_order
         allow_nograd = self.allow_nograd if allow_nograd is None else allow_nograd
         unused = self.allow_unused if allow_unused is None else allow_unused
-        checks.steps(loss, steps)
-        checks.gradients_possible()
-        checks.settings(self.l2, self.anchor, self.inner, self.linear, self.max_error)
+        checks.adapt(loss, steps)
+        self._check_settings()
         phi = checks.inner_parameters(self.module, allow_nograd)
         keep, device = torch.is_grad_enabled(), phi[0].device.type
         loss = loss if isinstance(loss, Tensor) else as_now(loss, device)
@@ -356,7 +369,9 @@ class ImplicitCGHead(MAML):
         """
         from l2l_implicit.together import adapt_heads
 
-        return adapt_heads(self, features, targets, steps)
+        several = shallow_copy(self)
+        several._task = Task(key=None, initial=list(self.module.parameters()))
+        return adapt_heads(several, features, targets, steps)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -369,19 +384,27 @@ class ImplicitCGHead(MAML):
 
     # The pieces of adapt().
 
+    def _check_settings(self) -> None:
+        settings = self.anchor, self.inner, self.linear, self.max_error
+        if settings != self._settings:
+            checks.settings(self.l2, *settings)
+            self._settings = settings
+
     def _adapt_loss(self, loss: Tensor, phi: list[Tensor], unused: bool, keep: bool) -> None:
         task, known = self._task, self._recognize(loss, phi)
-        if known is not None and self._solves_at_once():
+        if known is not None and self._plain_step and getattr(self.inner, "at_once", False):
             quadratic = self._quadratic(phi, torch.float64)
             assert quadratic is not None
-            if keep and task.holds(known, quadratic, phi):
+            there = task.solved(known, quadratic, phi) if keep else None
+            if there is None:
+                task.release()
+                there = self._on_heads(self._heads(known, quadratic, phi), 1)
+            elif there.known.origin == known.origin and task.solution[1] == self.linear:
                 return
-            task.release()
-            there = self._on_heads(self._heads(known, quadratic, phi), 1)
+            there.sees(known)
             self._install(there.point, phi, there if keep else None)
             if keep:
-                # With the linearization, as the features' history must die with it.
-                there.known, task.solution = known, flatten(p.detach() for p in self._adapted(phi))
+                task.solution = there.point[0].to(phi[0].dtype), self.linear
             return
         task.release()  # before there are two
         at = self._linearize(loss, phi, unused, True, known)
@@ -405,7 +428,8 @@ class ImplicitCGHead(MAML):
             else:
                 point, at = descend(
                     objective.linearize, objective.evaluate, self._step, objective.start,
-                    steps=steps, hvp=self._needs_hvp(), keep=keep,
+                    steps=steps, keep=keep,
+                    hvp=not self._plain_step or getattr(self._stepper(), "needs_hvp", True),
                 )  # fmt: skip
                 if keep and isinstance(at, AutogradLinearization):
                     self._compare(at, objective)
@@ -418,44 +442,54 @@ class ImplicitCGHead(MAML):
         self._install(point, objective.phi, at if keep else None)
 
     def _solve_heads(self, objective: _ClosureObjective, steps: int) -> LinearHeads | None:
-        """The end of the inner loop if the closure's loss is one of a linear head, the same throughout."""
+        """The end of the inner loop of a closure whose loss is one of a linear head; else None."""
         known = self._recognize(objective.loss(objective.start()), objective.phi)
         quadratic = self._quadratic(objective.phi, torch.float64)
         if known is None or quadratic is None:
             return None
         before = self._task.steps, self._task.first_norm
         there = self._on_heads(self._heads(known, quadratic, objective.phi), steps)
-        again = self._recognize(objective.loss(there.point.to(objective.phi[0].dtype)), objective.phi)
-        if again is not None and again.same_numbers(known):
-            there.problem = there.problem._replace(source=again.source)  # perhaps made anew
-            return there
-        self._task.steps, self._task.first_norm = before
-        objective.forget()
-        return None  # the closure draws anew each time: it has to be asked at each step
+        again = self._recognize(objective.loss(there.point), objective.phi)
+        same = again is not None and again.same(known)
+        if again is not None and not same and getattr(self.inner, "at_once", False):
+            there = self._on_heads(self._heads(again, quadratic, objective.phi), steps)
+        elif again is None or not same:
+            self._task.steps, self._task.first_norm = before
+            objective.forget()
+            return None  # the closure draws anew each time: it has to be asked at each step
+        there.sees(again)
+        return there
 
     def _on_heads(self, at: LinearHeads, steps: int) -> LinearHeads:
         """The inner loop of linear heads: their objectives are known everywhere."""
         task, there = self._task, None
-        if self._own_step() is None:
-            solve = getattr(self.inner, "solve_heads", None)
-            there = None if solve is None else solve(at, steps, self.lr)
+        if self._plain_step and hasattr(self.inner, "solve_heads"):
+            there = self.inner.solve_heads(at, steps, self.lr)
         if there is None:
-            points = []
+            points: list[Tensor] = []
+            counts: list[int] = []
+            before = task.steps
             for t in range(len(at.point)):
-                task.step = None
-                here = at if len(at.point) == 1 else at.task(t)
+                task.step, here = None, at if len(at.point) == 1 else at.task(t)
                 for _ in range(steps):
                     point = self._step(here)
                     if point is here.point:
                         break
                     here = here.moved(point)
                 points.append(here.point)
+                counts.append(task.steps - before - sum(counts))
             task.step = None
-            there = at.moved(torch.cat(points)) if len(points) > 1 else here
+            there = here
+            if len(points) > 1:
+                there = at.moved(torch.cat(points))
+                there.steps = torch.tensor(counts, device=there.point.device)
         elif there.steps is None:
             task.steps += steps
         elif len(there.steps) == 1:
             task.steps += int(there.steps)
+        if at.quadratic.strength == 0.0:  # then the error is measured by the first gradient
+            first = at.gradient_norm
+            task.first_norm = first if len(first) > 1 else task.first_norm or float(first)
         checks.finite_solutions(there.point)
         return there
 
@@ -478,17 +512,6 @@ class ImplicitCGHead(MAML):
             task.solver, task.step = self.inner, self.inner.begin(self.lr)
         return task.step
 
-    def _needs_hvp(self) -> bool:
-        return self._own_step() is not None or getattr(self._stepper(), "needs_hvp", True)
-
-    def _own_step(self) -> Any:
-        """The subclass's `inner_step`, if it has one."""
-        own = type(self).inner_step
-        return None if own is ImplicitCGHead.inner_step else own
-
-    def _solves_at_once(self) -> bool:
-        return self._own_step() is None and getattr(self.inner, "at_once", False)
-
     def _first_order_steps(
         self, loss: Tensor | Closure, phi: list[Tensor], unused: bool, steps: int
     ) -> None:
@@ -504,21 +527,22 @@ class ImplicitCGHead(MAML):
 
     def _recognize(self, loss: Tensor, phi: list[Tensor]) -> HeadLoss | None:
         """What ``loss`` is of a linear head, where the regulariser is known in closed form too."""
-        if type(self).regularizer is not ImplicitCGHead.regularizer:
+        if not self._plain_regularizer:
             return None
         return recognize(loss, phi, self._task.independent)
 
     def _quadratic(self, phi: Sequence[Tensor], dtype: torch.dtype) -> SquaredDistance | None:
         """The regulariser in closed form, if it is not a subclass's own."""
-        if type(self).regularizer is not ImplicitCGHead.regularizer:
+        if not self._plain_regularizer:
             return None
-        return SquaredDistance(self.l2, self._anchor_of(phi), dtype)
+        anchor = self._initial_of(phi) if self.anchor == "init" else []
+        return SquaredDistance(self.l2, anchor, dtype)
 
     def _heads(
         self, known: HeadLoss, quadratic: SquaredDistance, phi: Sequence[Tensor]
     ) -> LinearHeads:
         problem = known.problem(phi[0].shape, quadratic)
-        return LinearHeads(problem, flatten(p.detach() for p in phi).double().unsqueeze(0))
+        return LinearHeads(problem, flatten(phi).detach().double().unsqueeze(0))
 
     def _linearize(
         self,
@@ -538,7 +562,7 @@ class ImplicitCGHead(MAML):
                 loss, phi, quadratic=quadratic, unused=unused, differentiable=differentiable
             )
         # A regulariser of the user's own, which autograd carries like the loss.
-        anchor = self._anchor_of(phi)
+        anchor = self._initial_of(phi) if self.anchor == "init" else []
         stand_ins = [a.detach().requires_grad_() for a in anchor]
         center = stand_ins or [torch.zeros_like(p) for p in phi]
         return AutogradLinearization(
@@ -550,23 +574,13 @@ class ImplicitCGHead(MAML):
             differentiable=differentiable,
         )
 
-    def _anchor_of(self, phi: Sequence[Tensor]) -> list[Tensor]:
-        """The initial values of phi; empty where the anchor is zero."""
-        return self._initial_of(phi) if self.anchor == "init" else []
-
     def _initial_of(self, phi: Sequence[Tensor]) -> list[Tensor]:
-        return self._places(self._task.initial, phi)
-
-    def _adapted(self, phi: Sequence[Tensor]) -> list[Tensor]:
-        """The module's present parameters in the places of ``phi``, which they have replaced."""
-        now = list(self.module.parameters())
-        return now if len(now) == len(phi) else [p for p in now if p.requires_grad]
-
-    def _places(self, tensors: list[Tensor], phi: Sequence[Tensor]) -> list[Tensor]:
-        if len(phi) == len(tensors):
-            return tensors
+        """The initial values of phi, which may be some of the module's parameters."""
+        initial = self._task.initial
+        if len(phi) == len(initial):
+            return initial
         adapted = {id(p) for p in phi}
-        pairs = zip(tensors, self.module.parameters(), strict=True)
+        pairs = zip(initial, self.module.parameters(), strict=True)
         return [tensor for tensor, p in pairs if id(p) in adapted]
 
     # Putting phi into the module.
@@ -574,7 +588,7 @@ class ImplicitCGHead(MAML):
     def _put(self, point: Tensor, now: Sequence[Tensor]) -> list[Tensor]:
         """Make ``point`` the module's parameters, as leaves: no graph behind them."""
         vector = point.detach()[0].to(now[0].dtype)
-        leaves = [piece.requires_grad_() for piece in unflatten(vector, now)]
+        leaves = [*map(Tensor.requires_grad_, unflatten(vector, now))]
         substitute(self.module, now, leaves)
         return leaves
 
@@ -589,7 +603,7 @@ class ImplicitCGHead(MAML):
         vector = point.to(phi[0].dtype)
         saved = SavedLinearization(at, self._solver(vector, [self.diagnostics]))
         zero = self._initial_of(phi) if self.anchor == "zero" else []
-        new = attach(saved, vector, [p.shape for p in phi], constants=zero)
+        new = attach(saved, vector, [*map(_SHAPE, phi)], constants=zero)
         substitute(self.module, phi, new)
         task.saved = weakref.ref(saved)
 
@@ -602,58 +616,46 @@ class ImplicitCGHead(MAML):
         """
         bare = shallow_copy(self)
         bare._modules["module"] = None
-        bare.__dict__["_task"] = self._task.summary()
+        bare._task = Task(self._task.key, [])
+        bare._task.first_norm, bare._task.steps = self._task.first_norm, self._task.steps
         return functools.partial(bare._solve, phi, diagnostics)
 
     def _solve(
         self, phi: Tensor, diagnostics: Sequence[Diagnostics], at: Linearization, b: Tensor
     ) -> LinearSolution:
         """The solutions v of eq. (5), and their diagnostics."""
-        task, memory = self._task, self._memory
-        before = memory.get(task.key) if memory is not None else None
-        start = None if before is None else before.v
+        key, memory = self._task.key, self._memory
+        start = None
+        if memory is not None and key in memory:
+            start = memory[key].v
         damping = float(getattr(self.linear, "damping", 0.0))
-        own = type(self).linear_solve is not ImplicitCGHead.linear_solve
-        if at.solved and getattr(self.linear, "takes_factor", False) and not own:
+        if at.solved and self._plain_solve and getattr(self.linear, "takes_factor", False):
             answer = at.solve(b, damping)
         else:
             answer = self.linear_solve(damped(at.hvp, damping), b, start)
-        bad = [t for t, reason in enumerate(answer.reason) if reason == NON_FINITE]
-        if bad:
+        if NON_FINITE in answer.reason:
+            bad = [t for t, reason in enumerate(answer.reason) if reason == NON_FINITE]
             raise FloatingPointError(
                 "hypergradient: expected finite products, got nan or infinity in the linear "
-                f"system{f' of tasks {bad}' if len(b) > 1 else ''}; look for nan in the data or the "
-                "query loss, or raise l2"
+                f"system{f' of tasks {bad}' if len(b) > 1 else ''}; look for nan in the data or "
+                "the query loss, or raise l2"
             )
-        self._record(phi, diagnostics, at, b, answer, damping)
-        if memory is not None and task.key is not None:
-            memory[task.key] = Remembered(phi, answer.solution)
-        return answer
-
-    def _record(
-        self, phi: Tensor, diagnostics: Sequence[Diagnostics], at: Linearization, b: Tensor,
-        answer: LinearSolution, damping: float,
-    ) -> None:  # fmt: skip
-        steps = torch.full_like(answer.steps, self._task.steps) if at.steps is None else at.steps
+        device, first = b.device, self._task.first_norm
         columns = (
-            steps,
-            at.gradient_norm,
-            answer.steps,
-            answer.relative_residual,
-            at.inner_error(self._task.first_norm),
-            at.linear_error(b, answer, damping),
-            at.rounding_error(b, answer, phi.dtype),
-        )
-        rows = torch.stack([column.double() for column in columns], 1).tolist()
-        settings = Settings(
-            self.max_error, self.inner, self.linear, isinstance(self.inner, Newton)
-        )
+            at.gradient_norm, torch.as_tensor(first, device=device).expand(len(b)),
+            answer.relative_residual, norm(b), norm(answer.solution), answer.steps,
+            torch.full_like(answer.steps, self._task.steps) if at.steps is None else at.steps,
+            *at.scales(),
+        )  # fmt: skip
+        rows = torch.stack([*map(Tensor.double, columns)], 1).tolist()
+        settings = self.max_error, self.inner, self.linear
         for found, row, reason in zip(diagnostics, rows, answer.reason, strict=True):
-            inner, linear, rounding = row[4:]
-            report = Report(
-                int(row[0]), row[1], int(row[2]), row[3], reason, inner, linear, rounding, at.is_bound
-            )  # fmt: skip
-            found.record(report, settings)
+            sizes = Sizes(row[0], row[1], row[2], row[3], row[4], scales=row[7:])
+            errors = at.errors(sizes, damping, torch.finfo(phi.dtype).eps)
+            found.record(int(row[6]), int(row[5]), reason, sizes, errors, at.is_bound, settings)
+        if memory is not None and key is not None:
+            memory[key] = Remembered(phi, answer.solution)
+        return answer
 
     # Whether autograd's second derivative is one.
 
@@ -681,8 +683,8 @@ class ImplicitCGHead(MAML):
             warnings.warn(
                 "the inner gradient does not change as its second derivative says: expected an "
                 "inner loss that torch can differentiate twice, the same at each call, got an "
-                "operation whose second derivative is missing or wrong (a custom autograd.Function, "
-                "once_differentiable, weight_norm, spectral_norm in training mode, a detached "
+                "operation whose second derivative is missing or wrong (a custom "
+                "autograd.Function, once_differentiable, weight_norm, a detached "
                 "piece), or other data at each call; the hypergradient is wrong: write the "
                 "operation out, or use first_order=True (said once)",
                 UnsolvedWarning,
@@ -717,7 +719,7 @@ class _ClosureObjective:
         """Where the learner stood before, shape ``[1, n]``."""
         if self._fresh is not None:
             return self._fresh[0]
-        return flatten(p.detach() for p in self._before).unsqueeze(0)
+        return flatten(self._before).detach().unsqueeze(0)
 
     def forget(self) -> None:
         """The closure is to be asked again, even at the same point."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -54,18 +55,21 @@ def _under(context: torch.autocast, function: Callable[[], Tensor]) -> Tensor:
         return function()
 
 
+_GIVEN = functools.partial(operator.is_not, None)
+
+
 def precision_of(module: nn.Module) -> tuple[str, torch.dtype] | None:
     """Device type and dtype of a module's parameters if autocast is on there, else None."""
-    own = [p for p in module._parameters.values() if p is not None]  # a layer's need no search
-    first = next(iter(own or module.parameters()), None)
+    first = next(filter(_GIVEN, module._parameters.values()), None)  # a layer's need no search
+    first = next(module.parameters(), None) if first is None else first
     if first is None or not autocast_enabled(first.device.type):
         return None
     return first.device.type, first.dtype
 
 
-def widened(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+def widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """``tensor`` as ``dtype`` if that is wider than the half precision it has."""
-    if dtype is None or tensor.dtype not in (torch.float16, torch.bfloat16):
+    if tensor.dtype not in (torch.float16, torch.bfloat16):
         return tensor
     return tensor.to(torch.promote_types(tensor.dtype, dtype))
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from l2l_implicit import checks
 from l2l_implicit.diagnostics import Diagnostics
 from l2l_implicit.implicit_diff import SavedLinearization, attach, split
-from l2l_implicit.inner_problem.linear_heads import HeadProblem, LinearHeads, goal_of, goal_of
+from l2l_implicit.inner_problem.linear_heads import HeadProblem, LinearHeads
 from l2l_implicit.inner_problem.losses import CrossEntropy, OutputLoss, SquaredError
 from l2l_implicit.inner_problem.recognition import one_hot
 from l2l_implicit.vectors import flatten
@@ -74,18 +74,15 @@ def adapt_heads(
         source = features if keep and features.requires_grad else None
         loss = _support_loss(learner.loss, squared, targets, head.out_features)
         problem = HeadProblem(
-            x, source, loss, quadratic, head.weight.shape, head.bias is not None,
-            goal_of(features.dtype),
+            x, source, loss, quadratic, head.weight.shape, head.bias is not None, features.dtype
         )
-        start = flatten(p.detach() for p in phi).double().expand(tasks, -1)
+        start = flatten(phi).double().expand(tasks, -1)
         there = learner._on_heads(LinearHeads(problem, start), steps)
         diagnostics = [Diagnostics(parent=learner.diagnostics) for _ in range(tasks)]
         shapes = [torch.Size((tasks, *p.shape)) for p in phi]
         point = there.point.to(head.weight.dtype)
     if not keep:
         return _heads(split(point, shapes), diagnostics)
-    if there.steps is None:
-        there.steps = torch.full((tasks,), steps, device=point.device)
     saved = SavedLinearization(there, learner._solver(point, diagnostics))
     zero = phi if learner.anchor == "zero" else []
     return _heads(attach(saved, point, shapes, constants=zero), diagnostics)

@@ -6,6 +6,7 @@ The solvers see one vector; the module keeps its tensors. Everything that conver
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -17,13 +18,21 @@ Module = TypeVar("Module", bound=nn.Module)
 
 def flatten(tensors: Iterable[Tensor]) -> Tensor:
     """Concatenate tensors of any shapes into one vector of their ``n`` elements, shape ``[n]``."""
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+    return torch.cat([*map(_FLAT, tensors)])
+
+
+_FLAT = operator.methodcaller("reshape", -1)
 
 
 def unflatten(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Views of ``vector`` (shape ``[n]``) in the shapes of ``like``: the inverse of `flatten`."""
-    pieces = vector.split([tensor.numel() for tensor in like])
-    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, like, strict=True)]
+    pieces = vector.split([*map(Tensor.numel, like)])
+    return [*map(Tensor.view_as, pieces, like)]
+
+
+def norm(vectors: Tensor) -> Tensor:
+    """Euclidean norms task by task, ``[T, n] -> [T]``."""
+    return torch.linalg.vector_norm(vectors, dim=1)
 
 
 def substitute(module: nn.Module, old: Sequence[Tensor], new: Sequence[Tensor]) -> None:
@@ -31,7 +40,7 @@ def substitute(module: nn.Module, old: Sequence[Tensor], new: Sequence[Tensor]) 
 
     The tensors themselves are left alone, so graphs and other modules that hold them are too.
     """
-    replacement = {id(before): after for before, after in zip(old, new, strict=True)}
+    replacement = dict(zip(map(id, old), new, strict=True))
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if id(parameter) in replacement:

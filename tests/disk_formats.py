@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from l2l_implicit.tasks.caltech101_split import SPLIT
+from l2l_implicit.tasks.caltech101 import SPLIT
 
 SHORT = ("train", "val", "test")
 Pixels = NDArray[np.uint8]

@@ -2,13 +2,15 @@
 
 from typing import NamedTuple
 
-SPAN = "span::test_the_coordinates_keep_objective_gradient_and_products"
-CLOSED = "linear_head::test_closed_form_equals_the_general_path"
-BASIC = (
-    "hypergradient::test_ridge_by_hand "
-    "hypergradient::test_implicit_unrolled_and_finite_differences_meet "
-    "hypergradient::test_a_loss_is_linearized_where_it_was_computed learner"
-)
+DERIVATIVES = "linear_heads::test_derivatives_are_autograds"
+MIXED = "linear_heads::test_mixed_products_are_autograds"
+LOSSES = "linear_heads::test_value_gradient_and_curvature_of_the_loss"
+GRAM = "linear_heads::test_the_gram_recursion_is_plain_gradient_descent"
+CLOSED = "recognition::test_closed_form_equals_the_general_path"
+ANEW = "closed_form::test_what_has_changed_is_solved_anew"
+GENERAL = "closed_form::test_the_steps_are_those_of_the_general_path"
+EACH = "test_each_task_has_its_own_numbers"
+ALONE = "together::test_newton_equals_the_dense_oracle recognition::test_every_loss_is_right"
 
 
 class Mutation(NamedTuple):
@@ -22,113 +24,273 @@ class Mutation(NamedTuple):
 
 
 MUTATIONS = (
+    # Both paths.
     Mutation(
         "the mixed product's sign", "implicit_diff.py",
-        "mixed_vjp(-v)", "mixed_vjp(v)", BASIC,
+        "None if product is None else -product", "product", ALONE,
     ),
     Mutation(
         "no regulariser in the Hessian product", "inner_problem/regularizer.py",
-        "return product.add(vector, alpha=self._coefficient)", "return product", BASIC,
+        "return product.add(vector, alpha=self.strength)", "return product", DERIVATIVES,
     ),
     Mutation(
-        "CG with beta = 0", "linear_solvers/conjugate_gradient.py",
-        "zeta = rr / rr_before", "zeta = 0.0", "linear_solve",
-    ),
-    Mutation(
-        "CG with beta inverted", "linear_solvers/conjugate_gradient.py",
-        "zeta = rr / rr_before", "zeta = rr_before / rr if rr else 0.0", "linear_solve",
-    ),
-    Mutation(
-        "linearized at the start, closed form", "inner_solvers/inner_loop.py",
-        "objective.linearize(point, True), at)", "objective.linearize(at.point, True), at)", "span",
-    ),
-    Mutation(
-        "linearized beside phi, general path", "inner_solvers/inner_loop.py",
-        "linearize(vector, hvp or last)", "linearize(0.9 * vector, hvp or last)", BASIC,
-    ),
-    Mutation(
-        "features detached, closed form", "inner_problem/linear_head.py",
-        "else [self.features.source]", "else [self.features.source.detach()]", CLOSED,
-    ),
-    Mutation(
-        "features detached, general path", "inner_problem/linearization.py",
-        "marked = [node.saved_tensors[0] for", "marked = [node.saved_tensors[0].detach() for",
-        BASIC,
-    ),
-    Mutation(
-        "the gradient in l2 without the anchor", "inner_problem/regularizer.py",
-        "self._offset(point).dot(vector)", "point.dot(vector)", BASIC + " learner_theta",
+        "no regulariser in the gradient", "inner_problem/regularizer.py",
+        "return gradient.add(self.offset(point), alpha=self.strength)", "return gradient",
+        DERIVATIVES,
     ),
     Mutation(
         "the anchor's sign", "inner_problem/regularizer.py",
-        "unflatten(vector * -self._coefficient", "unflatten(vector * self._coefficient",
-        BASIC,
+        "pull = vector.sum(0).mul_(-self.strength)", "pull = vector.sum(0).mul_(self.strength)",
+        MIXED,
     ),
     Mutation(
-        "a mixed product without its curvature", "inner_problem/linear_head.py",
-        " + change @ self._weight(self.point)]", "]", CLOSED,
+        "one task's anchor for all", "inner_problem/regularizer.py",
+        "pull = vector.sum(0)", "pull = vector[0].clone()", MIXED,
     ),
     Mutation(
-        "softmax without its coupling of classes", "inner_problem/linear_losses.py",
-        "return change.addcmul_(self._p, change.sum(1, keepdim=True), value=-1.0)",
-        "return change", CLOSED,
+        "the gradient in l2 without the anchor", "inner_problem/regularizer.py",
+        "(self.offset(point) * vector).sum().to", "(point * vector).sum().to", MIXED,
+    ),
+    # Linear heads.
+    Mutation(
+        "features detached, closed form", "inner_problem/linear_heads.py",
+        "return [*([] if source is None else [source]), *self.quadratic.sources()]",
+        "return [*([] if source is None else [source.detach()]), *self.quadratic.sources()]",
+        CLOSED,
+    ),
+    Mutation(
+        "a mixed product without its curvature", "inner_problem/linear_heads.py",
+        "product = torch.baddbmm(product, curved, self.problem.weights(self.point))", "", MIXED,
+    ),
+    Mutation(
+        "a mixed product without the gradient", "inner_problem/linear_heads.py",
+        "product = torch.bmm(self.loss.gradient, self.problem.weights(v))",
+        "product = torch.bmm(0 * self.loss.gradient, self.problem.weights(v))", MIXED,
+    ),
+    Mutation(
+        "no bias on the way back", "inner_problem/linear_heads.py",
+        "torch.cat([weight, per_output.sum(1)], 1)", "torch.cat([weight, 0 * per_output.sum(1)], 1)",
+        DERIVATIVES,
+    ),
+    Mutation(
+        "no bias in the Gram matrix", "inner_problem/linear_heads.py",
+        "return gram.add_(1.0) if self.bias else gram", "return gram",
+        "linear_heads::test_minimum_is_the_dense_one",
+    ),
+    Mutation(
+        "softmax without its coupling of classes", "inner_problem/losses.py",
+        "return weighted.addcmul_(self.probabilities, total, value=-1.0).mul_(self.scale)",
+        "return weighted.mul_(self.scale)", LOSSES,
+    ),
+    Mutation(
+        "the softmax's inverse without its coupling", "inner_problem/losses.py",
+        "return (each - coupled).transpose(1, 2)", "return each.transpose(1, 2)",
+        "linear_heads::test_the_inverse_is_that_of_the_dense_matrix",
+    ),
+    Mutation(
+        "the squared error's curvature halved", "inner_problem/losses.py",
+        "return change * (2.0 * self.scale)", "return change * self.scale", LOSSES,
+    ),
+    Mutation(
+        "the movement too small", "inner_problem/losses.py",
+        "return (change.amax(-1) - change.amin(-1)).amax(-1)", "return change.amax((-2, -1))",
+        "linear_heads::test_the_hessian_stays_within_the_movement",
+    ),
+    Mutation(
+        "minimum stopped too early", "inner_problem/linear_heads.py",
+        "small = largest < _NEAR and", "small = largest < 0.5 or",
+        "linear_heads::test_minimum_is_the_dense_one",
+    ),
+    Mutation(
+        "minimum takes every long step whole", "inner_problem/linear_heads.py",
+        "        if bool(enough.all()):\n            return change, move",
+        "        if True:\n            return change, move",
+        "linear_heads::test_minimum_of_hostile_data "
+        "linear_heads::test_minimum_where_long_steps_fail",
+    ),
+    Mutation(
+        "minimum starts where the head is", "inner_problem/linear_heads.py",
+        "        if center is not None:\n            base =", "        if True:\n            base =",
+        "linear_heads::test_minimum_is_the_dense_one",
+    ),
+    Mutation(
+        "no refinement in solve", "inner_problem/linear_heads.py",
+        "q - residual + inverse(k_residual)", "q",
+        "linear_heads::test_systems_at_the_minimum_are_solved",
+    ),
+    Mutation(
+        "the factor without the damping", "inner_problem/linear_heads.py",
+        "problem, mu = self.problem, self.quadratic.strength + damping",
+        "problem, mu = self.problem, self.quadratic.strength",
+        "linear_heads::test_systems_at_the_minimum_are_solved",
+    ),
+    Mutation(
+        "the Gram recursion without shrinking", "inner_solvers/gradient_descent.py",
+        "shrink, tau, c = 1.0 - lr * quadratic.strength,", "shrink, tau, c = 1.0,", GRAM,
+    ),
+    Mutation(
+        "the Gram recursion forgets the start", "inner_solvers/gradient_descent.py",
+        "point = problem.in_phi(c).add_(drift_in_phi, alpha=tau)", "point = problem.in_phi(c)",
+        GRAM,
+    ),
+    # Recognition.
+    Mutation(
+        "a loss with ignored targets recognised", "inner_problem/recognition.py",
+        "if float(nll._saved_total_weight) != len(targets):", "if False:",
+        "recognition::test_every_loss_is_right",
+    ),
+    Mutation(
+        "targets of theta taken for constants", "inner_problem/recognition.py",
+        "if of_target is not None or outputs.dim()", "if outputs.dim()",
+        "recognition::test_every_loss_is_right",
+    ),
+    Mutation(
+        "any scale of a linear map recognised", "inner_problem/recognition.py",
+        "if bias and not linear._saved_alpha == linear._saved_beta == 1:", "if False:",
+        "recognition::test_other_spellings_of_a_linear_map",
+    ),
+    Mutation(
+        "features of phi taken for constants", "inner_problem/recognition.py",
+        "if _reaches(_edge(source)[0], {node for node, _ in edges}):", "if False:",
+        "recognition::test_learner_fed_its_own_weight",
+    ),
+    Mutation(
+        "a change in place goes unnoticed", "inner_problem/boundary.py",
+        "ctx.save_for_backward(source)", "ctx.save_for_backward(source.data)",
+        "closed_form::test_features_overwritten_before_adapt_are_refused",
+    ),
+    Mutation(
+        "the quick path ignores changed weights", "learner.py",
+        "return at if unmoved and regularizer", "return at if regularizer", ANEW,
+    ),
+    Mutation(
+        "the quick path ignores changed targets", "inner_problem/recognition.py",
+        "            and torch.equal(self.targets, other.targets)\n", "",
+        ANEW + " closed_form::test_a_closure_that_draws_anew_is_asked_at_every_step",
+    ),
+    Mutation(
+        "the quick path ignores changed features", "inner_problem/recognition.py",
+        "            and torch.equal(self.x, other.x)\n", "", ANEW,
+    ),
+    Mutation(
+        "the quick path ignores a changed l2", "inner_problem/regularizer.py",
+        "if self.strength != other.strength or self._l2 is not other._l2:", "if False:", ANEW,
+    ),
+    Mutation(
+        "the quick path ignores a moved anchor", "inner_problem/regularizer.py",
+        "return self.center is None or torch.equal(self.center, other.center)", "return True", ANEW,
+    ),
+    Mutation(
+        "a closure's changed data go unnoticed", "learner.py",
+        "elif again is None or not again.same(known):", "elif again is None:",
+        "closed_form::test_a_closure_that_draws_anew_is_asked_at_every_step",
+    ),
+    # The general path.
+    Mutation(
+        "linearized beside phi, general path", "inner_solvers/inner_loop.py",
+        "at = linearize(point, hvp or last)", "at = linearize(0.9 * point, hvp or last)", GENERAL,
+    ),
+    Mutation(
+        "features detached, general path", "inner_problem/boundary.py",
+        "return [*(source_of(node) for node in self.boundaries), *self.leaves]",
+        "return [*(source_of(node).detach() for node in self.boundaries), *self.leaves]", CLOSED,
     ),
     Mutation(
         "phi of the loss counted as theta", "inner_problem/boundary.py",
-        "ctx.inner = True", "ctx.inner = False", BASIC + " learner_theta",
+        "ctx.inner = True", "ctx.inner = False", "hypergradient_rules learner_theta hypergradient",
     ),
     Mutation(
-        "span: what lies beyond it forgotten", "inner_problem/span.py",
-        ".addcmul_(self._e, matrix[0, -1])", "", SPAN,
+        "data changed without a trace go unnoticed", "inner_problem/linearization.py",
+        "if not bool((now - before).norm() <= tol * before.norm()):", "if False:",
+        "closed_form::test_data_changed_without_a_trace_are_refused_on_the_general_path",
     ),
     Mutation(
-        "span: the direction uphill", "inner_problem/span.py",
-        "return direction.squeeze(1).neg_()", "return direction.squeeze(1)", SPAN,
+        "the second derivative always agrees, closures", "inner_problem/second_derivative.py",
+        "return bool((product - narrow).norm() <= _TOL * scale + _FLAT * rounding)", "return True",
+        "second_derivative",
     ),
     Mutation(
-        "span: no bias on the way back", "inner_problem/support_features.py",
-        "reshape(-1), weights[:,", "reshape(-1), 0 * weights[:,", SPAN,
+        "the second derivative always agrees, loss tensors", "inner_problem/second_derivative.py",
+        "return (False if short or missing > 0.7 * before else None), missing",
+        "return None, missing", "second_derivative",
+    ),
+    # Solvers.
+    Mutation(
+        "CG with beta = 0", "linear_solvers/conjugate_gradient.py",
+        "zeta = torch.where(self.active, rr /", "zeta = torch.where(self.active, 0.0 * rr /",
+        "linear_solve together::" + EACH,
+    ),
+    Mutation(
+        "CG with beta inverted", "linear_solvers/conjugate_gradient.py",
+        "rr / torch.where(self.active, self.rr, 1.0), 0.0)\n        torch.addcmul",
+        "self.rr / torch.where(self.active & (rr > 0), rr, 1.0), 0.0)\n        torch.addcmul",
+        "linear_solve",
+    ),
+    Mutation(
+        "CG goes on where a task has ended", "linear_solvers/conjugate_gradient.py",
+        "eta = torch.where(self.active, self.rr / torch.where(self.active, curvature, 1.0), 0.0)",
+        "eta = self.rr / torch.where(curvature > 0, curvature, 1.0)",
+        "linear_solve together::test_tasks_that_end_for_different_reasons",
     ),
     Mutation(
         "Newton: every step accepted", "inner_solvers/newton.py",
-        "return now > last.objective + self._ARMIJO * self._length * last.slope", "return False",
-        "diagnostics solvers inner_steps hypergradient_rules",
+        "return now.objective > last.objective + _ARMIJO * self._length * last.slope",
+        "return False", "inner_steps solvers hypergradient_rules",
     ),
     Mutation(
         "Newton: the stand-in step uphill", "inner_solvers/newton.py",
-        "return -self._gradient_step(at)", "return self._gradient_step(at)",
-        "inner_steps solvers",
+        "return -self.lr * at.gradient", "return self.lr * at.gradient", "inner_steps solvers",
     ),
     Mutation(
-        "the series' residual half updated", "linear_solvers/neumann_series.py",
-        "r.sub_(product, alpha=alpha)", "r.sub_(product, alpha=0.5 * alpha)", "solvers",
+        "the series' residual half updated", "linear_solvers/neumann.py",
+        "r - share * product", "r - 0.5 * share * product", "linear_solvers",
     ),
     Mutation(
         "curvature from below", "linear_solvers/curvature.py",
-        "largest = abs(ritz) + norm * last", "largest = ritz + norm * last", "linear_solvers",
+        "return ritz + norm * last, norm * last", "return ritz, norm * last", "linear_solvers",
     ),
     Mutation(
-        "batched: the mixed product's sign", "batched/implicit_diff.py",
-        "-answer.solution)", "answer.solution)", "batched_head",
+        "each task's curvature is that of the last to end", "linear_solvers/curvature.py",
+        "found = torch.where(done, found, largest)", "found = largest", "together::" + EACH,
+    ),
+    # What is said of it.
+    Mutation(
+        "an unsolved problem not counted", "diagnostics.py",
+        "bad = not self.hypergradient_error <= limit", "bad = False",
+        "together::test_diagnostics_are_each_tasks_and_the_parent_counts_them_all",
     ),
     Mutation(
-        "batched: no regulariser in the product", "batched/objective.py",
-        "return self.objective.in_phi(change).add_(self.objective.l2 * vector)",
-        "return self.objective.in_phi(change)", "batched_head",
+        "the bound without its inner part", "inner_problem/linear_heads.py",
+        "return Errors(inner, sizes", "return Errors(0.0, sizes",
+        "together::test_diagnostics_are_each_tasks_and_the_parent_counts_them_all",
     ),
     Mutation(
-        "batched: no refinement", "batched/linear_solve.py",
-        "v = v + self.solve_once(b - self._at.hvp(v))", "v = v + 0.0", "batched_direct_solve",
+        "tasks together: K steps for every one", "learner.py",
+        "there.steps = torch.tensor(counts,", "there.steps = torch.tensor([steps] * len(counts),",
+        "together::" + EACH,
     ),
     Mutation(
-        "batched: CG with beta = 0", "batched/linear_solve.py",
-        "torch.where(self.active, rr / self.rr, 0.0)", "torch.where(self.active, 0.0 * rr, 0.0)",
-        "batched_head",
+        "without l2 still called a bound", "inner_problem/linear_heads.py",
+        "self.is_bound = problem.quadratic.strength > 0.0", "self.is_bound = True",
+        "together::test_without_a_regulariser",
+    ),
+    # The learner.
+    Mutation(
+        "FOMAML: a step twice as long", "learner.py",
+        "p - self.lr * g for p, g in pairs", "p - 2 * self.lr * g for p, g in pairs", "first_order",
     ),
     Mutation(
-        "batched: one task's anchor for all", "batched/objective.py",
-        "return -self.objective.l2 * vector.sum(0)", "return -self.objective.l2 * vector[0]",
-        "batched_head",
+        "warm start: v forgotten", "learner.py",
+        "start = None if before is None else before.v", "start = None", "warm_start",
+    ),
+    Mutation(
+        "damping: none", "learner.py",
+        "self.linear_solve(damped(at.hvp, damping), b, start)",
+        "self.linear_solve(at.hvp, b, start)", "damping::test_the_damped_system_is_solved",
+    ),
+    Mutation(
+        "autocast: features stay half", "inner_problem/boundary.py",
+        "wide = widened(source, dtype)", "wide = source", "mixed_precision",
     ),
     Mutation(
         "chunked: nothing computed twice", "chunked.py",
@@ -152,25 +314,5 @@ MUTATIONS = (
         "baselines: Reptile's sign", "baselines/reptile.py",
         "way = weight * (initial - adapted)", "way = weight * (adapted - initial)",
         "baselines_reptile",
-    ),
-    Mutation(
-        "FOMAML: a step twice as long", "inner_solvers/first_order.py",
-        "p - lr * g", "p - 2 * lr * g", "first_order",
-    ),
-    Mutation(
-        "warm start: v forgotten", "adaptation.py",
-        "start = None if before is None else before.v", "start = None", "warm_start",
-    ),
-    Mutation(
-        "damping: none", "adaptation.py",
-        "damped(at.hvp, self.damping)", "at.hvp", "damping::test_the_damped_system_is_solved",
-    ),
-    Mutation(
-        "an unsolved inner problem not counted", "diagnostics.py",
-        "bad_inner = not residual <= limits.inner", "bad_inner = False", "diagnostics",
-    ),
-    Mutation(
-        "autocast: features stay half", "inner_problem/boundary.py",
-        "wide = widened(source, dtype)", "wide = source", "mixed_precision",
     ),
 )  # fmt: skip

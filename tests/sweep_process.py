@@ -44,6 +44,11 @@ class Place:
         """The process of the training that was started last, 0 if none was."""
         return int(self._started()[-1][1]) if self._started() else 0
 
+    def let_end(self, number: int) -> None:
+        """The trainings with ``hold=True`` that started first, so many, may end."""
+        (self.folder / "leave.new").write_text(str(number))
+        (self.folder / "leave.new").replace(self.folder / "leave")
+
     def _started(self) -> list[list[str]]:
         path = self.folder / "started"
         return [line.split() for line in path.read_text().splitlines()] if path.exists() else []

@@ -19,7 +19,7 @@ from experiments.ingredients.algorithm import Algorithms
 from experiments.ingredients.tasks import Episode
 from experiments.meta_learning import MEASURES, Diverged, MetaLearner
 from experiments.tracking import UserError
-from l2l_implicit import ImplicitCGHead
+from l2l_implicit import GradientDescent, ImplicitCGHead
 
 LABELS = torch.arange(3).repeat(2)
 
@@ -110,7 +110,7 @@ def test_a_stream_of_bad_tasks_ends() -> None:
 def meta_learner(said: list[str], skip: bool, lr: float = 0.1) -> MetaLearner:
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4, affine=False))
-    head = ImplicitCGHead(nn.Linear(4, 3), lr, l2=1.0, step="gradient", inner_tol=1e9)
+    head = ImplicitCGHead(nn.Linear(4, 3), lr, l2=1.0, inner=GradientDescent(), max_error=1e9)
     algorithm = HeadOnly(backbone, head, 5, nn.CrossEntropyLoss())
     algorithms = Algorithms(algorithm, algorithm, backbone, head.module)
     measure = MEASURES["classification"]

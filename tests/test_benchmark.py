@@ -4,15 +4,15 @@ import math
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from experiments.benchmark import ours, peers
+from experiments.benchmark import cases, ours, peers
 from experiments.benchmark.cases import Plan
 from experiments.benchmark.comparisons import PEERS, RELEASED_STEPS
 from experiments.benchmark.figure import draw
@@ -23,6 +23,7 @@ from experiments.benchmark.rows import Bar, Row, as_markdown, as_text, summary
 from experiments.tracking import UserError
 
 ROOT = Path(__file__).parents[1]
+CALLS, COST = ("adapt(closure)", "adapt(loss)"), Cost(1.0, 1.0, 1.0, 1.0)
 SMALL = Shape("cnn4, GroupNorm", hidden=8, pixels=16, ways=3, shots=2, queries=2)
 
 
@@ -122,33 +123,44 @@ def test_peers_as_published_hold_a_graph_for_each_step(name: str) -> None:
 # Measuring.
 
 
-def test_ratios_and_peaks_are_those_to_the_first() -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What is timed takes what it says that it takes, whatever else the machine does."""
+    clock = SimpleNamespace(now=0.0)
+    timer = SimpleNamespace(perf_counter=lambda: clock.now)
+    monkeypatch.setattr("experiments.benchmark.measure.time", timer)
+    return clock
+
+
+def test_ratios_and_peaks_are_those_to_the_first(clock: SimpleNamespace) -> None:
     def step(milliseconds: int, kib: int) -> ours.Step:
         def run() -> None:
             torch.empty(kib << 10, dtype=torch.uint8)
-            time.sleep(milliseconds / 1000)
+            clock.now += milliseconds / 1000
 
         return run
 
     costs = measure({"floor": step(5, 10), "other": step(20, 30)}, Effort(5))
     assert costs["floor"].time_ratio == 1.0 == costs["floor"].memory_ratio
-    assert 2.0 < costs["other"].time_ratio < 5.0
+    assert costs["other"].seconds == pytest.approx(0.02)
+    assert costs["other"].time_ratio == pytest.approx(4.0)
     assert (costs["other"].peak_bytes, costs["other"].memory_ratio) == (30 << 10, 3.0)
     assert growth(costs) == costs["other"].time_ratio
 
 
-def test_what_takes_long_is_repeated_three_times() -> None:
-    calls = {"floor": 0, "long": 0, "short": 0}
+def test_what_takes_long_is_repeated_three_times(clock: SimpleNamespace) -> None:
+    seconds = {"floor": 1e-4, "long": 0.01, "short": 1e-4}
+    calls = dict.fromkeys(seconds, 0)
 
     def step(name: str, seconds: float) -> ours.Step:
         def run() -> None:
             calls[name] += 1
             torch.empty(1)
-            time.sleep(seconds)
+            clock.now += seconds
 
         return run
 
-    steps = {"floor": step("floor", 0.0), "long": step("long", 0.01), "short": step("short", 0.0)}
+    steps = {name: step(name, took) for name, took in seconds.items()}
     measure(steps, Effort(10, 0.005))
     before = 2  # warming up, and the peak
     assert calls == {"floor": before + 10, "long": before + 3, "short": before + 10}
@@ -219,9 +231,29 @@ TINY = Plan(
     network_steps=(1, 2),
 )
 BARS = {
-    "cnn4-32px": 8, "20-shot": 4, "wide": 4, "chunked": 2, "k-sweep": 2, "n-sweep": 4,
-    "k-memory": 2, "peers": 18, "imaml": 5, "layouts": 0,
+    "cnn4-32px": 8, "two-threads": 8, "20-shot": 4, "wide": 4, "wide-20-way-1-shot": 2,
+    "chunked": 2, "meta-batch": 1, "head": 2, "k-sweep": 2, "n-sweep": 4, "k-memory": 2,
+    "peers": 18, "imaml": 5, "layouts": 0,
 }  # fmt: skip
+
+
+def test_the_bars_are_those_that_were_asked_for() -> None:
+    def limits(case: str) -> dict[str, float]:
+        rows = CASES[case](TINY)
+        return {row.method: bar.limit for row in rows for bar in row.bars if bar.quantity == "time"}
+
+    ways = {call: limits("cnn4-32px")[f"implicit, newton, {call}"] for call in CALLS}
+    assert ways == {"adapt(closure)": 1.05, "adapt(loss)": 1.08}
+    assert limits("meta-batch") == {"implicit, newton, heads together": 1.02}
+    assert sorted(limits("head").values()) == [0.15, 0.5]
+
+
+def test_two_threads_are_torchs_for_the_case_alone() -> None:
+    before, seen = torch.get_num_threads(), set[int]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cases, "measure", lambda *_: seen.add(torch.get_num_threads()) or {"": COST})
+        CASES["two-threads"](TINY)
+    assert seen == {2} and torch.get_num_threads() == before
 
 
 def test_the_compiled_case_has_names_for_the_tracker(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-import l2l_implicit.tasks.caltech101_files as files
+import l2l_implicit.tasks.caltech101 as files
 from l2l_implicit.tasks import Caltech101, get_tasksets
-from l2l_implicit.tasks.caltech101 import MEAN, STD
-from l2l_implicit.tasks.caltech101_split import SPLIT
+from l2l_implicit.tasks.caltech101 import MEAN, SPLIT, STD
 
 COLOUR = (200, 100, 50)
 

@@ -41,7 +41,7 @@ CALL = "torch.ops.torchvision.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)"
 def run(code: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Runs ``code`` in a new interpreter, from ``folder``, which comes first in its path."""
     command = [sys.executable, "-c", code]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=500)
 
 
 def output(code: str, folder: Path = ROOT) -> str:

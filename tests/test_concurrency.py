@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toy_process import environment, finish, start, wait_for
+from toy_process import environment, finish, is_alive, start, wait_for
 
 from experiments.drills.runs import Bench
 from experiments.tracking import open_database, supervisor
@@ -29,10 +29,6 @@ def server(data: Path) -> dict[str, int]:
     return supervisor.read_server_file(data / "mongodb")
 
 
-def is_alive(process: int) -> bool:
-    return Path(f"/proc/{process}").exists()
-
-
 def assert_all_recorded(data: Path, number: int, points: int) -> None:
     with open_database() as database:
         runs = list(database["runs"].find().sort("_id", 1))
@@ -46,7 +42,7 @@ def assert_all_recorded(data: Path, number: int, points: int) -> None:
 
 def assert_the_server_stops(data: Path) -> None:
     pid = server(data)["server"]
-    wait_for(lambda: not is_alive(pid), seconds=60.0)
+    wait_for(lambda: not is_alive(pid))
     time.sleep(0.5)
     assert server(data)["server"] == pid and not is_alive(pid)
 
@@ -71,12 +67,13 @@ def test_eight_runs_at_once(data: Path) -> None:
 
 
 def test_three_runs_at_once_and_one_while_another_ends(data: Path) -> None:
-    """The toy, for time; the lengths differ, so that each ends while others run or start."""
-    env = environment(data)
-    lengths = [(3, 0.0), (12, 0.1), (8, 0.05)]
-    first = [start(env, "-b", "0.2", "with", f"steps={n}", f"pause={p}") for n, p in lengths]
+    """The toy, for time; two wait at their middle until one has ended and the fourth begun."""
+    env, gate = environment(data), data.parent / "gate"
+    more = [("steps=3",), ("steps=12", f"hold={gate}"), ("steps=8", f"hold={gate}")]
+    first = [start(env, "-b", "0.2", "with", *settings) for settings in more]
     assert finish(first[0])[0] == 0
     late = start(env, "with", "steps=5")  # while the first's share is given up
+    gate.touch()
     for process in (*first[1:], late):
         code, output = finish(process)
         assert code == 0, output
@@ -105,15 +102,15 @@ def test_a_run_that_starts_in_the_servers_last_moments(data: Path) -> None:
 @pytest.mark.slow
 def test_a_crash_of_everything_loses_the_last_seconds_at_most(data: Path) -> None:
     """SIGKILL to the run, its server and the server's supervisor, all at once."""
-    process = start(environment(data), "-b", "0.2", "with", "steps=400", "pause=0.02")
+    process = start(environment(data), "-b", "0.2", "with", "steps=100000", "pause=0.02")
 
     def recorded() -> int:
         with open_database() as database:
             loss: Any = database["metrics"].find_one({"run_id": 1, **TRAIN})
             return len(loss["steps"]) if loss else 0
 
-    wait_for(lambda: (data / "mongodb" / supervisor.SERVER_FILE).exists(), seconds=60.0)
-    wait_for(lambda: recorded() > 20, seconds=60.0)
+    wait_for(lambda: (data / "mongodb" / supervisor.SERVER_FILE).exists())
+    wait_for(lambda: recorded() > 20)
     seen = recorded()
     pid = server(data)["server"]
     keeper = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])

@@ -20,9 +20,9 @@ from experiments.convergence.runs import (
     slope,
     trajectory,
 )
+from experiments.convergence.theory import inner_lr, least_inner_steps, least_linear_steps
 from experiments.tracking import UserError
 from experiments.tracking.values import CheckedMetrics
-from l2l_implicit.theory import inner_lr, least_inner_steps, least_linear_steps
 
 P, Q = 3, 6
 THETA = torch.tensor([0.3, -0.8, 0.5], dtype=torch.float64)

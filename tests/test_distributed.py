@@ -25,7 +25,7 @@ def run(job: str, folder: Path, processes: int) -> tuple[int, str]:
     program = [*(torchrun if processes > 1 else []), "tests/rank_process.py", job, str(folder)]
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run(
-        [sys.executable, *program], cwd=ROOT, text=True, timeout=100,
+        [sys.executable, *program], cwd=ROOT, text=True, timeout=500,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env={**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip

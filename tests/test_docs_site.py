@@ -18,8 +18,10 @@ PACKAGE = ROOT / "l2l_implicit"
 OFFERED = {
     "l2l_implicit": PACKAGE / "__init__.py",
     **{f"l2l_implicit.{name}": PACKAGE / name / "__init__.py"
-       for name in ("baselines", "batched", "lightning", "tasks")},
-    **{f"l2l_implicit.{name}": PACKAGE / f"{name}.py" for name in ("theory", "distributed")},
+       for name in ("baselines", "lightning", "tasks")},
+    **{f"l2l_implicit.{name}": PACKAGE / f"{name}.py"
+       for name in ("distributed", "per_task_norm")},
+    "experiments.convergence.theory": ROOT / "experiments" / "convergence" / "theory.py",
 }  # fmt: skip
 IDENTIFIER = re.compile(r"^::: (\S+)$", re.MULTILINE)
 SYMBOL = re.compile(r"\| `([\w/]+\.py)`: `([\w.]+)` \|$", re.MULTILINE)

@@ -36,7 +36,7 @@ def run(
     code = WITHOUT.format(absent=tuple(absent), root=str(data / "images"), module=module)
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env={**kept, **own, **variables},
-        text=True, timeout=100, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, timeout=500, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     return done.returncode, done.stdout
 

@@ -14,10 +14,17 @@ import l2l_implicit  # noqa: F401  (first: it makes learn2learn importable)
 from experiments.build_glyphs.confusables import connected
 from experiments.build_glyphs.splits import random_split, script_of, script_split
 from l2l_implicit.tasks import Glyphs, get_tasksets, nearest_centroid_accuracy
-from l2l_implicit.tasks.glyph_clutter import Background, add_fragments, vary_strokes
-from l2l_implicit.tasks.glyph_levels import LEVELS, WARPS, distort
-from l2l_implicit.tasks.glyph_warp import Warp, smooth
-from l2l_implicit.tasks.glyphs_file import PATH, glyph_arrays, load
+from l2l_implicit.tasks.glyph_distortions import (
+    LEVELS,
+    WARPS,
+    Background,
+    Warp,
+    add_fragments,
+    distort,
+    smooth,
+    vary_strokes,
+)
+from l2l_implicit.tasks.glyphs import PATH, glyph_arrays
 from l2l_implicit.tasks.tasksets import MODES
 
 # Of the uint8 images of Glyphs("test", level=...): another value means other data for every user.
@@ -95,7 +102,7 @@ def test_attribution_names_every_family_with_package_and_licence(
 
 def test_missing_file_says_to_reinstall(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="found no file: reinstall the package"):
-        load(tmp_path / "glyphs.npz")
+        glyph_arrays(tmp_path / "glyphs.npz")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.999])
@@ -104,7 +111,7 @@ def test_truncated_file_says_to_reinstall(tmp_path: Path, share: float) -> None:
     short = tmp_path / "glyphs.npz"
     short.write_bytes(content[: int(share * len(content))])
     with pytest.raises(ValueError, match=r"got \d+ bytes that do not unpack .*reinstall"):
-        load(short)
+        glyph_arrays(short)
 
 
 def test_altered_pixel_is_found(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -113,7 +120,7 @@ def test_altered_pixel_is_found(tmp_path: Path, arrays: dict[str, np.ndarray]) -
     altered = tmp_path / "glyphs.npz"
     np.savez(altered, **(arrays | {"images": images}))
     with pytest.raises(ValueError, match=r"expected .*SHA-256 \w{64} .*got \w{64}: reinstall"):
-        load(altered)
+        glyph_arrays(altered)
 
 
 def test_arrays_cannot_be_changed_by_a_user(arrays: dict[str, np.ndarray]) -> None:

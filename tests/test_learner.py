@@ -224,3 +224,17 @@ def test_imaml_is_the_same_class_with_other_defaults() -> None:
     assert (maml.anchor, maml.l2) == ("init", 2.0)
     assert (maml.inner, maml.linear) == (GradientDescent(), CG())
     assert type(maml.clone()) is ImplicitMAML
+
+
+@pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
+def test_batch_norm_may_be_adapted_by_a_closure() -> None:
+    """The look at the second derivative puts running statistics back as if it had not been."""
+    network = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
+    maml, inputs = ImplicitMAML(network, 0.1), x()
+    passes = []
+    for _ in range(2):  # it looks at the first task alone
+        learner = maml.clone()
+        learner.adapt(lambda learner=learner: F.cross_entropy(learner(inputs), Y), steps=1)
+        passes.append(int(learner.module[1].num_batches_tracked))
+        F.cross_entropy(learner(inputs), Y).backward()
+    assert passes == [2, 5] and network[0].weight.grad.norm() > 0  # two, the query, two more

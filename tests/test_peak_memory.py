@@ -2,7 +2,7 @@
 
 import torch
 
-from experiments.peak_memory import peak_memory, process_peak
+from experiments.peak_memory import KeptBytes, peak_memory, process_peak
 
 
 def allocate() -> None:
@@ -32,6 +32,17 @@ def test_what_autograd_saves_counts_until_it_is_freed() -> None:
     once = peak_memory(lambda: x.exp().exp().sum().backward())
     assert once >= 3 * 4000
     assert peak_memory(both) <= once + 4000 + 16
+
+
+def test_what_a_graph_keeps_is_counted_once() -> None:
+    x, kept = torch.ones(1000, requires_grad=True), KeptBytes()
+    with kept:
+        y = x.exp()  # keeps y
+        total = (y * y).sum() + y.sin().sum()  # y again, twice
+    assert kept.total == 4000
+    total.backward()
+    expected = (2 * y * y + y.cos() * y).detach()
+    torch.testing.assert_close(x.grad, expected)
 
 
 def test_the_process_is_larger_than_its_tensors() -> None:

@@ -7,7 +7,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import train_process
 
 from experiments import checkpoint
 from experiments.tracking import UserError, open_database
@@ -31,24 +31,18 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+def start(folder: Path, *arguments: str, **happens: Any) -> subprocess.Popen[str]:
+    """A run, in which something may happen: see `train_process`."""
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "experiments.train", *arguments]
+    program = [train_process.SCRIPT] if happens else ["-m", "experiments.train"]
+    variables |= train_process.environment(**happens)
+    command = [sys.executable, *program, *arguments]
     with (folder / "log").open("a") as log:
         return subprocess.Popen(command, cwd=folder, env=variables, stdout=log, stderr=log)
 
 
 def finish(folder: Path, *arguments: str) -> None:
     assert start(folder, *arguments).wait() == 0, (folder / "log").read_text()
-
-
-def kill_once_there_is(process: subprocess.Popen[str], output: Path, after: float) -> None:
-    """SIGKILL, so many seconds from the first checkpoint in ``output`` on."""
-    while not list(output.glob("*/checkpoint.pt")) and process.poll() is None:
-        time.sleep(0.02)
-    time.sleep(after)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
 
 
 def metrics(run_id: int) -> dict[str, Any]:
@@ -80,9 +74,13 @@ def assert_same_end(folder: Path, reference: int, resumed: int) -> None:
 
 
 def test_a_killed_run_ends_as_an_undisturbed_one(folder: Path) -> None:
+    """Three iterations and a validation after the last checkpoint, all of which are done again."""
     finish(folder, *SETTINGS)
     (folder / "runs" / "1").rename(folder / "kept")
-    kill_once_there_is(start(folder, *SETTINGS), folder / "runs", after=0.5)
+    killed_run = start(folder, *SETTINGS, checkpoint=8, signal=(12, signal.SIGKILL))
+    assert killed_run.wait() == -signal.SIGKILL, (folder / "log").read_text()
+    (left,) = (folder / "runs").glob("*/checkpoint.pt")
+    assert checkpoint.load(left.parent)["steps"] == 8
     finish(folder, "resume=latest")
     (folder / "kept").rename(folder / "runs" / "1")
     assert_same_end(folder, 1, 3)

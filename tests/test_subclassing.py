@@ -72,15 +72,24 @@ BY_TENSOR = ["softmax mean bias", "anchored softmax"]  # a linear head's loss is
 SOLVED_BY_LBFGSB = [*((name, "closure", 1) for name in NAMES), *((n, "loss", 2) for n in BY_TENSOR)]
 
 
+# Where L-BFGS-B stops depends on the last digit: it compares values of an objective near 1, equal
+# to rounding within sqrt(2 eps / smallest eigenvalue) of the minimum, 7e-8 for 0.1. Relative to
+# phi, of norm 0.4, that is 2e-7; the rest is for what curvature makes of it in the hypergradient.
+FLAT = 1e-6
+
+
 @pytest.mark.parametrize("name, how, steps", SOLVED_BY_LBFGSB)
 def test_scipys_solver(name: str, how: str, steps: int) -> None:
     task = problem(name)
     learner, loss = adapt(make_learner(task, LBFGSB), task, how, steps)
     found = torch.cat([p.detach().reshape(-1) for p in learner.parameters()])
     phi = minimize(task.inner, found, task.leaves(), task.lr)
-    expected = implicit(task.inner, task.outer, task.leaves(), phi)
-    assert relative_error([found], [phi]) < 1e-8
-    assert relative_error(hypergradient(task, loss), expected) < 1e-8
+    got = hypergradient(task, loss)
+    assert relative_error([found], [phi]) < FLAT
+    assert relative_error(got, implicit(task.inner, task.outer, task.leaves(), phi)) < FLAT
+    if how == "closure":  # linearised where it stopped: there, exact up to cg_tol = 1e-13
+        there = implicit(task.inner, task.outer, task.leaves(), found)
+        assert relative_error(got, there) < 1e-11
 
 
 def _fit(cls: type[ImplicitCGHead], dtype: torch.dtype) -> ImplicitCGHead:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from sweep_process import TOY, Place
-from toy_process import finish, wait_for
+from toy_process import finish, is_alive, wait_for
 
 from experiments.tracking import open_database, supervisor
 
@@ -90,19 +90,20 @@ def test_two_sweeps_at_once_never_double_a_cell(place: Place, database: Any) -> 
 
 
 def test_killed_processes_cost_an_attempt_and_nothing_else(place: Place, database: Any) -> None:
-    sweep = place.start("methods=plain", "seeds=1", "pause=1.5", "--workers", "1")
+    sweep = place.start("methods=plain", "seeds=1", "hold=True", "--workers", "1")
     (worker,) = wait_for(lambda: children(sweep.pid) if place.training() else [])
     first = place.training()
     os.kill(worker, signal.SIGKILL)
-    wait_for(lambda: not Path(f"/proc/{first}").exists())
+    wait_for(lambda: not is_alive(first))
     wait_for(lambda: place.started().total() == 2)
     os.kill(sweep.pid, signal.SIGKILL)
     finish(sweep)
     second = place.training()
-    wait_for(lambda: not Path(f"/proc/{second}").exists())
+    wait_for(lambda: not is_alive(second))
     assert not complete(database)
 
-    code, output = place.run("methods=plain", "seeds=1", "pause=1.5")
+    place.let_end(3)
+    code, output = place.run("methods=plain", "seeds=1", "hold=True")
     assert code == 0, output
     assert len(complete(database)) == 1 and place.started().total() == 3
     statuses = [run["status"] for run in database["runs"].find().sort("_id", 1)]
@@ -112,18 +113,19 @@ def test_killed_processes_cost_an_attempt_and_nothing_else(place: Place, databas
 def test_a_sweep_killed_twice_loses_nothing_and_runs_nothing_twice(
     place: Place, database: Any
 ) -> None:
-    arguments = ("methods=plain", "seeds=4", "pause=0.5", "--workers", "1")
+    arguments = ("methods=plain", "seeds=4", "hold=True", "--workers", "1")
     for number in (1, 2):
+        place.let_end(2 * number - 1)
         sweep = place.start(*arguments)
-        wait_for(lambda number=number: len(complete(database)) >= number, 60.0)
-        wait_for(lambda: place.started().total() > len(complete(database)), 60.0)
+        wait_for(lambda number=number: place.started().total() == 2 * number)
         sweep.kill()
         finish(sweep)
-        wait_for(lambda: not Path(f"/proc/{place.training()}").exists())
+        wait_for(lambda: not is_alive(place.training()))
         done = complete(database)
-        assert number <= len(done) < 4, "killed while cells were open"
+        assert len(done) == number, "killed while a cell was open"
         assert {place.started()[cell] for cell in done} <= {1, 2}
 
+    place.let_end(100)
     before = place.started()
     done = complete(database)
     code, output = place.run(*arguments)
@@ -139,7 +141,7 @@ def test_a_sweep_killed_twice_loses_nothing_and_runs_nothing_twice(
 def test_a_stopped_sweep_gives_its_cells_back(
     place: Place, database: Any, number: signal.Signals
 ) -> None:
-    sweep = place.start("methods=plain", "seeds=2", "pause=20", "--workers", "2")
+    sweep = place.start("methods=plain", "seeds=2", "hold=True", "--workers", "2")
     wait_for(lambda: place.started().total() == 2)
     wait_for(lambda: database["runs"].count_documents({"status": "RUNNING"}) == 2)
     sweep.send_signal(number)
@@ -152,7 +154,7 @@ def test_a_stopped_sweep_gives_its_cells_back(
 
 
 def test_a_worker_that_has_lost_its_claim_stops_its_training(place: Place, database: Any) -> None:
-    sweep = place.start("methods=plain", "seeds=1", "pause=20", "--workers", "1")
+    sweep = place.start("methods=plain", "seeds=1", "hold=True", "--workers", "1")
     wait_for(lambda: database["runs"].count_documents({"status": "RUNNING"}) == 1)
     taken = {"token": "another", "host": "elsewhere"}
     database["sweep_cells"].update_one({}, {"$set": taken})
@@ -165,10 +167,11 @@ def test_a_worker_that_has_lost_its_claim_stops_its_training(place: Place, datab
 
 
 def test_a_database_that_goes_away_costs_nothing(place: Place, database: Any) -> None:
-    sweep = place.start("methods=plain", "seeds=2", "pause=2", "--workers", "1")
+    sweep = place.start("methods=plain", "seeds=2", "hold=True", "--workers", "1")
     wait_for(place.training)
     server = supervisor.read_server_file(place.folder / "data" / "mongodb")["server"]
     os.kill(server, signal.SIGKILL)
+    place.let_end(2)
     code, output = finish(sweep)
     assert code == 0, output
     assert len(complete(database)) == 2 and set(place.started().values()) == {1}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from experiments import sweep
+from experiments.sweeps import claims
 from experiments.sweeps.cells import Cell, format_value, parse_settings, parse_value
 from experiments.sweeps.claims import Claims, Owner
 from experiments.sweeps.definition import Benchmark, Method, Sweep
@@ -148,11 +149,21 @@ def test_a_claim_has_one_owner(database: Database) -> None:
     assert first.take("c1", "x")
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The claims' clock, which goes on only when it is told to."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(claims, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
 def on_another_machine(database: Database) -> None:
     database.documents["sweep_cells"].update_one({"_id": "c1"}, {"$set": {"host": "elsewhere"}})
 
 
-def test_a_silent_owner_elsewhere_loses_the_claim_after_a_whole_lease(database: Database) -> None:
+def test_a_silent_owner_elsewhere_loses_the_claim_after_a_whole_lease(
+    database: Database, clock: SimpleNamespace
+) -> None:
     owner, other = Claims(database, "a"), Claims(database, "b")
     owner.take("c1", "x")
     on_another_machine(database)
@@ -160,24 +171,25 @@ def test_a_silent_owner_elsewhere_loses_the_claim_after_a_whole_lease(database: 
         if round_ % 3 == 0:
             assert owner.beat("c1")
         assert not other.take_over(other.find(["c1"])["c1"])
-        time.sleep(0.05)
-    time.sleep(0.6)  # not looked at: the database may have been away, the owner too
+        clock.now += 0.05
+    clock.now += 0.6  # not looked at: the database may have been away, the owner too
     assert not other.take_over(other.find(["c1"])["c1"])
-    seen = time.monotonic()
-    while not other.take_over(other.find(["c1"])["c1"]):
-        time.sleep(0.02)
-        assert time.monotonic() - seen < 3
-    assert time.monotonic() - seen > 0.35
+    seen = clock.now
+    while clock.now < seen + 0.375:
+        clock.now += 0.025
+        assert not other.take_over(other.find(["c1"])["c1"])
+    clock.now += 0.05
+    assert other.take_over(other.find(["c1"])["c1"])
     assert not owner.beat("c1"), "the old owner is told, and stops its training"
 
 
 def test_a_dead_owner_here_loses_the_claim_at_once_and_a_living_one_never(
-    database: Database,
+    database: Database, clock: SimpleNamespace
 ) -> None:
-    token, claims = Owner("a"), Claims(database, "a")
+    token, owner = Owner("a"), Claims(database, "a")
     other = Claims(database, "b")
-    claims.take("c1", "x")
-    time.sleep(0.5)
+    owner.take("c1", "x")
+    clock.now += 0.5  # more than a lease
     assert not other.take_over(other.find(["c1"])["c1"])
     seen = other.find(["c1"])["c1"]
     token.close(released=False)

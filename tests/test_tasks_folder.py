@@ -14,8 +14,8 @@ from PIL import Image
 
 from experiments.ingredients.tasks import Tasks, make_tasks, tasks
 from experiments.tracking import UserError
-from l2l_implicit.tasks import folder_tables, get_tasksets, kept_arrays
-from l2l_implicit.tasks.read_image import read_square
+from l2l_implicit.tasks import folder_tables, get_tasksets
+from l2l_implicit.tasks.pictures import read_square
 
 SMALL = {"ways": 3, "shots": 1, "queries": 2, "name": "folder"}
 
@@ -211,7 +211,7 @@ def test_a_folder_that_cannot_be_written_does_not_matter(
     def refuse(*names: object) -> None:
         raise PermissionError("read-only file system")
 
-    monkeypatch.setattr(kept_arrays.os, "replace", refuse)
+    monkeypatch.setattr(os, "replace", refuse)
     assert len(folder_tables(tmp_path, 6)["train"]) == 9
     assert not list(tmp_path.glob(".reduced*"))
 
@@ -223,13 +223,15 @@ def test_normalised_with_the_training_images_own_statistics(tmp_path: Path) -> N
     write_folder(tmp_path, 4, 5)
     tables = folder_tables(tmp_path, 20)
     train = torch.stack([tables["train"][i][0] for i in range(20)]).double()
-    assert torch.allclose(train.mean((0, 2, 3)), torch.zeros(3).double(), atol=1e-6)
-    assert torch.allclose(train.std((0, 2, 3), correction=0), torch.ones(3).double(), atol=1e-6)
+    # Three roundings to float32, 6e-8 each, of numbers up to 1, over deviations of about 0.25.
+    atol = 5e-6
+    assert torch.allclose(train.mean((0, 2, 3)), torch.zeros(3).double(), atol=atol)
+    assert torch.allclose(train.std((0, 2, 3), correction=0), torch.ones(3).double(), atol=atol)
     raw = tables["train"].images.double() / 255
     test = (tables["test"].images[3].double() / 255 - raw.mean((0, 2, 3), keepdim=True)[0]) / (
         raw.std((0, 2, 3), correction=0, keepdim=True)[0]
     )
-    assert torch.allclose(tables["test"][3][0].double(), test, atol=1e-6)
+    assert torch.allclose(tables["test"][3][0].double(), test, atol=atol)
 
 
 def test_images_of_one_colour_are_only_shifted(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from disk_formats import save
 
 from experiments.ingredients.tasks import Episode, Tasks, make_tasks, tasks
 from experiments.tracking import UserError
-from l2l_implicit.tasks.caltech101_split import SPLIT
+from l2l_implicit.tasks.caltech101 import SPLIT
 
 # SHA-256, first 16 digits, of the first two episodes of each stream, as they were at first.
 GLYPHS = {

@@ -1,5 +1,7 @@
 """K_0, N_0 and L_F against problems on which everything is known by hand."""
 
+import doctest
+import inspect
 import math
 
 import pytest
@@ -7,7 +9,8 @@ import torch
 from oracles import subroutine_1
 from torch import Tensor
 
-from l2l_implicit.theory import (
+from experiments.convergence import theory
+from experiments.convergence.theory import (
     ProblemConstants,
     cg_contraction,
     hypergradient_lipschitz,
@@ -127,3 +130,15 @@ def test_wrong_arguments() -> None:
         least_inner_steps(constants, 0.2)
     with pytest.raises(ValueError, match="unknowns"):
         least_linear_steps(constants, unknowns=0)
+
+
+def test_everything_public_has_an_example_that_holds() -> None:
+    found = doctest.DocTestFinder().find(theory, "theory")
+    shown = {test.name.removeprefix("theory.") for test in found if test.examples}
+    public = {
+        name
+        for name, value in vars(theory).items()
+        if inspect.getmodule(value) is theory and not name.startswith("_")
+    }
+    assert len(public) == 6 and public <= shown
+    assert doctest.testmod(theory).failed == 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,10 @@ from toy_process import (
     connected,
     environment,
     finish,
+    is_alive,
     journals,
     points,
+    read_until,
     run,
     start,
     wait_for,
@@ -28,7 +29,7 @@ from experiments.tracking import open_database, supervisor
 from experiments.tracking.uploader import upload_journal
 
 STEPS = 40
-SLOW = ("-b", "0.2", "with", f"steps={STEPS}", "pause=0.04")
+SLOW = ("-b", "0.2", "with", f"steps={STEPS}")
 LOSSES = [1 / (1 + step) for step in range(STEPS)]
 
 
@@ -59,6 +60,12 @@ def server(tmp_path: Path) -> Iterator[Server]:
     server.kill()
 
 
+@pytest.fixture
+def gate(tmp_path: Path) -> Path:
+    """A run with ``hold=`` this file waits at its middle until the file is there."""
+    return tmp_path / "gate"
+
+
 def url(server: Server) -> dict[str, str]:
     return {"L2L_IMPLICIT_MONGO_URL": f"mongodb://{server.address}"}
 
@@ -79,13 +86,11 @@ def parent(process: int) -> int:
     return int(subprocess.check_output(["ps", "-o", "ppid=", "-p", str(process)]))
 
 
-def is_alive(process: int) -> bool:
-    return Path(f"/proc/{process}").exists()
-
-
-def test_overlapping_runs_share_one_server(data: Path, embedded: Any) -> None:
+def test_overlapping_runs_share_one_server(data: Path, embedded: Any, gate: Path) -> None:
     before, server = embedded["runs"].count_documents({}), server_process(data)
-    processes = [start(environment(data), *SLOW) for _ in range(2)]
+    processes = [start(environment(data), *SLOW, f"hold={gate}") for _ in range(2)]
+    wait_for(lambda: all(half_done(embedded, before + number) for number in (1, 2)))
+    gate.touch()
     assert [finish(process)[0] for process in processes] == [0, 0]
     new = list(embedded["runs"].find().sort("_id", -1).limit(2))
     assert {entry["_id"] for entry in new} == {before + 1, before + 2}
@@ -111,13 +116,14 @@ def test_the_server_starts_and_stops_with_the_runs_and_keeps_their_data(
 
 @pytest.mark.parametrize("victim", ["server", "supervisor"])
 def test_killing_the_embedded_server_costs_nothing(
-    data: Path, embedded: Any, victim: str
+    data: Path, embedded: Any, gate: Path, victim: str
 ) -> None:
     before = latest(embedded)["_id"]
-    process = start(environment(data), *SLOW)
+    process = start(environment(data), *SLOW, f"hold={gate}")
     wait_for(lambda: latest(embedded)["_id"] > before and half_done(embedded, before + 1))
     old = server_process(data)
     os.kill(old if victim == "server" else parent(old), signal.SIGKILL)
+    gate.touch()
     code, output = finish(process)
     assert code == 0, output
     wait_for(lambda: not is_alive(old))
@@ -126,13 +132,16 @@ def test_killing_the_embedded_server_costs_nothing(
     assert not journals(data)
 
 
-def test_an_outage_in_mid_run_loses_nothing(tmp_path: Path, server: Server) -> None:
-    process = start(environment(tmp_path, **url(server)), *SLOW)
+def test_an_outage_in_mid_run_loses_nothing(
+    tmp_path: Path, server: Server, gate: Path
+) -> None:
+    process = start(environment(tmp_path, **url(server)), *SLOW, f"hold={gate}")
     with connected(server.address) as database:
         wait_for(lambda: half_done(database, 1))
         server.kill()
-        time.sleep(1.2)
+        read_until(process, "The database is away")
         server.start()
+        gate.touch()
         code, output = finish(process)
         assert code == 0 and "The database is back" in output, output
         assert latest(database)["status"] == "COMPLETED"
@@ -153,14 +162,17 @@ def test_what_is_uploaded_survives_a_crash_just_afterwards(
             assert database["runs"].find_one({"_id": number})["status"] == "COMPLETED"
 
 
-def test_a_database_that_never_comes_back(tmp_path: Path, server: Server) -> None:
+def test_a_database_that_never_comes_back(tmp_path: Path, server: Server, gate: Path) -> None:
     env = environment(tmp_path, **url(server), L2L_IMPLICIT_MONGO_PATIENCE="0.5")
-    seeded = (*SLOW, "seed=1", "say=hello")
+    seeded = (*SLOW, "seed=1", "say=hello", f"hold={gate}")
+    gate.touch()
     assert run(env, *seeded)[0] == 0
+    gate.unlink()
     process = start(env, *seeded)
     with connected(server.address) as database:
         wait_for(lambda: half_done(database, 2))
     server.kill()
+    gate.touch()
     code, output = finish(process)
     kept = journals(tmp_path)
     assert code == 1 and len(kept) == 1
@@ -185,7 +197,7 @@ def test_a_database_that_never_comes_back(tmp_path: Path, server: Server) -> Non
 def test_a_signal_interrupts_the_run(data: Path, embedded: Any) -> None:
     before = latest(embedded)["_id"]
     signals = {signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGINT: 130}
-    processes = [start(environment(data), *SLOW, "steps=4000") for _ in signals]
+    processes = [start(environment(data), *SLOW, "steps=100000", "pause=0.04") for _ in signals]
     new = [before + 1, before + 2, before + 3]
     wait_for(lambda: all(half_done(embedded, number) for number in new))
     for process, number in zip(processes, signals, strict=True):
@@ -195,12 +207,12 @@ def test_a_signal_interrupts_the_run(data: Path, embedded: Any) -> None:
         assert embedded["runs"].find_one({"_id": number})["status"] == "INTERRUPTED"
         logged = points(embedded, number)["train/loss"]
         assert logged == [1 / (1 + step) for step in range(len(logged))]
-        assert STEPS // 4 < len(logged) < 4000
+        assert STEPS // 4 < len(logged) < 100000
 
 
 def test_the_next_run_marks_a_killed_one(data: Path, embedded: Any) -> None:
     before = latest(embedded)["_id"]
-    process = start(environment(data), "-b", "30", "with", "steps=20", "pause=0.05")
+    process = start(environment(data), "-b", "3000", "with", "steps=100000", "pause=0.05")
     journal = wait_for(lambda: journals(data))[0]
     wait_for(lambda: journal.exists() and journal.read_text().count("train/loss") > 5)
     process.kill()

@@ -18,6 +18,7 @@ def config() -> None:
     cell = None  # noqa: F841
     lr = 0.1  # noqa: F841
     pause = 0.0  # noqa: F841
+    hold = False  # noqa: F841
     fault = ""  # noqa: F841
     folder = ""  # noqa: F841
     output = ""  # noqa: F841
@@ -29,8 +30,20 @@ def toy() -> None:
     """Nothing else."""
 
 
+def wait_for_leave(folder: Path) -> None:
+    """Until a test lets as many trainings end as have started; in vain not for ever."""
+    number = len((folder / "started").read_text().splitlines())
+    deadline = time.monotonic() + 300.0
+    while time.monotonic() < deadline:
+        if (leave := folder / "leave").exists() and int(leave.read_text()) >= number:
+            break
+        time.sleep(0.02)
+
+
 @ex.automain
-def main(_run: Any, cell: str, lr: float, pause: float, fault: str, folder: str) -> Any:
+def main(
+    _run: Any, cell: str, lr: float, pause: float, hold: bool, fault: str, folder: str
+) -> Any:
     with open(Path(folder) / "started", "a") as file:
         file.write(f"{cell} {os.getpid()}\n")
     first = not (Path(folder) / f"{cell}-tried").exists()
@@ -39,6 +52,8 @@ def main(_run: Any, cell: str, lr: float, pause: float, fault: str, folder: str)
         os.kill(os.getpid(), signal.SIGKILL)
     if fault == "always":
         raise UserError("the toy was told to fail")
+    if hold:
+        wait_for_leave(Path(folder))
     time.sleep(pause)
     record(_run, {"validation/accuracy": 0.5}, 1)
     record(_run, {"validation/accuracy": 1 - abs(lr - 0.2)}, 2)

@@ -48,6 +48,7 @@ def config() -> None:
     widths = [32, 64]  # noqa: F841
     fault = ""  # noqa: F841
     say = ""  # noqa: F841
+    hold = ""  # noqa: F841
 
 
 @ex.named_config
@@ -60,6 +61,13 @@ def quick() -> None:
 def misspelt() -> None:
     """Sets an entry that does not exist."""
     stepz = 1  # noqa: F841
+
+
+def wait_for_file(path: str) -> None:
+    """Until a test has made it; in vain not for ever, since a failed test leaves the process."""
+    deadline = time.monotonic() + 300.0
+    while path and not Path(path).exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 def fail(run: Any, fault: str) -> None:
@@ -85,12 +93,14 @@ def fail(run: Any, fault: str) -> None:
 
 
 @ex.automain
-def main(_run: Any, steps: int, pause: float, fault: str, say: str) -> Any:
+def main(_run: Any, steps: int, pause: float, fault: str, say: str, hold: str) -> Any:
     print("begin", say, flush=True)
     fail(_run, fault)
     for step in range(steps):
         record(_run, {"train/loss": np.float64(1 / (1 + step)), "train/nan": float("nan")}, step)
         print(f"\rstep {step}", end="", flush=True)
+        if step == steps // 2:
+            wait_for_file(hold)
         time.sleep(pause)
     print("\nend")
     note = Path(__file__)

@@ -20,7 +20,10 @@ from experiments.tracking.journal import Journal
 
 NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
 ROOT = Path(__file__).parents[1]
-FAST = {"L2L_IMPLICIT_MONGO_TIMEOUT": "1", "L2L_IMPLICIT_MONGO_PATIENCE": "3"}
+FAST = {"L2L_IMPLICIT_MONGO_TIMEOUT": "3", "L2L_IMPLICIT_MONGO_PATIENCE": "100"}
+"""An absent database is soon noticed; one that comes back on a busy machine is waited for."""
+
+DEADLINE = 300.0  # seconds: only a test that fails waits so long, on any machine
 
 
 def environment(data: Path, **variables: str) -> dict[str, str]:
@@ -45,7 +48,7 @@ def start(env: Mapping[str, str], *arguments: str, module: str = "") -> subproce
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     """Wait for a process; its exit status and all it printed."""
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=DEADLINE)
     return process.returncode, output
 
 
@@ -54,7 +57,7 @@ def run(env: Mapping[str, str], *arguments: str, module: str = "") -> tuple[int,
     return finish(start(env, *arguments, module=module))
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = DEADLINE) -> Any:
     """The first true value of `condition`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -62,6 +65,22 @@ def wait_for(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
             return value
         time.sleep(0.05)
     raise AssertionError(f"not reached within {seconds} s")
+
+
+def read_until(process: subprocess.Popen[str], text: str) -> str:
+    """What a process prints up to and with this text; `finish` has the rest."""
+    assert process.stdout is not None
+    seen = b""
+    while text.encode() not in seen:
+        piece = os.read(process.stdout.fileno(), 4096)
+        assert piece, f"expected {text!r}, got {seen.decode()!r}"
+        seen += piece
+    return seen.decode()
+
+
+def is_alive(process: int) -> bool:
+    """Whether there is a process of this number."""
+    return Path(f"/proc/{process}").exists()
 
 
 def journals(data: Path) -> list[Path]:

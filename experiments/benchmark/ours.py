@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from experiments.benchmark.problem import STEP_SIZE, Problem
+from experiments.ingredients.solvers import solvers
 from l2l_implicit import ImplicitCGHead
 from l2l_implicit.chunked import Chunked
 
@@ -79,13 +80,13 @@ def apart(problem: Problem, head: Any, adapt: Adapt) -> Step:
 
 
 def head_of(problem: Problem, step: str, cg_steps: int, **settings: Any) -> ImplicitCGHead:
-    return ImplicitCGHead(
-        problem.new_head(), STEP_SIZE, step=step, cg_steps=cg_steps, **settings
-    )
+    """The implicit head; ``step`` and ``settings`` are the command line's."""
+    found = solvers(step=step, cg_steps=cg_steps, **settings)
+    return ImplicitCGHead(problem.new_head(), STEP_SIZE, **found)
 
 
 def implicit(problem: Problem, step: str, adapt: Adapt, cg_steps: int, **settings: Any) -> Step:
-    """The implicit head's outer step; ``step`` and ``settings`` are `ImplicitCGHead`'s."""
+    """The implicit head's outer step; settings as in `head_of`."""
     return cached(problem, head_of(problem, step, cg_steps, **settings), adapt)
 
 

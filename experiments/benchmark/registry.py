@@ -9,6 +9,7 @@ from experiments.benchmark.cases import Plan
 from experiments.benchmark.comparisons import against_peers, whole_network
 from experiments.benchmark.layouts import compiled, layouts
 from experiments.benchmark.rows import Row
+from experiments.benchmark.together import head_alone, meta_batch
 from experiments.tracking import UserError
 from l2l_implicit import checks
 
@@ -16,10 +17,15 @@ Case = Callable[[Plan], list[Row]]
 
 CASES: dict[str, Case] = {
     "cnn4-32px": cases.cnn4_32px,
+    "two-threads": cases.two_threads,
     "cnn4-84px": cases.cnn4_84px,
     "20-way": cases.twenty_way,
     "20-shot": cases.twenty_shot,
     "wide": cases.wide_head,
+    "wide-20-way-1-shot": cases.wide_20_way_1_shot,
+    "wide-20-way-5-shot": cases.wide_20_way_5_shot,
+    "meta-batch": meta_batch,
+    "head": head_alone,
     "chunked": cases.fifty_shot_chunked,
     "k-sweep": cases.steps_sweep,
     "n-sweep": cases.cg_steps_sweep,

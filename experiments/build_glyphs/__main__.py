@@ -17,7 +17,8 @@ from experiments.build_glyphs.splits import random_split, script_of, script_spli
 
 TASKS = Path(__file__).parents[2] / "l2l_implicit" / "tasks"
 DIGEST_COMMAND = (  # run where the package is installed: this environment has no torch
-    "python -c 'from l2l_implicit.tasks import glyphs_file as g; print(g.digest(g.read(g.PATH)))'"
+    "python -c 'import numpy; from l2l_implicit.tasks.glyphs import PATH, digest; "
+    "print(digest(numpy.load(PATH)))'"
 )
 
 
@@ -77,7 +78,7 @@ def main() -> None:
     print(f"{len(arrays['images'])} images of {len(faces)} faces, "
           f"{np.bincount(arrays['labels']).min()} to {np.bincount(arrays['labels']).max()} a class")
     print(f"{options.out}: {options.out.stat().st_size / 1e6:.2f} MB")
-    print("record its digest in l2l_implicit/tasks/glyphs_file.py:", DIGEST_COMMAND)
+    print("record its digest in l2l_implicit/tasks/glyphs.py:", DIGEST_COMMAND)
     if options.against:
         with np.load(options.against) as other:
             print(closeness(arrays, dict(other)))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from experiments.convergence.problem import Tasks
+from experiments.ingredients.solvers import solvers
 from l2l_implicit import ImplicitCGHead, LinearSolution
-from l2l_implicit.batched.linear_solve import REASONS, batched_conjugate_gradient
 
 Batch = Callable[[int], Tasks]
 
@@ -45,17 +45,16 @@ class Slots(ImplicitCGHead):
         self, hvp: Callable[[Tensor], Tensor], b: Tensor, start: Tensor | None
     ) -> LinearSolution:
         shape = self.slots
-        r = b if start is None else b - hvp(start)
-        answer = batched_conjugate_gradient(
-            lambda p: hvp(p.reshape(-1)).view(shape), r.view(shape), self.cg_steps, self.cg_tol
+        answer = self.linear.solve(
+            lambda p: hvp(p.view(1, -1)).view(shape),
+            b.view(shape),
+            None if start is None else start.view(shape),
         )
-        v = answer.solution.reshape(-1) if start is None else start + answer.solution.reshape(-1)
-        worst = int(answer.relative_residual.argmax())
-        norm = float((answer.relative_residual * r.view(shape).norm(dim=1)).norm())
-        relative = norm / max(float(b.norm()), torch.finfo(b.dtype).tiny)
-        return LinearSolution(
-            v, int(answer.steps.max()), norm, relative, REASONS[int(answer.reason[worst])]
-        )
+        norms = answer.relative_residual * b.view(shape).norm(dim=1)
+        relative = norms.norm() / b.norm().clamp_min(torch.finfo(b.dtype).tiny)
+        worst = answer.reason[int(answer.relative_residual.argmax())]
+        steps = answer.steps.amax(0, keepdim=True)
+        return LinearSolution(answer.solution.view(1, -1), steps, relative.view(1), [worst])
 
 
 class Algorithm1:
@@ -74,11 +73,9 @@ class Algorithm1:
             Parameters(slots, q),
             settings.inner_lr,
             l2=0.0,
-            step="gradient",
-            cg_steps=settings.cg_steps,
-            cg_tol=1e-13,
             warm_start=settings.warm,
-            inner_tol=1e300,  # K_0 is there to be undercut
+            max_error=1e300,  # K_0 and N_0 are there to be undercut
+            **solvers(step="gradient", cg_steps=settings.cg_steps, cg_tol=1e-13),
         )
         self._learner.slots = slots, q
 

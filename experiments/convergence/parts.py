@@ -22,14 +22,14 @@ from experiments.convergence.runs import (
     slope,
     trajectory,
 )
-from experiments.report.intervals import Mean
-from l2l_implicit.theory import (
+from experiments.convergence.theory import (
     ProblemConstants,
     hypergradient_lipschitz,
     inner_lr,
     least_inner_steps,
     least_linear_steps,
 )
+from experiments.report.intervals import Mean
 
 
 class Bounds(NamedTuple):

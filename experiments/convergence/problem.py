@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from l2l_implicit.theory import ProblemConstants
+from experiments.convergence.theory import ProblemConstants
 
 LARGEST_TANH_CURVATURE = 4.0 / (3.0 * math.sqrt(3.0))  # of (tanh x)'' over all x
 

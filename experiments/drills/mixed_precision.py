@@ -71,7 +71,7 @@ def drill(dtype: torch.dtype, iterations: int, seed: int, test_tasks: int = TEST
         drawn = (tasks.test.sample() for _ in range(test_tasks))
         scores = [100 * query(backbone, head, task, dtype)[1] for task in drawn]
     half_width = 1.96 * float(np.std(scores, ddof=1)) / math.sqrt(len(scores))
-    return Score(float(np.mean(scores)), half_width, skipped, head.diagnostics.unsolved_inner)
+    return Score(float(np.mean(scores)), half_width, skipped, head.diagnostics.unsolved)
 
 
 def _train(
@@ -106,7 +106,7 @@ def main() -> None:
         print(
             f"{name}, seed {options.seed}: test accuracy {score.accuracy:.1f} "
             f"± {score.half_width:.1f} % over {TEST_TASKS} tasks; {score.skipped} steps skipped, "
-            f"{score.unsolved} inner problems unsolved",
+            f"{score.unsolved} hypergradients unsolved",
             flush=True,
         )
 

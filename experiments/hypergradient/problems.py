@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.func import grad, hessian, jacrev
 from torch.nn.functional import cross_entropy, mse_loss, one_hot
 
+from experiments.ingredients.solvers import solvers
 from l2l_implicit import ImplicitCGHead, ImplicitMAML
 from l2l_implicit.baselines import UnrolledMAML
 
 CG_TOL = 1e-14  # all conjugate gradient steps are taken
-IGNORED = 1e300  # residual above which a learner would warn: here it is what is measured
+IGNORED = 1e300  # error above which a learner would warn: here it is what is measured
 
 
 class Problem(ABC):
@@ -89,9 +90,8 @@ class Regression(Problem):
 
     def implicit(self, cg_steps: int) -> Any:
         return ImplicitMAML(
-            self._module(), self.lr, l2=self.l2, cg_steps=cg_steps, cg_tol=CG_TOL,
-            inner_tol=IGNORED,
-        )  # fmt: skip
+            self._module(), self.lr, l2=self.l2, max_error=IGNORED, **_gradient_steps(cg_steps)
+        )
 
     def unrolled(self) -> Any:
         return UnrolledMAML(self._module(), self.lr)
@@ -153,8 +153,8 @@ class Classification(Problem):
 
     def implicit(self, cg_steps: int) -> Any:
         return ImplicitCGHead(
-            copy.deepcopy(self.head), self.lr, l2=self.l2, step="gradient", cg_steps=cg_steps,
-            cg_tol=CG_TOL, inner_tol=IGNORED,
+            copy.deepcopy(self.head), self.lr, l2=self.l2, max_error=IGNORED,
+            **_gradient_steps(cg_steps),
         )  # fmt: skip
 
     def unrolled(self) -> Any:
@@ -213,6 +213,10 @@ class Classification(Problem):
         logits = features @ phi.view(self.head.weight.shape).T
         targets = one_hot(self.labels, logits.shape[1]).double()
         return -(targets * logits.log_softmax(1)).sum(1).mean()
+
+
+def _gradient_steps(cg_steps: int) -> dict[str, Any]:
+    return solvers(step="gradient", cg_steps=cg_steps, cg_tol=CG_TOL)
 
 
 def _draw(seed: int) -> Callable[..., Tensor]:

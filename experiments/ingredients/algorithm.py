@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -24,11 +25,13 @@ from experiments.ingredients.algorithm_table import (
     VARIANTS,
     settings_of,
 )
+from experiments.ingredients.solvers import solvers, step_size
 from experiments.tracking import TrackedIngredient, UserError
 from l2l_implicit import ImplicitCGHead, ImplicitMAML, checks
 from l2l_implicit.baselines import Learn2LearnMAML, Reptile, UnrolledMAML
 
 algorithm = TrackedIngredient("algorithm")
+MOST_BYTES = 2**30  # of the tasks' graphs that together=auto keeps on a CPU
 TYPES = {
     "variant": str | None,
     "lr": float | str,
@@ -71,7 +74,7 @@ def defaults() -> None:
     optimizer = _own["optimizer"]  # inner: sgd, adam or rmsprop
     learn_lr = _own["learn_lr"]  # meta-learn the inner step size
     learn_l2 = _own["learn_l2"]  # meta-learn the regulariser
-    together = _own["together"]  # all tasks of a batch at once; auto: on a GPU
+    together = _own["together"]  # the heads of all tasks of a batch at once; auto: see docs/cost.md
     batch_norm = _own["batch_norm"]  # support and query: together, separately or eval
 
 
@@ -86,7 +89,7 @@ class Algorithms(NamedTuple):
 
 def make_algorithms(
     settings: Mapping[str, Any], backbone: nn.Module, width: int, outputs: int,
-    test_outputs: int, loss: Loss, inner_loss: str, device: torch.device,
+    test_outputs: int, loss: Loss, device: torch.device,
 ) -> Algorithms:  # fmt: skip
     """The configured algorithm on a backbone and a linear head.
 
@@ -94,7 +97,7 @@ def make_algorithms(
         settings: the configuration of this ingredient.
         backbone: inputs to ``width`` features.
         outputs, test_outputs: of the head, in training and in evaluation.
-        loss: of predictions and targets; ``inner_loss`` is its name in `l2l_implicit.batched`.
+        loss: of predictions and targets: the mean cross-entropy or squared error.
         device: where the head is to be; the backbone is there.
 
     Raises:
@@ -102,26 +105,25 @@ def make_algorithms(
     """
     _check(settings)
     head = nn.Linear(width, outputs).to(device)
-    together = _all_at_once(settings, device)
     try:
-        return _build(settings, backbone, head, test_outputs, loss, inner_loss if together else "")
+        return _build(settings, backbone, head, test_outputs, loss)
     except (ValueError, TypeError) as error:
         raise UserError(f"algorithm.{error}") from error
 
 
 def _build(
-    s: Mapping[str, Any], backbone: nn.Module, head: nn.Linear, test_outputs: int, loss: Loss,
-    all_at_once: str,
-) -> Algorithms:  # fmt: skip
+    s: Mapping[str, Any], backbone: nn.Module, head: nn.Linear, test_outputs: int, loss: Loss
+) -> Algorithms:
     learn, test_steps, initial = _learner(s), s["test_steps"] or s["steps"], head
     if s["batch_norm"] == "eval":
         _freeze_statistics(backbone)
     if s["scope"] == "head":
         how = {"together": s["batch_norm"] == "together", "cached": s["features"] == "cached"}
         arguments = (backbone, learn(head), s["steps"], loss)
-        training = HeadOnly(*arguments, **how)
-        if all_at_once:
-            training = HeadsTogether(*arguments, **how, inner_loss=all_at_once)
+        training: Algorithm = HeadOnly(*arguments, **how)
+        if _together(s):
+            most = MOST_BYTES if s["together"] == "auto" else math.inf
+            training = HeadsTogether(*arguments, **how, most_bytes=most)
         if test_outputs != head.out_features:
             if s["name"] in LEARNED_INITIAL_HEAD:
                 raise ValueError(_other_ways(s["name"], head.out_features, test_outputs))
@@ -131,20 +133,18 @@ def _build(
     if test_outputs != head.out_features:
         raise ValueError(_other_ways(s["name"], head.out_features, test_outputs))
     learner = learn(nn.Sequential(backbone, head))
-    kind = ReptileNetwork if s["name"] == "reptile" else WholeNetwork
-    training = kind(learner, s["steps"], loss)
+    whole = ReptileNetwork if s["name"] == "reptile" else WholeNetwork
+    training = whole(learner, s["steps"], loss)
     evaluation = WholeNetwork(learner, test_steps, loss)
     if s["test_scope"] == "head":
         evaluation = HeadOnly(backbone, learn(head), test_steps, loss, together=False)
     return Algorithms(training, evaluation, backbone, head)
 
 
-def _all_at_once(s: Mapping[str, Any], device: torch.device) -> bool:
-    """Whether the tasks of a batch are learnt together: by default on a GPU, where that is fast."""
-    alone = s["features"] != "cached" or s["solver"] == "neumann" or bool(s["damping"])
-    able = s["together"] is not None and not alone
+def _together(s: Mapping[str, Any]) -> bool:
+    """Whether the heads of a batch are learnt together: by default where that is faster."""
     if s["together"] == "auto":
-        return able and device.type == "cuda" and s["step"] != "lbfgs"
+        return s["features"] == "cached" and s["step"] != "lbfgs"
     return bool(s["together"])
 
 
@@ -162,9 +162,10 @@ def _learner(s: Mapping[str, Any]) -> Callable[[nn.Module], Any]:
         lr = nn.Parameter(torch.tensor(checks.number("lr", lr)))
     if name in ("rm_metal", "imaml_gd", "imaml_hf"):
         l2: Any = nn.Parameter(torch.tensor(float(s["l2"]))) if s["learn_l2"] else s["l2"]
-        keys = ("step", "solver", "cg_steps", "cg_tol", "damping")
+        keys = ("step", "lr", "solver", "cg_steps", "cg_tol", "damping")
+        found = solvers(**{key: s[key] for key in keys})
         cls = ImplicitCGHead if name == "rm_metal" else ImplicitMAML
-        return lambda module: cls(module, lr, l2=l2, **{key: s[key] for key in keys})
+        return lambda module: cls(module, step_size(lr), l2=l2, **found)
     first_order = name in ("fo_anil", "fomaml")
     if name == "reptile":
         return lambda module: Reptile(module, lr, optimizer=s["optimizer"])

@@ -81,9 +81,7 @@ def build(method: Method, shape: Shape, device: torch.device) -> Algorithm:
     images = (shape.channels, shape.pixels, shape.pixels)
     backbone, width = build_backbone(images, "cnn4", shape.hidden, channels_last)
     sizes = (width, shape.ways, shape.ways)
-    made = make_algorithms(
-        settings, backbone.to(device), *sizes, cross_entropy, "cross_entropy", device
-    )
+    made = make_algorithms(settings, backbone.to(device), *sizes, cross_entropy, device)
     return made.training
 
 

@@ -1,7 +1,7 @@
 """Marks in autograd's graph: where theta enters an inner loss, and where an inner step has ended.
 
-Theta enters by the tensors given to ``forward``, and by leaves that the loss uses directly. This file and
-`recognition` are the only ones that know torch's graph from the inside.
+Theta enters by the tensors given to ``forward``, and by leaves that the loss uses directly. This
+file and `recognition` are the only ones that know torch's graph from the inside.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Boundary(Function):
     def forward(ctx: Any, source: Tensor, dtype: torch.dtype | None) -> Tensor:
         ctx.save_for_backward(source)
         ctx.inner = False
-        wide = widened(source, dtype)
+        wide = source if dtype is None else widened(source, dtype)
         return source.clone() if wide is source else wide
 
     @staticmethod
@@ -39,33 +39,31 @@ class Boundary(Function):
         return gradient, None  # autograd rounds it to the source's dtype
 
 
-def mark_boundaries(value: Any, dtype: torch.dtype | None = None) -> Any:
+def mark_boundaries(value: Any, dtype: torch.dtype | None, mark: bool) -> Any:
     """``value`` with every tensor that has history, in lists, tuples and dicts too, marked.
 
-    With a ``dtype``, tensors of half precision are widened to it.
+    With a ``dtype``, tensors of half precision are widened to it; without ``mark`` nothing else.
     """
-
-    def mark(tensor: Tensor) -> Any:
-        known = not tensor.requires_grad
-        return widened(tensor, dtype) if known else Boundary.apply(tensor, dtype)
-
-    return map_tensors(mark, value)
-
-
-def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """``value`` with ``function`` applied to its tensors, in lists, tuples and dicts too."""
     if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(function, part) for part in value))
-    if type(value) is tuple:
-        return tuple(map_tensors(function, part) for part in value)
-    if isinstance(value, list | dict):
+        if mark and value.requires_grad:
+            return Boundary.apply(value, dtype)
+        return value if dtype is None else widened(value, dtype)
+    if not isinstance(value, tuple | list | dict) or not value:
+        return value
+    if isinstance(value, dict):
         mapped = copy.copy(value)  # keeps a class of the caller's own
-        for key in range(len(value)) if isinstance(value, list) else value:
-            mapped[key] = map_tensors(function, value[key])
+        mapped.update(zip(value, mark_boundaries([*value.values()], dtype, mark), strict=True))
         return mapped
-    return value
+    parts = []
+    for part in value:
+        parts.append(mark_boundaries(part, dtype, mark))
+    if isinstance(value, list):
+        mapped = copy.copy(value)
+        mapped[:] = parts
+        return mapped
+    if hasattr(value, "_fields"):
+        return type(value)(*parts)
+    return tuple(parts) if type(value) is tuple else value
 
 
 def is_boundary(node: Any) -> bool:

@@ -8,11 +8,11 @@ gradient :math:`G` and Hessian product :math:`S` in the outputs
           \nabla^2_\phi \, (V, e) = ((S U)^\top X, (S U)^\top 1), \qquad
           \nabla^2_{X\phi} \, (V, e) = G V + (S U) W.
 
-At the minimum :math:`\phi = a + A^\top X` with :math:`A = -G / l_2`: few-shot learning has fewer samples
-than features, and in A (``[m, k]``) the problem is as small as the samples are few. Newton's method runs
-there on the Gram matrix, and the backward pass solves with the same factor. All of it is float64,
-whatever the features are: a system of a few hundred unknowns costs next to nothing, and its condition
-number is that of the features squared.
+At the minimum :math:`\phi = a + A^\top X` with :math:`A = -G / l_2`: few-shot learning has fewer
+samples than features, and in A (``[m, k]``) the problem is as small as the samples are few.
+Newton's method runs there on the Gram matrix, and the backward pass solves with the same factor.
+All of it is float64, whatever the features are: a system of a few hundred unknowns costs next to
+nothing, and its condition number is that of the features squared.
 """
 
 from __future__ import annotations
@@ -24,9 +24,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Size, Tensor
 
-from l2l_implicit.inner_problem.linearization import Linearization, Products
+from l2l_implicit.inner_problem.linearization import (
+    Linearization,
+    Products,
+    Sizes,
+    SquaredDistance,
+)
 from l2l_implicit.inner_problem.losses import Inverse, OutputLoss
-from l2l_implicit.inner_problem.regularizer import SquaredDistance
 from l2l_implicit.linear_solvers.conjugate_gradient import conjugate_gradient
 from l2l_implicit.linear_solvers.solution import (
     FACTORED,
@@ -35,9 +39,10 @@ from l2l_implicit.linear_solvers.solution import (
     LinearSolution,
     damped,
 )
+from l2l_implicit.vectors import norm
 
 MOST_SAMPLES = 512  # of a task whose problem is solved in the span of its samples
-_MOST_STEPS, _MOST_REFINEMENTS, _NEAR = 100, 6, 2e-3
+_MOST_STEPS, _MOST_REFINEMENTS, _NEAR, _TINY = 100, 6, 2e-3, 1e-300
 
 
 class HeadProblem(NamedTuple):
@@ -50,7 +55,7 @@ class HeadProblem(NamedTuple):
         quadratic: the regulariser.
         weight: shape of a head's weight, ``[k, d]``.
         bias: whether the head adds a bias.
-        goal: movement and relative residual that are small enough for the head's precision.
+        dtype: of the features, whose rounding the solves need not undercut.
     """
 
     x: Tensor
@@ -59,7 +64,12 @@ class HeadProblem(NamedTuple):
     quadratic: SquaredDistance
     weight: Size
     bias: bool
-    goal: float
+    dtype: torch.dtype
+
+    @property
+    def goal(self) -> float:
+        """Movement and relative residual that are small enough: a few roundings, at most 1e-6."""
+        return min(max(8.0 * torch.finfo(self.dtype).eps, 1e-13), 1e-6)
 
     def outputs(self, vector: Tensor) -> Tensor:
         """``X V' + e`` for heads ``[T, n]``, shape ``[T, m, k]``."""
@@ -73,7 +83,7 @@ class HeadProblem(NamedTuple):
         return vector[:, : self.weight.numel()].view(-1, *self.weight)
 
     def in_phi(self, per_output: Tensor) -> Tensor:
-        """Gradients in phi, ``[T, n]``, of functions with gradients ``[T, m, k]`` in the outputs."""
+        """Gradients in phi, ``[T, n]``, of functions of the outputs with gradients ``[T, m, k]``."""
         weight = torch.bmm(per_output.mT, self.x).flatten(1)
         return torch.cat([weight, per_output.sum(1)], 1) if self.bias else weight
 
@@ -88,20 +98,8 @@ class HeadProblem(NamedTuple):
         return self._replace(x=self.x[t : t + 1], source=None, loss=loss)
 
 
-def goal_of(dtype: torch.dtype) -> float:
-    """A few roundings of ``dtype``, at most 1e-6; float64's is as near as the solves come."""
-    return min(max(8.0 * torch.finfo(dtype).eps, 1e-13), 1e-6)
-
-
-def goal_of(dtype: torch.dtype) -> float:
-    """A few roundings of ``dtype``, at most 1e-6; float64's is as near as the solves come."""
-    return min(max(8.0 * torch.finfo(dtype).eps, 1e-13), 1e-6)
-
-
 class LinearHeads(Linearization):
     """`Linearization` of a `HeadProblem`; phi is the weight, row by row, and then the bias."""
-
-    is_bound = True
 
     def __init__(self, problem: HeadProblem, point: Tensor) -> None:
         super().__init__(point, problem.quadratic)
@@ -109,7 +107,8 @@ class LinearHeads(Linearization):
         self.quadratic: SquaredDistance = problem.quadratic
         # The Gram matrix, and the inverse of a Newton step's Hessian; see `OutputLoss.inverse`.
         self._factored: tuple[Tensor, Inverse | None] | None = None
-        self.known: Any = None  # what the loss was recognised as, for the learner
+        self.known: Any = None
+        self._rho: Tensor | None = None  # the gradient in the span of the samples, ``[T, m, k]``
 
     @cached_property
     def loss(self) -> OutputLoss:
@@ -121,8 +120,15 @@ class LinearHeads(Linearization):
         return self.quadratic.add_gradient(self.problem.in_phi(self.loss.gradient), self.point)
 
     @property
+    def gradient_norm(self) -> Tensor:
+        if self._rho is None or self._factored is None:
+            return super().gradient_norm
+        gram = self._factored[0]
+        return (self._rho * (gram @ self._rho)).sum((1, 2)).clamp_min_(0.0).sqrt_()
+
+    @property
     def objective(self) -> Tensor:
-        return self.loss.value + self.quadratic.value(self.point)
+        return self.loss.value(self.loss.outputs) + self.quadratic.value(self.point)
 
     def hvp(self, vector: Tensor) -> Tensor:
         change = self.loss.curve(self.problem.outputs(vector))
@@ -135,6 +141,13 @@ class LinearHeads(Linearization):
     def task(self, t: int) -> LinearHeads:
         """Task ``t`` alone, T = 1, without its way to theta."""
         return LinearHeads(self.problem.task(t), self.point[t : t + 1])
+
+    def sees(self, known: Any) -> None:
+        """From now on theta enters by what ``known``, a recognised loss of the same numbers, has.
+
+        It is kept here, since the features' history must die with the linearization.
+        """
+        self.known, self.problem = known, self.problem._replace(source=known.source)
 
     can_evaluate = True
 
@@ -162,12 +175,8 @@ class LinearHeads(Linearization):
 
     # The minimum, and systems there, in the span of the samples.
 
-    def reducible(self) -> bool:
-        """Whether `minimum` knows the problem: strongly convex, of not too many samples."""
-        return self.quadratic.strength > 0 and self.problem.x.shape[1] <= MOST_SAMPLES
-
-    def minimum(self) -> LinearHeads:
-        r"""The same objectives linearized at their minima.
+    def minimum(self) -> LinearHeads | None:
+        r"""The same objectives linearized at their minima; None for too many samples, or l2 = 0.
 
         Newton's method on A from A = 0, which is the anchor: where it starts is of no matter for a
         strongly convex problem. With :math:`\rho = G + l_2 A` and the Gram matrix K the gradient is
@@ -176,7 +185,9 @@ class LinearHeads(Linearization):
         :math:`\omega` leaves one of :math:`\omega^2 / 2`: the last digit costs one more step.
         """
         problem, strength = self.problem, self.quadratic.strength
-        gram = problem.gram()
+        if strength == 0.0 or problem.x.shape[1] > MOST_SAMPLES:
+            return None
+        gram, goal = problem.gram(), problem.goal
         kernel, center = gram / strength, self.quadratic.center
         base = gram.new_zeros(*gram.shape[:2], problem.weight[0])
         if center is not None:
@@ -194,55 +205,59 @@ class LinearHeads(Linearization):
             omega = loss.movement(move)
             largest = float(omega.max())
             if not largest <= 1.75:  # below it a whole step lowers the objective for certain
-                share = self._share(loss, a, outputs - base, change, move, rho, omega)
-                if share is not None:
-                    change, move = share * change, share * move
+                change, move = self._shortened(loss, a, base, change, move, rho, omega)
             a, outputs, steps = a + change, outputs + move, steps + active
             active = active & (omega > _NEAR)
-            small = largest < _NEAR and 0.5 * largest * max(largest, last) <= problem.goal
+            small = largest < _NEAR and 0.5 * largest * max(largest, last) <= goal
             if small or largest < 1e-3 and largest > 0.5 * last or math.isnan(largest):
                 break  # solved; at rounding's floor; lost
             last = largest
         point = problem.in_phi(a)
         there = LinearHeads(problem, point if center is None else point + center)
-        there.solved, there.steps = True, steps
+        there.solved = there.is_bound = True
+        there.steps = steps
         there._factored = gram, inverse
+        if base.numel():
+            there.loss = problem.loss.moved(outputs)
+            there._rho = torch.add(there.loss.gradient, a, alpha=strength)
         return there
 
-    def _share(
-        self, loss: OutputLoss, a: Tensor, ka: Tensor, change: Tensor, move: Tensor, rho: Tensor,
+    def _shortened(
+        self, loss: OutputLoss, a: Tensor, base: Tensor, change: Tensor, move: Tensor, rho: Tensor,
         omega: Tensor,
-    ) -> Tensor | None:  # fmt: skip
-        r"""How much of a long Newton step to take, ``[T, 1, 1]``; None for all of it.
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        r"""What to take of a long Newton step: all where it lowers the objective enough.
 
-        The whole step where it lowers the objective enough, else the best of a few, one of which,
-        :math:`\ln(1 + \omega) / \omega`, lowers it for certain: the Hessian changes by at most
-        :math:`e^{\omega}` along the step (Sun, Tran-Dinh 2019).
+        Else the best of a few shares, one of which, :math:`\ln(1 + \omega) / \omega`, lowers it for
+        certain: the Hessian changes by at most :math:`e^{\omega}` along the step (Sun, Tran-Dinh
+        2019).
         """
-        strength = self.quadratic.strength
-        linear, square = (ka * change).sum((1, 2)), (move * change).sum((1, 2))
-        now, slope = loss.value, (rho * move).sum((1, 2))
+        outputs, half = loss.outputs, 0.5 * self.quadratic.strength
 
-        def rises(shares: Tensor) -> Tensor:
-            trials = loss.outputs + shares.unsqueeze(-1).unsqueeze(-1) * move
-            penalty = strength * shares * (linear + 0.5 * shares * square)
-            return loss.moved(trials).value - now + penalty
+        def objective(a: Tensor, outputs: Tensor) -> Tensor:
+            penalty = (a * (outputs - base)).sum((-2, -1))
+            return loss.value(outputs).add_(penalty, alpha=half)
 
-        whole = torch.ones_like(omega)
-        if bool((rises(whole) <= 1e-4 * slope).all()):
-            return None
+        now, slope = objective(a, outputs), (rho * move).sum((1, 2))
+        enough = objective(a + change, outputs + move) <= now + 1e-4 * slope
+        if bool(enough.all()):
+            return change, move
         sure = torch.where(omega.isfinite(), torch.log1p(omega) / omega, 0.0)
-        halves = torch.exp2(-torch.arange(12.0, dtype=omega.dtype, device=omega.device))
+        halves = torch.exp2(-torch.arange(12.0, dtype=a.dtype, device=a.device))
         shares = torch.cat([halves.unsqueeze(1).expand(-1, len(omega)), sure.unsqueeze(0)])
-        best = rises(shares).nan_to_num(nan=torch.inf).argmin(0, keepdim=True)
-        return torch.where(omega > 1.75, shares.gather(0, best)[0], whole).view(-1, 1, 1)
+        each = shares.unsqueeze(2).unsqueeze(3)
+        values = objective(a + each * change, outputs + each * move).nan_to_num(nan=math.inf)
+        best = shares.gather(0, values.argmin(0, keepdim=True))[0]
+        share = torch.where(enough, 1.0, best).view(-1, 1, 1)
+        return share * change, share * move
 
     def solve(self, b: Tensor, damping: float) -> LinearSolution:
         r"""``(H + damping I) v = b`` by the minimum's factor and refinements, shapes ``[T, n]``.
 
         :math:`v = (b - X^\top q) / \mu` with :math:`q = S X v`, which solves
         :math:`(S^{-1} + K / \mu) q = X b / \mu`; :math:`\mu` is l2 plus the damping. A factor from
-        one step before the minimum, or without the damping, is as good: a refinement makes up for it.
+        one step before the minimum, or without the damping, is as good: a refinement makes up for
+        it.
         """
         problem, mu = self.problem, self.quadratic.strength + damping
         if self._factored is None:
@@ -251,56 +266,58 @@ class LinearHeads(Linearization):
         kernel = gram / mu
         if inverse is None or damping:
             inverse = self.loss.inverse(kernel)
-        b_norm = torch.linalg.vector_norm(b, dim=1)
+        b_norm = norm(b)
         right = problem.outputs(b) / mu
-        q, best = inverse(right), math.inf
+        q, best, goal = inverse(right), math.inf, problem.goal
         for _ in range(_MOST_REFINEMENTS):
             residual = q - self.loss.curve(right - kernel @ q)
             k_residual = kernel @ residual
-            norm = (residual * k_residual).sum((1, 2)).mul_(mu).clamp_min_(0.0).sqrt_()
-            relative = torch.where(b_norm > 0, norm / b_norm, 0.0)
+            size = (residual * k_residual).sum((1, 2)).mul_(mu).clamp_min_(0.0).sqrt_()
+            relative = torch.where(b_norm > 0, size / b_norm, 0.0)
             largest = float(relative.max())
-            if largest <= problem.goal or not largest < 0.5 * best:
+            if largest <= goal or not largest < 0.5 * best:
                 break
             best, q = largest, q - residual + inverse(k_residual)
         v = (b - problem.in_phi(q)).div_(mu)
         steps, reasons = torch.zeros_like(relative, dtype=torch.long), [FACTORED] * len(b)
-        good = v.sum(1).isfinite() & relative.isfinite()
-        if not bool((good & (b_norm > 0)).all()):
+        if not (math.isfinite(largest) and bool((v.sum(1).isfinite() & (b_norm > 0)).all())):
+            good = v.sum(1).isfinite() & relative.isfinite()
             names = zip(good.tolist(), b_norm.tolist(), strict=True)
             reasons = [NON_FINITE if not g else ZERO if n == 0 else FACTORED for g, n in names]
             v, q = (torch.where(good.view(-1, *[1] * (t.dim() - 1)), t, 0.0) for t in (v, q))
             relative = torch.where(good, relative, torch.inf)
         return LinearSolution(v, steps, relative, reasons, q)
 
-    # How wrong the hypergradient is.
+    # How wrong the hypergradient is; a bound at the minimum, else an estimate: sums may cancel.
 
-    @cached_property
-    def _longest(self) -> Tensor:
-        """Norm of the longest sample's features, with the bias's 1, ``[T]``."""
-        squares = self.problem.x.square().sum(-1) + float(self.problem.bias)
-        if not squares.shape[1]:
-            return squares.sum(1)
-        return squares.amax(1).sqrt()
-
-    def inner_error(self, first_norm: float) -> Tensor:
-        r"""A bound: the minimum is within :math:`\|\nabla g\| / \mu`, and no sample's outputs move by
-        more than the longest sample times that; within :math:`\omega` of it b, H and the mixed
-        derivative each stay within factors :math:`e^{\pm\omega}`."""
+    def scales(self) -> tuple[Tensor, ...]:
         if self.quadratic.strength == 0.0:
-            return super().inner_error(first_norm)
-        omega = self.loss.movement_of(self._longest * self.gradient_norm / self.quadratic.strength)
-        return torch.expm1(3.0 * omega)
+            return super().scales()
+        if self._factored is not None:
+            squares = self._factored[0].diagonal(dim1=1, dim2=2)
+        else:
+            squares = self.problem.x.square().sum(-1) + float(self.problem.bias)
+        m, outputs = squares.shape[1], self.loss.outputs.abs()
+        if not m:
+            return (squares.sum(1),) * 4
+        longest, largest = squares.amax(1).sqrt(), outputs.amax((1, 2))
+        curvature = longest.square() * (m * self.problem.loss.scale)
+        return longest, self.loss.movement_of(longest), self.loss.movement_of(largest), curvature
 
-    def rounding_error(self, b: Tensor, answer: LinearSolution, dtype: torch.dtype) -> Tensor:
-        r"""phi and b are rounded to ``dtype``: the outputs by :math:`\epsilon` times their own size, b
-        relative to its own, and what of it lies beyond the span is divided by :math:`\mu`."""
-        eps, strength = torch.finfo(dtype).eps, self.quadratic.strength
+    def errors(self, sizes: Sizes, damping: float, eps: float) -> tuple[float, float, float]:
+        r"""Bounds where `solved`: the minimum is within :math:`\|\nabla g\| / \mu`, and no sample's
+        outputs move by more than the longest sample times that; within a movement :math:`\omega` of
+        it b, H and the mixed derivative each stay within factors :math:`e^{\pm\omega}`. phi and b
+        are rounded: the outputs by :math:`\epsilon` times their own size, b relative to its own,
+        and what of it lies beyond the span is divided by :math:`\mu`; the factor is float64's, of a
+        matrix with the condition number :math:`1 + L / \mu`."""
+        strength = self.quadratic.strength
         if strength == 0.0:
-            return super().rounding_error(b, answer, dtype)
-        b_norm = torch.linalg.vector_norm(b, dim=1)
-        v_norm = torch.linalg.vector_norm(answer.solution, dim=1)
-        tiny = torch.finfo(b.dtype).tiny
-        amplified = b_norm / (strength * v_norm).clamp_min(tiny)
-        size = self._longest * torch.linalg.vector_norm(self.point, dim=1)
-        return eps * amplified * (1.0 + size + self._longest / b_norm.clamp_min(tiny))
+            return super().errors(sizes, damping, eps)
+        longest, movement, outputs, curvature = sizes.scales
+        omega = 3.0 * movement * sizes.gradient / strength
+        inner = math.expm1(min(omega, 700.0)) if omega == omega else math.inf
+        amplified = sizes.b / max((strength + damping) * sizes.v, _TINY)
+        rounding = eps + 0.4 * eps * amplified * (1.0 + outputs + longest / max(sizes.b, _TINY))
+        rounding += 8.0 * torch.finfo(torch.float64).eps * (1.0 + curvature / strength)
+        return inner, sizes.linear_error(strength + damping), rounding

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,12 +13,97 @@ from torch.autograd import grad
 
 from l2l_implicit import checks
 from l2l_implicit.inner_problem.boundary import find_meta_inputs
-from l2l_implicit.inner_problem.regularizer import SquaredDistance
-from l2l_implicit.linear_solvers.solution import LinearSolution, dot
-from l2l_implicit.vectors import flatten, unflatten
+from l2l_implicit.linear_solvers.solution import LinearSolution
+from l2l_implicit.vectors import flatten, norm, unflatten
 
 Products = list[Tensor | None]
 Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class SquaredDistance:
+    r"""The regulariser :math:`R(\phi) = (l_2/2) \|\phi - a\|^2` of T tasks and its derivatives.
+
+    Args:
+        l2: its coefficient, a float or a scalar tensor (part of theta if it requires grad).
+        anchor: the tensors ``a``, in phi's shapes, empty for zero.
+        dtype: what to compute in.
+
+    Attributes:
+        strength: the coefficient, R's curvature in every direction.
+        center: ``a`` as one vector, shape ``[n]``, detached; None for zero.
+    """
+
+    def __init__(self, l2: float | Tensor, anchor: Sequence[Tensor], dtype: torch.dtype) -> None:
+        self._l2 = l2 if isinstance(l2, Tensor) and l2.requires_grad else None
+        self._anchor = anchor
+        self.center = flatten(anchor).detach().to(dtype) if anchor else None
+        self.strength = l2.item() if isinstance(l2, Tensor) else float(l2)
+        if not 0.0 <= self.strength < math.inf:
+            checks.coefficient(l2)
+
+    def same(self, other: SquaredDistance) -> bool:
+        """Whether both are one function of phi and theta, at its present values."""
+        if self.strength != other.strength or self._l2 is not other._l2:
+            return False
+        if len(self._anchor) != len(other._anchor):
+            return False
+        if any(a is not b for a, b in zip(self._anchor, other._anchor, strict=True)):
+            return False
+        return self.center is None or torch.equal(self.center, other.center)  # type: ignore[arg-type]
+
+    def offset(self, point: Tensor) -> Tensor:
+        """phi - a, shapes ``[T, n]``."""
+        return point if self.center is None else point - self.center
+
+    def value(self, point: Tensor) -> Tensor:
+        """R at ``point``, ``[T, n] -> [T]``."""
+        return 0.5 * self.strength * self.offset(point).square().sum(1)
+
+    def add_gradient(self, gradient: Tensor, point: Tensor) -> Tensor:
+        """``gradient`` plus R's at ``point``, shapes ``[T, n]``."""
+        return gradient.add(self.offset(point), alpha=self.strength)
+
+    def add_hvp(self, product: Tensor, vector: Tensor) -> Tensor:
+        """``product`` plus R's Hessian times ``vector``, shapes ``[T, n]``."""
+        return product.add(vector, alpha=self.strength)
+
+    def sources(self) -> list[Tensor]:
+        """The tensors of theta that R depends on: ``l2``, then the anchor."""
+        return [*([] if self._l2 is None else [self._l2]), *self._anchor]
+
+    def mixed_vjp(self, point: Tensor, vector: Tensor) -> list[Tensor | None]:
+        """Mixed products with ``vector``, summed over the tasks, one for each of `sources`."""
+        products: list[Tensor | None] = []
+        if self._l2 is not None:
+            products.append((self.offset(point) * vector).sum().to(self._l2).view_as(self._l2))
+        if self._anchor:
+            pull = vector.sum(0).mul_(-self.strength).to(self._anchor[0].dtype)
+            products += unflatten(pull, self._anchor)
+        return products
+
+
+class Sizes(NamedTuple):
+    """Norms that the error of one task's hypergradient is made of.
+
+    Attributes:
+        gradient, first: of the inner gradient where it was linearized, and of the first one.
+        residual: of the linear system, relative to b.
+        b, v: of its right-hand side and solution.
+        scales: what `Linearization.scales` has.
+    """
+
+    gradient: float
+    first: float
+    residual: float
+    b: float
+    v: float
+    scales: tuple[float, ...]
+
+    def linear_error(self, strength: float) -> float:
+        """What the residual costs v where the matrix is at least ``strength`` times I."""
+        if strength == 0.0 or self.residual == 0.0:
+            return self.residual
+        return self.residual * self.b / (strength * self.v) if self.v > 0.0 else math.inf
 
 
 class Linearization(ABC):
@@ -64,7 +150,7 @@ class Linearization(ABC):
     @property
     def gradient_norm(self) -> Tensor:
         """Euclidean norm of each task's gradient, shape ``[T]``."""
-        return torch.linalg.vector_norm(self.gradient, dim=1)
+        return norm(self.gradient)
 
     @property
     @abstractmethod
@@ -118,43 +204,39 @@ class Linearization(ABC):
         """Norm of the closed-form regulariser's gradient, ``[T]``; 0 where the loss carries it."""
         if self.quadratic is None:
             return torch.zeros_like(self.point[:, 0])
-        offset = self.quadratic.offset(self.point)
-        return self.quadratic.strength * torch.linalg.vector_norm(offset, dim=1)
+        return self.quadratic.strength * norm(self.quadratic.offset(self.point))
 
     # How wrong the hypergradient is: docs/mathematics.md derives it and names the constants.
 
     is_bound = False
 
-    def inner_error(self, first_norm: float) -> Tensor:
-        r"""What the distance to the minimum costs the hypergradient, relative, ``[T]``.
-
-        An estimate: :math:`\|\nabla g\| / \mu`, the distance where g is strongly convex with
-        :math:`\mu = l_2`, relative to the distance from the anchor; or to a rounding's root of phi
-        itself where that is larger, as at a task that its anchor solves. Without a closed-form
-        regulariser the gradient relative to the first one's norm, ``first_norm``.
-        """
+    def scales(self) -> tuple[Tensor, ...]:
+        """What `errors` needs to know of the point, each ``[T]``."""
         scale = self.regularizer_norm()
-        if self.quadratic is not None:
+        if self.quadratic is not None:  # at the anchor itself the distance is rounding's
             root = torch.finfo(scale.dtype).eps ** 0.5 * self.quadratic.strength
-            scale = torch.maximum(scale, root * torch.linalg.vector_norm(self.point, dim=1))
-        scale = torch.where(scale > 0, scale, first_norm)
-        return self.gradient_norm / scale.clamp_min(torch.finfo(scale.dtype).tiny)
+            scale = torch.maximum(scale, root * norm(self.point))
+        return (scale,)
 
-    def linear_error(self, b: Tensor, answer: LinearSolution, damping: float) -> Tensor:
-        r"""What the linear residual r costs v, relative: :math:`\|r\| / (\mu \|v\|)`, ``[T]``."""
-        strength = 0.0 if self.quadratic is None else self.quadratic.strength
-        relative = answer.relative_residual.to(b.dtype)
-        if strength + damping == 0.0:
-            return relative
-        b_norm = torch.linalg.vector_norm(b, dim=1)
-        v_norm = torch.linalg.vector_norm(answer.solution, dim=1)
-        residual = relative * b_norm / (strength + damping)
-        known = torch.where(v_norm > 0, residual / v_norm, torch.inf)
-        return torch.where(residual > 0, known, 0.0)
+    def errors(self, sizes: Sizes, damping: float, eps: float) -> tuple[float, float, float]:
+        r"""How wrong one task's hypergradient may be, relative to its size; here an estimate.
 
-    def rounding_error(self, b: Tensor, answer: LinearSolution, dtype: torch.dtype) -> Tensor:
-        """What numbers of ``dtype`` cost the hypergradient, relative, ``[T]``."""
-        return torch.zeros_like(b[:, 0])
+        Args:
+            sizes: of this task.
+            damping: what the linear system has on its diagonal besides H.
+            eps: rounding of phi as the user has it.
+
+        Returns:
+            Three parts. Of the inner minimum: :math:`\|\nabla g\| / \mu`, the distance where g is
+            strongly convex with :math:`\mu = l_2`, relative to the distance from the anchor;
+            without a closed-form regulariser the gradient relative to the first one. Of the linear
+            system: :math:`\|r\| / (\mu \|v\|)` with its residual r, :math:`\mu` with the damping.
+            Of rounding: not known here.
+        """
+        strength = damping + (0.0 if self.quadratic is None else self.quadratic.strength)
+        scale = sizes.scales[0] or sizes.first
+        inner = sizes.gradient / scale if scale > 0.0 else sizes.gradient
+        return inner, sizes.linear_error(strength), 0.0
 
 
 class AutogradLinearization(Linearization):
@@ -182,7 +264,7 @@ class AutogradLinearization(Linearization):
         unused: bool = False,
         differentiable: bool = True,
     ) -> None:
-        super().__init__(flatten(p.detach() for p in parameters).unsqueeze(0), quadratic)
+        super().__init__(flatten(parameters).detach().unsqueeze(0), quadratic)
         gradients = inner_gradient(loss, parameters, unused, create_graph=differentiable)
         self.parameters, self.differentiable = parameters, differentiable
         self._value = loss.detach().view(1)
@@ -198,7 +280,8 @@ class AutogradLinearization(Linearization):
 
     @property
     def objective(self) -> Tensor:
-        return self._value if self.quadratic is None else self._value + self.quadratic.value(self.point)
+        regularizer = 0.0 if self.quadratic is None else self.quadratic.value(self.point)
+        return self._value + regularizer
 
     def hvp(self, vector: Tensor) -> Tensor:
         product = _flat(self._vjp(self.parameters, vector), self.parameters)
@@ -238,8 +321,8 @@ class AutogradLinearization(Linearization):
         tol = torch.finfo(now.dtype).eps ** 0.5
         if not bool((now - before).norm() <= tol * before.norm()):
             raise RuntimeError(
-                "backward: expected the inner loss as adapt() saw it, got another gradient when its "
-                "graph was evaluated again: data or weights were changed in place (.data), or "
+                "backward: expected the inner loss as adapt() saw it, got another gradient when "
+                "its graph was evaluated again: data or weights were changed in place (.data), or "
                 "activation checkpointing ran a block with later weights; use "
                 "adapt(closure, steps=K), and change data after backward()"
             )
@@ -273,5 +356,3 @@ def _flat(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
     pairs = zip(gradients, like, strict=True)
     return flatten(torch.zeros_like(t) if g is None else g for g, t in pairs).unsqueeze(0)
 
-
-__all__ = ["AutogradLinearization", "Linearization", "Products", "dot", "inner_gradient"]

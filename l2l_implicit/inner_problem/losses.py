@@ -1,13 +1,15 @@
 r"""The losses whose inner problem of a linear head has a closed form, for T tasks at once.
 
-With outputs :math:`Z` (``[T, m, k]``) and one scale :math:`s` (1 over what a mean divides by, or 1):
+With outputs :math:`Z` (``[T, m, k]``) and one scale :math:`s` (1, or 1 over what a mean divides
+by):
 
 .. math:: \text{cross-entropy:} \quad \nabla_Z = s (P - Y), \quad
           S U = s (P \odot U - P \odot (P \odot U) 1 1^\top)
 .. math:: \text{squared error:} \quad \nabla_Z = 2 s (Z - Y), \quad S U = 2 s U
 
-with the probabilities :math:`P = \text{softmax}(Z)`, the (one-hot) targets :math:`Y` and the Hessian
-:math:`S` in the outputs. Each loss also knows the inverse that the span of the samples needs,
+with the probabilities :math:`P = \text{softmax}(Z)`, the (one-hot) targets :math:`Y` and the
+Hessian :math:`S` in the outputs. Each loss also knows the inverse that the span of the samples
+needs,
 
 .. math:: (S^{-1} + \hat K)^{-1} = S - S (\hat K^{-1} + S)^{-1} S, \qquad \hat K = X X^\top / l_2,
 
@@ -19,7 +21,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -31,10 +32,15 @@ class OutputLoss(ABC):
     """A loss of T tasks at some outputs.
 
     Args:
-        outputs: Z, shape ``[T, m, k]``, or ``[..., T, m, k]`` where only the value is asked for.
+        outputs: Z, shape ``[T, m, k]``.
         targets: Y, shape ``[T, m, k]``; one-hot for classes.
         scale: s.
+
+    Attributes:
+        gradient: in Z, shape ``[T, m, k]``.
     """
+
+    gradient: Tensor
 
     def __init__(self, outputs: Tensor, targets: Tensor, scale: float) -> None:
         self.outputs, self.targets, self.scale = outputs, targets, scale
@@ -43,15 +49,9 @@ class OutputLoss(ABC):
         """The same loss at other outputs."""
         return type(self)(outputs, self.targets, self.scale)
 
-    @property
     @abstractmethod
-    def value(self) -> Tensor:
-        """The losses, shape ``[..., T]``."""
-
-    @property
-    @abstractmethod
-    def gradient(self) -> Tensor:
-        """In Z, shape ``[T, m, k]``."""
+    def value(self, outputs: Tensor) -> Tensor:
+        """The losses at any outputs, ``[..., T, m, k] -> [..., T]``."""
 
     @abstractmethod
     def curve(self, change: Tensor) -> Tensor:
@@ -59,13 +59,13 @@ class OutputLoss(ABC):
 
     @abstractmethod
     def inverse(self, kernel: Tensor) -> Inverse:
-        r""":math:`(S^{-1} + \\hat K)^{-1}` for a kernel ``[T, m, m]``, as a function of ``[T, m, k]``."""
+        r""":math:`(S^{-1} + \hat K)^{-1}` of a kernel ``[T, m, m]``; maps ``[T, m, k]`` to that shape."""
 
     @abstractmethod
     def movement(self, change: Tensor) -> Tensor:
-        """How far a ``change`` of the outputs moves the Hessian, shape ``[T]``.
+        r"""How far a ``change`` of the outputs moves the Hessian, shape ``[T]``.
 
-        With :math:`\\omega` of it the Hessian stays within factors :math:`e^{\\pm \\omega}`.
+        With :math:`\omega` of it the Hessian stays within factors :math:`e^{\pm \omega}`.
         """
 
     @abstractmethod
@@ -74,21 +74,16 @@ class OutputLoss(ABC):
 
 
 class CrossEntropy(OutputLoss):
-    """``torch.nn.functional.cross_entropy`` of each task."""
+    """``torch.nn.functional.cross_entropy`` of each task; P is `probabilities`."""
 
-    @cached_property
-    def probabilities(self) -> Tensor:
-        """P, shape ``[T, m, k]``."""
-        return self.outputs.softmax(-1)
+    def __init__(self, outputs: Tensor, targets: Tensor, scale: float) -> None:
+        super().__init__(outputs, targets, scale)
+        self.probabilities = outputs.softmax(-1)
+        self.gradient = (self.probabilities - targets).mul_(scale)
 
-    @property
-    def value(self) -> Tensor:
-        chosen = (self.outputs * self.targets).sum(-1)
-        return self.scale * (self.outputs.logsumexp(-1) - chosen).sum(-1)
-
-    @cached_property
-    def gradient(self) -> Tensor:
-        return (self.probabilities - self.targets).mul_(self.scale)
+    def value(self, outputs: Tensor) -> Tensor:
+        chosen = (outputs * self.targets).sum(-1)
+        return (outputs.logsumexp(-1) - chosen).sum(-1).mul_(self.scale)
 
     def curve(self, change: Tensor) -> Tensor:
         weighted = self.probabilities * change
@@ -108,13 +103,12 @@ class CrossEntropy(OutputLoss):
 class SquaredError(OutputLoss):
     """``torch.nn.functional.mse_loss`` of each task: its Hessian is the same everywhere."""
 
-    @property
-    def value(self) -> Tensor:
-        return self.scale * (self.outputs - self.targets).square().sum((-2, -1))
+    def __init__(self, outputs: Tensor, targets: Tensor, scale: float) -> None:
+        super().__init__(outputs, targets, scale)
+        self.gradient = (outputs - targets).mul_(2.0 * scale)
 
-    @cached_property
-    def gradient(self) -> Tensor:
-        return (self.outputs - self.targets).mul_(2.0 * self.scale)
+    def value(self, outputs: Tensor) -> Tensor:
+        return (outputs - self.targets).square().sum((-2, -1)).mul_(self.scale)
 
     def curve(self, change: Tensor) -> Tensor:
         return change * (2.0 * self.scale)
@@ -138,21 +132,22 @@ class _SoftmaxInverse:
     r"""The inverse for the softmax, by one Cholesky factor for each class and one for all.
 
     With :math:`D_c` the diagonal matrix of the samples' :math:`s \, p_c`,
-    :math:`E_c = D_c^{1/2} (I + D_c^{1/2} \hat K D_c^{1/2})^{-1} D_c^{1/2}` and R the sum over classes,
-    the inverse is :math:`E - E R^\top (R E R^\top)^{-1} R E`: k systems of m unknowns instead of one
-    of k m, and all of them well conditioned.
+    :math:`E_c = D_c^{1/2} (I + D_c^{1/2} \hat K D_c^{1/2})^{-1} D_c^{1/2}` and R the sum over
+    classes, the inverse is :math:`E - E R^\top (R E R^\top)^{-1} R E`: k systems of m unknowns
+    instead of one of k m, and all of them well conditioned.
 
     References:
-        Rasmussen, Williams (2006), Gaussian Processes for Machine Learning, eq. 3.47, Algorithm 3.3.
+        Rasmussen, Williams (2006), Gaussian Processes for Machine Learning, eq. 3.47,
+        Algorithm 3.3.
     """
 
     def __init__(self, probabilities: Tensor, scale: float, kernel: Tensor) -> None:
         root = (scale * probabilities).sqrt_().transpose(1, 2)  # [T, k, m]
-        matrix = root.unsqueeze(3) * root.unsqueeze(2)
-        matrix.mul_(kernel.unsqueeze(1)).diagonal(dim1=2, dim2=3).add_(1.0)
+        outer = root.unsqueeze(3) * root.unsqueeze(2)
+        matrix = outer * kernel.unsqueeze(1)
+        matrix.diagonal(dim1=2, dim2=3).add_(1.0)
         factor, _ = torch.linalg.cholesky_ex(matrix)
-        half = torch.linalg.solve_triangular(factor, root.diag_embed(), upper=False)
-        self._each = half.mT @ half  # E, [T, k, m, m]
+        self._each = torch.cholesky_inverse(factor).mul_(outer)  # E, [T, k, m, m]
         total = self._each.sum(1)
         # E is at most s; a singular total (classes without probability) is no harm that way.
         total.diagonal(dim1=1, dim2=2).add_(4.0 * torch.finfo(total.dtype).eps * scale)

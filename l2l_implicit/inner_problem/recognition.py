@@ -5,8 +5,9 @@ Nothing is guessed: what the graph does not say is left to the general path.
 
 from __future__ import annotations
 
+import operator
 import weakref
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +15,9 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from l2l_implicit.inner_problem.boundary import is_boundary, source_of
-from l2l_implicit.inner_problem.linear_heads import HeadProblem, goal_of
+from l2l_implicit.inner_problem.linear_heads import HeadProblem
+from l2l_implicit.inner_problem.linearization import SquaredDistance
 from l2l_implicit.inner_problem.losses import CrossEntropy, OutputLoss, SquaredError
-from l2l_implicit.inner_problem.regularizer import SquaredDistance
 
 _MEAN, _SUM = 1, 2  # torch's numbers for a loss's reduction
 
@@ -43,11 +44,7 @@ class HeadLoss(NamedTuple):
     scale: float
 
     def same(self, other: HeadLoss) -> bool:
-        """Whether both are one loss with one set of targets on the same features."""
-        return self.origin == other.origin and self.same_numbers(other)
-
-    def same_numbers(self, other: HeadLoss) -> bool:
-        """Whether both are one function of phi, wherever their features come from."""
+        """Whether both are one loss with one set of targets on features of the same numbers."""
         return (
             self.loss is other.loss
             and self.scale == other.scale
@@ -62,8 +59,7 @@ class HeadLoss(NamedTuple):
         targets = one_hot(self.targets, weight[0]) if self.targets.dim() == 1 else self.targets
         targets = targets.to(torch.float64).unsqueeze(0)
         loss = self.loss(targets, targets, self.scale)
-        goal = goal_of(self.x.dtype)
-        return HeadProblem(x, self.source, loss, quadratic, weight, self.bias, goal)
+        return HeadProblem(x, self.source, loss, quadratic, weight, self.bias, self.x.dtype)
 
 
 def one_hot(classes: Tensor, number: int) -> Tensor:
@@ -98,7 +94,7 @@ def recognize(
     *bias, (origin, _), (transpose, _) = linear.next_functions
     if transpose is None or transpose.name() != "TBackward0":
         return None
-    edges = [_edge(p) for p in parameters]
+    edges = [*map(_edge, parameters)]
     if edges != [transpose.next_functions[0], *bias]:
         return None
     if bias and not linear._saved_alpha == linear._saved_beta == 1:
@@ -109,12 +105,13 @@ def recognize(
     if not is_boundary(origin):
         return None
     source = source_of(origin)
-    if not any(known() is source for known in independent):
-        if _reaches(_edge(source)[0], {node for node, _ in edges}):
+    made = _edge(source)
+    if weakref.ref(source) not in independent:
+        if _reaches(made[0], dict(edges)):
             return None
         independent.clear()  # a closure that makes its features anew has others at each step
         independent.add(weakref.ref(source))
-    return HeadLoss(x.detach(), source, _edge(source), bool(bias), targets, kind, scale)
+    return HeadLoss(x.detach(), source, made, bool(bias), targets, kind, scale)
 
 
 _Found = tuple[type[OutputLoss], Tensor, float, Any]
@@ -162,7 +159,7 @@ def _edge(tensor: Tensor) -> tuple[Any, int]:
     return get_gradient_edge(tensor).node, 0
 
 
-def _reaches(start: Any, nodes: set[Any]) -> bool:
+def _reaches(start: Any, nodes: Container[Any]) -> bool:
     """Whether the history from the node ``start`` on holds one of ``nodes``."""
     seen: set[Any] = set()
     stack = [start]
@@ -173,5 +170,8 @@ def _reaches(start: Any, nodes: set[Any]) -> bool:
         if node in nodes:
             return True
         seen.add(node)
-        stack.extend(child for child, _ in node.next_functions)
+        stack.extend(map(_FIRST, node.next_functions))
     return False
+
+
+_FIRST = operator.itemgetter(0)

@@ -1,8 +1,8 @@
 """Whether Hessian products are what the gradient's change says: autograd's may be wrong or missing.
 
-An operation without a second derivative, one whose second derivative is wrong, a state that moves with
-every pass, other data at every call: each leaves a gradient that is right and products that are not. A
-difference of two gradients sees all of them, once for each learner.
+An operation without a second derivative, one whose second derivative is wrong, a state that moves
+with every pass, other data at every call: each leaves a gradient that is right and products that
+are not. A difference of two gradients sees all of them, once for each learner.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def products_agree(at: AutogradLinearization, evaluate: Evaluate) -> bool | None
     Returns:
         None where two step sizes disagree: the gradient has kinks or noise there.
     """
-    generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(at.point.shape[1], generator=generator).to(at.point).unsqueeze(0)
+    generator = torch.Generator("cpu").manual_seed(0)
+    direction = torch.randn(at.point.shape, generator=generator, device="cpu").to(at.point)
     eps = torch.finfo(at.point.dtype).eps
     size = eps ** (1 / 3) * float(at.point.square().mean().sqrt().clamp_min(1e-3))
 

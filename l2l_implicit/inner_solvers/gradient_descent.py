@@ -19,8 +19,8 @@ from l2l_implicit.linear_solvers.curvature import largest_curvature
 class GradientDescent:
     r"""Steps :math:`\phi - \lambda_\phi \nabla_\phi g`: Yang et al. (2025), Algorithm 1, line 8.
 
-    One ``adapt(loss)`` is one step; ``adapt(closure, steps=K)`` is K of them. K steps rarely solve the
-    problem, and the learner says so.
+    One ``adapt(loss)`` is one step; ``adapt(closure, steps=K)`` is K of them. K steps rarely solve
+    the problem, and the learner says so.
 
     Args:
         adaptive: instead of the learner's ``lr``, 1 over the largest curvature, estimated where the
@@ -52,8 +52,8 @@ class GradientDescent:
     def solve_heads(self, at: LinearHeads, steps: int, lr: float) -> LinearHeads | None:
         r"""K steps on the Gram matrix, whatever the number of features.
 
-        Invariant: :math:`\phi = a + \tau (\phi^0 - a) + X^\top C`, so that a step costs one product of
-        ``[m, m]`` by ``[m, k]``.
+        Invariant: :math:`\phi = a + \tau (\phi^0 - a) + X^\top C`, so that a step costs one product
+        of ``[m, m]`` by ``[m, k]``.
         """
         if self.adaptive or self.tol is not None:
             return None

@@ -22,15 +22,15 @@ _FORCING, _ARMIJO, _MOST_CUTS = 0.1, 1e-4, 20
 class Newton:
     r"""Newton's method, with care where H is indefinite.
 
-    A recognised linear head (cross-entropy or squared error, l2 > 0) is solved exactly, at the first
-    ``adapt``, whatever the number of steps; further calls with the same data change nothing.
+    A recognised linear head (cross-entropy or squared error, l2 > 0) is solved exactly, at the
+    first ``adapt``, whatever the number of steps; further calls with the same data change nothing.
 
-    Any other module takes one Newton-CG step for each ``adapt(loss)``, or step of a closure. With a loss
-    tensor the objective is known only when the next linearization arrives: if by then it has not fallen
-    by the Armijo rule, the step is taken back in part, along the same direction, before a new direction
-    is tried. With a closure it is searched at once. Conjugate gradient ends where it meets a direction
-    of negative curvature, and what it has by then is the step; where that is zero (the gradient itself
-    is such a direction), the step is a gradient step of size ``lr``.
+    Any other module takes one Newton-CG step for each ``adapt(loss)``, or step of a closure. With a
+    loss tensor the objective is known only when the next linearization arrives: if by then it has
+    not fallen by the Armijo rule, the step is taken back in part, along the same direction, before
+    a new direction is tried. With a closure it is searched at once. Conjugate gradient ends where
+    it meets a direction of negative curvature, and what it has by then is the step; where that is
+    zero (the gradient itself is such a direction), the step is a gradient step of size ``lr``.
 
     Args:
         cg_steps: the most Hessian-vector products a direction may cost.
@@ -62,7 +62,7 @@ class Newton:
         """All T tasks at their minima; None without a regulariser, where there may be none."""
         if at.quadratic.strength == 0.0:
             return None
-        return at.minimum() if at.reducible() else _many_samples(at, lr)
+        return at.minimum() or _many_samples(at, lr)
 
 
 def _many_samples(at: LinearHeads, lr: float) -> LinearHeads:
@@ -71,13 +71,11 @@ def _many_samples(at: LinearHeads, lr: float) -> LinearHeads:
     for t in range(len(at.point)):
         step = NewtonStep(lr, cg_steps=500, tol=1e-10)
         here = at.task(t)
-        for k in range(100):
-            point = step(here)
-            if point is here.point:
-                break
-            here = here.moved(point)
+        count = 0
+        while count < 100 and (point := step(here)) is not here.point:
+            here, count = here.moved(point), count + 1
         points.append(here.point)
-        steps.append(k)
+        steps.append(count)
     there = at.moved(torch.cat(points))
     there.solved, there.steps = True, torch.tensor(steps, device=at.point.device)
     return there

@@ -14,8 +14,8 @@ class InnerStep(Protocol):
     """The state of one task's adaptation: maps a linearization to the next phi, ``[T, n]``.
 
     One that returns ``at.point`` itself says that there is nothing left to do. One that has an
-    attribute ``needs_hvp`` equal to False is given linearizations without products in the middle of a
-    closure's steps.
+    attribute ``needs_hvp`` equal to False is given linearizations without products in the middle of
+    a closure's steps.
 
     Example:
         >>> from l2l_implicit import InnerStep, Linearization
@@ -31,19 +31,21 @@ class InnerSolver(Protocol):
     """Settings of a method that finds the inner minimum; the hypergradient does not care which.
 
     It may assume that ``begin`` is called once for each task's adaptation, and anew for each
-    ``adapt(closure)`` of a linear head; that the step then sees one linearization after the other, each
-    at the point that it returned last unless the user has set other weights; that gradient and
+    ``adapt(closure)`` of a linear head; that the step then sees one linearization after the other,
+    each at the point that it returned last unless the user has set other weights; that gradient and
     objective there are finite; and that ``at.evaluate`` works with a closure, or a linear head's
     cross-entropy or squared error, and raises otherwise. It has T = 1 but for linear heads under
     ``adapt_together``, whose tasks are handed over one by one unless it has a ``solve_heads``.
 
     It must return points of the given shape, dtype and device, without a graph, and leave ``at``
-    unchanged. Whether it has solved the problem is judged from the gradient where it ends, not by it.
+    unchanged. Whether it has solved the problem is judged from the gradient where it ends, not by
+    it.
 
     A solver that knows linear heads in closed form may have a method
     ``solve_heads(at, steps, lr) -> LinearHeads | None``: at most ``steps`` steps for all T tasks of
-    ``at``, or None for a problem that it leaves to its steps. With an attribute ``at_once`` equal to True
-    it solves the problem whatever ``steps`` says, and is called at the first ``adapt(loss)``.
+    ``at``, or None for a problem that it leaves to its steps. With an attribute ``at_once`` equal
+    to True it solves the problem whatever ``steps`` says, and is called at the first
+    ``adapt(loss)``.
 
     Example:
         >>> from torch import nn

@@ -95,7 +95,8 @@ def conjugate_gradient(
     if bool(lost.any()):
         solution = torch.where(lost.unsqueeze(1), 0.0, solution)
         residual = torch.where(lost, math.inf, residual)
-    reasons = [NON_FINITE if gone else why for gone, why in zip(lost, state.reason, strict=True)]
+    pairs = zip(lost.tolist(), state.reason, strict=True)
+    reasons = [NON_FINITE if gone else why for gone, why in pairs]
     return LinearSolution(solution, state.steps, residual, reasons)
 
 

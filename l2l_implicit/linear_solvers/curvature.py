@@ -36,11 +36,11 @@ def largest_curvature(
         tensor([5.])
     """
     # Vectors that lie in no subspace on purpose, the same at every call.
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(like.shape[1], generator=generator).to(like).expand_as(like)
+    generator = torch.Generator("cpu").manual_seed(0)
+    q = torch.randn(like.shape[1], generator=generator, device="cpu").to(like).expand_as(like)
     q = q / torch.linalg.vector_norm(q, dim=1, keepdim=True)
     tasks, steps = len(like), min(max_steps, like.shape[1])
-    t = torch.zeros(tasks, steps, steps, dtype=torch.float64)
+    t = torch.zeros(tasks, steps, steps, dtype=torch.float64, device="cpu")
     basis, broken = [q], torch.zeros(tasks, dtype=torch.bool, device=like.device)
     done, found = broken, torch.zeros_like(q[:, 0])
     for k in range(steps):

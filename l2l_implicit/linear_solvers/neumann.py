@@ -27,9 +27,9 @@ class Neumann:
 
     The summand :math:`r_j = (I - \alpha A)^j b` is also the residual of the sum before it, so the
     residual that is returned is the true one, and the sum that is returned that of the smallest.
-    The series converges for a positive definite :math:`A` and :math:`\alpha < 2 / L` with its largest
-    eigenvalue L, at the rate of gradient descent: it needs about the square of conjugate gradient's
-    steps. A system whose residual grew beyond the start's says so (`DIVERGED`).
+    The series converges for a positive definite :math:`A` and :math:`\alpha < 2 / L` with its
+    largest eigenvalue L, at the rate of gradient descent: it needs about the square of conjugate
+    gradient's steps. A system whose residual grew beyond the start's says so (`DIVERGED`).
 
     Args:
         steps: the number N of terms.

@@ -61,8 +61,8 @@ class LinearSolver(Protocol):
     """Settings and a method: solves ``(A + damping I) v = b`` for T symmetric matrices A.
 
     A linear head whose inner problem was solved exactly brings the factor of that solve. A solver
-    with an attribute ``takes_factor`` equal to True is not asked then: the factor is nearer than any
-    tolerance.
+    with an attribute ``takes_factor`` equal to True is not asked then: the factor is nearer than
+    any tolerance.
 
     Attributes:
         damping: added to the diagonal of every A by the learner, which hands over the products with

@@ -6,22 +6,51 @@ Li, Andreeto, Ranzato, Perona: Caltech 101, CaltechDATA, 2022, doi 10.22002/D1.2
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torchvision
+from numpy.typing import NDArray
+from PIL import Image
 
-from l2l_implicit.tasks.caltech101_files import fetch, images_of, split_folder
-from l2l_implicit.tasks.caltech101_split import SPLIT
-from l2l_implicit.tasks.image_table import ImageTable
-from l2l_implicit.tasks.tasksets import (
-    MODES,
-    Benchmark,
-    build_tasksets,
-    check_name,
-    refuse_unknown,
+from l2l_implicit.tasks.image_table import Device, ImageTable
+from l2l_implicit.tasks.pictures import central_square, kept_arrays, listing_of
+from l2l_implicit.tasks.provide import BROKEN, removed_if_interrupted
+from l2l_implicit.tasks.tasksets import MODES, Benchmark, build_tasksets, check_name, refuse_unknown
+
+FOLDER = Path("caltech101", "101_ObjectCategories")  # below the root; torchvision's too
+SOURCE = (
+    "get caltech-101.zip of Caltech 101 (CaltechDATA, doi 10.22002/D1.20086, CC BY 4.0) and unpack "
+    "its 101_ObjectCategories.tar.gz there, or run torchvision.datasets.Caltech101(root, "
+    "download=True) with this root"
 )
-
 # By channel, of the images of the training categories in [0, 1] (measured at 32 x 32).
 MEAN = (0.535, 0.519, 0.490)
 STD = (0.281, 0.276, 0.291)
+# 64 / 16 / 20 categories, drawn once at random. Left out: BACKGROUND_Google, which is no category,
+# and Faces_easy, the faces of Faces cropped.
+SPLIT: dict[str, tuple[str, ...]] = {
+    "train": (
+        "Faces", "Leopards", "Motorbikes", "accordion", "airplanes", "anchor", "ant", "barrel",
+        "bass", "binocular", "bonsai", "brontosaurus", "butterfly", "camera", "cannon", "car_side",
+        "chandelier", "cougar_body", "cougar_face", "crayfish", "crocodile", "crocodile_head",
+        "dalmatian", "dollar_bill", "dragonfly", "electric_guitar", "elephant", "ewer", "flamingo",
+        "flamingo_head", "garfield", "gerenuk", "grand_piano", "hedgehog", "ibis", "inline_skate",
+        "joshua_tree", "kangaroo", "ketch", "lamp", "laptop", "llama", "lotus", "mandolin",
+        "mayfly", "menorah", "metronome", "octopus", "pagoda", "pizza", "pyramid", "revolver",
+        "rhino", "rooster", "schooner", "scorpion", "snoopy", "stegosaurus", "tick", "trilobite",
+        "umbrella", "watch", "wheelchair", "yin_yang",
+    ),
+    "validation": (
+        "buddha", "ceiling_fan", "cellphone", "cup", "dolphin", "helicopter", "panda", "platypus",
+        "saxophone", "scissors", "stapler", "starfish", "sunflower", "water_lilly", "windsor_chair",
+        "wrench",
+    ),
+    "test": (
+        "beaver", "brain", "chair", "crab", "emu", "euphonium", "ferry", "gramophone", "hawksbill",
+        "headphone", "lobster", "minaret", "nautilus", "okapi", "pigeon", "sea_horse",
+        "soccer_ball", "stop_sign", "strawberry", "wild_cat",
+    ),
+}  # fmt: skip
 
 
 class Caltech101(ImageTable):
@@ -45,78 +74,89 @@ class Caltech101(ImageTable):
         >>> import tempfile
         >>> from pathlib import Path
         >>> from PIL import Image
-        >>> from l2l_implicit.tasks import Caltech101
-        >>> from l2l_implicit.tasks.caltech101_split import SPLIT
+        >>> from l2l_implicit.tasks.caltech101 import FOLDER, SPLIT, Caltech101
         >>> root = tempfile.TemporaryDirectory()
         >>> for category in SPLIT["validation"]:
-        ...     folder = Path(root.name) / "caltech101" / "101_ObjectCategories" / category
-        ...     folder.mkdir(parents=True)
-        ...     for number in (1, 2):
-        ...         Image.new("RGB", (40, 30)).save(folder / f"image_000{number}.jpg")
+        ...     (Path(root.name) / FOLDER / category).mkdir(parents=True)
+        ...     Image.new("RGB", (40, 30)).save(Path(root.name) / FOLDER / category / "1.jpg")
         >>> photographs = Caltech101("validation", root.name)
         >>> len(photographs), photographs[0][0].shape
-        (32, torch.Size([3, 32, 32]))
+        (16, torch.Size([3, 32, 32]))
     """
 
     def __init__(
-        self,
-        mode: str = "train",
-        root: str | Path = "~/data",
-        size: int = 32,
-        device: torch.device | str | None = None,
-    ) -> None:
+        self, mode: str = "train", root: str | Path = "~/data", size: int = 32,
+        device: Device = None,
+    ) -> None:  # fmt: skip
         check_name("mode", mode, MODES)
         if size < 1:
             raise ValueError(f"expected a size of at least 1 pixel, got {size}: pass e.g. 32")
-        folder = split_folder(Path(root).expanduser(), SPLIT[mode])
-        images, labels = images_of(folder, SPLIT[mode], size, mode)
-        super().__init__(torch.from_numpy(images), labels.tolist(), SPLIT[mode], MEAN, STD, device)
+        folder, names = Path(root).expanduser() / FOLDER, SPLIT[mode]
+        found = [sorted((folder / name).glob("*.jpg")) for name in names]
+        empty = [name for name, own in zip(names, found, strict=True) if not own]
+        if empty:
+            raise FileNotFoundError(
+                f"expected .jpg files for each of {len(names)} categories in {folder}, found none "
+                f"for {', '.join(empty[:3])}{' and others' * (len(empty) > 3)}: {SOURCE}"
+            )
+        paths = [path for own in found for path in own]
+        arrays = kept_arrays(
+            folder.with_name(f"reduced_{mode}_{size}.npz"),
+            listing_of(paths, folder),
+            lambda: {"images": np.stack([reduce_photograph(path, size) for path in paths])},
+        )
+        labels = [label for label, own in enumerate(found) for _ in own]
+        super().__init__(torch.from_numpy(arrays["images"]), labels, names, MEAN, STD, device)
+
+
+def reduce_photograph(path: Path, size: int) -> NDArray[np.uint8]:
+    """The central square of a photograph, bilinearly reduced: uint8 RGB [3, size, size]."""
+    with Image.open(path) as photograph:
+        return central_square(photograph.convert("RGB"), size)
 
 
 def caltech101_tasksets(
-    train_ways: int = 5,
-    train_samples: int = 10,
-    test_ways: int = 5,
-    test_samples: int = 10,
-    root: str | Path | None = "~/data",
-    device: torch.device | str | None = None,
-    size: int = 32,
-    **kwargs: Any,
-) -> Benchmark:
+    train_ways: int = 5, train_samples: int = 10, test_ways: int = 5, test_samples: int = 10,
+    root: str | Path | None = "~/data", device: Device = None, size: int = 32, **kwargs: Any,
+) -> Benchmark:  # fmt: skip
     """(datasets, transforms) of Caltech 101, as learn2learn's own benchmarks return them.
 
     Args:
-        train_ways, test_ways: classes of a task (test: also of validation tasks).
-        train_samples, test_samples: images of a class in a task, shots plus queries.
-        root: see `Caltech101`; None means "~/data".
-        device: where the images live, None for the CPU.
+        train_ways, train_samples, test_ways, test_samples, device: see `get_tasksets`.
+        root: see `Caltech101`; None means "~/data". Where it has no photographs torchvision
+            downloads them.
         size: side of the images in pixels.
-        kwargs: nothing else; `data_augmentation=None` is accepted as learn2learn's callers pass it.
+        kwargs: see `get_tasksets`.
 
     Raises:
-        ValueError: more ways or samples than there are.
         FileNotFoundError: the images are not there, and cannot be downloaded.
-        TypeError: an unknown option.
+        ValueError, TypeError: see `get_tasksets`.
 
     Example:
         >>> import tempfile
         >>> from pathlib import Path
         >>> from PIL import Image
         >>> from l2l_implicit.tasks import get_tasksets
-        >>> from l2l_implicit.tasks.caltech101_split import SPLIT
+        >>> from l2l_implicit.tasks.caltech101 import FOLDER, SPLIT
         >>> root = tempfile.TemporaryDirectory()
         >>> for category in sum(map(list, SPLIT.values()), []):
-        ...     folder = Path(root.name) / "caltech101" / "101_ObjectCategories" / category
-        ...     folder.mkdir(parents=True)
-        ...     for number in (1, 2):
-        ...         Image.new("RGB", (40, 30)).save(folder / f"image_000{number}.jpg")
-        >>> tasks = get_tasksets("caltech101", root=root.name, train_samples=2, test_samples=2)
-        >>> images, labels = tasks.train.sample()
-        >>> images.shape
-        torch.Size([10, 3, 32, 32])
+        ...     (Path(root.name) / FOLDER / category).mkdir(parents=True)
+        ...     Image.new("RGB", (40, 30)).save(Path(root.name) / FOLDER / category / "1.jpg")
+        >>> tasks = get_tasksets("caltech101", root=root.name, train_samples=1, test_samples=1)
+        >>> tasks.train.sample()[0].shape
+        torch.Size([5, 3, 32, 32])
     """
     refuse_unknown(kwargs, own=("size",))
     folder = Path(root or "~/data").expanduser()
-    fetch(folder)
+    wanted, base = folder / FOLDER, folder / FOLDER.parent
+    if not wanted.is_dir():
+        try:
+            with removed_if_interrupted([wanted, base / "caltech-101.zip", base / "caltech-101"]):
+                torchvision.datasets.Caltech101(str(folder), download=True)
+        except BROKEN as error:
+            raise FileNotFoundError(
+                f"expected the photographs in {wanted}, found no folder and could not download "
+                f"them ({type(error).__name__}): {SOURCE}"
+            ) from error
     tables = {mode: Caltech101(mode, folder, size, device) for mode in MODES}
     return build_tasksets(tables, train_ways, train_samples, test_ways, test_samples)

@@ -1,17 +1,22 @@
 """The user's own images as few-shot tasks: a folder of classes, or three of them."""
 
+import random
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
 
-from l2l_implicit.tasks.folder_files import Pictures, modes_of, read_pictures, shared_names
-from l2l_implicit.tasks.image_table import ImageTable
-from l2l_implicit.tasks.tasksets import Benchmark, build_tasksets, refuse_unknown
+from l2l_implicit.tasks.image_table import Device, ImageTable
+from l2l_implicit.tasks.pictures import Arrays, kept_arrays, listing_of, read_square
+from l2l_implicit.tasks.tasksets import MODES, Benchmark, build_tasksets, refuse_unknown
+
+Classes = dict[str, list[Path]]  # the files of each class by its name
+SHARES = (0.16, 0.20)  # of the classes, for validation and test; training has the others
 
 
 class FolderImages(ImageTable):
@@ -28,27 +33,21 @@ class FolderImages(ImageTable):
         >>> from PIL import Image
         >>> from l2l_implicit.tasks import folder_tables
         >>> root = tempfile.TemporaryDirectory()
-        >>> for number in range(12):
-        ...     folder = Path(root.name) / f"class {number}"
-        ...     folder.mkdir()
-        ...     for image in range(3):
-        ...         Image.new("RGB", (40, 30), (20 * number, 50 * image, 0)).save(
-        ...             folder / f"{image}.png")
+        >>> for name in "abcdefghijkl":
+        ...     (Path(root.name) / name).mkdir()
+        ...     Image.new("RGB", (40, 30), "red").save(Path(root.name) / name / "image.png")
         >>> images = folder_tables(root.name, size=16)["train"]
         >>> len(images), images.skipped, images[0][0].shape
-        (24, 0, torch.Size([3, 16, 16]))
+        (8, 0, torch.Size([3, 16, 16]))
     """
 
     skipped = 0
 
 
 def folder_tables(
-    root: str | Path,
-    size: int = 32,
-    split_seed: int | None = None,
-    skip_unreadable: bool = False,
-    device: torch.device | str | None = None,
-) -> dict[str, FolderImages]:
+    root: str | Path, size: int = 32, split_seed: int | None = None,
+    skip_unreadable: bool = False, device: Device = None,
+) -> dict[str, FolderImages]:  # fmt: skip
     """Train, validation and test images of a folder.
 
     The layout is `root/{train,validation,test}/<class>/*`, or `root/<class>/*` with a split of the
@@ -74,12 +73,9 @@ def folder_tables(
         >>> from PIL import Image
         >>> from l2l_implicit.tasks import folder_tables
         >>> root = tempfile.TemporaryDirectory()
-        >>> for number in range(12):
-        ...     folder = Path(root.name) / f"class {number}"
-        ...     folder.mkdir()
-        ...     for image in range(3):
-        ...         Image.new("RGB", (40, 30), (20 * number, 50 * image, 0)).save(
-        ...             folder / f"{image}.png")
+        >>> for name in "abcdefghijkl":
+        ...     (Path(root.name) / name).mkdir()
+        ...     Image.new("RGB", (40, 30), "red").save(Path(root.name) / name / "image.png")
         >>> {mode: len(table.classes) for mode, table in folder_tables(root.name).items()}
         {'train': 8, 'validation': 2, 'test': 2}
     """
@@ -87,67 +83,48 @@ def folder_tables(
         raise ValueError(f"expected a size of at least 1 pixel, got {size}: pass e.g. 32")
     folder = Path(root).expanduser()
     modes, seed = modes_of(folder, split_seed)
-    shared = shared_names(modes)
-    if shared:
+    uses = Counter(name for classes in modes.values() for name in classes)
+    if shared := sorted(name for name in uses if uses[name] > 1):
         warnings.warn(
             f"folder: {len(shared)} classes have one name in two of train, validation and test "
             f"({shared[0]}): are they different things?",
             stacklevel=2,
         )
     files = [
-        (mode, name, path)
+        (mode, label, path)
         for mode, classes in modes.items()
-        for name, paths in classes.items()
+        for label, paths in enumerate(classes.values())
         for path in paths
     ]
-    pictures = read_pictures([path for _, _, path in files], folder, size)
-    readable = _readable(pictures, skip_unreadable)
+    pictures = _pictures([path for _, _, path in files], folder, size)
+    readable = _readable([str(fault) for fault in pictures["faults"]], skip_unreadable)
+    channels = 1 if pictures["grey"][readable].all() else 3
+    images = torch.from_numpy(pictures["images"])[:, :channels]
     members = {mode: [i for i in readable if files[i][0] == mode] for mode in modes}
-    channels = 1 if pictures.grey[readable].all() else 3
-    mean, std = _statistics(pictures.images[members["train"], :channels], folder)
-    tables = {}
+    mean, std = _statistics(images[members["train"]], folder)
+    tables, skipped = {}, len(files) - len(readable)
     for mode, indices in members.items():
-        names = list(modes[mode])
-        tables[mode] = FolderImages(
-            torch.from_numpy(pictures.images[indices, :channels]),
-            [names.index(files[i][1]) for i in indices],
-            names,
-            mean,
-            std,
-            device,
-        )
-        tables[mode].skipped = len(files) - len(readable)
-        tables[mode].notes = {
-            "classes": names,
-            "skipped": tables[mode].skipped,
-            "split_seed": seed,
-        }
+        labels, names = [files[i][1] for i in indices], list(modes[mode])
+        tables[mode] = FolderImages(images[indices], labels, names, mean, std, device)
+        tables[mode].skipped = skipped
+        tables[mode].notes = {"classes": names, "skipped": skipped, "split_seed": seed}
     return tables
 
 
 def folder_tasksets(
-    train_ways: int = 5,
-    train_samples: int = 10,
-    test_ways: int = 5,
-    test_samples: int = 10,
-    root: str | Path | None = "~/data",
-    device: torch.device | str | None = None,
-    size: int = 32,
-    split_seed: int | None = None,
-    skip_unreadable: bool = False,
-    **kwargs: Any,
-) -> Benchmark:
+    train_ways: int = 5, train_samples: int = 10, test_ways: int = 5, test_samples: int = 10,
+    root: str | Path | None = "~/data", device: Device = None, size: int = 32,
+    split_seed: int | None = None, skip_unreadable: bool = False, **kwargs: Any,
+) -> Benchmark:  # fmt: skip
     """(datasets, transforms) of a folder of images, as learn2learn's own benchmarks return them.
 
     Args:
-        train_ways, test_ways: classes of a task (test: also of validation tasks).
-        train_samples, test_samples: images of a class in a task, shots plus queries.
+        train_ways, train_samples, test_ways, test_samples: see `get_tasksets`.
         root, device, size, split_seed, skip_unreadable: see `folder_tables`.
-        kwargs: nothing else; `data_augmentation=None` is accepted as learn2learn's callers pass it.
+        kwargs: see `get_tasksets`.
 
     Raises:
-        ValueError, FileNotFoundError: see `folder_tables`; more ways or samples than there are.
-        TypeError: an unknown option.
+        FileNotFoundError, ValueError, TypeError: see `folder_tables` and `get_tasksets`.
 
     Example:
         >>> import tempfile
@@ -155,54 +132,123 @@ def folder_tasksets(
         >>> from PIL import Image
         >>> from l2l_implicit.tasks import get_tasksets
         >>> root = tempfile.TemporaryDirectory()
-        >>> for number in range(12):
-        ...     folder = Path(root.name) / f"class {number}"
-        ...     folder.mkdir()
-        ...     for image in range(3):
-        ...         Image.new("RGB", (40, 30), (20 * number, 50 * image, 0)).save(
-        ...             folder / f"{image}.png")
-        >>> tasks = get_tasksets("folder", root=root.name, train_ways=2, train_samples=3,
-        ...                      test_ways=2, test_samples=3)
-        >>> images, labels = tasks.train.sample()
-        >>> images.shape
-        torch.Size([6, 3, 32, 32])
+        >>> for name in "abcdefghijkl":
+        ...     (Path(root.name) / name).mkdir()
+        ...     Image.new("RGB", (40, 30), "red").save(Path(root.name) / name / "image.png")
+        >>> tasks = get_tasksets("folder", root=root.name, train_ways=2, train_samples=1,
+        ...                      test_ways=2, test_samples=1)
+        >>> tasks.train.sample()[0].shape
+        torch.Size([2, 3, 32, 32])
     """
     refuse_unknown(kwargs, own=("size", "split_seed", "skip_unreadable"))
     tables = folder_tables(root or "~/data", size, split_seed, skip_unreadable, device)
     return build_tasksets(tables, train_ways, train_samples, test_ways, test_samples)
 
 
-def _readable(pictures: Pictures, skip_unreadable: bool) -> list[int]:
+def modes_of(root: Path, split_seed: int | None) -> tuple[dict[str, Classes], int | None]:
+    """The classes of each mode, and the seed with which they were drawn, None if they were not."""
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"expected a folder of images at {root}, found none: pass root= the folder that holds "
+            "train, validation and test, or one folder for each class"
+        )
+    found = [mode for mode in MODES if (root / mode).is_dir() and _folders(root / mode)]
+    if not found:
+        seed = split_seed or 0
+        return _drawn(_classes(root), seed), seed
+    if len(found) < len(MODES):
+        names = ", ".join(path.name for path in _folders(root))
+        raise ValueError(
+            f"expected folders of classes in each of train, validation and test of {root}, found "
+            f"{names}: name all three so, or put all classes into one folder for a split by seed"
+        )
+    if split_seed is not None:
+        raise ValueError(
+            f"expected no split_seed where {root} has train, validation and test, got "
+            f"{split_seed}: leave it out, or pass one folder that holds all classes"
+        )
+    return {mode: _classes(root / mode) for mode in MODES}, None
+
+
+def _drawn(classes: Classes, split_seed: int) -> dict[str, Classes]:
+    """64 / 16 / 20 % of the classes for train, validation and test, rounded, drawn with a seed."""
+    names = sorted(classes)
+    random.Random(split_seed).shuffle(names)
+    validation, test = (round(share * len(names)) for share in SHARES)
+    train = len(names) - validation - test
+    parts = names[:train], names[train : train + validation], names[train + validation :]
+    return {
+        mode: {name: classes[name] for name in sorted(part)}
+        for mode, part in zip(MODES, parts, strict=True)
+    }
+
+
+def _classes(folder: Path) -> Classes:
+    """Every folder is a class, every file in it a picture; hidden ones are neither."""
+    classes = {path.name: _visible(path) for path in _folders(folder)}
+    if not classes:
+        raise FileNotFoundError(
+            f"expected one folder for each class in {folder}, found none: put images of a class "
+            "into a folder of its name"
+        )
+    if nested := [path for paths in classes.values() for path in paths if path.is_dir()]:
+        raise ValueError(
+            f"expected only images in the folder of a class, found the folder {nested[0]}: move "
+            "its images up, or let root be the folder that holds the classes"
+        )
+    return classes
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [path for path in _visible(folder) if path.is_dir()]
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _pictures(paths: Sequence[Path], root: Path, size: int) -> Arrays:
+    """`images` uint8 [n, 3, size, size], which are `grey`, and `faults`: "", or why it is black."""
+
+    def make() -> Arrays:
+        images = np.zeros((len(paths), 3, size, size), np.uint8)
+        grey, faults = np.ones(len(paths), bool), [""] * len(paths)
+        for index, path in enumerate(paths):
+            try:
+                images[index], grey[index] = read_square(path, size)
+            except ValueError as error:
+                faults[index] = str(error)
+        return {"images": images, "grey": grey, "faults": np.array(faults, dtype=np.str_)}
+
+    kept = root / f".reduced_{size}.npz"  # hidden: no class, whatever layout the folder has
+    listing = f"{root.resolve()} {listing_of(paths, root, times=True)}"  # faults name the root
+    return kept_arrays(kept, listing, make)
+
+
+def _readable(faults: Sequence[str], skip_unreadable: bool) -> list[int]:
     """Indices of the files that were read."""
-    faults = [fault for fault in pictures.faults if fault]
-    if faults and not skip_unreadable:
-        others = f" ({len(faults)} such files)" if len(faults) > 1 else ""
-        raise ValueError(faults[0] + others)
-    if faults:
+    told = [fault for fault in faults if fault]
+    if told and not skip_unreadable:
+        raise ValueError(told[0] + (f" ({len(told)} such files)" if len(told) > 1 else ""))
+    if told:
         warnings.warn(
-            f"folder: skipped {len(faults)} of {len(pictures.faults)} files that cannot be read; "
-            f"the first: {faults[0]}",
+            f"folder: skipped {len(told)} of {len(faults)} files that cannot be read; the first: "
+            f"{told[0]}",
             stacklevel=3,
         )
-    return [index for index, fault in enumerate(pictures.faults) if not fault]
+    return [index for index, fault in enumerate(faults) if not fault]
 
 
-def _statistics(images: NDArray[np.uint8], folder: Path) -> tuple[Sequence[float], Sequence[float]]:
+def _statistics(images: Tensor, folder: Path) -> tuple[list[float], list[float]]:
     """Mean and standard deviation by channel, in [0, 1]; from the counts of the 256 levels."""
-    if not images.size:
+    if not len(images):
         raise ValueError(
             f"expected images to train with in {folder}, got none: add images to the classes"
         )
     levels, means, stds = np.arange(256) / 255, [], []
-    for channel in range(images.shape[1]):
-        share = _counts(images[:, channel]) / images[:, channel].size
-        mean = float(share @ levels)
-        means.append(mean)
-        stds.append(float(share @ (levels - mean) ** 2) ** 0.5 or 1.0)  # one colour: only shifted
+    for channel in images.transpose(0, 1):
+        share = channel.flatten().bincount(minlength=256).numpy() / channel.numel()
+        means.append(float(share @ levels))
+        deviation = float(share @ (levels - means[-1]) ** 2) ** 0.5
+        stds.append(deviation or 1.0)  # one colour: only shifted
     return means, stds
-
-
-def _counts(images: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """How often each level occurs; a thousand images at a time, as bincount widens them."""
-    parts = np.array_split(images, len(images) // 1000 + 1)
-    return np.sum([np.bincount(part.ravel(), minlength=256) for part in parts], axis=0)

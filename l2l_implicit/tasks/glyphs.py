@@ -1,23 +1,27 @@
 """Glyphs: real few-shot image tasks that need no download. A class is a character, its images are
 that character in 20 to 40 typefaces, distorted with a seed when the data set is made."""
 
+import hashlib
+import zipfile
+import zlib
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from l2l_implicit.tasks.glyph_levels import LEVELS, distort
-from l2l_implicit.tasks.glyphs_file import glyph_arrays
-from l2l_implicit.tasks.image_table import ImageTable
-from l2l_implicit.tasks.tasksets import (
-    MODES,
-    Benchmark,
-    build_tasksets,
-    check_name,
-    refuse_unknown,
-)
+from l2l_implicit.tasks.glyph_distortions import LEVELS, distort
+from l2l_implicit.tasks.image_table import Device, ImageTable
+from l2l_implicit.tasks.tasksets import MODES, Benchmark, build_tasksets, check_name, refuse_unknown
 
 SPLITS = ("random", "script")
+PATH = Path(__file__).with_name("glyphs.npz")
+# Of the decompressed arrays, see `digest`.
+SHA256 = "3f62fec7b65f16d5dee262997dcfb5a3296edf8700f41c80a01dc89b26955baf"
+REMEDY = "reinstall the package: pip install --force-reinstall --no-deps l2l-implicit"
 
 
 class Glyphs(ImageTable):
@@ -30,7 +34,7 @@ class Glyphs(ImageTable):
         mode: "train", "validation" or "test"; their classes are disjoint.
         split: "random" (64 / 16 / 20 % of 536 classes) or "script" (Latin / Greek and Hebrew /
             Cyrillic: test characters of a script never trained on).
-        level: "clean", "easy", "medium" or "hard", see `l2l_implicit.tasks.glyph_levels`.
+        level: "clean", "easy", "medium" or "hard": how much the images are distorted.
         seed: of the distortions, 0 to 2**32 - 1; it does not change the classes.
         device: where the images live, None for the CPU.
 
@@ -48,13 +52,9 @@ class Glyphs(ImageTable):
     """
 
     def __init__(
-        self,
-        mode: str = "train",
-        split: str = "random",
-        level: str = "medium",
-        seed: int = 0,
-        device: torch.device | str | None = None,
-    ) -> None:
+        self, mode: str = "train", split: str = "random", level: str = "medium", seed: int = 0,
+        device: Device = None,
+    ) -> None:  # fmt: skip
         check_name("mode", mode, MODES)
         check_name("split", split, SPLITS)
         check_name("level", level, LEVELS)
@@ -76,30 +76,21 @@ class Glyphs(ImageTable):
 
 
 def glyphs_tasksets(
-    train_ways: int = 5,
-    train_samples: int = 10,
-    test_ways: int = 5,
-    test_samples: int = 10,
-    root: str | None = None,
-    device: torch.device | str | None = None,
-    split: str = "random",
-    level: str = "medium",
-    seed: int = 0,
-    **kwargs: Any,
-) -> Benchmark:
+    train_ways: int = 5, train_samples: int = 10, test_ways: int = 5, test_samples: int = 10,
+    root: str | None = None, device: Device = None,
+    split: str = "random", level: str = "medium", seed: int = 0, **kwargs: Any,
+) -> Benchmark:  # fmt: skip
     """(datasets, transforms) of Glyphs, as learn2learn's own benchmarks return them.
 
     Args:
-        train_ways, test_ways: classes of a task (test: also of validation tasks).
-        train_samples, test_samples: images of a class in a task, shots plus queries, at most 20.
+        train_ways, train_samples, test_ways, test_samples, device: see `get_tasksets`; a class has
+            at least 20 images.
         root: ignored, the images are in the package.
-        device: where the images live, None for the CPU.
         split, level, seed: see `Glyphs`.
-        kwargs: nothing else; `data_augmentation=None` is accepted as learn2learn's callers pass it.
+        kwargs: see `get_tasksets`.
 
     Raises:
-        ValueError: more ways or samples than there are, an unknown split or level.
-        TypeError: an unknown option.
+        ValueError, TypeError: see `Glyphs` and `get_tasksets`.
 
     Example:
         >>> import learn2learn, l2l_implicit
@@ -110,3 +101,46 @@ def glyphs_tasksets(
     refuse_unknown(kwargs, own=("split", "level", "seed"))
     tables = {mode: Glyphs(mode, split, level, seed, device) for mode in MODES}
     return build_tasksets(tables, train_ways, train_samples, test_ways, test_samples)
+
+
+@lru_cache(maxsize=1)
+def glyph_arrays(path: Path = PATH) -> dict[str, NDArray]:
+    """The verified arrays of `glyphs.npz`, read once per process. Treat them as read-only.
+
+    Returns:
+        `images` uint8 [n, 28, 28]; `labels` [n] class indices; `faces` [n] face indices;
+        `codepoints` and `scripts` by class; `face_families`, `face_styles`, `face_packages` and
+        `face_licences` by face; `split_{random,script}_{train,validation,test}` class indices.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: the file is truncated, or its contents are not the expected ones.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"expected the glyph images at {path}, found no file: {REMEDY}")
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = dict(stored)
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError) as error:
+        raise ValueError(
+            f"expected a complete array file at {path}, got {path.stat().st_size} bytes that do "
+            f"not unpack ({error}): {REMEDY}"
+        ) from error
+    found = digest(arrays)
+    if found != SHA256:
+        raise ValueError(
+            f"expected glyph arrays with SHA-256 {SHA256} in {path}, got {found}: {REMEDY}"
+        )
+    for array in arrays.values():
+        array.setflags(write=False)  # shared by every data set of the process
+    return arrays
+
+
+def digest(arrays: Mapping[str, NDArray]) -> str:
+    """SHA-256 over name, type, shape and bytes of every array: independent of the compression."""
+    total = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        total.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        total.update(array.data)
+    return total.hexdigest()

@@ -11,27 +11,28 @@ import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from learn2learn.vision.datasets import FullOmniglot
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import ConcatDataset, Subset
 from torchvision.datasets import Omniglot
+from torchvision.transforms.functional import pil_to_tensor
 
-from l2l_implicit.tasks.image_table import LazyImages
+from l2l_implicit.tasks.image_table import Device, ImageTable
 from l2l_implicit.tasks.provide import Needed, damage_explained, provide
 from l2l_implicit.tasks.tasksets import MODES
 
 SIDE = 28
 TRAIN, VALIDATION, ALL = 1100, 100, 1623
-PARTS = ("images_background", "images_evaluation")
 NEEDED = tuple(
     Needed(
         f"{Omniglot.folder}/{part}",
-        f"https://raw.githubusercontent.com/brendenlake/omniglot/master/python/{part}.zip",
+        f"{Omniglot.download_url_prefix}/{part}.zip",
         f"{Omniglot.folder}/{part}.zip",
         Omniglot.folder,
     )
-    for part in PARTS
+    for part in ("images_background", "images_evaluation")
 )
 
 
@@ -45,65 +46,54 @@ class UnpackedOmniglot(Omniglot):
         return (Path(self.root) / self._get_target_folder()).is_dir()
 
 
-class RotateClasses:
+def rotate_classes(dataset: Any, description: Any) -> Any:
     """A task transform: every class of a task turned by 0, 90, 180 or 270 degrees.
 
-    Drawn from Python's `random`, one number for each class in the order in which classes come.
-
-    Args:
-        dataset: a `learn2learn.data.MetaDataset`.
+    Drawn from Python's `random`, one number for each class in the order in which classes come;
+    `dataset` is a `learn2learn.data.MetaDataset`.
     """
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __call__(self, description: Any) -> Any:
-        turns: dict[int, int] = {}
-        for sample in description:
-            label = self.dataset.indices_to_labels[sample.index]
-            if label not in turns:
-                turns[label] = random.randrange(4)
-            sample.transforms.append(functools.partial(_turned, turns=turns[label]))
-        return description
+    turns: dict[int, int] = {}
+    for sample in description:
+        label = dataset.indices_to_labels[sample.index]
+        if label not in turns:
+            turns[label] = random.randrange(4)
+        sample.transforms.append(functools.partial(_turned, turns=turns[label]))
+    return description
 
 
 def _turned(item: Any, turns: int) -> tuple[Tensor, Any]:
     return torch.rot90(item[0], turns, dims=(-2, -1)), item[1]
 
 
-def omniglot_tables(root: Path, split_seed: int = 0) -> dict[str, LazyImages]:
+def omniglot_tables(
+    root: Path, split_seed: int = 0, device: Device = None
+) -> dict[str, ImageTable]:
     """The characters of each mode: 1,100 / 100 / 423 of them, drawn with a seed.
 
     Strokes are white on black. Fewer characters (part of the data) are split in this proportion.
-
-    Args:
-        root: holds `omniglot-py/images_background` and `images_evaluation`, or their archives.
-        split_seed: of the split into modes.
+    With a device all images are read and moved there at once.
 
     Raises:
         FileNotFoundError: not there, and not to be downloaded.
         ValueError: damaged.
     """
     leaves = [path for item in NEEDED for path in (item.path, str(item.archive))]
-    provide("omniglot", root, NEEDED, functools.partial(_download, root), leaves)
+    download = functools.partial(FullOmniglot, str(root), download=True)
+    provide("omniglot", root, NEEDED, download, leaves)
     with damage_explained("omniglot", root, NEEDED):
-        parts = [UnpackedOmniglot(str(root), background=flag) for flag in (True, False)]
+        parts = [UnpackedOmniglot(str(root), flag, transform=_small) for flag in (True, False)]
     names = [name for part in parts for name in part._characters]
-    offsets = (0, len(parts[0]._characters))  # both parts count their characters from 0
-    samples = [
-        (part, index, label + offset)
-        for part, offset in zip(parts, offsets, strict=True)
-        for index, (_, label) in enumerate(part._flat_character_images)
+    indices = iter(range(sum(map(len, parts))))
+    members = [  # of each character, among the drawings of both parts
+        [next(indices) for _ in images] for part in parts for images in part._character_images
     ]
-    by_label: dict[int, list[tuple[Omniglot, int]]] = {}
-    for part, index, label in samples:
-        by_label.setdefault(label, []).append((part, index))
-    tables = {
-        mode: _table([by_label.get(label, []) for label in labels], [names[x] for x in labels])
-        for mode, labels in split_labels(len(names), split_seed).items()
-    }
-    for table in tables.values():
-        table.notes = {"split_seed": split_seed}
+    drawings: ConcatDataset[tuple[Tensor, int]] = ConcatDataset(parts)
+    tables = {}
+    for mode, chosen in split_labels(len(names), split_seed).items():
+        drawn = Subset(drawings, [index for label in chosen for index in members[label]])
+        labels = [new for new, label in enumerate(chosen) for _ in members[label]]
+        tables[mode] = ImageTable(drawn, labels, [names[label] for label in chosen], device=device)
+        tables[mode].notes = {"split_seed": split_seed}
     return tables
 
 
@@ -116,18 +106,5 @@ def split_labels(number: int, split_seed: int) -> dict[str, list[int]]:
     return dict(zip(MODES, parts, strict=True))
 
 
-def _table(classes: list[list[tuple[Omniglot, int]]], names: list[str]) -> LazyImages:
-    flat = [sample for samples in classes for sample in samples]
-    labels = [label for label, samples in enumerate(classes) for _ in samples]
-    return LazyImages(functools.partial(_read, flat), labels, names)
-
-
-def _read(samples: list[tuple[Omniglot, int]], index: int) -> Tensor:
-    part, position = samples[index]
-    drawing = part[position][0].resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-    return torch.from_numpy(255 - np.asarray(drawing, np.uint8)).unsqueeze(0)
-
-
-def _download(root: Path) -> None:
-    for background in (True, False):
-        Omniglot(str(root), background=background, download=True)
+def _small(drawing: Image.Image) -> Tensor:
+    return 255 - pil_to_tensor(drawing.resize((SIDE, SIDE), Image.Resampling.LANCZOS))

@@ -11,18 +11,8 @@ from typing import Any, NamedTuple
 
 # What the loaders of learn2learn and torchvision raise on damaged or missing files; no network
 # and refused downloads are OSError, or RuntimeError where torchvision compares checksums.
-BROKEN = (
-    OSError,
-    EOFError,
-    RuntimeError,
-    LookupError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    ImportError,
-    UnpicklingError,
-    zipfile.BadZipFile,
-)
+BROKEN = (OSError, EOFError, RuntimeError, LookupError, ValueError, TypeError, AttributeError,
+          ImportError, UnpicklingError, zipfile.BadZipFile)
 
 
 class Needed(NamedTuple):
@@ -70,7 +60,8 @@ def provide(
         root.mkdir(parents=True, exist_ok=True)
         with removed_if_interrupted([root / path for path in leaves]):
             download()
-            _insist(root, needed)
+            if absent := missing(root, needed):
+                raise FileNotFoundError(f"no {absent[0].path} after the download")
     except BROKEN as error:
         raise FileNotFoundError(
             f"expected the data of {name} in {root}, found none and could not download it "
@@ -89,23 +80,19 @@ def unpack(archive: Path, folder: Path, url: str) -> None:
         with zipfile.ZipFile(archive) as opened:
             opened.extractall(draft)  # writes nothing outside of draft, whatever the names say
         for entry in draft.iterdir():
-            _move(entry, folder / entry.name)
+            place = folder / entry.name
+            try:
+                if not place.exists():
+                    os.replace(entry, place)
+            except OSError:  # not where another process was quicker with the same
+                if not place.exists():
+                    raise
     except zipfile.BadZipFile as error:
         raise ValueError(
             f"expected a zip archive in {archive}, got {error}: delete it and get it from {url}"
         ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-
-
-def _move(entry: Path, place: Path) -> None:
-    """Unless it is there: from before, or because another process unpacks the same."""
-    try:
-        if not place.exists():
-            os.replace(entry, place)
-    except OSError:
-        if not place.exists():
-            raise
 
 
 @contextmanager
@@ -145,22 +132,14 @@ def missing(root: Path, needed: Sequence[Needed]) -> list[Needed]:
     return [item for item in needed if not (root / item.path).exists()]
 
 
-def _insist(root: Path, needed: Sequence[Needed]) -> None:
-    absent = missing(root, needed)
-    if absent:
-        raise FileNotFoundError(f"no {absent[0].path} after the download")
-
-
 def remedy(root: Path, needed: Sequence[Needed]) -> str:
     """Which files from where belong into which folder; archives are unpacked by `provide`."""
-    groups: dict[tuple[str, Path], list[str]] = {}
+    groups: dict[tuple[str, Path], dict[str, None]] = {}
     for item in needed:
         source, _, name = item.url.rpartition("/")
         place = root / (item.archive or item.path)
-        names = groups.setdefault((source, place.parent), [])
         entry = name if name == place.name else f"{name} (as {place.name})"
-        if entry not in names:
-            names.append(entry)
+        groups.setdefault((source, place.parent), {})[entry] = None
     return "; ".join(
         f"get {', '.join(names)} from {source} into {folder}"
         for (source, folder), names in groups.items()

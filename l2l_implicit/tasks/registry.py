@@ -9,7 +9,7 @@ from learn2learn.vision import benchmarks
 from l2l_implicit.tasks.caltech101 import caltech101_tasksets
 from l2l_implicit.tasks.folder import folder_tasksets
 from l2l_implicit.tasks.glyphs import glyphs_tasksets
-from l2l_implicit.tasks.learn2learn_tasksets import LEARN2LEARN
+from l2l_implicit.tasks.learn2learn_benchmarks import LEARN2LEARN
 from l2l_implicit.tasks.sine import sine_tasksets
 from l2l_implicit.tasks.tasksets import Benchmark, check_name
 
@@ -36,14 +36,18 @@ def get_tasksets(name: str, num_tasks: int = -1, **kwargs: Any) -> Any:
             "tiered_imagenet", "omniglot", or any other name that
             `learn2learn.vision.benchmarks.list_tasksets()` has.
         num_tasks: tasks of each set, which then repeat; -1 draws new ones without end.
-        kwargs: as of `learn2learn.vision.benchmarks.get_tasksets` (`train_ways`, `train_samples`,
-            `root`, `device`, ...) and the benchmark's own.
+        kwargs: as of `learn2learn.vision.benchmarks.get_tasksets`: `train_ways` and `test_ways`,
+            classes of a task (test: also of validation tasks), 5; `train_samples` and
+            `test_samples`, images of a class in a task, shots plus queries, 10; `root`, where
+            data lies; `device`, where images live, None for the CPU. Then the benchmark's own,
+            and nothing else; `data_augmentation=None` is accepted as learn2learn's callers pass it.
 
     Returns:
         learn2learn's named tuple (train, validation, test); `.train.sample()` is (data, labels).
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name; more ways or samples than there are.
+        TypeError: an unknown option.
 
     Example:
         >>> data, labels = get_tasksets("glyphs", train_samples=20).train.sample()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from l2l_implicit.tasks.image_table import Device
 from l2l_implicit.tasks.tasksets import MODES, Benchmark, refuse_unknown
 
 AMPLITUDES, PHASES, INPUTS = (0.1, 5.0), (0.0, math.pi), (-5.0, 5.0)
@@ -28,44 +29,29 @@ class NoClasses(Dataset):
         return torch.zeros(1), torch.zeros(1)
 
 
-class DrawSine:
+def draw_sine(samples: int, device: Device, description: Any = None) -> list[Any]:
     r"""A task description for `learn2learn.data.Taskset`: points of $y = a \sin(x - \varphi)$.
 
     Amplitude a in [0.1, 5], phase in [0, pi], x in [-5, 5], all uniform, drawn from Python's
     `random` alone, in this order. A task is (x float32 [samples, 1], y float32 [samples, 1]).
-
-    Args:
-        samples: points of a task, shots plus queries.
-        device: where the points live, None for the CPU.
     """
+    amplitude, phase = random.uniform(*AMPLITUDES), random.uniform(*PHASES)
+    points = [l2l.data.DataDescription(index) for index in range(samples)]
+    for point in points:
+        x = random.uniform(*INPUTS)
+        values = (x, amplitude * math.sin(x - phase))
+        point.transforms.append(functools.partial(_tensors, values, device))
+    return points
 
-    def __init__(self, samples: int, device: torch.device | str | None = None) -> None:
-        self.samples, self._device = samples, device
 
-    def __call__(self, description: Any = None) -> list[Any]:
-        amplitude, phase = random.uniform(*AMPLITUDES), random.uniform(*PHASES)
-        points = []
-        for index in range(self.samples):
-            x = random.uniform(*INPUTS)
-            point = l2l.data.DataDescription(index)
-            y = amplitude * math.sin(x - phase)
-            point.transforms.append(functools.partial(self._point, x, y))
-            points.append(point)
-        return points
-
-    def _point(self, x: float, y: float, index: int) -> tuple[Tensor, Tensor]:
-        return torch.tensor([x], device=self._device), torch.tensor([y], device=self._device)
+def _tensors(values: tuple[float, ...], device: Device, index: int) -> tuple[Tensor, ...]:
+    return tuple(torch.tensor([value], device=device) for value in values)
 
 
 def sine_tasksets(
-    train_ways: int = 1,
-    train_samples: int = 20,
-    test_ways: int = 1,
-    test_samples: int = 20,
-    root: str | None = None,
-    device: torch.device | str | None = None,
-    **kwargs: Any,
-) -> Benchmark:
+    train_ways: int = 1, train_samples: int = 20, test_ways: int = 1, test_samples: int = 20,
+    root: str | None = None, device: Device = None, **kwargs: Any,
+) -> Benchmark:  # fmt: skip
     """(datasets, transforms) of the sinusoid regression, as learn2learn's benchmarks return them.
 
     Args:
@@ -73,7 +59,7 @@ def sine_tasksets(
         train_samples, test_samples: points of a task, shots plus queries.
         root: ignored, nothing is stored.
         device: where the points live, None for the CPU.
-        kwargs: nothing else; `data_augmentation=None` is accepted as learn2learn's callers pass it.
+        kwargs: see `get_tasksets`.
 
     Raises:
         ValueError: less than one point.
@@ -91,4 +77,5 @@ def sine_tasksets(
         if number < 1:
             raise ValueError(f"expected at least 1 point in a {mode} task, got {number}: pass 20")
     datasets = tuple(l2l.data.MetaDataset(NoClasses(), labels_to_indices={}) for _ in MODES)
-    return datasets, tuple(DrawSine(number, device) for number in samples.values())
+    draws = (functools.partial(draw_sine, number, device) for number in samples.values())
+    return datasets, tuple(draws)

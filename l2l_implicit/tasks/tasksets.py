@@ -7,14 +7,14 @@ change them.
 """
 
 import difflib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import learn2learn as l2l
 
-from l2l_implicit.tasks.image_table import LabelledData
+from l2l_implicit.tasks.image_table import ImageTable
 
-Tables = Mapping[str, LabelledData]  # by mode: train, validation, test
 # Three MetaDatasets and three lists of transforms (or one callable): train, validation, test.
 Benchmark = tuple[tuple[Any, ...], tuple[Any, ...]]
 MODES = ("train", "validation", "test")
@@ -23,29 +23,26 @@ OPTIONS = ("train_ways", "train_samples", "test_ways", "test_samples", "num_task
 
 
 def build_tasksets(
-    tables: Tables,
-    train_ways: int,
-    train_samples: int,
-    test_ways: int,
-    test_samples: int,
-    also: Sequence[Callable[[Any], Any]] = (),
-) -> Benchmark:
+    tables: Mapping[str, ImageTable],
+    train_ways: int, train_samples: int, test_ways: int, test_samples: int,
+    also: Sequence[Callable[[Any, Any], Any]] = (),
+) -> Benchmark:  # fmt: skip
     """Three `MetaDataset` and three lists of task transforms (train, validation, test).
 
     Args:
         tables: a data set by mode.
-        train_ways, test_ways: classes of a task (test: also of validation tasks).
-        train_samples, test_samples: images of a class in a task, shots plus queries.
-        also: makers of further transforms, each from its `MetaDataset`.
+        train_ways, train_samples, test_ways, test_samples: see `get_tasksets`.
+        also: further transforms, called with the `MetaDataset` and the description of a task.
 
     Raises:
         ValueError: a task asks for more classes than a table has, or more images than its
             smallest class holds.
     """
-    wanted = {"train": (train_ways, train_samples, "train")}
-    wanted |= {mode: (test_ways, test_samples, "test") for mode in MODES[1:]}
     datasets, transforms = [], []
-    for mode, (ways, samples, prefix) in wanted.items():
+    for mode in MODES:
+        prefix, ways, samples = "test", test_ways, test_samples
+        if mode == "train":
+            prefix, ways, samples = "train", train_ways, train_samples
         table = tables[mode]
         check_sizes(table, mode, ways, samples, prefix)
         dataset = l2l.data.MetaDataset(table, labels_to_indices=table.labels_to_indices)
@@ -56,12 +53,12 @@ def build_tasksets(
             l2l.data.transforms.LoadData(dataset),
             l2l.data.transforms.RemapLabels(dataset),
             l2l.data.transforms.ConsecutiveLabels(dataset),
-            *(make(dataset) for make in also),
+            *(functools.partial(transform, dataset) for transform in also),
         ])
     return tuple(datasets), tuple(transforms)
 
 
-def check_sizes(table: LabelledData, mode: str, ways: int, samples: int, prefix: str) -> None:
+def check_sizes(table: ImageTable, mode: str, ways: int, samples: int, prefix: str) -> None:
     """Raises ValueError where the table cannot give `ways` classes of `samples` images."""
     available = len(table.classes)
     if not available:
@@ -91,27 +88,23 @@ def refuse_unknown(options: Mapping[str, Any], own: tuple[str, ...]) -> None:
 
     learn2learn's task sets ignore what they do not know, and with it every misspelling.
     """
+    known = OPTIONS + own
     for name, value in options.items():
         if name == "data_augmentation" and value is None:
             continue
-        known = OPTIONS + own
         near = difflib.get_close_matches(name, known, n=1) or [", ".join(known)]
         raise TypeError(
             f"expected options of this task set, got {name}={value!r}: did you mean {near[0]}?"
         )
 
 
-def nearest_name(value: object, known: tuple[str, ...]) -> str:
-    """The known name that is most like `value`, for the remedy of an error."""
-    return (difflib.get_close_matches(str(value), known, n=1, cutoff=0) or list(known))[0]
-
-
 def check_name(kind: str, value: object, known: tuple[str, ...]) -> None:
     """Raises ValueError where `value` is not one of the known names."""
     if value not in known:
+        near = difflib.get_close_matches(str(value), known, n=1, cutoff=0) or known
         raise ValueError(
             f"expected {kind} to be one of {', '.join(known)}, got {value!r}: did you mean "
-            f"{nearest_name(value, known)!r}?"
+            f"{near[0]!r}?"
         )
 
 

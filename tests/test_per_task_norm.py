@@ -9,9 +9,10 @@ from oracles import relative_error
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from l2l_implicit.batched import per_task_batch_norm
-from l2l_implicit.batched.drop_block import drop_blocks, keep_mask
 from l2l_implicit.chunked import Chunked
+from l2l_implicit.per_task_norm import _drop_blocks as drop_blocks
+from l2l_implicit.per_task_norm import _keep_mask as keep_mask
+from l2l_implicit.per_task_norm import per_task_batch_norm
 
 from learn2learn.vision.models import CNN4Backbone, ResNet12Backbone  # isort: skip  (after ours)
 from learn2learn.vision.models.cnn4 import OmniglotFC  # isort: skip

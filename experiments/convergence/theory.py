@@ -54,7 +54,7 @@ class ProblemConstants:
         Yang et al. (2025), Assumptions 1 to 3.
 
     Example:
-        >>> from l2l_implicit.theory import ProblemConstants
+        >>> from experiments.convergence.theory import ProblemConstants
         >>> ProblemConstants(mu=0.5, l_g=10.0, l_f=1.0, l_f0=1.0).kappa
         20.0
     """
@@ -101,7 +101,7 @@ def inner_lr(constants: ProblemConstants, every_task: bool = True) -> float:
         Yang et al. (2025), eqs. (23) to (27).
 
     Example:
-        >>> from l2l_implicit.theory import ProblemConstants, inner_lr
+        >>> from experiments.convergence.theory import ProblemConstants, inner_lr
         >>> constants = ProblemConstants(mu=1.0, l_g=10.0, l_f=1.0, l_f0=1.0)
         >>> inner_lr(constants), round(inner_lr(constants, every_task=False), 5)
         (0.1, 0.00333)
@@ -125,7 +125,7 @@ def least_inner_steps(constants: ProblemConstants, lr: float | None = None) -> i
         Yang et al. (2025), eqs. (71) and (72).
 
     Example:
-        >>> from l2l_implicit.theory import ProblemConstants, least_inner_steps
+        >>> from experiments.convergence.theory import ProblemConstants, least_inner_steps
         >>> least_inner_steps(ProblemConstants(mu=1.0, l_g=10.0, l_f=1.0, l_f0=1.0))
         18
     """
@@ -150,7 +150,7 @@ def least_linear_steps(constants: ProblemConstants, unknowns: int | None = None)
         Yang et al. (2025), eqs. (69) and (70); Lemma 5.
 
     Example:
-        >>> from l2l_implicit.theory import ProblemConstants, least_linear_steps
+        >>> from experiments.convergence.theory import ProblemConstants, least_linear_steps
         >>> least_linear_steps(ProblemConstants(mu=1.0, l_g=10.0, l_f=1.0, l_f0=1.0))
         8
     """
@@ -176,7 +176,7 @@ def cg_contraction(kappa: float, steps: int, unknowns: int | None = None) -> flo
         Shewchuk (1994), eq. (52); Yang et al. (2025), Lemma 2 and eq. (81).
 
     Example:
-        >>> from l2l_implicit.theory import cg_contraction
+        >>> from experiments.convergence.theory import cg_contraction
         >>> [round(cg_contraction(10.0, steps), 4) for steps in (1, 5, 10)]
         [10.0, 0.0573, 0.0001]
         >>> cg_contraction(10.0, 5, unknowns=5)
@@ -202,7 +202,7 @@ def hypergradient_lipschitz(constants: ProblemConstants) -> float:
         Ghadimi and Wang (2018), Lemma 2.2; Yang et al. (2025), Lemma 1.
 
     Example:
-        >>> from l2l_implicit.theory import ProblemConstants, hypergradient_lipschitz
+        >>> from experiments.convergence.theory import ProblemConstants, hypergradient_lipschitz
         >>> hypergradient_lipschitz(ProblemConstants(mu=1.0, l_g=10.0, l_f=1.0, l_f0=1.0))
         121.0
     """

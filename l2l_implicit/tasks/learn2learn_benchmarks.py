@@ -1,0 +1,218 @@
+"""Learn2learn's five benchmarks as task sets, with the defects of its version 0.2.0 routed round.
+
+The images come from learn2learn's and torchvision's own classes, and the task transforms are
+learn2learn's. Its benchmark functions are not used: without an option they leave mini-ImageNet at
+0 to 255, keep every image as float32, and write lists of labels into the root that outlive the
+data they list. See `docs/tasks.md` for what each file is and where it belongs.
+"""
+
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from learn2learn.vision.datasets import CIFARFS, FC100, MiniImagenet, TieredImagenet
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+
+from l2l_implicit.tasks import omniglot
+from l2l_implicit.tasks.image_table import Device, ImageTable
+from l2l_implicit.tasks.provide import Needed, damage_explained, provide, removed_if_interrupted
+from l2l_implicit.tasks.tasksets import MODES, Benchmark, build_tasksets, refuse_unknown
+
+ZENODO = "https://zenodo.org/record/7978538/files"
+SHORT = {"train": "train", "validation": "val", "test": "test"}
+MINI = {mode: f"mini-imagenet-cache-{mode}.pkl" for mode in SHORT}
+TIERED = [f"{short}_{kind}.pkl" for short in SHORT.values() for kind in ("images_png", "labels")]
+NEEDED: dict[str, list[Needed]] = {
+    "cifarfs": [Needed("cifarfs/cifar100", f"{ZENODO}/cifar100.zip", "cifar100.zip", "cifarfs")],
+    "fc100": [
+        Needed(f"FC100_{short}.pickle", f"{ZENODO}/fc100.zip", "fc100.zip")
+        for short in SHORT.values()
+    ],
+    "mini_imagenet": [Needed(name, f"{ZENODO}/{name}") for name in MINI.values()],
+    "tiered_imagenet": [
+        Needed(f"tiered-imagenet/{name}", f"{ZENODO}/tiered-imagenet-{name}") for name in TIERED
+    ],
+    "omniglot": list(omniglot.NEEDED),
+}
+AUGMENTED = ("mini_imagenet", "tiered_imagenet")
+# Classes and images of each mode where the data is complete.
+COMPLETE = {
+    "cifarfs": ((64, 38400), (16, 9600), (20, 12000)),
+    "fc100": ((60, 36000), (20, 12000), (20, 12000)),
+    "mini_imagenet": ((64, 38400), (16, 9600), (20, 12000)),
+    "tiered_imagenet": ((351, 448695), (97, 124261), (160, 206209)),
+    "omniglot": ((1100, 22000), (100, 2000), (423, 8460)),
+}
+
+
+class WholeCifarfs(CIFARFS):
+    """learn2learn's, whose copy of the images by mode appears only once all of it is there.
+
+    It copies when it first reads; the original takes half a copy for the whole ever after.
+    """
+
+    def _process_zip(self) -> None:
+        final = Path(self.processed_root)
+        self.processed_root: str = f"{final}.{os.getpid()}"
+        try:
+            super()._process_zip()
+            with suppress(OSError):  # another process was quicker; if not, reading fails next
+                os.replace(self.processed_root, final)
+        finally:
+            shutil.rmtree(self.processed_root, ignore_errors=True)
+            self.processed_root = str(final)
+
+
+def cifarfs(root: Path, mode: str, device: Device) -> ImageTable:
+    """100 classes of CIFAR-100, 600 images of 32 pixels each (Bertinetto et al. 2019)."""
+    short, needed = SHORT[mode], NEEDED["cifarfs"]
+    copied = needed[0]._replace(path=f"cifarfs/processed/{short}")
+    if not (root / copied.path).is_dir():
+        leaves = ("cifarfs", "cifarfs/processed", "cifarfs.zip")
+        provide("cifarfs", root, needed, partial(CIFARFS, str(root), mode, download=True), leaves)
+    with damage_explained("cifarfs", root, [copied]):
+        data = WholeCifarfs(str(root), mode, transform=_pixels)
+        listed = root / "cifarfs/cifar100/splits/bertinetto" / f"{short}.txt"
+        # An interrupted copy leaves classes out, and would never be noticed.
+        if listed.is_file() and sorted(listed.read_text().split()) != sorted(data.classes):
+            raise ValueError(f"{len(data.classes)} classes where {listed} lists others")
+    return ImageTable(data, data.targets, data.classes, device=device)
+
+
+def fc100(root: Path, mode: str, device: Device) -> ImageTable:
+    """100 classes of CIFAR-100 split by superclass, 600 images of 32 pixels each (TADAM 2018)."""
+    needed = NEEDED["fc100"]
+    leaves = (*(item.path for item in needed), "fc100.zip")
+    provide("fc100", root, needed, partial(FC100, str(root), mode, download=True), leaves)
+    with damage_explained("fc100", root, [item for item in needed if SHORT[mode] in item.path]):
+        data = FC100(str(root), mode)
+        images, (labels, names) = _channels_first(data.images), _consecutive(data.labels)
+    return ImageTable(images, labels, names, device=device)
+
+
+def mini_imagenet(root: Path, mode: str, device: Device) -> ImageTable:
+    """100 classes of ImageNet, 600 images of 84 pixels each (split of Ravi & Larochelle 2017)."""
+    needed = NEEDED["mini_imagenet"]
+
+    def download() -> None:  # file by file: what is complete stays when the next one fails
+        for each, name in MINI.items():
+            if not (root / name).exists():
+                with removed_if_interrupted([root / name]):
+                    MiniImagenet(str(root), each, download=True)
+
+    provide("mini_imagenet", root, needed, download)
+    with damage_explained("mini_imagenet", root, [item for item in needed if mode in item.path]):
+        data = MiniImagenet(str(root), mode)
+        # data.x holds the same images as float32, four times the memory: not kept.
+        images, labels = _channels_first(data.data["image_data"]), data.y.astype(int).tolist()
+    return ImageTable(images, labels, list(data.class_idx), device=device)
+
+
+def tiered_imagenet(root: Path, mode: str, device: Device) -> ImageTable:
+    """608 classes of ImageNet split by category, 779,165 images of 84 pixels (Ren et al. 2018)."""
+    needed = NEEDED["tiered_imagenet"]
+    leaves = ("tiered-imagenet", *(item.path for item in needed), "tiered_imagenet.tar")
+    download = partial(TieredImagenet, str(root), mode, download=True)
+    provide("tiered_imagenet", root, needed, download, leaves)
+    with damage_explained("tiered_imagenet", root, needed):
+        data = TieredImagenet(str(root), mode, transform=_pixels)
+        labels, names = _consecutive(data.labels)
+    # Not kept decoded: the encoded images are in memory already, 12 GB of them.
+    return ImageTable(data, labels, names, device=device, keep=False)
+
+
+LOADERS = {
+    "cifarfs": cifarfs,
+    "fc100": fc100,
+    "mini_imagenet": mini_imagenet,
+    "tiered_imagenet": tiered_imagenet,
+}
+
+
+def learn2learn_tasksets(
+    name: str,
+    train_ways: int = 5, train_samples: int = 10, test_ways: int = 5, test_samples: int = 10,
+    root: str | Path | None = "~/data", device: Device = None, split_seed: int | None = None,
+    data_augmentation: str | None = None, **kwargs: Any,
+) -> Benchmark:  # fmt: skip
+    """(datasets, transforms) of one of learn2learn's benchmarks; images are in [0, 1].
+
+    Args:
+        name: "cifarfs", "fc100", "mini_imagenet", "tiered_imagenet" or "omniglot".
+        train_ways, train_samples, test_ways, test_samples, kwargs: see `get_tasksets`.
+        root: where the data lies; what is missing is downloaded there. None means "~/data".
+        device: where the images live, all of them decoded; None decodes when a task asks.
+        split_seed: omniglot: of the split of its characters, None means 0.
+        data_augmentation: mini_imagenet, tiered_imagenet: "normalize" (divide by 255) or None,
+            which means the same; learn2learn's "lee2019" is refused.
+
+    Raises:
+        FileNotFoundError: data that is missing and cannot be downloaded.
+        ValueError: damaged data, more ways or samples than there are, "lee2019".
+        TypeError: an option that this benchmark does not have.
+    """
+    own: tuple[str, ...] = ()
+    if name in AUGMENTED:
+        own = ("data_augmentation",)
+        if data_augmentation == "lee2019":
+            raise ValueError(
+                "expected data_augmentation 'normalize', got 'lee2019', which learn2learn 0.2.0 "
+                "has wrong (training images overflow 8 bit, test images are not divided by 255): "
+                "leave it out"
+            )
+        if data_augmentation not in (None, "normalize"):
+            raise ValueError(
+                f"expected data_augmentation 'normalize', got {data_augmentation!r}: leave it out "
+                "for the same"
+            )
+    elif data_augmentation is not None:
+        kwargs["data_augmentation"] = data_augmentation
+    if name == "omniglot":
+        own = ("split_seed",)
+    elif split_seed is not None:
+        kwargs["split_seed"] = split_seed
+    refuse_unknown(kwargs, own)
+    folder = Path(root or "~/data").expanduser()
+    if name == "omniglot":
+        tables = omniglot.omniglot_tables(folder, split_seed or 0, device)
+    else:
+        tables = {mode: LOADERS[name](folder, mode, device) for mode in MODES}
+    found = tuple((len(tables[mode].classes), len(tables[mode])) for mode in MODES)
+    if found != COMPLETE[name]:
+        warnings.warn(
+            f"{name}: expected {COMPLETE[name]} (classes, images) for training, validation and "
+            f"test, found {found}: results do not compare with those on the whole data set",
+            stacklevel=2,
+        )
+    also = (omniglot.rotate_classes,) if name == "omniglot" else ()
+    return build_tasksets(tables, train_ways, train_samples, test_ways, test_samples, also)
+
+
+LEARN2LEARN: dict[str, Callable[..., Benchmark]] = {
+    name: partial(learn2learn_tasksets, name) for name in COMPLETE
+}
+"""Repaired benchmarks by our names."""
+
+
+def _consecutive(labels: Iterable[Any]) -> tuple[list[int], list[str]]:
+    """Labels 0, 1, ... in the order in which they first come, and what they were."""
+    values = [int(label) for label in labels]
+    position = {label: index for index, label in enumerate(dict.fromkeys(values))}
+    return [position[label] for label in values], [str(label) for label in position]
+
+
+def _channels_first(images: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.asarray(images)).permute(0, 3, 1, 2)
+
+
+def _pixels(picture: Image.Image) -> Tensor:
+    return pil_to_tensor(picture.convert("RGB"))

@@ -1,0 +1,287 @@
+"""What a learner makes of a linear head's loss: the minimum at once, or steps in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import relative_error
+from test_recognition import CLASSES, EXACT, FUNCTIONS, WIDTH, M, Y
+from torch import Tensor, nn
+
+from l2l_implicit import CG, LBFGS, GradientDescent, ImplicitCGHead
+from l2l_implicit.inner_problem.losses import OutputLoss
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+DESCENT = {
+    "gradient": {"inner": GradientDescent(), "linear": CG(steps=200, tol=1e-13)},
+    "adaptive": {"inner": GradientDescent(adaptive=True), "linear": CG(steps=200, tol=1e-13)},
+    "newton": EXACT,
+    "lbfgs": {"inner": LBFGS(tol=1e-14), "linear": CG(steps=200, tol=1e-13)},
+}
+# Newton and L-BFGS take other steps in closed form: these two meet at the minimum only.
+RUNS = [*product(("gradient", "adaptive"), (1, 2, 30)), ("lbfgs", 80), ("newton", 30)]
+
+
+def learn(
+    loss: Callable[..., Tensor], width: int, steps: int, bias: bool, anchor: str, how: str,
+    settings: dict[str, Any],
+) -> list[Tensor]:  # fmt: skip
+    """Phi, the features' gradient, l2's and the initial weight's."""
+    torch.manual_seed(1)
+    features = torch.randn(2 * M, width).relu_().requires_grad_()
+    l2 = torch.tensor(0.2, requires_grad=True)
+    head = ImplicitCGHead(
+        nn.Linear(width, CLASSES, bias=bias), 0.3, l2=l2, anchor=anchor, **settings
+    )
+    learner, h = head.clone(), features * 1.0
+    support, query = h[:M], h[M:]
+    if how == "closure":
+        learner.adapt(lambda: loss(learner(support), Y), steps=steps)
+    else:
+        for _ in range(steps):
+            learner.adapt(loss(learner(support), Y))
+    F.cross_entropy(learner(query), Y).backward()
+    phi = torch.cat([p.detach().reshape(-1) for p in learner.parameters()])
+    return [phi, features.grad, l2.grad, head.module.weight.grad]  # type: ignore[list-item]
+
+
+@pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
+@pytest.mark.parametrize("anchor", ["zero", "init"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("width", [30, 5], ids=["few samples", "many samples"])
+@pytest.mark.parametrize(("name", "steps"), RUNS)
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_the_steps_are_those_of_the_general_path(
+    kind: type[OutputLoss], name: str, steps: int, width: int, bias: bool, anchor: str
+) -> None:
+    def unrecognized(outputs: Tensor, labels: Tensor) -> Tensor:
+        return FUNCTIONS[kind](outputs, labels) * 1.0  # the graph does not end in a known loss
+
+    arguments = width, steps, bias, anchor, "closure", DESCENT[name]
+    found, expected = learn(FUNCTIONS[kind], *arguments), learn(unrecognized, *arguments)
+    for value, other in zip(found, expected, strict=True):
+        assert float((value - other).norm()) <= 1e-8 * float(other.norm()) + 1e-12
+
+
+@pytest.mark.parametrize("anchor", ["zero", "init"])
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_one_newton_call_is_the_minimum_by_loss_and_by_closure(
+    kind: type[OutputLoss], anchor: str
+) -> None:
+    general = learn(
+        lambda z, y: FUNCTIONS[kind](z, y) * 1.0, 30, 40, True, anchor, "closure", EXACT
+    )
+    for how, steps in (("loss", 1), ("loss", 5), ("closure", 1), ("closure", 20)):
+        found = learn(FUNCTIONS[kind], 30, steps, True, anchor, how, {})
+        for value, other in zip(found, general, strict=True):
+            assert float((value - other).norm()) <= 1e-8 * float(other.norm()) + 1e-12
+
+
+def solved() -> tuple[ImplicitCGHead, Tensor]:
+    """A learner whose head Newton has solved, and its features."""
+    h = torch.randn(M, WIDTH, requires_grad=True) * 1.0
+    learner = ImplicitCGHead(nn.Linear(WIDTH, CLASSES), 0.1, anchor="init").clone()
+    learner.adapt(F.cross_entropy(learner(h), Y))
+    return learner, h
+
+
+def test_further_calls_with_the_same_data_change_nothing() -> None:
+    learner, h = solved()
+    before, at = [*learner.module.parameters()], learner._task.linearization()
+    for _ in range(4):
+        learner.adapt(F.cross_entropy(learner(h), Y))
+    assert all(a is b for a, b in zip(before, learner.module.parameters(), strict=True))
+    assert learner._task.linearization() is at
+
+
+def moved_weights(learner: ImplicitCGHead, h: Tensor) -> tuple[Tensor, Tensor]:
+    learner.module.weight = nn.Parameter(2.0 * learner.module.weight.detach())
+    return h, Y
+
+
+def moved_anchor(learner: ImplicitCGHead, h: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        learner._task.initial[0].add_(1.0)
+    return h, Y
+
+
+def other_l2(learner: ImplicitCGHead, h: Tensor) -> tuple[Tensor, Tensor]:
+    learner.l2 = 0.7
+    return h, Y
+
+
+def other_anchor(learner: ImplicitCGHead, h: Tensor) -> tuple[Tensor, Tensor]:
+    learner.anchor = "zero"
+    return h, Y
+
+
+CHANGES: dict[str, Callable[[ImplicitCGHead, Tensor], tuple[Tensor, Tensor]]] = {
+    "weights": moved_weights,
+    "l2": other_l2,
+    "anchor's values": moved_anchor,
+    "anchor": other_anchor,
+    "targets": lambda learner, h: (h, Y.roll(1)),
+    "features": lambda learner, h: (h + 1.0, Y),
+    "history": lambda learner, h: (h.detach().requires_grad_() * 1.0, Y),
+    "no history": lambda learner, h: (h.detach(), Y),
+    "fewer samples": lambda learner, h: (h[:-1], Y[:-1]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_has_changed_is_solved_anew(change: str) -> None:
+    learner, h = solved()
+    h, y = CHANGES[change](learner, h)
+    learner.adapt(F.cross_entropy(learner(h), y))
+    at = learner._task.linearization()
+    assert at is not None and float(at.gradient_norm) < 1e-9
+    phi = torch.cat([p.detach().reshape(-1) for p in learner.module.parameters()])
+    assert torch.equal(at.point[0], phi)
+    fresh = [p.detach().clone().requires_grad_() for p in learner.module.parameters()]
+    initial = learner._task.initial if learner.anchor == "init" else [0.0, 0.0]
+    loss = F.cross_entropy(F.linear(h.detach(), *fresh), y)
+    squares = sum((p - a).square().sum() for p, a in zip(fresh, initial, strict=True))
+    slopes = torch.autograd.grad(loss + 0.5 * float(learner.l2) * squares, fresh)
+    assert all(float(slope.norm()) < 1e-9 for slope in slopes)
+    assert len(at.sources()) == (change != "no history") + 2 * (learner.anchor == "init")
+    if h.requires_grad:
+        assert at.sources()[0] is h
+
+
+@pytest.mark.parametrize("how", ["loss", "closure"])
+def test_features_overwritten_before_adapt_are_refused(how: str) -> None:
+    h = torch.randn(M, WIDTH, requires_grad=True) * 1.0
+    learner = ImplicitCGHead(nn.Linear(WIDTH, CLASSES), 0.1).clone()
+
+    def support() -> Tensor:
+        loss = F.cross_entropy(learner(h), Y)
+        with torch.no_grad():
+            h.add_(1.0)
+        return loss
+
+    with pytest.raises(RuntimeError, match="changed in place"):
+        if how == "loss":
+            learner.adapt(support())
+        else:
+            learner.adapt(support)
+
+
+@pytest.mark.parametrize("data", ["features", "targets"])
+def test_data_overwritten_after_adapt_are_those_of_adapt(data: str) -> None:
+    """The learner holds copies: what is written to the originals later is of no matter."""
+    gradients = []
+    for overwritten in (False, True):
+        torch.manual_seed(5)
+        leaf, y = torch.randn(M, WIDTH), Y.clone()
+        x = torch.tanh(leaf.requires_grad_()).detach().requires_grad_()
+        learner = ImplicitCGHead(nn.Linear(WIDTH, CLASSES), 0.1).clone()
+        learner.adapt(F.cross_entropy(learner(x), y))
+        if overwritten and data == "features":
+            x.data.add_(1.0)
+        elif overwritten:
+            y.copy_(y.roll(1))
+        learner(torch.ones(2, WIDTH)).square().sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize("how", ["loss", "closure"])
+def test_data_changed_without_a_trace_are_refused_on_the_general_path(how: str) -> None:
+    """There the graph is evaluated again in the backward pass, with what it finds."""
+    x = torch.randn(M, WIDTH)
+    learner = ImplicitCGHead(nn.Linear(WIDTH, CLASSES), 0.1, l2=torch.tensor(0.1).requires_grad_())
+    learner = learner.clone()
+
+    def support() -> Tensor:
+        return (learner(x).square() * x[:, :CLASSES].exp()).mean()
+
+    learner.adapt(support() if how == "loss" else support)
+    loss = learner(torch.ones(2, WIDTH)).square().sum()
+    x.data.mul_(2.0)
+    with pytest.raises(RuntimeError, match="another gradient when its graph was evaluated again"):
+        loss.backward()
+
+
+# Closures
+
+
+@pytest.mark.parametrize("name", ["gradient", "newton"])
+def test_a_closure_that_returns_the_same_loss_is_called_twice(name: str) -> None:
+    calls, h = 0, torch.randn(M, WIDTH)
+    learner = ImplicitCGHead(nn.Linear(WIDTH, CLASSES), 0.1, **DESCENT[name]).clone()
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        return F.cross_entropy(learner(h), Y)
+
+    learner.adapt(closure, steps=20)
+    assert calls == 2
+
+
+def test_a_closure_that_makes_its_features_anew_is_solved_all_the_same() -> None:
+    """The features are equal, their history is another one at each call: the last one counts."""
+    backbone, images = nn.Linear(5, WIDTH), torch.randn(M, 5)
+    found = []
+    for anew in (False, True):
+        backbone.zero_grad()
+        learner = ImplicitCGHead(nn.Linear(WIDTH, CLASSES), 0.1, l2=1e-3).clone()
+        torch.nn.init.ones_(learner._task.initial[0])
+        h = torch.tanh(backbone(images))
+        learner.adapt(
+            lambda n=learner, h=h, anew=anew: F.cross_entropy(
+                n(torch.tanh(backbone(images)) if anew else h), Y
+            )
+        )
+        learner(h).square().sum().backward()
+        assert learner.diagnostics.unsolved == 0
+        found.append(backbone.weight.grad.clone())
+    assert relative_error(found[1:], found[:1]) < 1e-9
+
+
+@pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
+@pytest.mark.parametrize("changes", ["features", "labels"])
+@pytest.mark.parametrize("name", ["gradient", "adaptive"])
+def test_a_closure_that_draws_anew_is_asked_at_every_step(changes: str, name: str) -> None:
+    """As a minibatch or dropout does: the steps are those of the losses in their order."""
+    torch.manual_seed(3)
+    batches, labels = torch.randn(8, M, WIDTH), torch.randint(CLASSES, (8, M))
+    if changes == "features":
+        labels = labels[:1].expand(8, -1)
+    else:
+        batches = batches[:1].expand(8, -1, -1)
+    module, results = nn.Linear(WIDTH, CLASSES), []
+    for factor in (None, 1.0):  # a product hides the closed form
+        learner = ImplicitCGHead(module, 0.3, l2=0.2, **DESCENT[name]).clone()
+        drawn = iter([6, 7, 0, 1, 2, 3] if factor is None else [0, 1, 2, 3])
+
+        def closure(learner=learner, drawn=drawn, factor=factor) -> Tensor:  # type: ignore[no-untyped-def]
+            i = next(drawn)
+            value = F.cross_entropy(learner(batches[i]), labels[i])
+            return value if factor is None else value * factor
+
+        with torch.no_grad():  # no comparison of derivatives, which asks for more
+            learner.adapt(closure, steps=4)
+        results.append(torch.cat([p.detach().reshape(-1) for p in learner.parameters()]))
+        assert learner._task.steps == 4
+    assert torch.allclose(results[0], results[1], atol=1e-12)
+
+
+def test_a_second_adapt_goes_on_from_the_first() -> None:
+    torch.manual_seed(4)
+    module, h = nn.Linear(WIDTH, CLASSES), torch.randn(M, WIDTH)
+    ends = []
+    for pieces in ((6,), (2, 4), (1, 1, 4)):
+        learner = ImplicitCGHead(module, 0.3, l2=0.2, inner=GradientDescent()).clone()
+        for steps in pieces:
+            learner.adapt(lambda n=learner: F.cross_entropy(n(h), Y), steps=steps)
+        ends.append(torch.cat([p.detach().reshape(-1) for p in learner.parameters()]))
+        assert learner._task.steps == 6
+    assert torch.allclose(ends[0], ends[1], atol=1e-12)
+    assert torch.allclose(ends[0], ends[2], atol=1e-12)

@@ -1,0 +1,344 @@
+"""Linear heads in closed form against autograd and dense matrices, for one task and for three."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from head_cases import CLASSES, TORCH, WIDTH, Case, M, case, dense_minimum, targets_of
+from oracles import relative_error
+from torch import Tensor, nn
+from torch.func import grad, hessian, jacrev
+
+from l2l_implicit import GradientDescent, ImplicitCGHead, LinearSolution, Newton
+from l2l_implicit.inner_problem.linear_heads import MOST_SAMPLES, LinearHeads, goal_of
+from l2l_implicit.inner_problem.losses import CrossEntropy, OutputLoss, SquaredError
+from l2l_implicit.linear_solvers.solution import FACTORED, NON_FINITE, ZERO
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+ROUNDING, SOLVED = 1e-13, 1e-10
+KINDS: list[type[OutputLoss]] = [CrossEntropy, SquaredError]
+each = pytest.mark.parametrize(("tasks", "kind"), [(t, kind) for t in (1, 3) for kind in KINDS])
+
+
+# The losses.
+
+
+@each
+@pytest.mark.parametrize("scale", [1.0, 1 / M])
+def test_value_gradient_and_curvature_of_the_loss(
+    tasks: int, kind: type[OutputLoss], scale: float
+) -> None:
+    z, u = torch.randn(2, tasks, M, CLASSES)
+    y = targets_of(kind, tasks)
+    loss = kind(z, y, scale)
+    for t in range(tasks):
+
+        def by_torch(outputs: Tensor, t: int = t) -> Tensor:
+            return scale * TORCH[kind](outputs, y[t])
+
+        assert float(loss.value[t]) == pytest.approx(float(by_torch(z[t])), rel=ROUNDING)
+        assert relative_error([loss.gradient[t]], [grad(by_torch)(z[t])]) < ROUNDING
+        dense = torch.tensordot(hessian(by_torch)(z[t]), u[t], dims=2)
+        assert relative_error([loss.curve(u)[t]], [dense]) < ROUNDING
+    several = loss.moved(torch.stack([z, u]))  # a line search's trials in one call
+    assert relative_error([several.value], [torch.stack([loss.value, loss.moved(u).value])]) < 1e-15
+
+
+def dense_inverse(loss: OutputLoss, kernel: Tensor, t: int) -> Tensor:
+    """``S (I + K S)^-1``, which is ``(S^-1 + K)^-1`` where S has an inverse."""
+    m, k = loss.outputs.shape[1:]
+
+    def by_torch(z: Tensor) -> Tensor:
+        return loss.scale * TORCH[type(loss)](z.view(m, k), loss.targets[t])
+
+    s = hessian(by_torch)(loss.outputs[t].reshape(-1))
+    big = torch.kron(kernel[t], torch.eye(k))
+    return s @ torch.linalg.inv(torch.eye(m * k) + big @ s)
+
+
+@each
+@pytest.mark.parametrize("spread", [1.0, 12.0], ids=["moderate", "nearly one-hot"])
+@pytest.mark.parametrize("rank", [2, M], ids=["singular kernel", "regular kernel"])
+def test_the_inverse_is_that_of_the_dense_matrix(
+    tasks: int, kind: type[OutputLoss], spread: float, rank: int
+) -> None:
+    """Also where S is singular, as the softmax's always is."""
+    x = torch.randn(tasks, M, rank)
+    kernel, y = 5.0 * x @ x.mT, targets_of(kind, tasks)
+    loss = kind(spread * torch.randn(tasks, M, CLASSES), y, 1 / M)
+    right = torch.randn(tasks, M, CLASSES)
+    got = loss.inverse(kernel)(right)
+    for t in range(tasks):
+        expected = dense_inverse(loss, kernel, t) @ right[t].reshape(-1)
+        assert relative_error([got[t].reshape(-1)], [expected]) < 1e-10
+
+
+@each
+def test_the_hessian_stays_within_the_movement(tasks: int, kind: type[OutputLoss]) -> None:
+    z, y = torch.randn(tasks, M, CLASSES), targets_of(kind, tasks)
+    change = 0.3 * torch.randn(tasks, M, CLASSES)
+    loss = kind(z, y, 1.0)
+    omega, there = loss.movement(change), loss.moved(z + change)
+    longest = change.norm(dim=-1).amax(-1)
+    assert bool((omega <= loss.movement_of(longest) * (1 + 1e-12)).all())
+    for _ in range(20):
+        u = torch.randn(tasks, M, CLASSES)
+        ratio = (u * there.curve(u)).sum((1, 2)) / (u * loss.curve(u)).sum((1, 2))
+        assert bool((ratio.log().abs() <= omega).all())
+    if kind is SquaredError:  # there it is the gradient that moves, by so much of its size
+        moved = (there.gradient - loss.gradient).norm(dim=-1).amax(-1)
+        sizes = loss.gradient.norm(dim=-1).amax(-1)
+        assert torch.allclose(moved / sizes, omega)
+
+
+# The linearization.
+
+
+@each
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("anchored", [True, False])
+def test_derivatives_are_autograds(
+    tasks: int, kind: type[OutputLoss], bias: bool, anchored: bool
+) -> None:
+    found = case(kind, tasks, bias=bias, anchored=anchored)
+    at, v = found.heads, torch.randn_like(found.heads.point)
+    values = found.per_task(lambda t: found.objective(t)(*found.arguments(t)))
+    assert relative_error([at.objective], [values]) < ROUNDING
+    assert relative_error([at.gradient], [found.gradients()]) < ROUNDING
+    assert torch.allclose(at.gradient_norm, at.gradient.norm(dim=1))
+    dense = torch.bmm(found.hessians(), v.unsqueeze(2)).squeeze(2)
+    assert relative_error([at.hvp(v)], [dense]) < ROUNDING
+
+    elsewhere = torch.randn_like(at.point)
+    objective, gradient = at.evaluate(elsewhere)
+    assert torch.equal(objective, at.moved(elsewhere).objective)
+    assert torch.equal(gradient, at.moved(elsewhere).gradient)
+    assert relative_error([at.task(tasks - 1).hvp(v[-1:])], [at.hvp(v)[-1:]]) < ROUNDING
+
+
+@each
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("anchored", [True, False])
+@pytest.mark.parametrize("carried", [True, False], ids=["outputs known", "outputs from v"])
+def test_mixed_products_are_autograds(
+    tasks: int, kind: type[OutputLoss], bias: bool, anchored: bool, carried: bool
+) -> None:
+    """One for the features, task by task; the sums for l2 and the anchor, which tasks share."""
+    found = case(kind, tasks, bias=bias, anchored=anchored)
+    at, v = found.heads, torch.randn_like(found.heads.point)
+    answer = answer_of(at, v, carried)
+    x, *shared = at.mixed_vjp(answer)
+    assert at.sources()[0] is at.problem.source
+    assert len(at.sources()) == 1 + len(shared) == 2 + anchored * (1 + bias)
+
+    def mixed(argument: int) -> list[Tensor]:
+        jacobians = (
+            jacrev(grad(found.objective(t)), argnums=argument)(*found.arguments(t))
+            for t in range(tasks)
+        )
+        return [torch.tensordot(v[t], j, dims=1) for t, j in enumerate(jacobians)]
+
+    assert relative_error([x], [torch.stack(mixed(1))]) < ROUNDING
+    assert relative_error([shared[0]], [torch.stack(mixed(3)).sum()]) < 1e-12
+    if anchored:
+        flat = torch.cat([piece.reshape(-1) for piece in shared[1:]])
+        assert relative_error([flat], [torch.stack(mixed(2)).sum(0)]) < ROUNDING
+
+
+def answer_of(at: LinearHeads, v: Tensor, carried: bool) -> LinearSolution:
+    outputs = at.loss.curve(at.problem.outputs(v)) if carried else None
+    zeros = torch.zeros(len(v))
+    return LinearSolution(v, zeros.long(), zeros, [""] * len(v), outputs)
+
+
+# The minimum.
+
+
+@each
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("anchored", [True, False])
+def test_minimum_is_the_dense_one(
+    tasks: int, kind: type[OutputLoss], bias: bool, anchored: bool
+) -> None:
+    found = case(kind, tasks, bias=bias, anchored=anchored, l2=0.05)
+    there = found.heads.minimum()
+    assert there.solved and there.steps is not None and there.steps.shape == (tasks,)
+    assert bool((there.steps < 15).all())
+    assert relative_error([there.point], [dense_minimum(found)]) < 1e-12
+    elsewhere = found.heads.moved(100.0 * torch.randn_like(there.point)).minimum()
+    assert torch.equal(elsewhere.point, there.point)  # where it starts is of no matter
+
+
+HOSTILE: dict[str, Callable[[Tensor], Tensor]] = {
+    "small": lambda x: 1e-3 * x,
+    "large": lambda x: 100.0 * x,
+    "one huge constant": lambda x: torch.cat([x, torch.full_like(x[..., :1], 255.0)], -1),
+    "duplicated features": lambda x: torch.cat([x, x, x], -1),
+    "duplicated samples": lambda x: x[:, [0, 0, 0, 1, 1, 2, 3]],
+    "zero": lambda x: 0.0 * x,
+    "one zero sample": lambda x: x * (torch.arange(M) > 0).unsqueeze(1),
+    "scales far apart": lambda x: x * torch.logspace(-3, 2, WIDTH),
+    "wide": lambda x: torch.randn(len(x), M, 60),
+}
+
+
+@each
+@pytest.mark.parametrize("data", HOSTILE)
+@pytest.mark.parametrize("l2", [1.0, 1e-3])
+def test_minimum_of_hostile_data(tasks: int, kind: type[OutputLoss], data: str, l2: float) -> None:
+    x = HOSTILE[data](torch.randn(tasks, M, WIDTH))
+    found = case(kind, tasks, anchored=False, l2=l2, x=x)
+    assert_minimum(found.at(found.heads.minimum()))
+
+
+def assert_minimum(there: Case) -> None:
+    """A dense Newton step moves it by what rounding makes of a system of that condition."""
+    left = torch.linalg.solve(there.hessians(), there.gradients().unsqueeze(2)).squeeze(2)
+    condition = 1.0 + torch.linalg.matrix_norm(there.heads.problem.gram(), 2) / there.l2.detach()
+    size = there.heads.point.norm(dim=1)
+    assert bool((left.norm(dim=1) <= 1e-12 * size + 1e-15 * condition * size + 1e-30).all())
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_minimum_where_long_steps_fail(tasks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From an anchor whose outputs are saturated a whole Newton step overshoots by far."""
+    found = case(CrossEntropy, tasks, x=30.0 * torch.randn(tasks, M, WIDTH), l2=1e-2)
+    assert_minimum(found.at(found.heads.minimum()))
+    monkeypatch.setattr(LinearHeads, "_shortened", lambda self, loss, a, base, *step: step[:2])
+    with pytest.raises((AssertionError, RuntimeError)):
+        assert_minimum(found.at(found.heads.minimum()))
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_minimum_where_all_samples_are_of_one_class(tasks: int) -> None:
+    found = case(CrossEntropy, tasks, anchored=False, l2=1e-4)
+    targets = torch.zeros(tasks, M, CLASSES)
+    targets[..., 1] = 1.0
+    heads = found.heads
+    problem = heads.problem._replace(loss=CrossEntropy(targets, targets, 1 / M))
+    assert_minimum(found.at(LinearHeads(problem, heads.point).minimum()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_single_precision_asks_for_its_own_digits_only(kind: type[OutputLoss]) -> None:
+    """Float32's goal saves a step, not the digits that a float32 head can show."""
+    x = torch.randn(2, M, WIDTH)
+    found = case(kind, 2, x=x, goal=goal_of(torch.float32), l2=0.01)
+    there = found.heads.minimum()
+    assert relative_error([there.point], [dense_minimum(found)]) < 1e-6
+    goals = [goal_of(dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16)]
+    assert goals == sorted(goals) and goals[0] < 1e-11 and 1e-7 < goals[1] and goals[2] <= 1e-6
+
+
+# Linear systems at the minimum.
+
+
+@each
+@pytest.mark.parametrize("damping", [0.0, 0.7])
+@pytest.mark.parametrize("goal", [None, 1e-6], ids=["all digits", "float32's"])
+@pytest.mark.parametrize("width", [WIDTH, 40], ids=["few features", "many features"])
+def test_systems_at_the_minimum_are_solved(
+    tasks: int, kind: type[OutputLoss], damping: float, goal: float | None, width: int
+) -> None:
+    x = 3.0 * torch.randn(tasks, M, width)
+    found = case(kind, tasks, l2=0.02, x=x, goal=goal)
+    there = found.heads.minimum()
+    b = torch.randn_like(there.point)
+    answer = there.solve(b, damping)
+    matrix = found.at(there).hessians() + damping * torch.eye(b.shape[1])
+    dense = torch.linalg.solve(matrix, b.unsqueeze(2)).squeeze(2)
+    tol = goal or SOLVED
+    assert relative_error([answer.solution], [dense]) < 10 * tol
+    residual = (b - torch.bmm(matrix, answer.solution.unsqueeze(2)).squeeze(2)).norm(dim=1)
+    assert bool((residual <= 10 * tol * b.norm(dim=1)).all())
+    assert answer.reason == [FACTORED] * tasks and not answer.steps.any()
+    assert answer.outputs is not None
+    curved = there.loss.curve(there.problem.outputs(answer.solution))
+    assert relative_error([answer.outputs], [curved]) < 10 * tol
+
+
+def test_each_system_says_how_it_ended() -> None:
+    there = case(CrossEntropy, 4).heads.minimum()
+    b = torch.randn_like(there.point)
+    b[1], b[2, 0], b[3, 1] = 0.0, torch.inf, torch.nan
+    answer = there.solve(b, 0.0)
+    assert answer.reason == [FACTORED, ZERO, NON_FINITE, NON_FINITE]
+    assert bool(answer.solution.isfinite().all()) and not answer.solution[1:].any()
+    assert answer.relative_residual[1] == 0.0
+    assert bool(answer.relative_residual[2:].isinf().all())
+    alone = there.solve(b[:1].expand(4, -1), 0.0)
+    assert relative_error([answer.solution[:1]], [alone.solution[:1]]) < SOLVED
+
+
+# Gradient descent on the Gram matrix.
+
+
+@each
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("anchored", [True, False])
+@pytest.mark.parametrize("steps", [1, 2, 9])
+def test_the_gram_recursion_is_plain_gradient_descent(
+    tasks: int, kind: type[OutputLoss], bias: bool, anchored: bool, steps: int
+) -> None:
+    found = case(kind, tasks, bias=bias, anchored=anchored, l2=0.4)
+    there = GradientDescent().solve_heads(found.heads, steps, lr=0.3)
+    assert there is not None and not there.solved
+    expected = found.heads
+    for _ in range(steps):
+        by_autograd = found.at(expected).gradients()
+        expected = expected.moved(expected.point - 0.3 * by_autograd)
+    assert relative_error([there.point], [expected.point]) < ROUNDING
+
+
+def test_what_the_recursion_leaves_to_single_steps() -> None:
+    heads = case(CrossEntropy, 1).heads
+    assert GradientDescent(adaptive=True).solve_heads(heads, 3, 0.1) is None
+    assert GradientDescent(tol=1e-3).solve_heads(heads, 3, 0.1) is None
+    assert Newton().solve_heads(case(CrossEntropy, 1, l2=0.0).heads, 3, 0.1) is None
+
+
+# More samples than the factor takes.
+
+
+@each
+def test_many_samples_are_solved_without_a_factor(tasks: int, kind: type[OutputLoss]) -> None:
+    x = torch.randn(tasks, MOST_SAMPLES + 1, 2)
+    found = case(kind, tasks, x=x, l2=0.01, scale=1 / len(x[0]))
+    assert not found.heads.reducible()
+    there = Newton().solve_heads(found.heads, 1, lr=0.1)
+    assert there is not None and there.solved and there.steps is not None
+    assert relative_error([there.point], [dense_minimum(found)]) < 1e-8
+    b = torch.randn_like(there.point)
+    answer = there.solve(b, damping=0.3)
+    matrix = found.at(there).hessians() + 0.3 * torch.eye(b.shape[1])
+    dense = torch.linalg.solve(matrix, b.unsqueeze(2)).squeeze(2)
+    assert relative_error([answer.solution], [dense]) < 1e-8
+    assert answer.reason == ["converged"] * tasks
+
+
+def test_the_factor_serves_up_to_its_number_of_samples() -> None:
+    x = torch.randn(1, MOST_SAMPLES, 2)
+    assert case(CrossEntropy, 1, x=x).heads.reducible()
+    assert not case(CrossEntropy, 1, l2=0.0).heads.reducible()
+
+
+@pytest.mark.parametrize("anchor", ["zero", "init"])
+def test_many_samples_give_the_hypergradient_of_few(anchor: str) -> None:
+    """A mean over copies of a support set is the mean over the set."""
+    torch.manual_seed(1)
+    few, y = torch.randn(M, WIDTH), torch.arange(M) % CLASSES
+    head, query = nn.Linear(WIDTH, CLASSES), torch.randn(5, WIDTH)
+    found = []
+    for copies in (1, 1 + MOST_SAMPLES // M):
+        leaf = few.clone().requires_grad_()
+        learner = ImplicitCGHead(head, 0.1, anchor=anchor).clone()
+        h = leaf.repeat(copies, 1)
+        learner.adapt(lambda n=learner, h=h, c=copies: F.cross_entropy(n(h), y.repeat(c)))
+        learner(query).square().sum().backward()
+        assert learner.diagnostics.unsolved == 0
+        found.append(leaf.grad)
+    assert relative_error(found[1:], found[:1]) < 1e-8

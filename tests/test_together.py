@@ -1,0 +1,433 @@
+"""T linear heads adapted together give each task's own numbers, whatever the method."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from many_tasks import (
+    CLASSES,
+    LOSS,
+    SUPPORT,
+    TASKS,
+    WIDTH,
+    Batch,
+    assert_same,
+    close,
+)
+from oracles import implicit, minimize, peak_of_live_tensors, relative_error
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from l2l_implicit import (
+    CG,
+    LBFGS,
+    Direct,
+    GradientDescent,
+    ImplicitCGHead,
+    ImplicitGBML,
+    ImplicitMAML,
+    Linearization,
+    LinearSolution,
+    Neumann,
+    Newton,
+    UnsolvedWarning,
+)
+from l2l_implicit.inner_problem.linear_heads import MOST_SAMPLES
+from l2l_implicit.linear_solvers import solution as reasons
+
+pytestmark = [
+    pytest.mark.usefixtures("float64"),
+    pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning"),
+]
+
+
+@dataclass(frozen=True)
+class HalfSteps:
+    """An inner solver of one's own: half a gradient step, and an end."""
+
+    last: int = 3
+
+    def begin(self, lr: float) -> Any:
+        taken = 0
+
+        def step(at: Linearization) -> Tensor:
+            nonlocal taken
+            taken += 1
+            return at.point if taken > self.last else at.point - 0.5 * lr * at.gradient
+
+        return step
+
+
+@dataclass(frozen=True)
+class Richardson:
+    """A linear solver of one's own."""
+
+    damping: float = 0.1
+
+    def solve(self, hvp: Any, b: Tensor, start: Tensor | None = None) -> LinearSolution:
+        v = torch.zeros_like(b)
+        for _ in range(25):
+            v = v + 0.3 * (b - hvp(v))
+        residual = (b - hvp(v)).norm(dim=1) / b.norm(dim=1).clamp_min(1e-300)
+        steps = torch.full((len(b),), 25)
+        return LinearSolution(v, steps, residual, ["my own"] * len(b))
+
+
+INNER = {
+    "newton": Newton(),
+    "gradient": GradientDescent(),
+    "adaptive": GradientDescent(adaptive=True),
+    "gradient tol": GradientDescent(tol=0.3),
+    "lbfgs": LBFGS(history=4, tol=1e-3),
+    "own": HalfSteps(),
+}
+LINEAR = {
+    "cg": CG(),
+    "cg few": CG(steps=3, tol=1e-9),
+    "cg damped": CG(damping=0.3),
+    "neumann": Neumann(steps=30),
+    "neumann step": Neumann(steps=9, step_size=0.2, damping=0.2),
+    "direct": Direct(),
+    "direct damped": Direct(damping=0.3),
+    "own": Richardson(),
+}
+
+
+@pytest.mark.parametrize("loss", LOSS)
+@pytest.mark.parametrize("anchor", ["zero", "init"])
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("linear", LINEAR)
+def test_each_task_has_its_own_numbers(loss: str, anchor: str, inner: str, linear: str) -> None:
+    """Also where neither the inner problem nor the linear system is solved."""
+    batch = Batch(loss)
+    settings: dict[str, Any] = {"inner": INNER[inner], "linear": LINEAR[linear], "anchor": anchor}
+    expected = batch.alone(batch.learner(**settings), steps=5)
+    assert_same(batch.together(batch.learner(**settings), steps=5), expected)
+
+
+@pytest.mark.parametrize("loss", LOSS)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("inner", [Newton(), GradientDescent()], ids=["newton", "gradient"])
+@pytest.mark.parametrize("steps", [1, 6])
+def test_with_and_without_bias_mean_and_sum(
+    loss: str, bias: bool, reduction: str, inner: Any, steps: int
+) -> None:
+    batch = Batch(loss, bias)
+    settings: dict[str, Any] = {"inner": inner, "reduction": reduction, "anchor": "init"}
+    expected = batch.alone(batch.learner(**settings), steps)
+    assert_same(batch.together(batch.learner(**settings), steps), expected)
+
+
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("linear", ["cg", "neumann", "direct"])
+def test_without_a_regulariser(inner: str, linear: str) -> None:
+    """No bound and no factor: the general solvers, and an estimate of the error."""
+    batch = Batch("squared error")
+    batch.l2 = torch.tensor(0.0)
+    settings: dict[str, Any] = {"inner": INNER[inner], "linear": LINEAR[linear], "l2": 0.0}
+    batch.l2.requires_grad_()
+    expected = batch.alone(batch.learner(**settings), steps=5)
+    found = batch.together(batch.learner(**settings), steps=5)
+    assert_same(found, expected, tol=1e-9)
+    assert not any(task.is_bound for task in found[2])
+    assert all(task.hypergradient_error < 1e3 for task in found[2])
+
+
+class OwnStep(ImplicitCGHead):
+    def inner_step(self, at: Linearization) -> Tensor:
+        return at.point - 0.1 * at.gradient / (1.0 + at.gradient_norm.unsqueeze(1))
+
+
+class OwnSolve(ImplicitCGHead):
+    def linear_solve(self, hvp: Any, b: Tensor, start: Tensor | None) -> LinearSolution:
+        return Richardson().solve(hvp, b, start)
+
+
+@pytest.mark.parametrize("cls", [OwnStep, OwnSolve, ImplicitMAML])
+def test_subclasses_and_presets(cls: type[ImplicitCGHead]) -> None:
+    batch = Batch()
+    expected = batch.alone(batch.learner(cls), steps=5)
+    assert_same(batch.together(batch.learner(cls), steps=5), expected)
+
+
+def test_a_second_batch_has_numbers_of_its_own() -> None:
+    """Nothing of one call is left in the learner for the next."""
+    batch = Batch()
+    for inner in INNER.values():
+        learner = batch.learner(inner=inner)
+        first = batch.together(learner, steps=4)
+        assert_same(batch.together(learner, steps=4), first, tol=1e-15)
+
+
+@pytest.mark.parametrize("loss", LOSS)
+@pytest.mark.parametrize("anchor", ["zero", "init"])
+def test_newton_equals_the_dense_oracle(loss: str, anchor: str) -> None:
+    batch = Batch(loss)
+    expected = dense_hypergradient(batch, anchor)
+    _, got, _ = batch.together(batch.learner(anchor=anchor), steps=1)
+    if anchor == "zero":
+        assert not any(g.any() for g in got[2:])  # the start is of no matter: exactly zero
+    assert relative_error(got, expected) < 1e-9
+
+
+def dense_hypergradient(batch: Batch, anchor: str) -> list[Tensor]:
+    """The implicit function theorem with dense matrices, task by task."""
+    shapes = {name: p.shape for name, p in batch.head.named_parameters()}
+    sizes = [shape.numel() for shape in shapes.values()]
+
+    def loss(phi: Tensor, features: Tensor, y: Tensor) -> Tensor:
+        pieces = phi.split(sizes)
+        named = {name: p.view(s) for (name, s), p in zip(shapes.items(), pieces, strict=True)}
+        return batch.loss(functional_call(batch.head, named, (features,)), y)
+
+    total = [torch.zeros_like(leaf) for leaf in batch.leaves()]
+    start = torch.cat([p.detach().reshape(-1) for p in batch.head.parameters()])
+    for images, y in zip(batch.images, batch.targets, strict=True):
+
+        def inner(phi: Tensor, *theta: Tensor, images=images, y=y) -> Tensor:  # type: ignore[no-untyped-def]
+            backbone, l2, *initial = theta
+            center = torch.cat([p.reshape(-1) for p in initial]) if anchor == "init" else 0.0
+            value = loss(phi, torch.tanh(images[:SUPPORT] @ backbone), y[:SUPPORT])
+            return value + 0.5 * l2 * (phi - center).square().sum()
+
+        def outer(phi: Tensor, *theta: Tensor, images=images, y=y) -> Tensor:  # type: ignore[no-untyped-def]
+            return loss(phi, torch.tanh(images[SUPPORT:] @ theta[0]), y[SUPPORT:])
+
+        theta = batch.leaves()
+        phi = minimize(inner, start, theta, lr=0.2)
+        for sum_, part in zip(total, implicit(inner, outer, theta, phi), strict=True):
+            sum_ += part
+    return total
+
+
+# Tasks that end for different reasons.
+
+
+def mixed_batch(loss: str, zero_start: bool = True) -> Batch:
+    """Ordinary; solved at its start; hard; no features; one class; no gradient of the query."""
+    batch = Batch(loss, tasks=6)
+    batch.feature_scales[2], batch.feature_scales[3] = 40.0, 0.0
+    if loss == "squared error":
+        batch.targets[1] = 0.0  # with a head of zeros
+        batch.targets[4] = 1.0
+    else:
+        batch.targets[4] = 1
+    batch.query_weights[5] = 0.0
+    if zero_start:
+        nn.init.zeros_(batch.head.weight)
+        if batch.head.bias is not None:
+            nn.init.zeros_(batch.head.bias)
+    return batch
+
+
+@pytest.mark.parametrize("loss", LOSS)
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("linear", LINEAR)
+def test_tasks_that_end_for_different_reasons(loss: str, inner: str, linear: str) -> None:
+    if inner in ("gradient", "gradient tol", "own") or linear == "own":
+        batch = mixed_batch(loss)
+        batch.feature_scales[2] = 3.0  # a fixed step diverges on harder ones
+    else:
+        batch = mixed_batch(loss)
+    settings: dict[str, Any] = {"inner": INNER[inner], "linear": LINEAR[linear]}
+    expected = batch.alone(batch.learner(**settings), steps=6)
+    found = batch.together(batch.learner(**settings), steps=6)
+    # Each reason at its own task; rounding decides the last digits of the hard one.
+    assert_same(found, expected, tol=1e-9)
+    if linear != "own":
+        assert found[2][5].cg_reason == reasons.ZERO
+
+
+def test_every_reason_occurs_in_one_batch_and_is_its_tasks_own() -> None:
+    batch = mixed_batch("squared error", zero_start=False)
+    cases: list[tuple[Any, Any, set[str]]] = [
+        (Newton(), CG(), {reasons.FACTORED, reasons.ZERO}),
+        (GradientDescent(), CG(steps=1, tol=0.1), {reasons.CONVERGED, reasons.MAX_STEPS}),
+        (GradientDescent(), Neumann(steps=4, step_size=1.0), {reasons.DIVERGED}),
+        (GradientDescent(), Direct(), {reasons.CONVERGED, reasons.ZERO}),
+    ]
+    batch.feature_scales[2] = 4.0
+    for inner, linear, among in cases:
+        settings: dict[str, Any] = {"inner": inner, "linear": linear}
+        expected = batch.alone(batch.learner(**settings), steps=3)
+        found = batch.together(batch.learner(**settings), steps=3)
+        assert_same(found, expected, tol=1e-9)
+        assert among <= {task.cg_reason for task in found[2]}
+    singular = Batch("squared error")
+    singular.feature_scales[1] = 0.0  # without a bias and l2 its matrix is zero
+    singular.head = nn.Linear(WIDTH, CLASSES, bias=False)
+    settings = {"inner": GradientDescent(), "linear": CG(), "l2": 0.0}
+    singular.query_weights[1] = 2.0
+    features = singular.features().detach().requires_grad_()
+    adapted = singular.learner(**settings).adapt_together(
+        features[:, :SUPPORT], singular.targets[:, :SUPPORT], 3
+    )
+    adapted(torch.ones(TASKS, 2, WIDTH)).square().sum().backward()
+    assert adapted.diagnostics[1].cg_reason == reasons.NOT_POSITIVE
+    assert reasons.NOT_POSITIVE not in [adapted.diagnostics[t].cg_reason for t in (0, 2)]
+
+
+def test_a_hard_neighbour_changes_nothing() -> None:
+    """A task's numbers beside one that needs many more steps, and beside copies of itself."""
+    batch = mixed_batch("cross-entropy")
+    beside, *_ = batch.together(batch.learner(l2=1e-3), steps=1)
+    batch.feature_scales[2] = 1.0
+    without, *_ = batch.together(batch.learner(l2=1e-3), steps=1)
+    for t in (0, 1, 3, 4, 5):
+        assert close(beside[t], without[t], 1e-10)
+
+
+# What tasks share.
+
+
+@pytest.mark.parametrize("inner", [Newton(), GradientDescent()], ids=["newton", "gradient"])
+def test_hypergradients_of_l2_and_the_anchor_are_sums(inner: Any) -> None:
+    batch, parts = Batch(), []
+    learner = batch.learner(anchor="init", inner=inner)
+    _, whole, _ = batch.together(learner, steps=4)
+    for t in range(TASKS):
+        batch.query_weights = F.one_hot(torch.tensor(t), TASKS).double()
+        parts.append(batch.together(learner, steps=4)[1])
+    for total, each in zip(whole, zip(*parts, strict=True), strict=True):
+        assert relative_error([total], [torch.stack(each).sum(0)]) < 1e-12
+
+
+def test_diagnostics_are_each_tasks_and_the_parent_counts_them_all() -> None:
+    batch = Batch()
+    learner = batch.learner(inner=GradientDescent())
+    with pytest.warns(UnsolvedWarning, match="the inner problem is not solved"):
+        _, _, tasks = batch.together(learner, steps=3)
+    assert [task.hypergradients for task in tasks] == [1] * TASKS
+    assert len({task.inner_gradient_norm for task in tasks}) == TASKS
+    counted = sum(task.unsolved for task in tasks)
+    assert learner.diagnostics.unsolved == counted > 0
+    assert learner.diagnostics.hypergradients == TASKS
+    with warnings.catch_warnings():  # said once
+        warnings.simplefilter("error")
+        batch.together(learner, steps=3)
+    assert learner.diagnostics.hypergradients == 2 * TASKS
+
+
+def test_a_batch_learns_the_very_parameters_of_its_learner() -> None:
+    batch = Batch()
+    learner = batch.learner(anchor="init")
+    features = batch.features()
+    before = [p.detach().clone() for p in learner.parameters()]
+    adapted = learner.adapt_together(features[:, :SUPPORT], batch.targets[:, :SUPPORT])
+    adapted(features[:, SUPPORT:]).square().sum().backward()
+    assert learner.module is batch.head and batch.head.weight.grad.any()
+    for parameter, value in zip(learner.parameters(), before, strict=True):
+        assert torch.equal(parameter, value)
+
+
+def test_targets_choose_the_loss() -> None:
+    """Without `loss=`: classes for the cross-entropy, numbers for the squared error; both means."""
+    for name in LOSS:
+        batch = Batch(name)
+        expected = batch.together(batch.learner(), steps=1)
+        assert_same(batch.together(batch.learner(loss=None), steps=1), expected, tol=1e-15)
+    x, y = torch.randn(2, 8, WIDTH), torch.randn(2, 8)
+    head = ImplicitCGHead(nn.Linear(WIDTH, 1), 0.1)
+    one = head.adapt_together(x, y), head.adapt_together(x, y.unsqueeze(2))
+    assert torch.equal(one[0].weight, one[1].weight)  # one output takes targets without an axis
+
+
+def test_no_regulariser_and_more_samples_than_features() -> None:
+    """Newton's method without a factor, for each task."""
+    features, y = torch.randn(TASKS, 20, 3), torch.randn(TASKS, 20, CLASSES)
+    head = ImplicitCGHead(
+        nn.Linear(3, CLASSES), 0.4, l2=0.0, inner=Newton(cg_steps=100, tol=1e-13)
+    )
+    adapted = head.adapt_together(features, y, steps=40)
+    ones = torch.cat([features, torch.ones(TASKS, 20, 1)], 2)
+    expected = torch.linalg.lstsq(ones, y).solution[:, :3].transpose(1, 2)
+    assert relative_error([adapted.weight], [expected]) < 1e-8
+
+
+def test_many_samples_together() -> None:
+    batch_x = torch.randn(2, MOST_SAMPLES + 1, 2, requires_grad=True)
+    y = torch.randint(CLASSES, (2, MOST_SAMPLES + 1))
+    learner = ImplicitCGHead(nn.Linear(2, CLASSES), 0.1)
+    adapted = learner.adapt_together(batch_x, y)
+    adapted(torch.ones(2, 1, 2)).square().sum().backward()
+    together, batch_x.grad = batch_x.grad.clone(), None
+    for t in range(2):
+        clone = learner.clone()
+        clone.adapt(lambda n=clone, t=t: F.cross_entropy(n(batch_x[t]), y[t]))
+        clone(torch.ones(1, 2)).square().sum().backward()
+        assert relative_error([adapted.weight[t]], [clone.module.weight]) < 1e-10
+        assert adapted.diagnostics[t].inner_steps == clone.diagnostics.inner_steps
+    assert relative_error([together], [batch_x.grad]) < 1e-9
+
+
+def test_nothing_is_kept_without_gradients() -> None:
+    batch = Batch()
+    for inner in INNER.values():
+        with torch.no_grad():
+            features = batch.features()
+            adapted = batch.learner(inner=inner).adapt_together(
+                features[:, :SUPPORT], batch.targets[:, :SUPPORT], 5
+            )
+            assert not adapted(features[:, SUPPORT:]).requires_grad
+        phi, *_ = batch.together(batch.learner(inner=inner), steps=5)
+        assert torch.equal(adapted.weight.flatten(1), phi[:, : CLASSES * WIDTH])
+
+
+def test_no_second_derivative() -> None:
+    batch = Batch()
+    features = batch.features()
+    adapted = batch.learner().adapt_together(features, batch.targets)
+    with pytest.raises(RuntimeError, match="create_graph=True"):
+        torch.autograd.grad(adapted(features).sum(), batch.backbone, create_graph=True)
+
+
+def test_data_written_to_afterwards_are_those_of_the_call() -> None:
+    batch, gradients = Batch(), []
+    for overwritten in (False, True):
+        x = batch.features().detach()[:, :SUPPORT].clone().requires_grad_()
+        y = batch.targets[:, :SUPPORT].clone()
+        adapted = batch.learner().adapt_together(x, y)
+        if overwritten:
+            x.data.add_(1.0)
+            y.copy_(y.roll(1, 1))
+        adapted(torch.ones(TASKS, 2, WIDTH)).square().sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+
+
+def test_memory_does_not_depend_on_the_steps_and_grows_with_the_tasks_only() -> None:
+    def peak(tasks: int, steps: int) -> int:
+        x = torch.randn(tasks, 10, 64, requires_grad=True)
+        y = torch.randint(CLASSES, (tasks, 10))
+        learner = ImplicitCGHead(nn.Linear(64, CLASSES), 0.1, inner=GradientDescent())
+
+        def run() -> None:
+            adapted = learner.adapt_together(x, y, steps)
+            F.cross_entropy(adapted(x).flatten(0, 1), y.flatten()).backward()
+
+        run()
+        return peak_of_live_tensors(run)
+
+    few = peak(4, 5)
+    assert peak(4, 400) <= 1.01 * few
+    assert peak(16, 5) <= 4.5 * few
+
+
+def test_a_learner_of_something_else_is_refused() -> None:
+    x, y = torch.zeros(2, 8, 7), torch.zeros(2, 8).long()
+    gbml = ImplicitGBML(nn.Linear(7, 3), lambda parameter: None)
+    cases: list[tuple[ImplicitCGHead, type[Exception], str]] = [
+        (ImplicitCGHead(nn.Sequential(nn.Linear(7, 3)), 0.1), TypeError, "got one of Sequential"),
+        (ImplicitCGHead(nn.Linear(7, 3), 0.1, warm_start=True), ValueError, "got warm_start=True"),
+        (ImplicitCGHead(nn.Linear(7, 3), 0.1, first_order=True), ValueError, "got first_order"),
+        (gbml, ValueError, "got a regularizer of its own"),
+    ]
+    for learner, error, message in cases:
+        with pytest.raises(error, match=message):
+            learner.adapt_together(x, y)

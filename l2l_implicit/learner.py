@@ -398,6 +398,7 @@ class ImplicitCGHead(MAML):
         known = recognize(loss, phi, task.independent) if self._plain_regularizer else None
         if known is not None and self._plain_step and getattr(self.inner, "at_once", False):
             quadratic = self._quadratic(phi, torch.float64)
+            assert quadratic is not None
             there = task.solved(known, quadratic, phi) if keep else None
             if there is None:
                 task.release()
@@ -644,7 +645,7 @@ class ImplicitCGHead(MAML):
         rows = torch.stack([*map(Tensor.double, columns)], 1).tolist()
         settings = self.max_error, self.inner, self.linear
         for found, row, reason in zip(diagnostics, rows, answer.reason, strict=True):
-            sizes = Sizes(*row[:5], scales=row[7:])
+            sizes = Sizes(row[0], row[1], row[2], row[3], row[4], scales=row[7:])
             errors = at.errors(sizes, damping, torch.finfo(phi.dtype).eps)
             found.record(int(row[6]), int(row[5]), reason, sizes, errors, at.is_bound, settings)
         if memory is not None and key is not None:

@@ -36,7 +36,9 @@ def test_the_damped_system_is_solved(name: str) -> None:
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("linear", [CG(3000, 1e-13, 2.0), Neumann(3000, 1e-13, damping=2.0), Direct(2.0)])
+@pytest.mark.parametrize(
+    "linear", [CG(3000, 1e-13, 2.0), Neumann(3000, 1e-13, damping=2.0), Direct(2.0)], ids=repr
+)
 def test_where_the_matrix_is_indefinite(linear: LinearSolver) -> None:
     task = problem("two layers anchored", l2=0.0)
     task.theta["l2"] = torch.tensor(0.0, requires_grad=True)

@@ -32,7 +32,7 @@ def test_tasks_summed_before_one_backward(name: str) -> None:
     second.support = lambda net, theta, h: F.cross_entropy(net(h[0]), labels, reduction="sum")
     second.lr = 0.1
     # Gradient steps, as the oracle's: Newton's find a lower minimum of the two layers.
-    parents = make_learner(first, inner=GradientDescent()), make_learner(second, inner=GradientDescent())
+    parents = [make_learner(task, inner=GradientDescent()) for task in (first, second)]
     pairs = [adapt(p, t, steps=1000) for p, t in zip(parents, (first, second), strict=True)]
     got = hypergradient(first, pairs[0][1] + 2 * pairs[1][1])
     both = [a + 2 * b for a, b in zip(expected(first), expected(second), strict=True)]

@@ -79,7 +79,9 @@ def test_dropped_without_backward(
 
 
 @pytest.mark.parametrize("head, how, inner", CASES)
-def test_features_die_with_their_owner(head: str, how: str, inner: InnerSolver, no_collector: None) -> None:
+def test_features_die_with_their_owner(
+    head: str, how: str, inner: InnerSolver, no_collector: None
+) -> None:
     parent = ImplicitCGHead(HEADS[head](), 0.1, inner=inner)
     theta, learner = torch.randn(4, 4, requires_grad=True), parent.clone()
     h = torch.tanh(x() @ theta)

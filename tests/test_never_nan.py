@@ -209,7 +209,9 @@ BATCHES: dict[str, Any] = {
     "scale": st.integers(-25, 25),
     "wrong": st.sampled_from([False, False, True]),
     "l2": st.sampled_from([0.0, 1e-8, 0.1, 10.0]),
-    "inner": st.sampled_from([Newton(), GradientDescent(), GradientDescent(adaptive=True), LBFGS()]),
+    "inner": st.sampled_from(
+        [Newton(), GradientDescent(), GradientDescent(adaptive=True), LBFGS()]
+    ),
     "linear": LINEAR,
 }
 

@@ -27,9 +27,12 @@ from l2l_implicit import (
     Newton,
 )
 from l2l_implicit.inner_problem.linear_heads import LinearHeads
-from l2l_implicit.inner_problem.linearization import AutogradLinearization, Linearization
+from l2l_implicit.inner_problem.linearization import (
+    AutogradLinearization,
+    Linearization,
+    SquaredDistance,
+)
 from l2l_implicit.inner_problem.recognition import recognize
-from l2l_implicit.inner_problem.linearization import SquaredDistance
 from l2l_implicit.inner_solvers.gradient_descent import GradientStep
 from l2l_implicit.inner_solvers.newton import NewtonStep
 from l2l_implicit.linear_solvers.solution import CONVERGED, FACTORED

@@ -290,7 +290,8 @@ MUTATIONS = (
     ),
     Mutation(
         "autocast: features stay half", "inner_problem/boundary.py",
-        "wide = source if dtype is None else widened(source, dtype)", "wide = source", "mixed_precision",
+        "wide = source if dtype is None else widened(source, dtype)", "wide = source",
+        "mixed_precision",
     ),
     Mutation(
         "chunked: nothing computed twice", "chunked.py",

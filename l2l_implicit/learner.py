@@ -90,12 +90,12 @@ class Task:
         missing: what the second derivative did not explain of the step before, if anything.
         independent: features that are known not to depend on phi.
         saved: the linearization that the current parameters depend on, if it is alive.
-        solution, linear: of what was solved at once: phi as installed, ``[n]``, and the linear solver.
+        solution, linear: of what was solved at once: phi as installed, ``[n]``, and the solver.
     """
 
     __slots__ = (
-        "first_norm", "independent", "initial", "key", "linear", "looks", "missing", "saved", "solution",
-        "solver", "step", "steps", "taken",
+        "first_norm", "independent", "initial", "key", "linear", "looks", "missing", "saved",
+        "solution", "solver", "step", "steps", "taken",
     )  # fmt: skip
 
     def __init__(self, key: Hashable | None, initial: list[Tensor]) -> None:

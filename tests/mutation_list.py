@@ -218,19 +218,19 @@ MUTATIONS = (
     # Solvers.
     Mutation(
         "CG with beta = 0", "linear_solvers/conjugate_gradient.py",
-        "zeta = torch.where(self.active, rr /", "zeta = torch.where(self.active, 0.0 * rr /",
+        "zeta = torch.where(active, rr /", "zeta = torch.where(active, 0.0 * rr /",
         "linear_solve together::" + EACH,
     ),
     Mutation(
         "CG with beta inverted", "linear_solvers/conjugate_gradient.py",
-        "rr / torch.where(self.active, self.rr, 1.0), 0.0)\n        torch.addcmul",
-        "self.rr / torch.where(self.active & (rr > 0), rr, 1.0), 0.0)\n        torch.addcmul",
+        "rr / torch.where(active, before, 1.0), 0.0)",
+        "before / torch.where(active & (rr > 0), rr, 1.0), 0.0)",
         "linear_solve",
     ),
     Mutation(
         "CG goes on where a task has ended", "linear_solvers/conjugate_gradient.py",
-        "eta = torch.where(self.active, self.rr / torch.where(self.active, curvature, 1.0), 0.0)",
-        "eta = self.rr / torch.where(curvature > 0, curvature, 1.0)",
+        "eta = torch.where(active, rr / torch.where(active, curvature, 1.0), 0.0)",
+        "eta = (rr / torch.where(curvature > 0, curvature, 1.0))",
         "linear_solve together::test_tasks_that_end_for_different_reasons",
     ),
     Mutation(
@@ -248,7 +248,7 @@ MUTATIONS = (
     ),
     Mutation(
         "curvature from below", "linear_solvers/curvature.py",
-        "return ritz + norm * last, norm * last", "return ritz, norm * last", "linear_solvers",
+        "largest = ritz + norm * last", "largest = ritz", "linear_solvers",
     ),
     Mutation(
         "each task's curvature is that of the last to end", "linear_solvers/curvature.py",

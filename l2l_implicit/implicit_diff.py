@@ -86,8 +86,8 @@ class ImplicitSolution(Function):
             )
         gradients: list[Tensor | None] = [None, None, None]
         for product, shape in zip_longest(products, ctx.sources):
-            zero = product is None
-            gradients.append(vector.new_zeros(()).expand(shape) if zero else product.neg())
+            dense = vector.new_zeros(()).expand(shape) if product is None else product.neg()
+            gradients.append(dense)
         return tuple(gradients)
 
 

@@ -90,12 +90,12 @@ class Task:
         missing: what the second derivative did not explain of the step before, if anything.
         independent: features that are known not to depend on phi.
         saved: the linearization that the current parameters depend on, if it is alive.
-        solution: of what was solved at once: phi as installed, ``[n]``, and the linear solver.
+        solution, linear: of what was solved at once: phi as installed, ``[n]``, and the solver.
     """
 
     __slots__ = (
-        "first_norm", "independent", "initial", "key", "looks", "missing", "saved", "solution",
-        "solver", "step", "steps", "taken",
+        "first_norm", "independent", "initial", "key", "linear", "looks", "missing", "saved",
+        "solution", "solver", "step", "steps", "taken",
     )  # fmt: skip
 
     def __init__(self, key: Hashable | None, initial: list[Tensor]) -> None:
@@ -108,7 +108,8 @@ class Task:
         self.missing = math.inf
         self.independent: set[weakref.ref[Tensor]] = set()
         self.saved: weakref.ref[SavedLinearization] | None = None
-        self.solution: tuple[Tensor, Any] | None = None
+        self.solution: Tensor | None = None
+        self.linear: LinearSolver | None = None
 
     def linearization(self) -> Linearization | None:
         """The one that the current parameters depend on, if it is alive."""
@@ -128,7 +129,7 @@ class Task:
         at = self.linearization()
         if self.solution is None or not isinstance(at, LinearHeads) or at.known is None:
             return None
-        unmoved = torch.equal(self.solution[0], flatten(phi).detach())
+        unmoved = torch.equal(self.solution, flatten(phi).detach())
         return at if unmoved and at.quadratic.same(quadratic) and at.known.same(loss) else None
 
 
@@ -398,16 +399,17 @@ class ImplicitCGHead(MAML):
         known = recognize(loss, phi, task.independent) if self._plain_regularizer else None
         if known is not None and self._plain_step and getattr(self.inner, "at_once", False):
             quadratic = self._quadratic(phi, torch.float64)
+            assert quadratic is not None
             there = task.solved(known, quadratic, phi) if keep else None
             if there is None:
                 task.release()
                 there = self._on_heads(known.heads(phi, quadratic), 1)
-            elif there.known.origin == known.origin and task.solution[1] == self.linear:
+            elif there.known.origin == known.origin and task.linear == self.linear:
                 return
             there.sees(known)
             self._install(there.point, phi, there if keep else None)
             if keep:
-                task.solution = there.point[0].to(phi[0].dtype), self.linear
+                task.solution, task.linear = there.point[0].to(phi[0].dtype), self.linear
             return
         task.release()  # before there are two
         at = self._linearize(loss, phi, unused, True, known)
@@ -452,11 +454,13 @@ class ImplicitCGHead(MAML):
             return None
         del loss  # its graph
         quadratic = self._quadratic(objective.phi, torch.float64)
+        assert quadratic is not None
         before = self._task.steps, self._task.first_norm
         there = self._on_heads(known.heads(objective.phi, quadratic), steps)
         again = recognize(objective.loss(there.point), objective.phi, independent)
         same = again is not None and again.same(known)
-        if again is not None and not same and getattr(self.inner, "at_once", False):
+        at_once = self._plain_step and getattr(self.inner, "at_once", False)
+        if again is not None and not same and at_once:
             there = self._on_heads(again.heads(objective.phi, quadratic), steps)
         elif again is None or not same:
             self._task.steps, self._task.first_norm = before
@@ -644,7 +648,7 @@ class ImplicitCGHead(MAML):
         rows = torch.stack([*map(Tensor.double, columns)], 1).tolist()
         settings = self.max_error, self.inner, self.linear
         for found, row, reason in zip(diagnostics, rows, answer.reason, strict=True):
-            sizes = Sizes(*row[:5], scales=row[7:])
+            sizes = Sizes(row[0], row[1], row[2], row[3], row[4], scales=row[7:])
             errors = at.errors(sizes, damping, torch.finfo(phi.dtype).eps)
             found.record(int(row[6]), int(row[5]), reason, sizes, errors, at.is_bound, settings)
         if memory is not None and key is not None:

@@ -51,7 +51,7 @@ def mark_boundaries(value: Any, dtype: torch.dtype | None, mark: bool) -> Any:
     if not isinstance(value, tuple | list | dict) or not value:
         return value
     if isinstance(value, dict):
-        mapped = copy.copy(value)  # keeps a class of the caller's own
+        mapped: Any = copy.copy(value)  # keeps a class of the caller's own
         mapped.update(zip(value, mark_boundaries([*value.values()], dtype, mark), strict=True))
         return mapped
     parts = []

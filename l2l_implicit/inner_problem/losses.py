@@ -132,19 +132,16 @@ class _SoftmaxInverse:
     """
 
     def __init__(self, probabilities: Tensor, scale: float, kernel: Tensor) -> None:
-        root = (scale * probabilities).sqrt_().transpose(1, 2)  # [T, k, m]
-        outer = root.unsqueeze(3) * root.unsqueeze(2)
-        matrix = outer * kernel.unsqueeze(1)
-        matrix.diagonal(dim1=2, dim2=3).add_(1.0)
-        factor, _ = torch.linalg.cholesky_ex(matrix)
+        root = (scale * probabilities).sqrt_().mT.unsqueeze(3)  # [T, k, m, 1]
+        eye = torch.eye(kernel.shape[1], dtype=kernel.dtype, device=kernel.device)
+        outer = root * root.mT
+        factor, _ = torch.linalg.cholesky_ex(torch.addcmul(eye, outer, kernel.unsqueeze(1)))
         self._each = torch.cholesky_inverse(factor).mul_(outer)  # E, [T, k, m, m]
-        total = self._each.sum(1)
         # E is at most s; a singular total (classes without probability) is no harm that way.
-        total.diagonal(dim1=1, dim2=2).add_(4.0 * torch.finfo(total.dtype).eps * scale)
+        total = self._each.sum(1).add_(eye, alpha=4.0 * torch.finfo(eye.dtype).eps * scale)
         self._total, _ = torch.linalg.cholesky_ex(total)
 
     def __call__(self, right: Tensor) -> Tensor:
-        each = (self._each * right.transpose(1, 2).unsqueeze(2)).sum(3)  # [T, k, m]
+        each = (self._each * right.mT.unsqueeze(2)).sum(3)  # [T, k, m]
         common = torch.cholesky_solve(each.sum(1).unsqueeze(2), self._total)
-        coupled = (self._each * common.unsqueeze(1).transpose(2, 3)).sum(3)
-        return (each - coupled).transpose(1, 2)
+        return each.sub_((self._each * common.mT.unsqueeze(1)).sum(3)).mT

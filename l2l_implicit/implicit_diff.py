@@ -99,7 +99,8 @@ def split(phi: Tensor, shapes: Sequence[Size]) -> tuple[Tensor, ...]:
     sizes = []
     for shape in shapes:
         sizes.append(shape.numel() // len(phi))
-    return tuple(map(Tensor.reshape, phi.split(sizes, dim=1), shapes))
+    pieces = map(Tensor.clone, phi.split(sizes, dim=1))  # no views, so that they can be written to
+    return tuple(map(Tensor.reshape, pieces, shapes))
 
 
 def attach(

@@ -62,6 +62,7 @@ Self = TypeVar("Self", bound="ImplicitCGHead")
 Closure = Callable[[], Tensor]
 
 _LOOKS = 20  # steps of loss tensors at which the second derivative is compared, at most
+_LOSSES = 20  # different losses of which it is
 
 
 _SHAPE = operator.attrgetter("shape")
@@ -222,7 +223,7 @@ class ImplicitCGHead(MAML):
         self._plain_solve = cls.linear_solve is own.linear_solve
         self.diagnostics = Diagnostics()
         self._memory: dict[Hashable, Remembered] | None = {} if warm_start else None
-        self._second_derivative = {"known": False}  # shared with every clone
+        self._compared: set[int] = set()  # losses whose second derivative is known; of all clones
         self._task = Task(key=None, initial=list(model.parameters()))
 
     # Three places to override.
@@ -413,12 +414,12 @@ class ImplicitCGHead(MAML):
             return
         task.release()  # before there are two
         at = self._linearize(loss, phi, unused, True, known)
-        if isinstance(at, AutogradLinearization) and not self._second_derivative["known"]:
+        new = isinstance(at, AutogradLinearization) and self._is_new(at)
+        if new:
             self._look(at)
         point = self._step(at)
-        if isinstance(at, AutogradLinearization) and task.looks < _LOOKS:
-            if not self._second_derivative["known"]:
-                task.taken, task.looks = StepTaken.of(at, point), task.looks + 1
+        if new and task.looks < _LOOKS and self._is_new(at):
+            task.taken, task.looks = StepTaken.of(at, point), task.looks + 1
         self._install(point, phi, at if keep else None)
 
     def _adapt_closure(
@@ -657,6 +658,10 @@ class ImplicitCGHead(MAML):
 
     # Whether autograd's second derivative is one.
 
+    def _is_new(self, at: AutogradLinearization) -> bool:
+        """Whether it is not known yet of a loss of these operations."""
+        return hash(tuple(at.operations)) not in self._compared and len(self._compared) < _LOSSES
+
     def _look(self, at: AutogradLinearization) -> None:
         """Compare the gradient's change since the last loss tensor with the products."""
         taken, self._task.taken = self._task.taken, None
@@ -664,27 +669,31 @@ class ImplicitCGHead(MAML):
             return
         agrees, self._task.missing = taken.agrees(at, self._task.missing)
         if agrees is not None:
-            self._say(agrees)
+            self._say(at, agrees)
 
     def _compare(self, at: AutogradLinearization, objective: _ClosureObjective) -> None:
         """Compare a product with a difference of gradients, with every buffer left as it was."""
-        if self._second_derivative["known"]:
+        if not self._is_new(at):
             return
-        devices = [at.point.device] if at.point.is_cuda else []
-        with torch.random.fork_rng(devices=devices), buffers_apart(self.module):
-            agrees = products_agree(at, objective.evaluate)
-        self._say(agrees)
 
-    def _say(self, agrees: bool | None) -> None:
-        self._second_derivative["known"] = True
+        def evaluate(point: Tensor) -> tuple[Tensor, Tensor]:
+            with buffers_apart(self.module):  # each from the same state
+                return objective.evaluate(point)
+
+        devices = [at.point.device] if at.point.is_cuda else []
+        with torch.random.fork_rng(devices=devices):
+            self._say(at, products_agree(at, evaluate))
+
+    def _say(self, at: AutogradLinearization, agrees: bool | None) -> None:
+        self._compared.add(hash(tuple(at.operations)))
         if agrees is False:
             warnings.warn(
                 "the inner gradient does not change as its second derivative says: expected an "
                 "inner loss that torch can differentiate twice, the same at each call, got an "
                 "operation whose second derivative is missing or wrong (a custom "
-                "autograd.Function, once_differentiable, weight_norm, a detached "
-                "piece), or other data at each call; the hypergradient is wrong: write the "
-                "operation out, or use first_order=True (said once)",
+                "autograd.Function, once_differentiable, weight_norm, spectral_norm in training "
+                "mode, a detached piece), or other data at each call; the hypergradient is wrong: "
+                "write the operation out, or use first_order=True (said once a loss)",
                 UnsolvedWarning,
                 stacklevel=4,
             )

@@ -83,10 +83,15 @@ def source_of(node: Any) -> Tensor:
 
 
 class MetaInputs(NamedTuple):
-    """Where theta enters an inner objective: marked boundaries, and leaves used directly."""
+    """Where theta enters an inner objective: marked boundaries, and leaves used directly.
+
+    Attributes:
+        names: of the operations in between, by which one loss is told from another.
+    """
 
     boundaries: list[Any]
     leaves: list[Tensor]
+    names: list[str]
 
     def sources(self) -> list[Tensor]:
         """The tensors of theta: what was marked, then the leaves."""
@@ -123,7 +128,7 @@ def find_meta_inputs(objective: Tensor, inner: Sequence[Tensor]) -> MetaInputs:
     """
     known = {id(tensor) for tensor in inner}
     seen = {tensor.grad_fn for tensor in inner if tensor.grad_fn is not None}
-    found, stack = MetaInputs([], []), [cast(Any, objective.grad_fn)]
+    found, stack = MetaInputs([], [], []), [cast(Any, objective.grad_fn)]
     while stack:
         node = stack.pop()
         if node is None or node in seen:
@@ -132,6 +137,7 @@ def find_meta_inputs(objective: Tensor, inner: Sequence[Tensor]) -> MetaInputs:
         if is_boundary(node):
             found.boundaries.append(node)
         elif type(node).__name__ != "AccumulateGrad":
+            found.names.append(node.name())
             stack.extend(child for child, _ in node.next_functions)
         elif id(node.variable) not in known:
             found.leaves.append(node.variable)
@@ -141,18 +147,9 @@ def find_meta_inputs(objective: Tensor, inner: Sequence[Tensor]) -> MetaInputs:
 _KINKS = ("Relu", "Threshold", "MaxPool", "Abs", "Clamp", "Hardt", "Prelu", "Maximum", "Minimum")
 
 
-def has_kinks(objective: Tensor) -> bool:
-    """Whether an operation in the graph is one that has kinks, so that finite steps cross them."""
-    seen, stack = set(), [cast(Any, objective.grad_fn)]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        if any(kink in node.name() for kink in _KINKS):
-            return True
-        seen.add(node)
-        stack.extend(child for child, _ in node.next_functions)
-    return False
+def has_kinks(names: Iterable[str]) -> bool:
+    """Whether one of the operations is one that has kinks, so that finite steps cross them."""
+    return any(kink in name for name in names for kink in _KINKS)
 
 
 def _stop(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:

@@ -74,7 +74,7 @@ class StepTaken(NamedTuple):
         Returns:
             The verdict, and what is missing at this step.
         """
-        if not torch.equal(self.to, at.point) or has_kinks(at.loss):
+        if not torch.equal(self.to, at.point) or has_kinks(at.operations):
             return None, math.inf
         change, product = at.gradient - self.gradient, at.hvp(self.to - self.point)
         eps, size, now = torch.finfo(change.dtype).eps, float(change.norm()), at.gradient_norm

@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 Self = TypeVar("Self", bound="ImplicitCGHead")
 Closure = Callable[[], Tensor]
 
-_LOOKS = 20  # steps of loss tensors at which the second derivative is compared, at most
+_LOOKS = 40  # steps of loss tensors at which the second derivative is compared, at most
 _LOSSES = 20  # different losses of which it is
 
 
@@ -414,12 +414,14 @@ class ImplicitCGHead(MAML):
             return
         task.release()  # before there are two
         at = self._linearize(loss, phi, unused, True, known)
-        new = isinstance(at, AutogradLinearization) and self._is_new(at)
-        if new:
-            self._look(at)
+        new = at if isinstance(at, AutogradLinearization) and self._is_new(at) else None
+        if new is not None:
+            self._look(new)
         point = self._step(at)
-        if new and task.looks < _LOOKS and self._is_new(at):
-            task.taken, task.looks = StepTaken.of(at, point), task.looks + 1
+        seldom = task.steps < 6 or task.steps % 8 < 2  # steps get short, and short ones tell
+        if new is not None and seldom and task.looks < _LOOKS and self._is_new(new):
+            task.taken, task.looks = StepTaken.of(new, point), task.looks + 1
+        new = None
         self._install(point, phi, at if keep else None)
 
     def _adapt_closure(

@@ -29,7 +29,12 @@ from l2l_implicit.inner_problem.linearization import (
     inner_gradient,
 )
 from l2l_implicit.inner_problem.recognition import HeadLoss, recognize
-from l2l_implicit.inner_problem.second_derivative import StepTaken, products_agree
+from l2l_implicit.inner_problem.second_derivative import (
+    StepTaken,
+    moves_with_each_pass,
+    products_agree,
+    products_are_symmetric,
+)
 from l2l_implicit.inner_solvers.inner_loop import descend
 from l2l_implicit.inner_solvers.newton import Newton
 from l2l_implicit.inner_solvers.protocol import InnerSolver, InnerStep
@@ -664,9 +669,14 @@ class ImplicitCGHead(MAML):
         """Whether it is not known yet of a loss of these operations."""
         return hash(tuple(at.operations)) not in self._compared and len(self._compared) < _LOSSES
 
+    def _is_sound(self, at: AutogradLinearization) -> bool:
+        return products_are_symmetric(at) and not moves_with_each_pass(self.module)
+
     def _look(self, at: AutogradLinearization) -> None:
         """Compare the gradient's change since the last loss tensor with the products."""
         taken, self._task.taken = self._task.taken, None
+        if self._task.looks == 0 and not self._is_sound(at):
+            self._say(at, False)
         if taken is None:
             return
         agrees, self._task.missing = taken.agrees(at, self._task.missing)
@@ -677,6 +687,8 @@ class ImplicitCGHead(MAML):
         """Compare a product with a difference of gradients, with every buffer left as it was."""
         if not self._is_new(at):
             return
+        if not self._is_sound(at):
+            return self._say(at, False)
 
         def evaluate(point: Tensor) -> tuple[Tensor, Tensor]:
             with buffers_apart(self.module):  # each from the same state

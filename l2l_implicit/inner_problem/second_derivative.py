@@ -11,12 +11,31 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from l2l_implicit.inner_problem.boundary import has_kinks
 from l2l_implicit.inner_problem.linearization import AutogradLinearization, Evaluate
 
 _TOL, _CLEAR, _FLAT = 0.02, 0.1, 1e3
+
+
+def products_are_symmetric(at: AutogradLinearization) -> bool:
+    """Whether u'Hv is v'Hu for two random vectors: a detached piece of the loss leaves H lopsided."""
+    generator = torch.Generator("cpu").manual_seed(1)
+    u, v = torch.randn(2, *at.point.shape, generator=generator, device="cpu").to(at.point)
+    hu, hv = at.hvp(u), at.hvp(v)
+    typical = hv.norm() * u.norm() / u.numel() ** 0.5
+    return not bool(((u * hv).sum() - (v * hu).sum()).abs() > _TOL * typical)
+
+
+def moves_with_each_pass(module: nn.Module) -> bool:
+    """Whether a module is spectral norm in training mode, whose every pass is another function."""
+    for part in module.modules():
+        hooks = any(isinstance(hook, SpectralNorm) for hook in part._forward_pre_hooks.values())
+        if part.training and (hooks or type(part).__name__ == "_SpectralNorm"):
+            return True
+    return False
 
 
 def products_agree(at: AutogradLinearization, evaluate: Evaluate) -> bool | None:

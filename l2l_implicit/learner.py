@@ -33,7 +33,6 @@ from l2l_implicit.inner_problem.second_derivative import (
     StepTaken,
     moves_with_each_pass,
     products_agree,
-    products_are_symmetric,
 )
 from l2l_implicit.inner_solvers.inner_loop import descend
 from l2l_implicit.inner_solvers.newton import Newton
@@ -423,7 +422,7 @@ class ImplicitCGHead(MAML):
         if new is not None:
             self._look(new)
         point = self._step(at)
-        seldom = task.steps < 6 or task.steps % 8 < 2  # steps get short, and short ones tell
+        seldom = task.looks < 20 or task.steps % 8 < 2  # steps get short, and short ones tell
         if new is not None and seldom and task.looks < _LOOKS and self._is_new(new):
             task.taken, task.looks = StepTaken.of(new, point), task.looks + 1
         new = None
@@ -669,13 +668,10 @@ class ImplicitCGHead(MAML):
         """Whether it is not known yet of a loss of these operations."""
         return hash(tuple(at.operations)) not in self._compared and len(self._compared) < _LOSSES
 
-    def _is_sound(self, at: AutogradLinearization) -> bool:
-        return products_are_symmetric(at) and not moves_with_each_pass(self.module)
-
     def _look(self, at: AutogradLinearization) -> None:
         """Compare the gradient's change since the last loss tensor with the products."""
         taken, self._task.taken = self._task.taken, None
-        if self._task.looks == 0 and not self._is_sound(at):
+        if moves_with_each_pass(self.module):
             self._say(at, False)
         if taken is None:
             return
@@ -687,7 +683,7 @@ class ImplicitCGHead(MAML):
         """Compare a product with a difference of gradients, with every buffer left as it was."""
         if not self._is_new(at):
             return
-        if not self._is_sound(at):
+        if moves_with_each_pass(self.module):
             return self._say(at, False)
 
         def evaluate(point: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,15 +20,6 @@ from l2l_implicit.inner_problem.linearization import AutogradLinearization, Eval
 _TOL, _CLEAR, _FLAT = 0.02, 0.1, 1e3
 
 
-def products_are_symmetric(at: AutogradLinearization) -> bool:
-    """Whether u'Hv is v'Hu for two random vectors: a detached piece of the loss leaves H lopsided."""
-    generator = torch.Generator("cpu").manual_seed(1)
-    u, v = torch.randn(2, *at.point.shape, generator=generator, device="cpu").to(at.point)
-    hu, hv = at.hvp(u), at.hvp(v)
-    typical = hv.norm() * u.norm() / u.numel() ** 0.5
-    return not bool(((u * hv).sum() - (v * hu).sum()).abs() > _TOL * typical)
-
-
 def moves_with_each_pass(module: nn.Module) -> bool:
     """Whether a module is spectral norm in training mode, whose every pass is another function."""
     for part in module.modules():

@@ -235,12 +235,13 @@ MUTATIONS = (
     ),
     Mutation(
         "Newton: every step accepted", "inner_solvers/newton.py",
-        "return now.objective > last.objective + _ARMIJO * self._length * last.slope",
+        "return objective > last.objective + _ARMIJO * self._length * last.slope",
         "return False", "inner_steps solvers hypergradient_rules",
     ),
     Mutation(
         "Newton: the stand-in step uphill", "inner_solvers/newton.py",
-        "return -self.lr * at.gradient", "return self.lr * at.gradient", "inner_steps solvers",
+        "direction = -self.lr * at.gradient", "direction = self.lr * at.gradient",
+        "inner_steps solvers",
     ),
     Mutation(
         "the series' residual half updated", "linear_solvers/neumann.py",

@@ -33,18 +33,30 @@ def solve(objective: Callable[[Tensor], Tensor], phi: Tensor, steps: int = 200) 
 
 
 def root(field: Callable[[Tensor], Tensor], phi: Tensor) -> Tensor:
-    """A zero of a field: Newton with a dense Jacobian, its steps no longer than 1."""
-    for _ in range(200):
-        step = -torch.linalg.solve(jacrev(field)(phi), field(phi))
-        phi = phi + step * min(1.0, 1.0 / float(step.norm().clamp_min(1e-30)))
-        if float(step.norm()) <= 1e-13 * float(1 + phi.norm()):
+    """The zero to which short steps against the field lead, the last ones by dense Newton."""
+    here = field(phi)
+    for turn in range(3000):
+        if turn % 20 == 0:
+            newton = phi - torch.linalg.solve(jacrev(field)(phi), here)
+            if float(field(newton).norm()) < 0.1 * float(here.norm()):
+                break
+        phi = phi - 0.05 * here
+        here = field(phi)
+    for _ in range(30):
+        step = torch.linalg.solve(jacrev(field)(phi), here)
+        phi = phi - step
+        here = field(phi)
+        if float(step.norm()) <= 1e-12 * float(1 + phi.norm()):
             return phi
-    raise AssertionError(f"the oracle's own field has no zero: {float(field(phi).norm()):.1e}")
+    raise AssertionError(f"the oracle's own field has no zero: {float(here.norm()):.1e}")
 
 
 def response(field: Function, outer: Function, phi: Tensor, theta: Tensor) -> Tensor:
     """The derivative of ``outer(phi(theta), theta)`` where ``phi`` is a zero of the field."""
-    phi = root(lambda p: field(p, theta), phi)
+    return response_at(field, outer, root(lambda p: field(p, theta), phi), theta)
+
+
+def response_at(field: Function, outer: Function, phi: Tensor, theta: Tensor) -> Tensor:
     jacobian = jacrev(field, argnums=0)(phi, theta)
     v = torch.linalg.solve(jacobian.t(), grad(outer, argnums=0)(phi, theta))
     return grad(outer, argnums=1)(phi, theta) - jacrev(field, argnums=1)(phi, theta).t() @ v
@@ -53,7 +65,7 @@ def response(field: Function, outer: Function, phi: Tensor, theta: Tensor) -> Te
 def implicit(inner: Function, outer: Function, phi: Tensor, theta: Tensor) -> Tensor:
     """The same for the minimum of ``inner`` next to ``phi``."""
     phi = solve(lambda p: inner(p, theta), phi)
-    return response(grad(inner, argnums=0), outer, phi, theta)
+    return response_at(grad(inner, argnums=0), outer, phi, theta)
 
 
 def linear(phi: Tensor, x: Tensor, ways: int) -> Tensor:

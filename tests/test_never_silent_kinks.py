@@ -42,7 +42,7 @@ BENDS: dict[str, tuple[nn.Module, Callable[[Tensor, float], Tensor]]] = {
     "relu": (nn.ReLU(), soft_relu),
     "leaky relu": (nn.LeakyReLU(0.1), lambda z, w: 0.1 * z + 0.9 * soft_relu(z, w)),
     "hardtanh": (nn.Hardtanh(), lambda z, w: soft_relu(z + 1, w) - soft_relu(z - 1, w) - 1),
-    "absolute": (nn.Softshrink(0.0), lambda z, w: z),  # no kink: a control among the others
+    "none": (nn.Tanh(), lambda z, w: torch.tanh(z)),
     "soft shrinkage": (
         nn.Softshrink(0.3),
         lambda z, w: soft_relu(z - 0.3, w) - soft_relu(-z - 0.3, w),
@@ -78,26 +78,26 @@ class TwoLayers:
 
         return call
 
+    def inner(self, phi: Tensor, anchor: Tensor, width: float) -> Tensor:
+        out = network(phi, self.x, 4, 3, lambda z: self.rounded(z, width))
+        return F.cross_entropy(out, self.y) + self.l2 / 2 * (phi - anchor).square().sum()
+
+    def outer(self, phi: Tensor, anchor: Tensor, width: float) -> Tensor:
+        out = network(phi, self.query, 4, 3, lambda z: self.rounded(z, width))
+        return F.cross_entropy(out, self.y)
+
     def truth(self) -> Tensor:
-        def inner(phi: Tensor, anchor: Tensor, width: float) -> Tensor:
-            out = network(phi, self.x, 4, 3, lambda z: self.rounded(z, width))
-            return F.cross_entropy(out, self.y) + self.l2 / 2 * (phi - anchor).square().sum()
-
-        def outer(phi: Tensor, anchor: Tensor, width: float) -> Tensor:
-            out = network(phi, self.query, 4, 3, lambda z: self.rounded(z, width))
-            return F.cross_entropy(out, self.y)
-
-        return slope_along(inner, outer, self.end, self.start, self.direction, NARROW)
+        return slope_along(self.inner, self.outer, self.end, self.start, self.direction, NARROW)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("way", WAYS)
 def test_networks_of_rectifiers(seed: int, way: str) -> None:
     task = TwoLayers("relu", seed)
     judge(task.slope("closure", *WAYS[way]), task.truth, SLACK)
 
 
-@pytest.mark.parametrize("bend", [bend for bend in BENDS if bend not in ("relu", "absolute")])
+@pytest.mark.parametrize("bend", [bend for bend in BENDS if bend not in ("relu", "none")])
 @pytest.mark.parametrize("way", WAYS)
 def test_networks_of_other_bends(bend: str, way: str) -> None:
     for seed in (0, 1):
@@ -107,10 +107,13 @@ def test_networks_of_other_bends(bend: str, way: str) -> None:
 
 
 def test_a_network_without_a_kink_is_right() -> None:
-    task = TwoLayers("absolute", 0)
-    gradient = task.slope("closure", {"inner": Newton()}, 100)
-    gradient()
-    must_be_right(gradient, task.truth())
+    task = TwoLayers("none", 0)
+    full = implicit(
+        lambda p, t: task.inner(p, t, 1.0), lambda p, t: task.outer(p, t, 1.0),
+        task.start, task.start,
+    )  # fmt: skip
+    right = (full @ task.direction).reshape(1)
+    must_be_right(task.slope("closure", {"inner": Newton()}, 100), right)
 
 
 # Losses of a linear head: theta is a linear map that makes its features.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from head_doors import DOORS, DOUBT, Outcome
 from head_problems import Problem, known, loss_of, problems, query_loss
 from oracles import implicit, relative_error
-from random_heads import DOORS, DOUBT, Outcome, measure
+from random_heads import measure
 from torch import Tensor
 from torch.func import grad
 

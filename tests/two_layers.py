@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -106,6 +107,7 @@ def entropy(out: Tensor, frozen: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(out, y)
 
 
+@cache
 def truth(
     forward: Forward = logits, loss: Loss = entropy, start: Tensor | None = None,
     scale: Tensor | float = 1.0,

@@ -99,7 +99,8 @@ def split(phi: Tensor, shapes: Sequence[Size]) -> tuple[Tensor, ...]:
     sizes = []
     for shape in shapes:
         sizes.append(shape.numel() // len(phi))
-    return tuple(map(Tensor.reshape, phi.split(sizes, dim=1), shapes))
+    pieces = map(Tensor.reshape, phi.split(sizes, dim=1), shapes)
+    return tuple(map(Tensor.clone, pieces))  # no views, so that they can be written to
 
 
 def attach(

@@ -83,10 +83,15 @@ def source_of(node: Any) -> Tensor:
 
 
 class MetaInputs(NamedTuple):
-    """Where theta enters an inner objective: marked boundaries, and leaves used directly."""
+    """Where theta enters an inner objective: marked boundaries, and leaves used directly.
+
+    Attributes:
+        names: of the operations in between, by which one loss is told from another.
+    """
 
     boundaries: list[Any]
     leaves: list[Tensor]
+    names: list[str]
 
     def sources(self) -> list[Tensor]:
         """The tensors of theta: what was marked, then the leaves."""
@@ -135,28 +140,16 @@ def find_meta_inputs(objective: Tensor, inner: Sequence[Tensor]) -> MetaInputs:
     """
     known = {id(tensor) for tensor in inner}
     seen = {tensor.grad_fn for tensor in inner if tensor.grad_fn is not None}
-    found, stack = MetaInputs([], []), [cast(Any, objective.grad_fn)]
+    found, stack = MetaInputs([], [], []), [cast(Any, objective.grad_fn)]
     for node in unseen(stack, seen):
         if is_boundary(node):
             found.boundaries.append(node)
         elif type(node).__name__ != "AccumulateGrad":
+            found.names.append(node.name())
             stack.extend(map(CHILD, node.next_functions))
         elif id(node.variable) not in known:
             found.leaves.append(node.variable)
     return found
-
-
-_KINKS = ("Relu", "Threshold", "MaxPool", "Abs", "Clamp", "Hardt", "Prelu", "Maximum", "Minimum")
-
-
-def has_kinks(objective: Tensor) -> bool:
-    """Whether an operation in the graph is one that has kinks, so that finite steps cross them."""
-    stack = [cast(Any, objective.grad_fn)]
-    for node in unseen(stack, set()):
-        if any(kink in node.name() for kink in _KINKS):
-            return True
-        stack.extend(map(CHILD, node.next_functions))
-    return False
 
 
 def _stop(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:

@@ -193,7 +193,7 @@ class LinearHeads(Linearization):
         for _ in range(_MOST_STEPS if base.numel() else 0):
             loss = problem.loss.moved(outputs)
             if inverse is None or last > _NEAR:  # near enough the last one does
-                inverse = loss.inverse(kernel)
+                inverse = loss.inverse(kernel, alike=not movements and center is None)
             rho = torch.add(loss.gradient, a, alpha=strength)
             change = inverse(kernel @ rho).sub_(rho).div_(strength)
             move = gram @ change

@@ -152,7 +152,7 @@ MUTATIONS = (
     ),
     Mutation(
         "features of phi taken for constants", "inner_problem/recognition.py",
-        "if _reaches(made[0], dict(edges)):", "if False:",
+        "if node in inner:", "if False:",
         "recognition::test_learner_fed_its_own_weight",
     ),
     Mutation(
@@ -258,7 +258,7 @@ MUTATIONS = (
     # What is said of it.
     Mutation(
         "an unsolved problem not counted", "diagnostics.py",
-        "bad = not self.hypergradient_error <= settings[0]", "bad = False",
+        "bad = not self.hypergradient_error <= limit", "bad = False",
         "together::test_diagnostics_are_each_tasks_and_the_parent_counts_them_all",
     ),
     Mutation(

@@ -86,18 +86,19 @@ class StepTaken(NamedTuple):
         """
         if not torch.equal(self.to, at.point) or has_kinks(at.operations):
             return None, math.inf
-        change, product = at.gradient - self.gradient, at.hvp(self.to - self.point)
-        eps, size, now = torch.finfo(change.dtype).eps, float(change.norm()), at.gradient_norm
-        rounding = eps * max(float(self.gradient.norm()), float(at.regularizer_norm()))
-        moved = float((self.to - self.point).norm()) > eps**0.5 * float(at.point.norm())
+        step, change = self.to - self.point, at.gradient - self.gradient
+        product, eps = at.hvp(step), torch.finfo(change.dtype).eps
+        size, norm = float(change.norm()), float(self.gradient.norm())
+        rounding = eps * max(norm, float(at.regularizer_norm()))
+        moved = float(step.norm()) > eps**0.5 * float(at.point.norm())
         if not size > _FLAT * rounding or not moved:
             return None, math.inf
         missing = float((change - 0.5 * (self.product + product)).norm()) / size
         if missing <= _TOL:
             return True, missing
         explained = float((product - self.product).norm()) / size
-        norm = float(self.gradient.norm())
-        if missing <= explained or size > 1.2 * max(norm, float(now)):  # beyond the minimum
+        beyond_minimum = size > 1.2 * max(norm, float(at.gradient_norm))
+        if missing <= explained or beyond_minimum:
             return None, math.inf
         short = size <= 0.3 * norm and missing > max(_CLEAR, 3.0 * explained)
         return (False if short or missing > 0.7 * before else None), missing

@@ -34,9 +34,8 @@ from l2l_implicit.inner_problem.second_derivative import (
     moves_with_each_pass,
     products_agree,
 )
-from l2l_implicit.inner_solvers.inner_loop import descend
 from l2l_implicit.inner_solvers.newton import Newton
-from l2l_implicit.inner_solvers.protocol import InnerSolver, InnerStep
+from l2l_implicit.inner_solvers.protocol import InnerSolver, InnerStep, descend
 from l2l_implicit.linear_solvers.conjugate_gradient import CG
 from l2l_implicit.linear_solvers.solution import (
     NON_FINITE,

@@ -188,7 +188,7 @@ MUTATIONS = (
     ),
     # The general path.
     Mutation(
-        "linearized beside phi, general path", "inner_solvers/inner_loop.py",
+        "linearized beside phi, general path", "inner_solvers/protocol.py",
         "at = linearize(point, hvp or last)", "at = linearize(0.9 * point, hvp or last)", GENERAL,
     ),
     Mutation(

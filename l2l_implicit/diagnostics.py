@@ -18,20 +18,11 @@ class UnsolvedWarning(UserWarning):
 
     Example:
         >>> import warnings
-        >>> import torch
-        >>> from torch import nn
-        >>> from l2l_implicit import GradientDescent, ImplicitCGHead, UnsolvedWarning
-        >>> head = ImplicitCGHead(nn.Linear(10, 5), lr=0.01, inner=GradientDescent())
-        >>> h, y = torch.randn(25, 10, requires_grad=True), torch.arange(25) % 5
-        >>> learner, loss = head.clone(), nn.CrossEntropyLoss()
-        >>> learner.adapt(lambda: loss(learner(h), y), steps=1)
+        >>> from l2l_implicit import UnsolvedWarning
         >>> with warnings.catch_warnings():
-        ...     warnings.simplefilter("error", UnsolvedWarning)  # stop there instead
-        ...     try:
-        ...         loss(learner(h), y).backward()
-        ...     except UnsolvedWarning as warning:
-        ...         print(str(warning)[:31])
-        the inner problem is not solved
+        ...     warnings.simplefilter("error", UnsolvedWarning)
+        ...     ...  # training in here stops at the first
+        Ellipsis
     """
 
 
@@ -60,14 +51,11 @@ class Diagnostics:
         >>> from l2l_implicit import ImplicitCGHead
         >>> head, loss = ImplicitCGHead(nn.Linear(10, 5), lr=0.1), nn.CrossEntropyLoss()
         >>> h, y = torch.randn(25, 10, requires_grad=True), torch.arange(25) % 5
-        >>> for _ in range(3):
-        ...     learner = head.clone()
-        ...     learner.adapt(lambda: loss(learner(h), y), steps=20)
-        ...     loss(learner(h), y).backward()
+        >>> learner = head.clone()
+        >>> learner.adapt(lambda: loss(learner(h), y), steps=20)
+        >>> loss(learner(h), y).backward()
         >>> head.diagnostics.hypergradients, head.diagnostics.unsolved
-        (3, 0)
-        >>> head.diagnostics.hypergradient_error < 1e-3
-        True
+        (1, 0)
     """
 
     inner_steps: int = 0
@@ -84,33 +72,27 @@ class Diagnostics:
     parent: Diagnostics | None = field(default=None, repr=False, compare=False)
 
     def record(
-        self,
-        steps: int,
-        products: int,
-        reason: str,
-        sizes: Sizes,
-        errors: tuple[float, float, float],
-        is_bound: bool,
-        settings: tuple[float, object, object],
-    ) -> None:
+        self, steps: int, products: int, reason: str, sizes: Sizes,
+        errors: tuple[float, float, float], is_bound: bool, settings: tuple[float, object, object],
+    ) -> None:  # fmt: skip
         """Take note of one hypergradient, here and on every parent; warn of the first bad one.
 
         Args:
-            steps: inner steps taken.
-            products, reason: of the linear solve.
+            steps, products, reason: inner steps taken; of the linear solve.
             sizes: norms at the linearization.
-            errors: the parts of its error: inner problem, linear system, rounding.
-            is_bound: whether their sum is a bound.
+            errors, is_bound: its error's parts (inner problem, linear system, rounding), and
+                whether their sum is a bound.
             settings: ``max_error``, and the two solvers, which a warning names.
         """
         self.inner_steps, self.inner_gradient_norm = steps, sizes.gradient
         self.cg_steps, self.cg_residual, self.cg_reason = products, sizes.residual, reason
         self.hypergradient_error, self.is_bound = sum(errors), is_bound
-        bad = not self.hypergradient_error <= settings[0]
+        limit = settings[0]
+        bad = not self.hypergradient_error <= limit
         self.hypergradients += 1
         self.unsolved += bad
-        self.unsolved_inner += not errors[0] <= settings[0]
-        self.unsolved_linear += not errors[1] <= settings[0]
+        self.unsolved_inner += not errors[0] <= limit
+        self.unsolved_linear += not errors[1] <= limit
         if self.parent is not None:
             self.parent.record(steps, products, reason, sizes, errors, is_bound, settings)
         elif bad and self.unsolved == 1:
@@ -120,17 +102,18 @@ class Diagnostics:
         self, errors: tuple[float, float, float], limit: float, inner: object, linear: object
     ) -> str:
         """What is wrong, by the largest part of the error, and what to do."""
-        largest = max(error if error == error else math.inf for error in errors)
-        if errors[0] == largest or errors[0] != errors[0]:
+        parts = [math.inf if math.isnan(error) else error for error in errors]
+        if parts[0] == max(parts):
             what = (
                 f"the inner problem is not solved: an inner gradient of norm "
                 f"{self.inner_gradient_norm:.2g} after {self.inner_steps} steps of {inner}"
             )
-            newton = repr(inner).startswith("Newton")
-            remedy = "take more steps, or raise l2" if newton else "use inner=Newton()"
+            remedy = "use inner=Newton()"
             if self.cg_reason == FACTORED:
                 remedy = "scale the features down, or raise l2"
-        elif errors[1] == largest:
+            elif repr(inner).startswith("Newton"):
+                remedy = "take more steps, or raise l2"
+        elif parts[1] == max(parts):
             what = (
                 f"the linear system is not solved: a relative residual of {self.cg_residual:.2g} "
                 f"after {self.cg_steps} steps of {linear} ({self.cg_reason})"

@@ -86,8 +86,8 @@ class ImplicitSolution(Function):
             )
         gradients: list[Tensor | None] = [None, None, None]
         for product, shape in zip_longest(products, ctx.sources):
-            zero = product is None
-            gradients.append(vector.new_zeros(()).expand(shape) if zero else product.neg())
+            dense = vector.new_zeros(()).expand(shape) if product is None else product.neg()
+            gradients.append(dense)
         return tuple(gradients)
 
 
@@ -99,7 +99,8 @@ def split(phi: Tensor, shapes: Sequence[Size]) -> tuple[Tensor, ...]:
     sizes = []
     for shape in shapes:
         sizes.append(shape.numel() // len(phi))
-    return tuple(map(Tensor.reshape, phi.split(sizes, dim=1), shapes))
+    pieces = map(Tensor.reshape, phi.split(sizes, dim=1), shapes)
+    return tuple(map(Tensor.clone, pieces))  # no views, so that they can be written to
 
 
 def attach(

@@ -29,7 +29,11 @@ from l2l_implicit.inner_problem.linearization import (
     inner_gradient,
 )
 from l2l_implicit.inner_problem.recognition import HeadLoss, recognize
-from l2l_implicit.inner_problem.second_derivative import StepTaken, products_agree
+from l2l_implicit.inner_problem.second_derivative import (
+    StepTaken,
+    moves_with_each_pass,
+    products_agree,
+)
 from l2l_implicit.inner_solvers.inner_loop import descend
 from l2l_implicit.inner_solvers.newton import Newton
 from l2l_implicit.inner_solvers.protocol import InnerSolver, InnerStep
@@ -61,7 +65,8 @@ if TYPE_CHECKING:
 Self = TypeVar("Self", bound="ImplicitCGHead")
 Closure = Callable[[], Tensor]
 
-_LOOKS = 20  # steps of loss tensors at which the second derivative is compared, at most
+_LOOKS = 40  # steps of loss tensors at which the second derivative is compared, at most
+_LOSSES = 20  # different losses of which it is
 
 
 _SHAPE = operator.attrgetter("shape")
@@ -90,12 +95,12 @@ class Task:
         missing: what the second derivative did not explain of the step before, if anything.
         independent: features that are known not to depend on phi.
         saved: the linearization that the current parameters depend on, if it is alive.
-        solution: of what was solved at once: phi as installed, ``[n]``, and the linear solver.
+        solution, linear: of what was solved at once: phi as installed, ``[n]``, and the solver.
     """
 
     __slots__ = (
-        "first_norm", "independent", "initial", "key", "looks", "missing", "saved", "solution",
-        "solver", "step", "steps", "taken",
+        "first_norm", "independent", "initial", "key", "linear", "looks", "missing", "saved",
+        "solution", "solver", "step", "steps", "taken",
     )  # fmt: skip
 
     def __init__(self, key: Hashable | None, initial: list[Tensor]) -> None:
@@ -108,7 +113,8 @@ class Task:
         self.missing = math.inf
         self.independent: set[weakref.ref[Tensor]] = set()
         self.saved: weakref.ref[SavedLinearization] | None = None
-        self.solution: tuple[Tensor, Any] | None = None
+        self.solution: Tensor | None = None
+        self.linear: LinearSolver | None = None
 
     def linearization(self) -> Linearization | None:
         """The one that the current parameters depend on, if it is alive."""
@@ -128,7 +134,7 @@ class Task:
         at = self.linearization()
         if self.solution is None or not isinstance(at, LinearHeads) or at.known is None:
             return None
-        unmoved = torch.equal(self.solution[0], flatten(phi).detach())
+        unmoved = torch.equal(self.solution, flatten(phi).detach())
         return at if unmoved and at.quadratic.same(quadratic) and at.known.same(loss) else None
 
 
@@ -221,7 +227,7 @@ class ImplicitCGHead(MAML):
         self._plain_solve = cls.linear_solve is own.linear_solve
         self.diagnostics = Diagnostics()
         self._memory: dict[Hashable, Remembered] | None = {} if warm_start else None
-        self._second_derivative = {"known": False}  # shared with every clone
+        self._compared: set[int] = set()  # losses whose second derivative is known; of all clones
         self._task = Task(key=None, initial=list(model.parameters()))
 
     # Three places to override.
@@ -398,25 +404,28 @@ class ImplicitCGHead(MAML):
         known = recognize(loss, phi, task.independent) if self._plain_regularizer else None
         if known is not None and self._plain_step and getattr(self.inner, "at_once", False):
             quadratic = self._quadratic(phi, torch.float64)
+            assert quadratic is not None
             there = task.solved(known, quadratic, phi) if keep else None
             if there is None:
                 task.release()
                 there = self._on_heads(known.heads(phi, quadratic), 1)
-            elif there.known.origin == known.origin and task.solution[1] == self.linear:
+            elif there.known.origin == known.origin and task.linear == self.linear:
                 return
             there.sees(known)
             self._install(there.point, phi, there if keep else None)
             if keep:
-                task.solution = there.point[0].to(phi[0].dtype), self.linear
+                task.solution, task.linear = there.point[0].to(phi[0].dtype), self.linear
             return
         task.release()  # before there are two
         at = self._linearize(loss, phi, unused, True, known)
-        if isinstance(at, AutogradLinearization) and not self._second_derivative["known"]:
-            self._look(at)
+        new = at if isinstance(at, AutogradLinearization) and self._is_new(at) else None
+        if new is not None:
+            self._look(new)
         point = self._step(at)
-        if isinstance(at, AutogradLinearization) and task.looks < _LOOKS:
-            if not self._second_derivative["known"]:
-                task.taken, task.looks = StepTaken.of(at, point), task.looks + 1
+        seldom = task.looks < 20 or task.steps % 8 < 2  # steps get short, and short ones tell
+        if new is not None and seldom and task.looks < _LOOKS and self._is_new(new):
+            task.taken, task.looks = StepTaken.of(new, point), task.looks + 1
+        new = None
         self._install(point, phi, at if keep else None)
 
     def _adapt_closure(
@@ -452,11 +461,13 @@ class ImplicitCGHead(MAML):
             return None
         del loss  # its graph
         quadratic = self._quadratic(objective.phi, torch.float64)
+        assert quadratic is not None
         before = self._task.steps, self._task.first_norm
         there = self._on_heads(known.heads(objective.phi, quadratic), steps)
         again = recognize(objective.loss(there.point), objective.phi, independent)
         same = again is not None and again.same(known)
-        if again is not None and not same and getattr(self.inner, "at_once", False):
+        at_once = self._plain_step and getattr(self.inner, "at_once", False)
+        if again is not None and not same and at_once:
             there = self._on_heads(again.heads(objective.phi, quadratic), steps)
         elif again is None or not same:
             self._task.steps, self._task.first_norm = before
@@ -644,7 +655,7 @@ class ImplicitCGHead(MAML):
         rows = torch.stack([*map(Tensor.double, columns)], 1).tolist()
         settings = self.max_error, self.inner, self.linear
         for found, row, reason in zip(diagnostics, rows, answer.reason, strict=True):
-            sizes = Sizes(*row[:5], scales=row[7:])
+            sizes = Sizes(row[0], row[1], row[2], row[3], row[4], scales=row[7:])
             errors = at.errors(sizes, damping, torch.finfo(phi.dtype).eps)
             found.record(int(row[6]), int(row[5]), reason, sizes, errors, at.is_bound, settings)
         if memory is not None and key is not None:
@@ -653,34 +664,46 @@ class ImplicitCGHead(MAML):
 
     # Whether autograd's second derivative is one.
 
+    def _is_new(self, at: AutogradLinearization) -> bool:
+        """Whether it is not known yet of a loss of these operations."""
+        return hash(tuple(at.operations)) not in self._compared and len(self._compared) < _LOSSES
+
     def _look(self, at: AutogradLinearization) -> None:
         """Compare the gradient's change since the last loss tensor with the products."""
         taken, self._task.taken = self._task.taken, None
+        if moves_with_each_pass(self.module):
+            self._say(at, False)
         if taken is None:
             return
         agrees, self._task.missing = taken.agrees(at, self._task.missing)
         if agrees is not None:
-            self._say(agrees)
+            self._say(at, agrees)
 
     def _compare(self, at: AutogradLinearization, objective: _ClosureObjective) -> None:
         """Compare a product with a difference of gradients, with every buffer left as it was."""
-        if self._second_derivative["known"]:
+        if not self._is_new(at):
             return
-        devices = [at.point.device] if at.point.is_cuda else []
-        with torch.random.fork_rng(devices=devices), buffers_apart(self.module):
-            agrees = products_agree(at, objective.evaluate)
-        self._say(agrees)
+        if moves_with_each_pass(self.module):
+            return self._say(at, False)
 
-    def _say(self, agrees: bool | None) -> None:
-        self._second_derivative["known"] = True
+        def evaluate(point: Tensor) -> tuple[Tensor, Tensor]:
+            with buffers_apart(self.module):  # each from the same state
+                return objective.evaluate(point)
+
+        devices = [at.point.device] if at.point.is_cuda else []
+        with torch.random.fork_rng(devices=devices):
+            self._say(at, products_agree(at, evaluate))
+
+    def _say(self, at: AutogradLinearization, agrees: bool | None) -> None:
+        self._compared.add(hash(tuple(at.operations)))
         if agrees is False:
             warnings.warn(
                 "the inner gradient does not change as its second derivative says: expected an "
                 "inner loss that torch can differentiate twice, the same at each call, got an "
                 "operation whose second derivative is missing or wrong (a custom "
-                "autograd.Function, once_differentiable, weight_norm, a detached "
-                "piece), or other data at each call; the hypergradient is wrong: write the "
-                "operation out, or use first_order=True (said once)",
+                "autograd.Function, once_differentiable, weight_norm, spectral_norm in training "
+                "mode, a detached piece), or other data at each call; the hypergradient is wrong: "
+                "write the operation out, or use first_order=True (said once a loss)",
                 UnsolvedWarning,
                 stacklevel=4,
             )

@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from l2l_implicit import checks
 from l2l_implicit.diagnostics import Diagnostics
 from l2l_implicit.implicit_diff import SavedLinearization, attach, split
-from l2l_implicit.inner_problem.linear_heads import GOALS, HeadProblem, LinearHeads
-from l2l_implicit.inner_problem.losses import CrossEntropy, OutputLoss, SquaredError
-from l2l_implicit.inner_problem.recognition import one_hot
-from l2l_implicit.vectors import flatten
+from l2l_implicit.inner_problem.losses import CrossEntropy, SquaredError
+from l2l_implicit.inner_problem.recognition import HeadLoss
 
 if TYPE_CHECKING:
     from l2l_implicit.learner import ImplicitCGHead
@@ -63,47 +61,34 @@ def adapt_heads(
     checks.can_be_together(learner)
     checks.count("steps (K)", steps)
     head: nn.Linear = learner.module
-    squared = _is_squared(learner.loss, targets)
+    loss, keep = learner.loss, torch.is_grad_enabled()
+    squared = targets.is_floating_point() if loss is None else isinstance(loss, nn.MSELoss)
     checks.support(features, targets, head, squared)
-    keep, tasks = torch.is_grad_enabled(), len(features)
     phi = checks.inner_parameters(head, allow_nograd=False)
+    tasks, m = features.shape[:2]
     with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
         quadratic = learner._quadratic(phi, torch.float64)
         assert quadratic is not None
-        x = features.detach().to(torch.float64, copy=True)
-        source = features if keep and features.requires_grad else None
-        loss = _support_loss(learner.loss, squared, targets, head.out_features)
-        problem = HeadProblem(
-            x, source, loss, quadratic, head.weight.shape, head.bias is not None,
-            GOALS.get(features.dtype, 1e-6),
+        x = features.detach()
+        problem = HeadLoss(
+            x=x.clone() if x.dtype == torch.float64 else x,  # others are copied on the way there
+            source=features if keep and features.requires_grad else None,
+            origin=None,
+            bias=head.bias is not None,
+            targets=targets.to(torch.float64, copy=True) if squared else targets,
+            loss=SquaredError if squared else CrossEntropy,
+            scale=1.0,
         )
-        start = flatten(phi).double().expand(tasks, -1)
-        there = learner._on_heads(LinearHeads(problem, start), steps)
+        if loss is None or loss.reduction == "mean":
+            problem = problem._replace(scale=1.0 / max(1, m * head.out_features if squared else m))
+        there = learner._on_heads(problem.heads(phi, quadratic), steps)
         diagnostics = [Diagnostics(parent=learner.diagnostics) for _ in range(tasks)]
         shapes = [torch.Size((tasks, *p.shape)) for p in phi]
         point = there.point.to(head.weight.dtype)
-    if not keep:
-        return _heads(split(point, shapes), diagnostics)
-    saved = SavedLinearization(there, learner._solver(point, diagnostics))
-    zero = phi if learner.anchor == "zero" else []
-    return _heads(attach(saved, point, shapes, constants=zero), diagnostics)
-
-
-def _heads(pieces: tuple[Tensor, ...], diagnostics: Sequence[Diagnostics]) -> AdaptedHeads:
+    if keep:
+        saved = SavedLinearization(there, learner._solver(point, diagnostics))
+        zero = phi if learner.anchor == "zero" else []
+        pieces = attach(saved, point, shapes, constants=zero)
+    else:
+        pieces = split(point, shapes)
     return AdaptedHeads(pieces[0], pieces[1] if len(pieces) > 1 else None, diagnostics)
-
-
-def _is_squared(loss: nn.Module | None, targets: Tensor) -> bool:
-    return targets.is_floating_point() if loss is None else isinstance(loss, nn.MSELoss)
-
-
-def _support_loss(
-    loss: nn.Module | None, squared: bool, targets: Tensor, classes: int
-) -> OutputLoss:
-    tasks, m = targets.shape[:2]
-    mean = loss is None or loss.reduction == "mean"
-    if squared:
-        dense = targets.to(torch.float64, copy=True).view(tasks, m, classes)
-        return SquaredError(dense, dense, 1.0 / max(1, m * classes) if mean else 1.0)
-    dense = one_hot(targets, classes)
-    return CrossEntropy(dense, dense, 1.0 / max(1, m) if mean else 1.0)

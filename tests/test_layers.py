@@ -28,7 +28,7 @@ WITHIN = {
         {"neumann"},
     ],
     "inner_problem": [
-        {"boundary", "losses", "regularizer"},
+        {"boundary", "losses"},
         {"linearization"},
         {"linear_heads", "second_derivative"},
         {"recognition"},

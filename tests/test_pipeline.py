@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from l2l_implicit import ImplicitCGHead, ImplicitMAML
+from l2l_implicit import GradientDescent, ImplicitCGHead, ImplicitMAML
 
 import learn2learn as l2l  # isort: skip  (after l2l_implicit, which repairs it)
 
@@ -17,7 +17,9 @@ HEADS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "MAML": lambda head: l2l.algorithms.MAML(head, lr=0.1),
     "FOMAML": lambda head: l2l.algorithms.MAML(head, lr=0.1, first_order=True),
     "ImplicitCGHead": lambda head: ImplicitCGHead(head, lr=0.1),
-    "ImplicitCGHead gradient": lambda head: ImplicitCGHead(head, lr=0.1, step="gradient", l2=0.3),
+    "ImplicitCGHead gradient": lambda head: ImplicitCGHead(
+        head, lr=0.1, inner=GradientDescent(), l2=0.3
+    ),
     "ImplicitCGHead anchored": lambda head: ImplicitCGHead(head, lr=0.1, anchor="init"),
     "ImplicitCGHead first order": lambda head: ImplicitCGHead(head, lr=0.1, first_order=True),
     "ImplicitMAML": lambda head: ImplicitMAML(head, lr=0.1),

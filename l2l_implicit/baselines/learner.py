@@ -100,8 +100,7 @@ class BaselineLearner(MAML):
         """
         first_order = _first(first_order, self.first_order)
         unused = _first(allow_unused, self.allow_unused)
-        checks.steps(loss, steps)
-        checks.gradients_possible()
+        checks.adapt(loss, steps)
         checks.inner_parameters(self.module, _first(allow_nograd, self.allow_nograd))
         keep = torch.is_grad_enabled()
         with torch.enable_grad():

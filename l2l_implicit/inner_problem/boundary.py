@@ -7,7 +7,9 @@ file and `recognition` are the only ones that know torch's graph from the inside
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+import functools
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -51,12 +53,10 @@ def mark_boundaries(value: Any, dtype: torch.dtype | None, mark: bool) -> Any:
     if not isinstance(value, tuple | list | dict) or not value:
         return value
     if isinstance(value, dict):
-        mapped = copy.copy(value)  # keeps a class of the caller's own
+        mapped: Any = copy.copy(value)  # keeps a class of the caller's own
         mapped.update(zip(value, mark_boundaries([*value.values()], dtype, mark), strict=True))
         return mapped
-    parts = []
-    for part in value:
-        parts.append(mark_boundaries(part, dtype, mark))
+    parts = [*map(functools.partial(mark_boundaries, dtype=dtype, mark=mark), value)]
     if isinstance(value, list):
         mapped = copy.copy(value)
         mapped[:] = parts
@@ -83,10 +83,15 @@ def source_of(node: Any) -> Tensor:
 
 
 class MetaInputs(NamedTuple):
-    """Where theta enters an inner objective: marked boundaries, and leaves used directly."""
+    """Where theta enters an inner objective: marked boundaries, and leaves used directly.
+
+    Attributes:
+        names: of the operations in between, by which one loss is told from another.
+    """
 
     boundaries: list[Any]
     leaves: list[Tensor]
+    names: list[str]
 
     def sources(self) -> list[Tensor]:
         """The tensors of theta: what was marked, then the leaves."""
@@ -113,6 +118,18 @@ class MetaInputs(NamedTuple):
                 hook.remove()
 
 
+def unseen(stack: list[Any], seen: set[Any]) -> Iterator[Any]:
+    """The nodes on ``stack``, each once; the caller adds their children, where it wants them."""
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+
+
+CHILD = operator.itemgetter(0)  # of an edge in ``node.next_functions``
+
+
 def find_meta_inputs(objective: Tensor, inner: Sequence[Tensor]) -> MetaInputs:
     """Walk the objective's graph down to theta, stopping at phi and at the boundaries.
 
@@ -123,16 +140,13 @@ def find_meta_inputs(objective: Tensor, inner: Sequence[Tensor]) -> MetaInputs:
     """
     known = {id(tensor) for tensor in inner}
     seen = {tensor.grad_fn for tensor in inner if tensor.grad_fn is not None}
-    found, stack = MetaInputs([], []), [cast(Any, objective.grad_fn)]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    found, stack = MetaInputs([], [], []), [cast(Any, objective.grad_fn)]
+    for node in unseen(stack, seen):
         if is_boundary(node):
             found.boundaries.append(node)
         elif type(node).__name__ != "AccumulateGrad":
-            stack.extend(child for child, _ in node.next_functions)
+            found.names.append(node.name())
+            stack.extend(map(CHILD, node.next_functions))
         elif id(node.variable) not in known:
             found.leaves.append(node.variable)
     return found
@@ -141,18 +155,9 @@ def find_meta_inputs(objective: Tensor, inner: Sequence[Tensor]) -> MetaInputs:
 _KINKS = ("Relu", "Threshold", "MaxPool", "Abs", "Clamp", "Hardt", "Prelu", "Maximum", "Minimum")
 
 
-def has_kinks(objective: Tensor) -> bool:
-    """Whether an operation in the graph is one that has kinks, so that finite steps cross them."""
-    seen, stack = set(), [cast(Any, objective.grad_fn)]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        if any(kink in node.name() for kink in _KINKS):
-            return True
-        seen.add(node)
-        stack.extend(child for child, _ in node.next_functions)
-    return False
+def has_kinks(names: Iterable[str]) -> bool:
+    """Whether one of the operations is one that has kinks, so that finite steps cross them."""
+    return any(kink in name for name in names for kink in _KINKS)
 
 
 def _stop(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:

@@ -188,22 +188,21 @@ class LinearHeads(Linearization):
         base = gram.new_zeros(*gram.shape[:2], problem.weight[0])
         if center is not None:
             base = problem.outputs(center.expand_as(self.point))
-        a, outputs, last = torch.zeros_like(base), base, math.inf
-        active = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
-        steps, inverse = torch.zeros_like(active, dtype=torch.long), None
+        a, outputs, last, inverse = torch.zeros_like(base), base, math.inf, None
+        movements: list[Tensor] = []
         for _ in range(_MOST_STEPS if base.numel() else 0):
             loss = problem.loss.moved(outputs)
             if inverse is None or last > _NEAR:  # near enough the last one does
-                inverse = loss.inverse(kernel)
+                inverse = loss.inverse(kernel, alike=not movements and center is None)
             rho = torch.add(loss.gradient, a, alpha=strength)
             change = inverse(kernel @ rho).sub_(rho).div_(strength)
             move = gram @ change
-            omega = loss.movement(move.norm(dim=2).amax(1))
-            largest = float(omega.max())
+            omega = loss.movement(vector_norm(move, dim=2).amax(1))
+            movements.append(omega)
+            largest = float(omega) if len(omega) == 1 else float(omega.max())
             if not largest <= 1.75:  # below it a whole step lowers the objective for certain
                 change, move = self._shortened(loss, a, base, change, move, rho, omega)
-            a, outputs, steps = a + change, outputs + move, steps + active
-            active = active & (omega > _NEAR)
+            a, outputs = a + change, outputs + move
             small = largest < _NEAR and 0.5 * largest * max(largest, last) <= goal
             if small or largest < 1e-3 and largest > 0.5 * last or math.isnan(largest):
                 break  # solved; at rounding's floor; lost
@@ -211,7 +210,8 @@ class LinearHeads(Linearization):
         point = problem.in_phi(a)
         there = LinearHeads(problem, point if center is None else point + center)
         there.solved = there.is_bound = True
-        there.steps = steps
+        long = torch.stack(movements) > _NEAR if movements else gram.new_zeros(0, len(gram))
+        there.steps = (long.sum(0) + 1).clamp_max_(len(movements))
         there._factored = gram, inverse
         if base.numel():
             there.loss = problem.loss.moved(outputs)

@@ -279,6 +279,7 @@ class AutogradLinearization(Linearization):
             self._gradients, self._kept = [g for g, _ in kept], [i for _, i in kept]
             self.loss, self._anchor, self._stand_ins = loss, list(anchor), list(stand_ins)
             self._inputs = find_meta_inputs(loss, [*parameters, *stand_ins])
+            self.operations = self._inputs.names
 
     @property
     def objective(self) -> Tensor:

@@ -58,8 +58,11 @@ class OutputLoss(ABC):
         """S times ``change``, shapes ``[T, m, k]``."""
 
     @abstractmethod
-    def inverse(self, kernel: Tensor) -> Inverse:
-        r""":math:`(S^{-1} + \hat K)^{-1}` of a kernel ``[T, m, m]``, acting on ``[T, m, k]``."""
+    def inverse(self, kernel: Tensor, alike: bool = False) -> Inverse:
+        r""":math:`(S^{-1} + \hat K)^{-1}` of a kernel ``[T, m, m]``, acting on ``[T, m, k]``.
+
+        With ``alike`` every output is the same, as where all weights are zero; that is cheaper.
+        """
 
     @abstractmethod
     def movement(self, change: Tensor) -> Tensor:
@@ -86,8 +89,9 @@ class CrossEntropy(OutputLoss):
         total = weighted.sum(-1, keepdim=True)
         return weighted.addcmul_(self.probabilities, total, value=-1.0).mul_(self.scale)
 
-    def inverse(self, kernel: Tensor) -> Inverse:
-        return _SoftmaxInverse(self.probabilities, self.scale, kernel)
+    def inverse(self, kernel: Tensor, alike: bool = False) -> Inverse:
+        p = self.probabilities
+        return _SoftmaxInverse(p[..., :1] if alike else p, self.scale, kernel, p.shape[2])
 
     def movement(self, change: Tensor) -> Tensor:
         return math.sqrt(2.0) * change  # the most that two outputs of a sample part
@@ -106,7 +110,7 @@ class SquaredError(OutputLoss):
     def curve(self, change: Tensor) -> Tensor:
         return change * (2.0 * self.scale)
 
-    def inverse(self, kernel: Tensor) -> Inverse:
+    def inverse(self, kernel: Tensor, alike: bool = False) -> Inverse:
         matrix = kernel.clone()
         matrix.diagonal(dim1=1, dim2=2).add_(0.5 / self.scale)
         factor, _ = torch.linalg.cholesky_ex(matrix)
@@ -131,20 +135,18 @@ class _SoftmaxInverse:
         Algorithm 3.3.
     """
 
-    def __init__(self, probabilities: Tensor, scale: float, kernel: Tensor) -> None:
-        root = (scale * probabilities).sqrt_().transpose(1, 2)  # [T, k, m]
-        outer = root.unsqueeze(3) * root.unsqueeze(2)
-        matrix = outer * kernel.unsqueeze(1)
-        matrix.diagonal(dim1=2, dim2=3).add_(1.0)
-        factor, _ = torch.linalg.cholesky_ex(matrix)
+    def __init__(self, probabilities: Tensor, scale: float, kernel: Tensor, classes: int) -> None:
+        root = (scale * probabilities).sqrt_().mT.unsqueeze(3)  # [T, k, m, 1]; one k where alike
+        eye = torch.eye(kernel.shape[1], dtype=kernel.dtype, device=kernel.device)
+        outer = root * root.mT
+        factor, _ = torch.linalg.cholesky_ex(torch.addcmul(eye, outer, kernel.unsqueeze(1)))
         self._each = torch.cholesky_inverse(factor).mul_(outer)  # E, [T, k, m, m]
-        total = self._each.sum(1)
         # E is at most s; a singular total (classes without probability) is no harm that way.
-        total.diagonal(dim1=1, dim2=2).add_(4.0 * torch.finfo(total.dtype).eps * scale)
+        total = self._each.sum(1).mul_(classes / probabilities.shape[2])
+        total.add_(eye, alpha=4.0 * torch.finfo(eye.dtype).eps * scale)
         self._total, _ = torch.linalg.cholesky_ex(total)
 
     def __call__(self, right: Tensor) -> Tensor:
-        each = (self._each * right.transpose(1, 2).unsqueeze(2)).sum(3)  # [T, k, m]
+        each = (self._each * right.mT.unsqueeze(2)).sum(3)  # [T, k, m]
         common = torch.cholesky_solve(each.sum(1).unsqueeze(2), self._total)
-        coupled = (self._each * common.unsqueeze(1).transpose(2, 3)).sum(3)
-        return (each - coupled).transpose(1, 2)
+        return each.sub_((self._each * common.mT.unsqueeze(1)).sum(3)).mT

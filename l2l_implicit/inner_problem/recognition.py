@@ -5,16 +5,15 @@ Nothing is guessed: what the graph does not say is left to the general path.
 
 from __future__ import annotations
 
-import operator
 import weakref
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from l2l_implicit.inner_problem.boundary import is_boundary, source_of
+from l2l_implicit.inner_problem.boundary import CHILD, is_boundary, source_of, unseen
 from l2l_implicit.inner_problem.linear_heads import GOALS, HeadProblem, LinearHeads
 from l2l_implicit.inner_problem.linearization import SquaredDistance
 from l2l_implicit.inner_problem.losses import CrossEntropy, OutputLoss, SquaredError
@@ -27,7 +26,8 @@ class HeadLoss(NamedTuple):
     """What a loss's graph was found to be: a loss of a linear map of features.
 
     Attributes:
-        x: the features, shape ``[m, d]``, detached; a copy that nobody else writes to.
+        x: the features, shape ``[m, d]``, detached; a copy that nobody else writes to. The task
+            dimension of ``adapt_together`` comes before, as in the targets.
         source: the tensor with history that ``x`` is a copy of, or None.
         origin: of ``source``, what two tensors share only if they have the same history.
         bias: whether the map adds one.
@@ -47,27 +47,24 @@ class HeadLoss(NamedTuple):
     def same(self, other: HeadLoss) -> bool:
         """Whether both are one loss with one set of targets on features of the same numbers."""
         return (
-            self.loss is other.loss
-            and self.scale == other.scale
-            and self.bias == other.bias
+            (self.loss, self.scale, self.bias) == (other.loss, other.scale, other.bias)
             and torch.equal(self.x, other.x)
             and torch.equal(self.targets, other.targets)
         )
 
     def heads(self, phi: Sequence[Tensor], quadratic: SquaredDistance) -> LinearHeads:
-        """As the inner problem of one task, linearized at ``phi``."""
-        x, weight = self.x.to(torch.float64).unsqueeze(0), phi[0].shape
-        targets = one_hot(self.targets, weight[0]) if self.targets.dim() == 1 else self.targets
-        targets = targets.to(torch.float64).unsqueeze(0)
-        loss, goal = self.loss(targets, targets, self.scale), GOALS.get(self.x.dtype, 1e-6)
+        """As the inner problem of one task, or of the T of ``x``, linearized at ``phi``."""
+        x, weight, goal = self.x.to(torch.float64), phi[0].shape, GOALS.get(self.x.dtype, 1e-6)
+        x = x if x.dim() == 3 else x.unsqueeze(0)
+        shape = *x.shape[:2], weight[0]
+        if self.loss is CrossEntropy:  # classes as ones
+            zeros = torch.zeros(shape, dtype=torch.float64, device=x.device)
+            targets = zeros.scatter_(2, self.targets.long().view(*shape[:2], 1), 1.0)
+        else:
+            targets = self.targets.to(torch.float64).view(shape)
+        loss = self.loss(targets, targets, self.scale)
         problem = HeadProblem(x, self.source, loss, quadratic, weight, self.bias, goal)
-        return LinearHeads(problem, flatten(phi).detach().double().unsqueeze(0))
-
-
-def one_hot(classes: Tensor, number: int) -> Tensor:
-    """Class indices ``[..., m]`` as float64 ones ``[..., m, number]``."""
-    zeros = torch.zeros(*classes.shape, number, dtype=torch.float64, device=classes.device)
-    return zeros.scatter_(-1, classes.long().unsqueeze(-1), 1.0)
+        return LinearHeads(problem, flatten(phi).detach().double().expand(len(x), -1))
 
 
 def recognize(
@@ -91,7 +88,7 @@ def recognize(
     if found is None:
         return None
     kind, targets, scale, linear = found
-    if linear is None or linear.name() not in ("AddmmBackward0", "MmBackward0"):
+    if scale is None or linear is None or linear.name() not in ("AddmmBackward0", "MmBackward0"):
         return None
     *bias, (origin, _), (transpose, _) = linear.next_functions
     if transpose is None or transpose.name() != "TBackward0":
@@ -109,14 +106,17 @@ def recognize(
     source = source_of(origin)
     made = _edge(source)
     if weakref.ref(source) not in independent:
-        if _reaches(made[0], dict(edges)):
-            return None
+        stack, inner = [made[0]], dict(edges)
+        for node in unseen(stack, set()):
+            if node in inner:
+                return None
+            stack.extend(map(CHILD, node.next_functions))
         independent.clear()  # a closure that makes its features anew has others at each step
         independent.add(weakref.ref(source))
     return HeadLoss(x.detach(), source, made, bool(bias), targets, kind, scale)
 
 
-_Found = tuple[type[OutputLoss], Tensor, float, Any]
+_Found = tuple[type[OutputLoss], Tensor, float | None, Any]
 
 
 def _cross_entropy(nll: Any) -> _Found | None:
@@ -129,8 +129,7 @@ def _cross_entropy(nll: Any) -> _Found | None:
         return None
     if float(nll._saved_total_weight) != len(targets):
         return None  # some targets are ignored
-    scale = _scale(nll, len(targets))
-    return None if scale is None else (CrossEntropy, targets, scale, softmax.next_functions[0][0])
+    return CrossEntropy, targets, _scale(nll, len(targets)), softmax.next_functions[0][0]
 
 
 def _squared_error(mse: Any) -> _Found | None:
@@ -139,10 +138,9 @@ def _squared_error(mse: Any) -> _Found | None:
     outputs, targets = mse._saved_self, mse._saved_target  # the user's own: copied below
     if of_target is not None or outputs.dim() != 2 or outputs.shape != targets.shape:
         return None
-    scale = _scale(mse, outputs.numel())
-    if scale is None or outputs.dtype != targets.dtype:
+    if outputs.dtype != targets.dtype:
         return None
-    return SquaredError, targets.clone(), scale, linear
+    return SquaredError, targets.clone(), _scale(mse, outputs.numel()), linear
 
 
 _LOSSES = {"NllLossBackward0": _cross_entropy, "MseLossBackward0": _squared_error}
@@ -159,21 +157,3 @@ def _edge(tensor: Tensor) -> tuple[Any, int]:
     if tensor.grad_fn is not None:
         return tensor.grad_fn, tensor.output_nr
     return get_gradient_edge(tensor).node, 0
-
-
-def _reaches(start: Any, nodes: Container[Any]) -> bool:
-    """Whether the history from the node ``start`` on holds one of ``nodes``."""
-    seen: set[Any] = set()
-    stack = [start]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        if node in nodes:
-            return True
-        seen.add(node)
-        stack.extend(map(_FIRST, node.next_functions))
-    return False
-
-
-_FIRST = operator.itemgetter(0)

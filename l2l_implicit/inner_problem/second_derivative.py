@@ -11,12 +11,22 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from l2l_implicit.inner_problem.boundary import has_kinks
 from l2l_implicit.inner_problem.linearization import AutogradLinearization, Evaluate
 
 _TOL, _CLEAR, _FLAT = 0.02, 0.1, 1e3
+
+
+def moves_with_each_pass(module: nn.Module) -> bool:
+    """Whether a module is spectral norm in training mode, whose every pass is another function."""
+    for part in module.modules():
+        hooks = any(isinstance(hook, SpectralNorm) for hook in part._forward_pre_hooks.values())
+        if part.training and (hooks or type(part).__name__ == "_SpectralNorm"):
+            return True
+    return False
 
 
 def products_agree(at: AutogradLinearization, evaluate: Evaluate) -> bool | None:
@@ -74,20 +84,21 @@ class StepTaken(NamedTuple):
         Returns:
             The verdict, and what is missing at this step.
         """
-        if not torch.equal(self.to, at.point) or has_kinks(at.loss):
+        if not torch.equal(self.to, at.point) or has_kinks(at.operations):
             return None, math.inf
-        change, product = at.gradient - self.gradient, at.hvp(self.to - self.point)
-        eps, size, now = torch.finfo(change.dtype).eps, float(change.norm()), at.gradient_norm
-        rounding = eps * max(float(self.gradient.norm()), float(at.regularizer_norm()))
-        moved = float((self.to - self.point).norm()) > eps**0.5 * float(at.point.norm())
+        step, change = self.to - self.point, at.gradient - self.gradient
+        product, eps = at.hvp(step), torch.finfo(change.dtype).eps
+        size, norm = float(change.norm()), float(self.gradient.norm())
+        rounding = eps * max(norm, float(at.regularizer_norm()))
+        moved = float(step.norm()) > eps**0.5 * float(at.point.norm())
         if not size > _FLAT * rounding or not moved:
             return None, math.inf
         missing = float((change - 0.5 * (self.product + product)).norm()) / size
         if missing <= _TOL:
             return True, missing
         explained = float((product - self.product).norm()) / size
-        norm = float(self.gradient.norm())
-        if missing <= explained or size > 1.2 * max(norm, float(now)):  # beyond the minimum
+        beyond_minimum = size > 1.2 * max(norm, float(at.gradient_norm))
+        if missing <= explained or beyond_minimum:
             return None, math.inf
         short = size <= 0.3 * norm and missing > max(_CLEAR, 3.0 * explained)
         return (False if short or missing > 0.7 * before else None), missing

@@ -50,17 +50,14 @@ class GradientDescent:
         return GradientStep(lr, self.adaptive, self.tol)
 
     def solve_heads(self, at: LinearHeads, steps: int, lr: float) -> LinearHeads | None:
-        r"""K steps on the Gram matrix, whatever the number of features.
-
-        Invariant: :math:`\phi = a + \tau (\phi^0 - a) + X^\top C`, so that a step costs one product
-        of ``[m, m]`` by ``[m, k]``.
+        r"""K steps on the Gram matrix, whatever the number of features, at one product of
+        ``[m, m]`` by ``[m, k]`` each: :math:`\phi = a + \tau (\phi^0 - a) + X^\top C` all along.
         """
         if self.adaptive or self.tol is not None:
             return None
         problem, quadratic = at.problem, at.quadratic
         gram, drift_in_phi = problem.gram(), quadratic.offset(at.point)
-        outputs = problem.outputs(at.point)
-        drift = problem.outputs(drift_in_phi)
+        outputs, drift = problem.outputs(at.point), problem.outputs(drift_in_phi)
         base = outputs - drift  # the anchor's, zero where that is
         shrink, tau, c = 1.0 - lr * quadratic.strength, 1.0, torch.zeros_like(drift)
         for _ in range(steps):
@@ -75,15 +72,14 @@ class GradientStep:
     """The state of `GradientDescent`; for T tasks as for one, but with a tolerance T = 1."""
 
     def __init__(self, lr: float, adaptive: bool, tol: float | None) -> None:
-        self.lr = math.nan if adaptive else lr
-        self.needs_hvp = self._adaptive = adaptive
-        self._stop, self._stops = Stop(tol), tol is not None
+        self.lr, self.needs_hvp = math.nan if adaptive else lr, adaptive
+        self._stop = None if tol is None else Stop(tol)
         self._objective = math.inf
 
     def __call__(self, at: Linearization) -> Tensor:
-        if self._stops and self._stop(at):
+        if self._stop is not None and self._stop(at):
             return at.point
-        if self._adaptive:
+        if self.needs_hvp:
             self._measure(at)
         return at.point - self.lr * at.gradient
 

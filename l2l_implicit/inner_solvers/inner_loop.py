@@ -8,26 +8,19 @@ from torch import Tensor
 
 from l2l_implicit.inner_problem.linearization import Evaluate, Linearization
 
-Linearize = Callable[[Tensor, bool], Linearization]
-
 
 def descend(
-    linearize: Linearize,
-    evaluate: Evaluate,
-    step: Callable[[Linearization], Tensor],
-    start: Callable[[], Tensor],
-    *,
-    steps: int,
-    hvp: bool,
-    keep: bool,
-) -> tuple[Tensor, Linearization | None]:
+    linearize: Callable[[Tensor, bool], Linearization], evaluate: Evaluate,
+    step: Callable[[Linearization], Tensor], start: Callable[[], Tensor],
+    *, steps: int, hvp: bool, keep: bool,
+) -> tuple[Tensor, Linearization | None]:  # fmt: skip
     """Phi after at most ``steps`` inner steps, and the linearization there.
 
     One linearization is alive at a time, so that memory is the same whatever the number of steps.
 
     Args:
-        linearize: the objective at a point ``[1, n]``, with products or without.
-        evaluate: its value and gradient at a point.
+        linearize, evaluate: the objective at a point ``[1, n]``, with products or without; its
+            value and gradient alone.
         step: the inner solver; it says by ``at.point`` itself that further steps would stay there.
         start: gives the first point, shape ``[1, n]``, which nobody else is to hold.
         steps: the most steps.
@@ -36,7 +29,7 @@ def descend(
     """
     point = start()
     at: Linearization | None = linearize(point, hvp)
-    for k in range(1, steps + 1):
+    for left in reversed(range(steps)):
         assert at is not None
         at.elsewhere = evaluate
         point = step(at)
@@ -44,8 +37,7 @@ def descend(
         solved = point is at.point
         if solved and (at.differentiable or not keep):
             break
-        at = None  # before there are two
-        last = solved or k == steps
+        at, last = None, solved or not left  # freed before there are two
         if keep or not last:
             at = linearize(point, hvp or last)
         if last:

@@ -55,6 +55,9 @@ class LBFGSStep:
 
     def __init__(self, tol: float, history: int) -> None:
         self._stop, self._history = Stop(tol), history
+        self._forget()
+
+    def _forget(self) -> None:
         self._phi: Tensor | None = None
         self._objective = math.inf
         self._best: tuple[Tensor, float] | None = None  # in whole steps: a point, its gradient norm
@@ -64,8 +67,9 @@ class LBFGSStep:
         norm = float(at.gradient_norm)
         if self._stop(at):
             return at.point
-        if self._best is not None and self._differs(at, *self._best):
-            self._best, self._phi, self._objective = None, None, math.inf
+        if self._best is not None and norm > 2.0 * self._best[1]:
+            if torch.equal(at.point, self._best[0]):  # another gradient there: the data changed
+                self._forget()
         if self._best is not None:
             return self._whole_step(at, norm, *self._best)
         objective = float(at.objective)
@@ -73,16 +77,11 @@ class LBFGSStep:
         flat, self._objective = self._objective - objective <= rounding, objective
         if not flat:
             moved = self._iterate(at, "strong_wolfe")
-            if not torch.equal(moved, at.point):
-                return moved
             assert self._phi is not None
-            if not self._optimizer.state[self._phi]["old_dirs"]:
-                return moved  # nothing is known of the curvature: a whole step could be any size
+            # Where nothing is known of the curvature, a whole step could be any size.
+            if not torch.equal(moved, at.point) or not self._optimizer.state[self._phi]["old_dirs"]:
+                return moved
         return self._whole_step(at, norm, at.point, math.inf)
-
-    def _differs(self, at: Linearization, best: Tensor, norm: float) -> bool:
-        """Whether the gradient at a known point is another one: the data have changed."""
-        return float(at.gradient_norm) > 2.0 * norm and torch.equal(at.point, best)
 
     def _whole_step(self, at: Linearization, now: float, best: Tensor, norm: float) -> Tensor:
         """Where the objective is flat to its last digits: no line search, the gradient judges."""
@@ -95,40 +94,33 @@ class LBFGSStep:
         self._worse = _PATIENCE
         return at.point if torch.equal(at.point, best) else best
 
-    @staticmethod
-    def _reach(at: Linearization) -> float:
-        """How long the first step may be: 1, or the most that a convex problem's minimum is away.
-
-        A start next to the minimum, as a warm one, has a line search that sees only rounding at 1.
-        """
-        strength = 0.0 if at.quadratic is None else at.quadratic.strength
-        return min(1.0, float(at.gradient_norm) / strength) if strength > 0.0 else 1.0
-
     def _iterate(self, at: Linearization, line_search: str | None) -> Tensor:
         """One iteration of torch's, from the present point."""
         if self._phi is None:
+            norm, strength = float(at.gradient_norm), at.quadratic.strength if at.quadratic else 0.0
             # Torch drops pairs of differences whose product is below 1e-10, whatever the units:
             # in these, the product begins at about 1e6.
-            self._unit = 1e6 / max(float(at.gradient_norm) ** 2, 1e-20)
+            self._unit = 1e6 / max(norm**2, 1e-20)
+            # No longer at first than the most that a convex problem's minimum is away: next to it,
+            # as after a warm start, a line search from 1 sees only rounding.
+            reach = min(1.0, norm / strength) if strength > 0.0 else 1.0
             self._phi = at.point.clone().requires_grad_()
             self._optimizer = torch.optim.LBFGS(
                 [self._phi], max_iter=1, tolerance_grad=0.0, tolerance_change=0.0,
-                history_size=self._history, lr=self._reach(at),
+                history_size=self._history, lr=reach,
             )  # fmt: skip
-        phi, before = self._phi, at.point
+        phi, before, settings = self._phi, at.point, self._optimizer.param_groups[0]
         phi.data.copy_(before)
 
         def objective() -> float:
+            here = torch.equal(phi, before)
             value, gradient = (
-                (at.objective, at.gradient)
-                if torch.equal(phi, before)
-                else at.evaluate(phi.detach().clone())
+                (at.objective, at.gradient) if here else at.evaluate(phi.detach().clone())
             )
             phi.grad = gradient * self._unit
             return float(value) * self._unit
 
-        self._optimizer.param_groups[0]["line_search_fn"] = line_search
+        settings["line_search_fn"] = line_search
         self._optimizer.step(objective)  # type: ignore[arg-type]
-        phi.grad = None
-        self._optimizer.param_groups[0]["lr"] = 1.0
+        phi.grad, settings["lr"] = None, 1.0
         return phi.detach().clone()

@@ -25,12 +25,11 @@ class Newton:
     A recognised linear head (cross-entropy or squared error, l2 > 0) is solved exactly, at the
     first ``adapt``, whatever the number of steps; further calls with the same data change nothing.
 
-    Any other module takes one Newton-CG step for each ``adapt(loss)``, or step of a closure. With a
-    loss tensor the objective is known only when the next linearization arrives: if by then it has
-    not fallen by the Armijo rule, the step is taken back in part, along the same direction, before
-    a new direction is tried. With a closure it is searched at once. Conjugate gradient ends where
-    it meets a direction of negative curvature, and what it has by then is the step; where that is
-    zero (the gradient itself is such a direction), the step is a gradient step of size ``lr``.
+    Any other module takes one Newton-CG step for each ``adapt(loss)``, or step of a closure. If the
+    objective does not fall by the Armijo rule, the step is taken back in part: at once with a
+    closure, and with a loss tensor at the next, before a new direction is tried. Conjugate gradient
+    ends where it meets a direction of negative curvature, and what it has by then is the step;
+    where that is zero (the gradient itself is such a direction), it is ``-lr`` times the gradient.
 
     Args:
         cg_steps: the most Hessian-vector products a direction may cost.
@@ -47,7 +46,6 @@ class Newton:
 
     cg_steps: int = 20
     tol: float = 1e-5
-
     at_once = True
 
     def __post_init__(self) -> None:
@@ -69,9 +67,7 @@ def _many_samples(at: LinearHeads, lr: float) -> LinearHeads:
     """Tasks of too many samples for a factor, one after the other, by conjugate gradient."""
     points, steps = [], []
     for t in range(len(at.point)):
-        step = NewtonStep(lr, cg_steps=500, tol=1e-10)
-        here = at.task(t)
-        count = 0
+        step, here, count = NewtonStep(lr, cg_steps=500, tol=1e-10), at.task(t), 0
         while count < 100 and (point := step(here)) is not here.point:
             here, count = here.moved(point), count + 1
         points.append(here.point)
@@ -91,85 +87,68 @@ class _Step(NamedTuple):
     gradient_norm: float
 
 
-class _Trial(NamedTuple):
-    """A point with its objective and its gradient's norm."""
-
-    point: Tensor
-    objective: float
-    gradient_norm: float
-
-
 class NewtonStep:
     """The state of `Newton` for one task, T = 1."""
 
     needs_hvp = True
 
     def __init__(self, lr: float, cg_steps: int, tol: float) -> None:
-        self.lr, self.cg_steps = lr, cg_steps
-        self._stop = Stop(tol)
+        self.lr, self.cg_steps, self._stop = lr, cg_steps, Stop(tol)
         self._last: _Step | None = None
         self._length, self._cuts = 1.0, 0
 
     def __call__(self, at: Linearization) -> Tensor:
-        here = _Trial(at.point, float(at.objective), float(at.gradient_norm))
+        objective, norm = float(at.objective), float(at.gradient_norm)
         if self._last is not None and not torch.equal(self._expected(), at.point):
             self._last, self._length = None, 1.0  # the user has set other weights
-        if self._rejects(here):
-            return self._shorten(here)
+        if self._rejects(objective, norm):
+            return self._shorten(objective)
         if self._stop(at):
             self._last = None
             return at.point
-        direction = self._direction(at)
+        # Inexact: the nearer the minimum, the smaller the residual asked for.
+        progress = self._stop.progress(at)
+        tol = min(_FORCING, max(progress, 0.5 * self._stop.floor(at) / progress))
+        direction = conjugate_gradient(at.hvp, -at.gradient, self.cg_steps, tol).solution
         slope = float((direction * at.gradient).sum())
-        self._last = _Step(here.point, direction, here.objective, slope, here.gradient_norm)
+        if not slope < 0:
+            direction = -self.lr * at.gradient
+            slope = float((direction * at.gradient).sum())
+        self._last = _Step(at.point, direction, objective, slope, norm)
         # After cuts, grow back step by step: each cut costs the evaluation of a loss.
         self._length, self._cuts = min(1.0, 2.0 * self._length), 0
         trial = self._expected()
-        return self._search(at, trial) if at.can_evaluate else trial
+        while at.can_evaluate and self._cuts < _MOST_CUTS:  # search now
+            there, gradient = at.evaluate(trial)
+            rejected = self._rejects(float(there), float(gradient.norm()))
+            del gradient  # before there are two
+            if not rejected:
+                break
+            trial = self._shorten(float(there))
+        return trial
 
     def _expected(self) -> Tensor:
         assert self._last is not None
         return self._last.point + self._length * self._last.direction
 
-    def _search(self, at: Linearization, trial: Tensor) -> Tensor:
-        """Backtrack from ``trial`` now, since the objective can be computed there."""
-        for _ in range(_MOST_CUTS):
-            objective, gradient = at.evaluate(trial)
-            there = _Trial(trial, float(objective), float(gradient.norm()))
-            del gradient  # before there are two
-            if not self._rejects(there):
-                break
-            trial = self._shorten(there)
-            del there
-        return trial
-
-    def _direction(self, at: Linearization) -> Tensor:
-        """Inexact Newton: the nearer the minimum, the smaller the residual asked for."""
-        progress = self._stop.progress(at)
-        tol = min(_FORCING, max(progress, 0.5 * self._stop.floor(at) / progress))
-        direction = conjugate_gradient(at.hvp, -at.gradient, self.cg_steps, tol).solution
-        if float((direction * at.gradient).sum()) < 0:
-            return direction
-        return -self.lr * at.gradient
-
-    def _rejects(self, now: _Trial) -> bool:
-        if self._last is None or self._cuts >= _MOST_CUTS:
-            return False
+    def _rejects(self, objective: float, gradient_norm: float) -> bool:
+        """Whether the last step, of the present length, has led to too high an objective."""
         last = self._last
-        if not math.isfinite(now.objective):
+        if last is None or self._cuts >= _MOST_CUTS:
+            return False
+        if not math.isfinite(objective):
             return True
-        eps = torch.finfo(now.point.dtype).eps
-        rounding = 10 * eps * max(abs(last.objective), abs(now.objective))
-        if abs(now.objective - last.objective) <= rounding:  # flat to the last digit
-            return now.gradient_norm > last.gradient_norm
-        return now.objective > last.objective + _ARMIJO * self._length * last.slope
+        eps = torch.finfo(last.point.dtype).eps
+        rounding = 10 * eps * max(abs(last.objective), abs(objective))
+        if abs(objective - last.objective) <= rounding:  # flat to the last digit
+            return gradient_norm > last.gradient_norm
+        return objective > last.objective + _ARMIJO * self._length * last.slope
 
-    def _shorten(self, now: _Trial) -> Tensor:
+    def _shorten(self, objective: float) -> Tensor:
         """Go back to the minimum of the parabola through the two values and the slope."""
         assert self._last is not None
-        last = self._last
-        expected = last.slope * self._length
-        excess = now.objective - last.objective - expected
+        expected = self._last.slope * self._length
+        excess = objective - self._last.objective - expected
         cut = -expected / (2 * excess) if math.isfinite(excess) and excess > 0 else 0.1
         self._length *= min(0.5, max(0.1, cut))
         self._cuts += 1

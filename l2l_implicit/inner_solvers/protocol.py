@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -32,20 +32,17 @@ class InnerSolver(Protocol):
 
     It may assume that ``begin`` is called once for each task's adaptation, and anew for each
     ``adapt(closure)`` of a linear head; that the step then sees one linearization after the other,
-    each at the point that it returned last unless the user has set other weights; that gradient and
-    objective there are finite; and that ``at.evaluate`` works with a closure, or a linear head's
-    cross-entropy or squared error, and raises otherwise. It has T = 1 but for linear heads under
-    ``adapt_together``, whose tasks are handed over one by one unless it has a ``solve_heads``.
+    T = 1, each at the point that it returned last unless the user has set other weights; that
+    gradient and objective there are finite; and that ``at.evaluate`` works with a closure, or a
+    linear head's cross-entropy or squared error, and raises otherwise.
 
     It must return points of the given shape, dtype and device, without a graph, and leave ``at``
-    unchanged. Whether it has solved the problem is judged from the gradient where it ends, not by
-    it.
+    unchanged. Whether it has solved the problem is judged from the gradient where it ends.
 
     A solver that knows linear heads in closed form may have a method
     ``solve_heads(at, steps, lr) -> LinearHeads | None``: at most ``steps`` steps for all T tasks of
     ``at``, or None for a problem that it leaves to its steps. With an attribute ``at_once`` equal
-    to True it solves the problem whatever ``steps`` says, and is called at the first
-    ``adapt(loss)``.
+    to True it solves the problem whatever ``steps`` says, at the first ``adapt(loss)`` too.
 
     Example:
         >>> from torch import nn
@@ -69,34 +66,24 @@ class InnerSolver(Protocol):
 
 
 class Stop:
-    """Says when the inner gradient is small enough.
+    """Says when the inner gradient is small enough: at a norm of ``tol`` relative to its scale.
 
-    Its scale is the largest gradient so far, or the regulariser's own where that is larger: at a
-    minimum it equals the loss's, wherever the solver started.
-
-    Args:
-        tol: the gradient's norm relative to that scale, or None for never.
+    That is the largest gradient so far, or the regulariser's own where that is larger: at a minimum
+    it equals the loss's, wherever the solver started.
     """
 
-    def __init__(self, tol: float | None) -> None:
+    def __init__(self, tol: float) -> None:
         self._tol, self._largest = tol, 0.0
 
     def __call__(self, at: Linearization) -> bool:
         norm = float(at.gradient_norm)
         self._largest = max(self._largest, norm)
-        if self._tol is None:
-            return False
         return norm <= self.floor(at) * max(self._largest, float(at.regularizer_norm()))
 
     def floor(self, at: Linearization) -> float:
         """The tolerance, no smaller than what the dtype can show."""
-        return max(self._tol or 0.0, 10 * torch.finfo(at.point.dtype).eps)
+        return max(self._tol, 10 * torch.finfo(at.point.dtype).eps)
 
     def progress(self, at: Linearization) -> float:
         """The gradient's norm relative to its largest; 0 for a start without a gradient."""
         return float(at.gradient_norm) / self._largest if self._largest > 0.0 else 0.0
-
-
-def is_inner_solver(value: Any) -> bool:
-    """Whether ``value`` has the protocol's method."""
-    return callable(getattr(value, "begin", None)) and not isinstance(value, type)

@@ -54,23 +54,16 @@ def largest_curvature(
         broken = broken | ~(norm.isfinite() & t[:, k, k].isfinite().to(norm.device))
         norm = torch.where(broken, 0.0, norm)
         t[broken.cpu()] = 0.0
-        largest, error = _bound(t, k, norm)
-        small = torch.maximum(tol * largest, torch.finfo(q.dtype).eps * largest)
+        values, vectors = torch.linalg.eigh(t[:, : k + 1, : k + 1])
+        i = values.abs().argmax(1, keepdim=True)
+        ritz, last = (x.gather(1, i).squeeze(1).abs().to(norm) for x in (values, vectors[:, -1]))
+        largest = ritz + norm * last
         found = torch.where(done, found, largest)  # each ends as it would alone
-        done = done | (error <= small)
+        done = done | (norm * last <= max(tol, torch.finfo(q.dtype).eps) * largest)
         if bool(done.all()) or k == steps - 1:
             break
-        product = torch.where(broken.unsqueeze(1), 0.0, product)
         q = product / norm.clamp_min(torch.finfo(q.dtype).tiny).unsqueeze(1)
+        q = torch.where(broken.unsqueeze(1), 0.0, q)
         basis.append(q)
         t[:, k, k + 1] = t[:, k + 1, k] = norm
     return torch.where(broken, torch.inf, found)
-
-
-def _bound(t: Tensor, k: int, norm: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest Ritz values in modulus plus their residuals, and these, ``[T]``."""
-    values, vectors = torch.linalg.eigh(t[:, : k + 1, : k + 1])
-    i = values.abs().argmax(1, keepdim=True)
-    ritz = values.gather(1, i).squeeze(1).abs().to(norm)
-    last = vectors[:, -1].gather(1, i).squeeze(1).abs().to(norm)
-    return ritz + norm * last, norm * last

@@ -16,6 +16,7 @@ from l2l_implicit.linear_solvers.solution import (
     ZERO,
     LinearSolution,
     Matvec,
+    first_reason,
     largest_entry,
 )
 
@@ -42,7 +43,6 @@ class Direct:
     """
 
     damping: float = 0.0
-
     takes_factor = True
 
     def __post_init__(self) -> None:
@@ -60,40 +60,29 @@ class Direct:
                 f"linear=Direct(): expected at most {LARGEST} unknowns, got {n} parameters; use "
                 "linear=CG()"
             )
-        scale = largest_entry(b)
+        scale = largest_entry(b)  # in units of which no square overflows
         unit = b / torch.where((scale > 0) & scale.isfinite(), scale, 1.0).unsqueeze(1)
-        a = _matrices(hvp, b)  # in units of b's largest entry no square overflows
+        unit = unit.unsqueeze(2)
+        a, column = b.new_empty(len(b), n, n), torch.zeros_like(b)
+        for i in range(n):
+            column[:, i] = 1.0
+            a[:, i] = hvp(column)
+            column[:, i] = 0.0
+        a = (a + a.mT).mul_(0.5)  # the half of it that is rounding's asymmetry dropped
         sound = scale.isfinite() & a.isfinite().all(2).all(1)
-        v, reasons = torch.zeros_like(b), [NON_FINITE] * len(b)
-        relative = torch.full_like(scale, math.inf)
-        for task in sound.nonzero().flatten().tolist():
-            v[task], reasons[task] = _factor_and_solve(a[task], unit[task])
-            residual = (unit[task] - a[task] @ v[task]).norm()
-            relative[task] = residual / unit[task].norm()
-            if scale[task] == 0:
-                relative[task], reasons[task] = 0.0, ZERO
-        v = v * scale.unsqueeze(1)
-        lost = ~v.sum(1).isfinite()
-        for task in lost.nonzero().flatten().tolist():
-            v[task], relative[task], reasons[task] = 0.0, math.inf, NON_FINITE
-        return LinearSolution(v, torch.full_like(scale, n, dtype=torch.long), relative, reasons)
-
-
-def _matrices(hvp: Matvec, like: Tensor) -> Tensor:
-    """All products with unit vectors; the half of it that is rounding's asymmetry dropped."""
-    unit, n = torch.zeros_like(like), like.shape[1]
-    a = like.new_empty(len(like), n, n)
-    for i in range(n):
-        unit[:, i] = 1.0
-        a[:, i] = hvp(unit)
-        unit[:, i] = 0.0
-    return (a + a.mT).mul_(0.5)
-
-
-def _factor_and_solve(a: Tensor, b: Tensor) -> tuple[Tensor, str]:
-    factor, failed = torch.linalg.cholesky_ex(a)
-    if not bool(failed):
-        return torch.cholesky_solve(b.unsqueeze(1), factor).squeeze(1), CONVERGED
-    v, singular = torch.linalg.solve_ex(a, b)
-    usable = not bool(singular) and bool(v.isfinite().all())
-    return (v if usable else torch.zeros_like(b)), NOT_POSITIVE
+        a = torch.where(sound.view(-1, 1, 1), a, 0.0)
+        factor, info = torch.linalg.cholesky_ex(a)
+        v, indefinite = torch.cholesky_solve(unit, factor), info != 0
+        if bool(indefinite.any()):
+            by_lu, singular = torch.linalg.solve_ex(a, unit)
+            usable = (singular == 0) & by_lu.isfinite().all(1).view(-1)
+            by_lu = torch.where(usable.view(-1, 1, 1), by_lu, 0.0)
+            v = torch.where(indefinite.view(-1, 1, 1), by_lu, v)
+        relative = ((unit - a @ v).norm(dim=1) / unit.norm(dim=1)).squeeze(1)
+        v = v.squeeze(2) * scale.unsqueeze(1)
+        lost = ~(sound & v.sum(1).isfinite())
+        v = torch.where(lost.unsqueeze(1), 0.0, v)
+        relative = torch.where(lost, math.inf, torch.where(scale > 0, relative, 0.0))
+        masks = {NON_FINITE: lost, ZERO: scale == 0, NOT_POSITIVE: indefinite, CONVERGED: ~lost}
+        steps = torch.full_like(scale, n, dtype=torch.long)
+        return LinearSolution(v, steps, relative, first_reason(masks))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,10 +45,8 @@ class LinearSolution:
         >>> import torch
         >>> from l2l_implicit import CG
         >>> answer = CG().solve(lambda p: p * torch.tensor([1.0, -1.0]), torch.ones(1, 2))
-        >>> answer.reason
-        ['matrix is singular or indefinite along the search direction']
-        >>> answer.solution, answer.relative_residual
-        (tensor([[0., 0.]]), tensor([1.]))
+        >>> answer.reason, answer.solution
+        (['matrix is singular or indefinite along the search direction'], tensor([[0., 0.]]))
     """
 
     solution: Tensor
@@ -60,13 +59,12 @@ class LinearSolution:
 class LinearSolver(Protocol):
     """Settings and a method: solves ``(A + damping I) v = b`` for T symmetric matrices A.
 
-    A linear head whose inner problem was solved exactly brings the factor of that solve. A solver
-    with an attribute ``takes_factor`` equal to True is not asked then: the factor is nearer than
-    any tolerance.
+    A linear head whose inner problem was solved exactly brings the factor of that solve, which is
+    nearer than any tolerance: a solver with an attribute ``takes_factor`` equal to True is not
+    asked then.
 
     Attributes:
-        damping: added to the diagonal of every A by the learner, which hands over the products with
-            the sum.
+        damping: added to the diagonal of every A by the learner; ``hvp`` is that of the sum.
 
     Example:
         >>> from torch import nn
@@ -99,6 +97,12 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 def largest_entry(b: Tensor) -> Tensor:
     """The largest modulus of each row, ``[T, n] -> [T]``; 0 where there is none."""
     return b.abs().amax(1) if b.shape[1] else b.new_zeros(len(b))
+
+
+def first_reason(masks: Mapping[str, Tensor]) -> list[str]:
+    """For each task the first text whose mask, ``[T]``, holds; without any, `MAX_STEPS`."""
+    rows = torch.stack([*masks.values()], 1).tolist()
+    return [next(itertools.compress(masks, row), MAX_STEPS) for row in rows]
 
 
 def damped(matvec: Matvec, damping: float) -> Matvec:

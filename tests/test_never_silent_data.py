@@ -1,0 +1,135 @@
+"""Data, targets and coefficients that are changed in place between adapt and backward."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dense import implicit
+from small_nets import LR, NETS, QUERY, D, X, Y, adapt, forward, objective, outer, start_of
+from torch import Tensor
+from verdict import flat, judge, must_be_right
+
+from l2l_implicit import ImplicitMAML, Newton
+
+
+def scaled(tensor: Tensor) -> None:
+    with torch.no_grad():
+        tensor.mul_(3.0)
+
+
+def scaled_unseen(tensor: Tensor) -> None:
+    tensor.data.mul_(3.0)
+
+
+def refilled(tensor: Tensor) -> None:
+    """As a loader does that uses one buffer for every batch."""
+    with torch.no_grad():
+        tensor.copy_(tensor.flip(0) * 2.0)
+
+
+def refilled_by_numpy(tensor: Tensor) -> None:
+    tensor.detach().numpy()[...] = tensor.detach().flip(0).numpy() * 2.0
+
+
+IN_PLACE = {
+    "mul_": scaled, ".data.mul_": scaled_unseen, "copy_": refilled, "numpy": refilled_by_numpy,
+}  # fmt: skip
+
+
+@cache
+def truth(name: str) -> Tensor:
+    """In the anchor, l2, and the features."""
+    start = start_of(name)
+
+    def inner(phi: Tensor, theta: Tensor) -> Tensor:
+        anchor, l2, x = theta[: len(start)], theta[len(start)], theta[len(start) + 1 :].view(12, 5)
+        regularizer = l2 / 2 * (phi - anchor).square().sum()
+        return F.cross_entropy(forward(name, phi, x), Y) + regularizer
+
+    theta = torch.cat([start, torch.tensor([0.5], dtype=D), X.reshape(-1)])
+    return implicit(inner, outer(name), start, theta)
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("how", ["closure", "losses"])
+@pytest.mark.parametrize("change", IN_PLACE)
+@pytest.mark.parametrize("what", ["x", "a leaf", "y", "l2", "weights of the loss", "anchor"])
+def test_data_changed_before_backward(name: str, how: str, change: str, what: str) -> None:
+    """The gradient, in the anchor, l2 and the data, is that of what was adapted to."""
+    net, n = copy.deepcopy(NETS[name]), len(start_of(name))
+
+    def gradient() -> Tensor:
+        net.load_state_dict(NETS[name].state_dict())
+        x, y = X.clone().requires_grad_(what == "a leaf"), Y.clone()
+        weight = torch.ones(12, dtype=D)
+        l2 = torch.tensor(0.5, dtype=D, requires_grad=True)
+        learner = ImplicitMAML(net, LR, l2=l2, inner=Newton()).clone()
+
+        def loss() -> Tensor:
+            if what != "weights of the loss":
+                return F.cross_entropy(learner(x), y)
+            return (weight * F.cross_entropy(learner(x), y, reduction="none")).mean()
+
+        if how == "closure":
+            learner.adapt(loss, steps=30)
+        for _ in range(12 if how == "losses" else 0):
+            learner.adapt(loss())
+        query_loss = F.cross_entropy(learner(QUERY), Y)
+        if what == "y":
+            y.numpy().fill(0) if change == "numpy" else y.copy_(y.flip(0))
+        else:
+            changed = {"l2": l2, "weights of the loss": weight, "anchor": next(net.parameters())}
+            IN_PLACE[change](changed.get(what, x))
+        query_loss.backward()
+        found = [*(p.grad for p in net.parameters()), l2.grad, x.grad]
+        return flat(g for g in found if g is not None)
+
+    right = truth(name)
+    judge(gradient, right if what == "a leaf" else right[: n + 1])
+
+
+@pytest.mark.parametrize("change", IN_PLACE)
+@pytest.mark.parametrize("what", ["features", "targets"])
+def test_data_of_tasks_together(change: str, what: str) -> None:
+    """The same for `adapt_together`: the gradient in l2."""
+    head = NETS["linear"]
+
+    def gradient() -> Tensor:
+        l2 = torch.tensor(0.5, dtype=D, requires_grad=True)
+        learner = ImplicitMAML(head, LR, l2=l2, inner=Newton())
+        x, y = X.clone().unsqueeze(0), Y.clone().unsqueeze(0)
+        adapted = learner.adapt_together(x, y, steps=20)
+        query_loss = F.cross_entropy(adapted(QUERY.unsqueeze(0)).squeeze(0), Y)
+        if what == "features":
+            IN_PLACE[change](x)
+        else:
+            y.numpy().fill(0) if change == "numpy" else y.copy_(y.flip(1))
+        query_loss.backward()
+        assert l2.grad is not None
+        return l2.grad.reshape(1)
+
+    start, half = start_of("linear"), torch.tensor([0.5], dtype=D)
+    right = implicit(
+        lambda p, t: objective("linear", p, t[0], start), outer("linear"), start, half
+    )
+    judge(gradient, right)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_nothing_changed_is_right(name: str) -> None:
+    """The control of all of the above."""
+    start = start_of(name)
+
+    def gradient() -> Tensor:
+        net = copy.deepcopy(NETS[name])
+        learner = ImplicitMAML(net, LR, l2=0.5, inner=Newton()).clone()
+        adapt(learner, "closure", 30)
+        F.cross_entropy(learner(QUERY), Y).backward()
+        return flat(p.grad for p in net.parameters())
+
+    right = implicit(lambda p, t: objective(name, p, 0.5, t), outer(name), start, start)
+    must_be_right(gradient, right)

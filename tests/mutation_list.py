@@ -10,6 +10,9 @@ CLOSED = "recognition::test_closed_form_equals_the_general_path"
 ANEW = "closed_form::test_what_has_changed_is_solved_anew"
 GENERAL = "closed_form::test_the_steps_are_those_of_the_general_path"
 EACH = "test_each_task_has_its_own_numbers"
+BOUND = "diagnostics::test_the_bound_holds_before_the_minimum"
+ROUNDED = "diagnostics::test_the_bound_holds_for_rounded_numbers"
+SECOND = "second_derivative::test_a_wrong_one_is_said"
 ALONE = "together::test_newton_equals_the_dense_oracle recognition::test_every_loss_is_right"
 
 
@@ -27,7 +30,7 @@ MUTATIONS = (
     # Both paths.
     Mutation(
         "the mixed product's sign", "implicit_diff.py",
-        "if zero else product.neg()", "if zero else product", ALONE,
+        "if product is None else product.neg()", "if product is None else product", ALONE,
     ),
     Mutation(
         "no regulariser in the Hessian product", "inner_problem/linearization.py",
@@ -84,7 +87,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the softmax's inverse without its coupling", "inner_problem/losses.py",
-        "return (each - coupled).transpose(1, 2)", "return each.transpose(1, 2)",
+        "return each.sub_((self._each * common.mT.unsqueeze(1)).sum(3)).mT", "return each.mT",
         "linear_heads::test_the_inverse_is_that_of_the_dense_matrix",
     ),
     Mutation(
@@ -93,7 +96,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the movement too small", "inner_problem/losses.py",
-        "return math.sqrt(2.0) * change", "return 0.5 * change",
+        "return math.sqrt(2.0) * change", "return change",
         "linear_heads::test_the_hessian_stays_within_the_movement",
     ),
     Mutation(
@@ -118,6 +121,22 @@ MUTATIONS = (
         "no refinement in solve", "inner_problem/linear_heads.py",
         "q - residual + inverse(k_residual)", "q",
         "linear_heads::test_systems_at_the_minimum_are_solved",
+    ),
+    Mutation(
+        "the chord step's inverse never renewed", "inner_problem/linear_heads.py",
+        "if inverse is None or last > _NEAR:", "if inverse is None:",
+        "linear_heads::test_minimum_is_the_dense_one linear_heads::test_minimum_of_hostile_data",
+    ),
+    Mutation(
+        "one class's factor for all at every step", "inner_problem/linear_heads.py",
+        "alike=not movements and center is None", "alike=True",
+        "linear_heads::test_minimum_is_the_dense_one linear_heads::test_minimum_of_hostile_data",
+    ),
+    Mutation(
+        "classes alike counted once", "inner_problem/losses.py",
+        ".mul_(classes / probabilities.shape[2])", "",
+        "linear_heads::test_minimum_is_the_dense_one "
+        "linear_heads::test_the_inverse_is_that_of_the_dense_matrix",
     ),
     Mutation(
         "the factor without the damping", "inner_problem/linear_heads.py",
@@ -162,7 +181,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the quick path ignores changed weights", "learner.py",
-        "return at if unmoved and at.quadratic", "return at if at.quadratic", ANEW,
+        "return at if unmoved and at.quad", "return at if at.quad", ANEW,
     ),
     Mutation(
         "the quick path ignores changed targets", "inner_problem/recognition.py",
@@ -182,8 +201,22 @@ MUTATIONS = (
         "return self.center is None or torch.equal(self.center, other.center)", "return True", ANEW,
     ),
     Mutation(
+        "the quick path ignores another history", "learner.py",
+        "elif there.known.origin == known.origin and task", "elif task", ANEW,
+    ),
+    Mutation(
+        "the quick path ignores another linear solver", "learner.py",
+        "known.origin and task.linear == self.linear:", "known.origin:",
+        "closed_form::test_another_linear_solver_is_that_of_the_next_call",
+    ),
+    Mutation(
+        "Newton keeps what a closure computed first", "learner.py",
+        "there = self._on_heads(again.heads(objective.phi, quadratic), steps)", "pass",
+        "closed_form::test_newton_solves_what_a_closure_computed_last",
+    ),
+    Mutation(
         "a closure's changed data go unnoticed", "learner.py",
-        "elif again is None or not same:", "elif again is None:",
+        "same = again is not None and again.same(known)", "same = again is not None",
         "closed_form::test_a_closure_that_draws_anew_is_asked_at_every_step",
     ),
     # The general path.
@@ -198,7 +231,8 @@ MUTATIONS = (
     ),
     Mutation(
         "phi of the loss counted as theta", "inner_problem/boundary.py",
-        "ctx.inner = True", "ctx.inner = False", "hypergradient_rules learner_theta hypergradient",
+        "ctx.inner = True", "ctx.inner = False",
+        "hypergradient::test_implicit_unrolled_and_finite_differences_meet",
     ),
     Mutation(
         "data changed without a trace go unnoticed", "inner_problem/linearization.py",
@@ -206,14 +240,33 @@ MUTATIONS = (
         "closed_form::test_data_changed_without_a_trace_are_refused_on_the_general_path",
     ),
     Mutation(
+        "data changed without a trace not looked for", "inner_problem/linearization.py",
+        "        self._check_unchanged()\n", "",
+        "closed_form::test_data_changed_without_a_trace_are_refused_on_the_general_path",
+    ),
+    Mutation(
         "the second derivative always agrees, closures", "inner_problem/second_derivative.py",
         "return bool((product - narrow).norm() <= _TOL * scale + _FLAT * rounding)", "return True",
-        "second_derivative",
+        SECOND,
     ),
     Mutation(
         "the second derivative always agrees, loss tensors", "inner_problem/second_derivative.py",
+        "if missing <= _TOL:", "if True:", SECOND,
+    ),
+    Mutation(
+        "loss tensors never tell of a second derivative", "inner_problem/second_derivative.py",
         "return (False if short or missing > 0.7 * before else None), missing",
-        "return None, missing", "second_derivative",
+        "return None, missing", SECOND,
+    ),
+    Mutation(
+        "a module that moves with each pass goes unnoticed", "inner_problem/second_derivative.py",
+        'if part.training and (hooks or type(part).__name__ == "_SpectralNorm"):', "if False:",
+        "never_silent_derivatives",
+    ),
+    Mutation(
+        "the first loss's second derivative stands for all", "learner.py",
+        "return hash(tuple(at.operations)) not in self._compared and", "return not self._compared and",
+        "never_silent_derivatives never_silent_changes never_silent_kinks",
     ),
     # Solvers.
     Mutation(
@@ -263,8 +316,36 @@ MUTATIONS = (
     ),
     Mutation(
         "the bound without its inner part", "inner_problem/linear_heads.py",
-        "return inner, sizes.linear_error(", "return 0.0, sizes.linear_error(",
-        "together::test_diagnostics_are_each_tasks_and_the_parent_counts_them_all",
+        "return inner, sizes.linear", "return 0.0, sizes.linear",
+        BOUND + " together::test_diagnostics_are_each_tasks_and_the_parent_counts_them_all",
+    ),
+    Mutation(
+        "the bound without its linear part", "inner_problem/linear_heads.py",
+        "sizes.linear_error(strength + damping), rounding", "0.0, rounding",
+        "diagnostics::test_unsolved_linear_system_warns_once_and_counts",
+    ),
+    Mutation(
+        "the bound without its rounding part", "inner_problem/linear_heads.py",
+        "sizes.linear_error(strength + damping), rounding",
+        "sizes.linear_error(strength + damping), 0.0", ROUNDED,
+    ),
+    Mutation(
+        "the bound's rounding is that of one number", "inner_problem/linear_heads.py",
+        "rounding = eps + 0.4 * eps * amplified *", "rounding = eps + 0.0 * amplified *", ROUNDED,
+    ),
+    Mutation(
+        "the estimate without its inner part", "inner_problem/linearization.py",
+        "return inner, sizes.linear", "return 0.0, sizes.linear",
+        "diagnostics::test_the_estimate_is_the_distance_from_the_minimum",
+    ),
+    Mutation(
+        "the linear error is the residual alone", "inner_problem/linearization.py",
+        "return self.residual * self.b / (strength * self.v) if self.v > 0.0 else math.inf",
+        "return self.residual", "diagnostics::test_the_linear_part_bounds_the_systems_error",
+    ),
+    Mutation(
+        "the gradient's norm at the minimum taken for zero", "inner_problem/linear_heads.py",
+        "return (self._rho * (gram @ self._rho)).sum", "return (0.0 * self._rho).sum", BOUND,
     ),
     Mutation(
         "tasks together: K steps for every one", "learner.py",
@@ -272,8 +353,14 @@ MUTATIONS = (
         "together::" + EACH,
     ),
     Mutation(
-        "an estimate called a bound", "inner_problem/linearization.py",
-        "    is_bound = False\n", "    is_bound = True\n", "together::test_without_a_regulariser",
+        "is_bound always True", "inner_problem/linearization.py",
+        "    is_bound = False", "    is_bound = True",
+        "together::test_without_a_regulariser diagnostics::test_solved_says_nothing",
+    ),
+    Mutation(
+        "is_bound never True", "inner_problem/linear_heads.py",
+        "there.solved = there.is_bound = True", "there.solved = True",
+        "diagnostics::test_solved_says_nothing",
     ),
     # The learner.
     Mutation(

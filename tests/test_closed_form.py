@@ -154,6 +154,21 @@ def test_what_has_changed_is_solved_anew(change: str) -> None:
         assert at.sources()[0] is h
 
 
+def test_another_linear_solver_is_that_of_the_next_call() -> None:
+    """The point stays, the system that the backward pass solves is another."""
+    torch.manual_seed(6)
+    x, module, found = torch.randn(M, WIDTH), nn.Linear(WIDTH, CLASSES), []
+    for solvers in ((CG(damping=0.7),), (CG(), CG(damping=0.7))):
+        leaf = x.clone().requires_grad_()
+        learner = ImplicitCGHead(module, 0.1).clone()
+        h = leaf * 1.0
+        for learner.linear in solvers:
+            learner.adapt(F.cross_entropy(learner(h), Y))
+        learner(torch.ones(2, WIDTH)).square().sum().backward()
+        found.append(leaf.grad)
+    assert torch.equal(found[0], found[1])
+
+
 @pytest.mark.parametrize("how", ["loss", "closure"])
 def test_features_overwritten_before_adapt_are_refused(how: str) -> None:
     h = torch.randn(M, WIDTH, requires_grad=True) * 1.0
@@ -271,6 +286,25 @@ def test_a_closure_that_draws_anew_is_asked_at_every_step(changes: str, name: st
         results.append(torch.cat([p.detach().reshape(-1) for p in learner.parameters()]))
         assert learner._task.steps == 4
     assert torch.allclose(results[0], results[1], atol=1e-12)
+
+
+@pytest.mark.parametrize("changes", ["features", "labels"])
+def test_newton_solves_what_a_closure_computed_last(changes: str) -> None:
+    torch.manual_seed(3)
+    batches, labels = torch.randn(2, M, WIDTH), torch.randint(CLASSES, (2, M))
+    module, weights = nn.Linear(WIDTH, CLASSES), []
+    for order in ([0, 1], [1, 1]):
+        learner, drawn = ImplicitCGHead(module, 0.1).clone(), iter(order)
+
+        def closure(learner=learner, drawn=drawn) -> Tensor:  # type: ignore[no-untyped-def]
+            i = next(drawn)
+            if changes == "features":
+                return F.cross_entropy(learner(batches[i]), labels[0])
+            return F.cross_entropy(learner(batches[0]), labels[i])
+
+        learner.adapt(closure)
+        weights.append(learner.module.weight.detach())
+    assert relative_error(weights[:1], weights[1:]) < 1e-12
 
 
 def test_a_second_adapt_goes_on_from_the_first() -> None:

@@ -7,7 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from l2l_implicit import CG, LBFGS, GradientDescent, ImplicitCGHead, Newton, UnsolvedWarning
+from l2l_implicit import (
+    CG,
+    LBFGS,
+    Diagnostics,
+    GradientDescent,
+    ImplicitCGHead,
+    Newton,
+    UnsolvedWarning,
+)
+from l2l_implicit.inner_problem import linear_heads
+from l2l_implicit.inner_problem.linearization import Sizes
 from l2l_implicit.inner_solvers.protocol import InnerSolver
 from l2l_implicit.linear_solvers.solution import CONVERGED, FACTORED, MAX_STEPS
 
@@ -108,6 +118,71 @@ def test_unsolved_linear_system_warns_once_and_counts() -> None:
     text = str(caught[0].message)
     assert f"steps of {parent.linear}" in text and "give linear= more steps" in text
     assert parent.diagnostics.cg_reason == MAX_STEPS and parent.diagnostics.cg_steps == 1
+
+
+def of_features(x: Tensor, query: Tensor, l2: float = 0.1) -> tuple[Tensor, Diagnostics]:
+    """The hypergradient of support features in their dtype, and what is said of it."""
+    leaf = x.clone().requires_grad_()
+    module = nn.Linear(x.shape[1], 5, dtype=x.dtype)
+    learner = ImplicitCGHead(module, 0.1, l2=l2, max_error=1e9).clone()
+    learner.adapt(F.cross_entropy(learner(leaf), Y))
+    F.cross_entropy(learner(query), Y.roll(1)).backward()
+    return leaf.grad.double(), learner.diagnostics  # type: ignore[union-attr]
+
+
+@pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("steps", [2, 3, 4, 5])
+def test_the_bound_holds_before_the_minimum(
+    steps: int, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where Newton's method had to end too early."""
+    x, query = data(scale), data(scale)
+    expected, solved = of_features(x, query)
+    assert solved.hypergradient_error < 1e-11
+    monkeypatch.setattr(linear_heads, "_MOST_STEPS", steps)
+    found, said = of_features(x, query)
+    error = float((found - expected).norm() / expected.norm())
+    assert said.is_bound and error <= said.hypergradient_error
+    assert error < 1e-10 or said.inner_gradient_norm > 1e3 * solved.inner_gradient_norm
+
+
+@pytest.mark.parametrize("l2", [1.0, 1e-2, 1e-4])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
+def test_the_bound_holds_for_rounded_numbers(scale: float, l2: float) -> None:
+    """By float64's hypergradient of the same data."""
+    x, query = data(scale).float(), data(scale).float()
+    expected, _ = of_features(x.double(), query.double(), l2)
+    found, said = of_features(x, query, l2)
+    error = float((found - expected).norm() / expected.norm())
+    assert said.is_bound and 0.0 < error <= said.hypergradient_error
+
+
+def test_the_estimate_is_the_distance_from_the_minimum() -> None:
+    """Of a network: its gradient over l2, relative to the distance from the anchor."""
+    module = nn.Sequential(nn.Linear(10, 4), nn.Tanh(), nn.Linear(4, 5))
+    parent = ImplicitCGHead(module, 0.1, l2=2.0, inner=GradientDescent(), linear=CG(200, 1e-12))
+    with pytest.warns(UnsolvedWarning, match="inner problem is not solved"):
+        learner = run(parent, data(), 2, "closure")
+    said = learner.diagnostics
+    phi = torch.cat([p.detach().reshape(-1) for p in learner.parameters()])
+    expected = said.inner_gradient_norm / (2.0 * float(phi.norm()))
+    assert not said.is_bound and said.unsolved_inner == 1
+    assert said.hypergradient_error == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_linear_part_bounds_the_systems_error() -> None:
+    """What is left of the residual lies where the matrix is weakest."""
+    a, b = torch.logspace(-3, 0, 20), torch.randn(1, 20)
+    underrated = 0
+    for steps in range(1, 15):
+        answer, exact = CG(steps, tol=1e-12).solve(lambda p: a * p, b), b / a
+        residual, size = float(answer.relative_residual), float(answer.solution.norm())
+        sizes = Sizes(0.0, 0.0, residual, float(b.norm()), size, ())
+        error = float((answer.solution - exact).norm()) / size
+        assert error <= sizes.linear_error(1e-3)
+        underrated += residual < error
+    assert underrated > 5
 
 
 def test_clones_of_clones_report_to_every_parent() -> None:

@@ -265,7 +265,8 @@ MUTATIONS = (
     ),
     Mutation(
         "the first loss's second derivative stands for all", "learner.py",
-        "return hash(tuple(at.operations)) not in self._compared and", "return not self._compared and",
+        "return hash(tuple(at.operations)) not in self._compared and",
+        "return not self._compared and",
         "never_silent_derivatives never_silent_changes never_silent_kinks",
     ),
     # Solvers.

@@ -27,7 +27,7 @@ MUTATIONS = (
     # Both paths.
     Mutation(
         "the mixed product's sign", "implicit_diff.py",
-        "if zero else product.neg()", "if zero else product", ALONE,
+        "if product is None else product.neg()", "if product is None else product", ALONE,
     ),
     Mutation(
         "no regulariser in the Hessian product", "inner_problem/linearization.py",
@@ -84,7 +84,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the softmax's inverse without its coupling", "inner_problem/losses.py",
-        "return (each - coupled).transpose(1, 2)", "return each.transpose(1, 2)",
+        "return each.sub_((self._each * common.mT.unsqueeze(1)).sum(3)).mT", "return each.mT",
         "linear_heads::test_the_inverse_is_that_of_the_dense_matrix",
     ),
     Mutation(

@@ -34,11 +34,11 @@ MUTATIONS = (
     ),
     Mutation(
         "no regulariser in the Hessian product", "inner_problem/linearization.py",
-        "return product.add(vector, alpha=self.strength)", "return product", DERIVATIVES,
+        "return product.add_(vector, alpha=strength)", "return product", DERIVATIVES,
     ),
     Mutation(
         "no regulariser in the gradient", "inner_problem/linearization.py",
-        "return gradient.add(self.offset(point), alpha=self.strength)", "return gradient",
+        "self._loss_gradient.add(offset, alpha=quadratic.strength)", "self._loss_gradient",
         DERIVATIVES,
     ),
     Mutation(

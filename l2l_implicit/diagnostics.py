@@ -19,10 +19,8 @@ class UnsolvedWarning(UserWarning):
     Example:
         >>> import warnings
         >>> from l2l_implicit import UnsolvedWarning
-        >>> with warnings.catch_warnings():
-        ...     warnings.simplefilter("error", UnsolvedWarning)
-        ...     ...  # training in here stops at the first
-        Ellipsis
+        >>> warnings.simplefilter("error", UnsolvedWarning)  # stop there instead
+        >>> warnings.simplefilter("default", UnsolvedWarning)
     """
 
 
@@ -52,10 +50,10 @@ class Diagnostics:
         >>> head, loss = ImplicitCGHead(nn.Linear(10, 5), lr=0.1), nn.CrossEntropyLoss()
         >>> h, y = torch.randn(25, 10, requires_grad=True), torch.arange(25) % 5
         >>> learner = head.clone()
-        >>> learner.adapt(lambda: loss(learner(h), y), steps=20)
+        >>> learner.adapt(loss(learner(h), y))
         >>> loss(learner(h), y).backward()
-        >>> head.diagnostics.hypergradients, head.diagnostics.unsolved
-        (1, 0)
+        >>> head.diagnostics.hypergradients, head.diagnostics.hypergradient_error < 1e-3
+        (1, True)
     """
 
     inner_steps: int = 0

@@ -69,19 +69,14 @@ def adapt_heads(
     with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
         quadratic = learner._quadratic(phi, torch.float64)
         assert quadratic is not None
-        x = features.detach()
-        problem = HeadLoss(
-            x=x.clone() if x.dtype == torch.float64 else x,  # others are copied on the way there
-            source=features if keep and features.requires_grad else None,
-            origin=None,
-            bias=head.bias is not None,
-            targets=targets.to(torch.float64, copy=True) if squared else targets,
-            loss=SquaredError if squared else CrossEntropy,
-            scale=1.0,
-        )
-        if loss is None or loss.reduction == "mean":
-            problem = problem._replace(scale=1.0 / max(1, m * head.out_features if squared else m))
-        there = learner._on_heads(problem.heads(phi, quadratic), steps)
+        x, source = features.detach(), features if keep and features.requires_grad else None
+        x = x.clone() if x.dtype == torch.float64 else x  # others are copied on the way there
+        kind = SquaredError if squared else CrossEntropy
+        count = m * head.out_features if squared else m
+        scale = 1.0 if loss and loss.reduction == "sum" else 1.0 / max(1, count)
+        targets = targets.to(torch.float64, copy=True) if squared else targets
+        known = HeadLoss(x, source, None, head.bias is not None, targets, kind, scale)
+        there = learner._on_heads(known.heads(phi, quadratic), steps)
         diagnostics = [Diagnostics(parent=learner.diagnostics) for _ in range(tasks)]
         shapes = [torch.Size((tasks, *p.shape)) for p in phi]
         point = there.point.to(head.weight.dtype)

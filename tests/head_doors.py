@@ -34,6 +34,7 @@ class Outcome(NamedTuple):
     counted: bool  # as unsolved, by the task's diagnostics
     bound: float
     is_bound: bool
+    broken: str = ""  # an error that is no refusal
 
     @property
     def said(self) -> bool:
@@ -41,7 +42,7 @@ class Outcome(NamedTuple):
 
     @property
     def wrong(self) -> bool:
-        return not self.refused and not self.error <= WRONG + self.slack
+        return bool(self.broken) or not self.refused and not self.error <= WRONG + self.slack
 
     @property
     def silent(self) -> bool:
@@ -157,15 +158,14 @@ def run(
 ) -> Iterator[Outcome]:
     leaves = Leaves(tasks, PRECISIONS[precision])
     heard = Heard(lambda: {**DOORS, **MORE}[door](leaves))
-    if heard.error is not None and not heard.refused:
-        raise heard.error
+    broken = "" if heard.error is None or heard.refused else repr(heard.error)
     shared = shared_error(truths, heard.value)
     for i, (task, (truth, floor)) in enumerate(zip(tasks, truths, strict=True)):
         slack = 2 * floor[precision] + truth.doubt + 30 * torch.finfo(leaves.dtype).eps
-        if heard.refused:
-            nan = math.nan
+        if heard.error is not None:
+            nan, refused = math.nan, heard.refused
             yield Outcome(
-                task, door, precision, nan, nan, slack, False, True, False, nan, False
+                task, door, precision, nan, nan, slack, False, refused, False, nan, False, broken
             )
             continue
         own = compared(truth, heard.value.features[i], truth.l2, None)[0]

@@ -29,6 +29,7 @@ class Truth(NamedTuple):
     l2: float
     start: Tensor  # [d, k] of the anchor
     l2_scale: float  # ||v|| ||W - A||, or a thousandth of what W - A sums where that cancels
+    rounding: float  # of the features' gradient where probabilities are rounded to float64
     weights: Array  # [d, k], the minimum
     doubt: float
 
@@ -171,4 +172,9 @@ def hypergradient(inner: Inner, query: Query, width: int) -> tuple[Truth, Curvat
         float(abs(again[1] - l2) / scale) if scale else 0.0,
         distance(again[2], start),
     )
-    return Truth(short(features), float(l2), short(start), float(scale), w, doubt), curvature
+    sizes = inner.loss.c * np.sqrt(len(inner.x) * (first.v**2).sum())
+    moving = float(np.finfo(np.float64).eps * sizes)
+    size = float(np.sqrt((features**2).sum()))
+    rounding = moving / size if size > 0 else float(moving > 0)
+    parts = short(features), float(l2), short(start), float(scale), rounding
+    return Truth(*parts, w, doubt), curvature

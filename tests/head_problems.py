@@ -194,7 +194,8 @@ def known(problem: Problem) -> Known:
     for name, dtype in PRECISIONS.items():
         b = rounded_slope(problem, truth.weights, dtype)
         features, l2, anchor = of_weights(curvature, truth.weights, b).answer(inner, settings.width)
-        floor[name] = max(compared(truth, short(features), float(l2), short(anchor)))
+        errors = compared(truth, short(features), float(l2), short(anchor))
+        floor[name] = max(truth.rounding, *errors)
     return Known(truth, floor)
 
 

@@ -33,13 +33,22 @@ MUTATIONS = (
         "if product is None else product.neg()", "if product is None else product", ALONE,
     ),
     Mutation(
-        "no regulariser in the Hessian product", "inner_problem/linearization.py",
-        "return product.add(vector, alpha=self.strength)", "return product", DERIVATIVES,
+        "no regulariser in the Hessian product, closed form", "inner_problem/linear_heads.py",
+        "return self.problem.in_phi(change).add_(vector, alpha=self.quadratic.strength)",
+        "return self.problem.in_phi(change)", DERIVATIVES,
     ),
     Mutation(
-        "no regulariser in the gradient", "inner_problem/linearization.py",
-        "return gradient.add(self.offset(point), alpha=self.strength)", "return gradient",
+        "no regulariser in the gradient, closed form", "inner_problem/linear_heads.py",
+        "(self.loss.gradient).add_(offset, alpha=self.quadratic.strength)", "(self.loss.gradient)",
         DERIVATIVES,
+    ),
+    Mutation(
+        "no regulariser in the Hessian product, general path", "inner_problem/linearization.py",
+        "return product.add_(vector, alpha=strength)", "return product", CLOSED,
+    ),
+    Mutation(
+        "no regulariser in the gradient, general path", "inner_problem/linearization.py",
+        "self.gradient = self._loss_gradient.add(offset, alpha=quadratic.strength)", "pass", CLOSED,
     ),
     Mutation(
         "the anchor's sign", "inner_problem/linearization.py",
@@ -220,7 +229,7 @@ MUTATIONS = (
     ),
     # The general path.
     Mutation(
-        "linearized beside phi, general path", "inner_solvers/inner_loop.py",
+        "linearized beside phi, general path", "inner_solvers/protocol.py",
         "at = linearize(point, hvp or last)", "at = linearize(0.9 * point, hvp or last)", GENERAL,
     ),
     Mutation(

@@ -54,7 +54,7 @@ def decade(outcome: Outcome) -> int:
 
 def row(found: list[Outcome]) -> list[str]:
     """One line of the table."""
-    answered = [o for o in found if not o.refused]
+    answered = [o for o in found if not o.refused and not o.broken]
     quiet = [o.error for o in answered if not o.said]
     bounded = [o for o in answered if o.is_bound]
     ratios = [o.bound / max(o.own, 1e-300) for o in bounded]
@@ -120,7 +120,7 @@ def report(family: str, number: int, doors: list[str], first: int, worst: int) -
     for title, bad in (("silent and wrong", silent), ("bound below the error", low)):
         for o in sorted(bad, key=lambda o: -o.error)[:worst]:
             print(f"{title}: {o.door}, {o.precision}: error {o.error:.2g} ({o.own:.2g} its own), "
-                  f"bound {o.bound:.2g}: {o.problem.name}")  # fmt: skip
+                  f"bound {o.bound:.2g}: {o.problem.name} {o.broken[:150]}")  # fmt: skip
     return len(silent)
 
 

@@ -34,7 +34,7 @@ WITHIN = {
         {"recognition"},
     ],
     "inner_solvers": [
-        {"protocol", "inner_loop"},
+        {"protocol"},
         {"gradient_descent", "newton", "lbfgs"},
     ],
 }

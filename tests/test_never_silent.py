@@ -10,31 +10,18 @@ import torch
 import torch.nn.functional as F
 from dense import implicit, linear
 from head_problems import Problem, Settings, loss_of, query_loss, right_features
+from solver_settings import WAYS, clustered
 from torch import Tensor, nn
-from verdict import Heard, flat, judge, must_be_right, off
+from verdict import Heard, judge, must_be_right, off
 
 from l2l_implicit import (
-    CG,
     LBFGS,
-    Direct,
-    GradientDescent,
     ImplicitCGHead,
-    Neumann,
-    Newton,
 )
 
 D = torch.float64
 LOSSES = {"cross-entropy": (False, "mean"), "sum of cross-entropies": (False, "sum"),
           "squared error": (True, "mean"), "sum of squares": (True, "sum")}  # fmt: skip
-WAYS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "LBFGS": {"inner": LBFGS()},
-    "gradient descent": {"inner": GradientDescent()},
-    "adaptive descent": {"inner": GradientDescent(adaptive=True)},
-    "few products": {"inner": Newton(cg_steps=2), "linear": CG(steps=2)},
-    "Neumann": {"linear": Neumann()},
-    "direct": {"linear": Direct()},
-}
 
 
 def problem(
@@ -53,16 +40,6 @@ def problem(
         parameter.data.zero_()
     data, queries = x.float().double(), query.float().double()
     return Problem(settings, 0, 1.0, (), data, labels, queries, query_labels, head)
-
-
-def clustered(ways: int, shots: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Support and query features of norm about ``sqrt(2 width)``."""
-    generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(ways, width, generator=generator)
-    labels = torch.arange(ways * shots) % ways
-    support = torch.randn(len(labels), width, generator=generator) + centres[labels]
-    queries = torch.randn(len(labels), width, generator=generator) + centres[labels]
-    return support, queries
 
 
 def on_features(
@@ -228,70 +205,3 @@ def test_a_head_counts_every_task_that_five_losses_leave_unsolved(way: str) -> N
     assert bool(warned) >= bool(wrong)
     if way == "default":
         assert not wrong and not warned
-
-
-# Warm starts.
-
-
-@pytest.mark.parametrize("closed_form", [True, False])
-@pytest.mark.parametrize("inner", [Newton(), LBFGS(), GradientDescent(tol=1e-3)], ids=repr)
-@pytest.mark.parametrize("moved", [0.0, 1e-9, 1e-2])
-def test_a_warm_start_is_never_dearer(closed_form: bool, inner: Any, moved: float) -> None:
-    """Calls of the closure and products of the backward pass; the data as they were, or nearly."""
-    torch.manual_seed(0)
-    x, y = torch.randn(10, 6), torch.arange(10) % 5
-    head = ImplicitCGHead(nn.Linear(6, 5), lr=0.1, warm_start=True, inner=inner)
-    costs: list[tuple[int, int]] = []
-    for visit in range(4):
-        learner, calls = head.clone(task="a"), [0]
-        z = (x + visit * moved).requires_grad_()
-
-        def closure(learner=learner, calls=calls, z=z) -> Tensor:  # type: ignore[no-untyped-def]
-            calls[0] += 1
-            return F.cross_entropy(learner(z) if closed_form else learner(z) * 1.0, y)
-
-        learner.adapt(closure, steps=200)
-        F.cross_entropy(learner(z), y).backward()
-        costs.append((calls[0], learner.diagnostics.cg_steps))
-    assert max(calls for calls, _ in costs[1:]) <= costs[0][0], costs
-    assert max(products for _, products in costs[1:]) <= costs[0][1], costs
-
-
-# No samples.
-
-
-EMPTY: dict[str, Callable[[Tensor, str], Tensor]] = {
-    "cross-entropy": lambda out, reduction: F.cross_entropy(
-        out, torch.zeros(0, dtype=torch.long), reduction=reduction),
-    "squared error": lambda out, reduction: F.mse_loss(
-        out, torch.zeros(0, 3), reduction=reduction),
-    "no closed form": lambda out, reduction: getattr(out.square(), reduction)(),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", EMPTY)
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
-@pytest.mark.parametrize("anchor", ["zero", "init"])
-@pytest.mark.parametrize("inner", [Newton(), LBFGS(), GradientDescent(adaptive=True)], ids=repr)
-def test_no_support(name: str, reduction: str, anchor: str, inner: Any) -> None:
-    """The sum is 0 and leads to the anchor; the mean of nothing is refused."""
-    head, none = nn.Linear(5, 3), torch.zeros(0, 5, requires_grad=True)
-    goal = flat(head.parameters()) if anchor == "init" else torch.zeros(18)
-    for net in (head, nn.Sequential(head, nn.Tanh(), nn.Linear(3, 3))):
-        for how in ("closure", "losses"):
-
-            def adapted(net=net, how=how) -> Tensor:  # type: ignore[no-untyped-def]
-                learner = ImplicitCGHead(net, 0.1, l2=0.5, anchor=anchor, inner=inner).clone()
-                if how == "closure":
-                    learner.adapt(lambda: EMPTY[name](learner(none), reduction), steps=60)
-                for _ in range(60 if how == "losses" else 0):
-                    learner.adapt(EMPTY[name](learner(none), reduction))
-                learner(torch.ones(2, 5)).sum().backward()
-                return flat(list(learner.module.parameters())[:2])
-
-            heard = Heard(adapted)
-            assert heard.error is None or heard.refused, repr(heard.error)
-            if heard.error is None:
-                assert reduction == "sum"
-                away = float((heard.value - goal).abs().max())
-                assert away < 1e-3 or heard.warned, f"{away:.2g} from the anchor"

@@ -92,6 +92,41 @@ def test_data_changed_before_backward(name: str, how: str, change: str, what: st
     judge(gradient, right if what == "a leaf" else right[: n + 1])
 
 
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("how", ["closure", "losses"])
+@pytest.mark.parametrize("change", IN_PLACE)
+@pytest.mark.parametrize("what", ["x", "y", "l2"])
+def test_data_changed_between_two_adapts(name: str, how: str, change: str, what: str) -> None:
+    """The second solves the problem as it then is, or one line says that it does not."""
+
+    def adapted(late: bool) -> Tensor:
+        net, x, y = copy.deepcopy(NETS[name]), X.clone(), Y.clone()
+        l2 = torch.tensor(0.5, dtype=D, requires_grad=True)
+        maml = ImplicitMAML(net, LR, l2=l2, inner=Newton())
+
+        def changed() -> None:
+            if what == "y":
+                y.numpy().fill(0) if change == "numpy" else y.copy_(y.flip(0))
+            else:
+                IN_PLACE[change]({"x": x, "l2": l2}[what])
+
+        if not late:
+            changed()
+        learner = maml.clone()
+        for turn in range(2):
+            if turn == 1 and late:
+                changed()
+            if how == "closure":
+                learner.adapt(lambda: F.cross_entropy(learner(x), y), steps=60)
+            for _ in range(25 if how == "losses" else 0):
+                learner.adapt(F.cross_entropy(learner(x), y))
+        F.cross_entropy(learner(QUERY), Y).backward()
+        assert l2.grad is not None
+        return flat([*learner.module.parameters(), *(p.grad for p in net.parameters()), l2.grad])
+
+    judge(lambda: adapted(True), adapted(False), 1e-3)
+
+
 @pytest.mark.parametrize("change", IN_PLACE)
 @pytest.mark.parametrize("what", ["features", "targets"])
 def test_data_of_tasks_together(change: str, what: str) -> None:

@@ -84,7 +84,7 @@ def found() -> dict[str, list[Outcome]]:
 
 
 def names(outcomes: list[Outcome]) -> list[str]:
-    return [f"{o.door}, {o.precision}: {o.error:.2g}, {o.problem.name}" for o in outcomes]
+    return [f"{o.door}, {o.precision}: {o.error:.2g}, {o.problem.name}{o.broken}" for o in outcomes]
 
 
 def test_ordinary_heads_are_right(found: dict[str, list[Outcome]]) -> None:

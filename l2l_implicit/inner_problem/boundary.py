@@ -152,14 +152,6 @@ def find_meta_inputs(objective: Tensor, inner: Sequence[Tensor]) -> MetaInputs:
     return found
 
 
-_KINKS = ("Relu", "Threshold", "MaxPool", "Abs", "Clamp", "Hardt", "Prelu", "Maximum", "Minimum")
-
-
-def has_kinks(names: Iterable[str]) -> bool:
-    """Whether one of the operations is one that has kinks, so that finite steps cross them."""
-    return any(kink in name for name in names for kink in _KINKS)
-
-
 def _stop(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     """A node's incoming gradients, as zeros."""
     return tuple(None if g is None else torch.zeros_like(g) for g in gradients)

@@ -113,7 +113,8 @@ class LinearHeads(Linearization):
 
     @cached_property
     def gradient(self) -> Tensor:  # type: ignore[override]
-        return self.quadratic.add_gradient(self.problem.in_phi(self.loss.gradient), self.point)
+        offset = self.quadratic.offset(self.point)
+        return self.problem.in_phi(self.loss.gradient).add_(offset, alpha=self.quadratic.strength)
 
     @property
     def gradient_norm(self) -> Tensor:
@@ -128,7 +129,7 @@ class LinearHeads(Linearization):
 
     def hvp(self, vector: Tensor) -> Tensor:
         change = self.loss.curve(self.problem.outputs(vector))
-        return self.quadratic.add_hvp(self.problem.in_phi(change), vector)
+        return self.problem.in_phi(change).add_(vector, alpha=self.quadratic.strength)
 
     def moved(self, point: Tensor) -> LinearHeads:
         """The same objectives linearized at another ``point``, shape ``[T, n]``."""

@@ -55,9 +55,6 @@ class LBFGSStep:
 
     def __init__(self, tol: float, history: int) -> None:
         self._stop, self._history = Stop(tol), history
-        self._forget()
-
-    def _forget(self) -> None:
         self._phi: Tensor | None = None
         self._objective = math.inf
         self._best: tuple[Tensor, float] | None = None  # in whole steps: a point, its gradient norm
@@ -69,7 +66,7 @@ class LBFGSStep:
             return at.point
         if self._best is not None and norm > 2.0 * self._best[1]:
             if torch.equal(at.point, self._best[0]):  # another gradient there: the data changed
-                self._forget()
+                self._best, self._phi, self._objective = None, None, math.inf
         if self._best is not None:
             return self._whole_step(at, norm, *self._best)
         objective = float(at.objective)

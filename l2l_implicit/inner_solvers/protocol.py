@@ -1,13 +1,14 @@
-"""What an inner solver is, and when it stops."""
+"""What an inner solver is, when it stops, and the loop of a closure around it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from l2l_implicit.inner_problem.linearization import Linearization
+from l2l_implicit.inner_problem.linearization import Evaluate, Linearization
 
 
 class InnerStep(Protocol):
@@ -87,3 +88,39 @@ class Stop:
     def progress(self, at: Linearization) -> float:
         """The gradient's norm relative to its largest; 0 for a start without a gradient."""
         return float(at.gradient_norm) / self._largest if self._largest > 0.0 else 0.0
+
+
+def descend(
+    linearize: Callable[[Tensor, bool], Linearization], evaluate: Evaluate,
+    step: Callable[[Linearization], Tensor], start: Callable[[], Tensor],
+    *, steps: int, hvp: bool, keep: bool,
+) -> tuple[Tensor, Linearization | None]:  # fmt: skip
+    """Phi after at most ``steps`` inner steps, and the linearization there.
+
+    One linearization is alive at a time, so that memory is the same whatever the number of steps.
+
+    Args:
+        linearize, evaluate: the objective at a point ``[1, n]``, with products or without; its
+            value and gradient alone.
+        step: the inner solver; it says by ``at.point`` itself that further steps would stay there.
+        start: gives the first point, shape ``[1, n]``, which nobody else is to hold.
+        steps: the most steps.
+        hvp: whether ``step`` needs products.
+        keep: whether the last linearization is wanted, with products.
+    """
+    point = start()
+    at: Linearization | None = linearize(point, hvp)
+    for left in reversed(range(steps)):
+        assert at is not None
+        at.elsewhere = evaluate
+        point = step(at)
+        at.elsewhere = None  # it would hold the learner
+        solved = point is at.point
+        if solved and (at.differentiable or not keep):
+            break
+        at, last = None, solved or not left  # freed before there are two
+        if keep or not last:
+            at = linearize(point, hvp or last)
+        if last:
+            break
+    return point, at

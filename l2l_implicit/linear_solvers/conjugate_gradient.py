@@ -9,17 +9,8 @@ import torch
 from torch import Tensor
 
 from l2l_implicit import checks
-from l2l_implicit.linear_solvers.solution import (
-    CONVERGED,
-    NON_FINITE,
-    NOT_POSITIVE,
-    ZERO,
-    LinearSolution,
-    Matvec,
-    dot,
-    first_reason,
-    largest_entry,
-)
+from l2l_implicit.linear_solvers import solution
+from l2l_implicit.linear_solvers.solution import LinearSolution, Matvec, dot, largest_entry
 
 
 @dataclass(frozen=True)
@@ -112,11 +103,13 @@ def conjugate_gradient(
         zeta = torch.where(active, rr / torch.where(active, before, 1.0), 0.0)
         torch.addcmul(r, zeta.unsqueeze(1), p, out=p)
         pp = rr + zeta * zeta * pp
-    relative, solution = rr.sqrt() / torch.where(b_norm > 0, b_norm, 1.0), v.mul_(unit)
-    lost = lost | ~solution.sum(1).isfinite()
+    relative, v = rr.sqrt() / torch.where(b_norm > 0, b_norm, 1.0), v.mul_(unit)
+    lost = lost | ~v.sum(1).isfinite()
     if bool(lost.any()):
-        solution = torch.where(lost.unsqueeze(1), 0.0, solution)
+        v = torch.where(lost.unsqueeze(1), 0.0, v)
         relative = torch.where(lost, math.inf, relative)
-    masks = {NON_FINITE: lost | unknown, ZERO: zero, NOT_POSITIVE: indefinite}
-    reasons = first_reason({**masks, CONVERGED: rr.sqrt() <= threshold})
-    return LinearSolution(solution, taken, relative, reasons)
+    reasons = {
+        solution.NON_FINITE: lost | unknown, solution.ZERO: zero,
+        solution.NOT_POSITIVE: indefinite, solution.CONVERGED: rr.sqrt() <= threshold,
+    }  # fmt: skip
+    return LinearSolution(v, taken, relative, solution.first_reason(reasons))

@@ -17,8 +17,7 @@ def largest_curvature(
     eigenvalue: Ritz values alone come from below, and a step of 1 over too little diverges.
 
     Args:
-        matvec: maps vectors of shape ``[T, n]`` to their products with the matrices.
-        like: a tensor of shape, dtype and device of such vectors.
+        matvec, like: the products with vectors ``[T, n]``, and a tensor as these are.
         max_steps: the most products.
         tol: relative residual at which fewer are enough.
 

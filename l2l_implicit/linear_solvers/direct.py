@@ -9,16 +9,8 @@ import torch
 from torch import Tensor
 
 from l2l_implicit import checks
-from l2l_implicit.linear_solvers.solution import (
-    CONVERGED,
-    NON_FINITE,
-    NOT_POSITIVE,
-    ZERO,
-    LinearSolution,
-    Matvec,
-    first_reason,
-    largest_entry,
-)
+from l2l_implicit.linear_solvers import solution
+from l2l_implicit.linear_solvers.solution import LinearSolution, Matvec, largest_entry
 
 LARGEST = 4096
 
@@ -75,14 +67,16 @@ class Direct:
         v, indefinite = torch.cholesky_solve(unit, factor), info != 0
         if bool(indefinite.any()):
             by_lu, singular = torch.linalg.solve_ex(a, unit)
-            usable = (singular == 0) & by_lu.isfinite().all(1).view(-1)
-            by_lu = torch.where(usable.view(-1, 1, 1), by_lu, 0.0)
-            v = torch.where(indefinite.view(-1, 1, 1), by_lu, v)
+            usable = (singular == 0) & by_lu.isfinite().flatten(1).all(1)
+            v[indefinite] = torch.where(usable.view(-1, 1, 1), by_lu, 0.0)[indefinite]
         relative = ((unit - a @ v).norm(dim=1) / unit.norm(dim=1)).squeeze(1)
         v = v.squeeze(2) * scale.unsqueeze(1)
         lost = ~(sound & v.sum(1).isfinite())
         v = torch.where(lost.unsqueeze(1), 0.0, v)
         relative = torch.where(lost, math.inf, torch.where(scale > 0, relative, 0.0))
-        masks = {NON_FINITE: lost, ZERO: scale == 0, NOT_POSITIVE: indefinite, CONVERGED: ~lost}
+        reasons = {
+            solution.NON_FINITE: lost, solution.ZERO: scale == 0,
+            solution.NOT_POSITIVE: indefinite, solution.CONVERGED: ~lost,
+        }  # fmt: skip
         steps = torch.full_like(scale, n, dtype=torch.long)
-        return LinearSolution(v, steps, relative, first_reason(masks))
+        return LinearSolution(v, steps, relative, solution.first_reason(reasons))

@@ -10,16 +10,9 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from l2l_implicit import checks
+from l2l_implicit.linear_solvers import solution
 from l2l_implicit.linear_solvers.curvature import largest_curvature
-from l2l_implicit.linear_solvers.solution import (
-    CONVERGED,
-    DIVERGED,
-    NON_FINITE,
-    ZERO,
-    LinearSolution,
-    Matvec,
-    first_reason,
-)
+from l2l_implicit.linear_solvers.solution import LinearSolution, Matvec
 
 
 @dataclass(frozen=True)
@@ -97,5 +90,8 @@ class Neumann:
         best = torch.where(broken.unsqueeze(1), 0.0, best)
         relative = torch.where(b_norm > 0, smallest / b_norm, 0.0)
         relative = torch.where(broken, math.inf, relative)
-        masks = {NON_FINITE: broken, ZERO: zero, CONVERGED: smallest <= self.tol * b_norm}
-        return LinearSolution(best, steps, relative, first_reason({**masks, DIVERGED: diverged}))
+        reasons = {
+            solution.NON_FINITE: broken, solution.ZERO: zero,
+            solution.CONVERGED: smallest <= self.tol * b_norm, solution.DIVERGED: diverged,
+        }  # fmt: skip
+        return LinearSolution(best, steps, relative, solution.first_reason(reasons))

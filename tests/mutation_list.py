@@ -33,13 +33,22 @@ MUTATIONS = (
         "if product is None else product.neg()", "if product is None else product", ALONE,
     ),
     Mutation(
-        "no regulariser in the Hessian product", "inner_problem/linearization.py",
-        "return product.add_(vector, alpha=strength)", "return product", DERIVATIVES,
+        "no regulariser in the Hessian product, closed form", "inner_problem/linear_heads.py",
+        "return self.problem.in_phi(change).add_(vector, alpha=self.quadratic.strength)",
+        "return self.problem.in_phi(change)", DERIVATIVES,
     ),
     Mutation(
-        "no regulariser in the gradient", "inner_problem/linearization.py",
-        "self._loss_gradient.add(offset, alpha=quadratic.strength)", "self._loss_gradient",
+        "no regulariser in the gradient, closed form", "inner_problem/linear_heads.py",
+        "(self.loss.gradient).add_(offset, alpha=self.quadratic.strength)", "(self.loss.gradient)",
         DERIVATIVES,
+    ),
+    Mutation(
+        "no regulariser in the Hessian product, general path", "inner_problem/linearization.py",
+        "return product.add_(vector, alpha=strength)", "return product", CLOSED,
+    ),
+    Mutation(
+        "no regulariser in the gradient, general path", "inner_problem/linearization.py",
+        "self.gradient = self._loss_gradient.add(offset, alpha=quadratic.strength)", "pass", CLOSED,
     ),
     Mutation(
         "the anchor's sign", "inner_problem/linearization.py",
@@ -135,8 +144,7 @@ MUTATIONS = (
     Mutation(
         "classes alike counted once", "inner_problem/losses.py",
         ".mul_(classes / probabilities.shape[2])", "",
-        "linear_heads::test_minimum_is_the_dense_one "
-        "linear_heads::test_the_inverse_is_that_of_the_dense_matrix",
+        "linear_heads::test_the_inverse_where_all_classes_are_alike",
     ),
     Mutation(
         "the factor without the damping", "inner_problem/linear_heads.py",
@@ -261,13 +269,13 @@ MUTATIONS = (
     Mutation(
         "a module that moves with each pass goes unnoticed", "inner_problem/second_derivative.py",
         'if part.training and (hooks or type(part).__name__ == "_SpectralNorm"):', "if False:",
-        "never_silent_derivatives",
+        "never_silent_derivatives::test_normalised_weights",
     ),
     Mutation(
         "the first loss's second derivative stands for all", "learner.py",
         "return hash(tuple(at.operations)) not in self._compared and",
         "return not self._compared and",
-        "never_silent_derivatives never_silent_changes never_silent_kinks",
+        "second_derivative::test_one_loss_does_not_speak_for_another",
     ),
     # Solvers.
     Mutation(

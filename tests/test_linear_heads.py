@@ -78,6 +78,18 @@ def test_the_inverse_is_that_of_the_dense_matrix(
 
 
 @each
+def test_the_inverse_where_all_classes_are_alike(tasks: int, kind: type[OutputLoss]) -> None:
+    """As at outputs of zero: one factor serves for every class."""
+    x, y = torch.randn(tasks, M, WIDTH), targets_of(kind, tasks)
+    kernel, loss = 5.0 * x @ x.mT, kind(torch.zeros_like(y), y, 1 / M)
+    right = torch.randn(tasks, M, CLASSES)
+    assert (
+        relative_error([loss.inverse(kernel, alike=True)(right)], [loss.inverse(kernel)(right)])
+        < 1e-12
+    )
+
+
+@each
 def test_the_hessian_stays_within_the_movement(tasks: int, kind: type[OutputLoss]) -> None:
     """By the eigenvalues of one Hessian in the other's metric, at outputs nearly one-hot too."""
     z, y = 4.0 * torch.randn(tasks, M, CLASSES), targets_of(kind, tasks)

@@ -100,3 +100,26 @@ def test_a_wrong_one_is_said(name: str, inner: InnerSolver, how: str) -> None:
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_right_one_is_never_doubted(name: str, lr: float, inner: InnerSolver, how: str) -> None:
     assert not any(run(RIGHT[name], inner, how, lr) for _ in range(10))
+
+
+@pytest.mark.parametrize("how", ["loss", "closure"])
+def test_one_loss_does_not_speak_for_another(how: str) -> None:
+    """A learner that has seen a right one still looks at a wrong one, and once at each."""
+    net, x, said = Net(torch.tanh), torch.randn(12, 4), []
+    parent = ImplicitCGHead(net, 0.3, anchor="init", inner=GradientDescent())
+    for between in (torch.tanh, OnceDifferentiable.apply, OnceDifferentiable.apply):
+        learner = parent.clone()
+        learner.module.between = between
+
+        def loss(learner=learner) -> Tensor:
+            return F.cross_entropy(learner(x), Y)
+
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UnsolvedWarning)
+            if how == "closure":
+                learner.adapt(loss, steps=20)
+            else:
+                for _ in range(20):
+                    learner.adapt(loss())
+        said.append(sum("second derivative" in str(w.message) for w in caught))
+    assert said == [0, 1, 0]

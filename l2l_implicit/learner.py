@@ -599,7 +599,9 @@ class ImplicitCGHead(MAML):
             self._put(point, phi)
             return
         vector = point.to(phi[0].dtype)
-        saved = SavedLinearization(at, self._solver(vector, [self.diagnostics]))
+        # Held for a warm start only: the parameters are copies.
+        held = vector.new_empty(0) if self._memory is None else vector
+        saved = SavedLinearization(at, self._solver(held, [self.diagnostics]))
         zero = self._initial_of(phi) if self.anchor == "zero" else []
         new = attach(saved, vector, [*map(_SHAPE, phi)], constants=zero)
         substitute(self.module, phi, new)

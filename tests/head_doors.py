@@ -18,6 +18,7 @@ from verdict import Heard
 from l2l_implicit import LBFGS, Direct, GradientDescent, ImplicitCGHead, ImplicitMAML, Newton
 
 DOUBT, LOST, WRONG, STEPS = 1e-4, 1e-3, 0.01, 20
+ROUNDING = {"float32": 4e-6, "float64": 1e-10}  # what every processor does in its own way
 
 
 class Outcome(NamedTuple):
@@ -161,7 +162,7 @@ def run(
     broken = "" if heard.error is None or heard.refused else repr(heard.error)
     shared = shared_error(truths, heard.value)
     for i, (task, (truth, floor)) in enumerate(zip(tasks, truths, strict=True)):
-        slack = 2 * floor[precision] + truth.doubt + 30 * torch.finfo(leaves.dtype).eps
+        slack = 2 * floor[precision] + truth.doubt + ROUNDING[precision]
         if heard.error is not None:
             nan, refused = math.nan, heard.refused
             yield Outcome(

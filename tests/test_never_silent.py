@@ -143,6 +143,19 @@ def test_ridge_with_constant_features(way: str, dtype: torch.dtype) -> None:
                 judge(on_features(task, "losses", 5, dtype, **WAYS[way]), right)
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("constant", [1e5, 2e7, 1e8, 1e12])
+def test_one_huge_constant_feature(loss: str, constant: float) -> None:
+    """More than float64's digits between two features: no number is sure, but none is silent."""
+    for size, shots, width in ((1.0, 12, 30), (1000.0, 12, 30), (1000.0, 2, 60)):
+        support, queries = (size * part for part in clustered(5, shots, width))
+        support[:, 0] = queries[:, 0] = constant
+        task = problem(support, queries, 5, 0.5, loss=loss, bias=False)
+        for dtype in (torch.float32, D):
+            for how, steps in (("closure", 20), ("losses", 1)):
+                judge(on_features(task, how, steps, dtype), lambda task=task: right_features(task))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, D])
 @pytest.mark.parametrize("constant", [1.0, 255.0, 1e5])
 def test_ridge_on_scales_of_the_features(constant: float, dtype: torch.dtype) -> None:

@@ -17,6 +17,7 @@ from l2l_implicit import LBFGS, GradientDescent, ImplicitCGHead, Newton
 D = torch.float64
 
 
+@pytest.mark.xfail(reason="without l2 the estimate knows no curvature (docs/learner.md)")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("size", [1.0, 30.0, 1000.0])
 def test_no_regulariser(way: str, size: float) -> None:

@@ -140,7 +140,13 @@ class _SoftmaxInverse:
         eye = torch.eye(kernel.shape[1], dtype=kernel.dtype, device=kernel.device)
         outer = root * root.mT
         factor, _ = torch.linalg.cholesky_ex(torch.addcmul(eye, outer, kernel.unsqueeze(1)))
-        self._each = torch.cholesky_inverse(factor).mul_(outer)  # E, [T, k, m, m]
+        try:
+            self._each = torch.cholesky_inverse(factor).mul_(outer)  # E, [T, k, m, m]
+        except torch.linalg.LinAlgError as error:
+            raise FloatingPointError(
+                "linear head: expected features that float64 can tell apart at this l2, got a "
+                "singular system; scale the features down, or raise l2"
+            ) from error
         # E is at most s; a singular total (classes without probability) is no harm that way.
         total = self._each.sum(1).mul_(classes / probabilities.shape[2])
         total.add_(eye, alpha=4.0 * torch.finfo(eye.dtype).eps * scale)

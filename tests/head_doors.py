@@ -24,7 +24,8 @@ ROUNDING = {"float32": 4e-6, "float64": 1e-10}  # what every processor does in i
 class Outcome(NamedTuple):
     """One hypergradient of one learner; of T tasks together, one a task."""
 
-    problem: Problem
+    name: str  # of the problem, which itself is not kept
+    scale: float
     door: str
     precision: str
     error: float  # nan where it was refused
@@ -166,14 +167,15 @@ def run(
         if heard.error is not None:
             nan, refused = math.nan, heard.refused
             yield Outcome(
-                task, door, precision, nan, nan, slack, False, refused, False, nan, False, broken
-            )
+                task.name, task.scale, door, precision, nan, nan, slack,
+                False, refused, False, nan, False, broken,
+            )  # fmt: skip
             continue
         own = compared(truth, heard.value.features[i], truth.l2, None)[0]
         notes = heard.value.diagnostics[i]
         error = max(own, shared)
         yield Outcome(
-            task, door, precision, error, error if len(tasks) == 1 else own, slack,
+            task.name, task.scale, door, precision, error, error if len(tasks) == 1 else own, slack,
             bool(heard.warned), False, notes.unsolved > 0,
             notes.hypergradient_error, notes.is_bound,
         )  # fmt: skip

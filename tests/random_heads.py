@@ -49,7 +49,7 @@ def measure(
 
 
 def decade(outcome: Outcome) -> int:
-    return math.floor(math.log10(outcome.problem.scale))
+    return math.floor(math.log10(outcome.scale))
 
 
 def row(found: list[Outcome]) -> list[str]:
@@ -120,7 +120,7 @@ def report(family: str, number: int, doors: list[str], first: int, worst: int) -
     for title, bad in (("silent and wrong", silent), ("bound below the error", low)):
         for o in sorted(bad, key=lambda o: -o.error)[:worst]:
             print(f"{title}: {o.door}, {o.precision}: error {o.error:.2g} ({o.own:.2g} its own), "
-                  f"bound {o.bound:.2g}: {o.problem.name} {o.broken[:150]}")  # fmt: skip
+                  f"bound {o.bound:.2g}: {o.name} {o.broken[:150]}")  # fmt: skip
     return len(silent)
 
 

@@ -18,9 +18,18 @@ class UnsolvedWarning(UserWarning):
 
     Example:
         >>> import warnings
-        >>> from l2l_implicit import UnsolvedWarning
-        >>> warnings.simplefilter("error", UnsolvedWarning)  # stop there instead
-        >>> warnings.simplefilter("default", UnsolvedWarning)
+        >>> import torch
+        >>> from l2l_implicit import GradientDescent, ImplicitCGHead, UnsolvedWarning
+        >>> x, head = torch.randn(9, 4), torch.nn.Linear(4, 2)
+        >>> learner = ImplicitCGHead(head, lr=0.01, inner=GradientDescent()).clone()
+        >>> learner.adapt(lambda: learner(x).square().mean(), steps=1)
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("error", UnsolvedWarning)  # stop there instead
+        ...     try:
+        ...         learner(x).sum().backward()
+        ...     except UnsolvedWarning as warning:
+        ...         print(str(warning)[:31])
+        the inner problem is not solved
     """
 
 
@@ -109,7 +118,7 @@ class Diagnostics:
             remedy = "use inner=Newton()"
             if self.cg_reason == FACTORED:
                 remedy = "scale the features down, or raise l2"
-            elif repr(inner).startswith("Newton"):
+            elif getattr(inner, "at_once", False):
                 remedy = "take more steps, or raise l2"
         elif parts[1] == max(parts):
             what = (

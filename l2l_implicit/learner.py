@@ -44,19 +44,8 @@ from l2l_implicit.linear_solvers.solution import (
     Matvec,
     damped,
 )
-from l2l_implicit.mixed_precision import (
-    as_now,
-    autocast_enabled,
-    precision_of,
-    without_autocast,
-)
-from l2l_implicit.vectors import (
-    buffers_apart,
-    flatten,
-    shallow_copy,
-    substitute,
-    unflatten,
-)
+from l2l_implicit.mixed_precision import as_now, autocast_enabled, precision_of, without_autocast
+from l2l_implicit.vectors import buffers_apart, flatten, shallow_copy, substitute, unflatten
 
 if TYPE_CHECKING:
     from l2l_implicit.together import AdaptedHeads
@@ -66,10 +55,7 @@ Closure = Callable[[], Tensor]
 
 _LOOKS = 40  # steps of loss tensors at which the second derivative is compared, at most
 _LOSSES = 20  # different losses of which it is
-
-
 _SHAPE = operator.attrgetter("shape")
-
 
 class Remembered(NamedTuple):
     """A task's phi and v, shape ``[1, n]`` each, at the end of its last visit."""
@@ -398,7 +384,6 @@ class ImplicitCGHead(MAML):
         known = recognize(loss, phi, task.independent) if self._plain_regularizer else None
         if known is not None and self._plain_step and getattr(self.inner, "at_once", False):
             quadratic = self._quadratic(phi, torch.float64)
-            assert quadratic is not None
             there = task.solved(known, quadratic, phi) if keep else None
             if there is None:
                 task.release()
@@ -455,7 +440,6 @@ class ImplicitCGHead(MAML):
             return None
         del loss  # its graph
         quadratic = self._quadratic(objective.phi, torch.float64)
-        assert quadratic is not None
         before = self._task.steps, self._task.first_norm
         there = self._on_heads(known.heads(objective.phi, quadratic), steps)
         again = recognize(objective.loss(there.point), objective.phi, independent)
@@ -535,42 +519,28 @@ class ImplicitCGHead(MAML):
 
     # The inner problem.
 
-    def _quadratic(self, phi: Sequence[Tensor], dtype: torch.dtype) -> SquaredDistance | None:
-        """The regulariser in closed form, if it is not a subclass's own."""
-        if not self._plain_regularizer:
-            return None
+    def _quadratic(self, phi: Sequence[Tensor], dtype: torch.dtype) -> SquaredDistance:
+        """The regulariser in closed form, which it has unless it is a subclass's own."""
         anchor = self._initial_of(phi) if self.anchor == "init" else []
         return SquaredDistance(self.l2, anchor, dtype)
 
     def _linearize(
-        self,
-        loss: Tensor,
-        phi: list[Tensor],
-        unused: bool,
-        differentiable: bool,
+        self, loss: Tensor, phi: list[Tensor], unused: bool, differentiable: bool,
         known: HeadLoss | None,
-    ) -> Linearization:
+    ) -> Linearization:  # fmt: skip
         if known is not None:
-            quadratic = self._quadratic(phi, torch.float64)
-            assert quadratic is not None
-            return known.heads(phi, quadratic)
-        quadratic = self._quadratic(phi, phi[0].dtype)
-        if quadratic is not None:
-            return AutogradLinearization(
-                loss, phi, quadratic=quadratic, unused=unused, differentiable=differentiable
-            )
-        # A regulariser of the user's own, which autograd carries like the loss.
-        anchor = self._initial_of(phi) if self.anchor == "init" else []
-        stand_ins = [a.detach().requires_grad_() for a in anchor]
-        center = stand_ins or [torch.zeros_like(p) for p in phi]
+            return known.heads(phi, self._quadratic(phi, torch.float64))
+        quadratic, anchor, stand_ins = None, list[Tensor](), list[Tensor]()
+        if self._plain_regularizer:
+            quadratic = self._quadratic(phi, phi[0].dtype)
+        else:  # the user's own, which autograd carries like the loss
+            anchor = self._initial_of(phi) if self.anchor == "init" else []
+            stand_ins = [a.detach().requires_grad_() for a in anchor]
+            loss = loss + self.regularizer(phi, stand_ins or [torch.zeros_like(p) for p in phi])
         return AutogradLinearization(
-            loss + self.regularizer(phi, center),
-            phi,
-            anchor=anchor,
-            stand_ins=stand_ins,
-            unused=unused,
+            loss, phi, quadratic=quadratic, anchor=anchor, stand_ins=stand_ins, unused=unused,
             differentiable=differentiable,
-        )
+        )  # fmt: skip
 
     def _initial_of(self, phi: Sequence[Tensor]) -> list[Tensor]:
         """The initial values of phi, which may be some of the module's parameters."""
@@ -629,7 +599,8 @@ class ImplicitCGHead(MAML):
         if memory is not None and key in memory:
             start = memory[key].v
         damping = float(getattr(self.linear, "damping", 0.0))
-        if at.solved and self._plain_solve and getattr(self.linear, "takes_factor", False):
+        factored = self._plain_solve and getattr(self.linear, "takes_factor", False)
+        if factored and isinstance(at, LinearHeads) and at.solved:
             answer = at.solve(b, damping)
         else:
             answer = self.linear_solve(damped(at.hvp, damping), b, start)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -55,13 +54,13 @@ def _under(context: torch.autocast, function: Callable[[], Tensor]) -> Tensor:
         return function()
 
 
-_GIVEN = functools.partial(operator.is_not, None)
-
-
 def precision_of(module: nn.Module) -> tuple[str, torch.dtype] | None:
     """Device type and dtype of a module's parameters if autocast is on there, else None."""
-    first = next(filter(_GIVEN, module._parameters.values()), None)  # a layer's need no search
-    first = next(module.parameters(), None) if first is None else first
+    for first in module._parameters.values():  # a layer's own need no search
+        if first is not None:
+            break
+    else:
+        first = next(module.parameters(), None)
     if first is None or not autocast_enabled(first.device.type):
         return None
     return first.device.type, first.dtype

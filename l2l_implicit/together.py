@@ -68,7 +68,6 @@ def adapt_heads(
     tasks, m = features.shape[:2]
     with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
         quadratic = learner._quadratic(phi, torch.float64)
-        assert quadratic is not None
         x, source = features.detach(), features if keep and features.requires_grad else None
         x = x.clone() if x.dtype == torch.float64 else x  # others are copied on the way there
         kind = SquaredError if squared else CrossEntropy

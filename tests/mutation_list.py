@@ -48,7 +48,7 @@ MUTATIONS = (
     ),
     Mutation(
         "no regulariser in the gradient, general path", "inner_problem/linearization.py",
-        "self.gradient = self._loss_gradient.add(offset, alpha=quadratic.strength)", "pass", CLOSED,
+        "self._loss_gradient.add(offset, alpha=strength)", "self._loss_gradient", CLOSED,
     ),
     Mutation(
         "the anchor's sign", "inner_problem/linearization.py",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -149,12 +150,16 @@ NORMS: dict[str, tuple[Callable[[nn.Module], nn.Module], type[nn.Linear], Forwar
 }
 
 
-@pytest.mark.parametrize("name", NORMS)
-@pytest.mark.parametrize("way", WAYS)
+UNSEEN = "norm taken for a constant", "gradient descent"
+SEEN = [pair for pair in itertools.product(NORMS, WAYS) if pair != UNSEEN]
+ALONG_THE_STEPS = pytest.mark.xfail(
+    strict=True, reason="loss tensors are compared along the steps alone; 5 % are missing here"
+)
+
+
+@pytest.mark.parametrize("name, way", [*SEEN, pytest.param(*UNSEEN, marks=ALONG_THE_STEPS)])
 def test_normalised_weights(name: str, way: str) -> None:
     norm, kind, forward = NORMS[name]
-    if (name, way) == ("norm taken for a constant", "gradient descent"):
-        pytest.xfail("loss tensors are compared along the steps alone; 5 % are missing here")
 
     def made() -> Net:
         net = net_of(norm(layer(kind)))

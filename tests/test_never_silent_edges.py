@@ -8,20 +8,21 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from dense import implicit
 from solver_settings import WAYS, clustered
 from torch import Tensor, nn
-from verdict import Heard, flat, judge
+from verdict import Heard, flat, judge, must_be_right
 
 from l2l_implicit import LBFGS, GradientDescent, ImplicitCGHead, Newton
 
 D = torch.float64
 
 
-@pytest.mark.xfail(reason="without l2 the estimate knows no curvature (docs/learner.md)")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("size", [1.0, 30.0, 1000.0])
 def test_no_regulariser(way: str, size: float) -> None:
-    """Least squares with more samples than features: nothing bounds the error by l2."""
+    """Least squares with more samples than features: their span's curvature stands for l2."""
+    torch.manual_seed(0)
     x, query = (size * part.double() for part in clustered(3, 8, 5))
     y = F.one_hot(torch.arange(24) % 3, 3).to(D)
     ones = torch.ones(24, 1, dtype=D)
@@ -50,6 +51,39 @@ def test_no_regulariser(way: str, size: float) -> None:
             return features.grad
 
         judge(gradient, theta.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, D])
+@pytest.mark.parametrize("l2", [1e-3, 1e-4])
+def test_targets_that_the_head_fits(l2: float, dtype: torch.dtype) -> None:
+    """Residuals next to nothing are no reason for doubt: the squared error's S knows none."""
+    torch.manual_seed(0)
+    x, query, weight, start = (torch.randn(*s, dtype=D) for s in ((6, 5), (8, 5), (2, 5), (2, 5)))
+    y, asked = x @ weight.t(), torch.randn(8, 2, dtype=D)
+
+    def outputs(phi: Tensor, data: Tensor) -> Tensor:
+        return data @ phi.view(2, 5).t()
+
+    def inner(phi: Tensor, theta: Tensor) -> Tensor:
+        loss = F.mse_loss(outputs(phi, theta.view(6, 5)), y)
+        return loss + 0.5 * l2 * (phi - start.flatten()).square().sum()
+
+    truth = implicit(
+        inner, lambda phi, _: F.mse_loss(outputs(phi, query), asked), start.flatten(), x.flatten()
+    )
+
+    def gradient() -> Tensor:
+        head = nn.Linear(5, 2, bias=False).to(dtype)
+        with torch.no_grad():
+            head.weight.copy_(start)
+        features = x.to(dtype, copy=True).requires_grad_()
+        learner = ImplicitCGHead(head, 0.1, l2=l2, anchor="init").clone()
+        learner.adapt(F.mse_loss(learner(features), y.to(dtype)))
+        F.mse_loss(learner(query.to(dtype)), asked.to(dtype)).backward()
+        assert features.grad is not None
+        return features.grad.flatten()
+
+    must_be_right(gradient, truth)
 
 
 # Warm starts.

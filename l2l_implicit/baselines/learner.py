@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from learn2learn.algorithms import MAML
@@ -15,6 +15,7 @@ from learn2learn.utils import clone_module
 from torch import Tensor, nn
 
 from l2l_implicit import checks
+from l2l_implicit.vectors import shallow_copy
 
 Self = TypeVar("Self", bound="BaselineLearner")
 Closure = Callable[[], Tensor]
@@ -63,7 +64,7 @@ class BaselineLearner(MAML):
         Args:
             first_order, allow_unused, allow_nograd: as in the constructor; None keeps its value.
         """
-        clone = _shallow_copy(self)
+        clone = shallow_copy(self)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._links_to_initial):
             clone.module = clone_module(self.module)
         pairs = zip(clone.module.parameters(), self.module.parameters(), strict=True)
@@ -114,13 +115,3 @@ def _evaluate(loss: Tensor | Closure) -> Tensor:
 
 def _first(given: bool | None, otherwise: bool) -> bool:
     return otherwise if given is None else given
-
-
-def _shallow_copy(learner: Self) -> Self:
-    """A learner of the same class and attributes whose tables of tensors are its own."""
-    twin = learner.__new__(type(learner))
-    attributes: dict[str, Any] = learner.__dict__.copy()
-    for table in ("_parameters", "_buffers", "_modules"):
-        attributes[table] = attributes[table].copy()
-    twin.__dict__.update(attributes)
-    return twin

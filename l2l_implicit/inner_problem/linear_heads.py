@@ -33,13 +33,7 @@ from l2l_implicit.inner_problem.linearization import (
 )
 from l2l_implicit.inner_problem.losses import Inverse, OutputLoss
 from l2l_implicit.linear_solvers.conjugate_gradient import conjugate_gradient
-from l2l_implicit.linear_solvers.solution import (
-    FACTORED,
-    NON_FINITE,
-    ZERO,
-    LinearSolution,
-    damped,
-)
+from l2l_implicit.linear_solvers.solution import FACTORED, NON_FINITE, ZERO, LinearSolution, damped
 
 MOST_SAMPLES = 512  # of a task whose problem is solved in the span of its samples
 GOALS = {torch.float64: 1e-13}  # what is small enough; 1e-6 for features of less precision
@@ -95,12 +89,18 @@ class HeadProblem(NamedTuple):
 
 
 class LinearHeads(Linearization):
-    """`Linearization` of a `HeadProblem`; phi is the weight, row by row, and then the bias."""
+    """`Linearization` of a `HeadProblem`; phi is the weight, row by row, and then the bias.
+
+    Attributes:
+        solved: whether ``point`` is the minimum, found exactly; `solve` then has the factor.
+        known: what the loss was recognised as, of the same numbers.
+    """
+
+    solved = False
 
     def __init__(self, problem: HeadProblem, point: Tensor) -> None:
         super().__init__(point, problem.quadratic)
         self.problem = problem
-        self.quadratic: SquaredDistance = problem.quadratic
         # The Gram matrix, and the inverse of a Newton step's Hessian; see `OutputLoss.inverse`.
         self._factored: tuple[Tensor, Inverse | None] | None = None
         self.known: Any = None
@@ -288,33 +288,44 @@ class LinearHeads(Linearization):
     # How wrong the hypergradient is; a bound at the minimum, else an estimate: sums may cancel.
 
     def scales(self) -> tuple[Tensor, ...]:
-        if self.quadratic.strength == 0.0:
-            return super().scales()
+        m, outputs = self.problem.x.shape[1], self.loss.outputs.abs()
         if self._factored is not None:
             squares = self._factored[0].diagonal(dim1=1, dim2=2)
         else:
             squares = self.problem.x.square().sum(-1) + float(self.problem.bias)
-        m, outputs = squares.shape[1], self.loss.outputs.abs()
         if not m:
-            return (squares.sum(1),) * 4
+            return (squares.sum(1),) * 6
         longest, largest = squares.amax(1).sqrt(), outputs.amax((1, 2))
         curvature = longest.square() * (m * self.problem.loss.scale)
-        return longest, self.loss.movement(longest), self.loss.movement(largest), curvature
+        relative, absolute = self.loss.noise(largest)
+        strength = self.quadratic.strength
+        convexity = torch.full_like(longest, strength) if strength > 0.0 else self._convexity()
+        return longest, self.loss.movement(longest), relative, absolute, curvature, convexity
+
+    def _convexity(self) -> Tensor:
+        """How strongly each loss is curved at least where its features reach at all, ``[T]``."""
+        x = self.problem.x
+        x = torch.cat([x, torch.ones_like(x[..., :1])], 2) if self.problem.bias else x
+        values = torch.linalg.svdvals(x)
+        floor = values[:, :1] * (max(x.shape[1:]) * torch.finfo(x.dtype).eps)
+        smallest = torch.where(values > floor, values, math.inf).amin(1)
+        return smallest.square() * self.loss.least_curvature()
 
     def errors(self, sizes: Sizes, damping: float, eps: float) -> tuple[float, float, float]:
         r"""Bounds where `solved`: the minimum is within :math:`\|\nabla g\| / \mu`, and no sample's
         outputs move by more than the longest sample times that; within a movement :math:`\omega` of
         it b, H and the mixed derivative each stay within factors :math:`e^{\pm\omega}`. phi and b
-        are rounded: the outputs by :math:`\epsilon` times their own size, b relative to its own,
-        and what of it lies beyond the span is divided by :math:`\mu`; the factor is float64's, of a
-        matrix with the condition number :math:`1 + L / \mu`."""
-        strength = self.quadratic.strength
-        if strength == 0.0:
-            return super().errors(sizes, damping, eps)
-        longest, movement, outputs, curvature = sizes.scales
+        are rounded: the outputs by :math:`\epsilon` times their own size, b by what that makes of
+        it, and what of it lies beyond the span is divided by :math:`\mu`; the factor is float64's,
+        of a matrix with the condition number :math:`1 + L / \mu`. Without l2 :math:`\mu` is that of
+        the features' span, and the whole an estimate."""
+        longest, movement, relative, absolute, curvature, strength = sizes.scales
+        if strength == 0.0 or math.isinf(strength):  # nothing is curved: no features, or none apart
+            return super().errors(sizes._replace(scales=(0.0,)), damping, eps)
         omega = 3.0 * movement * sizes.gradient / strength
         inner = math.expm1(min(omega, 700.0)) if omega == omega else math.inf
         amplified = sizes.b / max((strength + damping) * sizes.v, _TINY)
-        rounding = eps + 0.4 * eps * amplified * (1.0 + outputs + longest / max(sizes.b, _TINY))
+        noise = 1.0 + relative + longest * absolute / max(sizes.b, _TINY)
+        rounding = eps + 0.4 * eps * amplified * noise
         rounding += 8.0 * torch.finfo(torch.float64).eps * (1.0 + curvature / strength)
         return inner, sizes.linear_error(strength + damping), rounding

@@ -76,6 +76,9 @@ class SquaredDistance:
         return products
 
 
+_NOTHING = SquaredDistance(0.0, [], torch.float32)  # where the loss holds the regulariser already
+
+
 class Sizes(NamedTuple):
     """Norms that the error of one task's hypergradient is made of.
 
@@ -107,13 +110,12 @@ class Linearization(ABC):
 
     Args:
         point: phi, task by task, shape ``[T, n]``, detached.
-        quadratic: R in closed form, or None if the loss holds it already.
+        quadratic: R in closed form; zero if the loss holds it already.
 
     Attributes:
         point: see above.
         gradient: of g at ``point``, shape ``[T, n]``, detached.
         differentiable: whether there are products; without them there are value and gradient.
-        solved: whether ``point`` is the minimum, found exactly; `solve` then has the factor.
         steps: inner steps that led here, where the solver counts them itself, ``[T]``.
         elsewhere: g and its gradient at other points, where a closure can compute them.
 
@@ -131,11 +133,10 @@ class Linearization(ABC):
 
     gradient: Tensor
     differentiable = True
-    solved = False
     steps: Tensor | None = None
     elsewhere: Evaluate | None = None
 
-    def __init__(self, point: Tensor, quadratic: SquaredDistance | None) -> None:
+    def __init__(self, point: Tensor, quadratic: SquaredDistance) -> None:
         self.point, self.quadratic = point, quadratic
 
     @property
@@ -168,10 +169,6 @@ class Linearization(ABC):
             Yang et al. (2025), eq. (8), and Algorithm 1, line 11 (misprinted there).
         """
 
-    def solve(self, b: Tensor, damping: float) -> LinearSolution:
-        """``(H + damping I) v = b`` by a factor, shapes ``[T, n]``, where `solved`."""
-        raise NotImplementedError
-
     @property
     def can_evaluate(self) -> bool:
         """Whether `evaluate` works."""
@@ -193,8 +190,6 @@ class Linearization(ABC):
 
     def regularizer_norm(self) -> Tensor:
         """Norm of the closed-form regulariser's gradient, ``[T]``; 0 where the loss carries it."""
-        if self.quadratic is None:
-            return torch.zeros_like(self.point[:, 0])
         return self.quadratic.strength * vector_norm(self.quadratic.offset(self.point), dim=1)
 
     # How wrong the hypergradient is: docs/mathematics.md derives it and names the constants.
@@ -203,11 +198,9 @@ class Linearization(ABC):
 
     def scales(self) -> tuple[Tensor, ...]:
         """What `errors` needs to know of the point, each ``[T]``."""
-        scale = self.regularizer_norm()
-        if self.quadratic is not None:  # at the anchor itself the distance is rounding's
-            root = torch.finfo(scale.dtype).eps ** 0.5 * self.quadratic.strength
-            scale = torch.maximum(scale, root * vector_norm(self.point, dim=1))
-        return (scale,)
+        least = torch.finfo(self.point.dtype).eps ** 0.5 * self.quadratic.strength
+        least = least * vector_norm(self.point, dim=1)  # at the anchor the distance is rounding's
+        return (torch.maximum(self.regularizer_norm(), least),)
 
     def errors(self, sizes: Sizes, damping: float, eps: float) -> tuple[float, float, float]:
         r"""How wrong one task's hypergradient may be, relative to its size; here an estimate.
@@ -224,7 +217,7 @@ class Linearization(ABC):
             system: :math:`\|r\| / (\mu \|v\|)` with its residual r, :math:`\mu` with the damping.
             Of rounding: not known here.
         """
-        strength = damping + (0.0 if self.quadratic is None else self.quadratic.strength)
+        strength = damping + self.quadratic.strength
         scale = sizes.scales[0] or sizes.first
         inner = sizes.gradient / scale if scale > 0.0 else sizes.gradient
         return inner, sizes.linear_error(strength), 0.0
@@ -236,7 +229,7 @@ class AutogradLinearization(Linearization):
     Args:
         loss: the inner objective as far as autograd carries it, a scalar.
         parameters: phi, the tensors the loss was computed from.
-        quadratic: as in `Linearization`.
+        quadratic: as in `Linearization`; None for zero.
         anchor: the anchor's tensors where ``loss`` holds the regulariser, else empty.
         stand_ins: the leaves that stand for them in ``loss``, so that phi at its start and the
             anchor, often one tensor, stay two arguments.
@@ -255,15 +248,13 @@ class AutogradLinearization(Linearization):
         unused: bool = False,
         differentiable: bool = True,
     ) -> None:
-        super().__init__(flatten(parameters).detach().unsqueeze(0), quadratic)
+        super().__init__(flatten(parameters).detach().unsqueeze(0), quadratic or _NOTHING)
         gradients = inner_gradient(loss, parameters, unused, create_graph=differentiable)
         self.parameters, self.differentiable = parameters, differentiable
         self._value = loss.detach().view(1)
         self._loss_gradient = _flat(gradients, parameters).detach()
-        self.gradient = self._loss_gradient
-        if quadratic is not None:
-            offset = quadratic.offset(self.point)
-            self.gradient = self._loss_gradient.add(offset, alpha=quadratic.strength)
+        offset, strength = self.quadratic.offset(self.point), self.quadratic.strength
+        self.gradient = self._loss_gradient.add(offset, alpha=strength)
         if differentiable:
             kept = [(g, i) for i, g in enumerate(gradients) if g is not None and g.requires_grad]
             self._gradients, self._kept = [g for g, _ in kept], [i for _, i in kept]
@@ -273,26 +264,21 @@ class AutogradLinearization(Linearization):
 
     @property
     def objective(self) -> Tensor:
-        regularizer = 0.0 if self.quadratic is None else self.quadratic.value(self.point)
-        return self._value + regularizer
+        return self._value + self.quadratic.value(self.point)
 
     def hvp(self, vector: Tensor) -> Tensor:
         product = _flat(self._vjp(self.parameters, vector), self.parameters)
-        strength = 0.0 if self.quadratic is None else self.quadratic.strength
-        return product.add_(vector, alpha=strength)
+        return product.add_(vector, alpha=self.quadratic.strength)
 
     def sources(self) -> list[Tensor]:
-        quadratic = [] if self.quadratic is None else self.quadratic.sources()
-        return [*self._inputs.sources(), *self._anchor, *quadratic]
+        return [*self._inputs.sources(), *self._anchor, *self.quadratic.sources()]
 
     def mixed_vjp(self, answer: LinearSolution) -> Products:
         self._check_unchanged()
         vector = answer.solution
         products = self._inputs.vjp(lambda inputs: self._vjp(inputs, vector), self.parameters)
         products += self._vjp(self._stand_ins, vector)
-        if self.quadratic is not None:
-            products += self.quadratic.mixed_vjp(self.point, vector)
-        return products
+        return products + self.quadratic.mixed_vjp(self.point, vector)
 
     def _vjp(self, inputs: Sequence[Any], vector: Tensor) -> Sequence[Tensor | None]:
         """The kept gradient's product with ``vector``, with respect to ``inputs``."""

@@ -71,6 +71,17 @@ class OutputLoss(ABC):
         With a movement of :math:`\omega` it stays within factors :math:`e^{\pm \omega}`.
         """
 
+    @abstractmethod
+    def noise(self, largest: Tensor) -> tuple[Tensor, Tensor]:
+        """What rounding of outputs of at most ``largest`` (``[T]``) makes of the gradient in them.
+
+        In units of the rounding: relative to the gradient, and added to it, ``[T]`` each.
+        """
+
+    @abstractmethod
+    def least_curvature(self) -> Tensor:
+        """The smallest eigenvalue of S, but for a constant added to all outputs, ``[T]``."""
+
 
 class CrossEntropy(OutputLoss):
     """``torch.nn.functional.cross_entropy`` of each task; P is `probabilities`."""
@@ -96,6 +107,12 @@ class CrossEntropy(OutputLoss):
     def movement(self, change: Tensor) -> Tensor:
         return math.sqrt(2.0) * change  # the most that two outputs of a sample part
 
+    def noise(self, largest: Tensor) -> tuple[Tensor, Tensor]:
+        return self.movement(largest), torch.ones_like(largest)
+
+    def least_curvature(self) -> Tensor:
+        return self.scale * self.probabilities.amin((1, 2))
+
 
 class SquaredError(OutputLoss):
     """``torch.nn.functional.mse_loss`` of each task: its Hessian is the same everywhere."""
@@ -120,6 +137,12 @@ class SquaredError(OutputLoss):
         # Relative to the errors, in which the gradient is linear.
         tiny = torch.finfo(change.dtype).tiny
         return change / (self.outputs - self.targets).norm(dim=-1).amax(-1).clamp_min(tiny)
+
+    def noise(self, largest: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(largest), 1.0 + 2.0 * largest
+
+    def least_curvature(self) -> Tensor:
+        return torch.full_like(self.outputs[:, 0, 0], 2.0 * self.scale)
 
 
 class _SoftmaxInverse:

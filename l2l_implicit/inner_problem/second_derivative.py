@@ -57,17 +57,21 @@ def products_agree(at: AutogradLinearization, evaluate: Evaluate) -> bool | None
 
 
 class StepTaken(NamedTuple):
-    """A step of loss tensors: where from and to, and the gradient and product with it there."""
+    """A step of loss tensors: where from, the norm of where to, gradient and product with it there.
+
+    The end itself need not be kept: the next loss is there, unless the user has moved the weights,
+    which the norm shows.
+    """
 
     point: Tensor
-    to: Tensor
+    length: Tensor
     gradient: Tensor
     product: Tensor
 
     @classmethod
     def of(cls, at: AutogradLinearization, to: Tensor) -> StepTaken:
         """The step from ``at`` to the point ``to``."""
-        return cls(at.point, to, at.gradient, at.hvp(to - at.point))
+        return cls(at.point, to.norm(), at.gradient, at.hvp(to - at.point))
 
     def agrees(self, at: AutogradLinearization, before: float) -> tuple[bool | None, float]:
         """Whether the gradient has changed as the products at both ends say; None: no telling.
@@ -85,9 +89,9 @@ class StepTaken(NamedTuple):
             The verdict, and what is missing at this step.
         """
         kinks = (kink in name for name in at.operations for kink in _KINKS)
-        if not torch.equal(self.to, at.point) or any(kinks):  # which finite steps cross
+        if not torch.equal(self.length, at.point.norm()) or any(kinks):  # which finite steps cross
             return None, math.inf
-        step, change = self.to - self.point, at.gradient - self.gradient
+        step, change = at.point - self.point, at.gradient - self.gradient
         product, eps = at.hvp(step), torch.finfo(change.dtype).eps
         size, norm = float(change.norm()), float(self.gradient.norm())
         rounding = eps * max(norm, float(at.regularizer_norm()))

@@ -21,15 +21,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from experiments import checkpoint, named_configs, outcome
-from experiments.allocator import keep_freed_memory
-from experiments.bad_tasks import POLICIES
-from experiments.ingredients import algorithm, model, tasks
+from experiments.ingredients import algorithm, model, named_configs, tasks
 from experiments.ingredients.algorithm_table import settings_of
-from experiments.ingredients.tasks import Tasks
-from experiments.meta_learning import MEASURES, Interval, Measure, MetaLearner
 from experiments.tracking import TrackedExperiment, UserError
-from experiments.training import Schedule, Training
+from experiments.training import checkpoint, outcome
+from experiments.training.allocator import keep_freed_memory
+from experiments.training.bad_tasks import POLICIES
+from experiments.training.episodes import Tasks
+from experiments.training.loop import Schedule, Training
+from experiments.training.meta_learner import MEASURES, Interval, Measure, MetaLearner
 from l2l_implicit import Chunked, checks
 from l2l_implicit.distributed import RankLost, Ranks, connect, own_device
 from l2l_implicit.tasks import nearest_centroid_accuracy

@@ -16,7 +16,7 @@ import venv
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 TESTING = ("pytest>=8", "hypothesis")
 # Of the checkout, all that a packager needs to build, test and document from the sdist.
 IN_SDIST = ("l2l_implicit", "experiments", "tests", "docs")

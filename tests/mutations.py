@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from mutation_list import MUTATIONS, Mutation
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 COPIED = ("l2l_implicit", "experiments", "tests", "pyproject.toml")
 TIMEOUT = 1800.0
 HEAD = "| mutation | where | caught by (the first three functions) | cases |\n|---|---|---|---|"
@@ -63,7 +63,8 @@ def copy(folder: Path) -> None:
 def failures(folder: Path, tests: Iterable[str]) -> Outcome:
     """What pytest says in a copy."""
     parts = [name.partition("::") for name in tests]
-    chosen = [f"tests/test_{file}.py{colons}{test}" for file, colons, test in parts]
+    files = {path.stem: path for path in (folder / "tests").rglob("test_*.py")}
+    chosen = [f"{files[f'test_{file}']}{colons}{test}" for file, colons, test in parts]
     options = ["-q", "--tb=no", "-rfE", "--assert=plain", "-p", "no:cacheprovider"]
     kept = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     try:

@@ -1,6 +1,6 @@
 """Runs the tests that need no extra: `python tests/without_extras.py [pytest's arguments]`.
 
-A test file is left out if it imports, itself or through a helper beside it, what only an extra
+A test file is left out if it imports, itself or through a helper, what only an extra
 brings. So there is no list to keep, and a new test of the library is in without a word.
 """
 
@@ -27,11 +27,13 @@ def imported(path: Path) -> set[str]:
 
 
 def reached(path: Path) -> set[str]:
-    """The packages that a file of this folder imports, itself or through helpers beside it."""
+    """The packages that a test file imports, itself or through helpers."""
     names, seen = imported(path), {path.stem}
-    while helpers := [name for name in names - seen if (TESTS / f"{name}.py").is_file()]:
-        seen |= set(helpers)
-        names = names.union(*(imported(TESTS / f"{name}.py") for name in helpers))
+    beside = {p.stem: p for folder in (TESTS, TESTS / "helpers", path.parent)
+              for p in folder.glob("*.py")}
+    while helpers := names & beside.keys() - seen:
+        seen |= helpers
+        names = names.union(*(imported(beside[name]) for name in helpers))
     return names
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from experiments.allocator import keep_freed_memory
 from experiments.benchmark import figure
 from experiments.benchmark.cases import Plan
 from experiments.benchmark.measure import Effort
@@ -22,6 +21,7 @@ from experiments.benchmark.problem import Setting
 from experiments.benchmark.registry import select
 from experiments.benchmark.rows import Row, as_markdown, as_text, summary
 from experiments.tracking import TrackedExperiment, record
+from experiments.training.allocator import keep_freed_memory
 from l2l_implicit import UnsolvedWarning
 
 ex = TrackedExperiment("benchmark")

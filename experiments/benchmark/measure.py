@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from experiments.benchmark.ours import Step
-from experiments.peak_memory import peak_memory
+from experiments.training.peak_memory import peak_memory
 
 
 class Cost(NamedTuple):

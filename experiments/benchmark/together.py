@@ -17,8 +17,8 @@ from experiments.benchmark.problem import STEP_SIZE, Problem, Shape, build
 from experiments.benchmark.rows import Bar, Row
 from experiments.ingredients.algorithm import make_algorithms
 from experiments.ingredients.algorithm_table import settings_of
-from experiments.ingredients.tasks import Episode
-from experiments.meta_learning import MEASURES, MetaLearner
+from experiments.training.episodes import Episode
+from experiments.training.meta_learner import MEASURES, MetaLearner
 from l2l_implicit import ImplicitCGHead
 
 TASKS, BATCH_TIME = 8, 1.02

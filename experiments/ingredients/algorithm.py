@@ -11,14 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from experiments.algorithms import (
-    Algorithm,
-    HeadOnly,
-    HeadsTogether,
-    Loss,
-    ReptileNetwork,
-    WholeNetwork,
-)
 from experiments.ingredients.algorithm_table import (
     ALGORITHMS,
     LEARNED_INITIAL_HEAD,
@@ -27,6 +19,14 @@ from experiments.ingredients.algorithm_table import (
 )
 from experiments.ingredients.solvers import solvers, step_size
 from experiments.tracking import TrackedIngredient, UserError
+from experiments.training.algorithms import (
+    Algorithm,
+    HeadOnly,
+    HeadsTogether,
+    Loss,
+    ReptileNetwork,
+    WholeNetwork,
+)
 from l2l_implicit import ImplicitCGHead, ImplicitMAML, checks
 from l2l_implicit.baselines import Learn2LearnMAML, Reptile, UnrolledMAML
 

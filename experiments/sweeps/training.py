@@ -23,7 +23,7 @@ GRACE = 30.0
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 TQDM_INTERVAL = "30"
 CONFIG, STATE = "config.json", "checkpoint.pt"
-"""In a run's folder: experiments.checkpoint, which is not imported since it needs torch."""
+"""In a run's folder: `experiments.training.checkpoint`, not imported since it needs torch."""
 
 TAIL = 20_000
 KILLED = "killed"

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure as Drawing
 
 from experiments.report.content import Figure, Source, file_name
-from experiments.report.intervals import seeds_mean
 from experiments.report.methods import looks
 from experiments.report.request import Request
 from experiments.report.summary import Summary
 from experiments.report.sweep_state import SweepState
+from experiments.statistics import seeds_mean
 
 Runs = Mapping[str, Sequence[Summary]]
 

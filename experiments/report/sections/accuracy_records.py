@@ -9,10 +9,10 @@ from typing import Any
 
 from experiments.report.content import Record
 from experiments.report.differences import difference_lines, run_list
-from experiments.report.intervals import Mean, seeds_mean
 from experiments.report.request import Request
 from experiments.report.summary import DROP, Summary
 from experiments.report.sweep_state import MethodState, SweepState
+from experiments.statistics import Mean, seeds_mean
 
 DIFFERS = " †"
 EARLY = (

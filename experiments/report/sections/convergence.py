@@ -1,6 +1,6 @@
 """Slopes, floors and bounds (Yang et al. 2025, Theorems 1 and 2, Corollary 1, appendix B.2).
 
-Reads the metrics and the result that `experiments.convergence` records.
+Reads the metrics and the result that `experiments.papers.convergence` records.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.convergence.figure import BOUNDS, LABELS, Curve, Findings, Floors, drawing
+from experiments.papers.convergence.figure import BOUNDS, LABELS, Curve, Findings, Floors, drawing
 from experiments.report.archive import NO_SERIES, Archive, Series
 from experiments.report.content import (
     Column,
@@ -22,9 +22,9 @@ from experiments.report.content import (
     significant,
     text_column,
 )
-from experiments.report.intervals import Mean
 from experiments.report.request import Request
 from experiments.report.sections.by_run import Shown, by_run
+from experiments.statistics import Mean
 
 TITLE = "Convergence"
 WHAT = "Yang et al., Theorems 1 and 2, Corollary 1, appendix B.2"

@@ -1,6 +1,6 @@
 """Error of the hypergradient against inner steps (Rajeswaran et al. 2019, Fig. 2a).
 
-Reads the metrics that `experiments.hypergradient` records.
+Reads the metrics that `experiments.papers.hypergradient` records.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from experiments.hypergradient.figure import drawing
+from experiments.papers.hypergradient.figure import drawing
 from experiments.report.archive import Archive, Series
 from experiments.report.content import (
     Column,

@@ -1,6 +1,6 @@
 """Memory and time against inner steps (Yang et al. 2025, Fig. 2; Rajeswaran et al. 2019, Fig. 2b).
 
-Reads the metrics that `experiments.memory` records.
+Reads the metrics that `experiments.papers.memory` records.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure as Drawing
 
-from experiments.memory.figure import panel
-from experiments.memory.points import Growth, Point
+from experiments.papers.memory.figure import panel
+from experiments.papers.memory.points import Growth, Point
 from experiments.report.archive import Archive, Run, Series
 from experiments.report.content import (
     Column,

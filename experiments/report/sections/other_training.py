@@ -23,10 +23,10 @@ from experiments.report.differences import (
     run_list,
     unequal_settings,
 )
-from experiments.report.intervals import seeds_mean
 from experiments.report.learning_curves import curve_caption, curve_records, draw_curves
 from experiments.report.request import TRAIN, Request
 from experiments.report.summary import Summary
+from experiments.statistics import seeds_mean
 
 MOST_LINES = 8
 COMMAND = "python -m experiments.train with ..."

@@ -17,10 +17,10 @@ from experiments.report.content import (
 )
 from experiments.report.curves import first_reached
 from experiments.report.differences import run_list
-from experiments.report.intervals import seeds_mean
 from experiments.report.request import Request
 from experiments.report.summary import Summary
 from experiments.report.sweep_state import SweepState
+from experiments.statistics import seeds_mean
 
 SHARE = 0.90
 COLUMNS = (

@@ -1,7 +1,0 @@
-"""Yang et al. (2025), Theorems 1 and 2 and Corollary 1, on a problem whose hypergradient is known.
-
-    python -m experiments.convergence
-    python -m experiments.convergence with quick
-"""
-
-from experiments import extra  # noqa: F401  (says what to install)

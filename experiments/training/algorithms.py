@@ -1,0 +1,239 @@
+"""What an outer step asks of every algorithm: learn one task, predict its query set, and leave
+the outer gradient on theta."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from experiments.training.episodes import Episode
+from experiments.training.peak_memory import KeptBytes
+from l2l_implicit import Diagnostics
+from l2l_implicit.per_task_norm import per_task_batch_norm
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+Score = Callable[[Tensor, Tensor], float]
+
+
+class QueryResult(NamedTuple):
+    """A task's query loss, score, and the learner's diagnostics if it has any."""
+
+    loss: float
+    score: float
+    diagnostics: Diagnostics | None
+
+
+class Adapted(NamedTuple):
+    """A learner after its inner loop, and its predictions on the query set."""
+
+    learner: Any
+    predictions: Tensor
+
+
+class Algorithm(ABC):
+    """theta, and how a task is learnt from it.
+
+    Args:
+        learner: behind learn2learn's ``clone``/``adapt``; its module holds phi.
+        steps: inner steps K.
+        loss: of predictions and targets, a scalar.
+    """
+
+    def __init__(self, learner: Any, steps: int, loss: Loss) -> None:
+        self.learner, self.steps, self.loss = learner, steps, loss
+
+    @abstractmethod
+    def network(self) -> nn.Module:
+        """All of theta that is a module."""
+
+    @abstractmethod
+    def adapt(self, episode: Episode) -> Adapted:
+        """Learn the support set."""
+
+    def learn(self, batch: Sequence[Episode], score: Score) -> list[QueryResult]:
+        """Add the mean outer gradient of the tasks to theta's; one of them in memory at a time."""
+        return [self._learn_one(episode, 1.0 / len(batch), score) for episode in batch]
+
+    def _learn_one(self, episode: Episode, weight: float, score: Score) -> QueryResult:
+        adapted = self.adapt(episode)
+        loss = self.loss(adapted.predictions, episode.query_targets)
+        self.backward(adapted, loss, weight)
+        found = score(adapted.predictions.detach(), episode.query_targets)
+        return QueryResult(loss.item(), found, getattr(adapted.learner, "diagnostics", None))
+
+    def backward(self, adapted: Adapted, loss: Tensor, weight: float) -> None:
+        """Add ``weight`` times the gradient of the query ``loss`` to theta's gradients."""
+        (weight * loss).backward()
+
+    def theta(self) -> list[nn.Parameter]:
+        """What the outer optimiser moves: the network, and what the learner learns besides."""
+        scalars = [getattr(self.learner, name, None) for name in ("lr", "l2")]
+        more = [s for s in scalars if isinstance(s, nn.Parameter)]
+        known = {id(p): p for p in (*self.network().parameters(), *more)}
+        return list(known.values())
+
+
+class HeadOnly(Algorithm):
+    """The head alone is adapted, on the backbone's features.
+
+    Args:
+        backbone: inputs to features ``[n, d]``.
+        learner, steps, loss: as in `Algorithm`; the learner's module is the head.
+        together: support and query pass the backbone as one batch (one set of batch statistics).
+        cached: compute the features once a task; else the backbone runs again at every inner
+            step, as in the released code of Yang et al.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        learner: Any,
+        steps: int,
+        loss: Loss,
+        together: bool = True,
+        cached: bool = True,
+    ) -> None:
+        super().__init__(learner, steps, loss)
+        self.backbone, self._together, self._cached = backbone, together, cached
+
+    def network(self) -> nn.Module:
+        return nn.ModuleDict({"backbone": self.backbone, "head": self.learner})
+
+    def adapt(self, episode: Episode) -> Adapted:
+        learner, targets = self.learner.clone(), episode.support_targets
+        if self._cached:
+            support, query = self._both(episode)
+            learner.adapt(lambda: self.loss(learner(support), targets), steps=self.steps)
+        else:
+            learner.adapt(
+                lambda: self.loss(learner(self._support(episode)), targets), steps=self.steps
+            )
+            query = self._query(episode)
+        return Adapted(learner, learner(query))
+
+    def _both(self, episode: Episode) -> tuple[Tensor, Tensor]:
+        if not self._together:
+            return self._support(episode), self._query(episode)
+        features, m = self.backbone(episode.inputs), len(episode.support_targets)
+        return features[:m], features[m:]
+
+    def _support(self, episode: Episode) -> Tensor:
+        m = len(episode.support_targets)
+        if self._together:
+            return self.backbone(episode.inputs)[:m]
+        return self.backbone(episode.inputs[:m])
+
+    def _query(self, episode: Episode) -> Tensor:
+        m = len(episode.support_targets)
+        if self._together:
+            return self.backbone(episode.inputs)[m:]
+        return self.backbone(episode.inputs[m:])
+
+
+class HeadsTogether(HeadOnly):
+    """The heads of a batch's tasks in one inner loop and one linear solve: the same numbers.
+
+    On a GPU the backbone runs once for all tasks. On a CPU, where that is no faster, it runs task
+    by task, and the graphs of the tasks are kept until their one backward pass: memory is that of
+    as many tasks. Tasks of different sizes are learnt one at a time.
+
+    Args:
+        most_bytes: of the graphs that are kept on a CPU; a batch that needs more is learnt in
+            groups, of one task at least.
+    """
+
+    def __init__(self, *arguments: Any, most_bytes: float, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._most_bytes, self._bytes = most_bytes, dict[torch.Size, int]()
+
+    def learn(self, batch: Sequence[Episode], score: Score) -> list[QueryResult]:
+        if len({(len(e.support_targets), len(e.query_targets)) for e in batch}) > 1:
+            return super().learn(batch, score)
+        if batch[0].inputs.is_cuda:
+            return self._learn_heads(*self._in_one_pass(batch), batch, 1.0, score)
+        results: list[QueryResult] = []
+        while len(results) < len(batch):
+            results += self._learn_group(batch[len(results) :], len(batch), score)
+        return results
+
+    def _learn_group(self, left: Sequence[Episode], tasks: int, score: Score) -> list[QueryResult]:
+        """As many of the tasks that are ``left`` as may be kept at once."""
+        sets, size = [self._first(left[0])], left[0].inputs.shape
+        group = left[: max(1, int(min(tasks, self._most_bytes / max(1, self._bytes[size]))))]
+        sets += [self._both(episode) for episode in group[1:]]
+        support, query = (torch.stack(features) for features in zip(*sets, strict=True))
+        return self._learn_heads(support, query, group, len(group) / tasks, score)
+
+    def _first(self, episode: Episode) -> tuple[Tensor, Tensor]:
+        """Its features; the bytes of their graph are counted where they are not known."""
+        if episode.inputs.shape in self._bytes:
+            return self._both(episode)
+        kept = KeptBytes()
+        with kept:
+            features = self._both(episode)
+        self._bytes[episode.inputs.shape] = kept.total
+        return features
+
+    def _learn_heads(
+        self, support: Tensor, query: Tensor, group: Sequence[Episode], weight: float, score: Score
+    ) -> list[QueryResult]:
+        """Add ``weight`` times the mean outer gradient of the group; features ``[T, m, d]``."""
+        labels = torch.stack([episode.support_targets for episode in group])
+        targets = torch.stack([episode.query_targets for episode in group])
+        adapted = self.learner.adapt_together(support, labels, steps=self.steps)
+        predictions = adapted(query)
+        (weight * self.loss(predictions.flatten(0, 1), targets.flatten(0, 1))).backward()
+        triples = zip(predictions.detach(), targets, adapted.diagnostics, strict=True)
+        return [QueryResult(self.loss(p, t).item(), score(p, t), d) for p, t, d in triples]
+
+    def _in_one_pass(self, batch: Sequence[Episode]) -> tuple[Tensor, Tensor]:
+        """Their features, ``[T, m, d]`` and ``[T, q, d]``; batch statistics stay each set's own.
+
+        Support and query sets of different sizes that go apart take two passes: then the running
+        statistics see all support sets first.
+        """
+        (_, labels, targets), tasks = batch[0], len(batch)
+        m, sets_a_task = len(labels), 1 if self._together else 2
+        if self._together or m == len(targets):
+            backbone = per_task_batch_norm(self.backbone, sets_a_task * tasks)
+            both = backbone(torch.cat([e.inputs for e in batch])).unflatten(0, (tasks, -1))
+            return both[:, :m], both[:, m:]
+        backbone = per_task_batch_norm(self.backbone, tasks)
+        sets = ([e.inputs[:m] for e in batch], [e.inputs[m:] for e in batch])
+        support, query = (backbone(torch.cat(s)).unflatten(0, (tasks, -1)) for s in sets)
+        return support, query
+
+
+class WholeNetwork(Algorithm):
+    """Every parameter is adapted; support and query pass the network one after the other."""
+
+    def network(self) -> nn.Module:
+        return self.learner
+
+    def adapt(self, episode: Episode) -> Adapted:
+        m, learner = len(episode.support_targets), self.learner.clone()
+        self._learn(learner, episode, m)
+        return Adapted(learner, learner(episode.inputs[m:]))
+
+    def _learn(self, learner: Any, episode: Episode, m: int) -> None:
+        inputs, targets = episode.inputs[:m], episode.support_targets
+        learner.adapt(lambda: self.loss(learner(inputs), targets), steps=self.steps)
+
+
+class ReptileNetwork(WholeNetwork):
+    """Nichol et al. (2018): theta moves towards phi^K; in training no query set is held out.
+
+    Tasks are evaluated by a `WholeNetwork`, which learns the support set alone.
+    """
+
+    def _learn(self, learner: Any, episode: Episode, m: int) -> None:
+        targets = torch.cat([episode.support_targets, episode.query_targets])
+        learner.adapt(lambda: self.loss(learner(episode.inputs), targets), steps=self.steps)
+
+    def backward(self, adapted: Adapted, loss: Tensor, weight: float) -> None:
+        adapted.learner.outer_gradient(weight)
+

@@ -1,0 +1,260 @@
+"""The outer loop of one run: iterations, validations, tests, and when it ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from experiments.tracking import Terminated, UserError, interruption, record
+from experiments.training import checkpoint, progress
+from experiments.training.bad_tasks import CheckedStream
+from experiments.training.episodes import Tasks
+from experiments.training.history import History
+from experiments.training.meta_learner import Diverged, Interval, MetaLearner
+from experiments.training.peak_memory import peak_memory, process_peak
+from experiments.training.schedule import Schedule as Schedule
+from experiments.training.scores import Scores
+
+_SKIPPING = ("train", "validation", "test", "early_stopped")
+_STATE = ("steps", "seconds", "_validated_at", "_looked", "diverged", "peak")
+
+
+class Training:
+    """One run: the outer loop with what it records.
+
+    Args:
+        run: Sacred's.
+        learner: theta and its steps.
+        tasks: the task sets.
+        schedule: what to do when.
+        seed: of the stream of training tasks; validation and test tasks are always the same.
+        folder: where checkpoints go.
+
+    Attributes:
+        steps: outer iterations so far.
+        history: all that was recorded.
+        scores: the validations and tests.
+        seconds: of training so far, by the schedule's clock.
+        diverged: the reason, if the run left the finite numbers.
+        peak: bytes of live tensors, at most, in the measured steps.
+    """
+
+    def __init__(
+        self,
+        run: Any,
+        learner: MetaLearner,
+        tasks: Tasks,
+        schedule: Schedule,
+        seed: int,
+        folder: Path,
+    ) -> None:
+        self.folder = folder
+        self.run, self.learner, self.tasks, self.schedule = run, learner, tasks, schedule
+        self._stream = self._checked("train", seed)
+        self.steps, self.peak, self.history = 0, 0, History()
+        self.scores = Scores(learner, self._evaluate, self._record, schedule.early_stopping)
+        self.seconds = self._validated_at = 0.0
+        self._looked = self._whole = True
+        self.diverged: str | None = None
+        self._saved_at = time.monotonic()
+        learner.optimizer.register_step_pre_hook(lambda *_: interruption.hold())
+
+    def _checked(self, mode: str, seed: int) -> CheckedStream:
+        stream, outputs = self.tasks.stream(mode, seed), self.tasks.outputs(mode)
+        return CheckedStream(stream, outputs, self.learner.skip, self._say, mode)
+
+    def skipped_tasks(self) -> int:
+        """In training, validations and tests."""
+        return int(sum(sum(self.history.values(f"{part}/skipped_tasks")) for part in _SKIPPING))
+
+    def _say(self, text: str) -> None:
+        if self.learner.ranks.first:
+            tqdm.write(text)
+
+    def loop(self) -> None:
+        """All outer iterations, with a progress bar, and the test at the end.
+
+        Raises:
+            KeyboardInterrupt, Terminated: a signal; the state is saved unless there were two.
+        """
+        try:
+            with progress.of_training(self.schedule, not self.learner.ranks.first) as bar:
+                bar.update(self._progress())
+                while not self._ended():
+                    try:
+                        self._advance(bar)
+                    except Diverged as reason:
+                        self._note_divergence(f"at outer iteration {self.steps + 1}: {reason}")
+                        self._end_if_asked()
+                    bar.update(self._progress() - bar.n)
+                    self._save_if_due()
+            if self.scores.result is None:
+                self.scores.result = self._test()
+            self.scores.test_best(lambda reason: self._say(f"not early stopped, {reason}"))
+            self._save()
+        except (KeyboardInterrupt, Terminated):
+            if self._whole and not interruption.urgent():
+                self._save()
+                self._say(f"\nsaved; python -m experiments.train resume={self.folder}")
+            raise
+
+    def _advance(self, bar: Any) -> None:
+        """One outer iteration, then what is due after it."""
+        if self._looked:
+            with interruption.deferred(), self._all_or_nothing():
+                self._iterate()
+                self._looked = False
+            self._end_if_asked()
+        self._look(bar)
+        self._looked = True
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Where this is broken off, the state is as before, theta's aside."""
+        network, self._whole = self.learner.algorithms.training.network(), False
+        try:
+            with checkpoint.put_back_if_broken_off(network, self._stream):
+                yield
+        finally:
+            self._whole = not interruption.urgent()
+
+    def _end_if_asked(self) -> None:
+        """On every rank after the same step, or one would wait for the others."""
+        if any(self.learner.ranks.gather(interruption.asked())):
+            interruption.check()
+            raise KeyboardInterrupt
+
+    def _progress(self) -> float:
+        """Of the bar's total, which it must not pass."""
+        budget = self.schedule.budget
+        return self.steps if budget is None else min(self.seconds, budget)
+
+    def _ended(self) -> bool:
+        return self.diverged is not None or (self._finished() and self._looked)
+
+    def _finished(self) -> bool:
+        schedule = self.schedule
+        if self.steps >= schedule.iterations:
+            return True
+        return self._spent() and self.steps >= max(schedule.test_at, default=0)
+
+    def _spent(self) -> bool:
+        return self.schedule.budget is not None and self.seconds >= self.schedule.budget
+
+    def _iterate(self) -> None:
+        start, schedule, iteration = time.perf_counter(), self.schedule, self.steps + 1
+        skipped = self._stream.skipped
+        names = (f"task {task} of {schedule.batch}" for task in range(1, schedule.batch + 1))
+        episodes = [self._stream.sample(f"outer iteration {iteration}, {name}") for name in names]
+        loading = time.perf_counter() - start
+        if iteration % schedule.validate_every == 1 or schedule.validate_every == 1:
+            self._measure_memory(iteration, episodes)
+        step = self.learner.step(episodes)
+        self.steps = iteration
+        self.seconds += step.cpu_seconds if schedule.cpu else step.seconds
+        noted = {key: value for key, value in step._asdict().items() if value is not None}
+        noted[f"query_{self.learner.measure.name}"] = noted.pop("query_score")
+        if step.skipped_tasks is not None:
+            noted["skipped_tasks"] += self._stream.skipped - skipped
+        values = {f"train/{name}": value for name, value in noted.items()}
+        values["train/loading_seconds"] = loading
+        values["train/process_peak_bytes"] = process_peak()
+        self._record(values, iteration)
+
+    def _measure_memory(self, iteration: int, episodes: list[Any]) -> None:
+        """On a repetition of the step's gradient that is not timed: counting slows it down."""
+        network = self.learner.algorithms.training.network()
+        state = {name: buffer.clone() for name, buffer in network.named_buffers()}
+        device = self.learner.device
+        with self.learner.ranks.together(Diverged):
+            peak = peak_memory(lambda: self.learner.hypergradient(episodes), device)
+        self.peak = max(self.peak, peak)
+        for name, buffer in network.named_buffers():
+            buffer.copy_(state[name])
+        self._record({"train/step_peak_bytes": peak}, iteration)
+
+    def _look(self, bar: Any) -> None:
+        """Validate and test where it is due."""
+        schedule, done = self.schedule, self.steps
+        due = done % schedule.validate_every == 0
+        if schedule.validate_seconds is not None:
+            due = self.seconds - self._validated_at >= schedule.validate_seconds
+        ends = self._spent() and self.scores.result is None
+        if (due or ends or self._finished()) and not self.scores.validated(done):
+            score = self.scores.validate(done, self.seconds)
+            self._validated_at = self.seconds
+            bar.set_postfix_str(f"validation {self.learner.measure.show(score)}")
+        if ends:
+            self.scores.result = self._test()
+        if done in schedule.test_at:
+            self._test()
+
+    def _test(self) -> Interval:
+        return self.scores.test(self.steps, self.seconds, self._note_divergence)
+
+    def _evaluate(self, mode: str) -> tuple[Interval, dict[str, float]]:
+        """The score on tasks of ``mode``, the seconds it took, the tasks skipped if any may be."""
+        stream, learner, start = self._checked(mode, 0), self.learner, time.perf_counter()
+        bar = progress.of_testing if mode == "test" and learner.ranks.first else progress.none
+        with self._all_or_nothing():
+            score = learner.evaluate(stream, self.schedule.tasks(mode), bar)
+        more: dict[str, float] = {"seconds": time.perf_counter() - start}
+        if learner.skip:
+            more["skipped_tasks"] = stream.skipped + learner.skipped
+        return score, more
+
+    def _note_divergence(self, reason: str) -> None:
+        """A run that diverges has a result too: that of the last finite theta."""
+        if self.diverged is None:
+            self.diverged = reason
+            self._say(f"diverged {reason}")
+
+    def _record(self, values: dict[str, Any], iteration: int) -> None:
+        self.history.add(values, iteration)
+        record(self.run, values, iteration)
+
+    def _save_if_due(self) -> None:
+        if time.monotonic() - self._saved_at >= self.schedule.checkpoint_seconds:
+            self._save()
+
+    def _save(self) -> None:
+        if self.learner.ranks.first:
+            checkpoint.save(self.folder, self.state_dict())
+        self._saved_at = time.monotonic()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the rest of the run depends on, and all that was recorded."""
+        journal = getattr(self.run, "journal", None)
+        return {
+            **{name: getattr(self, name) for name in _STATE},
+            "scores": self.scores.state_dict(),
+            "history": self.history.state_dict(),
+            "learner": self.learner.state_dict(),
+            "stream": self._stream.state,
+            "token": None if journal is None else journal.token,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint; what was recorded before it is recorded again, for this run.
+
+        Raises:
+            UserError: another version's.
+        """
+        if missing := sorted(self.state_dict().keys() - state.keys()):
+            raise UserError(
+                f"resume: expected a checkpoint of this version, got one without {missing}; resume "
+                "with the version that wrote it, or start anew"
+            )
+        for name in _STATE:
+            setattr(self, name, state[name])
+        self.scores.load_state_dict(state["scores"])
+        self.history.load_state_dict(state["history"])
+        self.learner.load_state_dict(state["learner"])
+        self._stream.state = state["stream"]
+        for name, iteration, value in self.history.points():
+            self.run.log_scalar(name, value, iteration)

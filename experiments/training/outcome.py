@@ -1,0 +1,137 @@
+"""What a finished run leaves: its artifacts, its result, and what a person is told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.training import checkpoint, learning_curve
+from experiments.training.loop import Training
+from experiments.training.meta_learner import Interval, MetaLearner
+from experiments.training.peak_memory import process_peak
+
+
+def save(run: Any, training: Training, centroid: Interval | None) -> None:
+    """The artifacts, in the run's folder and in the database."""
+    folder, learner = training.folder, training.learner
+    optimizer = {"optimizer": learner.optimizer.state_dict()}
+    files = [_save_parameters(folder / "parameters.pt", learner, optimizer)]
+    if training.scores.best is not None and training.scores.best.iteration:
+        at = {"iteration": training.scores.best.iteration}
+        with training.scores.best.in_place():
+            files.append(_save_parameters(folder / "early_stopped_parameters.pt", learner, at))
+    files.append(folder / "learning_curve.png")
+    learning_curve.draw(files[-1], _title(run.config), training, centroid)
+    for file in files:
+        run.add_artifact(file)
+
+
+def _save_parameters(path: Path, learner: MetaLearner, more: Mapping[str, Any]) -> Path:
+    state = {
+        "backbone": learner.algorithms.backbone.state_dict(),
+        "head": learner.algorithms.head.state_dict(),
+        "theta": [parameter.detach() for parameter in learner.parameters],
+        **more,
+    }
+    checkpoint.replace(path, lambda file: torch.save(state, file))
+    return path
+
+
+def _title(config: Mapping[str, Any]) -> str:
+    task, method = config["tasks"], config["algorithm"]
+    ways = "" if task["name"] == "sine" else f"{task['ways']}-way "
+    solver = f"step={method['step']}, " if method["step"] else ""
+    return (
+        f"{task['name']}, {ways}{task['shots']}-shot, {method['name']}, {solver}"
+        f"K={method['steps']}, seed {config['seed']}"
+    )
+
+
+def summary(training: Training, centroid: Interval | None) -> dict[str, Any]:
+    """What the run found, as it is recorded."""
+    test, name = training.scores.result, training.learner.measure.name
+    assert test is not None
+    result: dict[str, Any] = {
+        f"test_{name}": test.mean,
+        "test_half_width": test.half_width,
+        "iterations": training.steps,
+        "training_seconds": training.seconds,
+        "step_seconds": _median(training.history.values("train/seconds")),
+        "step_cpu_seconds": _median(training.history.values("train/cpu_seconds")),
+        "step_peak_bytes": float(training.peak),
+        "process_peak_bytes": float(process_peak()),
+        "diverged": training.diverged,
+        "skipped_tasks": training.skipped_tasks(),
+    }
+    if centroid is not None:
+        result |= {"centroid_accuracy": centroid.mean, "centroid_half_width": centroid.half_width}
+    if training.scores.best is not None and training.scores.stopped is not None:
+        result |= {
+            f"early_stopped_{name}": training.scores.stopped.mean,
+            "early_stopped_half_width": training.scores.stopped.half_width,
+            "early_stopped_at": training.scores.best.iteration,
+        }
+    return result
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return sorted(values)[len(values) // 2] if len(values) else None
+
+
+def announce(
+    run: Any, training: Training, result: Mapping[str, Any], centroid: Interval | None
+) -> None:
+    """What a person wants to know at the end."""
+    measure, number = training.learner.measure, training.schedule.test_tasks
+    assert training.scores.result is not None
+    score = measure.show(training.scores.result)
+    print(f"\n{'test ' + measure.name:17}{score} over {number} new tasks (95 % interval)")
+    if training.scores.best is not None and training.scores.stopped is not None:
+        at = f"outer iteration {training.scores.best.iteration}, the best validation"
+        print(f"early stopped    {measure.show(training.scores.stopped)} with theta of {at}")
+    if centroid is not None:
+        raw = measure.show(centroid)
+        print(f"raw pixels       {raw} with nearest centroid on the same tasks")
+    if training.steps:
+        print(
+            f"outer step       {result['step_seconds']:.3f} s (median of {training.steps}), "
+            f"{training.peak / 2**20:.1f} MiB of tensors at its peak "
+            f"({result['process_peak_bytes'] / 2**20:.0f} MiB the process)"
+        )
+    if result["skipped_tasks"]:
+        print(f"skipped          {result['skipped_tasks']} tasks that could not be learnt")
+    if unsolved(training):
+        print(f"not solved       {unsolved(training)}")
+    if training.diverged is not None:
+        print(f"diverged         {training.diverged}")
+    print(f"recorded         {_where(run)}")
+    print(f"learning curve   {training.folder / 'learning_curve.png'}")
+
+
+def unsolved(training: Training) -> str:
+    """How often a hypergradient may be more than 1 % wrong, and what of it was not solved."""
+    errors, inner, linear = (
+        sum(training.history.values(f"train/{name}"))
+        for name in ("unsolved", "unsolved_inner", "unsolved_linear")
+    )
+    if not errors + inner + linear:
+        return ""
+    tasks = training.steps * training.schedule.batch
+    return (
+        f"inner problems {inner:.0f}, linear systems {linear:.0f} of {tasks} tasks, "
+        f"{errors:.0f} hypergradients to 1 %: raise algorithm.steps or l2; algorithm.cg_steps or "
+        "damping"
+    )
+
+
+def _where(run: Any) -> str:
+    """Where the run is recorded."""
+    if not run.observers:
+        return "not recorded (-u)"
+    label = run.journal.label
+    if label == "embedded":
+        return f"run {run._id} of the embedded database; python -m experiments.tracking.serve"
+    return f"run {run._id} of {label}"

@@ -1,0 +1,300 @@
+"""`Chunked`: the gradient of the whole batch, in the memory of a chunk."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from experiments.training.peak_memory import peak_memory
+from l2l_implicit import ImplicitCGHead
+from l2l_implicit.chunked import Chunked
+
+from learn2learn.algorithms import MAML  # isort: skip  (after l2l_implicit, which repairs it)
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+WAYS, SUPPORT, QUERY = 3, 12, 9
+SIZES = [1, 5, 12, 21, 100]
+LABELS = torch.arange(SUPPORT + QUERY) % WAYS
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "none": nn.Identity,
+    "group": lambda: nn.GroupNorm(2, 4),
+    "instance": lambda: nn.InstanceNorm2d(4, track_running_stats=True),
+    "batch, eval()": lambda: nn.BatchNorm2d(4).eval(),
+}
+
+
+class Network(nn.Sequential):
+    """A small extractor that notes what it was called with."""
+
+    def __init__(self, *middle: nn.Module) -> None:
+        first = nn.Conv2d(2, 4, 3)
+        super().__init__(first, *middle, nn.Softplus(), nn.Conv2d(4, 3, 3), nn.Flatten())
+        self.calls: list[Tensor] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls.append(images)
+        return super().forward(images)
+
+
+def pictures(number: int = SUPPORT + QUERY) -> Tensor:
+    return torch.randn(number, 2, 6, 6)
+
+
+def gradients(loss: Tensor, module: nn.Module) -> list[Tensor]:
+    module.zero_grad()
+    loss.backward()
+    return [p.grad.clone() for p in module.parameters() if p.grad is not None]
+
+
+def close(found: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(found) == len(expected) > 0
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
+
+
+def task_loss(features: Callable[[Tensor], Tensor], head: nn.Module, images: Tensor) -> Tensor:
+    """An outer loss that uses the features twice: to adapt, and as they are."""
+    h = features(images)
+    learner = head.clone()
+    for _ in range(4):
+        learner.adapt(F.cross_entropy(learner(h[:SUPPORT]), LABELS[:SUPPORT]))
+    return F.cross_entropy(learner(h[SUPPORT:]), LABELS[SUPPORT:]) + 0.1 * h.square().mean()
+
+
+@pytest.mark.parametrize("norm", list(NORMS))
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("learner", [ImplicitCGHead, MAML])
+def test_the_gradient_is_that_of_the_whole_batch(
+    norm: str, size: int, learner: Callable[[nn.Module, float], nn.Module]
+) -> None:
+    network, x, head = Network(NORMS[norm]()), pictures(), learner(nn.Linear(12, WAYS), 0.1)
+    expected = gradients(task_loss(network, head, x), network)
+    close(gradients(task_loss(Chunked(network, size), head, x), network), expected)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_gradient_in_the_images(size: int) -> None:
+    network, x = Network(), pictures().requires_grad_()
+    expected = torch.autograd.grad(network(x).square().sum(), x)
+    close(list(torch.autograd.grad(Chunked(network, size)(x).square().sum(), x)), [*expected])
+
+
+def test_second_derivatives_through_the_backbone() -> None:
+    network, x = Network(), pictures()
+    parameters = list(network.parameters())
+
+    def curvature(features: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        first = torch.autograd.grad(features(x).square().mean(), parameters, create_graph=True)
+        return gradients(sum((g.square().sum() for g in first), x.new_zeros(())), network)
+
+    close(curvature(Chunked(network, 5)), curvature(network))
+
+
+def test_a_graph_that_is_kept_gives_the_same_twice() -> None:
+    network = Network(nn.Dropout(0.5))
+    loss, parameters = Chunked(network, 5)(pictures()).square().mean(), list(network.parameters())
+    first = torch.autograd.grad(loss, parameters, retain_graph=True)
+    close(list(torch.autograd.grad(loss, parameters)), list(first))
+
+
+def test_a_network_whose_parameters_adapt() -> None:
+    """learn2learn replaces parameters in place; the second pass must find those of the first."""
+
+    def loss(network: nn.Module, images: Tensor) -> Tensor:
+        maml = MAML(network, 0.1)
+        learner = maml.clone()
+        for _ in range(2):
+            learner.adapt(learner(images[:SUPPORT]).square().mean())
+        return learner(images[SUPPORT:]).square().mean()
+
+    network, x = Network(), pictures()
+    expected = gradients(loss(network, x), network)
+    close(gradients(loss(Chunked(network, 5), x), network), expected)
+
+
+# Batch statistics.
+
+
+def test_support_and_query_as_two_batches_have_their_own_statistics() -> None:
+    network, x = Network(nn.BatchNorm2d(4)), pictures()
+    twin, parts = copy.deepcopy(network), (x[:SUPPORT], x[SUPPORT:])
+    expected = gradients(torch.cat([twin(part) for part in parts]).square().mean(), twin)
+    loss = torch.cat(Chunked(network)(*parts)).square().mean()
+    close(gradients(loss, network), expected)
+    close(list(network.buffers()), list(twin.buffers()))  # written into exactly once
+    assert network[1].num_batches_tracked == 2
+
+
+class BatchNormOfAnotherLibrary(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
+CROSSING: dict[str, Callable[[], nn.Module]] = {
+    "train": lambda: nn.BatchNorm2d(4),
+    "synchronised": lambda: nn.SyncBatchNorm(4),
+    "without running statistics, eval()": lambda: nn.BatchNorm2d(
+        4, track_running_stats=False
+    ).eval(),
+    "by its name": BatchNormOfAnotherLibrary,
+    "deep inside": lambda: nn.Sequential(nn.Sequential(nn.BatchNorm2d(4))),
+}
+
+
+@pytest.mark.parametrize("name", list(CROSSING))
+def test_statistics_that_would_cross_a_chunk_are_an_error(name: str) -> None:
+    network = Network(CROSSING[name]())
+    with pytest.raises(ValueError, match="at least the whole batch of 21.*got 12.*GroupNorm"):
+        Chunked(network, 12)(pictures())
+    with torch.no_grad(), pytest.raises(ValueError, match="chunk_size"):
+        Chunked(network, 12)(pictures())
+    assert not network.calls
+
+
+# What the second pass finds.
+
+
+class Decaying(nn.Module):
+    """Like learn2learn's DropBlock: a rate that a counter of calls changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return x / self.count
+
+
+def by_hand(network: nn.Module, images: Tensor, size: int) -> Tensor:
+    """Chunks without a second pass."""
+    return torch.cat([network(chunk) for chunk in images.split(size)])
+
+
+REMEMBERING: dict[str, Callable[[], nn.Module]] = {
+    "dropout": lambda: nn.Dropout(0.5),
+    "counter": Decaying,
+    "spectral norm": lambda: spectral_norm(nn.Conv2d(4, 4, 1)),
+    "running statistics": lambda: nn.InstanceNorm2d(4, track_running_stats=True),
+}
+
+
+@pytest.mark.parametrize("name", list(REMEMBERING))
+def test_the_second_pass_computes_what_the_first_did(name: str) -> None:
+    network, x = Network(middle := REMEMBERING[name]()), pictures()
+    twin = copy.deepcopy(network)
+    torch.manual_seed(3)
+    expected = gradients(by_hand(twin, x, 8).square().mean(), twin)
+    torch.manual_seed(3)
+    loss = Chunked(network, 8)(x).square().mean()
+    after = torch.get_rng_state()
+    close(gradients(loss, network), expected)
+    assert torch.equal(torch.get_rng_state(), after)
+    assert vars(middle).get("count", 3) == 3
+    if list(network.buffers()):
+        close(list(network.buffers()), list(twin.buffers()))
+
+
+def test_the_mode_of_the_first_pass_holds() -> None:
+    network, x = Network(nn.BatchNorm2d(4)).eval(), pictures()
+    expected = gradients(network(x).square().mean(), network)
+    loss = Chunked(network, 8)(x).square().mean()
+    network.train()
+    close(gradients(loss, network), expected)
+    assert network.training and network[1].training
+
+
+def test_autocast_holds_in_the_second_pass() -> None:
+    network, x = Network().float(), pictures().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, features = by_hand(network, x, 8), Chunked(network, 8)(x)
+    assert features.dtype == plain.dtype == torch.bfloat16
+    expected = gradients(plain.float().square().mean(), network)
+    close(gradients(features.float().square().mean(), network), expected)
+
+
+def test_the_layout_of_the_images_is_kept() -> None:
+    network = Network()
+    x = pictures().contiguous(memory_format=torch.channels_last)
+    Chunked(network, 8)(x).sum().backward()
+    kept = [chunk.is_contiguous(memory_format=torch.channels_last) for chunk in network.calls]
+    assert kept == 2 * 3 * [True]
+
+
+def test_without_gradients_each_chunk_runs_once() -> None:
+    network, x = Network(), pictures()
+    with torch.no_grad():
+        close([Chunked(network, 8)(x)], [network(x)])
+    assert [len(chunk) for chunk in network.calls] == [8, 8, 5, 21]
+
+
+def test_overwritten_parameters_are_an_error_and_leave_the_module_whole() -> None:
+    network, x = Network(nn.BatchNorm2d(4)), pictures()
+    loss = Chunked(network)(x).sum()
+    with torch.no_grad():
+        network[0].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="parameter 0.weight .*before the optimizer"):
+        loss.backward()
+    assert network[1].num_batches_tracked == 1
+
+
+# The wrapper itself.
+
+
+def test_the_state_has_the_backbones_keys() -> None:
+    network = Network(nn.BatchNorm2d(4))
+    model = nn.ModuleDict({"features": Chunked(network, 5), "head": nn.Linear(12, 3)})
+    plain = nn.ModuleDict({"features": copy.deepcopy(network), "head": nn.Linear(12, 3)})
+    assert list(model.state_dict()) == list(plain.state_dict())
+    for parameter in plain.parameters():
+        nn.init.normal_(parameter)
+    model.load_state_dict(plain.state_dict())
+    close(list(model.parameters()), list(plain.parameters()))
+    plain.load_state_dict(model.state_dict())
+    with pytest.raises(RuntimeError, match="Missing.*head"):
+        model.load_state_dict(network.state_dict())
+
+
+@pytest.mark.parametrize("size, error", [(0, ValueError), (2.5, TypeError), (True, TypeError)])
+def test_a_wrong_chunk_size(size: object, error: type[Exception]) -> None:
+    with pytest.raises(error, match="chunk_size"):
+        Chunked(Network(), size)  # type: ignore[arg-type]
+
+
+def test_wrong_modules_and_images() -> None:
+    with pytest.raises(TypeError, match="torch.nn.Module"):
+        Chunked(torch.sigmoid)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="got nothing"):
+        Chunked(Network())()
+    with pytest.raises(TypeError, match="got list"):
+        Chunked(Network())([1.0])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="one row of features for each of 5 images"):
+        Chunked(nn.Flatten(0), 5)(pictures())
+    with pytest.raises(TypeError, match="tensor of features, got tuple"):
+        Chunked(nn.LSTM(6, 2), 5)(torch.randn(9, 3, 6))
+
+
+# Memory.
+
+
+def peak(features: nn.Module, number: int) -> int:
+    x = pictures(number)
+
+    def step() -> None:
+        features(x).square().mean().backward()
+
+    step()
+    return peak_memory(step)
+
+
+def test_memory_is_that_of_a_chunk() -> None:
+    network = nn.Sequential(*Network(nn.GroupNorm(2, 4)), nn.Linear(12, 2))
+    assert peak(Chunked(network, 25), 275) <= 0.25 * peak(network, 275)
+    features = 1800 * 2 * 8  # bytes that belong to the images more, and not to a chunk
+    growth = peak(Chunked(network, 25), 2000) - peak(Chunked(network, 25), 200)
+    assert growth <= 4 * features < 0.1 * peak(network, 2000)

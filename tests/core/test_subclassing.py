@@ -1,0 +1,199 @@
+"""The three places to override: the examples of docs/subclassing.md against dense oracles."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import implicit, minimize, relative_error
+from problems import EXACT, adapt, hypergradient, make_learner, problem
+
+from l2l_implicit import GradientDescent, ImplicitCGHead, UnsolvedWarning
+from l2l_implicit.inner_solvers.protocol import InnerSolver
+
+pytestmark = pytest.mark.usefixtures("float64")
+PAGE = Path(__file__).parents[2] / "docs" / "subclassing.md"
+
+
+def examples() -> dict[str, tuple[str, type[ImplicitCGHead]]]:
+    """Source and class of each fenced block of the page that defines one and runs alone."""
+    found = {}
+    for block in re.findall(r"^```python\n(.*?)^```$", PAGE.read_text("utf-8"), re.M | re.S):
+        if "import" in block:
+            names: dict[str, Any] = {}
+            exec(compile(block, str(PAGE), "exec"), names)
+            source = block[block.index("class ") :]
+            name = re.findall(r"^class (\w+)", source)[0]
+            found[name] = (source, names[name])
+    return found
+
+
+EXAMPLES = examples()
+LearnedDiagonal, LBFGSB, DenseSolve = (
+    EXAMPLES[name][1] for name in ("LearnedDiagonal", "LBFGSB", "DenseSolve")
+)
+
+
+class SameFormula(ImplicitCGHead):
+    """The closed form's own formula, carried by autograd."""
+
+    def regularizer(self, parameters, anchor):
+        pairs = zip(parameters, anchor, strict=True)
+        return 0.5 * self.l2 * sum((p - a).square().sum() for p, a in pairs)
+
+
+NAMES = ["two layers anchored", "softmax mean bias", "anchored softmax", "scaled logits"]
+WAYS = ["loss", "closure"]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_is_short(name: str) -> None:
+    assert len(EXAMPLES[name][0].splitlines()) < 20
+
+
+CASES = [(cls, name) for cls in (DenseSolve, SameFormula) for name in NAMES]
+
+
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("cls, name", CASES)
+def test_override_gives_the_same_hypergradient(cls: type, name: str, how: str) -> None:
+    task = problem(name)
+    parent = make_learner(task, cls)
+    _, loss = adapt(parent, task, how, 25)
+    phi = minimize(task.inner, task.start(), task.leaves(), task.lr)
+    expected = implicit(task.inner, task.outer, task.leaves(), phi)
+    assert relative_error(hypergradient(task, loss), expected) < 1e-8
+
+
+BY_TENSOR = ["softmax mean bias", "anchored softmax"]  # a linear head's loss is known everywhere
+SOLVED_BY_LBFGSB = [*((name, "closure", 1) for name in NAMES), *((n, "loss", 2) for n in BY_TENSOR)]
+
+
+# Where L-BFGS-B stops depends on the last digit: it compares values of an objective near 1, equal
+# to rounding within sqrt(2 eps / smallest eigenvalue) of the minimum, 7e-8 for 0.1. Relative to
+# phi, of norm 0.4, that is 2e-7; the rest is for what curvature makes of it in the hypergradient.
+FLAT = 1e-6
+
+
+@pytest.mark.parametrize("name, how, steps", SOLVED_BY_LBFGSB)
+def test_scipys_solver(name: str, how: str, steps: int) -> None:
+    task = problem(name)
+    learner, loss = adapt(make_learner(task, LBFGSB), task, how, steps)
+    found = torch.cat([p.detach().reshape(-1) for p in learner.parameters()])
+    phi = minimize(task.inner, found, task.leaves(), task.lr)
+    got = hypergradient(task, loss)
+    assert relative_error([found], [phi]) < FLAT
+    assert relative_error(got, implicit(task.inner, task.outer, task.leaves(), phi)) < FLAT
+    if how == "closure":  # linearised where it stopped: there, exact up to cg_tol = 1e-13
+        there = implicit(task.inner, task.outer, task.leaves(), found)
+        assert relative_error(got, there) < 1e-11
+
+
+def _fit(cls: type[ImplicitCGHead], dtype: torch.dtype) -> ImplicitCGHead:
+    """The head after one task of random features and its backward pass."""
+    features, labels = torch.randn(12, 8, dtype=dtype).requires_grad_(), torch.arange(12) % 3
+    head = cls(torch.nn.Linear(8, 3, dtype=dtype), lr=0.1)
+    learner = head.clone()
+    learner.adapt(lambda: F.cross_entropy(learner(features), labels), steps=1)
+    F.cross_entropy(learner(features), labels.roll(1)).backward()
+    return head
+
+
+def test_scipys_solver_in_single_precision() -> None:
+    head = _fit(LBFGSB, torch.float32)
+    assert head.diagnostics.inner_gradient_norm < 1e-4 and head.diagnostics.unsolved == 0
+
+
+def test_an_active_bound_is_seen() -> None:
+    bounded = EXAMPLES["LBFGSB"][0].replace("jac=True", "bounds=[(-0.01, 0.01)] * 27, jac=True")
+    names = dict(LBFGSB.inner_step.__globals__)
+    exec(bounded, names)
+    with pytest.warns(UnsolvedWarning, match="inner"):
+        head = _fit(names["LBFGSB"], torch.float64)
+    assert head.diagnostics.unsolved_inner == 1
+
+
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("inner, steps", [(EXACT["inner"], 25), (GradientDescent(), 150)])
+@pytest.mark.parametrize("anchor", ["zero", "init"])
+def test_learned_diagonal(anchor: str, inner: InnerSolver, steps: int, how: str) -> None:
+    task = problem("softmax mean bias")
+    parent = LearnedDiagonal(task.head, 0.9, anchor=anchor, **{**EXACT, "inner": inner})
+    for logit in parent.logits:
+        torch.nn.init.normal_(logit)
+    backbone, logits = task.theta["backbone"], list(parent.logits)
+    _, loss = adapt(parent, task, how, steps)
+    loss.backward()
+    leaves = [backbone, *logits, *task.head.parameters()]
+    initial = leaves[3:]
+
+    def inner(phi, theta, *rest):
+        weights = torch.cat([F.softplus(s).reshape(-1) for s in rest[:2]])
+        center = torch.cat([p.reshape(-1) for p in rest[2:]]) if anchor == "init" else 0.0
+        support = task.support(task._net(phi), {}, task.embed({"backbone": theta}))
+        return support + 0.5 * (weights * (phi - center).square()).sum()
+
+    def outer(phi, theta, *rest):
+        return task.query(task._net(phi), {}, task.embed({"backbone": theta}))
+
+    phi = minimize(inner, task.start(), leaves, 0.9)
+    expected = implicit(inner, outer, leaves, phi)
+    assert all(p.grad is not None for p in leaves[:3])
+    got = [p.grad if p.grad is not None else torch.full_like(p, math.nan) for p in leaves]
+    assert relative_error(got, expected) < 1e-8
+    assert len(initial) == 2
+
+
+def test_same_formula_is_the_closed_form_to_rounding() -> None:
+    task = problem("softmax mean bias")
+    both = []
+    for cls in (ImplicitCGHead, SameFormula):
+        _, loss = adapt(make_learner(task, cls, inner=GradientDescent()), task, "closure", 5)
+        both.append([g.clone() for g in hypergradient(task, loss)])
+    assert relative_error(*both) < 1e-12
+
+
+def test_the_default_regularizer_is_its_closed_form() -> None:
+    """An override may call the method of the base class and add to it."""
+
+    class Base(ImplicitCGHead):
+        def regularizer(self, parameters, anchor):
+            return super().regularizer(parameters, anchor)
+
+    task = problem("anchored softmax")
+    both = []
+    for cls in (ImplicitCGHead, Base):
+        _, loss = adapt(make_learner(task, cls), task)
+        both.append([g.clone() for g in hypergradient(task, loss)])
+    assert relative_error(*both) < 1e-10
+
+
+def test_what_an_override_says_reaches_the_diagnostics() -> None:
+    task = problem("softmax mean bias")
+    parent = make_learner(task, DenseSolve)
+    _, loss = adapt(parent, task)
+    loss.backward()
+    assert parent.diagnostics.cg_reason == "dense solve" and parent.diagnostics.cg_steps == 15
+
+
+@pytest.mark.parametrize("cls", [DenseSolve, LBFGSB])
+def test_overrides_serve_several_tasks(cls: type[ImplicitCGHead]) -> None:
+    """Together as one by one."""
+    parent, labels = cls(torch.nn.Linear(6, 3), 0.1, anchor="init", **EXACT), torch.arange(9) % 3
+    together = torch.randn(3, 18, 6).requires_grad_()
+    single = together.detach().clone().requires_grad_()
+    adapted = parent.adapt_together(together[:, :9], labels.expand(3, 9), steps=1)
+    F.cross_entropy(adapted(together[:, 9:]).flatten(0, 1), labels.roll(1).repeat(3)).backward()
+    gradients = [p.grad.clone() for p in parent.module.parameters()]
+    parent.zero_grad()
+    for task in single:
+        learner = parent.clone()
+        learner.adapt(lambda: F.cross_entropy(learner(task[:9]), labels), steps=1)  # noqa: B023
+        (F.cross_entropy(learner(task[9:]), labels.roll(1)) / 3).backward()
+    assert relative_error([together.grad], [single.grad]) < 1e-8
+    assert relative_error(gradients, [p.grad for p in parent.module.parameters()]) < 1e-8
+    reasons = {found.cg_reason for found in adapted.diagnostics}
+    assert reasons == {"dense solve" if cls is DenseSolve else parent.diagnostics.cg_reason}

@@ -1,0 +1,114 @@
+"""A meta batch shared out over real torchrun processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import rank_process
+import torch
+from torch import nn
+
+from l2l_implicit import ImplicitCGHead
+from l2l_implicit.distributed import ALONE, Ranks, connect
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(job: str, folder: Path, processes: int) -> tuple[int, str]:
+    """Exit status and output of a job of `rank_process.py`; one process without torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    script = "tests/helpers/rank_process.py"
+    program = [*(torchrun if processes > 1 else []), script, job, str(folder)]
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        [sys.executable, *program], cwd=ROOT, text=True, timeout=500,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    return done.returncode, done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks have saved of the jobs that go well."""
+    folder = tmp_path_factory.mktemp("ranks")
+    status, output = run("sound", folder, 2)
+    assert status == 0, output
+    return folder
+
+
+def assert_same(folder: Path, one: str, other: str) -> None:
+    pair = (torch.load(folder / name, weights_only=True) for name in (one, other))
+    for a, b in zip(*pair, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+def test_two_processes_give_the_single_processs_parameters(
+    folder: Path, tmp_path: Path, float64: None
+) -> None:
+    """After 20 outer steps of five tasks, in float64; the query losses of every task too."""
+    rank_process.train(tmp_path, ALONE)
+    assert_same(folder, "train", str(tmp_path / "train"))
+
+
+def test_a_replicated_backbone_gives_them_too(
+    folder: Path, tmp_path: Path, float64: None
+) -> None:
+    rank_process.pairs(tmp_path)
+    assert_same(folder, "replicated", str(tmp_path / "pairs"))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_the_helpers_bring(folder: Path, rank: int) -> None:
+    alone, shared, nowhere, same, message, _, *lists = torch.load(folder / f"seen{rank}")
+    assert alone.tolist() == [0.5, 0.5] and shared.tolist() == [1.5, 1.5]
+    assert nowhere is None and same.tolist() == [0.0]
+    assert message == "rank 1: bad task"
+    assert lists == [[0, 1], ["a", "b", "c", "d", "e"]]
+
+
+def test_under_distributed_data_parallel_an_error_says_how(folder: Path) -> None:
+    """Which has neither clone nor adapt, and would not average what goes round it."""
+    *_, refusal, _, _ = torch.load(folder / "seen0")
+    assert "expected a backbone" in refusal and "Ranks.average" in refusal
+
+
+@pytest.mark.parametrize("job", ["killed", "hangs"])
+def test_a_lost_rank_ends_the_job(tmp_path: Path, job: str) -> None:
+    status, output = run(job, tmp_path, 2)
+    assert status != 0
+    assert time.time() - float((tmp_path / "lost").read_text()) < 60
+    assert "rank 0 of 2: expected an answer from every rank, got" in output
+
+
+def test_one_process_needs_no_second_path() -> None:
+    parameter = nn.Parameter(torch.zeros(1))
+    with connect() as ranks:
+        assert ranks is ALONE and ranks.first
+        ranks.average([parameter], 0.5)
+        ranks.broadcast([parameter])
+        assert ranks.collect(ranks.share([1, 2])) == [1, 2]
+        with pytest.raises(ArithmeticError, match="^bad$"), ranks.together(ArithmeticError):
+            raise ArithmeticError("bad")
+    assert parameter.grad is None
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_the_shares_are_the_whole(size: int) -> None:
+    shares = [Ranks(rank, size).share(range(5)) for rank in range(size)]
+    assert sorted(item for share in shares for item in share) == [0, 1, 2, 3, 4]
+
+
+def test_a_rank_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="expected 0 to 1, got 2"):
+        Ranks(2, 2)
+
+
+def test_a_learner_refuses_a_wrapped_module() -> None:
+    with pytest.raises(TypeError, match="expected the module itself, got a DataParallel"):
+        ImplicitCGHead(nn.DataParallel(nn.Linear(3, 2)), lr=0.1)

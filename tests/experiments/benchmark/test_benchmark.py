@@ -1,0 +1,305 @@
+"""The benchmark's methods compute what their names say, and its table says what was measured."""
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from experiments.benchmark import cases, ours, peers
+from experiments.benchmark.cases import Plan
+from experiments.benchmark.comparisons import PEERS, RELEASED_STEPS
+from experiments.benchmark.figure import draw
+from experiments.benchmark.measure import Cost, Effort, growth, measure, warm_peak
+from experiments.benchmark.problem import NETWORKS, Problem, Setting, Shape, build
+from experiments.benchmark.registry import CASES, OPTIONAL, select
+from experiments.benchmark.rows import Bar, Row, as_markdown, as_text, summary
+from experiments.tracking import UserError
+
+ROOT = Path(__file__).parents[3]
+CALLS, COST = ("adapt(closure)", "adapt(loss)"), Cost(1.0, 1.0, 1.0, 1.0)
+SMALL = Shape("cnn4, GroupNorm", hidden=8, pixels=16, ways=3, shots=2, queries=2)
+
+
+def problem() -> Problem:
+    """No batch statistics: support and query may go through the backbone together or apart."""
+    return build(SMALL, Setting())
+
+
+def theta_gradient(make: Callable[[Problem], ours.Step]) -> list[Tensor]:
+    """What one outer step leaves on the backbone's parameters."""
+    task = problem()
+    make(task)()
+    gradients = [p.grad for p in task.backbone.parameters()]
+    return [g for g in gradients if g is not None]
+
+
+def agree(
+    first: Callable[[Problem], ours.Step], second: Callable[[Problem], ours.Step], rtol: float
+) -> None:
+    found, expected = theta_gradient(first), theta_gradient(second)
+    assert len(found) == len(expected) == 16
+    for ours_, theirs in zip(found, expected, strict=True):
+        assert theirs.norm() > 1e-6
+        assert (ours_ - theirs).norm() <= rtol * theirs.norm()
+
+
+# Each method against another.
+
+
+def implicit(p: Problem) -> ours.Step:
+    return ours.implicit(p, "gradient", ours.closure(4), 30, cg_tol=1e-12)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
+@pytest.mark.parametrize("everything", RELEASED_STEPS.values())
+def test_the_released_step_is_the_implicit_one(everything: bool) -> None:
+    agree(lambda p: peers.released(p, 4, 30, everything), implicit, 1e-8)
+
+
+def newton(p: Problem) -> ours.Step:
+    return ours.implicit(p, "newton", ours.closure(20), 30, cg_tol=1e-12)
+
+
+def long(p: Problem) -> ours.Step:
+    return ours.implicit(p, "gradient", ours.closure(3000), 30, cg_tol=1e-12)
+
+
+def in_chunks(p: Problem) -> ours.Step:
+    head = ours.head_of(p, "newton", 30, cg_tol=1e-12)
+    return ours.chunked(p, head, ours.closure(20), 5)
+
+
+def one_after_the_other(p: Problem) -> ours.Step:
+    return ours.apart(p, ours.head_of(p, "newton", 30, cg_tol=1e-12), ours.closure(20))
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    "variant, rtol", [(in_chunks, 1e-10), (one_after_the_other, 1e-10), (long, 1e-5)]
+)
+def test_variants_of_the_implicit_step_agree(
+    variant: Callable[[Problem], ours.Step], rtol: float
+) -> None:
+    """To rounding; 3000 gradient steps end a little away from Newton's minimum."""
+    agree(variant, newton, rtol)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("twin", [peers.anil_as_published, peers.higher_head, peers.itd_bio])
+def test_the_unrolled_heads_are_one_method(twin: Callable[[Problem, int], ours.Step]) -> None:
+    agree(lambda p: twin(p, 3), lambda p: peers.anil(p, 3), 1e-10)
+
+
+@pytest.mark.usefixtures("float64")
+def test_itd_bio_as_published_has_a_regulariser() -> None:
+    def without(p: Problem) -> ours.Step:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(peers, "L2", 0.0)
+            peers.itd_bio_as_published(p, 3)()
+        return lambda: None
+
+    agree(without, lambda p: peers.itd_bio(p, 3), 1e-10)
+    with pytest.raises(AssertionError):
+        agree(without, lambda p: peers.itd_bio_as_published(p, 3), 1e-5)
+
+
+@pytest.mark.parametrize("name", list(PEERS))
+def test_peers_as_published_hold_a_graph_for_each_step(name: str) -> None:
+    few, many = (
+        warm_peak(PEERS[name](problem(), k), "cpu") for k in (1, 8)
+    )
+    cached = "cached" in name
+    assert many <= 1.2 * few if cached else many >= 2.5 * few
+
+
+# Measuring.
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What is timed takes what it says that it takes, whatever else the machine does."""
+    clock = SimpleNamespace(now=0.0)
+    timer = SimpleNamespace(perf_counter=lambda: clock.now)
+    monkeypatch.setattr("experiments.benchmark.measure.time", timer)
+    return clock
+
+
+def test_ratios_and_peaks_are_those_to_the_first(clock: SimpleNamespace) -> None:
+    def step(milliseconds: int, kib: int) -> ours.Step:
+        def run() -> None:
+            torch.empty(kib << 10, dtype=torch.uint8)
+            clock.now += milliseconds / 1000
+
+        return run
+
+    costs = measure({"floor": step(5, 10), "other": step(20, 30)}, Effort(5))
+    assert costs["floor"].time_ratio == 1.0 == costs["floor"].memory_ratio
+    assert costs["other"].seconds == pytest.approx(0.02)
+    assert costs["other"].time_ratio == pytest.approx(4.0)
+    assert (costs["other"].peak_bytes, costs["other"].memory_ratio) == (30 << 10, 3.0)
+    assert growth(costs) == costs["other"].time_ratio
+
+
+def test_what_takes_long_is_repeated_three_times(clock: SimpleNamespace) -> None:
+    seconds = {"floor": 1e-4, "long": 0.01, "short": 1e-4}
+    calls = dict.fromkeys(seconds, 0)
+
+    def step(name: str, seconds: float) -> ours.Step:
+        def run() -> None:
+            calls[name] += 1
+            torch.empty(1)
+            clock.now += seconds
+
+        return run
+
+    steps = {name: step(name, took) for name, took in seconds.items()}
+    measure(steps, Effort(10, 0.005))
+    before = 2  # warming up, and the peak
+    assert calls == {"floor": before + 10, "long": before + 3, "short": before + 10}
+
+
+# The table.
+
+
+def test_bars_and_rows_as_text_and_markdown() -> None:
+    met, missed = Bar("time", 1.04, 1.05), Bar("times slower", 4.9, 5.0, at_least=True)
+    rows = [
+        Row("case", "floor", cost=Cost(0.01, 2**20, 1.0, 1.0)),
+        Row("case", "method", 20, 10, Cost(0.0104, 2**20, 1.04, math.nan), (met, missed)),
+    ]
+    assert (met.met, missed.met) == (True, False)
+    line = as_text(rows).splitlines()[-1]
+    assert line.split()[:6] == ["method", "20", "10", "10.4", "1.040", "1.0"]
+    assert line.endswith("time 1.0400 <= 1.05 met; times slower 4.9000 >= 5 MISSED")
+    assert summary(rows).splitlines() == [
+        "1 of 2 bars met",
+        "missed: case: method: times slower 4.9000 >= 5 MISSED",
+    ]
+    tables = as_markdown(rows).splitlines()
+    assert tables[0] == "### case" and tables[3] == "|---" * 8 + "|"
+    assert tables[-1].startswith("| method | 20 | 10 | 10.4 | 1.040 | 1.0 |  | time 1.0400")
+    assert rows[1].metrics["bar: time"] == 1.04 and "memory_ratio" not in rows[1].metrics
+
+
+def test_the_picture_is_a_png(tmp_path: Path) -> None:
+    rows = [Row("peers", "implicit", k, k, Cost(0.1, 9, 1.0 + k, 1.0)) for k in (1, 5)]
+    draw(tmp_path / "picture.png", "title", rows)
+    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_cases_by_name() -> None:
+    assert select("all") == CASES
+    assert list(select("peers, imaml")) == ["peers", "imaml"]
+    assert list(select("compile")) == list(OPTIONAL)
+    with pytest.raises(UserError, match="did you mean 'peers'"):
+        select("peer")
+    with pytest.raises(UserError, match="cases: expected one of"):
+        select(",")
+
+
+WIDTHS = {"resnet12": (84, 640), "resnet12, 16,000 features": (84, 16000)}
+WIDTHS |= {"cnn4, pooled once": (32, 16384), "cnn4": (84, 1600)}
+
+
+@pytest.mark.parametrize("network", list(WIDTHS))
+def test_the_number_of_features(network: str) -> None:
+    pixels, width = WIDTHS[network]
+    made = build(Shape(network, pixels=pixels, ways=2, shots=1, queries=1), Setting())
+    assert made.head.in_features == width and made.backbone.training
+    assert made.images.is_contiguous(memory_format=torch.channels_last)
+    assert len(made.support[0]) == len(made.query[1]) == 2
+    assert set(WIDTHS) <= set(NETWORKS)
+
+
+TINY = Plan(
+    effort=Effort(1),
+    hidden=8,
+    steps=3,
+    cg_steps=3,
+    peer_steps=(20,),
+    sweep_steps=(1, 3),
+    sweep_cg_steps=(1, 3),
+    memory_steps=(1, 20),
+    network_steps=(1, 2),
+)
+BARS = {
+    "cnn4-32px": 8, "two-threads": 8, "20-shot": 4, "wide": 4, "wide-20-way-1-shot": 2,
+    "chunked": 2, "meta-batch": 1, "head": 2, "k-sweep": 2, "n-sweep": 4, "k-memory": 2,
+    "peers": 18, "imaml": 5, "layouts": 0,
+}  # fmt: skip
+
+
+def test_the_bars_are_those_that_were_asked_for() -> None:
+    def limits(case: str) -> dict[str, float]:
+        rows = CASES[case](TINY)
+        return {row.method: bar.limit for row in rows for bar in row.bars if bar.quantity == "time"}
+
+    ways = {call: limits("cnn4-32px")[f"implicit, newton, {call}"] for call in CALLS}
+    assert ways == {"adapt(closure)": 1.05, "adapt(loss)": 1.08}
+    assert limits("meta-batch") == {"implicit, newton, heads together": 1.02}
+    assert sorted(limits("head").values()) == [0.15, 0.5]
+
+
+def test_two_threads_are_torchs_for_the_case_alone() -> None:
+    before, seen = torch.get_num_threads(), set[int]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cases, "measure", lambda *_: seen.add(torch.get_num_threads()) or {"": COST})
+        CASES["two-threads"](TINY)
+    assert seen == {2} and torch.get_num_threads() == before
+
+
+def test_the_compiled_case_has_names_for_the_tracker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda network: network)  # it takes half a minute
+    names = [row.method for row in OPTIONAL["compile"](TINY)]
+    assert names[:2] == ["supervised, channels_last", "supervised, channels_last, compiled"]
+    assert len(names) == 4 and not any("." in name for name in names)
+
+
+@pytest.mark.parametrize("case", list(BARS))
+@pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
+def test_a_case_measures_and_has_its_bars(case: str) -> None:
+    rows = CASES[case](TINY)
+    assert all(row.cost is not None or row.bars for row in rows)
+    bars = [bar for row in rows for bar in row.bars]
+    assert len(bars) == BARS[case] and all(bar.value > 0 for bar in bars)
+    assert as_text(rows) and as_markdown(rows)
+    for row in rows:
+        assert not any("." in name for name in row.metrics)  # the tracker refuses a dot
+
+
+# As a user runs it.
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "experiments.benchmark", "-u", "with", *arguments]
+    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
+
+
+def test_the_command_prints_and_keeps_its_table(tmp_path: Path) -> None:
+    small = ("quick", "cases=cnn4-32px,peers", "hidden=8", "steps=3", "repetitions=1")
+    answer = run(tmp_path, *small)
+    assert answer.returncode == 0, answer.stderr
+    for expected in ("supervised", "implicit, newton, adapt(loss)", "released step", "bars met"):
+        assert expected in answer.stdout
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert "### peers at K = 5" in (folder / "benchmark.md").read_text()
+    assert (folder / "benchmark.png").stat().st_size > 10_000
+
+
+def test_an_unknown_case_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    from experiments.benchmark.__main__ import ex
+
+    with pytest.raises(SystemExit) as stopped:
+        ex.run_commandline(["benchmark", "-u", "with", "cases=peer"])
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("error: ")]
+    assert stopped.value.code == 1 and len(lines) == 1
+    assert "cases: expected one of" in lines[0] and "'peers'" in lines[0]

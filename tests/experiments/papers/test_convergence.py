@@ -1,0 +1,209 @@
+"""The problem of the convergence experiment, its Algorithm 1, and the slopes on a small one."""
+
+import math
+from pathlib import Path
+
+import oracles
+import pytest
+import torch
+from torch import Tensor
+
+from experiments.papers.convergence.algorithm_1 import Algorithm1, Settings
+from experiments.papers.convergence.problem import Tasks, make_tasks
+from experiments.papers.convergence.runs import (
+    averages,
+    cheapest,
+    evaluations,
+    first_below,
+    floor,
+    last_decade,
+    slope,
+    trajectory,
+)
+from experiments.papers.convergence.theory import inner_lr, least_inner_steps, least_linear_steps
+from experiments.tracking import UserError
+from experiments.tracking.values import CheckedMetrics
+
+P, Q = 3, 6
+THETA = torch.tensor([0.3, -0.8, 0.5], dtype=torch.float64)
+
+
+def small(seed: int = 0) -> Tasks:
+    return make_tasks(4, P, Q, 5.0, 0.5, 3.0, 1.0, seed)
+
+
+def settings(tasks: Tasks, **changes: float) -> Settings:
+    constants = tasks.constants()
+    steps = least_inner_steps(constants), least_linear_steps(constants, Q)
+    return Settings(*steps, inner_lr(constants), 0.8)._replace(**changes)
+
+
+def dense(tasks: Tasks, theta: Tensor) -> Tensor:
+    """The mean of the oracle's hypergradients, task by task."""
+    found = []
+    for i in range(len(tasks.y)):
+        task = tasks.subset(torch.tensor([i]))
+
+        def inner(phi: Tensor, t: Tensor, task: Tasks = task) -> Tensor:
+            return task.inner(phi.view(1, -1), task.pull(t))
+
+        def outer(phi: Tensor, t: Tensor, task: Tasks = task) -> Tensor:
+            return task.outer(phi.view(1, -1))
+
+        phi = oracles.minimize(inner, torch.zeros(Q, dtype=torch.float64), [theta], 0.1)
+        found += oracles.implicit(inner, outer, [theta], phi)
+    return torch.stack(found).mean(0)
+
+
+def test_the_exact_hypergradient() -> None:
+    tasks = small()
+    expected = dense(tasks, THETA)
+    assert expected.norm() > 1e-2
+    assert oracles.relative_error([tasks.exact(THETA).hypergradient], [expected]) < 1e-10
+
+
+def test_the_exact_hypergradient_is_the_objectives_slope() -> None:
+    tasks, size = small(), 1e-5
+    direction = torch.tensor([1.0, 2.0, -1.0], dtype=torch.float64)
+    values = [tasks.exact(THETA + s * size * direction).objective for s in (1, -1)]
+    numerical = (values[0] - values[1]) / (2 * size)
+    assert numerical == pytest.approx(float(tasks.exact(THETA).hypergradient @ direction), rel=1e-7)
+
+
+def test_the_constants_hold() -> None:
+    tasks = small()
+    c = tasks.constants()
+    for scale in (0.1, 1.0, 10.0):
+        phi = scale * torch.randn(4, Q, dtype=torch.float64)
+        curvatures = torch.linalg.eigvalsh(tasks.curvature(phi))
+        assert c.mu - 1e-12 <= curvatures.min() and curvatures.max() <= c.l_g
+        slope_ = torch.autograd.functional.jacobian(lambda x: 4 * tasks.outer(x), phi)
+        assert slope_.norm(dim=1).max() <= c.l_f0
+        near = phi + 1e-4 * torch.randn(4, Q, dtype=torch.float64)
+        change = torch.linalg.matrix_norm(tasks.curvature(near) - tasks.curvature(phi), 2)
+        assert (change <= c.l_g2 * (near - phi).norm(dim=1) + 1e-15).all()
+
+
+def test_algorithm_1_reaches_the_exact_hypergradient() -> None:
+    tasks = small()
+    algorithm = Algorithm1(4, Q, settings(tasks, inner_steps=300, warm=False), THETA)
+    exact = tasks.exact(THETA).hypergradient
+    assert oracles.relative_error([algorithm.hypergradient(tasks)], [exact]) < 1e-10
+
+
+@pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
+def test_slots_do_not_mix() -> None:
+    """With too few steps too, a batch is the mean of its tasks, each with its own step lengths."""
+    tasks = small()
+    few = settings(tasks, inner_steps=3, cg_steps=2, warm=False)
+    alone = [
+        Algorithm1(1, Q, few, THETA).hypergradient(tasks.subset(torch.tensor([i])))
+        for i in range(4)
+    ]
+    together = Algorithm1(4, Q, few, THETA).hypergradient(tasks)
+    assert oracles.relative_error([together], [torch.stack(alone).mean(0)]) < 1e-12
+    exact = tasks.exact(THETA).hypergradient
+    assert oracles.relative_error([together], [exact]) > 1e-2
+
+
+@pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
+def test_two_steps_of_conjugate_gradient_are_subroutine_1() -> None:
+    task = small().subset(torch.tensor([2]))
+    few = settings(task, inner_steps=4, cg_steps=2, warm=False)
+    theta = THETA.clone().requires_grad_()
+    phi = torch.zeros(1, Q, dtype=torch.float64)
+    for _ in range(4):
+        gradient = torch.func.grad(task.inner)(phi, task.pull(theta.detach()))
+        phi = phi - few.inner_lr * gradient
+    b = torch.func.grad(task.outer)(phi)[0]
+    v = oracles.subroutine_1(task.curvature(phi)[0].mv, b, 2)
+    # The mixed product: -d/dtheta of the inner gradient along v, which is -v'pull(theta).
+    (expected,) = torch.autograd.grad((v * task.pull(theta)[0]).sum(), theta)
+    found = Algorithm1(1, Q, few, THETA).hypergradient(task)
+    assert oracles.relative_error([found], [expected]) < 1e-12
+
+
+def test_a_warm_start_goes_on_and_a_cold_one_does_not() -> None:
+    tasks, errors = small(), {}
+    exact = tasks.exact(THETA).hypergradient
+    for warm in (True, False):
+        algorithm = Algorithm1(4, Q, settings(tasks, inner_steps=2, warm=warm), THETA)
+        for _ in range(60):
+            found = algorithm.hypergradient(tasks)
+        errors[warm] = oracles.relative_error([found], [exact])
+    assert errors[True] < 1e-8 and errors[False] > 1e-2
+
+
+def test_theorem_2_on_a_small_problem() -> None:
+    tasks = small()
+    norms = trajectory(tasks, settings(tasks), 300, None, 0, lambda n: None)
+    assert norms[-1] < 1e-12 * norms[0]
+    assert last_decade(averages(norms)) == pytest.approx(-1.0, abs=0.02)
+
+
+def test_theorem_1_on_a_small_problem() -> None:
+    tasks, sizes = small(), [1, 8, 64]
+    made = settings(tasks)
+    floors = [floor(trajectory(tasks, made, 160, b, 1, lambda n: None)) for b in sizes]
+    # Eighty correlated draws at each of three sizes leave about 0.2 of uncertainty.
+    assert slope(sizes, floors) == pytest.approx(-1.0, abs=0.3)
+
+
+def test_slopes_and_counts() -> None:
+    assert slope([1, 10, 100], [5.0, 0.5, 0.05]) == pytest.approx(-1.0)
+    curve = [1 / t for t in range(1, 101)]
+    assert last_decade(curve) == pytest.approx(-1.0)
+    assert averages([4.0, 2.0, 0.0]) == [4.0, 3.0, 2.0]
+    assert first_below(curve, 0.1) == 10 and first_below(curve, 0.001) is None
+    made = Settings(inner_steps=7, cg_steps=5, inner_lr=0.1, meta_lr=1.0)
+    assert evaluations(made, 4) == 4 * (7 + 5 + 3)
+    # The small batch is cheaper as long as it gets there.
+    costs = cheapest({1: [1.0, 0.5, 0.5], 8: [1.0, 0.4, 0.2]}, made, [0.5, 0.3, 0.1])
+    assert [(c.epsilon, c.evaluations, c.batch) for c in costs] == [(0.5, 30, 1), (0.3, 360, 8)]
+
+
+@pytest.fixture
+def points(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, int], float]:
+    """What runs record, by metric and step."""
+    found: dict[tuple[str, int], float] = {}
+    keep = staticmethod(lambda name, value, step, now: found.update({(name, step): value}))
+    monkeypatch.setattr(CheckedMetrics, "sink", keep)
+    return found
+
+
+def test_the_command_records_every_curve(
+    tmp_path: Path, points: dict[tuple[str, int], float]
+) -> None:
+    from experiments.papers.convergence.__main__ import ex
+
+    small_run = {
+        "problems": 2, "tasks": 4, "theta_size": 3, "phi_size": 6, "condition": 3.0,
+        "iterations": 20, "stochastic_iterations": 20, "bound_iterations": 20,
+        "batches": [1, 16], "stochastic_inner": [1.0], "output": str(tmp_path),
+    }  # fmt: skip
+    options = {"--unobserved": True, "--loglevel": "ERROR"}
+    run = ex.run(config_updates=small_run, options=options)
+    assert run.result["K_0"] > 1 and math.isfinite(run.result["slope_average_against_T"])
+    assert points["convergence/all_tasks/1/average", 20] > 0
+    k_0, n_0 = run.result["K_0"], run.result["N_0"]
+    assert points[f"convergence/floor/{k_0}", 1] > points[f"convergence/floor/{k_0}", 16] > 0
+    assert {("convergence/inner_steps/cold", 1), ("convergence/cg_steps/warm", n_0)} <= set(points)
+    assert any(name == "convergence/evaluations/all_tasks" for name, _ in points)
+    (picture,) = tmp_path.glob("*/convergence.png")
+    assert picture.stat().st_size > 20_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"problems": 1}, "problems, batches: expected two each"),
+        ({"batches": [0, 2]}, "batches: expected at least 1"),
+        ({"iterations": 5}, "iterations: expected at least 20"),
+        ({"theta_size": 40}, "condition, theta_size"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(changes: dict[str, object], message: str) -> None:
+    from experiments.papers.convergence.__main__ import ex
+
+    with pytest.raises(UserError, match=message):
+        ex.run(config_updates=changes, options={"--unobserved": True, "--loglevel": "ERROR"})

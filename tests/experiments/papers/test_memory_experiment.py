@@ -1,0 +1,133 @@
+"""Peak memory against inner steps: what grows, what does not, and what is left out."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from experiments.papers.memory.measure import Effort, Point, floor, forecast, growth
+from experiments.papers.memory.methods import RAJESWARAN, YANG, Method, Shape, build, episode
+from experiments.tracking import UserError
+from experiments.tracking.values import CheckedMetrics
+
+SMALL = Shape(ways=3, shots=2, queries=2, channels=3, pixels=16, hidden=8)
+CPU = torch.device("cpu")
+FREE = Effort(limit=2.0**40, repetitions=1)
+
+
+def peaks(method: Method, steps: tuple[int, ...] = (1, 10)) -> list[float]:
+    points = growth(method, SMALL, steps, FREE, CPU, lambda n: None).points
+    return [points[k].peak for k in steps]
+
+
+@pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
+@pytest.mark.parametrize(
+    "name", ["rm_metal/cached", "rm_metal/as_published", "imaml/gradient", "fomaml/as_published"]
+)
+def test_memory_that_does_not_grow(name: str) -> None:
+    first, last = peaks({**YANG, **RAJESWARAN}[name])
+    assert last <= 1.02 * first
+
+
+@pytest.mark.parametrize("name", ["maml/as_published", "anil/as_published", "itd_bio/as_published"])
+def test_memory_that_grows(name: str) -> None:
+    first, middle, last = peaks(YANG[name], (1, 5, 9))
+    assert last > 3 * first
+    assert last - middle == pytest.approx(middle - first, rel=0.02)  # a graph more a step
+
+
+@pytest.mark.parametrize("name", ["anil/cached", "itd_bio/cached"])
+def test_the_cache_is_most_of_the_difference(name: str) -> None:
+    published = peaks(YANG[name.replace("cached", "as_published")])
+    cached = peaks(YANG[name])
+    assert cached[1] - cached[0] < 0.05 * (published[1] - published[0])
+
+
+def test_a_step_takes_at_least_what_supervised_learning_takes() -> None:
+    least = floor(SMALL, CPU)
+    assert least > SMALL.hidden * 8 * 8 * 12 * 4  # one layer's output at least
+    assert peaks(YANG["anil/cached"], (1,))[0] == pytest.approx(least, rel=0.1)
+
+
+@pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
+@pytest.mark.parametrize("name", [*YANG, *RAJESWARAN])
+def test_every_method_learns(name: str) -> None:
+    torch.manual_seed(0)
+    algorithm = build({**YANG, **RAJESWARAN}[name], SMALL, CPU)
+    algorithm.steps = 3
+    (result,) = algorithm.learn([episode(SMALL, CPU)], lambda p, t: float(cross_entropy(p, t)))
+    assert result.loss == pytest.approx(result.score)
+    assert all(p.grad is not None for p in algorithm.theta()[:4])
+
+
+def test_methods_are_those_of_the_papers() -> None:
+    assert {name.split("/")[0] for name in YANG} == {"rm_metal", "maml", "anil", "itd_bio"}
+    for name in ("rm_metal", "anil", "itd_bio"):
+        assert YANG[f"{name}/as_published"].changes["features"] == "as_published"
+        assert "features" not in YANG[f"{name}/cached"].changes
+    assert {method.name for method in RAJESWARAN.values()} == {"imaml_gd", "maml", "fomaml"}
+
+
+def test_what_does_not_fit_is_left_out() -> None:
+    method = YANG["itd_bio/as_published"]
+    whole = growth(method, SMALL, (1, 2, 4), FREE, CPU, lambda n: None)
+    assert whole.left_out == []
+    limit = 0.5 * (whole.points[2].peak + whole.points[4].peak)
+    ticks: list[int] = []
+    short = growth(method, SMALL, (1, 2, 4, 8), Effort(limit, 1), CPU, ticks.append)
+    assert list(short.points) == [1, 2] and short.left_out == [4, 8] and sum(ticks) == 4
+
+
+def test_the_forecast_is_a_straight_line() -> None:
+    points = {1: Point(10.0, 0.0), 3: Point(14.0, 0.0)}
+    assert forecast(points, 10) == 28.0
+    assert forecast({1: Point(10.0, 0.0)}, 10) == 0.0
+
+
+@pytest.fixture
+def points(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, int], float]:
+    """What runs record, by metric and step."""
+    found: dict[tuple[str, int], float] = {}
+    keep = staticmethod(lambda name, value, step, now: found.update({(name, step): value}))
+    monkeypatch.setattr(CheckedMetrics, "sink", keep)
+    return found
+
+
+def test_the_command_records_every_curve(
+    tmp_path: Path, points: dict[tuple[str, int], float]
+) -> None:
+    from experiments.papers.memory.__main__ import ex
+
+    changes = {
+        "hidden": 8, "pixels": 16, "ways": 3, "shots": 2, "queries": 2, "inner_steps": [1, 5],
+        "imaml_ways": 3, "imaml_pixels": 16, "imaml_inner_steps": [1, 2], "output": str(tmp_path),
+    }  # fmt: skip
+    options = {"--unobserved": True, "--loglevel": "ERROR"}
+    run = ex.run(config_updates=changes, named_configs=["quick"], options=options)
+    for name in YANG:
+        assert points[f"memory/{name}", 5] > 0 and points[f"seconds/{name}", 5] > 0
+    for name in RAJESWARAN:
+        assert points[f"imaml_memory/{name}", 2] > 0 and points[f"imaml_seconds/{name}", 2] > 0
+    assert points["memory/supervised", 0] > 0
+    saved = run.result["anil/as_published over rm_metal/cached at K = 5"]
+    expected = points["memory/anil/as_published", 5] / points["memory/rm_metal/cached", 5]
+    assert saved == pytest.approx(expected) and saved > 2
+    (picture,) = tmp_path.glob("*/memory.png")
+    assert picture.stat().st_size > 20_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"inner_steps": []}, "inner_steps: expected at least one number"),
+        ({"imaml_pixels": 8}, "pixels, imaml_pixels: expected at least 16"),
+        ({"limit_gib": 0.0}, "limit_gib: expected a number above 0"),
+        ({"device": "cuba"}, "device"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(changes: dict[str, object], message: str) -> None:
+    from experiments.papers.memory.__main__ import ex
+
+    with pytest.raises(UserError, match=message):
+        ex.run(config_updates=changes, options={"--unobserved": True, "--loglevel": "ERROR"})

@@ -1,0 +1,83 @@
+"""The report's arithmetic, without a database."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from experiments.report.curves import band, first_reached
+from experiments.report.differences import run_list
+from experiments.report.learning_curves import draw_curves
+from experiments.report.methods import LOOKS, looks
+from experiments.report.summary import Point
+from experiments.report.table_text import latex
+from experiments.statistics import seeds_mean, t_quantile
+from experiments.sweeps.definitions import SWEEPS
+
+# Abramowitz and Stegun (1964), Table 26.10, and its limit, the normal quantile.
+TABLE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 9: 2.262, 10: 2.228, 30: 2.042,
+         120: 1.980, 2000: 1.961}  # fmt: skip
+
+
+@pytest.mark.parametrize("freedom", list(TABLE))
+def test_t_quantiles_are_those_of_the_tables(freedom: int) -> None:
+    assert t_quantile(freedom) == pytest.approx(TABLE[freedom], abs=5.1e-4)
+
+
+def test_t_needs_a_degree_of_freedom() -> None:
+    with pytest.raises(ValueError, match="expected at least 1, got 0"):
+        t_quantile(0)
+
+
+def test_means_leave_out_what_is_not_finite() -> None:
+    assert seeds_mean([1.0, math.nan, 3.0])[::2] == (2.0, 2)
+    assert seeds_mean([1.0, 3.0]).half_width == pytest.approx(12.7062, rel=1e-5)
+    one, none = seeds_mean([0.5]), seeds_mean([])
+    assert one.mean == 0.5 and math.isnan(one.half_width) and one.number == 1
+    assert math.isnan(none.mean) and none.number == 0
+
+
+def test_a_band_is_over_where_all_curves_are() -> None:
+    found = band([([0, 2, 4], [0, 2, 4]), ([1, 3], [1, 5])])
+    assert found is not None
+    np.testing.assert_allclose(found.at, [1, 2, 3])
+    np.testing.assert_allclose(found.mean, [1, 2.5, 4])
+    np.testing.assert_allclose(found.low, [1, 2, 3])
+    np.testing.assert_allclose(found.high, [1, 3, 5])
+    assert band([([0, 1], [0, 1]), ([2, 3], [0, 1])]) is None
+    assert band([([0.0], [math.nan])]) is None and band([]) is None
+
+
+def test_seeds_with_nothing_in_common_are_drawn_one_by_one() -> None:
+    runs = [SimpleNamespace(points=[Point(n, 60.0 + n, 0.4, 0.1)], diverged="") for n in (12, 13)]
+    drawing = draw_curves({"imaml_hf": runs}, "accuracy", None)  # type: ignore[dict-item]
+    for axes, at in zip(drawing.axes, ([12, 13], [72, 73]), strict=True):
+        assert [list(line.get_xdata()) for line in axes.lines] == [[x] for x in at]
+    (legend,) = [axes.get_legend() for axes in drawing.axes if axes.get_legend()]
+    assert [text.get_text() for text in legend.get_texts()] == ["imaml_hf"]
+
+
+def test_the_first_time_counts() -> None:
+    assert first_reached(([1, 2, 3], [0.1, 0.5, 0.4]), 0.4) == 2
+    assert first_reached(([1, 2], [0.1, math.nan]), 0.4) is None
+
+
+def test_run_ids_are_short_and_in_order() -> None:
+    assert run_list([3, 1, 2, 2, 7, 9, 10, "mine"]) == "1-3, 7, 9, 10, mine"
+    assert run_list([]) == ""
+
+
+def test_every_method_of_the_comparison_has_a_colour_of_its_own() -> None:
+    names = list(SWEEPS["accuracy"].methods)
+    assert len({look.color for look in looks(names).values()}) == len(names)
+    made = looks([*LOOKS, "a", "b"])
+    assert made["a"] != made["b"]
+
+
+def test_latex_is_escaped() -> None:
+    assert latex("a_b 50 % ± ≤ {x} \\") == (
+        r"a\_b 50 \% $\pm$ $\leq$ \{x\} \textbackslash{}"
+    )

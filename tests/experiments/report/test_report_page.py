@@ -1,0 +1,174 @@
+"""What the report writes: a page of its own, LaTeX; databases that are empty, broken, large."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_runs import WORDS, Recorder, fill, rows
+
+from experiments.report.__main__ import main
+from experiments.report.archive import Archive
+from experiments.report.drawing import pictures
+from experiments.report.request import Request
+from experiments.sweeps.definitions import SWEEPS
+from experiments.sweeps.plan import Plan, make_plan
+from experiments.tracking.supervisor import read_server_file
+
+pytest_plugins = ("report_fixtures",)
+
+ROOT = Path(__file__).parents[3]
+
+
+class Resources(HTMLParser):
+    """What a page would fetch, and whether its tags are balanced."""
+
+    VOID = ("meta", "img", "br", "link", "input")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_holds_everything_itself(
+    recorder: Recorder, plan: Plan, report: Callable[..., Path]
+) -> None:
+    fill(recorder, plan, random.Random(0))
+    recorder.run({"tasks.name": "<b>&"}, result={"test_accuracy": 0.5}, info={"resumes": "<i>"})
+    folder = report(*WORDS)
+    text = (folder / "index.html").read_text(encoding="utf-8")
+    parser = Resources()
+    parser.feed(text)
+    assert not parser.open and "<b>" not in text and "<i>" not in text
+    assert all(address.startswith(("data:", "#")) for address in parser.addresses)
+    assert sum(address.startswith("data:image/svg+xml") for address in parser.addresses) == 2
+    assert "url(" not in text and "@import" not in text
+    for name in re.findall(r"<code>(\w+\.(?:svg|png))</code>", text):
+        assert (folder / name).read_bytes()[:5] in (b"\x89PNG\r", b"<?xml"), name
+
+
+def test_every_table_as_latex_is_balanced_and_escaped(
+    recorder: Recorder, plan: Plan, report: Callable[..., Path]
+) -> None:
+    fill(recorder, plan, random.Random(0), share=0.8)
+    files = sorted(report(*WORDS).glob("*.tex"))
+    assert len(files) >= 6
+    for file in files:
+        text = file.read_text(encoding="utf-8")
+        body = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
+        assert text.startswith("% command: python -m experiments.") and "\n% runs: " in text
+        assert all(rf"\{rule}rule" in body for rule in ("top", "mid", "bottom"))
+        assert body.count("{") == body.count("}") and body.isascii(), file.name
+        assert not re.search(r"(?<!\\)[_%#]", body), file.name
+
+
+@pytest.mark.parametrize("status", [None, "FAILED"])
+def test_a_database_without_a_complete_run(
+    status: str | None, recorder: Recorder, report: Callable[..., Path]
+) -> None:
+    if status:
+        config = {"tasks.name": "glyphs", "algorithm.name": "anil", "seed": 0}
+        recorder.run(config, status=status, fail_trace=["Traceback", "ValueError: broken"])
+    folder = report()
+    text = (folder / "index.html").read_text(encoding="utf-8")
+    assert ("1 runs: 1 FAILED" if status else "The database has no runs yet.") in text
+    assert ("ValueError: broken" in text) == bool(status)
+    assert {r["complete"] for r in rows(folder, "sweeps") if r["sweep"] == "accuracy"} == {
+        f"0 of {len(make_plan(SWEEPS['accuracy'], {}).names())}"
+    }
+
+
+def test_a_thousand_runs_take_less_than_20_seconds(
+    recorder: Recorder, report: Callable[..., Path]
+) -> None:
+    """Of the processor, the report's and its server's together: other programs do not count."""
+    for benchmark in ("caltech101", "glyphs"):
+        fill(recorder, make_plan(SWEEPS["accuracy"], {"benchmark": benchmark, "seeds": 45}),
+             random.Random(0))  # fmt: skip
+    assert recorder.documents["runs"].count_documents({}) >= 1000
+    start = time.process_time() + _server_seconds()
+    folder = report()
+    assert time.process_time() + _server_seconds() - start < 20
+    assert len(rows(folder, "runs_train")) >= 1000
+
+
+def _server_seconds() -> float:
+    """Of the embedded server; 0 where the system does not tell."""
+    folder = Path(os.environ["L2L_IMPLICIT_DATA"]) / "mongodb"
+    stat = Path(f"/proc/{read_server_file(folder)['server']}/stat")
+    if not stat.exists():
+        return 0.0
+    after_name = stat.read_text().rpartition(")")[2].split()
+    return sum(map(int, after_name[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
+BAD = {
+    "acuracy": "did you mean 'accuracy'?",
+    "accuracy benchmark=glyph": "did you mean 'glyphs'?",
+    "benchmark=glyphs": "KEY=VALUE needs one sweep that it was given to, got 0 names",
+    "accuracy -m mongodb://a:b@c/d": "-m takes HOST:PORT:DB",
+    "accuracy --output /dev/null/x": "Not a directory",
+}
+
+
+@pytest.mark.parametrize("words", list(BAD))
+def test_bad_input_is_one_line(
+    words: str, recorder: Recorder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words.split()) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and BAD[words] in error
+
+
+def test_it_reads_only_and_needs_no_torch(recorder: Recorder, plan: Plan, tmp_path: Path) -> None:
+    fill(recorder, plan, random.Random(0))
+    names = sorted(recorder.documents.list_collection_names())
+    before = {name: list(recorder.documents[name].find()) for name in names}
+    indexes = {name: recorder.documents[name].index_information() for name in names}
+    program = (
+        "import sys; from experiments.report.__main__ import main;"
+        f" status = main(['accuracy', '--output', {str(tmp_path)!r}]);"
+        " loaded = {'torch', 'l2l_implicit', 'learn2learn'} & set(sys.modules);"
+        " sys.exit(f'loaded {loaded}' if loaded else status)"
+    )
+    answer = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True)
+    assert answer.returncode == 0, answer.stderr
+    assert sorted(recorder.documents.list_collection_names()) == names
+    assert before == {name: list(recorder.documents[name].find()) for name in names}
+    assert indexes == {name: recorder.documents[name].index_information() for name in names}
+
+
+def test_the_documented_section_works(recorder: Recorder, documents: Any) -> None:
+    """The example of docs/report.md, run as it stands."""
+    text = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(example, "docs/report.md", "exec"), names)
+    assert names["sections"](Request(Archive(documents), ())) == []
+    recorder.run(
+        {"algorithm": "maml", "seed": 0},
+        experiment="mine", metrics={"mine/peak_bytes": {1: 2.0**20, 5: 2.0**21}},
+    )  # fmt: skip
+    (section,) = names["sections"](Request(Archive(documents), ()))
+    (figure,) = section.items
+    assert figure.records[1] == {"algorithm": "maml", "K": 5, "peak_bytes": 2.0**21}
+    png, svg = pictures(figure)
+    assert png.startswith(b"\x89PNG") and b"<svg" in svg

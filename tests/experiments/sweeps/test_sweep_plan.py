@@ -1,0 +1,225 @@
+"""Cells, plans and claims without processes of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from experiments import sweep
+from experiments.sweeps import claims
+from experiments.sweeps.cells import Cell, format_value, parse_settings, parse_value
+from experiments.sweeps.claims import Claims, Owner
+from experiments.sweeps.definition import Benchmark, Method, Sweep
+from experiments.sweeps.definitions import SWEEPS
+from experiments.sweeps.listing import duration
+from experiments.sweeps.plan import find_sweep, make_plan
+from experiments.sweeps.training import find_checkpoint, is_death
+from experiments.tracking import UserError
+from experiments.tracking.database import Choice, Database
+
+
+def cell(**settings: object) -> Cell:
+    return Cell("experiments.train", ("glyphs", "anil"), settings)
+
+
+def test_the_identity_is_of_what_is_run_not_of_where() -> None:
+    one = cell(**{"algorithm.lr": 0.1, "seed": 0})
+    assert one.identity == cell(**{"seed": 0, "algorithm.lr": 0.1}).identity
+    assert one.identity == cell(**{"algorithm.lr": 1e-1, "seed": 0.0}).identity
+    assert one.identity == cell(**{"algorithm.lr": 0.1, "seed": 0, "tasks.root": "/x"}).identity
+    others = [cell(**{"algorithm.lr": 0.1, "seed": 1}), cell(**{"algorithm.lr": "0.1", "seed": 0}),
+              Cell("experiments.train", ("anil", "glyphs"), one.settings), cell(seed=True)]
+    assert len({one.identity, *(other.identity for other in others)}) == 5
+    assert parse_value(one.identity) == one.identity, "Sacred would read it as a number"
+
+
+@pytest.mark.parametrize("value", [1, 0.1, 1e-05, True, None, [1500], "cpu", "1", "True", "a b"])
+def test_values_survive_the_command_line(value: object) -> None:
+    assert parse_settings([f"key={format_value(value)}"]) == {"key": value}
+
+
+@pytest.mark.parametrize("name", list(SWEEPS))
+def test_every_definition_gives_different_cells(name: str) -> None:
+    for benchmark in SWEEPS[name].benchmarks:
+        for grid in ({}, {"grid": "paper"}) if name == "yang_table1" else ({},):
+            plan = make_plan(SWEEPS[name], {"benchmark": benchmark, **grid})
+            grids = [c for g in plan.groups for c in g.grid.values()]
+            finals = [c for g in plan.groups for part in g.finals for c in part.values()]
+            for cells in (grids, finals):
+                assert len({c.identity for c in cells}) == len(cells)
+            assert all(type(c.settings["seed"]) is int for c in grids + finals)
+
+
+@pytest.mark.parametrize("benchmark", list(SWEEPS["accuracy"].benchmarks))
+def test_the_comparison_is_fair(benchmark: str) -> None:
+    """Equal grids and equal budgets, 11 methods, 3 settings, 3 seeds; the outer step for all."""
+    plan = make_plan(SWEEPS["accuracy"], {"benchmark": benchmark})
+    assert len(plan.names()) == 11 * (3 + 3)
+    for method in SWEEPS["accuracy"].methods.values():
+        assert [len(c) for c in method.grid] == [1, 1, 2]
+        assert [c for c in method.grid if "meta_lr" in c] == [method.grid[2]]
+    grids = [cell for group in plan.groups for cell in group.grid.values()]
+    finals = [c for g in plan.groups for part in g.finals for c in part.values()]
+    for cells in (grids, finals):
+        assert len({(c.settings["budget"], c.settings["meta_batch"]) for c in cells}) == 1
+    assert finals[0].settings["budget"] == 2 * grids[0].settings["budget"]
+
+
+def test_a_benchmark_may_have_budgets_of_its_own() -> None:
+    """Its settings for a stage beat the method's, its settings for a method the stage's."""
+    sweep = Sweep(
+        {"a": Method(("a",), final={"test_at": [9], "x": 1}), "b": Method(("b",))},
+        {"here": Benchmark(stage2={"test_at": [], "tests": 6}, methods={"b": {"tests": 5}})},
+        stage2={"budget": 4, "tests": 7},
+        seeds=1,
+    )
+    (a,), (b,) = [group.finals for group in make_plan(sweep, {}).groups]
+    common = {"budget": 4, "test_at": [], "seed": 0}
+    assert a["a/final/0"].settings == {**common, "x": 1, "tests": 6}
+    assert b["b/final/0"].settings == {**common, "tests": 5}
+
+
+def test_settings_of_the_command_line_reach_every_cell() -> None:
+    plan = make_plan(SWEEPS["accuracy"], {"methods": "anil", "budget": 9, "tasks.root": "data"})
+    (group,) = plan.groups
+    cells = [*group.grid.values(), *(c for part in group.finals for c in part.values())]
+    assert {(c.settings["budget"], c.settings["tasks.root"]) for c in cells} == {(9, "data")}
+    inner = [c.settings.get("algorithm.lr") for c in group.grid.values()]
+    assert inner == [0.1, 0.03, 0.1]
+
+
+TOP_LEVEL = ("iterations", "meta_batch", "meta_lr", "budget", "validate_every", "test_tasks",
+             "validation_tasks", "threads", "output", "test_at", "checkpoint_seconds")
+
+
+@pytest.mark.parametrize("key", TOP_LEVEL)
+def test_the_trainings_own_entries_are_no_misspelt_options(key: str) -> None:
+    make_plan(SWEEPS["smoke"], {key: 1})
+
+
+BAD = {
+    "acuracy": "did you mean 'accuracy'?",
+    "nothing.py": "no file nothing.py",
+    "accuracy benchmark=caltech": "did you mean 'caltech101'?",
+    "accuracy benchmrk=glyphs": "did you mean 'benchmark'?",
+    "accuracy methods=anil,mamll": "did you mean 'maml'?",
+    "accuracy seeds=0": "seeds: expected a number of seeds of at least 1, got 0",
+    "accuracy seed=1": "the number of seeds is seeds=N",
+    "accuracy algorithm.lr=0.1": "algorithm.lr is what the grid of itd_bio searches",
+    "accuracy glyphs": "expected KEY=VALUE, got 'glyphs'",
+    "accuracy seeds=1 seeds=2": "seeds is given twice",
+    "yang_table1 grid=papr": "did you mean 'paper'?",
+    "accuracy --cell anil/final/7": "did you mean 'anil/final/",
+}
+
+
+@pytest.mark.parametrize("words", list(BAD))
+def test_bad_input_is_one_line(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep.main(words.split()) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and BAD[words] in error
+
+
+@pytest.fixture
+def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Database]:
+    monkeypatch.setenv("L2L_IMPLICIT_DATA", str(tmp_path))
+    monkeypatch.setenv("L2L_IMPLICIT_SWEEP_LEASE", "0.4")
+    database = Database(Choice(None, "embedded"))
+    yield database
+    database.close()
+
+
+def test_a_claim_has_one_owner(database: Database) -> None:
+    first, second = Claims(database, "a"), Claims(database, "b")
+    assert first.take("c1", "x") and not second.take("c1", "x")
+    assert first.take("c1", "x"), "an owner whose answer got lost asks again"
+    assert first.beat("c1") and not second.beat("c1")
+    second.release("c1")
+    second.fail("c1", "not mine")
+    assert first.beat("c1")
+    first.fail("c1", "once")
+    assert second.take("c1", "x")
+    second.fail("c1", "twice")
+    assert not first.take("c1", "x")
+    assert first.find(["c1"])["c1"]["failures"] == ["once", "twice"]
+    first.forgive(["c1"])
+    assert first.take("c1", "x")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The claims' clock, which goes on only when it is told to."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(claims, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def on_another_machine(database: Database) -> None:
+    database.documents["sweep_cells"].update_one({"_id": "c1"}, {"$set": {"host": "elsewhere"}})
+
+
+def test_a_silent_owner_elsewhere_loses_the_claim_after_a_whole_lease(
+    database: Database, clock: SimpleNamespace
+) -> None:
+    owner, other = Claims(database, "a"), Claims(database, "b")
+    owner.take("c1", "x")
+    on_another_machine(database)
+    for round_ in range(12):  # 0.6 s, more than a lease, in which it beats
+        if round_ % 3 == 0:
+            assert owner.beat("c1")
+        assert not other.take_over(other.find(["c1"])["c1"])
+        clock.now += 0.05
+    clock.now += 0.6  # not looked at: the database may have been away, the owner too
+    assert not other.take_over(other.find(["c1"])["c1"])
+    seen = clock.now
+    while clock.now < seen + 0.375:
+        clock.now += 0.025
+        assert not other.take_over(other.find(["c1"])["c1"])
+    clock.now += 0.05
+    assert other.take_over(other.find(["c1"])["c1"])
+    assert not owner.beat("c1"), "the old owner is told, and stops its training"
+
+
+def test_a_dead_owner_here_loses_the_claim_at_once_and_a_living_one_never(
+    database: Database, clock: SimpleNamespace
+) -> None:
+    token, owner = Owner("a"), Claims(database, "a")
+    other = Claims(database, "b")
+    owner.take("c1", "x")
+    clock.now += 0.5  # more than a lease
+    assert not other.take_over(other.find(["c1"])["c1"])
+    seen = other.find(["c1"])["c1"]
+    token.close(released=False)
+    assert other.take_over(seen)
+    assert not Claims(database, "c").take_over(seen), "what was seen is no longer so"
+
+
+def test_a_checkpoint_is_found_by_its_cell(tmp_path: Path) -> None:
+    mine = cell(output=str(tmp_path), seed=0)
+    for number, identity in ((1, mine.identity), (2, "c0"), (3, mine.identity)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "config.json").write_text(f'{{"cell": "{identity}"}}')
+        if number < 3:
+            (folder / "checkpoint.pt").touch()
+    assert find_checkpoint(mine, [3, 2, 1]) == tmp_path / "1"
+    assert find_checkpoint(mine, [3, 2, 9]) is None
+
+
+def test_small_things() -> None:
+    assert [duration(s) for s in (3.2, 600, 11100)] == ["3 s", "10 min", "3 h 05 min"]
+    assert is_death("killed by SIGKILL") and is_death("its worker was killed")
+    assert not is_death("exit status 1: error: killed")
+    with pytest.raises(UserError, match="must define SWEEP"):
+        find_sweep(__file__)
+
+
+def test_the_sweep_of_the_docs_is_one(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[3] / "docs" / "sweeps.md").read_text()
+    path = tmp_path / "mine.py"
+    path.write_text(text.split("```python\n")[1].split("```")[0])
+    names = make_plan(find_sweep(str(path)), {"seeds": 1}).names()
+    assert names == ["anil/grid/0", "anil/grid/1", "anil/final/0"]

@@ -1,0 +1,117 @@
+"""`python -m experiments.doctor` in real processes, where things are there and where not."""
+
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from experiments.doctor import EXTRA, LIBRARY
+
+ROOT = Path(__file__).parents[2]
+TORCH = ("torch", "torchvision", "learn2learn", "l2l_implicit")
+EXTRAS = ("higher", "pytorch_lightning", "sacred", "pymongo", "matplotlib")
+# The module as the command line runs it, in a Python that has some packages not.
+WITHOUT = """
+import importlib.abc, runpy, sys
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {absent!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+sys.argv = ["doctor", "--root", {root!r}]
+runpy.run_module("experiments.{module}", run_name="__main__")
+"""
+
+
+def run(
+    data: Path, absent: Sequence[str] = (), module: str = "doctor", **variables: str
+) -> tuple[int, str]:
+    """Exit status and output of a module of the experiments without some packages."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("L2L_IMPLICIT_")}
+    own = {"HOME": str(data), "L2L_IMPLICIT_DATA": str(data), "L2L_IMPLICIT_MONGO_TIMEOUT": "1"}
+    code = WITHOUT.format(absent=tuple(absent), root=str(data / "images"), module=module)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**kept, **own, **variables},
+        text=True, timeout=500, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    return done.returncode, done.stdout
+
+
+def findings(output: str) -> dict[str, str]:
+    """The text of each line by its name."""
+    lines = [line[2:] for line in output.splitlines() if line.startswith("  ")]
+    return {line[:18].strip(): line[19:] for line in lines}
+
+
+def test_a_whole_installation(tmp_path: Path) -> None:
+    (tmp_path / "images/caltech101/101_ObjectCategories").mkdir(parents=True)
+    (tmp_path / "images/cifar100.zip").touch()
+    status, output = run(tmp_path)
+    found = findings(output)
+    assert (status, output.splitlines()[-1]) == (0, "Nothing that is needed is broken.")
+    assert not [name for name, text in found.items() if text.startswith("BROKEN")]
+    assert found["answer"] == "embedded, 0 runs, may be written to"
+    folder = tmp_path / "mongodb"
+    assert found["files"].startswith(f"{folder} (mode 0700")
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert found["check"].startswith("-0.1200")
+    assert (found["caltech101"], found["cifarfs"]) == ("in place", "in place")
+    assert found["omniglot"].startswith("missing: get images_background.zip, images_evaluation.zip")
+    assert f"into {tmp_path / 'images/omniglot-py'}" in found["omniglot"]
+
+
+def test_without_any_extra(tmp_path: Path) -> None:
+    status, output = run(tmp_path, EXTRAS)
+    found = findings(output)
+    assert status == 0, output
+    for name in ("higher", "pytorch-lightning", "sacred", "pymongo", "matplotlib"):
+        assert found[name].startswith("missing: pip install")
+    assert found["pytorch-lightning"] == f"missing: {EXTRA.format('lightning')}"
+    assert found["records"].startswith("missing: none without sacred and pymongo: pip install")
+    assert found["check"].startswith("-0.1200")
+    assert found["fc100"].startswith("missing: get fc100.zip from")
+
+
+def test_without_torch(tmp_path: Path) -> None:
+    status, output = run(tmp_path, TORCH)
+    found = findings(output)
+    assert (status, output.splitlines()[-1]) == (1, "7 broken")
+    for name in ("torch", "torchvision", "learn2learn", "l2l-implicit"):
+        assert found[name] == f"BROKEN: {LIBRARY}"
+    assert found["check"] == "BROKEN: l2l_implicit does not import"
+    assert found["answer"] == "embedded, 0 runs, may be written to"
+
+
+def test_a_database_that_does_not_answer(tmp_path: Path) -> None:
+    url = "mongodb://me:s3cret%2Fw0rd@127.0.0.1:9/runs"
+    _, output = run(tmp_path, TORCH, L2L_IMPLICIT_MONGO_URL=url)
+    found = findings(output)
+    assert output.splitlines()[-1] == "8 broken"
+    assert found["chosen by"] == "L2L_IMPLICIT_MONGO_URL"
+    assert found["answer"].startswith("BROKEN: no database answers (L2L_IMPLICIT_MONGO_URL)")
+    assert "s3cret" not in output
+
+
+def test_a_url_that_others_can_read(tmp_path: Path) -> None:
+    path = tmp_path / ".config/l2l_implicit/mongo_url"
+    path.parent.mkdir(parents=True)
+    path.write_text("mongodb://there/name\n")
+    path.chmod(0o644)
+    _, output = run(tmp_path, TORCH)  # quick: nothing of what it blocks has to do with the file
+    assert output.splitlines()[-1] == "8 broken"
+    assert findings(output)["answer"] == (
+        f"BROKEN: {path} has mode 0644: others may read it; run chmod 600 {path}"
+    )
+
+
+@pytest.mark.parametrize("module", ["train", "sweep", "report.__main__", "memory.__main__"])
+def test_an_experiment_without_the_extra_says_what_to_install(tmp_path: Path, module: str) -> None:
+    status, output = run(tmp_path, EXTRAS, module)
+    assert status == 1
+    last = output.splitlines()[-1]
+    assert "expected sacred for the experiments" in last
+    assert "pip install -r requirements.txt" in last

@@ -1,0 +1,83 @@
+"""Every algorithm on every benchmark: a few outer iterations of the real command, on small data
+sets in the formats that the real ones have on disk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from disk_formats import WRITERS
+from small_benchmarks import no_network
+
+from experiments.ingredients.algorithm_table import ALGORITHMS, VARIANTS
+from experiments.ingredients.named_configs import BENCHMARKS
+from experiments.train import ex
+
+SMALL: dict[str, Any] = {
+    "iterations": 2,
+    "meta_batch": 1,
+    "validate_every": 2,
+    "validation_tasks": 2,
+    "test_tasks": 2,
+}
+IMAGES = {"tasks.ways": 3, "tasks.shots": 1, "tasks.queries": 2, "model.hidden": 4}
+METHODS = [*ALGORITHMS, *VARIANTS]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*results do not compare:UserWarning"),
+    pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All data sets, each in its own format."""
+    path = tmp_path_factory.mktemp("data")
+    for name, write in WRITERS.items():
+        write(path / name, 4, 4)
+    return path
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(autouse=True)
+def offline() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        tried = no_network(patch)
+        yield
+        assert not tried
+
+
+def run(benchmark: str, method: str, root: Path, output: Path, **more: Any) -> dict[str, Any]:
+    settings = {**SMALL, "output": str(output), **more}
+    # A fixed inner step of 0.1 diverges on a squared error of amplitudes up to 5.
+    settings |= IMAGES if benchmark != "sine" else {"algorithm.lr": 0.001}
+    if benchmark in WRITERS:
+        settings["tasks.root"] = str(root / benchmark)
+    if benchmark in ("mini_imagenet", "tiered_imagenet", "omniglot"):
+        settings["model.name"] = "cnn4"
+    finished = ex.run(
+        named_configs=[benchmark, method],
+        config_updates=settings,
+        options={"--unobserved": True, "--loglevel": "ERROR"},
+    )
+    return finished.result
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS)
+@pytest.mark.parametrize("method", METHODS)
+def test_cell(benchmark: str, method: str, root: Path, output: Path) -> None:
+    result = run(benchmark, method, root, output)
+    assert result["iterations"] == 2 and result["diverged"] is None
+    if benchmark == "sine":
+        assert math.isfinite(result["test_mse"]) and "centroid_accuracy" not in result
+    else:
+        assert 0.0 <= result["test_accuracy"] <= 1.0
+        assert 0.0 <= result["centroid_accuracy"] <= 1.0
+    assert result["step_peak_bytes"] > 0

@@ -1,0 +1,230 @@
+"""Tasks that cannot be learnt: named, and stopped at or skipped, as was asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from sacred.run import Run
+from torch import Tensor, nn
+
+from experiments.ingredients import tasks as tasks_module
+from experiments.ingredients.algorithm import Algorithms
+from experiments.tracking import UserError
+from experiments.training.algorithms import HeadOnly
+from experiments.training.bad_tasks import MOST_IN_A_ROW, CheckedStream, fault
+from experiments.training.episodes import Episode
+from experiments.training.history import History
+from experiments.training.meta_learner import MEASURES, Diverged, MetaLearner
+from l2l_implicit import GradientDescent, ImplicitCGHead
+
+LABELS = torch.arange(3).repeat(2)
+
+
+def episode(scale: float = 1.0) -> Episode:
+    return Episode(scale * torch.randn(12, 5), LABELS, LABELS)
+
+
+def with_entry(value: float) -> Episode:
+    task = episode()
+    task.inputs[7, 2] = value
+    return task
+
+
+FAULTS: dict[str, tuple[Callable[[], Episode], str]] = {
+    "nan": (lambda: with_entry(math.nan), "inputs: expected finite numbers, got nan (sample 7)"),
+    "infinity": (lambda: with_entry(-math.inf), "got -inf (sample 7)"),
+    "support label": (
+        lambda: episode()._replace(support_targets=LABELS + 1),
+        "support targets: expected labels 0 to 2, got 1 to 3",
+    ),
+    "query label": (
+        lambda: episode()._replace(query_targets=LABELS - 1),
+        "query targets: expected labels 0 to 2, got -1 to 1",
+    ),
+    "target": (
+        lambda: episode()._replace(query_targets=torch.full((6, 1), math.inf)),
+        "query targets: expected finite numbers, got inf (sample 0)",
+    ),
+}
+
+
+class Stream:
+    """The tasks it is given, over and over."""
+
+    state = None
+
+    def __init__(self, *tasks: Episode) -> None:
+        self._tasks = self._repeat(tasks)
+
+    @staticmethod
+    def _repeat(tasks: tuple[Episode, ...]) -> Iterator[Episode]:
+        while True:
+            yield from tasks
+
+    def sample(self) -> Episode:
+        return next(self._tasks)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_wrong_data_are_named(name: str) -> None:
+    make, expected = FAULTS[name]
+    assert fault(episode(), 3) is None
+    assert expected in (fault(make(), 3) or "")
+
+
+def test_large_finite_data_are_not_wrong() -> None:
+    task = episode()
+    task.inputs[:] = torch.finfo(torch.float32).max
+    assert fault(task, 3) is None
+
+
+def test_a_stream_stops_at_a_bad_task_and_says_which() -> None:
+    said: list[str] = []
+    stream = CheckedStream(Stream(episode(), with_entry(math.nan)), 3, False, said.append, "train")
+    stream.sample()
+    with pytest.raises(UserError, match=r"^train task 2: inputs: .*nan.*on_bad_task=skip$"):
+        stream.sample()
+    with pytest.raises(UserError, match="^iteration 3, task 4: inputs"):
+        stream.sample()
+        stream.sample("iteration 3, task 4")
+
+
+def test_a_stream_takes_the_next_task_instead_and_counts() -> None:
+    said: list[str] = []
+    good, bad = episode(), with_entry(math.nan)
+    stream = CheckedStream(Stream(bad, good, bad, bad, good), 3, True, said.append, "test")
+    assert [stream.sample() is good for _ in range(2)] == [True, True]
+    assert stream.skipped == len(said) == 3 and "skipped test task 2" in said[-1]
+
+
+def test_a_stream_of_bad_tasks_ends() -> None:
+    stream = CheckedStream(Stream(with_entry(math.nan)), 3, True, lambda text: None, "train")
+    with pytest.raises(UserError, match=f"got {MOST_IN_A_ROW} bad ones in a row"):
+        stream.sample()
+
+
+def meta_learner(said: list[str], skip: bool, lr: float = 0.1) -> MetaLearner:
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4, affine=False))
+    head = ImplicitCGHead(nn.Linear(4, 3), lr, l2=1.0, inner=GradientDescent(), max_error=1e9)
+    algorithm = HeadOnly(backbone, head, 5, nn.CrossEntropyLoss())
+    algorithms = Algorithms(algorithm, algorithm, backbone, head.module)
+    measure = MEASURES["classification"]
+    return MetaLearner(
+        algorithms, measure, "sgd", 0.1, False, skip=skip, say=said.append
+    )
+
+
+def bad_episode() -> Episode:
+    """Finite data, whose sum and with it the batch's mean is not."""
+    return Episode(torch.full((12, 5), 3e38), LABELS, LABELS)
+
+
+def gradients(learner: MetaLearner) -> list[Tensor]:
+    return [p.grad.clone() for p in learner.parameters if p.grad is not None]
+
+
+def test_a_skipped_task_leaves_the_mean_of_the_others() -> None:
+    torch.manual_seed(1)
+    good, said = [episode(), episode()], []
+    reference, learner = meta_learner([], False), meta_learner(said, True)
+    reference.hypergradient(good)
+    results = learner.hypergradient([good[0], bad_episode(), good[1]])
+    assert [result is None for result in results] == [False, True, False]
+    pairs = zip(gradients(reference), gradients(learner), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    buffers = zip(*(x.algorithms.backbone.buffers() for x in (reference, learner)), strict=True)
+    assert all(torch.equal(a, b) for a, b in buffers)
+    assert len(said) == 1 and said[0].startswith("skipped task 2 of 3: loss: expected a finite")
+
+
+def test_a_step_counts_what_it_skipped() -> None:
+    learner = meta_learner([], True)
+    step = learner.step([episode(), bad_episode(), bad_episode(), episode()])
+    assert step.skipped_tasks == 2 and math.isfinite(step.hypergradient_norm)
+    assert meta_learner([], False).step([episode()]).skipped_tasks is None
+
+
+def test_a_batch_without_a_good_task_diverges_with_theta_untouched() -> None:
+    learner = meta_learner([], True)
+    before = [p.clone() for p in learner.parameters]
+    with pytest.raises(Diverged, match="got 2 that cannot"):
+        learner.step([bad_episode(), bad_episode()])
+    assert all(torch.equal(a, b) for a, b in zip(before, learner.parameters, strict=True))
+
+
+def test_without_skipping_the_task_and_the_quantity_are_named() -> None:
+    with pytest.raises(Diverged, match="^task 3 of 3: loss: expected a finite number"):
+        meta_learner([], False).step([episode(), episode(), bad_episode()])
+
+
+def test_an_exploding_inner_loop_names_task_step_and_quantity() -> None:
+    learner = meta_learner([], False, lr=1e30)
+    with pytest.raises(Diverged, match=r"^task 1 of 2: (loss|inner gradient): expected .*"):
+        learner.step([episode(), episode()])
+
+
+def test_evaluation_skips_too() -> None:
+    learner = meta_learner([], True)
+    stream = Stream(episode(), bad_episode())
+    score = learner.evaluate(stream, 6, iter)  # type: ignore[arg-type]
+    assert learner.skipped == 3 and 0.0 <= score.mean <= 1.0
+    with pytest.raises(Diverged, match="^task 2 of 6: "):
+        meta_learner([], False).evaluate(Stream(episode(), bad_episode()), 6, iter)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def spoilt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every fifth task of every stream holds a nan."""
+    whole, drawn = tasks_module.TaskStream.sample, [0]
+
+    def sample(self: Any) -> Episode:
+        drawn[0] += 1
+        task = whole(self)
+        if drawn[0] % 5 == 0:
+            task.inputs[0] = math.nan
+        return task
+
+    monkeypatch.setattr(tasks_module.TaskStream, "sample", sample)
+
+
+def run_train(*words: str) -> Run:
+    from experiments.train import ex
+
+    updates = dict(word.split("=") for word in words)
+    config = {"iterations": 2, "meta_batch": 4, "validation_tasks": 3, "test_tasks": 6, **updates}
+    return ex.run(None, config, ["smoke"], options={"--unobserved": True, "--loglevel": "ERROR"})
+
+
+def test_a_run_skips_and_counts(spoilt: None, tmp_path: Any) -> None:
+    result = run_train("on_bad_task=skip", f"output={tmp_path}").result
+    assert result["skipped_tasks"] == 4  # of 8 for training, 3 for validation, 6 for the test
+    assert result["diverged"] is None and 0.0 <= result["test_accuracy"] <= 1.0
+
+
+def test_a_run_stops_and_says_where(spoilt: None, tmp_path: Any) -> None:
+    with pytest.raises(UserError, match="^outer iteration 2, task 1 of 4: inputs: .*nan"):
+        run_train(f"output={tmp_path}")
+
+
+def test_history_keeps_whole_numbers_whole() -> None:
+    history = History()
+    for step, values in enumerate([{"n": 1, "x": 0.5}, {"n": 2**40, "x": math.nan}, {"n": 3}], 1):
+        history.add(values, step)
+    again = History()
+    again.load_state_dict(history.state_dict())
+    points = list(again.points())
+    assert [(n, i, repr(v)) for n, i, v in points] == [
+        ("n", 1, "1"), ("n", 2, str(2**40)), ("n", 3, "3"), ("x", 1, "0.5"), ("x", 2, "nan"),
+    ]  # fmt: skip
+    again.add({"n": 0.5}, 7)
+    once_more = History()
+    once_more.load_state_dict(again.state_dict())
+    assert [(i, v) for n, i, v in once_more.points() if n == "n"] == [
+        (1, 1.0), (2, 2.0**40), (3, 3.0), (7, 0.5),
+    ]  # fmt: skip
+    assert not len(again.values("none"))

@@ -1,0 +1,217 @@
+"""When a run validates, tests and ends; the learner is a stand-in whose steps cost what is said."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from experiments.training import checkpoint, outcome
+from experiments.training.episodes import Episode
+from experiments.training.loop import Schedule, Training
+from experiments.training.meta_learner import MEASURES, Diverged, Interval, OuterStep
+from l2l_implicit.distributed import ALONE
+
+
+class Run:
+    """Takes note of what is recorded."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[tuple[int, float]]] = {}
+
+    def log_scalar(self, name: str, value: float, step: int) -> None:
+        self.values.setdefault(name, []).append((step, value))
+
+    def at(self, name: str) -> list[int]:
+        return [step for step, _ in self.values.get(name, [])]
+
+
+class Learner:
+    """Every step takes 2 s of the process and 3 s of the wall.
+
+    Args:
+        diverges_at: the step that does.
+        fails_test_at: after so many steps the test does.
+        unsolved: systems of every step.
+        score: of so many steps.
+    """
+
+    measure = MEASURES["classification"]
+    device = torch.device("cpu")
+    ranks = ALONE
+
+    skip, skipped = False, 0
+
+    def __init__(
+        self,
+        diverges_at: int | None = None,
+        fails_test_at: int | None = None,
+        unsolved: int | None = None,
+        score: Callable[[int], float] = lambda steps: steps / 100,
+    ) -> None:
+        self.done, self._diverges_at, self._fails_test_at = 0, diverges_at, fails_test_at
+        self._unsolved, self._score, self.tested = unsolved, score, list[int]()
+        network = SimpleNamespace(network=lambda: nn.Module())
+        self.algorithms = SimpleNamespace(training=network)
+        self.optimizer = torch.optim.SGD([torch.zeros(1)])
+
+    def hypergradient(self, batch: list[Any]) -> None:
+        pass
+
+    def step(self, batch: list[Any]) -> OuterStep:
+        if self.done + 1 == self._diverges_at:
+            raise Diverged("too large a step")
+        self.done += 1
+        counts = {f"unsolved{part}": self._unsolved for part in ("", "_inner", "_linear")}
+        return OuterStep(1.0, 0.5, 0.1, None, None, None, **counts, seconds=3.0, cpu_seconds=2.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": self.done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.done = state["done"]
+
+    theta_state, load_theta_state = state_dict, load_state_dict
+
+    def evaluate(
+        self, stream: Any, number: int, progress: Callable[[Iterable[int]], Iterable[int]]
+    ) -> Interval:
+        if stream.sample().inputs.numel() == TEST_SIZE:
+            self.tested.append(self.done)
+            if self.done == self._fails_test_at:
+                raise Diverged("too large a loss")
+        return Interval(self._score(self.done), 0.01)
+
+
+TEST_SIZE = 3
+
+
+class Tasks:
+    def stream(self, mode: str, seed: int) -> Any:
+        labels = torch.zeros(1, dtype=torch.long)
+        task = Episode(torch.zeros(TEST_SIZE if mode == "test" else 2), labels, labels)
+        return SimpleNamespace(sample=lambda: task, state=None)
+
+    def outputs(self, mode: str) -> int:
+        return 1
+
+
+def schedule(**changes: Any) -> Schedule:
+    return Schedule(
+        iterations=10, batch=1, validate_every=4, validate_seconds=None, validation_tasks=3,
+        test_tasks=5, test_at=(), budget=None, cpu=True, checkpoint_seconds=1e9,
+    )._replace(**changes)  # fmt: skip
+
+
+def train(tmp_path: Path, learner: Learner | None = None, **changes: Any) -> tuple[Training, Run]:
+    run, given = Run(), schedule(**changes)
+    training = Training(run, learner or Learner(), Tasks(), given, 0, tmp_path)  # type: ignore[arg-type]
+    training.loop()
+    return training, run
+
+
+def test_without_a_budget_the_result_is_that_of_the_last_iteration(tmp_path: Path) -> None:
+    training, run = train(tmp_path)
+    assert training.steps == 10
+    assert run.at("validation/accuracy") == [4, 8, 10]
+    assert run.at("test/accuracy") == [10] and training.scores.result == Interval(0.1, 0.01)
+    assert run.at("train/step_peak_bytes") == [1, 5, 9]
+
+
+@pytest.mark.parametrize(("cpu", "iterations"), [(True, 4), (False, 3)])
+def test_a_budget_is_counted_by_the_clock_that_was_asked_for(
+    tmp_path: Path, cpu: bool, iterations: int
+) -> None:
+    training, run = train(tmp_path, budget=7.0, cpu=cpu)
+    assert training.steps == iterations and run.at("test/accuracy") == [iterations]
+    assert training.seconds == (2.0 if cpu else 3.0) * iterations
+
+
+def test_a_run_goes_on_from_its_budget_to_the_last_test(tmp_path: Path) -> None:
+    training, run = train(tmp_path, budget=7.0, test_at=(2, 6))
+    assert training.steps == 6
+    assert run.at("test/accuracy") == [2, 4, 6]
+    assert training.scores.result == Interval(0.04, 0.01)  # at the budget, not at the end
+
+
+def test_early_stopping_looks_no_further_than_the_result(tmp_path: Path) -> None:
+    learner, settings = Learner(), {"budget": 7.0, "test_at": (2, 6), "validate_every": 1}
+    training, run = train(tmp_path, learner, **settings, early_stopping=True)
+    assert training.scores.stopped == Interval(0.04, 0.01) and training.scores.result is not None
+    assert run.values["early_stopped/accuracy"] == [(4, 0.04)]
+    assert run.values["early_stopped/training_seconds"] == [(4, 8.0)]
+    assert learner.tested == [2, 4, 6]  # theta of the best validation has been tested
+    given = schedule(**settings, early_stopping=True)
+    resumed = Training(Run(), Learner(), Tasks(), given, 0, tmp_path)  # type: ignore[arg-type]
+    resumed.load_state_dict(checkpoint.load(tmp_path))
+    assert resumed.scores.stopped == Interval(0.04, 0.01)
+
+
+def falling(steps: int) -> float:
+    return (20 - steps) / 100
+
+
+def test_theta_of_the_best_validation_is_tested_besides(tmp_path: Path) -> None:
+    learner = Learner(score=falling)
+    training, run = train(tmp_path, learner, early_stopping=True)
+    assert learner.tested == [10, 4] and training.scores.result == Interval(0.10, 0.01)
+    assert training.scores.stopped == Interval(0.16, 0.01)
+    assert run.values["early_stopped/accuracy"] == [(4, 0.16)]
+    assert learner.done == 10  # the learner has its own theta again
+
+
+def test_an_early_stopped_test_that_diverges_is_not_the_run_s_divergence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    learner = Learner(score=falling, fails_test_at=4)
+    training, _ = train(tmp_path, learner, early_stopping=True)
+    assert training.scores.stopped is not None and math.isnan(training.scores.stopped.mean)
+    assert training.scores.result == Interval(0.10, 0.01) and training.diverged is None
+    said = "not early stopped, in the test of outer iteration 4: too large a loss"
+    assert said in capsys.readouterr().out
+    assert learner.done == 10
+
+
+def test_a_run_without_a_validation_has_nothing_to_stop_at(tmp_path: Path) -> None:
+    training, _ = train(tmp_path, Learner(diverges_at=1), early_stopping=True)
+    assert training.steps == 0 and training.scores.stopped is None
+
+
+def test_validations_by_seconds_of_training(tmp_path: Path) -> None:
+    _, run = train(tmp_path, validate_seconds=5.0)
+    assert run.at("validation/accuracy") == [3, 6, 9, 10]
+
+
+def test_a_diverged_run_has_a_result_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training, run = train(tmp_path, Learner(diverges_at=6))
+    assert training.steps == 5 and training.scores.result == Interval(0.05, 0.01)
+    assert training.diverged == "at outer iteration 6: too large a step"
+    assert "diverged at outer iteration 6" in capsys.readouterr().out
+
+
+def test_a_test_that_diverges_is_not_a_number(tmp_path: Path) -> None:
+    training, _ = train(tmp_path, Learner(fails_test_at=10))
+    assert training.scores.result is not None and math.isnan(training.scores.result.mean)
+    assert training.diverged == "in the test after outer iteration 10: too large a loss"
+
+
+@pytest.mark.parametrize("unsolved", [3, 0, None])
+def test_unsolved_systems_are_summed_up(tmp_path: Path, unsolved: int | None) -> None:
+    training, _ = train(tmp_path, Learner(unsolved=unsolved), batch=4)
+    said = "inner problems 30, linear systems 30 of 40 tasks, 30 hypergradients to 1 %"
+    said = said if unsolved else ""
+    assert outcome.unsolved(training).partition(":")[0] == said
+
+
+def test_what_an_algorithm_does_not_have_is_not_recorded(tmp_path: Path) -> None:
+    _, run = train(tmp_path)
+    assert "train/query_accuracy" in run.values and "train/query_loss" in run.values
+    assert not any("residual" in name or "unsolved" in name for name in run.values)

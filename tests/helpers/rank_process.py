@@ -1,0 +1,165 @@
+"""What each rank of a torchrun job runs in the tests: `rank_process.py JOB FOLDER`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import l2l_implicit  # noqa: F401  (first: it makes learn2learn importable)
+from experiments.ingredients.algorithm import Algorithms
+from experiments.training.algorithms import HeadOnly
+from experiments.training.episodes import Episode
+from experiments.training.meta_learner import MEASURES, MetaLearner
+from l2l_implicit import ImplicitCGHead
+from l2l_implicit.distributed import Ranks, connect
+
+STEPS, BATCH = 20, 5
+
+
+def episode(generator: torch.Generator) -> Episode:
+    """Three classes around random centres, 3 support and 3 query samples each."""
+    labels = torch.arange(3).repeat(3)
+    centres = torch.randn(3, 6, generator=generator)
+    noise = torch.randn(18, 6, generator=generator)
+    return Episode(centres[labels.repeat(2)] + 0.7 * noise, labels, labels)
+
+
+def learner() -> MetaLearner:
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+    l2 = nn.Parameter(torch.tensor(1.0))
+    head = ImplicitCGHead(nn.Linear(4, 3), lr=0.1, l2=l2, anchor="init")
+    algorithm = HeadOnly(backbone, head, 10, nn.CrossEntropyLoss())
+    algorithms = Algorithms(algorithm, algorithm, backbone, head.module)
+    return MetaLearner(algorithms, MEASURES["classification"], "adam", 0.01, False)
+
+
+def train(folder: Path, ranks: Ranks) -> None:
+    """Twenty outer steps of five tasks each; rank 0 saves theta and the query losses."""
+    meta, stream = learner(), torch.Generator().manual_seed(1)
+    losses = []
+    for _ in range(STEPS):
+        mine = ranks.share([episode(stream) for _ in range(BATCH)])
+        results = meta.hypergradient(mine)
+        losses.append([result.loss for result in ranks.collect(results)])
+        ranks.average(meta.parameters, len(mine) / BATCH)
+        meta.optimizer.step()
+    if ranks.first:
+        torch.save([*(p.detach() for p in meta.parameters), torch.tensor(losses)], folder / "train")
+
+
+def pairs(folder: Path) -> None:
+    """Twenty outer steps of two tasks each, in one process."""
+    meta, stream = learner(), torch.Generator().manual_seed(1)
+    for _ in range(STEPS):
+        meta.hypergradient([episode(stream) for _ in range(2)])
+        meta.optimizer.step()
+    torch.save([p.detach() for p in meta.parameters], folder / "pairs")
+
+
+def replicated(folder: Path, ranks: Ranks) -> None:
+    """The steps of `pairs`, a task a rank, with the backbone under DistributedDataParallel."""
+    meta, stream = learner(), torch.Generator().manual_seed(1)
+    backbone, head = meta.algorithms.backbone, meta.algorithms.training.learner
+    own = [*head.parameters()]  # the rest is DistributedDataParallel's to average
+    training = HeadOnly(DistributedDataParallel(backbone), head, 10, nn.CrossEntropyLoss())
+    for _ in range(STEPS):
+        mine = ranks.share([episode(stream) for _ in range(ranks.size)])
+        meta.optimizer.zero_grad()
+        training.learn(mine, meta.measure.score)
+        ranks.average(own, 1 / ranks.size)
+        meta.optimizer.step()
+    if ranks.first:
+        torch.save([p.detach() for p in meta.parameters], folder / "replicated")
+
+
+def helpers(folder: Path, ranks: Ranks) -> None:
+    """Every helper once, with as many answers as a test can look at."""
+    alone, shared, nowhere = (nn.Parameter(torch.zeros(2)) for _ in range(3))
+    shared.grad = torch.full((2,), 1.0 + ranks.rank)
+    if ranks.rank == 1:
+        alone.grad = torch.ones(2)
+    ranks.average([alone, shared, nowhere], weight=0.5)
+    same = torch.full((1,), float(ranks.rank))
+    ranks.broadcast([same])
+    try:
+        with ranks.together(ArithmeticError):
+            if ranks.rank == 1:
+                raise ArithmeticError("bad task")
+        message = "none"
+    except ArithmeticError as error:
+        message = str(error)
+    try:
+        DistributedDataParallel(ImplicitCGHead(nn.Linear(3, 2), lr=0.1))
+        refusal = "none"
+    except TypeError as error:
+        refusal = str(error)
+    seen = [
+        alone.grad, shared.grad, nowhere.grad, same, message, refusal,
+        ranks.gather(ranks.rank), ranks.collect(ranks.share("abcde")),
+    ]  # fmt: skip
+    torch.save(seen, folder / f"seen{ranks.rank}")
+
+
+def sound(folder: Path, ranks: Ranks) -> None:
+    """All that goes well."""
+    for job in (helpers, train, replicated):
+        job(folder, ranks)
+
+
+def meet(folder: Path) -> None:
+    """Return when both ranks have come so far; a start takes long on a busy machine."""
+    rank = int(os.environ["RANK"])
+    (folder / f"here{rank}").touch()
+    deadline = time.monotonic() + 200.0
+    while not (folder / f"here{1 - rank}").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def lose(folder: Path, ranks: Ranks, how: Callable[[], None]) -> None:
+    """Rank 1 meets its end at the third step.
+
+    Rank 0 lets torchrun's SIGTERM pass: how soon that comes after the other's end, and whether
+    before rank 0 has said what it met, is a matter of who gets a processor first.
+    """
+    if ranks.first:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for step in range(1000):
+        if ranks.rank == 1 and step == 3:
+            (folder / "lost").write_text(str(time.time()))
+            how()
+        ranks.gather(step)
+        time.sleep(0.01)
+
+
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hangs() -> None:
+    time.sleep(1000)
+
+
+def main(job: str, folder: Path) -> None:
+    torch.set_default_dtype(torch.float64)
+    jobs: dict[str, Callable[[Path, Ranks], None]] = {
+        "sound": sound,
+        "killed": lambda folder, ranks: lose(folder, ranks, killed),
+        "hangs": lambda folder, ranks: lose(folder, ranks, hangs),
+    }
+    if job == "hangs":
+        meet(folder)
+    with connect(timeout=10.0 if job == "hangs" else 200.0) as ranks:
+        jobs[job](folder, ranks)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,132 @@
+"""Every command of the README and of docs/ is run by a test, checked by a dry run, or says why not.
+
+Checked means: the program has read the arguments, and found every name, key and type of them right;
+what the command then does is not seen here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+from docs_blocks import ROOT, blocks, commands, pages
+
+import experiments.sweep
+from experiments.benchmark.registry import select
+from experiments.sweeps.cells import parse_settings
+from experiments.sweeps.plan import find_sweep, make_plan
+from experiments.tracking import UserError
+
+SHELL = ("sh", "bash", "")  # a block without a language holds commands here
+FOLLOWED = ROOT / "docs" / "tutorials"  # tests/project/test_docs_tutorials.py runs these
+TEMPLATE = re.compile(r"<\w+>")  # such as <benchmark>: to be filled in
+INLINE = re.compile(r"`(python -m experiments\.(?!NAME)[^`]+)`")
+
+
+class Command(NamedTuple):
+    """A command line, where it stands, and why it is not run, if it says so."""
+
+    line: str
+    place: str
+    reason: str
+
+
+def stated() -> Iterator[Command]:
+    """Every command line in a block of commands, but for the tutorials'."""
+    for page in pages():
+        if page.is_relative_to(FOLLOWED):
+            continue
+        name = page.relative_to(ROOT).as_posix()
+        for block in blocks(page.read_text(encoding="utf-8")):
+            if block.language in SHELL:
+                for line in commands(block.text):
+                    yield Command(line, f"{name}:{block.line}", block.reason)
+
+
+def in_prose() -> Iterator[Command]:
+    """Every experiment that a sentence starts: `python -m experiments...` between backticks."""
+    for page in pages():
+        text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+        for line in INLINE.findall(text):
+            yield Command(" ".join(line.split()), page.relative_to(ROOT).as_posix(), "")
+
+
+def module_and_arguments(line: str) -> tuple[str, list[str]]:
+    """The module that a command starts, and what it is given."""
+    words = shlex.split(line.partition(" > ")[0])
+    if words[0] == "torchrun":
+        words = ["python", *words[words.index("-m") :]]
+    assert words[:2] == ["python", "-m"], (
+        f"expected `python -m experiments...` or a comment with the reason why not, got {line!r}"
+    )
+    return words[2], words[3:]
+
+
+def check_experiment(experiment: Any, arguments: list[str]) -> None:
+    """Sacred's own reading of the arguments, every name and type checked, and no run."""
+    asked = [word for word in arguments if not word.startswith("resume=")]
+    if "-m" in asked:
+        del asked[asked.index("-m") : asked.index("-m") + 2]
+    if not {"print_config", "print_named_configs"} & set(asked):
+        asked.insert(asked.index("with") if "with" in asked else len(asked), "print_config")
+    assert experiment.run_commandline([experiment.path, *asked]) is not None
+
+
+def check_sweep(arguments: list[str]) -> None:
+    options = experiments.sweep._parse(arguments)
+    assert make_plan(find_sweep(options.name), parse_settings(options.settings)).groups
+
+
+def check(line: str) -> None:
+    """Fails where the program that ``line`` starts would refuse it before it begins."""
+    module, arguments = module_and_arguments(line)
+    if module == "experiments.sweep":
+        return check_sweep(arguments)
+    if module == "pytest":
+        paths = [word.split("::")[0] for word in arguments if word.startswith("tests/")]
+        assert all((ROOT / path).exists() for path in paths)
+        return None
+    place = ROOT / module.replace(".", "/")
+    started = importlib.import_module(f"{module}.__main__" if place.is_dir() else module)
+    if hasattr(started, "ex"):
+        check_experiment(started.ex, arguments)
+        if module == "experiments.benchmark":
+            assert select(re.findall(r"cases=(\S+)", line)[0]) if "cases=" in line else True
+    elif hasattr(started, "_parse") and arguments:  # without, a sentence only names it
+        started._parse(arguments)
+
+
+STATED = list(stated())
+TO_CHECK = [c.line for c in [*STATED, *in_prose()] if not c.reason]
+CHECKED = sorted({line for line in TO_CHECK if not TEMPLATE.search(line)})
+
+
+def test_commands_are_found() -> None:
+    assert len(STATED) > 40
+    assert len(CHECKED) > 40
+
+
+@pytest.mark.parametrize("line", CHECKED)
+def test_a_command_is_accepted(line: str) -> None:
+    check(line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "python -m experiments.train with glyph anil",
+        "python -m experiments.train with glyphs algorithm.step_size=1",
+        "python -m experiments.train with glyphs iterations=many",
+        "python -m experiments.sweep acuracy",
+        "python -m experiments.benchmark with cases=pears",
+        "python -m experiments.trian",
+        "make coffee",
+    ],
+)
+def test_a_wrong_command_is_refused(line: str) -> None:
+    with pytest.raises((AssertionError, SystemExit, ImportError, UserError)):
+        check(line)

@@ -1,0 +1,59 @@
+"""The examples in docstrings run and give what they show; everything public has one."""
+
+import doctest
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import l2l_implicit
+
+# Lightning is an extra: tests/lightning/test_lightning.py runs the examples of what needs it.
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(l2l_implicit.__path__, "l2l_implicit.")
+    if not module.name.startswith("l2l_implicit.lightning")
+]
+NEEDS_HIGHER = "l2l_implicit.baselines.unrolled"
+NEEDS_A_SCALER_FOR_THE_CPU = "l2l_implicit.mixed_precision"  # from torch 2.3 on
+PACKAGES = ("", ".baselines", ".lightning", ".tasks", ".distributed", ".per_task_norm")
+
+
+def public(package: str) -> Iterator[Any]:
+    """The functions and classes that ``package`` offers."""
+    module = importlib.import_module(f"l2l_implicit{package}")
+    own = [name for name in vars(module) if not name.startswith("_")]
+    for name in getattr(module, "__all__", own):
+        value = getattr(module, name)
+        ours = getattr(value, "__module__", "").startswith("l2l_implicit")
+        if ours and hasattr(value, "__qualname__"):
+            yield value
+
+
+def has_example(value: Any) -> bool:
+    """Whether an example of ``value`` is among those that are run."""
+    module = importlib.import_module(value.__module__)
+    name = f"{value.__module__}.{value.__qualname__}"
+    return any(test.name == name and test.examples for test in doctest.DocTestFinder().find(module))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name: str) -> None:
+    if name == NEEDS_HIGHER:
+        pytest.importorskip("higher")
+    if name == NEEDS_A_SCALER_FOR_THE_CPU and not hasattr(torch.amp, "GradScaler"):
+        pytest.skip("this torch has no torch.amp.GradScaler")
+    result = doctest.testmod(importlib.import_module(name), extraglobs={})
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_everything_public_has_an_example(package: str) -> None:
+    if package == ".lightning":
+        pytest.importorskip("pytorch_lightning")
+    offered = list(public(package))
+    assert offered
+    assert not [value.__qualname__ for value in offered if not has_example(value)]

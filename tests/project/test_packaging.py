@@ -1,0 +1,195 @@
+"""What installs, what it may import, and that the documented commands are the tested ones.
+
+Nothing here imports torch: the links are checked in an environment that has only pytest.
+"""
+
+import ast
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mutations
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+from without_extras import EXPERIMENTS_ONLY, imported, without_extras
+
+ROOT = Path(__file__).parents[2]
+TRAIN_COMMAND = "pip install -r requirements.txt && python -m experiments.train"
+TEST_COMMAND = "pip install tox && tox -e py"
+LITERAL = ("python_requires", "install_requires", "package_data")
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+SHELL = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def setup_keywords() -> dict[str, Any]:
+    """The arguments of `setup(...)` named in LITERAL, and the extras, without running setup.py."""
+    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    (call,) = [node for node in calls if getattr(node.func, "id", None) == "setup"]
+    (extras,) = [
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "EXTRAS"
+    ]
+    values = {keyword.arg: keyword.value for keyword in call.keywords}
+    literal = {"extras": extras, **{name: values[name] for name in LITERAL}}
+    return {name: ast.literal_eval(value) for name, value in literal.items()}
+
+
+def requirement_lines(name: str) -> Iterator[str]:
+    """The lines of a requirements file and of those it includes, without options and comments."""
+    for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
+        if line.startswith("-r "):
+            yield from requirement_lines(line.removeprefix("-r "))
+        elif line and not line.startswith("#"):
+            yield line.split(" --")[0]
+
+
+def pins() -> dict[str, Version]:
+    """Name and version of every requirement; one without a pin fails."""
+    stated = list(requirement_lines("requirements.txt"))
+    pairs = [re.fullmatch(r"([\w-]+)==(\S+)", line) for line in stated]
+    assert None not in pairs, f"expected NAME==VERSION on every line, got {stated}"
+    return {pair[1]: Version(pair[2]) for pair in pairs if pair}
+
+
+def oldest() -> dict[str, Version]:
+    """Name and lowest version of every package in requirements-oldest.txt, over all Pythons."""
+    found: dict[str, Version] = {}
+    for line in requirement_lines("requirements-oldest.txt"):
+        required = Requirement(line)
+        (specifier,) = required.specifier
+        version = Version(specifier.version)
+        found[required.name] = min(version, found.get(required.name, version))
+    return found
+
+
+def ranges(*extras: str) -> list[Requirement]:
+    """What setup.py asks for, with the extras named."""
+    keywords = setup_keywords()
+    lists = [keywords["install_requires"], *(keywords["extras"][extra] for extra in extras)]
+    return [Requirement(text) for texts in lists for text in texts]
+
+
+def sources(folder: str) -> list[Path]:
+    """The Python files of a folder; never none, or a test over them would say nothing."""
+    found = sorted((ROOT / folder).rglob("*.py"))
+    assert found, f"expected Python files in {folder}/"
+    return found
+
+
+def markdown_links() -> Iterator[tuple[Path, str]]:
+    """Every link of the Markdown files that points into the repository, with its file."""
+    for document in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+        text = FENCED.sub("", document.read_text(encoding="utf-8"))
+        for target in LINK.findall(text):
+            if not re.match(r"[a-z]+:", target):
+                yield document, target
+
+
+def anchors(document: Path) -> set[str]:
+    """The anchors of a Markdown file's headings, as code hosts derive them."""
+    text = FENCED.sub("", document.read_text(encoding="utf-8"))
+    titles = re.findall(r"^#+ +(.*?) *$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_python_requires() -> None:
+    assert setup_keywords()["python_requires"] == ">=3.10"
+
+
+def test_the_learner_alone_needs_no_tracking_and_no_baseline() -> None:
+    assert {r.name for r in ranges()} == {"torch", "learn2learn", "numpy"}
+
+
+def test_extras() -> None:
+    extras = setup_keywords()["extras"]
+    assert set(extras) == {"experiments", "baselines", "lightning", "dev"}
+    assert {"sacred", "pymongo"} <= {Requirement(text).name for text in extras["experiments"]}
+
+
+@pytest.mark.parametrize("required", ranges("experiments", "baselines"), ids=str)
+def test_the_pins_satisfy_the_ranges(required: Requirement) -> None:
+    assert required.specifier.contains(pins()[required.name], prereleases=True)
+
+
+@pytest.mark.parametrize("required", ranges("experiments", "baselines", "lightning"), ids=str)
+def test_the_oldest_that_is_tested_is_the_oldest_that_is_accepted(required: Requirement) -> None:
+    pin = oldest()[required.name]
+    for bound in [Version(s.version) for s in required.specifier if s.operator == ">="]:
+        assert pin.release[: len(bound.release)] == bound.release
+    assert required.specifier.contains(pin, prereleases=True)
+
+
+def test_torch_and_torchvision_are_pinned_as_a_pair() -> None:
+    torch, torchvision = pins()["torch"], pins()["torchvision"]
+    assert torchvision.minor == torch.minor + 15  # torch 2.0 came with 0.15, and so on since
+
+
+def test_learn2learn_is_compiled_from_its_pyx_files() -> None:
+    option = 'learn2learn==0.2.0 --config-settings="--build-option=build_ext"'
+    text = (ROOT / "requirements-learn2learn.txt").read_text(encoding="utf-8")
+    assert option in text.splitlines()
+
+
+def test_the_version_is_stated_once() -> None:
+    """In l2l_implicit/__init__.py; setup.py reads it there, and nobody else repeats it."""
+    text = (ROOT / "l2l_implicit" / "__init__.py").read_text(encoding="utf-8")
+    (version,) = re.findall(r'^__version__ = "(\d+\.\d+\.\d+)"$', text, re.MULTILINE)
+    assert "version=read_version()" in (ROOT / "setup.py").read_text(encoding="utf-8")
+    others = [*ROOT.glob("*.toml"), *ROOT.glob("*.cfg"), *ROOT.glob("*.yml"), ROOT / "setup.py"]
+    others += [path for path in sources("l2l_implicit") if path.name != "__init__.py"]
+    statement = re.compile(rf"version\W{{1,5}}{re.escape(version)}\b", re.IGNORECASE)
+    assert not [path for path in others if statement.search(path.read_text(encoding="utf-8"))]
+
+
+def test_every_mutation_still_applies() -> None:
+    """What `python tests/mutations.py` changes is there, once, and Python afterwards."""
+    assert all(mutations.line_of(mutation) for mutation in mutations.MUTATIONS)
+
+
+@pytest.mark.parametrize("pattern", ["py.typed", "tasks/*.npz", "tasks/*.md"])
+def test_package_data_exists_and_is_declared(pattern: str) -> None:
+    assert list((ROOT / "l2l_implicit").glob(pattern))
+    assert pattern in setup_keywords()["package_data"]["l2l_implicit"]
+
+
+def test_the_library_imports_nothing_of_the_experiments() -> None:
+    offending = {
+        f"{path.relative_to(ROOT)}: {', '.join(found)}"
+        for path in sources("l2l_implicit")
+        if (found := sorted(imported(path) & EXPERIMENTS_ONLY))
+    }
+    assert not offending
+
+
+def test_the_minimal_run_has_the_library_tests_and_not_the_experiments() -> None:
+    names = {path.stem for path in without_extras()}
+    assert {"test_compat", "test_packaging"} <= names
+    assert not {name for name in names if name.startswith("test_tracking")}
+
+
+@pytest.mark.parametrize("command", [TRAIN_COMMAND, TEST_COMMAND])
+def test_the_readme_gives_the_commands(command: str) -> None:
+    blocks = SHELL.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert command in [line.strip() for block in blocks for line in block.splitlines()]
+
+
+def test_ci_runs_the_readme_command() -> None:
+    script = ROOT / ".ci" / "run"
+    assert script.read_text(encoding="utf-8").splitlines()[-1] == TEST_COMMAND
+    assert os.access(script, os.X_OK)
+
+
+def test_internal_links_resolve() -> None:
+    broken = []
+    for document, link in markdown_links():
+        name, _, anchor = link.partition("#")
+        target = document.parent / name if name else document
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(f"{document.relative_to(ROOT)}: {link}")
+    assert not broken

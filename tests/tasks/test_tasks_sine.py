@@ -1,0 +1,86 @@
+"""The sinusoid regression of Finn et al. 2017."""
+
+import math
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from experiments.ingredients.tasks import make_tasks, tasks
+from experiments.tracking import UserError
+from experiments.training.episodes import Tasks
+from l2l_implicit.tasks import get_tasksets
+
+
+def made(**changes: Any) -> Tasks:
+    """The task sets as an experiment makes them."""
+    asked = {"name": "sine", "shots": 10, "queries": 7, **changes}
+    return make_tasks(**{**tasks.configurations[0](), **asked})
+
+
+def test_an_episode_is_points_of_one_sine() -> None:
+    stream = made().stream("train", 0)
+    for _ in range(20):
+        x, support, query = stream.sample()
+        assert x.shape == (17, 1) and support.shape == (10, 1) and query.shape == (7, 1)
+        assert x.dtype == support.dtype == torch.float32 and x.abs().max() <= 5
+        y = torch.cat([support, query]).double()
+        basis = torch.cat([x.double().sin(), x.double().cos()], 1)
+        solution = torch.linalg.lstsq(basis, y).solution
+        assert torch.allclose(basis @ solution, y, atol=1e-5)
+        amplitude = solution.norm().item()
+        phase = math.atan2(-solution[1].item(), solution[0].item())
+        assert 0.1 <= amplitude <= 5 + 1e-5 and -1e-5 <= phase <= math.pi + 1e-5
+
+
+def test_amplitudes_phases_and_inputs_are_uniform() -> None:
+    """Means and deviations of 2,000 tasks, to four standard errors."""
+    stream = made(shots=1, queries=2).stream("test", 1)
+    inputs, amplitudes, phases = [], [], []
+    for _ in range(2000):
+        x, support, query = stream.sample()
+        basis = torch.cat([x.sin(), x.cos()], 1).double()
+        a, b = torch.linalg.lstsq(basis, torch.cat([support, query]).double()).solution[:, 0]
+        amplitudes.append(math.hypot(a, b))
+        phases.append(math.atan2(-b, a))
+        inputs.append(x[0, 0].item())
+    for values, low, high in ((amplitudes, 0.1, 5), (phases, 0, math.pi), (inputs, -5, 5)):
+        width = (high - low) / math.sqrt(12)
+        assert np.mean(values) == pytest.approx((low + high) / 2, abs=4 * width / math.sqrt(2000))
+        assert np.std(values) == pytest.approx(width, rel=0.06)
+
+
+def test_sizes_and_outputs_know_no_ways() -> None:
+    benchmark = made(ways=5, test_shots=3)
+    assert benchmark.kind == "regression" and benchmark.outputs("test") == 1
+    assert benchmark.sizes("train") == (1, 10, 7) and benchmark.sizes("test") == (1, 3, 7)
+    assert benchmark.input_shape() == (1,)
+    assert benchmark.stream("test", 0).sample().support_targets.shape == (3, 1)
+    assert benchmark.describe()["kind"] == "regression"
+
+
+def test_the_seed_alone_decides() -> None:
+    state = random.getstate()
+    first = made().stream("validation", 2).sample()
+    torch.manual_seed(9)
+    second, other = (made().stream("validation", seed).sample() for seed in (2, 3))
+    assert random.getstate() == state
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not torch.equal(first.inputs, other.inputs)
+
+
+def test_a_finite_task_set_repeats_its_tasks() -> None:
+    train = get_tasksets("sine", num_tasks=2, train_samples=4).train
+    assert len(train) == 2 and torch.equal(train[1][1], train[1][1])
+    assert not torch.equal(train[0][1], train[1][1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"size": 32}, "got size=32"), ({"shots": 0}, "tasks.shots: expected at least 1, got 0")],
+)
+def test_what_it_does_not_know_is_one_line(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        made(**options)

@@ -26,6 +26,13 @@ EXTRAS = {
         "SecantusDB>=0.7.0b3",
         "matplotlib>=3.7",
         "tqdm>=4.60",
+        "pydantic>=2.5",
+        "distributed>=2024.2",  # sweeps
+        "bokeh>=3.3",  # its dashboard
+        "pandas>=2.1,<3",  # the first 3 needs numpy 2
+        "jinja2>=3.1.3",
+        "tabulate>=0.9",  # pandas' Markdown
+        "scipy>=1.11.2",
         "higher>=0.2.1",
     ],
     "baselines": ["higher>=0.2.1"],

@@ -36,6 +36,11 @@ PACKAGES = {  # module: distribution, extra
     "pymongo": ("pymongo", "experiments"),
     "matplotlib": ("matplotlib", "experiments"),
     "tqdm": ("tqdm", "experiments"),
+    "pydantic": ("pydantic", "experiments"),
+    "distributed": ("distributed", "experiments"),
+    "pandas": ("pandas", "experiments"),
+    "jinja2": ("Jinja2", "experiments"),
+    "scipy": ("scipy", "experiments"),
 }
 
 

@@ -44,7 +44,7 @@ MUTATIONS = (
     ),
     Mutation(
         "no regulariser in the Hessian product, general path", "inner_problem/linearization.py",
-        "return product.add_(vector, alpha=strength)", "return product", CLOSED,
+        "return product.add_(vector, alpha=self.quadratic.strength)", "return product", CLOSED,
     ),
     Mutation(
         "no regulariser in the gradient, general path", "inner_problem/linearization.py",

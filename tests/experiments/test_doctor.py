@@ -108,7 +108,7 @@ def test_a_url_that_others_can_read(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("module", ["train", "sweep", "report.__main__", "memory.__main__"])
+@pytest.mark.parametrize("module", ["train", "sweep", "report.__main__", "papers.memory.__main__"])
 def test_an_experiment_without_the_extra_says_what_to_install(tmp_path: Path, module: str) -> None:
     status, output = run(tmp_path, EXTRAS, module)
     assert status == 1

@@ -129,8 +129,9 @@ class Diagnostics:
         else:
             what = "the precision does not suffice for features of this size and this l2"
             remedy = "use float64, scale the features down, or raise l2"
-        kind = "at most" if self.is_bound else "about"
+        got = f"{'at most' if self.is_bound else 'about'} {sum(parts):.2g}"
+        got = got if sum(parts) < 100.0 else "one that is not known"
         return (
             f"{what}; expected a relative error of the hypergradient of at most {limit:g}, got "
-            f"{kind} {sum(errors):.2g}: {remedy} (said once; .diagnostics counts the rest)"
+            f"{got}: {remedy} (said once; .diagnostics counts the rest)"
         )

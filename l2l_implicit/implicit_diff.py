@@ -116,5 +116,6 @@ def attach(
     """
     assert saved.linearization is not None
     sources = [*saved.linearization.sources(), *constants]
-    with saved_tensors_hooks(lambda _: saved, lambda _: phi.new_empty(0)):
+    empty = phi.new_empty(0)  # phi itself is to live no longer than the caller needs it
+    with saved_tensors_hooks(lambda _: saved, lambda _: empty):
         return ImplicitSolution.apply(saved, phi, shapes, *sources)

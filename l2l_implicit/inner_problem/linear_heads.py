@@ -121,7 +121,7 @@ class LinearHeads(Linearization):
         if self._rho is None or self._factored is None:
             return super().gradient_norm
         gram = self._factored[0]
-        return (self._rho * (gram @ self._rho)).sum((1, 2)).clamp_min_(0.0).sqrt_()
+        return (self._rho * torch.bmm(gram, self._rho)).sum((1, 2)).clamp_min_(0.0).sqrt_()
 
     @property
     def objective(self) -> Tensor:
@@ -196,8 +196,8 @@ class LinearHeads(Linearization):
             if inverse is None or last > _NEAR:  # near enough the last one does
                 inverse = loss.inverse(kernel, alike=not movements and center is None)
             rho = torch.add(loss.gradient, a, alpha=strength)
-            change = inverse(kernel @ rho).sub_(rho).div_(strength)
-            move = gram @ change
+            change = inverse(torch.bmm(kernel, rho)).sub_(rho).div_(strength)
+            move = torch.bmm(gram, change)
             omega = loss.movement(vector_norm(move, dim=2).amax(1))
             movements.append(omega)
             largest = float(omega) if len(omega) == 1 else float(omega.max())
@@ -267,8 +267,8 @@ class LinearHeads(Linearization):
         right = problem.outputs(b) / mu
         q, best, goal = inverse(right), math.inf, problem.goal
         for _ in range(_MOST_REFINEMENTS):
-            residual = q - self.loss.curve(right - kernel @ q)
-            k_residual = kernel @ residual
+            residual = q - self.loss.curve(torch.baddbmm(right, kernel, q, alpha=-1.0))
+            k_residual = torch.bmm(kernel, residual)
             size = (residual * k_residual).sum((1, 2)).mul_(mu).clamp_min_(0.0).sqrt_()
             relative = torch.where(b_norm > 0, size / b_norm, 0.0)
             largest = float(relative.max())

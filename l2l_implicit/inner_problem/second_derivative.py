@@ -91,11 +91,12 @@ class StepTaken(NamedTuple):
         kinks = (kink in name for name in at.operations for kink in _KINKS)
         if not torch.equal(self.length, at.point.norm()) or any(kinks):  # which finite steps cross
             return None, math.inf
-        step, change = at.point - self.point, at.gradient - self.gradient
-        product, eps = at.hvp(step), torch.finfo(change.dtype).eps
+        step, eps = at.point - self.point, torch.finfo(at.point.dtype).eps
+        moved, product = float(step.norm()) > eps**0.5 * float(self.length), at.hvp(step)
+        del step  # before there is another vector
+        change = at.gradient - self.gradient
         size, norm = float(change.norm()), float(self.gradient.norm())
         rounding = eps * max(norm, float(at.regularizer_norm()))
-        moved = float(step.norm()) > eps**0.5 * float(at.point.norm())
         if not size > _FLAT * rounding or not moved:
             return None, math.inf
         missing = float((change - 0.5 * (self.product + product)).norm()) / size

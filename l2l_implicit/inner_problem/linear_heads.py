@@ -270,14 +270,14 @@ class LinearHeads(Linearization):
             residual = q - self.loss.curve(torch.baddbmm(right, kernel, q, alpha=-1.0))
             k_residual = torch.bmm(kernel, residual)
             size = (residual * k_residual).sum((1, 2)).mul_(mu).clamp_min_(0.0).sqrt_()
-            relative = torch.where(b_norm > 0, size / b_norm, 0.0)
+            relative = size / b_norm.clamp_min(_TINY)
             largest = float(relative.max())
             if largest <= goal or not largest < 0.5 * best:
                 break
             best, q = largest, q - residual + inverse(k_residual)
         v = (b - problem.in_phi(q)).div_(mu)
         steps, reasons = torch.zeros_like(relative, dtype=torch.long), [FACTORED] * len(b)
-        if not (math.isfinite(largest) and bool((v.sum(1).isfinite() & (b_norm > 0)).all())):
+        if not (math.isfinite(largest + float(v.sum())) and float(b_norm.min()) > 0.0):
             good = v.sum(1).isfinite() & relative.isfinite()
             names = zip(good.tolist(), b_norm.tolist(), strict=True)
             reasons = [NON_FINITE if not g else ZERO if n == 0 else FACTORED for g, n in names]

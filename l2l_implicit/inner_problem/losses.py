@@ -171,7 +171,9 @@ class _SoftmaxInverse:
                 "singular system; scale the features down, or raise l2"
             ) from error
         # E is at most s; a singular total (classes without probability) is no harm that way.
-        total = self._each.sum(1).mul_(classes / probabilities.shape[2])
+        total = self._each.sum(1)
+        if probabilities.shape[2] < classes:
+            total.mul_(classes)
         total.add_(eye, alpha=4.0 * torch.finfo(eye.dtype).eps * scale)
         self._total, _ = torch.linalg.cholesky_ex(total)
 

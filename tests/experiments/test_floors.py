@@ -1,0 +1,56 @@
+"""The folders of experiments/ stand on four floors, and imports go down."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+HOUSE = Path(__file__).parents[2] / "experiments"
+BASE = {"extra", "statistics"}  # what all may need
+FLOORS = [
+    {"tracking"},
+    {"training", "sweeps"},
+    {"ingredients", "report"},
+    {"papers", "benchmark", "build_glyphs", "train", "sweep", "doctor"},
+]
+
+
+def imported(path: Path) -> set[str]:
+    """The folders, or modules at the top, of experiments/ that a file imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "experiments":
+            names = [f"experiments.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("experiments.")}
+    return found
+
+
+def files(name: str) -> list[Path]:
+    folder = HOUSE / name
+    return sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
+
+
+def test_everything_has_its_floor() -> None:
+    there = {p.stem for p in HOUSE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    assert there - {"__init__"} == BASE.union(*FLOORS)
+
+
+@pytest.mark.parametrize("floor", range(len(FLOORS)))
+def test_imports_go_down(floor: int) -> None:
+    below = BASE.union(*FLOORS[:floor])
+    for name in FLOORS[floor]:
+        for path in files(name):
+            assert imported(path) <= below | {name}, path
+
+
+@pytest.mark.parametrize("name", sorted(BASE))
+def test_what_all_need_needs_nothing(name: str) -> None:
+    assert not imported(HOUSE / f"{name}.py")

@@ -11,6 +11,7 @@ from experiments.tracking import TrackedIngredient, UserError
 from experiments.tracking.config import Settings, Text
 from experiments.training.episodes import Sizes, Tasks
 from l2l_implicit.tasks import canonical, get_tasksets
+from l2l_implicit.tasks.registry import LEARN2LEARN, TASKSETS
 
 MOST_SAMPLES = 1_000_000  # of a class in a task
 Ways = Annotated[int, Field(ge=2, le=MOST_SAMPLES)]
@@ -49,8 +50,10 @@ class TaskSettings(Settings):
 
     @classmethod
     def _has(cls, name: str, key: str) -> bool:
-        extra = cls.model_fields[key].json_schema_extra
-        return not isinstance(extra, dict) or canonical(name) in extra["of"]
+        """An unknown data set has all: it is its name that the user has to hear of."""
+        extra, name = cls.model_fields[key].json_schema_extra, canonical(name)
+        known = name in TASKSETS or name in LEARN2LEARN
+        return not known or not isinstance(extra, dict) or name in extra["of"]
 
     @model_validator(mode="after")
     def _of_this_data_set(self) -> TaskSettings:

@@ -112,14 +112,11 @@ class Settings(BaseModel):
     @classmethod
     def words(cls) -> dict[str, str]:
         """The comment of every field."""
-        found: dict[str, str] = {}
-        for model in (m for m in reversed(cls.__mro__) if m.__module__ != BaseModel.__module__):
-            if not issubclass(model, Settings) or not model.__annotations__:
-                continue
-            for above, name, behind in _FIELD.findall(inspect.getsource(model)):
-                if words := behind or " ".join(above.replace("#", " ").split()):
-                    found[name] = words
-        return found
+        models = [model for model in reversed(cls.__mro__) if issubclass(model, Settings)]
+        lines = _FIELD.findall("".join(map(inspect.getsource, models)))
+        found = {name: behind or " ".join(above.replace("#", " ").split())
+                 for above, name, behind in lines}  # fmt: skip
+        return {name: words for name, words in found.items() if name in cls.model_fields and words}
 
     @classmethod
     def _line(cls, error: ValidationError, given: Mapping[str, Any], group: str) -> str:

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -44,8 +44,9 @@ class Toy(RunSettings):
     limit: Count | None = None
     anything: Any = None
     widths: Annotated[list[int], Field(strict=False)] = [32, 64]
-    # one of those
-    # below
+    kind: Literal["slow", "fast"] = "slow"
+    # a mistake of the main function;
+    # empty: none
     fault: str = ""
     say: str = ""
     hold: str = ""

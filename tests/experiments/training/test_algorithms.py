@@ -343,7 +343,7 @@ REFUSED = {
     ),
     "step": (config("rm_metal", step="neuton"), "step: expected one of 'newton', 'lbfgs', "),
     "solver": (config("rm_metal", solver="gc"), "solver: expected one of 'cg', 'neumann', "),
-    "cg_steps": (config("imaml_gd", cg_steps=0), "cg_steps (N): expected at least 1, got 0"),
+    "cg_steps": (config("imaml_gd", cg_steps=0), "cg_steps: expected a whole number from 1"),
     "misspelt": (config("anil", features="cashed"), "did you mean 'cached'?"),
 }
 
@@ -352,5 +352,5 @@ REFUSED = {
 def test_settings_that_do_not_fit(case: str) -> None:
     settings, expected = REFUSED[case]
     with pytest.raises(UserError) as refused:
-        meta_learner(settings)
+        AlgorithmSettings.of(settings, "algorithm")
     assert expected in str(refused.value) and "\n" not in str(refused.value)

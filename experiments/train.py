@@ -9,10 +9,8 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -154,25 +152,10 @@ def train(_run: Any, _config: Mapping[str, Any], output: str, seed: int) -> dict
     Under torchrun every rank does it with its share of the tasks, and rank 0 records it.
     """
     try:
-        with _enough_memory(), connect() as ranks:
+        with model.within_limits(), connect() as ranks:
             return _train(_run, _config, output, seed, ranks)
     except RankLost as error:
         raise UserError(str(error)) from error
-
-
-@contextmanager
-def _enough_memory() -> Iterator[None]:
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not re.search(
-            "alloc|out of memory", str(error)
-        ):
-            raise
-        raise UserError(
-            f"memory: expected a run that fits into it, got {model.reason(error)}; lower "
-            "meta_batch, tasks.ways, tasks.queries or model.hidden, or set model.chunk_size"
-        ) from error
 
 
 def _train(

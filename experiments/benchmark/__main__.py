@@ -20,7 +20,7 @@ from experiments.benchmark.measure import Effort
 from experiments.benchmark.problem import Setting
 from experiments.benchmark.registry import select
 from experiments.benchmark.rows import Row, as_markdown, as_text, summary
-from experiments.ingredients.model import device_of, use_threads
+from experiments.ingredients.model import device_of, use_threads, within_limits
 from experiments.tracking import TrackedExperiment, record
 from experiments.tracking.config import Count, Counts, Positive, RunSettings, Seed, Text, Threads
 from experiments.training.outcome import new_folder
@@ -116,6 +116,7 @@ def _save(run: Any, rows: dict[str, list[Row]], device: str, threads: int, folde
 
 
 @ex.automain
+@within_limits()
 def benchmark(
     _run: Any, _config: Mapping[str, Any], cases: str, device: str, threads: int, output: str
 ) -> dict[str, int]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Literal
 
 import learn2learn as l2l
@@ -121,6 +123,31 @@ def use_threads(number: int) -> None:
     """So many threads of torch; 0 leaves torch's own choice."""
     if number:
         torch.set_num_threads(number)
+
+
+@contextmanager
+def within_limits() -> Iterator[None]:
+    """What does not fit into memory or into a float ends with one line; also before a function.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    try:
+        yield
+    except (ArithmeticError, torch.linalg.LinAlgError) as error:
+        if isinstance(error, ZeroDivisionError):  # a bug
+            raise
+        raise UserError(
+            f"numbers: expected finite ones, got {reason(error)}; choose less extreme settings"
+        ) from error
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not known and not re.search("alloc|out of memory|invalid storage size", str(error)):
+            raise
+        raise UserError(
+            f"memory: expected a run that fits into it, got {reason(error)}; ask for less at once: "
+            "fewer tasks, classes, images or features"
+        ) from error
 
 
 def reason(error: BaseException) -> str:

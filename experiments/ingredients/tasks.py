@@ -36,7 +36,8 @@ class TaskSettings(Settings):
     root: Text = "~/data"  # folder of the data sets that are not embedded
     split: Text | None = of("glyphs")  # glyphs: random or script
     level: Text | None = of("glyphs")  # glyphs: clean, easy, medium or hard
-    size: Samples | None = of("caltech101", "folder")  # caltech101, folder: pixels
+    # caltech101, folder: pixels of a side
+    size: Annotated[int, Field(le=10_000)] | None = of("caltech101", "folder")
     # omniglot, folder: seed of the split into training, validation and test
     split_seed: int | None = of("omniglot", "folder")
     # mini_imagenet, tiered_imagenet: normalize
@@ -60,8 +61,8 @@ class TaskSettings(Settings):
         for key, value in self:
             if value not in (None, False) and not self._has(self.name, key):
                 raise ValueError(
-                    f"{key}: expected no such setting for {self.name}, got {key}={value!r}; leave "
-                    "it out"
+                    f"name={self.name}: expected no setting tasks.{key}, got {key}={value!r}; "
+                    "leave it out"
                 )
         return self
 

@@ -131,7 +131,7 @@ class Settings(BaseModel):
         schema = cls.model_json_schema()["properties"][field]
         choices, default = _choices(schema), cls.defaults(given)[field]
         near = get_close_matches(str(value), choices, n=1, cutoff=0.3)
-        todo = "leave it out" if default is None or default == value else f"try {default!r}"
+        todo = "leave it out" if default is None else f"try {default!r}"
         todo = f"did you mean {near[0]!r}?" if near and isinstance(value, str) else todo
         return f"{prefix}{field}: expected {_expected(schema)}, got {_short(value)}; {todo}"
 
@@ -326,8 +326,10 @@ def _expected(schema: Mapping[str, Any]) -> str:
 
 def _limits(schema: Mapping[str, Any]) -> str:
     least, most = schema.get("minimum"), schema.get("maximum", schema.get("exclusiveMaximum"))
+    if least is None and most is not None:
+        return f" of at most {most}"
     if most is not None:
         return f" from {least} to {most - ('exclusiveMaximum' in schema)}"
     if "exclusiveMinimum" in schema:
-        return f" above {schema['exclusiveMinimum']}"
-    return "" if least is None else f" of at least {least}"
+        return f" above {schema['exclusiveMinimum']:g}"
+    return "" if least is None else f" of at least {least:g}"

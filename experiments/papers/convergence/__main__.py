@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 from tqdm import tqdm
 
-from experiments.ingredients.model import use_threads
+from experiments.ingredients.model import use_threads, within_limits
 from experiments.papers.convergence import figure
 from experiments.papers.convergence.figure import Findings, Floors, show
 from experiments.papers.convergence.parts import (
@@ -203,6 +203,7 @@ def _findings(
 
 
 @ex.automain
+@within_limits()
 def convergence(
     _run: Any, _config: Mapping[str, Any], threads: int, output: str
 ) -> dict[str, Any]:

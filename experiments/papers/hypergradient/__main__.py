@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from tqdm import tqdm
 
-from experiments.ingredients.model import use_threads
+from experiments.ingredients.model import use_threads, within_limits
 from experiments.papers.hypergradient import figure
 from experiments.papers.hypergradient.figure import Curves
 from experiments.papers.hypergradient.learners import Method, methods
@@ -114,6 +114,7 @@ def _result(found: Mapping[str, Curves]) -> dict[str, float]:
 
 
 @ex.automain
+@within_limits()
 def hypergradient(
     _run: Any, _config: Mapping[str, Any], problems: int, inner_steps: Sequence[int],
     threads: int, seed: int, output: str,

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from tqdm import tqdm
 
-from experiments.ingredients.model import device_of, use_threads
+from experiments.ingredients.model import device_of, use_threads, within_limits
 from experiments.papers.memory import figure
 from experiments.papers.memory.measure import Effort, Tick, floor, growth
 from experiments.papers.memory.methods import RAJESWARAN, YANG, Method, Shape
@@ -126,6 +126,7 @@ def _result(yang: Mapping[str, Growth], imaml: Mapping[str, Growth]) -> dict[str
 
 
 @ex.automain
+@within_limits()
 def memory(
     _run: Any, _config: Mapping[str, Any], limit_gib: float, repetitions: int, threads: int,
     output: str,

@@ -126,7 +126,7 @@ BAD = {
     "tasks.ways=1000": "(train_ways: tasks.ways)",
     "tasks.shots=100": "(train_samples: tasks.shots + tasks.queries)",
     "tasks.queries=0": "tasks.queries: expected a whole number from 1",
-    "tasks.size=32": "tasks.size: expected no such setting for glyphs, got size=32; leave it out",
+    "tasks.size=32": "tasks.name=glyphs: expected no setting tasks.size, got size=32; leave it out",
     "model.name=cnn5": "did you mean 'cnn4'?",
     "model.hidden=0": "model.hidden: expected a whole number from 1",
     "iterations=0": "iterations: expected a whole number from 1",

@@ -6,127 +6,76 @@
     python -m experiments.train resume=latest
 """
 
-# ruff: noqa: F841  (Sacred reads a config function's local variables)
-
 from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
 
 from experiments.ingredients import algorithm, model, named_configs, tasks
-from experiments.ingredients.algorithm_table import settings_of
+from experiments.ingredients.algorithm_table import AlgorithmSettings, defaults_of
+from experiments.ingredients.model import ModelSettings
 from experiments.tracking import TrackedExperiment, UserError
+from experiments.tracking.config import Positive, Seed, Text, Threads
 from experiments.training import checkpoint, outcome
-from experiments.training.allocator import keep_freed_memory
-from experiments.training.bad_tasks import POLICIES
 from experiments.training.episodes import Tasks
 from experiments.training.loop import Schedule, Training
 from experiments.training.meta_learner import MEASURES, Interval, Measure, MetaLearner
-from l2l_implicit import Chunked, checks
-from l2l_implicit.distributed import RankLost, Ranks, connect, own_device
+from experiments.training.peak_memory import keep_freed_memory
+from l2l_implicit import Chunked
+from l2l_implicit.distributed import RankLost, Ranks, connect
 from l2l_implicit.tasks import nearest_centroid_accuracy
 
-_TYPES: dict[str, Any] = {
-    "validate_seconds": float | None,
-    "budget": float | None,
-    "cell": str | None,
-    "score": str | None,
-    "on_bad_task": str | None,
-    "resume": str | None,
-    **{f"tasks.{key}": kind for key, kind in tasks.TYPES.items()},
-    **{f"model.{key}": kind for key, kind in model.TYPES.items()},
-    **{f"algorithm.{key}": kind for key, kind in algorithm.TYPES.items()},
-}
+
+class TrainSettings(Schedule):
+    """The settings of a run, beside those of its ingredients."""
+
+    seed: Seed = 0  # of the training tasks and the initial parameters
+    # the algorithm's own default: adam, or sgd for reptile and paper
+    meta_optimizer: Literal["adam", "sgd"] = "adam"
+    meta_lr: Positive = 0.001  # outer step size; the algorithm's own default
+    # what is reported: accuracy (classification) or mse (regression); None: its own
+    score: Literal["accuracy", "mse"] | None = None
+    threads: Threads = 1  # of torch; 0 leaves torch's own choice
+    device: Text = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU if there is one
+    output: Text = "runs"  # folder of the learning curve, the trained parameters, the checkpoints
+    # with wrong data, or that diverges: stop, the default, or skip
+    on_bad_task: Literal["stop", "skip"] | None = None
+    resume: Text | None = None  # set by the command line's resume=
+    cell: Text | None = None  # of a sweep (python -m experiments.sweep)
+
+    @classmethod
+    def own_defaults(
+        cls, given: Mapping[str, Any], others: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        its = others.get("algorithm", {})
+        return defaults_of(its.get("name"), its.get("variant"))
+
+
 ex = TrackedExperiment(
-    "train", ingredients=[tasks.tasks, model.model, algorithm.algorithm], types=_TYPES
+    "train",
+    ingredients=[tasks.tasks, model.model, algorithm.algorithm],
+    settings=TrainSettings,
 )
 named_configs.register(ex)
-
-COUNTS = ("iterations", "meta_batch", "validate_every", "validation_tasks", "test_tasks")
-
-
-@ex.config
-def defaults(algorithm: dict[str, Any]) -> None:
-    iterations = 600  # outer iterations, at most
-    meta_batch = 8  # tasks an outer iteration, |B|
-    _own = settings_of(algorithm["name"], algorithm["variant"])
-    meta_optimizer = _own["meta_optimizer"]  # adam or sgd
-    meta_lr = _own["meta_lr"]  # outer step size
-    validate_every = 100  # outer iterations
-    validate_seconds = None  # seconds of training between validations, instead
-    validation_tasks = 100
-    test_tasks = 600
-    score = None  # what is reported: accuracy (classification) or mse (regression); None: its own
-    test_at = ()  # outer iterations at which the test score is recorded besides
-    early_stopping = False  # test theta of the best validation besides, and keep it
-    budget = None  # seconds of training whose test score is the result; None: no limit
-    budget_clock = "cpu"  # cpu (of this process, whatever else the machine does) or wall
-    threads = 1  # of torch; 0 leaves torch's own choice
-    device = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU if there is one
-    output = "runs"  # folder of the learning curve, the trained parameters, the checkpoints
-    checkpoint_seconds = 60.0  # between checkpoints
-    on_bad_task = None  # with wrong data, or that diverges: stop, the default, or skip
-    resume = None  # set by the command line's resume=
-    cell = None  # of a sweep (python -m experiments.sweep)
-    seed = 0
-
-
-def _check(config: Mapping[str, Any]) -> None:
-    try:
-        for name in COUNTS:
-            checks.count(name, config[name])
-        for iteration in config["test_at"]:
-            checks.count("test_at", iteration)
-        checks.positive("meta_lr", config["meta_lr"])
-        checks.positive("checkpoint_seconds", config["checkpoint_seconds"])
-        for name in ("budget", "validate_seconds"):
-            if config[name] is not None:
-                checks.positive(name, config[name])
-        checks.choice("meta_optimizer", config["meta_optimizer"], ("adam", "sgd"))
-        checks.choice("budget_clock", config["budget_clock"], ("cpu", "wall"))
-        checks.choice("on_bad_task", config["on_bad_task"] or "stop", POLICIES)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    if config["threads"] < 0:
-        raise UserError(
-            f"threads: expected at least 0, got {config['threads']}; 0 is torch's own choice"
-        )
-
-
-def _schedule(config: Mapping[str, Any]) -> Schedule:
-    return Schedule(
-        iterations=config["iterations"],
-        batch=config["meta_batch"],
-        validate_every=config["validate_every"],
-        validate_seconds=config["validate_seconds"],
-        validation_tasks=config["validation_tasks"],
-        test_tasks=config["test_tasks"],
-        test_at=tuple(config["test_at"]),
-        budget=config["budget"],
-        cpu=config["budget_clock"] == "cpu",
-        checkpoint_seconds=config["checkpoint_seconds"],
-        early_stopping=config["early_stopping"],
-    )
 
 
 def _learner(config: Mapping[str, Any], given: Tasks, ranks: Ranks) -> MetaLearner:
     """Theta with its algorithm, on the tasks' inputs and outputs."""
-    measure = _measure(given, config["score"])
-    backbone, width = model.make_backbone(given.input_shape())
-    device = _device(config["device"])
+    measure, device = _measure(given, config["score"]), model.device_of(config["device"])
+    network, method = ModelSettings.of(config["model"]), AlgorithmSettings.of(config["algorithm"])
+    backbone, width = model.build_backbone(given.input_shape(), network)
     backbone.to(device)
     if isinstance(backbone, Chunked):
-        _check_chunks(backbone, given, config["algorithm"]["batch_norm"] == "together")
+        _check_chunks(backbone, given, method.batch_norm == "together")
     algorithms = algorithm.make_algorithms(
-        config["algorithm"],
+        method,
         backbone,
         width,
         given.outputs("train"),
@@ -139,7 +88,7 @@ def _learner(config: Mapping[str, Any], given: Tasks, ranks: Ranks) -> MetaLearn
         measure,
         config["meta_optimizer"],
         config["meta_lr"],
-        config["model"]["channels_last"],
+        network.channels_last,
         ranks,
         config["on_bad_task"] == "skip",
         tqdm.write,
@@ -155,22 +104,6 @@ def _measure(given: Tasks, score: str | None) -> Measure:
             "leave it out"
         )
     return measure
-
-
-def _device(name: str) -> torch.device:
-    try:
-        if name == "auto":
-            return own_device()
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"device: expected auto, cpu or a GPU that is there, got {name!r} ({reason}); try cpu"
-        ) from error
-    return device
 
 
 def _check_chunks(backbone: Chunked, given: Tasks, together: bool) -> None:
@@ -193,8 +126,7 @@ def _centroid(given: Tasks, number: int) -> Interval | None:
 
 def _folder(run: Any, output: str, ranks: Ranks) -> Path:
     """The run's own folder, which rank 0 makes and writes to."""
-    name = str(run._id) if run._id is not None else time.strftime("unobserved-%Y%m%d-%H%M%S")
-    return checkpoint.new_folder(Path(output), name) if ranks.first else Path(output) / name
+    return outcome.new_folder(run, output) if ranks.first else Path(output)
 
 
 def _resume(run: Any, training: Training, folder: Path) -> None:
@@ -219,9 +151,8 @@ def train(_run: Any, _config: Mapping[str, Any], output: str, seed: int) -> dict
 
     Under torchrun every rank does it with its share of the tasks, and rank 0 records it.
     """
-    _check(_config)
     try:
-        with connect() as ranks:
+        with model.within_limits(), connect() as ranks:
             return _train(_run, _config, output, seed, ranks)
     except RankLost as error:
         raise UserError(str(error)) from error
@@ -230,23 +161,26 @@ def train(_run: Any, _config: Mapping[str, Any], output: str, seed: int) -> dict
 def _train(
     run: Any, config: Mapping[str, Any], output: str, seed: int, ranks: Ranks
 ) -> dict[str, Any]:
-    if config["threads"]:
-        torch.set_num_threads(config["threads"])
+    model.use_threads(config["threads"])
     run.info["keeps_freed_memory"] = keep_freed_memory()
     torch.manual_seed(seed)
-    given = tasks.make_tasks()
+    given = tasks.make_tasks(**config["tasks"])
     run.info["tasks"] = given.describe()
     learner, folder = _learner(config, given, ranks), _folder(run, output, ranks)
     if ranks.first:
         checkpoint.write_config(folder, config)
-    training = Training(run, learner, given, _schedule(config), seed, folder)
+    schedule = Schedule.of({name: config[name] for name in Schedule.model_fields})
+    training = Training(run, learner, given, schedule, seed, folder)
     if config["resume"] is not None:
         _resume(run, training, Path(config["resume"]))
     training.loop()
     if not ranks.first:
         return {}
     centroid = _centroid(given, config["test_tasks"])
-    outcome.save(run, training, centroid)
+    try:
+        outcome.save(run, training, centroid)
+    except OSError as error:
+        raise UserError(f"output: expected to write to {folder}, got {error}") from error
     result = outcome.summary(training, centroid)
     run.info["result"] = result
     outcome.announce(run, training, result, centroid)

@@ -20,32 +20,38 @@ from experiments.benchmark.measure import Effort
 from experiments.benchmark.problem import Setting
 from experiments.benchmark.registry import select
 from experiments.benchmark.rows import Row, as_markdown, as_text, summary
+from experiments.ingredients.model import device_of, use_threads, within_limits
 from experiments.tracking import TrackedExperiment, record
-from experiments.training.allocator import keep_freed_memory
+from experiments.tracking.config import Count, Counts, Positive, RunSettings, Seed, Text, Threads
+from experiments.training.outcome import new_folder
+from experiments.training.peak_memory import keep_freed_memory
 from l2l_implicit import UnsolvedWarning
 
-ex = TrackedExperiment("benchmark")
+
+class BenchmarkSettings(RunSettings):
+    """The settings of this experiment."""
+
+    cases: Text = "all"  # names with commas: see experiments/benchmark/registry.py
+    repetitions: Count = 30  # of each method
+    # a method that took this long in all is repeated no further (but 3 times)
+    seconds: Positive = 20.0
+    steps: Count = 20  # inner steps K
+    cg_steps: Count = 20  # conjugate gradient steps N
+    peer_steps: Counts = [1, 5, 20, 100]  # K (and N) of the comparison with other methods
+    sweep_steps: Counts = [5, 20, 50, 100, 200]  # K, at N = cg_steps
+    sweep_cg_steps: Counts = [5, 10, 20, 50, 100]  # N, at K = steps
+    memory_steps: Counts = [1, 10, 100, 1000, 10000]  # K at which memory is measured
+    network_steps: Counts = [1, 5, 20]  # K (and N) of iMAML on the whole network
+    hidden: Count = 64  # filters a layer of cnn4 (at 84 pixels: 32 at most)
+    chunk_size: Count = 25  # images
+    channels_last: bool = True  # for every method
+    device: Text = "cpu"  # cpu, cuda, cuda:1, ...; auto: a GPU if there is one
+    threads: Threads = 1  # of torch; 0 leaves torch's own choice
+    seed: Seed = 0  # of all random numbers
+    output: Text = "runs"  # the folder of the table and the picture
 
 
-@ex.config
-def defaults() -> None:
-    cases = "all"  # names with commas: see experiments/benchmark/registry.py
-    repetitions = 30
-    seconds = 20.0  # a method that took this long in all is repeated no further (but 3 times)
-    steps = 20  # inner steps K
-    cg_steps = 20  # conjugate gradient steps N
-    peer_steps = [1, 5, 20, 100]  # K (and N) of the comparison with other methods
-    sweep_steps = [5, 20, 50, 100, 200]  # K, at N = cg_steps
-    sweep_cg_steps = [5, 10, 20, 50, 100]  # N, at K = steps
-    memory_steps = [1, 10, 100, 1000, 10000]  # K at which memory is measured
-    network_steps = [1, 5, 20]  # K (and N) of iMAML on the whole network
-    hidden = 64  # filters a layer of cnn4 (at 84 pixels: 32 at most)
-    chunk_size = 25  # images
-    channels_last = True  # for every method
-    device = "cpu"
-    threads = 1
-    seed = 0
-    output = "runs"  # the folder of the table and the picture
+ex = TrackedExperiment("benchmark", settings=BenchmarkSettings)
 
 
 @ex.named_config
@@ -99,11 +105,8 @@ def _processor() -> str:
     return f"{platform.machine()} CPU ({torch.backends.cpu.get_cpu_capability()})"
 
 
-def _save(run: Any, rows: dict[str, list[Row]], device: str, threads: int, output: str) -> Path:
+def _save(run: Any, rows: dict[str, list[Row]], device: str, threads: int, folder: Path) -> Path:
     """The table as Markdown and the picture, in a folder of the run's own and in the database."""
-    name = str(run._id) if run._id is not None else time.strftime("unobserved-%Y%m%d-%H%M%S")
-    folder = Path(output) / name
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "benchmark.md").write_text(_markdown(rows, _machine(device, threads)))
     run.add_artifact(folder / "benchmark.md")
     if "peers" in rows:
@@ -113,12 +116,15 @@ def _save(run: Any, rows: dict[str, list[Row]], device: str, threads: int, outpu
 
 
 @ex.automain
+@within_limits()
 def benchmark(
     _run: Any, _config: Mapping[str, Any], cases: str, device: str, threads: int, output: str
 ) -> dict[str, int]:
     """Print the table; returns how many bars are met, and how many there are."""
-    chosen, plan = select(cases), _plan(_config)
-    torch.set_num_threads(threads)
+    device = str(device_of(device))
+    chosen, plan = select(cases), _plan({**_config, "device": device})
+    use_threads(threads)
+    folder = new_folder(_run, output)
     keep_freed_memory()  # as experiments.train does; every method is faster for it
     rows: dict[str, list[Row]] = {}
     with warnings.catch_warnings():
@@ -129,6 +135,6 @@ def benchmark(
             tqdm.write(as_text(rows[name]))
     everything = [row for of in rows.values() for row in of]
     print("", summary(everything), _machine(device, threads), sep="\n\n")
-    print(f"\ntable and picture: {_save(_run, rows, device, threads, output)}")
+    print(f"\ntable and picture: {_save(_run, rows, device, threads, folder)}")
     bars = [bar for row in everything for bar in row.bars]
     return {"met": sum(bar.met for bar in bars), "bars": len(bars)}

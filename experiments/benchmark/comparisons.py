@@ -15,7 +15,7 @@ from experiments.benchmark.measure import Cost, measure, seconds_of
 from experiments.benchmark.ours import Step, apart, closure, head_of, implicit, supervised
 from experiments.benchmark.problem import Problem, Shape, build
 from experiments.benchmark.rows import Bar, Row
-from experiments.ingredients.solvers import solvers
+from experiments.ingredients.algorithm import solvers
 from l2l_implicit import ImplicitMAML, LinearSolution
 
 RELEASED, GRADIENTS, HVP = 5.0, 2.5, 2.2

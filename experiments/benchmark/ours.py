@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from experiments.benchmark.problem import STEP_SIZE, Problem
-from experiments.ingredients.solvers import solvers
+from experiments.ingredients.algorithm import solvers
 from l2l_implicit import ImplicitCGHead
 from l2l_implicit.chunked import Chunked
 

@@ -16,7 +16,7 @@ from experiments.benchmark.ours import Adapt, Step, closure, head_of, loss_tenso
 from experiments.benchmark.problem import STEP_SIZE, Problem, Shape, build
 from experiments.benchmark.rows import Bar, Row
 from experiments.ingredients.algorithm import make_algorithms
-from experiments.ingredients.algorithm_table import settings_of
+from experiments.ingredients.algorithm_table import AlgorithmSettings
 from experiments.training.episodes import Episode
 from experiments.training.meta_learner import MEASURES, MetaLearner
 from l2l_implicit import ImplicitCGHead
@@ -65,9 +65,9 @@ def _supervised(problem: Problem, episodes: Sequence[Episode]) -> Step:
 
 
 def _engine(problem: Problem, episodes: Sequence[Episode], together: object, plan: Plan) -> Step:
-    settings = {**settings_of("rm_metal", None), "name": "rm_metal", "variant": None}
-    settings |= {"test_steps": None, "test_scope": None, "lr": STEP_SIZE, "together": together}
-    settings |= {"steps": plan.steps, "cg_steps": plan.cg_steps}
+    settings = AlgorithmSettings.of(
+        {"lr": STEP_SIZE, "together": together, "steps": plan.steps, "cg_steps": plan.cg_steps}
+    )
     measure_of, ways = MEASURES["classification"], problem.head.out_features
     algorithms = make_algorithms(
         settings, copy.deepcopy(problem.backbone), problem.head.in_features, ways, ways,

@@ -1,45 +1,44 @@
-"""The algorithms by name, each with its settings; None marks what an algorithm does not have."""
+"""The algorithms by name, and their settings.
+
+A setting is one line of `AlgorithmSettings`: its type, its default in each family of algorithms
+that has it, its words. An algorithm's own defaults stand in `ALGORITHMS`.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-KEYS = (
-    "scope", "lr", "steps", "l2", "step", "solver", "cg_steps", "cg_tol", "damping", "features",
-    "engine", "optimizer", "learn_lr", "learn_l2", "batch_norm", "together", "meta_optimizer",
-    "meta_lr",
-)  # fmt: skip
+from pydantic import Field, model_validator
 
-_IMPLICIT = {
-    "solver": "cg", "cg_steps": 20, "cg_tol": 1e-4, "damping": 0.0, "learn_l2": False, "lr": 0.1,
-    "steps": 20,
-}  # fmt: skip
-_UNROLLED = {"engine": "higher", "optimizer": "sgd", "learn_lr": False, "lr": 0.1}
-_HEAD = {"scope": "head", "features": "cached", "batch_norm": "together"}
-_NETWORK = {"scope": "network", "batch_norm": "separately"}
+from experiments.tracking.config import Count, NotNegative, OneOf, Positive, Settings
 
-ALGORITHMS: dict[str, dict[str, Any]] = {
+_HEAD, _NETWORK = ("head", "implicit"), ("network", "implicit")
+_UNROLLED_HEAD, _UNROLLED = ("head", "unrolled"), ("network", "unrolled")
+
+# The families of an algorithm, and what differs from their defaults.
+ALGORITHMS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     # Yang, Ma, Yu (2025), Algorithm 1.
-    "rm_metal": {**_HEAD, **_IMPLICIT, "l2": 0.1, "step": "newton", "together": "auto"},
+    "rm_metal": (_HEAD, {"l2": 0.1, "step": "newton", "together": "auto"}),
     # Rajeswaran et al. (2019), Algorithm 2 with gradient descent, or Hessian-free, inside. The
     # damping is not in the paper but in its code; without it neither learns (docs/choosing.md).
-    "imaml_gd": {**_NETWORK, **_IMPLICIT, "l2": 2.0, "step": "gradient", "steps": 16,
-                 "cg_steps": 5, "damping": 20.0},
-    "imaml_hf": {**_NETWORK, **_IMPLICIT, "l2": 2.0, "step": "newton", "steps": 5,
-                 "cg_steps": 5, "damping": 20.0},
+    "imaml_gd": (_NETWORK, {"l2": 2.0, "step": "gradient", "steps": 16, "cg_steps": 5,
+                            "damping": 20.0}),
+    "imaml_hf": (_NETWORK, {"l2": 2.0, "step": "newton", "steps": 5, "cg_steps": 5,
+                            "damping": 20.0}),
     # Ji, Yang, Liang (2020): unrolled, theta = features only.
-    "itd_bio": {**_HEAD, **_UNROLLED, "steps": 20},
+    "itd_bio": (_UNROLLED_HEAD, {"steps": 20}),
     # Raghu et al. (2019).
-    "anil": {**_HEAD, **_UNROLLED, "steps": 10},
-    "fo_anil": {**_HEAD, **_UNROLLED, "steps": 10},
+    "anil": (_UNROLLED_HEAD, {"steps": 10}),
+    "fo_anil": (_UNROLLED_HEAD, {"steps": 10}),
     # Finn, Abbeel, Levine (2017).
-    "maml": {**_NETWORK, **_UNROLLED, "steps": 3},
-    "fomaml": {**_NETWORK, **_UNROLLED, "steps": 3},
+    "maml": (_UNROLLED, {"steps": 3}),
+    "fomaml": (_UNROLLED, {"steps": 3}),
     # Nichol, Achiam, Schulman (2018): plain steps towards phi^K.
-    "reptile": {**_NETWORK, "optimizer": "sgd", "lr": 0.05, "steps": 5,
-                "meta_optimizer": "sgd", "meta_lr": 0.5},
+    "reptile": (("network",), {"optimizer": "sgd", "lr": 0.05, "steps": 5,
+                               "meta_optimizer": "sgd", "meta_lr": 0.5}),
     # Any module, any differentiable inner optimiser.
-    "unrolled": {**_HEAD, **_UNROLLED, "steps": 5},
+    "unrolled": (_UNROLLED_HEAD, {"steps": 5}),
 }  # fmt: skip
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -49,13 +48,142 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "as_released": {"step": "gradient", "l2": 0.0},
 }
 LEARNED_INITIAL_HEAD = ("anil", "fo_anil", "unrolled")
+OUTER = {"meta_optimizer": "adam", "meta_lr": 0.001}
 
 
-def settings_of(name: str, variant: str | None) -> dict[str, Any]:
-    """The settings of an algorithm; every one of `KEYS` is there.
+def own(**families: Any) -> Any:
+    """A setting that the algorithms of these families have, with its default there."""
+    return Field(default=None, json_schema_extra={"own": families})
+
+
+class AlgorithmSettings(Settings):
+    """The settings of all algorithms; None where an algorithm has no such setting."""
+
+    name: Annotated[str, OneOf(ALGORITHMS)] = "rm_metal"  # one of docs/algorithms.md
+    # rm_metal: None (the learner's own defaults), paper or as_released
+    variant: Annotated[str, OneOf(VARIANTS)] | None = None
+    # what is adapted: head or network
+    scope: Literal["head", "network"] = own(head="head", network="network")
+    # inner step size; auto: from the largest curvature (step=gradient)
+    lr: Positive | Literal["auto"] = own(implicit=0.1, unrolled=0.1)
+    steps: Count = own(implicit=20)  # the most inner steps K
+    test_steps: Count | None = None  # inner steps in validation and test; None: as in training
+    # head: a network's head alone is adapted in validation and test
+    test_scope: Literal["head"] | None = None
+    l2: NotNegative = own()  # inner regulariser
+    step: Literal["newton", "lbfgs", "gradient"] = own()  # inner solver: newton, lbfgs or gradient
+    # linear solver: cg, neumann or direct
+    solver: Literal["cg", "neumann", "direct"] = own(implicit="cg")
+    cg_steps: Count = own(implicit=20)  # the most steps N of the linear solver
+    cg_tol: Positive = own(implicit=1e-4)  # relative residual at which the linear solver stops
+    damping: NotNegative = own(implicit=0.0)  # added to the diagonal of the linear system
+    # cached (once a task) or as_published (at every inner step)
+    features: Literal["cached", "as_published"] = own(head="cached")
+    # of unrolled differentiation: higher or learn2learn
+    engine: Literal["higher", "learn2learn"] = own(unrolled="higher")
+    optimizer: Literal["sgd", "adam", "rmsprop"] = own(unrolled="sgd")  # inner: sgd, adam, rmsprop
+    learn_lr: bool = own(unrolled=False)  # meta-learn the inner step size
+    learn_l2: bool = own(implicit=False)  # meta-learn the regulariser
+    # the heads of all tasks of a batch at once; auto: see docs/cost.md
+    together: bool | Literal["auto"] = own()
+    # support and query: together, separately or eval
+    batch_norm: Literal["together", "separately", "eval"] = own(
+        head="together", network="separately"
+    )
+
+    @classmethod
+    def own_defaults(
+        cls, given: Mapping[str, Any], others: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        return defaults_of(given.get("name"), given.get("variant"))
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> list[str]:
+        has = defaults_of(values.get("name"), values.get("variant"))
+        return [name for name in cls.model_fields if has.get(name, "") is not None]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_those_of_others(cls, given: Any) -> Any:
+        return {key: value for key, value in given.items() if value is not None or key not in _OWN}
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> AlgorithmSettings:
+        for key, default in defaults_of(self.name, self.variant).items():
+            value = getattr(self, key, default)
+            if default is None and value is not None:
+                raise ValueError(
+                    f"{key}: expected no such setting for {self.name}, got {value!r}; leave it out"
+                )
+            if default is not None and value is None:
+                raise ValueError(
+                    f"{key}: expected a value for {self.name}, got None; try {default!r}"
+                )
+        for wrong in (self._wrong_scope(), self._wrong_solver(), self._wrong_engine()):
+            if wrong:
+                raise ValueError(wrong)
+        return self
+
+    def _wrong_scope(self) -> str:
+        usual = defaults_of(self.name, None)["scope"]
+        if self.variant is not None and self.name != "rm_metal":
+            return f"variant: expected none for {self.name}, got {self.variant!r}; leave it out"
+        if self.scope != usual and self.name != "unrolled":
+            return (
+                f"scope: expected {usual!r} for {self.name}, got {self.scope!r}; use unrolled, or "
+                "an algorithm of that scope"
+            )
+        if self.scope == "network" and self.batch_norm == "together":
+            return (
+                f"batch_norm: expected separately or eval for {self.name}, got 'together'; a "
+                "network that is adapted sees the query set only after the inner loop"
+            )
+        if self.scope == "network" and self.features == "as_published":
+            return (
+                "features: expected 'cached' with scope='network', got 'as_published'; a network "
+                "that is adapted has no features to keep"
+            )
+        if self.scope == "head" and self.test_scope is not None:
+            return f"test_scope: expected none for {self.name}, got 'head'; leave it out"
+        return ""
+
+    def _wrong_solver(self) -> str:
+        if self.lr == "auto" and self.step != "gradient":
+            return "lr: expected a number without step=gradient, got 'auto'; try 0.1"
+        if self.together is True and self.features == "as_published":
+            return (
+                "together: expected False with features='as_published', got True; the backbone "
+                "cannot run again at every inner step of all tasks at once"
+            )
+        return ""
+
+    def _wrong_engine(self) -> str:
+        if self.engine != "learn2learn":
+            return ""
+        if self.name in ("itd_bio", "unrolled") or self.optimizer != "sgd" or self.learn_lr:
+            return (
+                f"engine: expected higher for {self.name} with optimizer={self.optimizer}, "
+                f"learn_lr={self.learn_lr}, got 'learn2learn', whose MAML has none of these; "
+                "use engine=higher"
+            )
+        return ""
+
+
+_OWN: dict[str, Any] = {
+    name: field.json_schema_extra["own"]
+    for name, field in AlgorithmSettings.model_fields.items()
+    if isinstance(field.json_schema_extra, dict)
+}
+
+
+def defaults_of(name: Any, variant: Any) -> dict[str, Any]:
+    """The settings of an algorithm that depend on its name, those of the outer problem too.
 
     Those of an unknown name are rm_metal's: it is the name that the user has to hear of.
     """
-    common = {"meta_optimizer": "adam", "meta_lr": 0.001}
-    own = {**ALGORITHMS.get(name, ALGORITHMS["rm_metal"]), **VARIANTS.get(variant or "", {})}
-    return {**dict.fromkeys(KEYS), **common, **own}
+    families, values = ALGORITHMS.get(str(name), ALGORITHMS["rm_metal"])
+    found = {
+        key: next((given[family] for family in families if family in given), None)
+        for key, given in _OWN.items()
+    }
+    return {**OUTER, **found, **values, **VARIANTS.get(str(variant), {})}

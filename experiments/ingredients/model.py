@@ -1,63 +1,75 @@
 """The feature extractor theta: learn2learn's convolutional networks, or a small dense one."""
 
-# ruff: noqa: F841  (Sacred reads a config function's local variables)
-
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Literal
 
 import learn2learn as l2l
 import torch
+from pydantic import Field
 from torch import nn
 
 from experiments.tracking import TrackedIngredient, UserError
-from l2l_implicit import Chunked, checks
+from experiments.tracking.config import Count, Settings
+from l2l_implicit import Chunked
+from l2l_implicit.distributed import own_device
 
-model = TrackedIngredient("model")
-TYPES = {"name": str | None, "hidden": int | None, "chunk_size": int | None}
-BACKBONES = ("cnn4", "resnet12", "wrn28", "mlp")
 HIDDEN = {"cnn4": 32, "mlp": 40}
 
 
-@model.config
-def defaults() -> None:
-    name = None  # cnn4, resnet12, wrn28 or mlp; None: cnn4 for images, mlp for vectors
-    hidden = None  # filters a layer (cnn4; None: 32) or units a layer (mlp; None: 40)
-    channels_last = True  # memory layout of images; about 1.6 times faster on a CPU
-    chunk_size = None  # images that pass the backbone at once, each twice; None: all, once
+class ModelSettings(Settings):
+    """The settings of this ingredient."""
+
+    # None: cnn4 for images, mlp for vectors
+    name: Literal["cnn4", "resnet12", "wrn28", "mlp"] | None = None
+    # filters a layer (cnn4; None: 32) or units a layer (mlp; None: 40)
+    hidden: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    channels_last: bool = True  # memory layout of images; about 1.6 times faster on a CPU
+    # images that pass the backbone at once, each twice; None: all, once
+    chunk_size: Count | None = None
 
 
-def build_backbone(
-    input_shape: Sequence[int],
-    name: str | None,
-    hidden: int | None,
-    channels_last: bool,
-    chunk_size: int | None = None,
-) -> tuple[nn.Module, int]:
+model = TrackedIngredient("model", settings=ModelSettings)
+
+
+def build_backbone(input_shape: Sequence[int], settings: ModelSettings) -> tuple[nn.Module, int]:
     """The network, and how many features it gives for one input.
 
     Args:
         input_shape: (channels, height, width) of an image, or (n,) of a vector.
-        name, hidden, channels_last, chunk_size: the configuration of this ingredient.
+        settings: of this ingredient.
 
     Raises:
         UserError: no such network, or not for such inputs.
     """
-    image = len(input_shape) == 3
-    name = name or ("cnn4" if image else "mlp")
-    _check(name, hidden, input_shape)
-    backbone = _build(name, hidden or HIDDEN.get(name, 0), input_shape[0])
-    if channels_last and image:
-        backbone = backbone.to(memory_format=torch.channels_last)
-    with torch.no_grad():
-        width = backbone.eval()(torch.zeros(1, *input_shape)).shape[1]
-    backbone.train()
-    if chunk_size is None:
-        return backbone, width
+    image, shape = len(input_shape) == 3, tuple(input_shape)
+    name = settings.name or ("cnn4" if image else "mlp")
+    _check(name, settings.hidden, shape)
     try:
-        return Chunked(backbone, chunk_size), width
-    except (TypeError, ValueError) as error:
-        raise UserError(f"model.{error}") from error
+        backbone = _build(name, settings.hidden or HIDDEN.get(name, 0), shape[0])
+        if settings.channels_last and image:
+            backbone = backbone.to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            width = backbone.eval()(torch.zeros(1, *shape)).shape[1]
+    except (RuntimeError, MemoryError) as error:
+        size = "" if settings.hidden is None else f" with hidden={settings.hidden}"
+        raise UserError(
+            f"model: expected a network for inputs of shape {shape} that fits into memory, got "
+            f"{name}{size} ({reason(error)}); try model.name={'cnn4' if image else 'mlp'}, smaller "
+            "layers or larger images"
+        ) from error
+    if not width:
+        raise UserError(
+            f"model.name: expected a network that leaves features of images of shape {shape}, got "
+            f"{name!r}, which leaves none; use larger images"
+        )
+    backbone.train()
+    if settings.chunk_size is None:
+        return backbone, width
+    return Chunked(backbone, settings.chunk_size), width
 
 
 def _build(name: str, hidden: int, channels: int) -> nn.Module:
@@ -66,9 +78,6 @@ def _build(name: str, hidden: int, channels: int) -> nn.Module:
     if name == "resnet12":
         return l2l.vision.models.ResNet12Backbone(channels=channels)
     if name == "wrn28":
-        if channels != 3:
-            raise UserError(f"model.name: expected cnn4 or resnet12 for {channels}-channel "
-                            "images, got 'wrn28', which takes 3 channels")
         return l2l.vision.models.WRN28Backbone()
     return nn.Sequential(
         nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
@@ -76,18 +85,72 @@ def _build(name: str, hidden: int, channels: int) -> nn.Module:
 
 
 def _check(name: str, hidden: int | None, input_shape: Sequence[int]) -> None:
-    try:
-        checks.choice("name", name, BACKBONES)
-    except ValueError as error:
-        raise UserError(f"model.{error}") from error
-    if hidden is not None and hidden < 1:
-        raise UserError(f"model.hidden: expected at least 1, got {hidden}; try 32")
     if hidden is not None and name not in HIDDEN:
         raise UserError(f"model.hidden: expected none for {name}, got {hidden}; leave it out")
     if (name == "mlp") == (len(input_shape) == 3):
         kind = "images" if len(input_shape) == 3 else "vectors"
         right = "cnn4, resnet12 or wrn28" if kind == "images" else "mlp"
-        raise UserError(f"model.name: expected {right} for {kind}, got {name!r}")
+        raise UserError(f"model.name: expected {right} for {kind}, got {name!r}; leave it out")
+    if name == "wrn28" and input_shape[0] != 3:
+        raise UserError(
+            f"model.name: expected cnn4 or resnet12 for {input_shape[0]}-channel images, got "
+            "'wrn28', which takes 3 channels; leave it out"
+        )
 
 
-make_backbone = model.capture(build_backbone)
+def device_of(name: str) -> torch.device:
+    """A device by its name, or the one to use by default (``auto``), on which torch can train.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        if name == "auto":
+            return own_device()
+        device = torch.device(name)
+        one = torch.ones(1, device=device, requires_grad=True)
+        (2 * one).sum().backward()
+        one.grad.item()  # type: ignore[union-attr]  # what has no numbers raises here
+    except Exception as error:  # each backend has its own
+        raise UserError(
+            f"device: expected auto, cpu or a GPU that is there, got {name!r} ({reason(error)}); "
+            "try cpu"
+        ) from error
+    return device
+
+
+def use_threads(number: int) -> None:
+    """So many threads of torch; 0 leaves torch's own choice."""
+    if number:
+        torch.set_num_threads(number)
+
+
+@contextmanager
+def within_limits() -> Iterator[None]:
+    """What does not fit into memory or into a float ends with one line; also before a function.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    try:
+        yield
+    except (ArithmeticError, torch.linalg.LinAlgError) as error:
+        if isinstance(error, ZeroDivisionError):  # a bug
+            raise
+        raise UserError(
+            f"numbers: expected finite ones, got {reason(error)}; choose less extreme settings"
+        ) from error
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not known and not re.search("alloc|out of memory|invalid storage size", str(error)):
+            raise
+        raise UserError(
+            f"memory: expected a run that fits into it, got {reason(error)}; ask for less at once: "
+            "fewer tasks, classes, images or features"
+        ) from error
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error's message, of a readable length."""
+    text = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return text if len(text) <= 150 else f"{text[:150]} ..."

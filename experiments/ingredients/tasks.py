@@ -1,96 +1,114 @@
 """Which few-shot tasks: data set, ways, shots, queries, for training and for testing."""
 
-# ruff: noqa: F841  (Sacred reads a config function's local variables)
-
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
 from experiments.tracking import TrackedIngredient, UserError
+from experiments.tracking.config import Settings, Text
 from experiments.training.episodes import Sizes, Tasks
-from l2l_implicit.tasks import get_tasksets
+from l2l_implicit.tasks import canonical, get_tasksets
+from l2l_implicit.tasks.registry import LEARN2LEARN, TASKSETS
 
-tasks = TrackedIngredient("tasks")
-TYPES = {
-    "test_ways": int | None,
-    "test_shots": int | None,
-    "test_queries": int | None,
-    "split": str | None,
-    "level": str | None,
-    "size": int | None,
-    "split_seed": int | None,
-    "augmentation": str | None,
+MOST_SAMPLES = 1_000_000  # of a class in a task
+Ways = Annotated[int, Field(ge=2, le=MOST_SAMPLES)]
+Samples = Annotated[int, Field(ge=1, le=MOST_SAMPLES)]
+
+
+def of(*names: str, default: Any = None) -> Any:
+    """A setting that these data sets alone have."""
+    return Field(default=default, json_schema_extra={"of": list(names)})
+
+
+class TaskSettings(Settings):
+    """The settings of this ingredient."""
+
+    name: Text = "glyphs"  # data set
+    ways: Ways = 5  # classes a task
+    shots: Samples = 5  # support images a class
+    queries: Samples = 5  # query images a class
+    test_ways: Ways | None = None  # of validation and test tasks; None: as in training
+    test_shots: Samples | None = None  # of validation and test tasks; None: as in training
+    test_queries: Samples | None = None  # of validation and test tasks; None: as in training
+    root: Text = "~/data"  # folder of the data sets that are not embedded
+    split: Text | None = of("glyphs")  # glyphs: random or script
+    level: Text | None = of("glyphs")  # glyphs: clean, easy, medium or hard
+    # caltech101, folder: pixels of a side
+    size: Annotated[int, Field(le=10_000)] | None = of("caltech101", "folder")
+    # omniglot, folder: seed of the split into training, validation and test
+    split_seed: int | None = of("omniglot", "folder")
+    # mini_imagenet, tiered_imagenet: normalize
+    augmentation: Text | None = of("mini_imagenet", "tiered_imagenet")
+    # folder: leave out images that cannot be read, and count them
+    skip_unreadable: bool = of("folder", default=False)
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> list[str]:
+        return [key for key in cls.model_fields if cls._has(str(values.get("name")), key)]
+
+    @classmethod
+    def _has(cls, name: str, key: str) -> bool:
+        """An unknown data set has all: it is its name that the user has to hear of."""
+        extra, name = cls.model_fields[key].json_schema_extra, canonical(name)
+        known = name in TASKSETS or name in LEARN2LEARN
+        return not known or not isinstance(extra, dict) or name in extra["of"]
+
+    @model_validator(mode="after")
+    def _of_this_data_set(self) -> TaskSettings:
+        for key, value in self:
+            if value not in (None, False) and not self._has(self.name, key):
+                raise ValueError(
+                    f"name={self.name}: expected no setting tasks.{key}, got {key}={value!r}; "
+                    "leave it out"
+                )
+        return self
+
+
+tasks = TrackedIngredient("tasks", settings=TaskSettings)
+SIZES = {"name", "root", "ways", "shots", "queries", "test_ways", "test_shots", "test_queries"}
+WORDS = {
+    "train_ways": "tasks.ways",
+    "test_ways": "tasks.test_ways",
+    "train_samples": "tasks.shots + tasks.queries",
+    "test_samples": "tasks.test_shots + tasks.test_queries",
 }
+"""Settings in the words of `get_tasksets`."""
 
 
-@tasks.config
-def defaults() -> None:
-    name = "glyphs"  # data set
-    ways = 5  # classes a task
-    shots = 5  # support images a class
-    queries = 5  # query images a class
-    test_ways = None  # of validation and test tasks; None: as in training
-    test_shots = None
-    test_queries = None
-    root = "~/data"  # folder of the data sets that are not embedded
-    split = None  # glyphs: random or script
-    level = None  # glyphs: clean, easy, medium or hard
-    size = None  # caltech101, folder: pixels
-    split_seed = None  # omniglot, folder: seed of the split into training, validation and test
-    augmentation = None  # mini_imagenet, tiered_imagenet: normalize
-    skip_unreadable = False  # folder: leave out images that cannot be read, and count them
-
-
-@tasks.capture
-def make_tasks(
-    name: str,
-    ways: int,
-    shots: int,
-    queries: int,
-    test_ways: int | None,
-    test_shots: int | None,
-    test_queries: int | None,
-    root: str,
-    split: str | None,
-    level: str | None,
-    size: int | None,
-    split_seed: int | None,
-    augmentation: str | None,
-    skip_unreadable: bool,
-) -> Tasks:
+def make_tasks(**settings: Any) -> Tasks:
     """The configured task sets.
+
+    Args:
+        settings: of this ingredient.
 
     Raises:
         UserError: what the data set cannot give, in one line.
     """
-    train = _checked("", Sizes(ways, shots, queries))
-    asked = (test_ways, test_shots, test_queries)
-    same = (usual if own is None else own for own, usual in zip(asked, train, strict=True))
-    test = _checked("test_", Sizes(*same))
-    given = {
-        "split": split,
-        "level": level,
-        "size": size,
-        "split_seed": split_seed,
-        "data_augmentation": augmentation,
-        "skip_unreadable": skip_unreadable or None,
-    }
-    options = {key: value for key, value in given.items() if value is not None}
+    s = TaskSettings.of(settings, "tasks")
+    train = Sizes(s.ways, s.shots, s.queries)
+    asked = (s.test_ways, s.test_shots, s.test_queries)
+    test = Sizes(*(usual if a is None else a for a, usual in zip(asked, train, strict=True)))
+    options = s.model_dump(exclude=SIZES, exclude_none=True)
+    if not s.skip_unreadable:
+        del options["skip_unreadable"]
+    if s.augmentation is not None:
+        options["data_augmentation"] = options.pop("augmentation")
     try:
         sets = get_tasksets(
-            name,
+            s.name,
             train_ways=train.ways,
             train_samples=train.shots + train.queries,
             test_ways=test.ways,
             test_samples=test.shots + test.queries,
-            root=root,
+            root=s.root,
             **options,
         )
-        return Tasks(sets, name, train, test, options)
-    except (ValueError, TypeError, OSError) as error:
-        raise UserError(f"tasks.name={name}: {error}") from error
-
-
-def _checked(prefix: str, sizes: Sizes) -> Sizes:
-    for (key, value), least in zip(sizes._asdict().items(), (2, 1, 1), strict=True):
-        if value < least:
-            raise UserError(f"tasks.{prefix}{key}: expected at least {least}, got {value}; try 5")
-    return sizes
+        return Tasks(sets, s.name, train, test, options)
+    except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
+        text = str(error) or type(error).__name__
+        words = [f"{word}: {ours}" for word, ours in WORDS.items() if word in text]
+        more = f" ({', '.join(words)})" if words else ""
+        raise UserError(f"tasks.name={s.name}: {text}{more}") from error

@@ -31,10 +31,14 @@ class Terminated(SacredInterrupt):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the known name closest to `name`, else an empty string."""
+    """`; did you mean 'x'?` for the known name closest to `name`, else an empty string.
+
+    What follows the last dot counts most: a setting is more often looked for in the wrong group
+    than under another name.
+    """
     known = list(known)
-    leaves = {key.rpartition(".")[2]: key for key in reversed(known)}
-    matches = get_close_matches(name, known, n=1, cutoff=0.6)
-    by_leaf = get_close_matches(name.rpartition(".")[2], leaves, n=1, cutoff=0.6)
-    found = matches[0] if matches else leaves[by_leaf[0]] if by_leaf else None
-    return f"; did you mean {found!r}?" if found else ""
+    leaves = [key.rpartition(".")[2] for key in known]
+    leaf = get_close_matches(name.rpartition(".")[2], leaves, n=1, cutoff=0.6)
+    same = [key for key, its in zip(known, leaves, strict=True) if its in leaf]
+    found = get_close_matches(name, same or known, n=1, cutoff=0.0 if same else 0.6)
+    return f"; did you mean {found[0]!r}?" if found else ""

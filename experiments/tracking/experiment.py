@@ -14,16 +14,15 @@ from docopt import DocoptExit
 from sacred import SETTINGS, Experiment, Ingredient, stdout_capturing
 from sacred.dependencies import gather_sources_and_dependencies
 from sacred.run import Run
-from sacred.utils import convert_to_nested_dict
 
 from experiments.tracking import interruption
-from experiments.tracking.config_check import (
-    Types,
+from experiments.tracking.config import (
+    ModelConfig,
+    RunSettings,
+    check_config,
     check_named_configs,
-    check_run,
-    check_updates,
-    default_config,
     drop_descriptions,
+    nested,
 )
 from experiments.tracking.database import Database, choose
 from experiments.tracking.errors import Terminated, TrackingError, UserError
@@ -100,20 +99,21 @@ class TrackedExperiment(Experiment):
     Args:
         name: the experiment's name.
         ingredients: as in Sacred.
-        types: declared types of entries, by dotted name, such as {"inner.step": float | None};
-            other entries must have their default's type (an int may stand for a float).
+        settings: the model of the configuration's entries; each ingredient has its own.
         base_dir: sources below it are recorded; by default this repository.
         options: further arguments of `sacred.Experiment`.
     """
 
     def __init__(self, name: str, ingredients: Sequence[Ingredient] = (),
-                 types: Types | None = None, base_dir: Path | str = REPOSITORY,
+                 settings: type[RunSettings] = RunSettings, base_dir: Path | str = REPOSITORY,
                  **options: Any) -> None:
         caller = sys._getframe(1).f_globals
         options = {"save_git_info": False, "base_dir": str(base_dir), **options}
         with _discovering("none", "none"):  # Sacred would take this module for the main file
             super().__init__(name, ingredients=ingredients, **options)
-        self.types = dict(types or {})
+        self.settings = settings
+        self.configurations.append(ModelConfig(settings))
+        self.config_hook(lambda config, command_name, logger: check_config(self, config))
         self.doc = caller.get("__doc__") or ""
         self.captured_out_filter = keep_output  # type: ignore[assignment]  # inferred as None
         with _discovering("sys", "pkg"):
@@ -136,6 +136,8 @@ class TrackedExperiment(Experiment):
         except DocoptExit as error:
             print(error)
             sys.exit(2)
+        except UserError as error:  # in the words of the command line
+            _exit(error)
         finally:
             self._on_command_line = False
 
@@ -188,25 +190,17 @@ class TrackedExperiment(Experiment):
                     meta_info: dict[str, Any] | None = None,
                     options: dict[str, Any] | None = None) -> TrackedRun:
         asked = dict(options or {})
-        seeds = self._check(config_updates or {}, named_configs)
+        updates = nested((config_updates or {}).items())
+        check_named_configs(self, named_configs)
         # Sacred would add its own observer, and only warn of what is an error here
         handed = {**asked, MONGO_OPTION: None, FORCE_OPTION: True}
         run = super()._create_run(
-            command_name, config_updates, named_configs, info, meta_info, handed
+            command_name, updates, named_configs, info, meta_info, handed
         )
-        check_run(run, self.types, seeds)
         drop_descriptions(run.config)
         run.meta_info["options"].update(asked)
         run.host_info["gpus"] = None if run.unobserved else gpu_info()
         return _track(run, asked.get(MONGO_OPTION))
-
-    def _check(self, updates: Mapping[str, Any], named_configs: Sequence[str]) -> list[str]:
-        paths = [ingredient.path for ingredient, _ in self.traverse_ingredients()]
-        seeds = ["seed", *(f"{path}.seed" for path in paths if path != self.path)]
-        check_named_configs(self, named_configs)
-        nested = convert_to_nested_dict(dict(updates))
-        check_updates(default_config(self), nested, self.types, seeds)
-        return seeds
 
 
 def record(run: Run, values: Mapping[str, Any], step: int | None = None) -> None:

@@ -237,3 +237,11 @@ class ReptileNetwork(WholeNetwork):
     def backward(self, adapted: Adapted, loss: Tensor, weight: float) -> None:
         adapted.learner.outer_gradient(weight)
 
+
+class Algorithms(NamedTuple):
+    """One algorithm, as it is trained and as it is evaluated, and the modules that it trains."""
+
+    training: Algorithm
+    evaluation: Algorithm
+    backbone: nn.Module
+    head: nn.Module

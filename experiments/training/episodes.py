@@ -1,17 +1,24 @@
-"""Few-shot tasks as the training loop sees them: streams of episodes, and their sizes."""
+"""Few-shot tasks as the training loop sees them: streams of episodes, and their sizes.
+
+A task's own data may be wrong (nan in an image, a label out of range): ``on_bad_task=stop`` ends
+the run with an error, ``skip`` takes the next task instead.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from experiments.tracking import UserError
 from l2l_implicit import checks
 from l2l_implicit.tasks import canonical, describe_tasksets, kind_of, split_support_query
+
+MOST_IN_A_ROW = 100
 
 
 class Sizes(NamedTuple):
@@ -68,6 +75,94 @@ class TaskStream:
         finally:
             self.state = random.getstate()
             random.setstate(others)
+
+
+def fault(episode: Episode, outputs: int) -> str | None:
+    """What is wrong with a task's data: one line without its end; None if nothing is.
+
+    Args:
+        outputs: classes a label may have, 0 to ``outputs - 1``; not looked at for a regression.
+    """
+    for name, tensor in (("inputs", episode.inputs), ("support targets", episode.support_targets),
+                         ("query targets", episode.query_targets)):
+        if tensor.is_floating_point():
+            if not bool(torch.isfinite(tensor.sum())):  # one pass; the slow look only if need be
+                wrong = ~torch.isfinite(tensor)
+                if bool(wrong.any()):
+                    return _not_finite(name, tensor, wrong)
+        elif name != "inputs" and not _in_range(tensor, outputs):
+            return (f"{name}: expected labels 0 to {outputs - 1}, got {int(tensor.min())} to "
+                    f"{int(tensor.max())}")  # fmt: skip
+    return None
+
+
+def _not_finite(name: str, tensor: Tensor, wrong: Tensor) -> str:
+    where = int(wrong.flatten(1).any(1).nonzero()[0])
+    value = float(tensor[wrong][0])
+    return f"{name}: expected finite numbers, got {value} (sample {where})"
+
+
+def _in_range(labels: Tensor, outputs: int) -> bool:
+    return int(labels.min()) >= 0 and int(labels.max()) < outputs
+
+
+class CheckedStream:
+    """A stream whose tasks have data that can be learnt.
+
+    Args:
+        stream: the tasks.
+        outputs: as in `fault`.
+        skip: whether the next task stands in for a bad one.
+        say: told which were skipped.
+        name: of the stream, in messages.
+
+    Attributes:
+        skipped: tasks that were, so far.
+    """
+
+    def __init__(self, stream: TaskStream, outputs: int, skip: bool,
+                 say: Callable[[str], None], name: str) -> None:
+        self.skipped = self._drawn = 0
+        self._stream, self._outputs, self._skip = stream, outputs, skip
+        self._say, self._name = say, name
+
+    @property
+    def state(self) -> Any:
+        """As of `TaskStream`."""
+        return self._stream.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self._stream.state = state
+
+    def own_random(self) -> AbstractContextManager[None]:
+        """As of `TaskStream`."""
+        return self._stream.own_random()
+
+    def sample(self, where: str | None = None) -> Episode:
+        """The next good task.
+
+        Args:
+            where: which one, for messages; by default its number in this stream.
+
+        Raises:
+            UserError: a task's data are wrong, and none is to be skipped, or too many in a row.
+        """
+        self._drawn += 1
+        where = where or f"{self._name} task {self._drawn}"
+        for _ in range(MOST_IN_A_ROW):
+            episode = self._stream.sample()
+            reason = fault(episode, self._outputs)
+            if reason is None:
+                return episode
+            if not self._skip:
+                raise UserError(f"{where}: {reason}; repair the data, or set on_bad_task=skip")
+            self.skipped += 1
+            self._say(f"skipped {where}: {reason}")
+        raise UserError(
+            f"{where}: expected a task that can be learnt, got {MOST_IN_A_ROW} bad ones in a row "
+            f"({reason}); repair the data"
+        )
 
 
 class Tasks:

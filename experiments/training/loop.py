@@ -5,23 +5,66 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import Field, model_validator
 from tqdm import tqdm
 
 from experiments.tracking import Terminated, UserError, interruption, record
-from experiments.training import checkpoint, progress
-from experiments.training.bad_tasks import CheckedStream
-from experiments.training.episodes import Tasks
-from experiments.training.history import History
+from experiments.tracking.config import Count, Positive, RunSettings
+from experiments.training import checkpoint
+from experiments.training.episodes import CheckedStream, Tasks
 from experiments.training.meta_learner import Diverged, Interval, MetaLearner
 from experiments.training.peak_memory import peak_memory, process_peak
-from experiments.training.schedule import Schedule as Schedule
-from experiments.training.scores import Scores
+from experiments.training.scores import History, Scores
 
 _SKIPPING = ("train", "validation", "test", "early_stopped")
 _STATE = ("steps", "seconds", "_validated_at", "_looked", "diverged", "peak")
+
+
+class Schedule(RunSettings):
+    """What a run does when."""
+
+    iterations: Count = 600  # outer iterations, at most
+    meta_batch: Count = 8  # tasks an outer iteration, |B|
+    validate_every: Count = 100  # outer iterations between validations
+    validate_seconds: Positive | None = None  # seconds of training between validations, instead
+    validation_tasks: Count = 100  # of every validation
+    test_tasks: Count = 600  # of every test
+    # outer iterations at which the test score is recorded besides
+    test_at: Annotated[list[Count], Field(strict=False)] = []
+    early_stopping: bool = False  # test theta of the best validation besides, and keep it
+    # seconds of training whose test score is the result, the run goes on to the last of test_at;
+    # None: no limit, the result is that of the last iteration
+    budget: Positive | None = None
+    # cpu (of this process, whatever else the machine does) or wall
+    budget_clock: Literal["cpu", "wall"] = "cpu"
+    checkpoint_seconds: Positive = 60.0  # between checkpoints
+
+    @model_validator(mode="after")
+    def _reaches_its_tests(self) -> Schedule:
+        if (last := max(self.test_at, default=0)) > self.iterations:
+            raise ValueError(
+                f"test_at: expected outer iterations up to iterations={self.iterations}, got "
+                f"{last}; raise iterations"
+            )
+        return self
+
+    def tasks_of(self, mode: str) -> int:
+        """How many tasks a score on ``validation`` or ``test`` is the mean of."""
+        return {"validation": self.validation_tasks, "test": self.test_tasks}[mode]
+
+    def bar(self, silent: bool) -> tqdm:  # type: ignore[type-arg]
+        """In outer iterations, or in seconds of training where a budget ends the run."""
+        if self.budget is None:
+            more: dict[str, Any] = {"total": self.iterations, "unit": "iteration"}
+        else:
+            done = "{n:.0f}/{total:.0f} s of training"
+            form = f"{{l_bar}}{{bar}}| {done} [{{elapsed}}<{{remaining}}{{postfix}}]"
+            more = {"total": self.budget, "bar_format": form}
+        return tqdm(desc="meta-training", disable=silent, **more)
 
 
 class Training:
@@ -83,7 +126,7 @@ class Training:
             KeyboardInterrupt, Terminated: a signal; the state is saved unless there were two.
         """
         try:
-            with progress.of_training(self.schedule, not self.learner.ranks.first) as bar:
+            with self.schedule.bar(silent=not self.learner.ranks.first) as bar:
                 bar.update(self._progress())
                 while not self._ended():
                     try:
@@ -149,14 +192,15 @@ class Training:
     def _iterate(self) -> None:
         start, schedule, iteration = time.perf_counter(), self.schedule, self.steps + 1
         skipped = self._stream.skipped
-        names = (f"task {task} of {schedule.batch}" for task in range(1, schedule.batch + 1))
+        batch = schedule.meta_batch
+        names = (f"task {task} of {batch}" for task in range(1, batch + 1))
         episodes = [self._stream.sample(f"outer iteration {iteration}, {name}") for name in names]
         loading = time.perf_counter() - start
         if iteration % schedule.validate_every == 1 or schedule.validate_every == 1:
             self._measure_memory(iteration, episodes)
         step = self.learner.step(episodes)
         self.steps = iteration
-        self.seconds += step.cpu_seconds if schedule.cpu else step.seconds
+        self.seconds += step.cpu_seconds if schedule.budget_clock == "cpu" else step.seconds
         noted = {key: value for key, value in step._asdict().items() if value is not None}
         noted[f"query_{self.learner.measure.name}"] = noted.pop("query_score")
         if step.skipped_tasks is not None:
@@ -200,9 +244,10 @@ class Training:
     def _evaluate(self, mode: str) -> tuple[Interval, dict[str, float]]:
         """The score on tasks of ``mode``, the seconds it took, the tasks skipped if any may be."""
         stream, learner, start = self._checked(mode, 0), self.learner, time.perf_counter()
-        bar = progress.of_testing if mode == "test" and learner.ranks.first else progress.none
+        silent = mode != "test" or not learner.ranks.first
+        bar = partial(tqdm, unit="task", desc="meta-testing", leave=False, disable=silent)
         with self._all_or_nothing():
-            score = learner.evaluate(stream, self.schedule.tasks(mode), bar)
+            score = learner.evaluate(stream, self.schedule.tasks_of(mode), bar)
         more: dict[str, float] = {"seconds": time.perf_counter() - start}
         if learner.skip:
             more["skipped_tasks"] = stream.skipped + learner.skipped

@@ -1,13 +1,60 @@
-"""The validations and tests of one run, and which of them counts."""
+"""What a run has recorded: its validations and tests, which of them counts, and every metric."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
-from experiments.training.early_stopping import BestTheta
+import torch
+
 from experiments.training.meta_learner import Diverged, Interval, MetaLearner
+
+
+class BestTheta:
+    """Theta at the best validation: what early stopping would have kept.
+
+    Args:
+        learner: whose theta it is.
+
+    Attributes:
+        iteration: the outer iteration of that validation; 0 before the first.
+        seconds: of training until then.
+    """
+
+    def __init__(self, learner: MetaLearner) -> None:
+        self._learner = learner
+        self.iteration, self.seconds = 0, 0.0
+        self._score, self._theta = 0.0, dict[str, Any]()
+
+    def offer(self, iteration: int, seconds: float, score: float) -> None:
+        """Keep theta as it is now if no validation before this one was as good."""
+        if self.iteration == 0 or self._learner.measure.better(score, self._score):
+            self.iteration, self.seconds, self._score = iteration, seconds, score
+            self._theta = deepcopy(self._learner.theta_state())
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The learner has this theta within the block, and its own again after it."""
+        own = deepcopy(self._learner.theta_state())
+        try:
+            self._learner.load_theta_state(self._theta)
+            yield
+        finally:
+            self._learner.load_theta_state(own)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"iteration": self.iteration, "seconds": self.seconds,
+                "score": self._score, "theta": self._theta}  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self.iteration, self.seconds = state["iteration"], state["seconds"]
+        self._score, self._theta = state["score"], state["theta"]
 
 
 class Scores:
@@ -111,3 +158,86 @@ class Scores:
         )
         if self.best is not None:
             self.best.load_state_dict(state["best"])
+
+
+_KINDS = {"q": torch.int64, "d": torch.float64}
+
+
+class Column:
+    """One metric's values, 8 bytes each, so that long runs do not grow: whole numbers until a
+    fraction comes, by outer iteration.
+
+    Iterations that follow one another are not kept one by one.
+    """
+
+    def __init__(self, first: int, kind: str) -> None:
+        self.values: array[Any] = array(kind)
+        self._first = first
+        self._at: array[int] | None = None
+
+    def add(self, iteration: int, value: float) -> None:
+        """The value of an iteration."""
+        if not isinstance(value, int) and self.values.typecode == "q":
+            self.values = array("d", self.values)
+        if self._at is None and iteration != self._first + len(self.values):
+            self._at = array("q", self.iterations())
+        if self._at is not None:
+            self._at.append(iteration)
+        self.values.append(value)
+
+    def iterations(self) -> Sequence[int]:
+        """Of the values."""
+        return self._at or range(self._first, self._first + len(self.values))
+
+    def state(self) -> tuple[int, torch.Tensor | None, torch.Tensor]:
+        """As plain data: the first iteration, all of them if they do not follow it, the values."""
+        at = None if self._at is None else torch.tensor(self._at)
+        return self._first, at, torch.tensor(self.values, dtype=_KINDS[self.values.typecode])
+
+    @classmethod
+    def of(cls, first: int, at: torch.Tensor | None, values: torch.Tensor) -> Column:
+        """The inverse of `state`."""
+        column = cls(first, {dtype: kind for kind, dtype in _KINDS.items()}[values.dtype])
+        column.values.extend(values.tolist())
+        column._at = None if at is None else array("q", at.tolist())
+        return column
+
+
+class History:
+    """Values of metrics by outer iteration, a column for every metric.
+
+    Example:
+        >>> from experiments.training.scores import History
+        >>> history = History()
+        >>> history.add({"train/loss": 0.5}, iteration=1)
+        >>> list(history.values("train/loss"))
+        [0.5]
+    """
+
+    def __init__(self) -> None:
+        self._columns: dict[str, Column] = {}
+
+    def add(self, values: Mapping[str, float], iteration: int) -> None:
+        """One value of each of these metrics."""
+        for name, value in values.items():
+            if name not in self._columns:
+                self._columns[name] = Column(iteration, "q" if isinstance(value, int) else "d")
+            self._columns[name].add(iteration, value)
+
+    def values(self, name: str) -> Sequence[float]:
+        """A metric's values in the order in which they came; none if it was never recorded."""
+        return self._columns[name].values if name in self._columns else array("d")
+
+    def points(self) -> Iterator[tuple[str, int, float]]:
+        """Every name, iteration and value; those of one metric in their order."""
+        for name, column in self._columns.items():
+            for iteration, value in zip(column.iterations(), column.values, strict=True):
+                yield name, iteration, value
+
+    def state_dict(self) -> dict[str, Any]:
+        """The columns as tensors, by name."""
+        return {name: column.state() for name, column in self._columns.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self._columns = {name: Column.of(*column) for name, column in state.items()}

@@ -14,8 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import l2l_implicit  # noqa: F401  (first: it makes learn2learn importable)
-from experiments.ingredients.algorithm import Algorithms
-from experiments.training.algorithms import HeadOnly
+from experiments.training.algorithms import Algorithms, HeadOnly
 from experiments.training.episodes import Episode
 from experiments.training.meta_learner import MEASURES, MetaLearner
 from l2l_implicit import ImplicitCGHead

@@ -9,20 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from experiments.tracking import TrackedExperiment, UserError, record
+from experiments.tracking.config import RunSettings
 
-ex = TrackedExperiment("toy_cell")
+
+class Cell(RunSettings):
+    cell: str | None = None
+    lr: float = 0.1
+    pause: float = 0.0
+    hold: bool = False
+    fault: str = ""
+    folder: str = ""
+    output: str = ""
+    seed: int = 0
 
 
-@ex.config
-def config() -> None:
-    cell = None  # noqa: F841
-    lr = 0.1  # noqa: F841
-    pause = 0.0  # noqa: F841
-    hold = False  # noqa: F841
-    fault = ""  # noqa: F841
-    folder = ""  # noqa: F841
-    output = ""  # noqa: F841
-    seed = 0  # noqa: F841
+ex = TrackedExperiment("toy_cell", settings=Cell)
 
 
 @ex.named_config

@@ -6,9 +6,10 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -18,14 +19,15 @@ from experiments.tracking import (  # noqa: E402
     UserError,
     record,
 )
+from experiments.tracking.config import Count, RunSettings, Settings  # noqa: E402
 
-data = TrackedIngredient("data")
+
+class Data(Settings):
+    ways: int = 5  # classes a task
+    flip: bool = True
 
 
-@data.config
-def data_config() -> None:
-    ways = 5  # noqa: F841
-    augment = {"flip": True, "noise": {"scale": 0.1}}  # noqa: F841
+data = TrackedIngredient("data", settings=Data)
 
 
 @data.named_config
@@ -34,21 +36,23 @@ def few() -> None:
     ways = 2  # noqa: F841
 
 
-ex = TrackedExperiment("toy", ingredients=[data], types={"limit": int | None})
+class Toy(RunSettings):
+    steps: int = 3
+    lr: float = 0.1
+    flag: bool = True
+    pause: float = 0.0
+    limit: Count | None = None
+    anything: Any = None
+    widths: Annotated[list[int], Field(strict=False)] = [32, 64]
+    kind: Literal["slow", "fast"] = "slow"
+    # a mistake of the main function;
+    # empty: none
+    fault: str = ""
+    say: str = ""
+    hold: str = ""
 
 
-@ex.config
-def config() -> None:
-    steps = 3  # noqa: F841
-    lr = 0.1  # noqa: F841
-    flag = True  # noqa: F841
-    pause = 0.0  # noqa: F841
-    limit = None  # noqa: F841
-    anything = None  # noqa: F841
-    widths = [32, 64]  # noqa: F841
-    fault = ""  # noqa: F841
-    say = ""  # noqa: F841
-    hold = ""  # noqa: F841
+ex = TrackedExperiment("toy", ingredients=[data], settings=Toy)
 
 
 @ex.named_config

@@ -50,7 +50,7 @@ def checkpoint_at(step: int) -> None:
 
 
 def validations_are(scores: list[float]) -> None:
-    from experiments.training.early_stopping import BestTheta
+    from experiments.training.scores import BestTheta
 
     offer = BestTheta.offer
 

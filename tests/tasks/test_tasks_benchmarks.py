@@ -214,7 +214,7 @@ def _turns(image: torch.Tensor, upright: dict[int, torch.Tensor]) -> set[int]:
     [
         ("mini_imagenet", {"augmentation": "lee2019"}, "got 'lee2019', which .* 0.2.0 has wrong"),
         ("tiered_imagenet", {"augmentation": "norm"}, "'normalize', got 'norm'"),
-        ("cifarfs", {"augmentation": "normalize"}, "got data_augmentation='normalize'"),
+        ("cifarfs", {"augmentation": "normalize"}, "got augmentation='normalize'"),
         ("cifarfs", {"split_seed": 1}, "got split_seed=1"),
         ("fc100", {"level": "easy"}, "got level='easy'"),
         ("omniglot", {"size": 28}, "got size=28"),

@@ -79,7 +79,7 @@ def test_a_finite_task_set_repeats_its_tasks() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"size": 32}, "got size=32"), ({"shots": 0}, "tasks.shots: expected at least 1, got 0")],
+    [({"size": 32}, "got size=32"), ({"shots": 0}, "tasks.shots: expected a whole number from 1 ")],
 )
 def test_what_it_does_not_know_is_one_line(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):

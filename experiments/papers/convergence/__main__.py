@@ -4,14 +4,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import torch
+from pydantic import Field, model_validator
 from tqdm import tqdm
 
+from experiments.ingredients.model import use_threads, within_limits
 from experiments.papers.convergence import figure
 from experiments.papers.convergence.figure import Findings, Floors, show
 from experiments.papers.convergence.parts import (
@@ -27,33 +26,66 @@ from experiments.papers.convergence.parts import (
 )
 from experiments.papers.convergence.problem import make_tasks
 from experiments.papers.convergence.runs import log_spaced
-from experiments.tracking import TrackedExperiment, UserError, record
-from l2l_implicit import checks
+from experiments.tracking import TrackedExperiment, record
+from experiments.tracking.config import (
+    MOST,
+    Count,
+    Counts,
+    NotNegative,
+    Positive,
+    RunSettings,
+    Seed,
+    Text,
+    Threads,
+)
+from experiments.training.outcome import new_folder
 
-ex = TrackedExperiment("convergence")
-COUNTS = ("problems", "tasks", "theta_size", "phi_size")
 LENGTHS = ("iterations", "stochastic_iterations", "bound_iterations")
+Length = Annotated[int, Field(ge=20, le=MOST)]  # for a slope
+Several = Annotated[int, Field(ge=2, le=MOST)]  # for an interval
 
 
-@ex.config
-def defaults() -> None:
-    problems = 3  # drawn anew, for the confidence of the slopes
-    tasks = 32  # of the population
-    theta_size = 5
-    phi_size = 20
-    condition = 10.0  # of the quadratic part of the inner problem
-    bend = 0.5  # coefficient of its log-cosh part
-    strength = 4.0  # by which theta acts on the inner problem
-    spread = 1.0  # of the tasks
-    meta_lr = 1.0  # outer step size
-    iterations = 400  # T with all tasks
-    stochastic_iterations = 200  # T with batches
-    bound_iterations = 60  # T around K_0 and N_0
-    batches = [1, 4, 16, 64, 256]  # |B|
-    stochastic_inner = [0.25, 1.0, 3.0]  # K with batches, times K_0
-    threads = 1
-    seed = 0
-    output = "runs"  # the folder of the picture
+class ConvergenceSettings(RunSettings):
+    """The settings of this experiment."""
+
+    problems: Several = 3  # drawn anew, for the confidence of the slopes
+    tasks: Count = 32  # of the population
+    theta_size: Count = 5  # dimensions of theta
+    phi_size: Count = 20  # dimensions of phi
+    # of the quadratic part of the inner problem
+    condition: Annotated[float, Field(ge=1)] = 10.0
+    bend: Positive = 0.5  # coefficient of its log-cosh part
+    strength: Positive = 4.0  # by which theta acts on the inner problem
+    spread: NotNegative = 1.0  # of the tasks
+    meta_lr: Positive = 1.0  # outer step size
+    iterations: Length = 400  # T with all tasks
+    stochastic_iterations: Length = 200  # T with batches
+    bound_iterations: Length = 60  # T around K_0 and N_0
+    batches: Counts = [1, 4, 16, 64, 256]  # |B|
+    # K with batches, times K_0
+    stochastic_inner: Annotated[list[Positive], Field(strict=False, min_length=1)] = [
+        0.25, 1.0, 3.0,
+    ]  # fmt: skip
+    threads: Threads = 1  # of torch; 0 leaves torch's own choice
+    seed: Seed = 0  # of the problems
+    output: Text = "runs"  # the folder of the picture
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> ConvergenceSettings:
+        if len(set(self.batches)) < 2:
+            raise ValueError(
+                f"batches: expected two different ones at least, got {self.batches}; one has no "
+                "slope"
+            )
+        if self.theta_size > self.phi_size:
+            raise ValueError(
+                f"theta_size: expected at most phi_size={self.phi_size}, got {self.theta_size}; "
+                "raise phi_size"
+            )
+        return self
+
+
+ex = TrackedExperiment("convergence", settings=ConvergenceSettings)
 
 
 @ex.named_config
@@ -66,33 +98,6 @@ def quick() -> None:
     stochastic_iterations = 60
     bound_iterations = 20
     batches = [1, 8, 64]
-
-
-def _check(config: Mapping[str, Any]) -> None:
-    try:
-        for name in COUNTS:
-            checks.count(name, config[name])
-        for batch in config["batches"]:
-            checks.count("batches", batch)
-        for name in ("bend", "strength", "meta_lr"):
-            checks.positive(name, config[name])
-        for multiple in config["stochastic_inner"]:
-            checks.positive("stochastic_inner", multiple)
-    except (TypeError, ValueError) as error:
-        raise UserError(str(error)) from error
-    for name in LENGTHS:
-        if config[name] < 20:
-            raise UserError(f"{name}: expected at least 20 for a slope, got {config[name]}")
-    if config["problems"] < 2 or len(set(config["batches"])) < 2:
-        raise UserError(
-            f"problems, batches: expected two each at least, got {config['problems']} and "
-            f"{config['batches']}; one has no interval, and one has no slope"
-        )
-    if config["condition"] < 1 or config["theta_size"] > config["phi_size"]:
-        raise UserError(
-            "condition, theta_size: expected at least 1, and at most phi_size, got "
-            f"{config['condition']} and {config['theta_size']}"
-        )
 
 
 def _plan(c: Mapping[str, Any]) -> Plan:
@@ -197,20 +202,14 @@ def _findings(
     )  # fmt: skip
 
 
-def _picture(run: Any, output: str) -> Path:
-    name = str(run._id) if run._id is not None else time.strftime("unobserved-%Y%m%d-%H%M%S")
-    folder = Path(output) / name
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / "convergence.png"
-
-
 @ex.automain
+@within_limits()
 def convergence(
     _run: Any, _config: Mapping[str, Any], threads: int, output: str
 ) -> dict[str, Any]:
     """Print the slopes; returns them with their half widths of 95 % intervals."""
-    _check(_config)
-    torch.set_num_threads(threads)
+    use_threads(threads)
+    picture = new_folder(_run, output) / "convergence.png"
     plan = _plan(_config)
     with tqdm(total=plan.total(), desc="outer iterations", mininterval=1.0) as bar:
         all_tasks = deterministic(plan, bar.update)
@@ -222,7 +221,6 @@ def convergence(
         for each in batches:
             _record_theorem_1(_run, each)
     print(_text(plan.bounds, all_tasks, batches, undercut))
-    picture = _picture(_run, output)
     figure.draw(picture, _findings(plan.bounds, all_tasks, batches, undercut))
     _run.add_artifact(picture)
     print(f"\npicture: {picture}")

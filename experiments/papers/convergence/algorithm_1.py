@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from experiments.ingredients.solvers import solvers
+from experiments.ingredients.algorithm import solvers
 from experiments.papers.convergence.problem import Tasks
 from l2l_implicit import ImplicitCGHead, LinearSolution
 

@@ -5,42 +5,48 @@
 from __future__ import annotations
 
 import math
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import torch
+from pydantic import Field
 from tqdm import tqdm
 
+from experiments.ingredients.model import use_threads, within_limits
 from experiments.papers.hypergradient import figure
 from experiments.papers.hypergradient.figure import Curves
 from experiments.papers.hypergradient.learners import Method, methods
 from experiments.papers.hypergradient.problems import Classification, Problem, Regression
-from experiments.tracking import TrackedExperiment, UserError, record
-from l2l_implicit import UnsolvedWarning, checks
+from experiments.tracking import TrackedExperiment, record
+from experiments.tracking.config import Count, Counts, Positive, RunSettings, Seed, Text, Threads
+from experiments.training.outcome import new_folder
+from l2l_implicit import UnsolvedWarning
 
-ex = TrackedExperiment("hypergradient")
 LEAST = 1e-17  # below rounding: an error that is zero has a logarithm too
 
 
-@ex.config
-def defaults() -> None:
-    problems = 3  # drawn anew; errors are their geometric mean
-    inner_steps = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]  # K
-    cg_steps = [2, 5, 10]  # N of iMAML
-    head_cg_steps = [2, 5, 10, 20]  # N of Algorithm 1
-    regression_sizes = [5, 20]  # parameters; conjugate gradient is exact after as many steps
-    spread = 1000.0  # largest over smallest eigenvalue of the regression, without regulariser
-    regression_l2 = 0.01  # iMAML's lambda
-    ways = 5  # of the classification
-    shots = 5
-    width = 16  # features
-    classification_l2 = 0.01
-    threads = 1
-    seed = 0
-    output = "runs"  # the folder of the picture
+class HypergradientSettings(RunSettings):
+    """The settings of this experiment."""
+
+    problems: Count = 3  # drawn anew; errors are their geometric mean
+    inner_steps: Counts = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]  # K
+    cg_steps: Counts = [2, 5, 10]  # N of iMAML
+    head_cg_steps: Counts = [2, 5, 10, 20]  # N of Algorithm 1
+    # parameters; conjugate gradient is exact after as many steps
+    regression_sizes: Counts = [5, 20]
+    # largest over smallest eigenvalue of the regression, without regulariser
+    spread: Annotated[float, Field(ge=1)] = 1000.0
+    regression_l2: Positive = 0.01  # iMAML's lambda
+    ways: Count = 5  # of the classification
+    shots: Count = 5  # of the classification
+    width: Count = 16  # features
+    classification_l2: Positive = 0.01  # of the heads
+    threads: Threads = 1  # of torch; 0 leaves torch's own choice
+    seed: Seed = 0  # of the problems
+    output: Text = "runs"  # the folder of the picture
+
+
+ex = TrackedExperiment("hypergradient", settings=HypergradientSettings)
 
 
 @ex.named_config
@@ -48,23 +54,6 @@ def quick() -> None:
     """One problem of each kind, at most 200 inner steps: seconds."""
     problems = 1
     inner_steps = [1, 5, 20, 50, 200]
-
-
-def _check(config: Mapping[str, Any]) -> None:
-    try:
-        for name in ("problems", "ways", "shots", "width"):
-            checks.count(name, config[name])
-        for name in ("inner_steps", "cg_steps", "head_cg_steps", "regression_sizes"):
-            if not config[name]:
-                raise ValueError(f"{name}: expected at least one number, got none; try [5, 20]")
-            for number in config[name]:
-                checks.count(name, number)
-        for name in ("spread", "regression_l2", "classification_l2"):
-            checks.positive(name, config[name])
-    except (TypeError, ValueError) as error:
-        raise UserError(str(error)) from error
-    if config["spread"] < 1:
-        raise UserError(f"spread: expected at least 1, got {config['spread']}; try 1000.0")
 
 
 Make = Callable[[int], Problem]
@@ -124,21 +113,15 @@ def _result(found: Mapping[str, Curves]) -> dict[str, float]:
     }
 
 
-def _picture(run: Any, output: str) -> Path:
-    name = str(run._id) if run._id is not None else time.strftime("unobserved-%Y%m%d-%H%M%S")
-    folder = Path(output) / name
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / "hypergradient.png"
-
-
 @ex.automain
+@within_limits()
 def hypergradient(
     _run: Any, _config: Mapping[str, Any], problems: int, inner_steps: Sequence[int],
     threads: int, seed: int, output: str,
 ) -> dict[str, float]:  # fmt: skip
     """Print the errors; returns those at the largest K."""
-    _check(_config)
-    torch.set_num_threads(threads)
+    use_threads(threads)
+    picture = new_folder(_run, output) / "hypergradient.png"
     inner_steps, kinds = sorted(set(inner_steps)), _problems(_config)
     each = problems * sum(inner_steps)
     total = sum(each * len(by_name) for _, by_name in kinds.values())
@@ -153,7 +136,6 @@ def hypergradient(
                     record(_run, {f"hypergradient/{title}/{name}": error}, steps)
             tqdm.write(_text(title, tasks[0].condition, curves))
             found[title] = curves
-    picture = _picture(_run, output)
     figure.draw(picture, found)
     _run.add_artifact(picture)
     print(f"\npicture: {picture}")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import grad, hessian, jacrev
 from torch.nn.functional import cross_entropy, mse_loss, one_hot
 
-from experiments.ingredients.solvers import solvers
+from experiments.ingredients.algorithm import solvers
 from l2l_implicit import ImplicitCGHead, ImplicitMAML
 from l2l_implicit.baselines import UnrolledMAML
 

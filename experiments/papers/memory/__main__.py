@@ -4,46 +4,52 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from tqdm import tqdm
 
+from experiments.ingredients.model import device_of, use_threads, within_limits
 from experiments.papers.memory import figure
 from experiments.papers.memory.measure import Effort, Tick, floor, growth
 from experiments.papers.memory.methods import RAJESWARAN, YANG, Method, Shape
 from experiments.papers.memory.points import Growth
-from experiments.tracking import TrackedExperiment, UserError, record
+from experiments.tracking import TrackedExperiment, record
+from experiments.tracking.config import Count, Counts, Positive, RunSettings, Seed, Text, Threads
+from experiments.training.outcome import new_folder
 from experiments.training.peak_memory import process_peak
-from l2l_implicit import UnsolvedWarning, checks
+from l2l_implicit import UnsolvedWarning
 
-ex = TrackedExperiment("memory")
 MIB = 2.0**20
+Pixels = Annotated[int, Field(ge=16, le=10_000)]  # four poolings halve them
 
 
-@ex.config
-def defaults() -> None:
-    inner_steps = [1, 2, 5, 10, 20, 50, 100]  # K, Yang et al.
-    ways = 5
-    shots = 5
-    queries = 5
-    pixels = 32
-    hidden = 64  # filters a layer, those of CIFAR-FS
-    imaml_inner_steps = [1, 2, 4, 8, 16, 32]  # K, Rajeswaran et al.
-    imaml_ways = 20  # of Omniglot-like images, one channel
-    imaml_shots = 5
-    imaml_queries = 1
-    imaml_pixels = 28
-    limit_gib = 4.0  # a step that is forecast to take more is left out
-    repetitions = 3  # of the timing
-    device = "cpu"
-    threads = 1
-    seed = 0
-    output = "runs"  # the folder of the picture
+class MemorySettings(RunSettings):
+    """The settings of this experiment."""
+
+    inner_steps: Counts = [1, 2, 5, 10, 20, 50, 100]  # K, Yang et al.
+    ways: Count = 5  # classes a task
+    shots: Count = 5  # support images a class
+    queries: Count = 5  # query images a class
+    pixels: Pixels = 32  # of an image's side
+    hidden: Count = 64  # filters a layer, those of CIFAR-FS
+    imaml_inner_steps: Counts = [1, 2, 4, 8, 16, 32]  # K, Rajeswaran et al.
+    imaml_ways: Count = 20  # of Omniglot-like images, one channel
+    imaml_shots: Count = 5  # support images a class
+    imaml_queries: Count = 1  # query images a class
+    imaml_pixels: Pixels = 28  # of an image's side
+    limit_gib: Positive = 4.0  # a step that is forecast to take more is left out
+    repetitions: Count = 3  # of the timing
+    device: Text = "cpu"  # cpu, cuda, cuda:1, ...; auto: a GPU if there is one
+    threads: Threads = 1  # of torch; 0 leaves torch's own choice
+    seed: Seed = 0  # of all random numbers
+    output: Text = "runs"  # the folder of the picture
+
+
+ex = TrackedExperiment("memory", settings=MemorySettings)
 
 
 @ex.named_config
@@ -54,29 +60,6 @@ def quick() -> None:
     imaml_inner_steps = [1, 2, 4]
     imaml_ways = 5
     repetitions = 1
-
-
-def _check(config: Mapping[str, Any]) -> torch.device:
-    try:
-        names = ("ways", "shots", "queries", "pixels", "hidden", "repetitions")
-        for name in (*names, *(f"imaml_{n}" for n in names[:4])):
-            checks.count(name, config[name])
-        for name in ("inner_steps", "imaml_inner_steps"):
-            if not config[name]:
-                raise ValueError(f"{name}: expected at least one number, got none; try [1, 5, 20]")
-            for number in config[name]:
-                checks.count(name, number)
-        checks.positive("limit_gib", config["limit_gib"])
-        if min(config["pixels"], config["imaml_pixels"]) < 16:
-            raise ValueError(
-                f"pixels, imaml_pixels: expected at least 16, which four poolings halve, got "
-                f"{config['pixels']} and {config['imaml_pixels']}"
-            )
-        device = torch.device(config["device"])
-        torch.zeros(1, device=device)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise UserError(str(error).splitlines()[0]) from error
-    return device
 
 
 def _shapes(c: Mapping[str, Any]) -> tuple[Shape, Shape]:
@@ -142,21 +125,16 @@ def _result(yang: Mapping[str, Growth], imaml: Mapping[str, Growth]) -> dict[str
     return result | savings(yang, at)
 
 
-def _picture(run: Any, output: str) -> Path:
-    name = str(run._id) if run._id is not None else time.strftime("unobserved-%Y%m%d-%H%M%S")
-    folder = Path(output) / name
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / "memory.png"
-
-
 @ex.automain
+@within_limits()
 def memory(
     _run: Any, _config: Mapping[str, Any], limit_gib: float, repetitions: int, threads: int,
     output: str,
 ) -> dict[str, float]:  # fmt: skip
     """Print the tables; returns how much each method grows, and what rm_metal saves."""
-    device, shapes = _check(_config), _shapes(_config)
-    torch.set_num_threads(threads)
+    device, shapes = device_of(_config["device"]), _shapes(_config)
+    use_threads(threads)
+    picture = new_folder(_run, output) / "memory.png"
     effort = Effort(limit_gib * 2**30, repetitions)
     steps = [sorted(set(_config[name])) for name in ("inner_steps", "imaml_inner_steps")]
     total = len(YANG) * len(steps[0]) + len(RAJESWARAN) * len(steps[1])
@@ -171,7 +149,6 @@ def memory(
     record(_run, {"memory/supervised": floors[0], "imaml_memory/supervised": floors[1]}, 0)
     for shape, least, k, each in zip(shapes, floors, steps, found, strict=True):
         print(_text(shape.title, least, k, each))
-    picture = _picture(_run, output)
     titles = (shapes[0].title, shapes[1].title)
     figure.draw(picture, found[0], found[1], titles, floors)
     _run.add_artifact(picture)

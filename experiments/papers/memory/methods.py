@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from experiments.ingredients.algorithm import make_algorithms
-from experiments.ingredients.algorithm_table import settings_of
-from experiments.ingredients.model import build_backbone
+from experiments.ingredients.algorithm_table import AlgorithmSettings
+from experiments.ingredients.model import ModelSettings, build_backbone
 from experiments.training.algorithms import Algorithm
 from experiments.training.episodes import Episode
 
@@ -73,13 +73,11 @@ def episode(shape: Shape, device: torch.device) -> Episode:
 
 def build(method: Method, shape: Shape, device: torch.device) -> Algorithm:
     """The algorithm in training, with one inner step."""
-    settings = {**settings_of(method.name, None), "name": method.name, "variant": None}
-    settings |= {"test_steps": None, "test_scope": None, **method.changes, "steps": 1}
-    if settings["together"] is not None:
-        settings["together"] = False  # one task in memory at a time, on every device
-    channels_last = settings["scope"] == "head"  # second derivatives of batch norm are slow in it
-    images = (shape.channels, shape.pixels, shape.pixels)
-    backbone, width = build_backbone(images, "cnn4", shape.hidden, channels_last)
+    own = AlgorithmSettings.of({"name": method.name, **method.changes, "steps": 1})
+    changes = {} if own.together is None else {"together": False}  # one task in memory at a time
+    settings = own.model_copy(update=changes)
+    # Second derivatives of batch norm are slow in channels_last.
+    backbone, width = _backbone(shape, channels_last=settings.scope == "head")
     sizes = (width, shape.ways, shape.ways)
     made = make_algorithms(settings, backbone.to(device), *sizes, cross_entropy, device)
     return made.training
@@ -87,6 +85,11 @@ def build(method: Method, shape: Shape, device: torch.device) -> Algorithm:
 
 def supervised(shape: Shape, device: torch.device) -> nn.Module:
     """The floor's network: backbone and head."""
-    images = (shape.channels, shape.pixels, shape.pixels)
-    backbone, width = build_backbone(images, "cnn4", shape.hidden, True)
+    backbone, width = _backbone(shape, channels_last=True)
     return nn.Sequential(backbone, nn.Linear(width, shape.ways)).to(device)
+
+
+def _backbone(shape: Shape, channels_last: bool) -> tuple[nn.Module, int]:
+    settings = {"name": "cnn4", "hidden": shape.hidden, "channels_last": channels_last}
+    images = (shape.channels, shape.pixels, shape.pixels)
+    return build_backbone(images, ModelSettings.of(settings, "model"))

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from experiments.ingredients.algorithm_table import ALGORITHMS
+from experiments.ingredients.algorithm_table import ALGORITHMS, AlgorithmSettings
 from experiments.ingredients.named_configs import all_configs
+from experiments.tracking import UserError
+from experiments.tracking.config import ModelConfig
 from experiments.train import ex
 
 SMALL, LARGE = ("cifarfs", "fc100"), ("mini_imagenet", "tiered_imagenet")
@@ -67,7 +72,31 @@ def test_an_algorithm_has_its_own_defaults(name: str) -> None:
     assert config["algorithm"]["name"] == name
     found = {**config["algorithm"], "meta_lr": config["meta_lr"],
              "meta_optimizer": config["meta_optimizer"]}
-    assert {key: found[key] for key in ALGORITHMS[name]} == ALGORITHMS[name]
+    _, own = ALGORITHMS[name]
+    assert {key: found[key] for key in own} == own
+
+
+def test_a_new_setting_of_an_algorithm_is_one_line(tmp_path: Path) -> None:
+    """Its default where an algorithm has it, its type, its words; refused where none has it."""
+    text = Path(inspect.getfile(AlgorithmSettings)).read_text()
+    line = "    momentum: NotNegative = own(unrolled=0.9)  # of the inner optimiser\n"
+    before = "    steps: Count = "
+    assert text.count(before) == 1
+    (tmp_path / "with_momentum.py").write_text(text.replace(before, line + before))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        settings = importlib.import_module("with_momentum").AlgorithmSettings
+    summary = ModelConfig(settings)({"name": "maml"})
+    assert summary["momentum"] == 0.9 and summary.docs["momentum"] == "of the inner optimiser"
+    assert ModelConfig(settings)({"name": "rm_metal"})["momentum"] is None
+    for given, expected in {
+        ("maml", -1): "a.momentum: expected a finite number of at least 0, got -1; try 0.9",
+        ("maml", None): "a.momentum: expected a value for maml, got None; try 0.9",
+        ("rm_metal", 0.5): "a.momentum: expected no such setting for rm_metal, got 0.5",
+    }.items():
+        with pytest.raises(UserError) as refused:
+            settings.of({"name": given[0], "momentum": given[1]}, "a")
+        assert expected in str(refused.value)
 
 
 def test_a_key_beats_a_named_config_in_either_order() -> None:

@@ -196,10 +196,13 @@ def test_the_command_records_every_curve(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"problems": 1}, "problems, batches: expected two each"),
-        ({"batches": [0, 2]}, "batches: expected at least 1"),
-        ({"iterations": 5}, "iterations: expected at least 20"),
-        ({"theta_size": 40}, "condition, theta_size"),
+        ({"problems": 1}, "problems: expected a whole number from 2 .*, got 1; try 3"),
+        ({"batches": [0, 2]}, "batches: expected a list of at least one, each a whole number"),
+        ({"batches": [2, 2]}, "batches: expected two different ones at least"),
+        ({"iterations": 5}, "iterations: expected a whole number from 20 "),
+        ({"condition": 1e308}, "numbers: expected finite ones, got .*; choose less extreme"),
+        ({"theta_size": 40}, "theta_size: expected at most phi_size=20, got 40"),
+        ({"condition": 0.5}, "condition: expected a finite number of at least 1, got 0.5"),
     ],
 )
 def test_a_wrong_setting_is_one_line(changes: dict[str, object], message: str) -> None:

@@ -144,9 +144,11 @@ def test_the_command_records_every_curve(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"inner_steps": []}, "inner_steps: expected at least one number"),
-        ({"spread": 0.5}, "spread: expected at least 1"),
-        ({"regression_l2": -1.0}, "regression_l2: expected a number above 0"),
+        ({"inner_steps": []}, "inner_steps: expected a list of at least one, each a whole"),
+        ({"spread": 0.5}, "spread: expected a finite number of at least 1, got 0.5; try 1000.0"),
+        ({"spread": 1e308}, "numbers: expected finite ones, got .*; choose less extreme"),
+        ({"output": "/dev/null/runs"}, "output: expected a folder to write to"),
+        ({"regression_l2": -1.0}, "regression_l2: expected a finite number above 0"),
     ],
 )
 def test_a_wrong_setting_is_one_line(changes: dict[str, object], message: str) -> None:

@@ -120,10 +120,11 @@ def test_the_command_records_every_curve(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"inner_steps": []}, "inner_steps: expected at least one number"),
-        ({"imaml_pixels": 8}, "pixels, imaml_pixels: expected at least 16"),
-        ({"limit_gib": 0.0}, "limit_gib: expected a number above 0"),
-        ({"device": "cuba"}, "device"),
+        ({"inner_steps": []}, "inner_steps: expected a list of at least one, each a whole"),
+        ({"imaml_pixels": 8}, "imaml_pixels: expected a whole number from 16 to"),
+        ({"limit_gib": 0.0}, "limit_gib: expected a finite number above 0"),
+        ({"device": "cuba"}, "device: expected auto, cpu or a GPU that is there"),
+        ({"device": "meta"}, "device: expected auto, cpu or a GPU that is there"),
     ],
 )
 def test_a_wrong_setting_is_one_line(changes: dict[str, object], message: str) -> None:

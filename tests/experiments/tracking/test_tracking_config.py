@@ -2,61 +2,116 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sacred.arg_parser import get_config_updates
 from toy_experiment import ex
 from toy_process import environment, run
 
 from experiments.tracking import UserError
+from experiments.tracking.config import words_as_updates
 from experiments.tracking.errors import nearest
 from experiments.tracking.host import repository_info
 
 
 def configure(*words: str) -> dict[str, Any]:
     """The configuration that the command line `with WORDS` leads to."""
-    updates, named = get_config_updates(words)
+    updates, named = words_as_updates(words)
     return ex._create_run(None, updates, named, options={"--unobserved": True}).config
 
 
 WRONG = {
     "lrr=3": "no configuration entry 'lrr'; did you mean 'lr'?",
     "data.wayz=3": "no configuration entry 'data.wayz'; did you mean 'data.ways'?",
-    "data.augment.noise.scal=1": "did you mean 'data.augment.noise.scale'?",
-    "augment.flip=True": "did you mean 'data.augment.flip'?",
+    "flip=True": "no configuration entry 'flip'; did you mean 'data.flip'?",
+    "data.lr=1": "no configuration entry 'data.lr'; did you mean 'lr'?",
+    "toy.steps=1": "no configuration entry 'toy.steps'; did you mean 'steps'?",
+    "data={'wayz':1}": "no configuration entry 'data.wayz'; did you mean 'data.ways'?",
     "quik": "no named config 'quik'; did you mean 'quick'?",
     "dta.few": "no named config 'dta.few'; did you mean 'data.few'?",
     "misspelt": "no configuration entry 'stepz'; did you mean 'steps'?",
-    "lr=abc": "lr must be float, got 'abc' (str)",
-    "flag=truee": "flag must be bool, got 'truee' (str)",
-    "flag=1": "flag must be bool, got 1 (int)",
-    "steps=1.5": "steps must be int, got 1.5 (float)",
-    "steps=True": "steps must be int, got True (bool)",
-    "steps=None": "steps must be int, got None (NoneType)",
-    "steps.more=1": "no configuration entry 'steps.more'",
-    "data.augment.flip=3": "data.augment.flip must be bool, got 3 (int)",
-    "data=3": "data must be dict, got 3 (int)",
-    "data.augment=3": "data.augment must be dict, got 3 (int)",
-    "widths=[1.5]": "widths[0] must be int, got 1.5 (float)",
-    "limit=x": "limit must be int | None, got 'x' (str)",
-    "seed=-1": "seed must be an int from 0 to 4294967295, got -1",
-    "data.seed=x": "data.seed must be an int from 0 to 4294967295, got 'x'",
+    "lr=abc": "lr: expected a finite number, got 'abc'; try 0.1",
+    "lr=1e400": "lr: expected a finite number, got inf; try 0.1",
+    "lr=nan": "lr: expected a finite number, got 'nan'; try 0.1",
+    "lr=True": "lr: expected a finite number, got True; try 0.1",
+    "flag=truee": "flag: expected True or False, got 'truee'; try True",
+    "flag=0": "flag: expected True or False, got 0; try True",
+    "steps=1.5": "steps: expected a whole number, got 1.5; try 3",
+    "steps=True": "steps: expected a whole number, got True; try 3",
+    "steps=None": "steps: expected a whole number, got None; try 3",
+    "steps={}": "steps: expected a whole number, got {}; try 3",
+    "steps.more=1": "no configuration entry 'steps.more'; did you mean 'steps'?",
+    "steps=1 steps.more=1": "no configuration entry 'steps.more'",
+    "data.ways.x=1": "no configuration entry 'data.ways.x'; did you mean 'data.ways'?",
+    "data=3": "data: expected a group of settings, got 3; set one as data.ways=VALUE",
+    "data=None": "data: expected a group of settings, got None",
+    "widths=[1.5]": "widths: expected a list, each a whole number, got [1.5]; try [32, 64]",
+    "widths=3": "widths: expected a list, each a whole number, got 3",
+    "limit=x": "limit: expected a whole number from 1 to 1000000000 or None, got 'x'; leave it out",
+    "limit=0": "limit: expected a whole number from 1 to 1000000000 or None, got 0",
+    "kind=slwo": "kind: expected one of 'slow', 'fast', got 'slwo'; did you mean 'slow'?",
+    "say=5": "say: expected text, got 5; try ''",
+    "seed=-1": "seed: expected a whole number from 0 to 4294967295 or None, got -1",
+    "seed=x": "seed: expected a whole number from 0 to 4294967295 or None, got 'x'",
+    "data.seed=4": "no configuration entry 'data.seed'; did you mean 'seed'?",
+    "=3": "no configuration entry ''; `print_config` lists them",
+    "a..b=3": "no configuration entry 'a..b'",
+    "__doc__=3": "no configuration entry '__doc__'",
+    "x={[]:1}": "no configuration entry 'x'",
+    "anything={'py/object':'os.system'}": "no configuration entry 'py/object'",
+    "steps=" + "9" * 5000: "characters); try 3",
 }
 
 
 @pytest.mark.parametrize("word", WRONG)
 def test_a_wrong_word_is_an_error_that_names_the_right_one(word: str) -> None:
     with pytest.raises(UserError) as caught:
-        configure(word)
+        configure(*word.split())
     assert WRONG[word] in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_right_words_are_taken() -> None:
-    config = configure("lr=1", "limit=4", "anything=[1]", "widths=(8,)", "seed=3", "data.seed=4")
+    config = configure("lr=1", "limit=4", "anything=[1]", "widths=(8,)", "seed=3")
     assert (config["lr"], config["limit"], config["anything"]) == (1, 4, [1])
-    assert (list(config["widths"]), config["seed"], config["data"]["seed"]) == ([8], 3, 4)
+    assert (list(config["widths"]), config["seed"]) == ([8], 3)
+
+
+def test_the_comments_of_a_model_are_what_print_config_shows(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ex.run("print_config", options={"--unobserved": True})
+    shown = capsys.readouterr().out
+    assert re.search(r"ways = 5 .*# classes a task\x1b", shown)
+    assert re.search(r"fault = '' .*# a mistake of the main function; empty: none\x1b", shown)
+    assert re.search(r"steps = 3$", shown, re.M)
+
+
+FILES = {
+    "settings.json": ('{"steps": 7, "data": {"ways": 2}}', ""),
+    "wrong.json": ('{"steps": "7"}', "steps: expected a whole number, got '7'; try 3"),
+    "unknown.json": ('{"data": {"wayz": 7}}', "did you mean 'data.ways'?"),
+    "call.json": ('{"say": {"py/reduce": [{"py/function": "os.getcwd"}, {}]}}', "'py/reduce'"),
+    "deep.json": ('{"a":' * 900 + "1" + "}" * 900, "no configuration entry 'a'"),
+    "deeper.json": ('{"a":' * 90_000 + "1" + "}" * 90_000, "expected settings as a JSON object"),
+    "list.json": ("[1]", "expected settings as a JSON object in a file named *.json, got"),
+    "broken.json": ('{"steps": 7', "expected settings as a JSON object"),
+    "settings.pickle": ("cos\ngetcwd\n(tR.", "expected settings as a JSON object"),
+    "settings.yaml": ("steps: 7", "expected settings as a JSON object"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_settings_is_plain_data(tmp_path: Path, name: str) -> None:
+    text, expected = FILES[name]
+    (tmp_path / name).write_text(text)
+    if not expected:
+        assert configure(str(tmp_path / name))["steps"] == 7
+        return
+    with pytest.raises(UserError) as caught:
+        configure(str(tmp_path / name))
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_an_explicit_key_beats_a_named_config_in_either_order() -> None:

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from experiments.ingredients.algorithm import make_algorithms
-from experiments.ingredients.algorithm_table import ALGORITHMS, settings_of
+from experiments.ingredients.algorithm_table import ALGORITHMS, AlgorithmSettings
 from experiments.tracking import UserError
 from experiments.training.algorithms import HeadOnly, HeadsTogether
 from experiments.training.episodes import Episode
 from experiments.training.meta_learner import LEAST_L2, MEASURES, Diverged, MetaLearner
 
 WAYS, SHOTS, SIDE = 3, 2, 8
-HEAD_ONLY = [name for name, own in ALGORITHMS.items() if own["scope"] == "head"]
+HEAD_ONLY = [name for name in ALGORITHMS if AlgorithmSettings.of({"name": name}).scope == "head"]
 
 
 @pytest.fixture(autouse=True)
@@ -43,9 +43,7 @@ def episode(seed: int = 0) -> Episode:
 
 
 def config(name: str, variant: str | None = None, **changes: Any) -> dict[str, Any]:
-    own = settings_of(name, variant)
-    more = {"name": name, "variant": variant, "test_steps": None, "test_scope": None}
-    return {**own, **more, **changes}
+    return {"name": name, "variant": variant, **changes}
 
 
 def meta_learner(settings: dict[str, Any], optimizer: str = "sgd") -> MetaLearner:
@@ -53,7 +51,7 @@ def meta_learner(settings: dict[str, Any], optimizer: str = "sgd") -> MetaLearne
     torch.manual_seed(2)
     measure = MEASURES["classification"]
     rest = (measure.loss, torch.device("cpu"))
-    algorithms = make_algorithms(settings, network, 6, WAYS, WAYS, *rest)
+    algorithms = make_algorithms(AlgorithmSettings.of(settings), network, 6, WAYS, WAYS, *rest)
     return MetaLearner(algorithms, measure, optimizer, 0.1, channels_last=False)
 
 
@@ -299,12 +297,12 @@ def test_a_head_that_is_not_learned_can_be_tested_with_other_ways() -> None:
     torch.manual_seed(0)
     measure = MEASURES["classification"]
     rest = (WAYS, 2, measure.loss, torch.device("cpu"))
-    found = make_algorithms(config("rm_metal"), backbone(), 6, *rest)
+    found = make_algorithms(AlgorithmSettings.of(config("rm_metal")), backbone(), 6, *rest)
     task = Episode(episode().inputs[:8], torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 1, 1]))
     with torch.no_grad():
         assert found.evaluation.adapt(task).predictions.shape == (4, 2)
     with pytest.raises(UserError, match="expected test_ways=3 as in training, got 2"):
-        make_algorithms(config("anil"), backbone(), 6, *rest)
+        make_algorithms(AlgorithmSettings.of(config("anil")), backbone(), 6, *rest)
 
 
 def test_a_network_can_be_tested_by_its_head_alone() -> None:
@@ -345,7 +343,7 @@ REFUSED = {
     ),
     "step": (config("rm_metal", step="neuton"), "step: expected one of 'newton', 'lbfgs', "),
     "solver": (config("rm_metal", solver="gc"), "solver: expected one of 'cg', 'neumann', "),
-    "cg_steps": (config("imaml_gd", cg_steps=0), "cg_steps (N): expected at least 1, got 0"),
+    "cg_steps": (config("imaml_gd", cg_steps=0), "cg_steps: expected a whole number from 1"),
     "misspelt": (config("anil", features="cashed"), "did you mean 'cached'?"),
 }
 
@@ -354,5 +352,5 @@ REFUSED = {
 def test_settings_that_do_not_fit(case: str) -> None:
     settings, expected = REFUSED[case]
     with pytest.raises(UserError) as refused:
-        meta_learner(settings)
+        AlgorithmSettings.of(settings, "algorithm")
     assert expected in str(refused.value) and "\n" not in str(refused.value)

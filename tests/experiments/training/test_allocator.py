@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[3]
 # 20 times 64 MiB, written to and freed: 16,384 pages of 4 KiB each.
 FAULTS = """
 import resource, sys, torch
-from experiments.training.allocator import keep_freed_memory
+from experiments.training.peak_memory import keep_freed_memory
 kept = "keep" in sys.argv and keep_freed_memory()
 for _ in range(20):
     torch.ones(2**24)  # the heap grows at first

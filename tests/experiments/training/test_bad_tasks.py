@@ -11,14 +11,11 @@ import torch
 from sacred.run import Run
 from torch import Tensor, nn
 
-from experiments.ingredients import tasks as tasks_module
-from experiments.ingredients.algorithm import Algorithms
 from experiments.tracking import UserError
-from experiments.training.algorithms import HeadOnly
-from experiments.training.bad_tasks import MOST_IN_A_ROW, CheckedStream, fault
-from experiments.training.episodes import Episode
-from experiments.training.history import History
+from experiments.training.algorithms import Algorithms, HeadOnly
+from experiments.training.episodes import MOST_IN_A_ROW, CheckedStream, Episode, TaskStream, fault
 from experiments.training.meta_learner import MEASURES, Diverged, MetaLearner
+from experiments.training.scores import History
 from l2l_implicit import GradientDescent, ImplicitCGHead
 
 LABELS = torch.arange(3).repeat(2)
@@ -180,7 +177,7 @@ def test_evaluation_skips_too() -> None:
 @pytest.fixture
 def spoilt(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every fifth task of every stream holds a nan."""
-    whole, drawn = tasks_module.TaskStream.sample, [0]
+    whole, drawn = TaskStream.sample, [0]
 
     def sample(self: Any) -> Episode:
         drawn[0] += 1
@@ -189,7 +186,7 @@ def spoilt(monkeypatch: pytest.MonkeyPatch) -> None:
             task.inputs[0] = math.nan
         return task
 
-    monkeypatch.setattr(tasks_module.TaskStream, "sample", sample)
+    monkeypatch.setattr(TaskStream, "sample", sample)
 
 
 def run_train(*words: str) -> Run:

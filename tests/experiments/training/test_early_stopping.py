@@ -14,8 +14,8 @@ import torch
 import train_process
 from torch import nn
 
-from experiments.training.early_stopping import BestTheta
 from experiments.training.meta_learner import MEASURES
+from experiments.training.scores import BestTheta
 
 
 class Learner:

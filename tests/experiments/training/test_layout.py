@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.training.layout import laid_out
+from experiments.training.meta_learner import laid_out
 
 
 @pytest.mark.parametrize("channels", [1, 3])

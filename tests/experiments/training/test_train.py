@@ -114,23 +114,23 @@ def test_the_same_seed_gives_the_same_run(finished: Any, folder: Path) -> None:
 
 
 BAD = {
-    "algorithm.steps=0": "algorithm.steps (K): expected at least 1, got 0",
-    "algorithm.cg_steps=0": "algorithm.cg_steps (N): expected at least 1, got 0",
-    "algorithm.lr=0.0": "algorithm.lr: expected a number above 0, got 0",
-    "algorithm.l2=-1.0": "algorithm.l2: expected a number of at least 0, got -1",
+    "algorithm.steps=0": "algorithm.steps: expected a whole number from 1 to 1000000000, got 0",
+    "algorithm.cg_steps=0": "algorithm.cg_steps: expected a whole number from 1",
+    "algorithm.lr=0.0": "algorithm.lr: expected a finite number above 0 or 'auto', got 0.0",
+    "algorithm.l2=-1.0": "algorithm.l2: expected a finite number of at least 0, got -1.0; try 0.1",
     "algorithm.name=rm_metall": "did you mean 'rm_metal'?",
     "algorithm.step=newtn": "did you mean 'newton'?",
     "tasks.name=glyfs": "did you mean 'glyphs'?",
     "tasks.level=mediun": "did you mean 'medium'?",
     "tasks.split=skript": "did you mean 'script'?",
-    "tasks.ways=1000": "train_ways",
-    "tasks.shots=100": "train_samples",
-    "tasks.queries=0": "tasks.queries: expected at least 1, got 0",
-    "tasks.size=32": "size",
+    "tasks.ways=1000": "(train_ways: tasks.ways)",
+    "tasks.shots=100": "(train_samples: tasks.shots + tasks.queries)",
+    "tasks.queries=0": "tasks.queries: expected a whole number from 1",
+    "tasks.size=32": "tasks.name=glyphs: expected no setting tasks.size, got size=32; leave it out",
     "model.name=cnn5": "did you mean 'cnn4'?",
-    "model.hidden=0": "model.hidden: expected at least 1",
-    "iterations=0": "iterations: expected at least 1, got 0",
-    "meta_lr=-0.1": "meta_lr: expected a number above 0",
+    "model.hidden=0": "model.hidden: expected a whole number from 1",
+    "iterations=0": "iterations: expected a whole number from 1",
+    "meta_lr=-0.1": "meta_lr: expected a finite number above 0, got -0.1; try 0.001",
     "algoritm.lr=0.1": "did you mean 'algorithm",
     "iteration=3": "did you mean 'iterations'?",
     "meta_batch=1.5": "meta_batch",
@@ -140,15 +140,41 @@ BAD = {
     "tasks.name=sine tasks.level=None model.name=cnn4": "model.name: expected mlp for vectors",
     "device=cuda:99": "device: expected auto, cpu or a GPU that is there, got 'cuda:99'",
     "score=mse": "score: expected 'accuracy' for glyphs",
-    "budget=0": "budget: expected a number above 0",
-    "test_at=[0]": "test_at: expected at least 1, got 0",
-    "validate_seconds=-1": "validate_seconds: expected a number above 0",
+    "budget=0": "budget: expected a finite number above 0 or None",
+    "test_at=[0]": "test_at: expected a list, each a whole number from 1",
+    "validate_seconds=-1": "validate_seconds: expected a finite number above 0 or None",
     "meta_optimizer=adamm": "did you mean 'adam'?",
+    # that do not fit each other, the data or the machine
+    "lr=0.5": "no configuration entry 'lr'; did you mean 'algorithm.lr'?",
+    "_own.lr=0.5": "no configuration entry '_own.lr'; did you mean 'algorithm.lr'?",
+    "tasks.lr=0.5": "no configuration entry 'tasks.lr'; did you mean 'algorithm.lr'?",
+    "algorithm.name=anil l2=0.5": "no configuration entry 'l2'; `print_config` lists them",
+    "size=5": "no configuration entry 'size'; `print_config` lists them",
+    "tasks.seed=5": "no configuration entry 'tasks.seed'; did you mean 'seed'?",
+    "algorithm.lr=auto": "algorithm.lr: expected a number without step=gradient, got 'auto'",
+    "algorithm.lr=None": "algorithm.lr: expected a value for rm_metal, got None; try 0.1",
+    "algorithm=anil": "algorithm: expected a group of settings, got 'anil'",
+    "algorithm.name=[]": "algorithm.name: expected one of 'rm_metal', ",
+    "algorithm.test_scope=head": "algorithm.test_scope: expected none for rm_metal",
+    "test_at=[5]": "test_at: expected outer iterations up to iterations=4, got 5",
+    "tasks.ways=True": "tasks.ways: expected a whole number from 2",
+    "meta_lr=1e400": "meta_lr: expected a finite number above 0, got inf; try 0.001",
+    "algorithm.steps=1000000000000": "algorithm.steps: expected a whole number from 1",
+    "threads=1000000": "threads: expected a whole number from 0 to 1024",
+    "model.name=resnet12 model.hidden=None": "for inputs of shape (1, 28, 28) that fits",
+    "output=/dev/null/runs": "output: expected a folder to write to, got '/dev/null/runs'",
+    "output=/proc/runs": "output: expected a folder to write to, got '/proc/runs'",
+    "output=a\0b": "output: expected text, got 'a\\x00b'; try 'runs'",
+    "output=a\udcff": "output: expected text, got 'a\\udcff'; try 'runs'",
+    f"output={'a' * 300}": "output: expected a folder to write to",
+    "device=meta": "device: expected auto, cpu or a GPU that is there, got 'meta'",
+    "device=xla": "device: expected auto, cpu or a GPU that is there, got 'xla'",
+    "tasks.name=folder tasks.level=None tasks.root=~nobody-of-this-name/x": "tasks.name=folder: ",
 }
 
 
 def test_bad_settings_are_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
-    """In this process, unobserved: twenty starts of a process would take a minute."""
+    """In this process, unobserved: fifty starts of a process would take minutes."""
     from experiments.train import ex
 
     for setting, expected in BAD.items():
@@ -157,6 +183,35 @@ def test_bad_settings_are_one_line_each(capsys: pytest.CaptureFixture[str]) -> N
         lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("error: ")]
         assert stopped.value.code == 1 and len(lines) == 1, setting
         assert expected in lines[0], (setting, lines[0])
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory: 9 bytes")])
+def test_what_does_not_fit_into_memory_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """While the network is made, and while it trains; another error stays a traceback."""
+    from experiments.ingredients import model
+    from experiments.train import ex
+    from experiments.training.meta_learner import MetaLearner
+
+    def fails(*arguments: Any) -> Any:
+        raise error
+
+    words = ["train", "-u", "with", "smoke", f"output={tmp_path}"]
+    for where, name in ((model, "_build"), (MetaLearner, "step")):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+            patch.setattr(where, name, fails)
+            ex.run_commandline(words)
+        said = capsys.readouterr()
+        lines = [line for line in said.out.splitlines() if line.startswith("error: ")]
+        assert stopped.value.code == 1 and len(lines) == 1 and "memory" in lines[0]
+        assert "Traceback" not in said.out + said.err
+    error = RuntimeError("a bug")
+    monkeypatch.setattr(MetaLearner, "step", fails)
+    with pytest.raises(SystemExit):
+        ex.run_commandline(words)
+    assert "a bug" in capsys.readouterr().err
 
 
 def test_a_missing_data_set_says_what_to_fetch(folder: Path) -> None:

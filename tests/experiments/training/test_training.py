@@ -103,10 +103,9 @@ class Tasks:
 
 
 def schedule(**changes: Any) -> Schedule:
-    return Schedule(
-        iterations=10, batch=1, validate_every=4, validate_seconds=None, validation_tasks=3,
-        test_tasks=5, test_at=(), budget=None, cpu=True, checkpoint_seconds=1e9,
-    )._replace(**changes)  # fmt: skip
+    usual = {"iterations": 10, "meta_batch": 1, "validate_every": 4, "validation_tasks": 3,
+             "test_tasks": 5, "checkpoint_seconds": 1e9}  # fmt: skip
+    return Schedule.of({**usual, **changes})
 
 
 def train(tmp_path: Path, learner: Learner | None = None, **changes: Any) -> tuple[Training, Run]:
@@ -124,13 +123,13 @@ def test_without_a_budget_the_result_is_that_of_the_last_iteration(tmp_path: Pat
     assert run.at("train/step_peak_bytes") == [1, 5, 9]
 
 
-@pytest.mark.parametrize(("cpu", "iterations"), [(True, 4), (False, 3)])
+@pytest.mark.parametrize(("clock", "iterations"), [("cpu", 4), ("wall", 3)])
 def test_a_budget_is_counted_by_the_clock_that_was_asked_for(
-    tmp_path: Path, cpu: bool, iterations: int
+    tmp_path: Path, clock: str, iterations: int
 ) -> None:
-    training, run = train(tmp_path, budget=7.0, cpu=cpu)
+    training, run = train(tmp_path, budget=7.0, budget_clock=clock)
     assert training.steps == iterations and run.at("test/accuracy") == [iterations]
-    assert training.seconds == (2.0 if cpu else 3.0) * iterations
+    assert training.seconds == (2.0 if clock == "cpu" else 3.0) * iterations
 
 
 def test_a_run_goes_on_from_its_budget_to_the_last_test(tmp_path: Path) -> None:
@@ -205,7 +204,7 @@ def test_a_test_that_diverges_is_not_a_number(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("unsolved", [3, 0, None])
 def test_unsolved_systems_are_summed_up(tmp_path: Path, unsolved: int | None) -> None:
-    training, _ = train(tmp_path, Learner(unsolved=unsolved), batch=4)
+    training, _ = train(tmp_path, Learner(unsolved=unsolved), meta_batch=4)
     said = "inner problems 30, linear systems 30 of 40 tasks, 30 hypergradients to 1 %"
     said = said if unsolved else ""
     assert outcome.unsolved(training).partition(":")[0] == said

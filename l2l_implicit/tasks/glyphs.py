@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from l2l_implicit import checks
 from l2l_implicit.tasks.glyph_distortions import LEVELS, distort
 from l2l_implicit.tasks.image_table import Device, ImageTable
-from l2l_implicit.tasks.tasksets import MODES, Benchmark, build_tasksets, check_name, refuse_unknown
+from l2l_implicit.tasks.tasksets import MODES, Benchmark, build_tasksets, refuse_unknown
 
 SPLITS = ("random", "script")
 PATH = Path(__file__).with_name("glyphs.npz")
@@ -55,9 +56,9 @@ class Glyphs(ImageTable):
         self, mode: str = "train", split: str = "random", level: str = "medium", seed: int = 0,
         device: Device = None,
     ) -> None:  # fmt: skip
-        check_name("mode", mode, MODES)
-        check_name("split", split, SPLITS)
-        check_name("level", level, LEVELS)
+        checks.choice("mode", mode, MODES)
+        checks.choice("split", split, SPLITS)
+        checks.choice("level", level, LEVELS)
         if not 0 <= seed < 2**32:
             raise ValueError(f"expected a seed from 0 to 2**32 - 1, got {seed}: pass one of these")
         arrays = glyph_arrays()

@@ -199,9 +199,9 @@ def test_device_table_holds_the_same_items() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "valid"}, "got 'valid': did you mean 'validation'?"),
-        ({"split": "scripts"}, "got 'scripts': did you mean 'script'?"),
-        ({"level": "med"}, "got 'med': did you mean 'medium'?"),
+        ({"mode": "valid"}, "got 'valid'; did you mean 'validation'?"),
+        ({"split": "scripts"}, "got 'scripts'; did you mean 'script'?"),
+        ({"level": "med"}, "got 'med'; did you mean 'medium'?"),
         ({"seed": -1}, "got -1"),
     ],
 )

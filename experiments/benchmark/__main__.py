@@ -14,12 +14,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from experiments.benchmark import figure
-from experiments.benchmark.cases import Plan
+from experiments.benchmark.cases import Plan, select
 from experiments.benchmark.measure import Effort
 from experiments.benchmark.problem import Setting
-from experiments.benchmark.registry import select
-from experiments.benchmark.rows import Row, as_markdown, as_text, summary
+from experiments.benchmark.table import Row, as_markdown, as_text, draw, summary
 from experiments.tracking import TrackedExperiment, record
 from experiments.training.allocator import keep_freed_memory
 from l2l_implicit import UnsolvedWarning
@@ -29,7 +27,7 @@ ex = TrackedExperiment("benchmark")
 
 @ex.config
 def defaults() -> None:
-    cases = "all"  # names with commas: see experiments/benchmark/registry.py
+    cases = "all"  # names with commas: see experiments/benchmark/cases.py
     repetitions = 30
     seconds = 20.0  # a method that took this long in all is repeated no further (but 3 times)
     steps = 20  # inner steps K
@@ -107,7 +105,7 @@ def _save(run: Any, rows: dict[str, list[Row]], device: str, threads: int, outpu
     (folder / "benchmark.md").write_text(_markdown(rows, _machine(device, threads)))
     run.add_artifact(folder / "benchmark.md")
     if "peers" in rows:
-        figure.draw(folder / "benchmark.png", _machine(device, threads), rows["peers"])
+        draw(folder / "benchmark.png", _machine(device, threads), rows["peers"])
         run.add_artifact(folder / "benchmark.png")
     return folder
 

@@ -65,6 +65,9 @@ class Problem(NamedTuple):
     def new_head(self) -> nn.Linear:
         return copy.deepcopy(self.head)
 
+    def whole(self) -> nn.Sequential:
+        return nn.Sequential(self.backbone, self.new_head())
+
 
 def _group_norm(hidden: int) -> nn.Module:
     """CNN4 whose normalisation does not look at other images."""

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 import l2l_implicit  # noqa: F401  (first: it makes learn2learn importable)
-from experiments.build_glyphs.confusables import connected
-from experiments.build_glyphs.splits import random_split, script_of, script_split
+from experiments.build_glyphs.classes import connected, random_split, script_of, script_split
 from l2l_implicit.tasks import Glyphs, get_tasksets, nearest_centroid_accuracy
 from l2l_implicit.tasks.glyph_distortions import (
     LEVELS,

@@ -4,14 +4,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from experiments.papers import keep_picture
 from experiments.papers.convergence import figure
 from experiments.papers.convergence.figure import Findings, Floors, show
 from experiments.papers.convergence.parts import (
@@ -23,10 +22,10 @@ from experiments.papers.convergence.parts import (
     around_bounds,
     bounds_of,
     deterministic,
+    log_spaced,
     stochastic,
 )
 from experiments.papers.convergence.problem import make_tasks
-from experiments.papers.convergence.runs import log_spaced
 from experiments.tracking import TrackedExperiment, UserError, record
 from l2l_implicit import checks
 
@@ -197,13 +196,6 @@ def _findings(
     )  # fmt: skip
 
 
-def _picture(run: Any, output: str) -> Path:
-    name = str(run._id) if run._id is not None else time.strftime("unobserved-%Y%m%d-%H%M%S")
-    folder = Path(output) / name
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / "convergence.png"
-
-
 @ex.automain
 def convergence(
     _run: Any, _config: Mapping[str, Any], threads: int, output: str
@@ -222,8 +214,6 @@ def convergence(
         for each in batches:
             _record_theorem_1(_run, each)
     print(_text(plan.bounds, all_tasks, batches, undercut))
-    picture = _picture(_run, output)
-    figure.draw(picture, _findings(plan.bounds, all_tasks, batches, undercut))
-    _run.add_artifact(picture)
-    print(f"\npicture: {picture}")
+    shown = _findings(plan.bounds, all_tasks, batches, undercut)
+    keep_picture(_run, output, "convergence.png", lambda path: figure.draw(path, shown))
     return _result(plan.bounds, all_tasks, batches)

@@ -5,19 +5,23 @@
 from __future__ import annotations
 
 import math
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from experiments.papers import keep_picture
 from experiments.papers.hypergradient import figure
 from experiments.papers.hypergradient.figure import Curves
-from experiments.papers.hypergradient.learners import Method, methods
-from experiments.papers.hypergradient.problems import Classification, Problem, Regression
+from experiments.papers.hypergradient.problems import (
+    Classification,
+    Method,
+    Problem,
+    Regression,
+    methods,
+)
 from experiments.tracking import TrackedExperiment, UserError, record
 from l2l_implicit import UnsolvedWarning, checks
 
@@ -124,13 +128,6 @@ def _result(found: Mapping[str, Curves]) -> dict[str, float]:
     }
 
 
-def _picture(run: Any, output: str) -> Path:
-    name = str(run._id) if run._id is not None else time.strftime("unobserved-%Y%m%d-%H%M%S")
-    folder = Path(output) / name
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / "hypergradient.png"
-
-
 @ex.automain
 def hypergradient(
     _run: Any, _config: Mapping[str, Any], problems: int, inner_steps: Sequence[int],
@@ -153,8 +150,5 @@ def hypergradient(
                     record(_run, {f"hypergradient/{title}/{name}": error}, steps)
             tqdm.write(_text(title, tasks[0].condition, curves))
             found[title] = curves
-    picture = _picture(_run, output)
-    figure.draw(picture, found)
-    _run.add_artifact(picture)
-    print(f"\npicture: {picture}")
+    keep_picture(_run, output, "hypergradient.png", lambda path: figure.draw(path, found))
     return _result(found)

@@ -4,18 +4,25 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from experiments.papers import keep_picture
 from experiments.papers.memory import figure
-from experiments.papers.memory.measure import Effort, Tick, floor, growth
-from experiments.papers.memory.methods import RAJESWARAN, YANG, Method, Shape
+from experiments.papers.memory.measure import (
+    RAJESWARAN,
+    YANG,
+    Effort,
+    Method,
+    Shape,
+    Tick,
+    floor,
+    growth,
+)
 from experiments.papers.memory.points import Growth
 from experiments.tracking import TrackedExperiment, UserError, record
 from experiments.training.peak_memory import process_peak
@@ -142,13 +149,6 @@ def _result(yang: Mapping[str, Growth], imaml: Mapping[str, Growth]) -> dict[str
     return result | savings(yang, at)
 
 
-def _picture(run: Any, output: str) -> Path:
-    name = str(run._id) if run._id is not None else time.strftime("unobserved-%Y%m%d-%H%M%S")
-    folder = Path(output) / name
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / "memory.png"
-
-
 @ex.automain
 def memory(
     _run: Any, _config: Mapping[str, Any], limit_gib: float, repetitions: int, threads: int,
@@ -171,11 +171,10 @@ def memory(
     record(_run, {"memory/supervised": floors[0], "imaml_memory/supervised": floors[1]}, 0)
     for shape, least, k, each in zip(shapes, floors, steps, found, strict=True):
         print(_text(shape.title, least, k, each))
-    picture = _picture(_run, output)
-    titles = (shapes[0].title, shapes[1].title)
-    figure.draw(picture, found[0], found[1], titles, floors)
-    _run.add_artifact(picture)
     result = _result(found[0], found[1])
     print("", *(f"{name:64}{value:8.3f}" for name, value in result.items() if ":" in name or
-                "over" in name), f"\npicture: {picture}", sep="\n")  # fmt: skip
+                "over" in name), sep="\n")  # fmt: skip
+    titles = (shapes[0].title, shapes[1].title)
+    keep_picture(_run, output, "memory.png",
+                 lambda path: figure.draw(path, *found, titles, floors))  # fmt: skip
     return result

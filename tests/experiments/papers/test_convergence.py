@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from experiments.papers.convergence.algorithm_1 import Algorithm1, Settings
-from experiments.papers.convergence.problem import Tasks, make_tasks
-from experiments.papers.convergence.runs import (
+from experiments.papers.convergence.parts import (
     averages,
     cheapest,
     evaluations,
@@ -20,6 +19,7 @@ from experiments.papers.convergence.runs import (
     slope,
     trajectory,
 )
+from experiments.papers.convergence.problem import Tasks, make_tasks
 from experiments.papers.convergence.theory import inner_lr, least_inner_steps, least_linear_steps
 from experiments.tracking import UserError
 from experiments.tracking.values import CheckedMetrics

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from experiments.papers.hypergradient.learners import methods
-from experiments.papers.hypergradient.problems import Classification, Problem, Regression
+from experiments.papers.hypergradient.problems import Classification, Problem, Regression, methods
 from experiments.tracking import UserError
 from experiments.tracking.values import CheckedMetrics
 

@@ -6,8 +6,19 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from experiments.papers.memory.measure import Effort, Point, floor, forecast, growth
-from experiments.papers.memory.methods import RAJESWARAN, YANG, Method, Shape, build, episode
+from experiments.papers.memory.measure import (
+    RAJESWARAN,
+    YANG,
+    Effort,
+    Method,
+    Point,
+    Shape,
+    build,
+    episode,
+    floor,
+    forecast,
+    growth,
+)
 from experiments.tracking import UserError
 from experiments.tracking.values import CheckedMetrics
 

@@ -132,13 +132,7 @@ def count(name: str, value: Any) -> None:
 
 
 def printable(text: object) -> str:
-    r"""What comes from outside, on one line: what is no printable character as text (`\x1b`).
-
-    Example:
-        >>> from l2l_implicit import checks
-        >>> print(checks.printable("a\x1b[2J.png"))
-        a\x1b[2J.png
-    """
+    r"""A name from outside, on one line: what is no printable character as text (``\x1b``)."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 

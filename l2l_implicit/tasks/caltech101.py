@@ -70,14 +70,12 @@ class Caltech101(ImageTable):
         FileNotFoundError: the folder, or the folder of a category, is missing or empty.
 
     Example:
-        >>> import tempfile
-        >>> from pathlib import Path
-        >>> from PIL import Image
+        >>> import pathlib, tempfile, PIL.Image
         >>> from l2l_implicit.tasks.caltech101 import FOLDER, SPLIT, Caltech101
         >>> root = tempfile.TemporaryDirectory()
         >>> for category in SPLIT["validation"]:
-        ...     (Path(root.name) / FOLDER / category).mkdir(parents=True)
-        ...     Image.new("RGB", (40, 30)).save(Path(root.name) / FOLDER / category / "1.jpg")
+        ...     pathlib.Path(root.name, FOLDER, category).mkdir(parents=True)
+        ...     PIL.Image.new("RGB", (40, 30)).save(f"{root.name}/{FOLDER}/{category}/1.jpg")
         >>> photographs = Caltech101("validation", root.name)
         >>> len(photographs), photographs[0][0].shape
         (16, torch.Size([3, 32, 32]))
@@ -115,26 +113,23 @@ def caltech101_tasksets(
     """(datasets, transforms) of Caltech 101, as learn2learn's own benchmarks return them.
 
     Args:
-        train_ways, train_samples, test_ways, test_samples, device: see `get_tasksets`.
+        train_ways, train_samples, test_ways, test_samples, device, kwargs: see `get_tasksets`.
         root: see `Caltech101`; None means "~/data". Where it has no photographs torchvision
             downloads them.
         size: side of the images in pixels.
-        kwargs: see `get_tasksets`.
 
     Raises:
         FileNotFoundError: the images are not there, and cannot be downloaded.
         ValueError, TypeError: see `get_tasksets`.
 
     Example:
-        >>> import tempfile
-        >>> from pathlib import Path
-        >>> from PIL import Image
+        >>> import pathlib, tempfile, PIL.Image
         >>> from l2l_implicit.tasks import get_tasksets
         >>> from l2l_implicit.tasks.caltech101 import FOLDER, SPLIT
         >>> root = tempfile.TemporaryDirectory()
         >>> for category in sum(map(list, SPLIT.values()), []):
-        ...     (Path(root.name) / FOLDER / category).mkdir(parents=True)
-        ...     Image.new("RGB", (40, 30)).save(Path(root.name) / FOLDER / category / "1.jpg")
+        ...     pathlib.Path(root.name, FOLDER, category).mkdir(parents=True)
+        ...     PIL.Image.new("RGB", (40, 30)).save(f"{root.name}/{FOLDER}/{category}/1.jpg")
         >>> tasks = get_tasksets("caltech101", root=root.name, train_samples=1, test_samples=1)
         >>> tasks.train.sample()[0].shape
         torch.Size([5, 3, 32, 32])

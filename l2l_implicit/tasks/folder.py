@@ -20,14 +20,12 @@ SHARES = (0.16, 0.20)  # of the classes, for validation and test; training has t
 
 
 class FolderImages(ImageTable):
-    """The user's images of one mode; an item is (float32 [1 or 3, size, size], int label).
+    """The images of one mode, by `folder_tables`; an item is (float32 [1 or 3, size, size], int).
 
     Attributes:
         skipped: how many files of the whole folder could not be read.
 
     Example:
-        Made by `folder_tables`, one for each mode.
-
         >>> import torch
         >>> from l2l_implicit.tasks import FolderImages
         >>> images = FolderImages(torch.zeros(2, 3, 16, 16, dtype=torch.uint8), [0, 0], ["cats"])
@@ -62,14 +60,12 @@ def folder_tables(
         ValueError: an incomplete layout, a size below 1, or files that cannot be read.
 
     Example:
-        >>> import tempfile
-        >>> from pathlib import Path
-        >>> from PIL import Image
+        >>> import pathlib, tempfile, PIL.Image
         >>> from l2l_implicit.tasks import folder_tables
         >>> root = tempfile.TemporaryDirectory()
         >>> for name in "abcdefghijkl":
-        ...     (Path(root.name) / name).mkdir()
-        ...     Image.new("RGB", (40, 30), "red").save(Path(root.name) / name / "image.png")
+        ...     pathlib.Path(root.name, name).mkdir()
+        ...     PIL.Image.new("RGB", (40, 30), "red").save(pathlib.Path(root.name, name, "0.png"))
         >>> {mode: len(table.classes) for mode, table in folder_tables(root.name).items()}
         {'train': 8, 'validation': 2, 'test': 2}
     """
@@ -101,7 +97,8 @@ def folder_tables(
         labels, names = [files[i][1] for i in indices], list(modes[mode])
         tables[mode] = FolderImages(images[indices], labels, names, mean, std, device)
         tables[mode].skipped = skipped
-        tables[mode].notes = {"classes": names, "skipped": skipped, "split_seed": seed}
+        tables[mode].notes = {"classes": [*map(printable, names)], "skipped": skipped,
+                              "split_seed": seed}  # fmt: skip
     return tables
 
 
@@ -113,22 +110,19 @@ def folder_tasksets(
     """(datasets, transforms) of a folder of images, as learn2learn's own benchmarks return them.
 
     Args:
-        train_ways, train_samples, test_ways, test_samples: see `get_tasksets`.
+        train_ways, train_samples, test_ways, test_samples, kwargs: see `get_tasksets`.
         root, device, size, split_seed, skip_unreadable: see `folder_tables`.
-        kwargs: see `get_tasksets`.
 
     Raises:
         FileNotFoundError, ValueError, TypeError: see `folder_tables` and `get_tasksets`.
 
     Example:
-        >>> import tempfile
-        >>> from pathlib import Path
-        >>> from PIL import Image
+        >>> import pathlib, tempfile, PIL.Image
         >>> from l2l_implicit.tasks import get_tasksets
         >>> root = tempfile.TemporaryDirectory()
         >>> for name in "abcdefghijkl":
-        ...     (Path(root.name) / name).mkdir()
-        ...     Image.new("RGB", (40, 30), "red").save(Path(root.name) / name / "image.png")
+        ...     pathlib.Path(root.name, name).mkdir()
+        ...     PIL.Image.new("RGB", (40, 30), "red").save(pathlib.Path(root.name, name, "0.png"))
         >>> tasks = get_tasksets("folder", root=root.name, train_ways=2, train_samples=1,
         ...                      test_ways=2, test_samples=1)
         >>> tasks.train.sample()[0].shape

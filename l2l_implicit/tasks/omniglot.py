@@ -65,9 +65,7 @@ def _turned(item: Any, turns: int) -> tuple[Tensor, Any]:
     return torch.rot90(item[0], turns, dims=(-2, -1)), item[1]
 
 
-def omniglot_tables(
-    root: Path, split_seed: int = 0, device: Device = None
-) -> dict[str, ImageTable]:
+def omniglot_tables(root: Path, split_seed: int, device: Device = None) -> dict[str, ImageTable]:
     """The characters of each mode: 1,100 / 100 / 423 of them, drawn with a seed.
 
     Strokes are white on black. Fewer characters (part of the data) are split in this proportion.

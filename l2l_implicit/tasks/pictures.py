@@ -13,8 +13,6 @@ from PIL import ExifTags, Image, ImageOps
 from l2l_implicit.checks import printable
 
 Arrays = dict[str, NDArray]
-DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
-GREY = ("1", "L", "LA", *DEEP)
 Image.init()
 # Not those that start a program (EPS), nor those that hold a picture of another size than they say
 # (ICO, ICNS, IPTC, BLP).
@@ -48,7 +46,7 @@ def read_square(path: Path, size: int) -> tuple[NDArray[np.uint8], bool]:
             (width, height), length = opened.size, path.stat().st_size
             if width * height > max(FEW_PIXELS, PIXELS_A_BYTE * length):
                 raise ValueError(f"{width} x {height} pixels in {length} bytes")
-            square, grey = _central_square(opened), opened.mode in GREY
+            square, grey = _central_square(opened), Image.getmodebase(opened.mode) == "L"
             turned = opened.getexif().get(ExifTags.Base.Orientation, 1)
             opened.close()  # frees its pixels
         square.getexif()[ExifTags.Base.Orientation] = turned
@@ -78,7 +76,7 @@ def _central_square(picture: Image.Image) -> Image.Image:
 
 
 def _as_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode in DEEP:  # Pillow clips at 255: nearly every such picture would be white
+    if picture.mode[0] in "IF":  # Pillow clips at 255: nearly every such picture would be white
         highest = 1.0 if picture.mode == "F" else 65535.0
         levels = np.asarray(picture, np.float64)
         if not (levels.min() >= 0 and levels.max() <= highest):  # nan: neither
@@ -130,11 +128,9 @@ def listing_of(paths: Sequence[Path], folder: Path, times: bool = False) -> str:
     """
     total = hashlib.sha256()
     for path in paths:
-        try:
+        stamp: tuple[int, ...] = ()
+        with suppress(OSError):  # a link to nowhere, say: reading it will tell
             found = path.stat()
-            stamp = f"{found.st_size}"
-            stamp += f" {found.st_mtime_ns} {found.st_ctime_ns}" if times else ""
-        except OSError as error:  # a link to nowhere, say: reading it will tell
-            stamp = type(error).__name__
+            stamp = (found.st_size, found.st_mtime_ns, found.st_ctime_ns)[: 3 if times else 1]
         total.update(os.fsencode(f"{path.relative_to(folder).as_posix()} {stamp}\n"))
     return total.hexdigest()

@@ -9,8 +9,8 @@ change them.
 import difflib
 import functools
 import random
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import learn2learn as l2l
 
@@ -19,7 +19,6 @@ from l2l_implicit.tasks.image_table import ImageTable
 
 # Three MetaDatasets and three lists of transforms (or one callable): train, validation, test.
 Benchmark = tuple[tuple[Any, ...], tuple[Any, ...]]
-Item = TypeVar("Item")
 MODES = ("train", "validation", "test")
 OPTIONS = ("train_ways", "train_samples", "test_ways", "test_samples", "num_tasks", "root",
            "device")  # of every task set
@@ -42,12 +41,11 @@ def build_tasksets(
             smallest class holds.
     """
     datasets, transforms = [], []
+    sizes = {"train": (train_ways, train_samples), "test": (test_ways, test_samples)}
     for mode in MODES:
-        prefix, ways, samples = "test", test_ways, test_samples
-        if mode == "train":
-            prefix, ways, samples = "train", train_ways, train_samples
-        table = tables[mode]
-        check_sizes(table, mode, ways, samples, prefix)
+        prefix = "train" if mode == "train" else "test"
+        ways, samples = sizes[prefix]
+        check_sizes(table := tables[mode], mode, ways, samples, prefix)
         dataset = l2l.data.MetaDataset(table, labels_to_indices=table.labels_to_indices)
         datasets.append(dataset)
         transforms.append([
@@ -101,7 +99,7 @@ def refuse_unknown(options: Mapping[str, Any], own: tuple[str, ...]) -> None:
         )
 
 
-def draw_modes(items: Sequence[Item], shares: Sequence[float], seed: int) -> dict[str, list[Item]]:
+def draw_modes(items: Iterable[Any], shares: Sequence[float], seed: int) -> dict[str, list[Any]]:
     """Items by mode: these shares for validation and test, rounded, and the rest for training."""
     drawn = list(items)
     random.Random(seed).shuffle(drawn)

@@ -16,7 +16,7 @@ from disk_formats import photographs, save
 from PIL import Image, ImageOps
 
 from l2l_implicit.tasks import folder_tables, get_tasksets
-from l2l_implicit.tasks.pictures import FEW_PIXELS, read_square
+from l2l_implicit.tasks.pictures import FEW_PIXELS, listing_of, read_square
 
 ROOT = Path(__file__).parents[2]
 
@@ -155,13 +155,31 @@ def test_a_fifo_is_not_opened(root: Path) -> None:
             assert len(folder_tables(root, 9, skip_unreadable=True)["train"]) == 24
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_a_file_that_may_be_read_again_is_read_again(root: Path) -> None:
-    (root / "class03" / "1.png").chmod(0)
-    with pytest.raises(ValueError, match="class03/1.png, got .*Permission denied"):
+def test_what_can_be_read_again_is_read_again(root: Path) -> None:
+    path = root / "class03" / "1.png"
+    path.rename(root / "elsewhere")
+    path.symlink_to("../nowhere")
+    with pytest.raises(ValueError, match="class03/1.png, got no regular file"):
         folder_tables(root, 8)
-    (root / "class03" / "1.png").chmod(0o600)
+    (root / "elsewhere").rename(root / "nowhere")
     assert folder_tables(root, 8)["train"].skipped == 0
+    before = listing_of([path], root, times=True)
+    path.chmod(0o400)  # neither size nor time of change: but who may read it
+    assert listing_of([path], root, times=True) != before
+
+
+def test_a_file_that_may_not_be_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for anybody but root, who reads everything."""
+    path, real = root / "class03" / "1.png", open
+
+    def refuse(file: object, *arguments: object, **options: object) -> object:
+        if str(file) == str(path):
+            raise PermissionError(13, "Permission denied", str(file))
+        return real(file, *arguments, **options)
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(ValueError, match="class03/1.png, got .*Permission denied: it: remove"):
+        folder_tables(root, 8)
 
 
 @pytest.mark.parametrize("error", [RecursionError, MemoryError, NotImplementedError, Warning])

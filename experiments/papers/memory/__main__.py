@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from experiments.benchmark.problem import Shape
 from experiments.papers import keep_picture
 from experiments.papers.memory import figure
 from experiments.papers.memory.measure import (
@@ -18,7 +19,6 @@ from experiments.papers.memory.measure import (
     YANG,
     Effort,
     Method,
-    Shape,
     Tick,
     floor,
     growth,
@@ -87,9 +87,9 @@ def _check(config: Mapping[str, Any]) -> torch.device:
 
 
 def _shapes(c: Mapping[str, Any]) -> tuple[Shape, Shape]:
-    yang = Shape(c["ways"], c["shots"], c["queries"], 3, c["pixels"], c["hidden"])
-    imaml = (c[f"imaml_{name}"] for name in ("ways", "shots", "queries"))
-    return yang, Shape(*imaml, 1, c["imaml_pixels"], c["hidden"])
+    sizes = ("ways", "shots", "queries", "pixels")
+    yang, imaml = ({name: c[prefix + name] for name in sizes} for prefix in ("", "imaml_"))
+    return Shape(hidden=c["hidden"], **yang), Shape(hidden=c["hidden"], channels=1, **imaml)
 
 
 def _all(

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from experiments.benchmark.measure import seconds_of, short_collections, warm_peak
+from experiments.benchmark.problem import Shape
 from experiments.ingredients.algorithm import make_algorithms
 from experiments.ingredients.algorithm_table import settings_of
 from experiments.ingredients.model import build_backbone
@@ -48,24 +49,6 @@ RAJESWARAN: dict[str, Method] = {
     "maml/as_published": Method("maml", {}),
     "fomaml/as_published": Method("fomaml", {}),
 }
-
-
-class Shape(NamedTuple):
-    """A task of random images, and the filters of the four-layer network that sees them."""
-
-    ways: int
-    shots: int
-    queries: int
-    channels: int
-    pixels: int
-    hidden: int
-
-    @property
-    def title(self) -> str:
-        return (
-            f"{self.ways}-way {self.shots}-shot, {self.queries} queries a class, "
-            f"CNN4-{self.hidden}, {self.pixels} x {self.pixels}"
-        )
 
 
 def episode(shape: Shape, device: torch.device) -> Episode:

@@ -131,6 +131,11 @@ def count(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected at least 1, got {value}; try 20")
 
 
+def printable(text: object) -> str:
+    r"""A name from outside, on one line: what is no printable character as text (``\x1b``)."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
 def choice(name: str, value: Any, allowed: Iterable[str]) -> None:
     """One of a few names; an unknown one is answered with the nearest."""
     allowed = list(allowed)

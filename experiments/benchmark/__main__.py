@@ -14,12 +14,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from experiments.benchmark import figure
-from experiments.benchmark.cases import Plan
+from experiments.benchmark.cases import Plan, select
 from experiments.benchmark.measure import Effort
 from experiments.benchmark.problem import Setting
-from experiments.benchmark.registry import select
-from experiments.benchmark.rows import Row, as_markdown, as_text, summary
+from experiments.benchmark.table import Row, as_markdown, as_text, draw, summary
 from experiments.ingredients.model import device_of, use_threads, within_limits
 from experiments.tracking import TrackedExperiment, record
 from experiments.tracking.config import Count, Counts, Positive, RunSettings, Seed, Text, Threads
@@ -31,7 +29,7 @@ from l2l_implicit import UnsolvedWarning
 class BenchmarkSettings(RunSettings):
     """The settings of this experiment."""
 
-    cases: Text = "all"  # names with commas: see experiments/benchmark/registry.py
+    cases: Text = "all"  # names with commas: see experiments/benchmark/cases.py
     repetitions: Count = 30  # of each method
     # a method that took this long in all is repeated no further (but 3 times)
     seconds: Positive = 20.0
@@ -110,7 +108,7 @@ def _save(run: Any, rows: dict[str, list[Row]], device: str, threads: int, folde
     (folder / "benchmark.md").write_text(_markdown(rows, _machine(device, threads)))
     run.add_artifact(folder / "benchmark.md")
     if "peers" in rows:
-        figure.draw(folder / "benchmark.png", _machine(device, threads), rows["peers"])
+        draw(folder / "benchmark.png", _machine(device, threads), rows["peers"])
         run.add_artifact(folder / "benchmark.png")
     return folder
 

@@ -7,13 +7,13 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 
-from experiments.benchmark.ours import Step
+from experiments.benchmark.steps import Step
 from experiments.training.peak_memory import peak_memory
 
 
@@ -60,9 +60,9 @@ def measure(steps: Mapping[str, Step], effort: Effort, device: str = "cpu") -> d
     }
 
 
-def growth(costs: Mapping[str, Cost]) -> float:
+def growth(costs: Iterable[Cost]) -> float:
     """Largest over smallest time ratio."""
-    ratios = [cost.time_ratio for cost in costs.values()]
+    ratios = [cost.time_ratio for cost in costs]
     return max(ratios) / min(ratios)
 
 

@@ -17,7 +17,8 @@ STEP_SIZE = 0.1
 class Shape(NamedTuple):
     """What a task looks like: ``ways * (shots + queries)`` square images, a network for them.
 
-    ``network`` is a key of `NETWORKS`; ``hidden`` its number of filters, where it has a choice.
+    ``network`` is a key of `NETWORKS`, which see three channels; ``hidden`` its number of filters,
+    where it has a choice.
     """
 
     network: str = "cnn4"
@@ -26,6 +27,7 @@ class Shape(NamedTuple):
     ways: int = 5
     shots: int = 5
     queries: int = 5
+    channels: int = 3
 
     @property
     def title(self) -> str:
@@ -65,6 +67,9 @@ class Problem(NamedTuple):
     def new_head(self) -> nn.Linear:
         return copy.deepcopy(self.head)
 
+    def whole(self) -> nn.Sequential:
+        return nn.Sequential(self.backbone, self.new_head())
+
 
 def _group_norm(hidden: int) -> nn.Module:
     """CNN4 whose normalisation does not look at other images."""
@@ -103,7 +108,7 @@ def build(shape: Shape, setting: Setting) -> Problem:
     torch.manual_seed(setting.seed)
     layout = torch.channels_last if setting.channels_last else torch.contiguous_format
     number = shape.ways * (shape.shots + shape.queries)
-    images = torch.randn(number, 3, shape.pixels, shape.pixels, device=setting.device)
+    images = torch.randn(number, shape.channels, shape.pixels, shape.pixels, device=setting.device)
     images = images.contiguous(memory_format=layout)
     backbone = NETWORKS[shape.network](shape.hidden).to(setting.device, memory_format=layout)
     with torch.no_grad():

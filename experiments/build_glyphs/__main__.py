@@ -7,19 +7,35 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.build_glyphs.attribution import attribution
-from experiments.build_glyphs.compare import closeness
-from experiments.build_glyphs.confusables import merge
+from experiments.build_glyphs.classes import (
+    eligible_classes,
+    merge,
+    random_split,
+    script_of,
+    script_split,
+)
 from experiments.build_glyphs.faces import Face, all_faces
 from experiments.build_glyphs.rendering import Renderings, render_all
-from experiments.build_glyphs.selection import eligible_classes
-from experiments.build_glyphs.splits import random_split, script_of, script_split
 
 TASKS = Path(__file__).parents[2] / "l2l_implicit" / "tasks"
 DIGEST_COMMAND = (  # run where the package is installed: this environment has no torch
     "python -c 'import numpy; from l2l_implicit.tasks.glyphs import PATH, digest; "
     "print(digest(numpy.load(PATH)))'"
 )
+HEADER = """# Typefaces drawn in glyphs.npz
+
+`glyphs.npz` holds 28 x 28 pixel pictures of characters, drawn from the typefaces below. It holds
+no font: no outlines, no metrics, no tables. This file is written by
+`python -m experiments.build_glyphs`.
+
+- OFL-1.1: SIL Open Font License 1.1, <https://openfontlicense.org>. It does not apply to what is
+  made with the fonts.
+- Apache-2.0: <https://www.apache.org/licenses/LICENSE-2.0>.
+- Bitstream Vera, DejaVu: the file LICENSE_DEJAVU beside the fonts in matplotlib.
+
+| family | faces | package | licence | copyright |
+|---|---|---|---|---|
+"""
 
 
 def build() -> tuple[dict[str, NDArray], list[Face]]:
@@ -62,6 +78,48 @@ def _split_arrays(points: list[int]) -> dict[str, NDArray]:
         for split, modes in splits.items()
         for mode, classes in modes.items()
     }
+
+
+def attribution(faces: list[Face]) -> str:
+    """GLYPHS_ATTRIBUTION.md as Markdown, one row a family, in alphabetical order."""
+    families: dict[tuple[str, ...], int] = {}
+    for face in faces:
+        package = f"{face.package} {face.version}"
+        row = (face.family, package, face.licence, face.copyright.replace("|", "/"))
+        families[row] = families.get(row, 0) + 1
+    rows = [
+        f"| {family} | {count} | {package} | {licence} | {owner or '(none in the font)'} |"
+        for (family, package, licence, owner), count in sorted(families.items())
+    ]
+    return HEADER + "\n".join(rows) + "\n"
+
+
+def closeness(ours: dict[str, NDArray], theirs: dict[str, NDArray]) -> str:
+    """Says how many classes two builds share and how near their images of one class are.
+
+    By closeness: FreeType versions move pixels, so no hash can.
+    For each image of ours: the smallest mean absolute difference, in grey values of 255, to an
+    image of the same character in the other build.
+    """
+    mine = {int(point): index for index, point in enumerate(ours["codepoints"])}
+    other = {int(point): index for index, point in enumerate(theirs["codepoints"])}
+    shared = sorted(mine.keys() & other.keys())
+    gaps = np.concatenate([
+        _nearest(ours["images"][ours["labels"] == mine[point]],
+                 theirs["images"][theirs["labels"] == other[point]])
+        for point in shared
+    ])
+    same, close = (gaps == 0).mean(), (gaps < 3).mean()
+    return (
+        f"{len(shared)} classes in both, {len(mine) - len(shared)} only here, "
+        f"{len(other) - len(shared)} only there; of {len(gaps)} images {same:.1%} identical, "
+        f"{close:.1%} within 3 grey values, median {np.median(gaps):.2f}, mean {gaps.mean():.2f}"
+    )
+
+
+def _nearest(images: NDArray[np.uint8], others: NDArray[np.uint8]) -> NDArray[np.float64]:
+    differences = np.abs(images[:, None].astype(np.int16) - others[None].astype(np.int16))
+    return differences.mean((2, 3)).min(1)
 
 
 def main() -> None:

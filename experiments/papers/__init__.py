@@ -1,0 +1,1 @@
+"""The papers' figures, drawn again: each experiment is `python -m experiments.papers.NAME`."""

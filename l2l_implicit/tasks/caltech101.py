@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision
-from numpy.typing import NDArray
-from PIL import Image
 
+from l2l_implicit import checks
 from l2l_implicit.tasks.image_table import Device, ImageTable
-from l2l_implicit.tasks.pictures import central_square, kept_arrays, listing_of
-from l2l_implicit.tasks.provide import BROKEN, removed_if_interrupted
-from l2l_implicit.tasks.tasksets import MODES, Benchmark, build_tasksets, check_name, refuse_unknown
+from l2l_implicit.tasks.pictures import kept_arrays, listing_of, read_square
+from l2l_implicit.tasks.provide import removed_if_interrupted
+from l2l_implicit.tasks.tasksets import MODES, Benchmark, build_tasksets, refuse_unknown
 
 FOLDER = Path("caltech101", "101_ObjectCategories")  # below the root; torchvision's too
 SOURCE = (
@@ -67,18 +66,16 @@ class Caltech101(ImageTable):
         device: where the images live, None for the CPU.
 
     Raises:
-        ValueError: an unknown mode or a size below 1.
+        ValueError: an unknown mode, a size below 1, or a photograph that cannot be read.
         FileNotFoundError: the folder, or the folder of a category, is missing or empty.
 
     Example:
-        >>> import tempfile
-        >>> from pathlib import Path
-        >>> from PIL import Image
+        >>> import pathlib, tempfile, PIL.Image
         >>> from l2l_implicit.tasks.caltech101 import FOLDER, SPLIT, Caltech101
         >>> root = tempfile.TemporaryDirectory()
         >>> for category in SPLIT["validation"]:
-        ...     (Path(root.name) / FOLDER / category).mkdir(parents=True)
-        ...     Image.new("RGB", (40, 30)).save(Path(root.name) / FOLDER / category / "1.jpg")
+        ...     pathlib.Path(root.name, FOLDER, category).mkdir(parents=True)
+        ...     PIL.Image.new("RGB", (40, 30)).save(f"{root.name}/{FOLDER}/{category}/1.jpg")
         >>> photographs = Caltech101("validation", root.name)
         >>> len(photographs), photographs[0][0].shape
         (16, torch.Size([3, 32, 32]))
@@ -88,7 +85,7 @@ class Caltech101(ImageTable):
         self, mode: str = "train", root: str | Path = "~/data", size: int = 32,
         device: Device = None,
     ) -> None:  # fmt: skip
-        check_name("mode", mode, MODES)
+        checks.choice("mode", mode, MODES)
         if size < 1:
             raise ValueError(f"expected a size of at least 1 pixel, got {size}: pass e.g. 32")
         folder, names = Path(root).expanduser() / FOLDER, SPLIT[mode]
@@ -103,16 +100,10 @@ class Caltech101(ImageTable):
         arrays = kept_arrays(
             folder.with_name(f"reduced_{mode}_{size}.npz"),
             listing_of(paths, folder),
-            lambda: {"images": np.stack([reduce_photograph(path, size) for path in paths])},
+            lambda: {"images": np.stack([read_square(path, size)[0] for path in paths])},
         )
         labels = [label for label, own in enumerate(found) for _ in own]
         super().__init__(torch.from_numpy(arrays["images"]), labels, names, MEAN, STD, device)
-
-
-def reduce_photograph(path: Path, size: int) -> NDArray[np.uint8]:
-    """The central square of a photograph, bilinearly reduced: uint8 RGB [3, size, size]."""
-    with Image.open(path) as photograph:
-        return central_square(photograph.convert("RGB"), size)
 
 
 def caltech101_tasksets(
@@ -122,26 +113,23 @@ def caltech101_tasksets(
     """(datasets, transforms) of Caltech 101, as learn2learn's own benchmarks return them.
 
     Args:
-        train_ways, train_samples, test_ways, test_samples, device: see `get_tasksets`.
+        train_ways, train_samples, test_ways, test_samples, device, kwargs: see `get_tasksets`.
         root: see `Caltech101`; None means "~/data". Where it has no photographs torchvision
             downloads them.
         size: side of the images in pixels.
-        kwargs: see `get_tasksets`.
 
     Raises:
         FileNotFoundError: the images are not there, and cannot be downloaded.
         ValueError, TypeError: see `get_tasksets`.
 
     Example:
-        >>> import tempfile
-        >>> from pathlib import Path
-        >>> from PIL import Image
+        >>> import pathlib, tempfile, PIL.Image
         >>> from l2l_implicit.tasks import get_tasksets
         >>> from l2l_implicit.tasks.caltech101 import FOLDER, SPLIT
         >>> root = tempfile.TemporaryDirectory()
         >>> for category in sum(map(list, SPLIT.values()), []):
-        ...     (Path(root.name) / FOLDER / category).mkdir(parents=True)
-        ...     Image.new("RGB", (40, 30)).save(Path(root.name) / FOLDER / category / "1.jpg")
+        ...     pathlib.Path(root.name, FOLDER, category).mkdir(parents=True)
+        ...     PIL.Image.new("RGB", (40, 30)).save(f"{root.name}/{FOLDER}/{category}/1.jpg")
         >>> tasks = get_tasksets("caltech101", root=root.name, train_samples=1, test_samples=1)
         >>> tasks.train.sample()[0].shape
         torch.Size([5, 3, 32, 32])
@@ -153,7 +141,7 @@ def caltech101_tasksets(
         try:
             with removed_if_interrupted([wanted, base / "caltech-101.zip", base / "caltech-101"]):
                 torchvision.datasets.Caltech101(str(folder), download=True)
-        except BROKEN as error:
+        except Exception as error:
             raise FileNotFoundError(
                 f"expected the photographs in {wanted}, found no folder and could not download "
                 f"them ({type(error).__name__}): {SOURCE}"

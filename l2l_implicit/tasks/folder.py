@@ -1,6 +1,5 @@
 """The user's own images as few-shot tasks: a folder of classes, or three of them."""
 
-import random
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -11,34 +10,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from l2l_implicit.checks import printable
 from l2l_implicit.tasks.image_table import Device, ImageTable
 from l2l_implicit.tasks.pictures import Arrays, kept_arrays, listing_of, read_square
-from l2l_implicit.tasks.tasksets import MODES, Benchmark, build_tasksets, refuse_unknown
+from l2l_implicit.tasks.tasksets import MODES, Benchmark, build_tasksets, draw_modes, refuse_unknown
 
 Classes = dict[str, list[Path]]  # the files of each class by its name
 SHARES = (0.16, 0.20)  # of the classes, for validation and test; training has the others
 
 
 class FolderImages(ImageTable):
-    """The user's images of one mode; an item is (float32 [1 or 3, size, size], int label).
+    """The images of one mode, by `folder_tables`; an item is (float32 [1 or 3, size, size], int).
 
     Attributes:
         skipped: how many files of the whole folder could not be read.
 
     Example:
-        Made by `folder_tables`, one for each mode.
-
-        >>> import tempfile
-        >>> from pathlib import Path
-        >>> from PIL import Image
-        >>> from l2l_implicit.tasks import folder_tables
-        >>> root = tempfile.TemporaryDirectory()
-        >>> for name in "abcdefghijkl":
-        ...     (Path(root.name) / name).mkdir()
-        ...     Image.new("RGB", (40, 30), "red").save(Path(root.name) / name / "image.png")
-        >>> images = folder_tables(root.name, size=16)["train"]
+        >>> import torch
+        >>> from l2l_implicit.tasks import FolderImages
+        >>> images = FolderImages(torch.zeros(2, 3, 16, 16, dtype=torch.uint8), [0, 0], ["cats"])
         >>> len(images), images.skipped, images[0][0].shape
-        (8, 0, torch.Size([3, 16, 16]))
+        (2, 0, torch.Size([3, 16, 16]))
     """
 
     skipped = 0
@@ -60,7 +52,7 @@ def folder_tables(
         root: the folder.
         size: side of the images in pixels.
         split_seed: of the split into modes, None means 0; only for one folder of classes.
-        skip_unreadable: leave out, count and warn of files that are no pictures.
+        skip_unreadable: leave out, count and warn of what is in a class and is no picture.
         device: where the images live, None for the CPU.
 
     Raises:
@@ -68,14 +60,12 @@ def folder_tables(
         ValueError: an incomplete layout, a size below 1, or files that cannot be read.
 
     Example:
-        >>> import tempfile
-        >>> from pathlib import Path
-        >>> from PIL import Image
+        >>> import pathlib, tempfile, PIL.Image
         >>> from l2l_implicit.tasks import folder_tables
         >>> root = tempfile.TemporaryDirectory()
         >>> for name in "abcdefghijkl":
-        ...     (Path(root.name) / name).mkdir()
-        ...     Image.new("RGB", (40, 30), "red").save(Path(root.name) / name / "image.png")
+        ...     pathlib.Path(root.name, name).mkdir()
+        ...     PIL.Image.new("RGB", (40, 30), "red").save(pathlib.Path(root.name, name, "0.png"))
         >>> {mode: len(table.classes) for mode, table in folder_tables(root.name).items()}
         {'train': 8, 'validation': 2, 'test': 2}
     """
@@ -87,7 +77,7 @@ def folder_tables(
     if shared := sorted(name for name in uses if uses[name] > 1):
         warnings.warn(
             f"folder: {len(shared)} classes have one name in two of train, validation and test "
-            f"({shared[0]}): are they different things?",
+            f"({printable(shared[0])}): are they different things?",
             stacklevel=2,
         )
     files = [
@@ -97,7 +87,7 @@ def folder_tables(
         for path in paths
     ]
     pictures = _pictures([path for _, _, path in files], folder, size)
-    readable = _readable([str(fault) for fault in pictures["faults"]], skip_unreadable)
+    readable = _readable(str(pictures["faults"]).split("\n")[: len(files)], skip_unreadable)
     channels = 1 if pictures["grey"][readable].all() else 3
     images = torch.from_numpy(pictures["images"])[:, :channels]
     members = {mode: [i for i in readable if files[i][0] == mode] for mode in modes}
@@ -107,7 +97,8 @@ def folder_tables(
         labels, names = [files[i][1] for i in indices], list(modes[mode])
         tables[mode] = FolderImages(images[indices], labels, names, mean, std, device)
         tables[mode].skipped = skipped
-        tables[mode].notes = {"classes": names, "skipped": skipped, "split_seed": seed}
+        tables[mode].notes = {"classes": [*map(printable, names)], "skipped": skipped,
+                              "split_seed": seed}  # fmt: skip
     return tables
 
 
@@ -119,22 +110,19 @@ def folder_tasksets(
     """(datasets, transforms) of a folder of images, as learn2learn's own benchmarks return them.
 
     Args:
-        train_ways, train_samples, test_ways, test_samples: see `get_tasksets`.
+        train_ways, train_samples, test_ways, test_samples, kwargs: see `get_tasksets`.
         root, device, size, split_seed, skip_unreadable: see `folder_tables`.
-        kwargs: see `get_tasksets`.
 
     Raises:
         FileNotFoundError, ValueError, TypeError: see `folder_tables` and `get_tasksets`.
 
     Example:
-        >>> import tempfile
-        >>> from pathlib import Path
-        >>> from PIL import Image
+        >>> import pathlib, tempfile, PIL.Image
         >>> from l2l_implicit.tasks import get_tasksets
         >>> root = tempfile.TemporaryDirectory()
         >>> for name in "abcdefghijkl":
-        ...     (Path(root.name) / name).mkdir()
-        ...     Image.new("RGB", (40, 30), "red").save(Path(root.name) / name / "image.png")
+        ...     pathlib.Path(root.name, name).mkdir()
+        ...     PIL.Image.new("RGB", (40, 30), "red").save(pathlib.Path(root.name, name, "0.png"))
         >>> tasks = get_tasksets("folder", root=root.name, train_ways=2, train_samples=1,
         ...                      test_ways=2, test_samples=1)
         >>> tasks.train.sample()[0].shape
@@ -149,38 +137,29 @@ def modes_of(root: Path, split_seed: int | None) -> tuple[dict[str, Classes], in
     """The classes of each mode, and the seed with which they were drawn, None if they were not."""
     if not root.is_dir():
         raise FileNotFoundError(
-            f"expected a folder of images at {root}, found none: pass root= the folder that holds "
-            "train, validation and test, or one folder for each class"
+            f"expected a folder of images at {printable(root)}, found none: pass root= the folder "
+            "that holds train, validation and test, or one folder for each class"
         )
     found = [mode for mode in MODES if (root / mode).is_dir() and _folders(root / mode)]
     if not found:
         seed = split_seed or 0
-        return _drawn(_classes(root), seed), seed
+        classes = _classes(root)
+        drawn = draw_modes(sorted(classes), SHARES, seed)
+        parts = {mode: {name: classes[name] for name in sorted(drawn[mode])} for mode in MODES}
+        return parts, seed
     if len(found) < len(MODES):
-        names = ", ".join(path.name for path in _folders(root))
+        names = ", ".join(printable(path.name) for path in _folders(root))
         raise ValueError(
-            f"expected folders of classes in each of train, validation and test of {root}, found "
-            f"{names}: name all three so, or put all classes into one folder for a split by seed"
+            f"expected folders of classes in each of train, validation and test of "
+            f"{printable(root)}, found {names}: name all three so, or put all classes into one "
+            "folder for a split by seed"
         )
     if split_seed is not None:
         raise ValueError(
-            f"expected no split_seed where {root} has train, validation and test, got "
+            f"expected no split_seed where {printable(root)} has train, validation and test, got "
             f"{split_seed}: leave it out, or pass one folder that holds all classes"
         )
     return {mode: _classes(root / mode) for mode in MODES}, None
-
-
-def _drawn(classes: Classes, split_seed: int) -> dict[str, Classes]:
-    """64 / 16 / 20 % of the classes for train, validation and test, rounded, drawn with a seed."""
-    names = sorted(classes)
-    random.Random(split_seed).shuffle(names)
-    validation, test = (round(share * len(names)) for share in SHARES)
-    train = len(names) - validation - test
-    parts = names[:train], names[train : train + validation], names[train + validation :]
-    return {
-        mode: {name: classes[name] for name in sorted(part)}
-        for mode, part in zip(MODES, parts, strict=True)
-    }
 
 
 def _classes(folder: Path) -> Classes:
@@ -188,13 +167,8 @@ def _classes(folder: Path) -> Classes:
     classes = {path.name: _visible(path) for path in _folders(folder)}
     if not classes:
         raise FileNotFoundError(
-            f"expected one folder for each class in {folder}, found none: put images of a class "
-            "into a folder of its name"
-        )
-    if nested := [path for paths in classes.values() for path in paths if path.is_dir()]:
-        raise ValueError(
-            f"expected only images in the folder of a class, found the folder {nested[0]}: move "
-            "its images up, or let root be the folder that holds the classes"
+            f"expected one folder for each class in {printable(folder)}, found none: put images of "
+            "a class into a folder of its name"
         )
     return classes
 
@@ -208,20 +182,26 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def _pictures(paths: Sequence[Path], root: Path, size: int) -> Arrays:
-    """`images` uint8 [n, 3, size, size], which are `grey`, and `faults`: "", or why it is black."""
+    """`images` uint8 [n, 3, size, size], which are `grey`, and `faults`: a line a file, or none."""
 
     def make() -> Arrays:
         images = np.zeros((len(paths), 3, size, size), np.uint8)
         grey, faults = np.ones(len(paths), bool), [""] * len(paths)
         for index, path in enumerate(paths):
             try:
+                if path.is_dir():
+                    raise ValueError(
+                        f"expected only images in the folder of a class, found the folder "
+                        f"{printable(path)}: move its images up, or let root be the folder that "
+                        "holds the classes"
+                    )
                 images[index], grey[index] = read_square(path, size)
             except ValueError as error:
                 faults[index] = str(error)
-        return {"images": images, "grey": grey, "faults": np.array(faults, dtype=np.str_)}
+        return {"images": images, "grey": grey, "faults": np.array("\n".join(faults))}
 
     kept = root / f".reduced_{size}.npz"  # hidden: no class, whatever layout the folder has
-    listing = f"{root.resolve()} {listing_of(paths, root, times=True)}"  # faults name the root
+    listing = f"2 {printable(root.resolve())} {listing_of(paths, root, times=True)}"
     return kept_arrays(kept, listing, make)
 
 
@@ -229,7 +209,8 @@ def _readable(faults: Sequence[str], skip_unreadable: bool) -> list[int]:
     """Indices of the files that were read."""
     told = [fault for fault in faults if fault]
     if told and not skip_unreadable:
-        raise ValueError(told[0] + (f" ({len(told)} such files)" if len(told) > 1 else ""))
+        number = f" ({len(told)} such files)" if len(told) > 1 else ""
+        raise ValueError(f"{told[0]}, or pass skip_unreadable=True{number}")
     if told:
         warnings.warn(
             f"folder: skipped {len(told)} of {len(faults)} files that cannot be read; the first: "
@@ -243,7 +224,8 @@ def _statistics(images: Tensor, folder: Path) -> tuple[list[float], list[float]]
     """Mean and standard deviation by channel, in [0, 1]; from the counts of the 256 levels."""
     if not len(images):
         raise ValueError(
-            f"expected images to train with in {folder}, got none: add images to the classes"
+            f"expected images to train with in {printable(folder)}, got none: add images to the "
+            "classes"
         )
     levels, means, stds = np.arange(256) / 255, [], []
     for channel in images.transpose(0, 1):

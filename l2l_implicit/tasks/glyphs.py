@@ -2,8 +2,6 @@
 that character in 20 to 40 typefaces, distorted with a seed when the data set is made."""
 
 import hashlib
-import zipfile
-import zlib
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -13,9 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from l2l_implicit import checks
 from l2l_implicit.tasks.glyph_distortions import LEVELS, distort
 from l2l_implicit.tasks.image_table import Device, ImageTable
-from l2l_implicit.tasks.tasksets import MODES, Benchmark, build_tasksets, check_name, refuse_unknown
+from l2l_implicit.tasks.tasksets import MODES, Benchmark, build_tasksets, refuse_unknown
 
 SPLITS = ("random", "script")
 PATH = Path(__file__).with_name("glyphs.npz")
@@ -55,9 +54,9 @@ class Glyphs(ImageTable):
         self, mode: str = "train", split: str = "random", level: str = "medium", seed: int = 0,
         device: Device = None,
     ) -> None:  # fmt: skip
-        check_name("mode", mode, MODES)
-        check_name("split", split, SPLITS)
-        check_name("level", level, LEVELS)
+        checks.choice("mode", mode, MODES)
+        checks.choice("split", split, SPLITS)
+        checks.choice("level", level, LEVELS)
         if not 0 <= seed < 2**32:
             raise ValueError(f"expected a seed from 0 to 2**32 - 1, got {seed}: pass one of these")
         arrays = glyph_arrays()
@@ -83,11 +82,10 @@ def glyphs_tasksets(
     """(datasets, transforms) of Glyphs, as learn2learn's own benchmarks return them.
 
     Args:
-        train_ways, train_samples, test_ways, test_samples, device: see `get_tasksets`; a class has
-            at least 20 images.
+        train_ways, train_samples, test_ways, test_samples, device, kwargs: see `get_tasksets`; a
+            class has at least 20 images.
         root: ignored, the images are in the package.
         split, level, seed: see `Glyphs`.
-        kwargs: see `get_tasksets`.
 
     Raises:
         ValueError, TypeError: see `Glyphs` and `get_tasksets`.
@@ -121,7 +119,7 @@ def glyph_arrays(path: Path = PATH) -> dict[str, NDArray]:
     try:
         with np.load(path, allow_pickle=False) as stored:
             arrays = dict(stored)
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError) as error:
+    except Exception as error:  # numpy's reader raises anything on a damaged file
         raise ValueError(
             f"expected a complete array file at {path}, got {path.stat().st_size} bytes that do "
             f"not unpack ({error}): {REMEDY}"

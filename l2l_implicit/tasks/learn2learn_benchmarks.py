@@ -43,7 +43,8 @@ NEEDED: dict[str, list[Needed]] = {
     ],
     "omniglot": list(omniglot.NEEDED),
 }
-AUGMENTED = ("mini_imagenet", "tiered_imagenet")
+OWN = {"omniglot": ("split_seed",), "mini_imagenet": ("data_augmentation",),
+       "tiered_imagenet": ("data_augmentation",)}  # fmt: skip
 # Classes and images of each mode where the data is complete.
 COMPLETE = {
     "cifarfs": ((64, 38400), (16, 9600), (20, 12000)),
@@ -141,46 +142,31 @@ LOADERS = {
 def learn2learn_tasksets(
     name: str,
     train_ways: int = 5, train_samples: int = 10, test_ways: int = 5, test_samples: int = 10,
-    root: str | Path | None = "~/data", device: Device = None, split_seed: int | None = None,
-    data_augmentation: str | None = None, **kwargs: Any,
+    root: str | Path | None = "~/data", device: Device = None, **kwargs: Any,
 ) -> Benchmark:  # fmt: skip
     """(datasets, transforms) of one of learn2learn's benchmarks; images are in [0, 1].
 
     Args:
         name: "cifarfs", "fc100", "mini_imagenet", "tiered_imagenet" or "omniglot".
-        train_ways, train_samples, test_ways, test_samples, kwargs: see `get_tasksets`.
+        train_ways, train_samples, test_ways, test_samples: see `get_tasksets`.
         root: where the data lies; what is missing is downloaded there. None means "~/data".
         device: where the images live, all of them decoded; None decodes when a task asks.
-        split_seed: omniglot: of the split of its characters, None means 0.
-        data_augmentation: mini_imagenet, tiered_imagenet: "normalize" (divide by 255) or None,
-            which means the same; learn2learn's "lee2019" is refused.
+        kwargs: see `get_tasksets`. Omniglot's `split_seed` is that of the split of its characters,
+            None means 0; the `data_augmentation` of mini_imagenet and tiered_imagenet is
+            "normalize" (divide by 255) or None, which means the same: "lee2019" is refused.
 
     Raises:
         FileNotFoundError: data that is missing and cannot be downloaded.
         ValueError: damaged data, more ways or samples than there are, "lee2019".
         TypeError: an option that this benchmark does not have.
     """
-    own: tuple[str, ...] = ()
-    if name in AUGMENTED:
-        own = ("data_augmentation",)
-        if data_augmentation == "lee2019":
-            raise ValueError(
-                "expected data_augmentation 'normalize', got 'lee2019', which learn2learn 0.2.0 "
-                "has wrong (training images overflow 8 bit, test images are not divided by 255): "
-                "leave it out"
-            )
-        if data_augmentation not in (None, "normalize"):
-            raise ValueError(
-                f"expected data_augmentation 'normalize', got {data_augmentation!r}: leave it out "
-                "for the same"
-            )
-    elif data_augmentation is not None:
-        kwargs["data_augmentation"] = data_augmentation
-    if name == "omniglot":
-        own = ("split_seed",)
-    elif split_seed is not None:
-        kwargs["split_seed"] = split_seed
-    refuse_unknown(kwargs, own)
+    refuse_unknown(kwargs, OWN.get(name, ()))
+    augmentation, split_seed = kwargs.get("data_augmentation"), kwargs.get("split_seed")
+    if augmentation not in (None, "normalize"):
+        raise ValueError(
+            f"expected data_augmentation 'normalize', got {augmentation!r}: leave it out "
+            "(learn2learn 0.2.0 has 'lee2019' wrong: training images overflow 8 bit)"
+        )
     folder = Path(root or "~/data").expanduser()
     if name == "omniglot":
         tables = omniglot.omniglot_tables(folder, split_seed or 0, device)

@@ -21,10 +21,10 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from l2l_implicit.tasks.image_table import Device, ImageTable
 from l2l_implicit.tasks.provide import Needed, damage_explained, provide
-from l2l_implicit.tasks.tasksets import MODES
+from l2l_implicit.tasks.tasksets import draw_modes
 
 SIDE = 28
-TRAIN, VALIDATION, ALL = 1100, 100, 1623
+SHARES = (100 / 1623, 423 / 1623)  # of the characters, for validation and test
 NEEDED = tuple(
     Needed(
         f"{Omniglot.folder}/{part}",
@@ -65,9 +65,7 @@ def _turned(item: Any, turns: int) -> tuple[Tensor, Any]:
     return torch.rot90(item[0], turns, dims=(-2, -1)), item[1]
 
 
-def omniglot_tables(
-    root: Path, split_seed: int = 0, device: Device = None
-) -> dict[str, ImageTable]:
+def omniglot_tables(root: Path, split_seed: int, device: Device = None) -> dict[str, ImageTable]:
     """The characters of each mode: 1,100 / 100 / 423 of them, drawn with a seed.
 
     Strokes are white on black. Fewer characters (part of the data) are split in this proportion.
@@ -89,21 +87,12 @@ def omniglot_tables(
     ]
     drawings: ConcatDataset[tuple[Tensor, int]] = ConcatDataset(parts)
     tables = {}
-    for mode, chosen in split_labels(len(names), split_seed).items():
+    for mode, chosen in draw_modes(range(len(names)), SHARES, split_seed).items():
         drawn = Subset(drawings, [index for label in chosen for index in members[label]])
         labels = [new for new, label in enumerate(chosen) for _ in members[label]]
         tables[mode] = ImageTable(drawn, labels, [names[label] for label in chosen], device=device)
         tables[mode].notes = {"split_seed": split_seed}
     return tables
-
-
-def split_labels(number: int, split_seed: int) -> dict[str, list[int]]:
-    """Labels 0 to number - 1 by mode, in the proportion 1,100 / 100 / 423, drawn with a seed."""
-    labels = list(range(number))
-    random.Random(split_seed).shuffle(labels)
-    first, second = (round(number * end / ALL) for end in (TRAIN, TRAIN + VALIDATION))
-    parts = labels[:first], labels[first:second], labels[second:]
-    return dict(zip(MODES, parts, strict=True))
 
 
 def _small(drawing: Image.Image) -> Tensor:

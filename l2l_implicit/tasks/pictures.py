@@ -2,33 +2,35 @@
 
 import hashlib
 import os
-import struct
-import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
+
+from l2l_implicit.checks import printable
 
 Arrays = dict[str, NDArray]
-DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
-GREY = ("1", "L", "LA", *DEEP)
-# What Pillow's readers raise on files that are no pictures, cut short, or altered.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError,
-              struct.error, zlib.error, Image.DecompressionBombError)
+Image.init()
+# Not those that start a program (EPS), nor those that hold a picture of another size than they say
+# (ICO, ICNS, IPTC, BLP).
+COMMON = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+FORMATS: list[str] = [name for name in COMMON if name in Image.OPEN]
+FEW_PIXELS, PIXELS_A_BYTE = 2**24, 100  # a larger picture has no more pixels a byte of its file
+STRIP = 2**18  # pixels that are converted at a time
 
 
 def read_square(path: Path, size: int) -> tuple[NDArray[np.uint8], bool]:
     """The central square of a picture, bilinearly resized, and whether the picture is grey.
 
     It is turned as its EXIF orientation says; what is transparent becomes white; of several frames
-    the first is taken. Deep grey levels (16 bit) are reduced to 8 bit.
+    the first is taken. Deep grey levels (16 bit) are reduced to 8 bit. Memory: a few bytes a pixel,
+    beside what the decoder needs.
 
     Args:
-        path: file in any format that Pillow reads.
+        path: regular file in one of `FORMATS`, whatever its name.
         size: side of the result in pixels.
 
     Returns:
@@ -38,33 +40,51 @@ def read_square(path: Path, size: int) -> tuple[NDArray[np.uint8], bool]:
         ValueError: the file cannot be read as a picture; the message names it.
     """
     try:
-        with Image.open(path) as opened:
-            picture = ImageOps.exif_transpose(opened)
-            return central_square(_as_rgb(picture), size), picture.mode in GREY
-    except UNREADABLE as error:
-        reason = " ".join(str(error).replace(str(path), "it").split()) or type(error).__name__
+        if not path.is_file():  # opening a FIFO would wait
+            raise OSError("no regular file")
+        with Image.open(path, formats=FORMATS) as opened:
+            (width, height), length = opened.size, path.stat().st_size
+            if width * height > max(FEW_PIXELS, PIXELS_A_BYTE * length):
+                raise ValueError(f"{width} x {height} pixels in {length} bytes")
+            square, grey = _central_square(opened), Image.getmodebase(opened.mode) == "L"
+            turned = opened.getexif().get(ExifTags.Base.Orientation, 1)
+            opened.close()  # frees its pixels
+        square.getexif()[ExifTags.Base.Orientation] = turned
+        ImageOps.exif_transpose(square, in_place=True)
+        reduced = square.resize((size, size), Image.Resampling.BILINEAR)
+        return np.asarray(reduced).transpose(2, 0, 1).copy(), grey
+    except Exception as error:  # Pillow's readers raise whatever a damaged file makes them raise
+        reason = str(error).replace(repr(str(path)), "it").replace(str(path), "it")
         raise ValueError(
-            f"expected a picture that Pillow reads in {path}, got {reason}: remove or replace it, "
-            "or pass skip_unreadable=True"
+            f"expected a picture that Pillow reads in {printable(path)}, got "
+            f"{printable(' '.join(reason.split())) or type(error).__name__}: remove or replace it"
         ) from error
 
 
-def central_square(picture: Image.Image, size: int) -> NDArray[np.uint8]:
-    """The central square of an RGB picture, bilinearly resized: uint8 [3, size, size]."""
+def _central_square(picture: Image.Image) -> Image.Image:
+    """The central square as RGB, converted strip by strip: deep levels take 16 bytes on the way.
+
+    It is cut out before it is resized: `resize(box=...)` would mix in pixels from beside it.
+    """
     side = min(picture.size)
     left, top = ((length - side) // 2 for length in picture.size)
-    # Cropped first: resize(box=...) would mix in pixels from outside the square.
-    central = picture.crop((left, top, left + side, top + side))
-    reduced = central.resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(reduced).transpose(2, 0, 1).copy()
+    square, rows = Image.new("RGB", (side, side)), max(1, STRIP // side)
+    for row in range(0, side, rows):
+        last = min(row + rows, side)
+        square.paste(_as_rgb(picture.crop((left, top + row, left + side, top + last))), (0, row))
+    return square
 
 
 def _as_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode in DEEP:  # Pillow clips at 255: nearly every such picture would be white
+    if picture.mode[0] in "IF":  # Pillow clips at 255: nearly every such picture would be white
         highest = 1.0 if picture.mode == "F" else 65535.0
-        levels = 255 * np.asarray(picture, np.float64) / highest
-        picture = Image.fromarray(levels.round().clip(0, 255).astype(np.uint8))
-    if picture.mode in ("LA", "PA", "RGBA") or "transparency" in picture.info:
+        levels = np.asarray(picture, np.float64)
+        if not (levels.min() >= 0 and levels.max() <= highest):  # nan: neither
+            raise ValueError(
+                f"levels from {levels.min():g} to {levels.max():g} instead of 0 to {highest:g}"
+            )
+        picture = Image.fromarray((255 * levels / highest).round().astype(np.uint8))
+    if picture.has_transparency_data:
         opaque = Image.new("RGBA", picture.size, "white")
         return Image.alpha_composite(opaque, picture.convert("RGBA")).convert("RGB")
     return picture.convert("RGB")
@@ -78,11 +98,13 @@ def kept_arrays(kept: Path, listing: str, make: Callable[[], Arrays]) -> Arrays:
         listing: digest of the files that `make` reads, see `listing_of`.
         make: the arrays by name.
     """
-    # A file that is absent, or cut short by a crash, is made anew.
-    with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        with np.load(kept, allow_pickle=False) as stored:
-            if str(stored["listing"]) == listing:
-                return {name: stored[name] for name in stored.files if name != "listing"}
+    # What is absent, damaged, or would be larger in memory than on disk is made anew.
+    with suppress(Exception):
+        if kept.is_file():
+            with np.load(kept, allow_pickle=False) as stored:
+                packed = any(entry.compress_type for entry in stored.zip.infolist())
+                if not packed and str(stored["listing"]) == listing:
+                    return {name: stored[name] for name in stored.files if name != "listing"}
     arrays = make()
     # Under a temporary name first: another process never reads half a file.
     draft = kept.with_suffix(f".{os.getpid()}.tmp")
@@ -104,7 +126,11 @@ def listing_of(paths: Sequence[Path], folder: Path, times: bool = False) -> str:
         folder: where names start.
         times: whether the time of the last change counts; a copy to elsewhere may change it.
     """
-    lines = [f"{path.relative_to(folder).as_posix()} {path.stat().st_size}" for path in paths]
-    if times:
-        lines += [str(path.stat().st_mtime_ns) for path in paths]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    total = hashlib.sha256()
+    for path in paths:
+        stamp: tuple[int, ...] = ()
+        with suppress(OSError):  # a link to nowhere, say: reading it will tell
+            found = path.stat()
+            stamp = (found.st_size, found.st_mtime_ns, found.st_ctime_ns)[: 3 if times else 1]
+        total.update(os.fsencode(f"{path.relative_to(folder).as_posix()} {stamp}\n"))
+    return total.hexdigest()

@@ -6,13 +6,9 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
-# What the loaders of learn2learn and torchvision raise on damaged or missing files; no network
-# and refused downloads are OSError, or RuntimeError where torchvision compares checksums.
-BROKEN = (OSError, EOFError, RuntimeError, LookupError, ValueError, TypeError, AttributeError,
-          ImportError, UnpicklingError, zipfile.BadZipFile)
+from l2l_implicit.checks import printable
 
 
 class Needed(NamedTuple):
@@ -62,7 +58,7 @@ def provide(
             download()
             if absent := missing(root, needed):
                 raise FileNotFoundError(f"no {absent[0].path} after the download")
-    except BROKEN as error:
+    except Exception as error:  # whatever the owner's code raises
         raise FileNotFoundError(
             f"expected the data of {name} in {root}, found none and could not download it "
             f"({type(error).__name__}): {remedy(root, missing(root, needed))}"
@@ -118,9 +114,9 @@ def damage_explained(name: str, root: Path, needed: Sequence[Needed]) -> Iterato
     """Raises ValueError, saying what to replace, where reading files that are there fails."""
     try:
         yield
-    except BROKEN as error:
+    except Exception as error:  # on damaged files the loaders raise anything
         places = ", ".join(str(root / item.path) for item in needed)
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+        reason = printable(f"{type(error).__name__}: {' '.join(str(error).split())}"[:200])
         raise ValueError(
             f"expected the data of {name} in {places}, could not read it ({reason}): delete it, "
             f"and {remedy(root, needed)}"

@@ -6,12 +6,13 @@ from typing import Any
 import learn2learn as l2l
 from learn2learn.vision import benchmarks
 
+from l2l_implicit import checks
 from l2l_implicit.tasks.caltech101 import caltech101_tasksets
 from l2l_implicit.tasks.folder import folder_tasksets
 from l2l_implicit.tasks.glyphs import glyphs_tasksets
 from l2l_implicit.tasks.learn2learn_benchmarks import LEARN2LEARN
 from l2l_implicit.tasks.sine import sine_tasksets
-from l2l_implicit.tasks.tasksets import Benchmark, check_name
+from l2l_implicit.tasks.tasksets import Benchmark
 
 TASKSETS: dict[str, Callable[..., Benchmark]] = {
     "glyphs": glyphs_tasksets,
@@ -20,7 +21,6 @@ TASKSETS: dict[str, Callable[..., Benchmark]] = {
     "sine": sine_tasksets,
 }
 """Our task sets by name; a value makes (datasets, transforms), as learn2learn's benchmarks do."""
-REGRESSIONS = ("sine",)
 ALIASES = {
     "cifar-fs": "cifarfs",
     "mini-imagenet": "mini_imagenet",
@@ -55,7 +55,7 @@ def get_tasksets(name: str, num_tasks: int = -1, **kwargs: Any) -> Any:
         torch.Size([100, 1, 28, 28])
     """
     listed = (*benchmarks.list_tasksets(), *LEARN2LEARN, *ALIASES)
-    check_name("name", name, tuple(dict.fromkeys(listed)))
+    checks.choice("name", name, dict.fromkeys(listed))
     name = canonical(name)
     if name not in LEARN2LEARN:
         return benchmarks.get_tasksets(name, num_tasks=num_tasks, **kwargs)
@@ -86,7 +86,7 @@ def kind_of(name: str) -> str:
         >>> kind_of("sine"), kind_of("glyphs")
         ('regression', 'classification')
     """
-    return "regression" if name in REGRESSIONS else "classification"
+    return "regression" if name == "sine" else "classification"
 
 
 def register() -> None:

@@ -11,22 +11,12 @@ from typing import Any
 import learn2learn as l2l
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import TensorDataset
 
 from l2l_implicit.tasks.image_table import Device
 from l2l_implicit.tasks.tasksets import MODES, Benchmark, refuse_unknown
 
 AMPLITUDES, PHASES, INPUTS = (0.1, 5.0), (0.0, math.pi), (-5.0, 5.0)
-
-
-class NoClasses(Dataset):
-    """Says what a sample looks like; the tasks themselves are drawn, not looked up."""
-
-    def __len__(self) -> int:
-        return 0
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return torch.zeros(1), torch.zeros(1)
 
 
 def draw_sine(samples: int, device: Device, description: Any = None) -> list[Any]:
@@ -58,8 +48,7 @@ def sine_tasksets(
         train_ways, test_ways: ignored, a regression has one output.
         train_samples, test_samples: points of a task, shots plus queries.
         root: ignored, nothing is stored.
-        device: where the points live, None for the CPU.
-        kwargs: see `get_tasksets`.
+        device, kwargs: see `get_tasksets`.
 
     Raises:
         ValueError: less than one point.
@@ -76,6 +65,7 @@ def sine_tasksets(
     for mode, number in samples.items():
         if number < 1:
             raise ValueError(f"expected at least 1 point in a {mode} task, got {number}: pass 20")
-    datasets = tuple(l2l.data.MetaDataset(NoClasses(), labels_to_indices={}) for _ in MODES)
+    point = TensorDataset(torch.zeros(1, 1), torch.zeros(1, 1))  # tasks are drawn, not looked up
+    datasets = tuple(l2l.data.MetaDataset(point, labels_to_indices={}) for _ in MODES)
     draws = (functools.partial(draw_sine, number, device) for number in samples.values())
     return datasets, tuple(draws)

@@ -8,11 +8,13 @@ change them.
 
 import difflib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import learn2learn as l2l
 
+from l2l_implicit.checks import printable
 from l2l_implicit.tasks.image_table import ImageTable
 
 # Three MetaDatasets and three lists of transforms (or one callable): train, validation, test.
@@ -39,12 +41,11 @@ def build_tasksets(
             smallest class holds.
     """
     datasets, transforms = [], []
+    sizes = {"train": (train_ways, train_samples), "test": (test_ways, test_samples)}
     for mode in MODES:
-        prefix, ways, samples = "test", test_ways, test_samples
-        if mode == "train":
-            prefix, ways, samples = "train", train_ways, train_samples
-        table = tables[mode]
-        check_sizes(table, mode, ways, samples, prefix)
+        prefix = "train" if mode == "train" else "test"
+        ways, samples = sizes[prefix]
+        check_sizes(table := tables[mode], mode, ways, samples, prefix)
         dataset = l2l.data.MetaDataset(table, labels_to_indices=table.labels_to_indices)
         datasets.append(dataset)
         transforms.append([
@@ -70,7 +71,7 @@ def check_sizes(table: ImageTable, mode: str, ways: int, samples: int, prefix: s
         )
     counts = [len(table.labels_to_indices.get(label, ())) for label in range(available)]
     smallest = min(counts)
-    name = table.classes[counts.index(smallest)]
+    name = printable(table.classes[counts.index(smallest)])
     if not smallest:
         raise ValueError(
             f"expected images in every {mode} class, got none in {name}: give it at least {samples}"
@@ -84,13 +85,13 @@ def check_sizes(table: ImageTable, mode: str, ways: int, samples: int, prefix: s
 
 
 def refuse_unknown(options: Mapping[str, Any], own: tuple[str, ...]) -> None:
-    """Raises TypeError for an option that no task set has; `data_augmentation=None` is let pass.
+    """Raises TypeError for an option that is not the task set's `own`; None of another's passes.
 
     learn2learn's task sets ignore what they do not know, and with it every misspelling.
     """
     known = OPTIONS + own
     for name, value in options.items():
-        if name == "data_augmentation" and value is None:
+        if name in own or (name in ("data_augmentation", "split_seed") and value is None):
             continue
         near = difflib.get_close_matches(name, known, n=1) or [", ".join(known)]
         raise TypeError(
@@ -98,14 +99,14 @@ def refuse_unknown(options: Mapping[str, Any], own: tuple[str, ...]) -> None:
         )
 
 
-def check_name(kind: str, value: object, known: tuple[str, ...]) -> None:
-    """Raises ValueError where `value` is not one of the known names."""
-    if value not in known:
-        near = difflib.get_close_matches(str(value), known, n=1, cutoff=0) or known
-        raise ValueError(
-            f"expected {kind} to be one of {', '.join(known)}, got {value!r}: did you mean "
-            f"{near[0]!r}?"
-        )
+def draw_modes(items: Iterable[Any], shares: Sequence[float], seed: int) -> dict[str, list[Any]]:
+    """Items by mode: these shares for validation and test, rounded, and the rest for training."""
+    drawn = list(items)
+    random.Random(seed).shuffle(drawn)
+    validation, test = (round(share * len(drawn)) for share in shares)
+    train = len(drawn) - validation - test
+    parts = drawn[:train], drawn[train : train + validation], drawn[train + validation :]
+    return dict(zip(MODES, parts, strict=True))
 
 
 def describe_tasksets(sets: Any) -> dict[str, Any]:

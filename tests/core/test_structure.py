@@ -23,7 +23,7 @@ CORE = (
     "inner_problem", "inner_solvers", "linear_solvers",
 )  # fmt: skip
 # The aims are 3,200 and 7,600 lines; these are where it stands, so that it does not grow.
-CORE_LINES, LIBRARY_LINES, FILES, FUNCTIONS = 3550, 7650, 12, 80
+CORE_LINES, LIBRARY_LINES, FILES, FUNCTIONS = 3550, 7600, 12, 80
 
 
 def lines_of(path: Path) -> int:

@@ -16,7 +16,7 @@ import pytest
 from docs_blocks import ROOT, blocks, commands, pages
 
 import experiments.sweep
-from experiments.benchmark.registry import select
+from experiments.benchmark.cases import select
 from experiments.sweeps.cells import parse_settings
 from experiments.sweeps.plan import find_sweep, make_plan
 from experiments.tracking import UserError

@@ -55,7 +55,7 @@ def test_the_central_square_is_what_remains(tmp_path: Path) -> None:
     tall = Image.new("L", (10, 30), 0)
     tall.paste(255, (0, 10, 10, 20))
     tall.save(tmp_path / "tall.png")
-    reduced = files.reduce_photograph(tmp_path / "tall.png", 5)
+    reduced, _ = files.read_square(tmp_path / "tall.png", 5)
     assert reduced.shape == (3, 5, 5) and (reduced == 255).all()
 
 
@@ -65,7 +65,7 @@ def test_second_start_reads_the_kept_images(root: Path, monkeypatch: pytest.Monk
     def fail(path: Path, size: int) -> None:
         raise AssertionError(f"{path} was read again")
 
-    monkeypatch.setattr(files, "reduce_photograph", fail)
+    monkeypatch.setattr(files, "read_square", fail)
     second = Caltech101("validation", root, size=6)
     assert torch.equal(first.images, second.images) and torch.equal(first.labels, second.labels)
     with pytest.raises(AssertionError, match="was read again"):
@@ -118,7 +118,7 @@ def test_missing_category_is_named(root: Path) -> None:
 
 
 def test_wrong_options_name_the_right_ones(root: Path) -> None:
-    with pytest.raises(ValueError, match="got 'valid': did you mean 'validation'"):
+    with pytest.raises(ValueError, match="got 'valid'. did you mean 'validation'"):
         Caltech101("valid", root)
     with pytest.raises(ValueError, match="size of at least 1 pixel, got 0"):
         Caltech101("train", root, size=0)

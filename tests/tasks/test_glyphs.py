@@ -11,8 +11,7 @@ import pytest
 import torch
 
 import l2l_implicit  # noqa: F401  (first: it makes learn2learn importable)
-from experiments.build_glyphs.confusables import connected
-from experiments.build_glyphs.splits import random_split, script_of, script_split
+from experiments.build_glyphs.classes import connected, random_split, script_of, script_split
 from l2l_implicit.tasks import Glyphs, get_tasksets, nearest_centroid_accuracy
 from l2l_implicit.tasks.glyph_distortions import (
     LEVELS,
@@ -199,9 +198,9 @@ def test_device_table_holds_the_same_items() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "valid"}, "got 'valid': did you mean 'validation'?"),
-        ({"split": "scripts"}, "got 'scripts': did you mean 'script'?"),
-        ({"level": "med"}, "got 'med': did you mean 'medium'?"),
+        ({"mode": "valid"}, "got 'valid'; did you mean 'validation'?"),
+        ({"split": "scripts"}, "got 'scripts'; did you mean 'script'?"),
+        ({"level": "med"}, "got 'med'; did you mean 'medium'?"),
         ({"seed": -1}, "got -1"),
     ],
 )

@@ -53,7 +53,7 @@ def test_importing_our_tasks_registers_whatever_was_imported_first() -> None:
 
 
 def test_unknown_name_suggests_the_nearest() -> None:
-    with pytest.raises(ValueError, match="got 'glyph': did you mean 'glyphs'?"):
+    with pytest.raises(ValueError, match="got 'glyph'. did you mean 'glyphs'?"):
         get_tasksets("glyph")
     with pytest.raises(ValueError, match="did you mean 'cifarfs'?"):
         get_tasksets("cifar_fs")
@@ -113,7 +113,7 @@ def test_too_large_tasks_name_what_is_available(options: dict[str, int], message
 
 
 def test_misspelt_options_are_refused() -> None:
-    with pytest.raises(TypeError, match="got levels='easy': did you mean level?"):
+    with pytest.raises(TypeError, match="got levels='easy'. did you mean level?"):
         get_tasksets("glyphs", levels="easy")
     with pytest.raises(TypeError, match="data_augmentation='lee2019'"):
         get_tasksets("glyphs", data_augmentation="lee2019")

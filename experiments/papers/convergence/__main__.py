@@ -22,10 +22,10 @@ from experiments.papers.convergence.parts import (
     around_bounds,
     bounds_of,
     deterministic,
+    log_spaced,
     stochastic,
 )
 from experiments.papers.convergence.problem import make_tasks
-from experiments.papers.convergence.runs import log_spaced
 from experiments.tracking import TrackedExperiment, record
 from experiments.tracking.config import (
     MOST,

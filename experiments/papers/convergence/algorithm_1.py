@@ -12,8 +12,6 @@ from experiments.ingredients.algorithm import solvers
 from experiments.papers.convergence.problem import Tasks
 from l2l_implicit import ImplicitCGHead, LinearSolution
 
-Batch = Callable[[int], Tasks]
-
 
 class Settings(NamedTuple):
     """K, N, both step sizes, and whether a slot of the batch starts where it was before."""

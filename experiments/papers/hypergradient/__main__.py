@@ -15,8 +15,13 @@ from tqdm import tqdm
 from experiments.ingredients.model import use_threads, within_limits
 from experiments.papers.hypergradient import figure
 from experiments.papers.hypergradient.figure import Curves
-from experiments.papers.hypergradient.learners import Method, methods
-from experiments.papers.hypergradient.problems import Classification, Problem, Regression
+from experiments.papers.hypergradient.problems import (
+    Classification,
+    Method,
+    Problem,
+    Regression,
+    methods,
+)
 from experiments.tracking import TrackedExperiment, record
 from experiments.tracking.config import Count, Counts, Positive, RunSettings, Seed, Text, Threads
 from experiments.training.outcome import new_folder

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -222,3 +222,24 @@ def _gradient_steps(cg_steps: int) -> dict[str, Any]:
 def _draw(seed: int) -> Callable[..., Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+class Method(NamedTuple):
+    """How a problem's learner is made, and whether its loss carries the regulariser."""
+
+    make: Callable[[Problem], Any]
+    penalty: bool
+
+
+def methods(names: tuple[str, str], cg_steps: Sequence[int]) -> dict[str, Method]:
+    """Every method by the name under which it is recorded.
+
+    Args:
+        names: of the implicit and of the unrolled algorithm.
+        cg_steps: the numbers N of conjugate gradient steps.
+    """
+    implicit, unrolled = names
+    found = {f"{implicit}_cg{n}": Method(lambda p, n=n: p.implicit(n), False) for n in cg_steps}
+    found[unrolled] = Method(lambda problem: problem.unrolled(), True)
+    found[f"{unrolled}_unregularised"] = Method(lambda problem: problem.unrolled(), False)
+    return found

@@ -12,10 +12,18 @@ import torch
 from pydantic import Field
 from tqdm import tqdm
 
+from experiments.benchmark.problem import Shape
 from experiments.ingredients.model import device_of, use_threads, within_limits
 from experiments.papers.memory import figure
-from experiments.papers.memory.measure import Effort, Tick, floor, growth
-from experiments.papers.memory.methods import RAJESWARAN, YANG, Method, Shape
+from experiments.papers.memory.measure import (
+    RAJESWARAN,
+    YANG,
+    Effort,
+    Method,
+    Tick,
+    floor,
+    growth,
+)
 from experiments.papers.memory.points import Growth
 from experiments.tracking import TrackedExperiment, record
 from experiments.tracking.config import Count, Counts, Positive, RunSettings, Seed, Text, Threads
@@ -63,9 +71,9 @@ def quick() -> None:
 
 
 def _shapes(c: Mapping[str, Any]) -> tuple[Shape, Shape]:
-    yang = Shape(c["ways"], c["shots"], c["queries"], 3, c["pixels"], c["hidden"])
-    imaml = (c[f"imaml_{name}"] for name in ("ways", "shots", "queries"))
-    return yang, Shape(*imaml, 1, c["imaml_pixels"], c["hidden"])
+    sizes = ("ways", "shots", "queries", "pixels")
+    yang, imaml = ({name: c[prefix + name] for name in sizes} for prefix in ("", "imaml_"))
+    return Shape(hidden=c["hidden"], **yang), Shape(hidden=c["hidden"], channels=1, **imaml)
 
 
 def _all(

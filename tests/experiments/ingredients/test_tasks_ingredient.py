@@ -98,7 +98,7 @@ def test_what_was_resolved_can_be_recorded() -> None:
         ({"queries": 16}, "train_samples between 1 and 20, .* train class .*, got 21"),
         ({"test_queries": 20}, "test_samples between 1 and 23, .* validation class .*, got 25"),
         ({"split_seed": 1}, "got split_seed=1"),
-        ({"name": "glyhps"}, "got 'glyhps': did you mean 'glyphs'"),
+        ({"name": "glyhps"}, "got 'glyhps'. did you mean 'glyphs'"),
     ],
 )
 def test_what_cannot_be_had_is_one_line(options: dict[str, Any], message: str) -> None:

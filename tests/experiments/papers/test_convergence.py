@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from experiments.papers.convergence.algorithm_1 import Algorithm1, Settings
-from experiments.papers.convergence.problem import Tasks, make_tasks
-from experiments.papers.convergence.runs import (
+from experiments.papers.convergence.parts import (
     averages,
     cheapest,
     evaluations,
@@ -20,9 +19,9 @@ from experiments.papers.convergence.runs import (
     slope,
     trajectory,
 )
+from experiments.papers.convergence.problem import Tasks, make_tasks
 from experiments.papers.convergence.theory import inner_lr, least_inner_steps, least_linear_steps
 from experiments.tracking import UserError
-from experiments.tracking.values import CheckedMetrics
 
 P, Q = 3, 6
 THETA = torch.tensor([0.3, -0.8, 0.5], dtype=torch.float64)
@@ -160,15 +159,6 @@ def test_slopes_and_counts() -> None:
     # The small batch is cheaper as long as it gets there.
     costs = cheapest({1: [1.0, 0.5, 0.5], 8: [1.0, 0.4, 0.2]}, made, [0.5, 0.3, 0.1])
     assert [(c.epsilon, c.evaluations, c.batch) for c in costs] == [(0.5, 30, 1), (0.3, 360, 8)]
-
-
-@pytest.fixture
-def points(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, int], float]:
-    """What runs record, by metric and step."""
-    found: dict[tuple[str, int], float] = {}
-    keep = staticmethod(lambda name, value, step, now: found.update({(name, step): value}))
-    monkeypatch.setattr(CheckedMetrics, "sink", keep)
-    return found
 
 
 def test_the_command_records_every_curve(

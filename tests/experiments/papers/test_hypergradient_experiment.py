@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from experiments.papers.hypergradient.learners import methods
-from experiments.papers.hypergradient.problems import Classification, Problem, Regression
+from experiments.papers.hypergradient.problems import Classification, Problem, Regression, methods
 from experiments.tracking import UserError
-from experiments.tracking.values import CheckedMetrics
 
 pytestmark = pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
 
@@ -113,15 +111,6 @@ def test_methods_by_name() -> None:
     assert list(by_name) == ["imaml_cg2", "imaml_cg5", "maml", "maml_unregularised"]
     exact = error(task, by_name["imaml_cg5"].make(task), 500)
     assert exact < 1e-6 < error(task, by_name["imaml_cg2"].make(task), 500)
-
-
-@pytest.fixture
-def points(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, int], float]:
-    """What runs record, by metric and step."""
-    found: dict[tuple[str, int], float] = {}
-    keep = staticmethod(lambda name, value, step, now: found.update({(name, step): value}))
-    monkeypatch.setattr(CheckedMetrics, "sink", keep)
-    return found
 
 
 def test_the_command_records_every_curve(

@@ -6,10 +6,20 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from experiments.papers.memory.measure import Effort, Point, floor, forecast, growth
-from experiments.papers.memory.methods import RAJESWARAN, YANG, Method, Shape, build, episode
+from experiments.papers.memory.measure import (
+    RAJESWARAN,
+    YANG,
+    Effort,
+    Method,
+    Point,
+    Shape,
+    build,
+    episode,
+    floor,
+    forecast,
+    growth,
+)
 from experiments.tracking import UserError
-from experiments.tracking.values import CheckedMetrics
 
 SMALL = Shape(ways=3, shots=2, queries=2, channels=3, pixels=16, hidden=8)
 CPU = torch.device("cpu")
@@ -83,15 +93,6 @@ def test_the_forecast_is_a_straight_line() -> None:
     points = {1: Point(10.0, 0.0), 3: Point(14.0, 0.0)}
     assert forecast(points, 10) == 28.0
     assert forecast({1: Point(10.0, 0.0)}, 10) == 0.0
-
-
-@pytest.fixture
-def points(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, int], float]:
-    """What runs record, by metric and step."""
-    found: dict[tuple[str, int], float] = {}
-    keep = staticmethod(lambda name, value, step, now: found.update({(name, step): value}))
-    monkeypatch.setattr(CheckedMetrics, "sink", keep)
-    return found
 
 
 def test_the_command_records_every_curve(

@@ -1,5 +1,8 @@
-"""Classes that look alike are merged: their best-covered member stands for all."""
+"""Which characters become classes: which faces draw each, which look alike and are merged, and the
+two fixed splits into train, validation and test."""
 
+import unicodedata
+from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,12 +10,63 @@ from numpy.typing import NDArray
 
 from experiments.build_glyphs.faces import Face
 from experiments.build_glyphs.rendering import SIDE, Renderings
-from experiments.build_glyphs.selection import families_of
 
+MIN_IMAGES = 20  # distinct bitmaps a class needs: 5 shots and 15 queries
+MAX_IMAGES = 40
+MIN_FAMILIES = 8
+MAX_PER_FAMILY = 4
 IDENTICAL = 0.999  # cosine of two bitmaps from which they count as the same drawing
 ALIKE = 0.92  # mean cosine over the faces
 ALIKE_IN_CASE = 0.80  # the same for the two cases of one letter
 MIN_SHARED_FACES = 3  # fewer faces make no mean
+SCRIPTS = ("LATIN", "GREEK", "CYRILLIC", "HEBREW", "ARMENIAN", "GEORGIAN", "THAI", "DEVANAGARI")
+SCRIPT_MODES = {"train": ("LATIN",), "validation": ("GREEK", "HEBREW"), "test": ("CYRILLIC",)}
+SEED = 0  # of the random split
+
+
+def eligible_classes(drawn: Renderings, faces: list[Face]) -> dict[int, list[int]]:
+    """Code point -> rows of `drawn` that become its images, for characters with enough of them.
+
+    Exact copies of a bitmap count once; families take turns, so that no family dominates.
+    """
+    rows_of = defaultdict(list)
+    for row, point in enumerate(drawn.codepoints.tolist()):
+        rows_of[point].append(row)
+    chosen = {}
+    for point, rows in sorted(rows_of.items()):
+        families = _distinct_by_family(rows, drawn, faces)
+        picked = _take_turns(families)
+        if len(families) >= MIN_FAMILIES and len(picked) >= MIN_IMAGES:
+            chosen[point] = picked[:MAX_IMAGES]
+    return chosen
+
+
+def families_of(rows: list[int], drawn: Renderings, faces: list[Face]) -> set[str]:
+    """Names of the families among these rows."""
+    return {faces[index].family for index in drawn.faces[np.array(rows)]}
+
+
+def _distinct_by_family(
+    rows: list[int], drawn: Renderings, faces: list[Face]
+) -> dict[str, list[int]]:
+    """Family -> rows in order of preference, each bitmap kept only where it is met first."""
+    seen: set[bytes] = set()
+    families = defaultdict(list)
+    for row in sorted(rows, key=lambda row: (faces[drawn.faces[row]].preference, row)):
+        bitmap = drawn.images[row].tobytes()
+        if bitmap not in seen:
+            seen.add(bitmap)
+            families[faces[drawn.faces[row]].family].append(row)
+    return families
+
+
+def _take_turns(families: dict[str, list[int]]) -> list[int]:
+    return [
+        families[name][turn]
+        for turn in range(MAX_PER_FAMILY)
+        for name in sorted(families)
+        if turn < len(families[name])
+    ]
 
 
 @dataclass(frozen=True)
@@ -90,3 +144,31 @@ def _cosines(images: NDArray[np.uint8]) -> NDArray[np.float32]:
     vectors = images.reshape(len(images), SIDE * SIDE).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors @ vectors.T
+
+
+def script_of(point: int) -> str:
+    """The script a character belongs to by its Unicode name; SYMBOL for what is no letter."""
+    first = unicodedata.name(chr(point)).split()[0]
+    if first in SCRIPTS:
+        return first
+    if first == "COPTIC":  # the Coptic letters of the Greek block
+        return "GREEK"
+    if not unicodedata.category(chr(point)).startswith("L"):
+        return "SYMBOL"
+    return "LATIN" if point < 0x370 else "OTHER"
+
+
+def random_split(classes: int) -> dict[str, list[int]]:
+    """64 / 16 / 20 per cent of the classes, drawn once; sorted class indices by mode."""
+    order = np.random.RandomState(SEED).permutation(classes)
+    first, second = int(0.64 * classes), int(0.80 * classes)
+    parts = np.split(order, [first, second])
+    return {mode: sorted(part.tolist()) for mode, part in zip(SCRIPT_MODES, parts, strict=True)}
+
+
+def script_split(scripts: list[str]) -> dict[str, list[int]]:
+    """Train on Latin, validate on Greek and Hebrew, test on Cyrillic (other scripts unused)."""
+    return {
+        mode: [index for index, script in enumerate(scripts) if script in names]
+        for mode, names in SCRIPT_MODES.items()
+    }

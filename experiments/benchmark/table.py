@@ -1,10 +1,14 @@
-"""What the benchmark found: rows with their bars, as text and as Markdown."""
+"""What the benchmark found: rows with their bars, as text, as Markdown and as a picture."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
+
+from matplotlib.figure import Figure
+from tabulate import tabulate
 
 from experiments.benchmark.measure import Cost
 
@@ -48,7 +52,6 @@ class Row(NamedTuple):
         counts = ["" if n is None else str(n) for n in (self.steps, self.cg_steps)]
         return [self.method, *counts, *numbers, "; ".join(map(str, self.bars))]
 
-
     @property
     def metrics(self) -> dict[str, float]:
         """All figures by name."""
@@ -58,6 +61,7 @@ class Row(NamedTuple):
 
 
 HEADER = ["", "K", "N", "ms", "time", "MiB", "memory", "bars"]
+MARKERS = "os^vD<>pPX*"
 
 
 def summary(rows: Sequence[Row]) -> str:
@@ -71,29 +75,46 @@ def summary(rows: Sequence[Row]) -> str:
 
 def as_text(rows: Sequence[Row]) -> str:
     """One aligned block of lines a case."""
-    widths = [max(len(row.cells[i]) for row in rows) for i in range(7)]
-    widths = [max(width, len(head)) for width, head in zip(widths, HEADER, strict=False)]
-    lines = []
-    for case in dict.fromkeys(row.case for row in rows):
-        lines += ["", case, _line(HEADER, widths)]
-        lines += [_line(row.cells, widths) for row in rows if row.case == case]
-    return "\n".join(lines)
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    method, *numbers = cells[:7]
-    aligned = [n.rjust(width) for n, width in zip(numbers, widths[1:], strict=True)]
-    return "  ".join([method.ljust(widths[0]), *aligned, cells[7]]).rstrip()
+    return "\n".join(f"\n{case}\n{_table(own, 'plain')}" for case, own in _by_case(rows))
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
     """One table a case, under a heading."""
-    lines = []
-    for case in dict.fromkeys(row.case for row in rows):
-        lines += ["", f"### {case}", "", _markdown(HEADER), "|---" * len(HEADER) + "|"]
-        lines += [_markdown(row.cells) for row in rows if row.case == case]
-    return "\n".join(lines).lstrip()
+    return "\n\n".join(f"### {case}\n\n{_table(own, 'github')}" for case, own in _by_case(rows))
 
 
-def _markdown(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def _by_case(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    return [(case, [row for row in rows if row.case == case])
+            for case in dict.fromkeys(row.case for row in rows)]  # fmt: skip
+
+
+def _table(rows: Sequence[Row], style: str) -> str:
+    align = ["left", *["right"] * 6, "left"]
+    cells = [row.cells for row in rows]
+    return tabulate(cells, HEADER, style, colalign=align, disable_numparse=True)
+
+
+def draw(path: Path, title: str, rows: Sequence[Row]) -> None:
+    """Time and memory over those of the supervised step against K, log-log, one line a method.
+
+    Args:
+        path: the PNG to write.
+        title: what was run.
+        rows: of the case ``peers``.
+    """
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    both = figure.subplots(1, 2)
+    measured = [row for row in rows if row.cost is not None and row.steps is not None]
+    for axes, what in zip(both, ("time", "memory"), strict=True):
+        for number, name in enumerate(dict.fromkeys(row.method for row in measured)):
+            of = [row for row in measured if row.method == name]
+            style = "-" if name.startswith("implicit") else "--"
+            ratios = [getattr(row.cost, f"{what}_ratio") for row in of]
+            look = {"marker": MARKERS[number % len(MARKERS)], "color": f"C{number % 10}"}
+            axes.loglog([row.steps for row in of], ratios, style, label=name, alpha=0.8, **look)
+        axes.axhline(1.0, color="0.7", label="supervised")
+        axes.set(xlabel="inner steps K (and N = K)", ylabel=f"{what} over the supervised step's")
+        axes.grid(alpha=0.3, which="both")
+    figure.legend(*both[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)

@@ -1,11 +1,12 @@
-"""One outer step of the methods that the implicit head is compared with.
+"""One outer step: the floor's, the implicit head's, its peers'. It leaves gradients on theta.
 
 ``as published`` means: the backbone is run again at every inner step, with its graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import higher
 import torch
@@ -14,11 +15,104 @@ from torch import Tensor, nn
 from torch.autograd import grad
 from torch.nn.functional import cross_entropy, linear
 
-from experiments.benchmark.ours import Step, cached, closure, loss_tensors
 from experiments.benchmark.problem import STEP_SIZE, Problem
+from experiments.ingredients.algorithm import solvers
+from l2l_implicit import ImplicitCGHead
 from l2l_implicit.baselines import UnrolledMAML
+from l2l_implicit.chunked import Chunked
 
-L2 = 0.1
+L2 = 0.1  # of the peers that carry a regulariser of their own
+
+Step = Callable[[], None]
+Adapt = Callable[[Any, Tensor, Tensor], None]
+"""Adapts a clone to support features and labels."""
+
+
+def supervised(problem: Problem) -> Step:
+    """The floor: forward and backward over all images of the task."""
+    head = problem.new_head()
+
+    def step() -> None:
+        cross_entropy(head(problem.backbone(problem.images)), problem.labels).backward()
+
+    return step
+
+
+def closure(steps: int) -> Adapt:
+    """``adapt(closure, steps=K)``."""
+
+    def adapt(learner: Any, features: Tensor, labels: Tensor) -> None:
+        learner.adapt(lambda: cross_entropy(learner(features), labels), steps=steps)
+
+    return adapt
+
+
+def loss_tensors(steps: int) -> Adapt:
+    """learn2learn's loop: ``adapt(loss)`` K times."""
+
+    def adapt(learner: Any, features: Tensor, labels: Tensor) -> None:
+        for _ in range(steps):
+            learner.adapt(cross_entropy(learner(features), labels))
+
+    return adapt
+
+
+def cached(
+    problem: Problem, head: Any, adapt: Adapt, backbone: nn.Module | None = None
+) -> Step:
+    """An outer step on features that are computed once, support and query together."""
+    extract = backbone or problem.backbone
+    _, support_labels = problem.support
+    _, query_labels = problem.query
+
+    def step() -> None:
+        features, learner = extract(problem.images), head.clone()
+        adapt(learner, features[: problem.split], support_labels)
+        cross_entropy(learner(features[problem.split :]), query_labels).backward()
+
+    return step
+
+
+def apart(
+    problem: Problem, parent: Any, adapt: Adapt, backbone: nn.Module | None = None
+) -> Step:
+    """The same with support and query through the backbone one after the other.
+
+    Each then has batch statistics of its own, as in the methods that run the backbone again.
+    """
+    extract = backbone or problem.backbone
+    (images, labels), (query, query_labels) = problem.support, problem.query
+
+    def step() -> None:
+        learner = parent.clone()
+        adapt(learner, extract(images), labels)
+        cross_entropy(learner(extract(query)), query_labels).backward()
+
+    return step
+
+
+def whole(problem: Problem, parent: Any, adapt: Adapt) -> Step:
+    """An outer step of a learner that adapts the whole network."""
+    return apart(problem, parent, adapt, nn.Identity())
+
+
+def head_of(problem: Problem, step: str, cg_steps: int, **settings: Any) -> ImplicitCGHead:
+    """The implicit head; ``step`` and ``settings`` are the command line's."""
+    found = solvers(step=step, cg_steps=cg_steps, **settings)
+    return ImplicitCGHead(problem.new_head(), STEP_SIZE, **found)
+
+
+def implicit(problem: Problem, step: str, adapt: Adapt, cg_steps: int, **settings: Any) -> Step:
+    """The implicit head's outer step; settings as in `head_of`."""
+    return cached(problem, head_of(problem, step, cg_steps, **settings), adapt)
+
+
+def chunked(problem: Problem, head: Any, adapt: Adapt, size: int) -> Step:
+    """The same as `cached` with the backbone run in chunks of ``size`` images."""
+    return cached(problem, head, adapt, Chunked(problem.backbone, size))
+
+
+# The peers
 
 
 def anil(problem: Problem, steps: int) -> Step:
@@ -80,17 +174,7 @@ def itd_bio_as_published(problem: Problem, steps: int) -> Step:
 
 def maml(problem: Problem, steps: int) -> Step:
     """learn2learn's MAML, whole network."""
-    parent = MAML(nn.Sequential(problem.backbone, problem.new_head()), 0.01)
-    images, labels = problem.support
-    query, query_labels = problem.query
-
-    def step() -> None:
-        learner = parent.clone()
-        for _ in range(steps):
-            learner.adapt(cross_entropy(learner(images), labels))
-        cross_entropy(learner(query), query_labels).backward()
-
-    return step
+    return whole(problem, MAML(problem.whole(), 0.01), loss_tensors(steps))
 
 
 def released(problem: Problem, steps: int, cg_steps: int, everything: bool) -> Step:

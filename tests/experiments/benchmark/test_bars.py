@@ -1,0 +1,50 @@
+"""The benchmark's bars hold: as they are for memory, and about so for time, on whatever machine."""
+
+import pytest
+
+from experiments.benchmark.cases import CASES, Plan
+from experiments.benchmark.measure import Effort
+from experiments.benchmark.table import Bar
+
+# All cases but those of the large networks, and of the ranges the ends.
+PLAN = Plan(
+    effort=Effort(5, 10.0), peer_steps=(5, 20), sweep_steps=(5, 200), sweep_cg_steps=(5, 100),
+    memory_steps=(1, 1000), network_steps=(1, 5),
+)  # fmt: skip
+SMALL = [name for name in CASES if not name.startswith("resnet12")]
+# Which time is met exactly is the processor's to say (docs/cost.md has one's); what doubles is not.
+SLACK = 2.0
+MISSED = {"gradients' memory": 4.5}  # iMAML's, on every machine: docs/cost.md says why
+TRIES = 3  # of a case: something else may have the processor for a while
+
+
+def holds(bar: Bar) -> bool:
+    if "memory" in bar.quantity:
+        return bar.value <= MISSED.get(bar.quantity, bar.limit)
+    least, most = bar.limit / SLACK, bar.limit * SLACK
+    return bar.value >= least if bar.at_least else bar.value <= most
+
+
+def test_a_bar_that_does_not_hold_is_seen() -> None:
+    assert holds(Bar("time", 1.6, 1.05)) and not holds(Bar("time", 2.2, 1.05))
+    assert holds(Bar("memory", 1.0, 1.01)) and not holds(Bar("newton's memory", 1.02, 1.01))
+    assert not holds(Bar("times slower than newton", 2.4, 5.0, at_least=True))
+    assert holds(Bar("gradients' memory", 4.3, 2.5)) and not holds(Bar("gradients' memory", 5, 2.5))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
+def test_the_bars_hold() -> None:
+    missed = {name: missed_by(name) for name in SMALL}
+    assert {name: found for name, found in missed.items() if found} == {}
+
+
+def missed_by(name: str) -> list[str]:
+    """The bars of a case that were missed at every try, as they were at the last."""
+    for _ in range(TRIES):
+        rows = CASES[name](PLAN)
+        assert name == "layouts" or any(row.bars for row in rows)
+        found = [f"{row.method}: {bar}" for row in rows for bar in row.bars if not holds(bar)]
+        if not found:
+            return []
+    return found

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from experiments.papers.convergence import figure
-from experiments.papers.convergence.figure import Findings, Floors, show
 from experiments.papers.convergence.parts import (
     Bounds,
     Deterministic,
@@ -27,6 +25,8 @@ from experiments.papers.convergence.parts import (
 )
 from experiments.papers.convergence.problem import make_tasks
 from experiments.papers.convergence.runs import log_spaced
+from experiments.report.paper_figures import Findings, Floors, draw_convergence
+from experiments.report.paper_figures import show_mean as show
 from experiments.tracking import TrackedExperiment, UserError, record
 from l2l_implicit import checks
 
@@ -223,7 +223,8 @@ def convergence(
             _record_theorem_1(_run, each)
     print(_text(plan.bounds, all_tasks, batches, undercut))
     picture = _picture(_run, output)
-    figure.draw(picture, _findings(plan.bounds, all_tasks, batches, undercut))
+    drawing = draw_convergence(_findings(plan.bounds, all_tasks, batches, undercut))
+    drawing.savefig(picture, dpi=120)
     _run.add_artifact(picture)
     print(f"\npicture: {picture}")
     return _result(plan.bounds, all_tasks, batches)

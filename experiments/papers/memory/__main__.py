@@ -16,7 +16,7 @@ from tqdm import tqdm
 from experiments.papers.memory import figure
 from experiments.papers.memory.measure import Effort, Tick, floor, growth
 from experiments.papers.memory.methods import RAJESWARAN, YANG, Method, Shape
-from experiments.papers.memory.points import Growth
+from experiments.report.paper_figures import Growth
 from experiments.tracking import TrackedExperiment, UserError, record
 from experiments.training.peak_memory import process_peak
 from l2l_implicit import UnsolvedWarning, checks

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from experiments.benchmark.measure import seconds_of, short_collections, warm_peak
 from experiments.papers.memory.methods import Method, Shape, build, episode, supervised
-from experiments.papers.memory.points import Growth, Point
+from experiments.report.paper_figures import Growth, Point
 from experiments.training.algorithms import Algorithm
 from experiments.training.episodes import Episode
 from experiments.training.peak_memory import peak_memory

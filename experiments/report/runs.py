@@ -311,6 +311,12 @@ def _code(read: _Reader) -> CodeVersion:
     )  # fmt: skip
 
 
+def command_of(experiment: str) -> str:
+    """What runs an experiment: those of papers lie in a package of their own."""
+    papers = experiment in ("memory", "hypergradient", "convergence")
+    return f"python -m experiments.{'papers.' * papers}{shlex.quote(experiment)}"
+
+
 def _command(experiment: str, read: _Reader) -> str:
     updates = flatten(read.get("meta.config_updates", dict))
     if updates.get("tasks.root"):
@@ -318,5 +324,4 @@ def _command(experiment: str, read: _Reader) -> str:
     kept = {key: value for key, value in updates.items() if key not in ("cell", "output")}
     words = [f"{key}={setting_text(value)}" for key, value in kept.items()]
     words = [*read.items("meta.named_configs", str), *words]
-    with_ = ["with"] if words else []
-    return shlex.join(["python", "-m", f"experiments.{experiment}", *with_, *words])
+    return " ".join([command_of(experiment), *(["with", shlex.join(words)] if words else [])])

@@ -19,7 +19,7 @@ from experiments.report.content import (
     texts,
 )
 from experiments.report.request import Request
-from experiments.report.runs import Run, is_number
+from experiments.report.runs import Run, command_of, is_number
 from experiments.report.sweep_state import COMPLETED, FAILED, INTERRUPTED, RUNNING, SweepState
 from experiments.sweeps.listing import duration
 
@@ -96,7 +96,7 @@ def _table(experiment: str, runs: list[Run], cells: dict[str, str]) -> Table:
         f"Runs of {experiment or 'an experiment without a name'}, the newest first.",
         columns,
         tuple(_record(run, cells) for run in reversed(runs)),
-        Source(f"python -m experiments.{experiment}", tuple(run.id for run in runs)),
+        Source(command_of(experiment), tuple(run.id for run in runs)),
         folded=len(runs) >= FOLDED_FROM,
     )
 

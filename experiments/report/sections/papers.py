@@ -42,7 +42,7 @@ from experiments.report.paper_figures import (
     draw_memory,
 )
 from experiments.report.request import Request
-from experiments.report.runs import NO_SERIES, Run, Series, run_list
+from experiments.report.runs import NO_SERIES, Run, Series, command_of, run_list
 from experiments.statistics import Mean
 
 MOST = 4
@@ -102,7 +102,7 @@ def _shown(experiment: str, runs: list[Run]) -> tuple[list[Shown], tuple[str, ..
     groups: dict[Hashable, list[Run]] = {}
     for run in runs:
         groups.setdefault((settings_key(run), run.seed), []).append(run)
-    default = f"python -m experiments.{experiment}"
+    default = command_of(experiment)
     order = sorted(groups.values(), key=lambda g: (g[-1].command == default, runs.index(g[-1])))
     order.reverse()
     found = [Shown(group[-1], f"_{n}" if n else "", _notes(group, n > 0))
@@ -127,7 +127,7 @@ def _notes(group: list[Run], other: bool) -> tuple[str, ...]:
 
 def _missing(experiment: str, what: str, runs: list[Run]) -> Table:
     """What there is instead of a complete run."""
-    command = f"python -m experiments.papers.{experiment}"
+    command = command_of(experiment)
     last = runs[-1] if runs else None
     why = "" if last is None else f"run {last.id} {last.status}: {last.failure or 'no metrics'}"
     state = "not run" if last is None else last.status.lower()

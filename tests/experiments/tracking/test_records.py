@@ -10,6 +10,8 @@ from typing import Any, cast
 
 import pytest
 from bson import ObjectId
+from experiments.tracking.import_runs import import_records
+from experiments.tracking.import_runs import main as import_
 from gridfs import GridFS
 from pymongo.collection import Collection
 from report_runs import CURVE, WORDS, Recorder, fill, finals, grid
@@ -23,8 +25,6 @@ from experiments.sweeps.records import Records as SweepRecords
 from experiments.tracking.database import Database, choose
 from experiments.tracking.export import collect
 from experiments.tracking.export import main as export
-from experiments.tracking.import_runs import import_records
-from experiments.tracking.import_runs import main as import_
 from experiments.tracking.records import Records, read_records, write_records
 
 pytest_plugins = ("report_fixtures",)

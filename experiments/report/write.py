@@ -98,7 +98,7 @@ def _written(items: Iterable[Table | Figure], files: dict[str, bytes]) -> Iterab
 def pictures(figure: Figure) -> tuple[bytes, bytes]:
     """The figure's PNG and SVG."""
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of fonts without some letter of a name
+        warnings.simplefilter("ignore")  # a font lacks a letter of a name, a number is huge
         drawing = figure.draw()
         png, svg = io.BytesIO(), io.BytesIO()
         drawing.savefig(png, format="png", dpi=PNG_DPI)

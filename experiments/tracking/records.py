@@ -45,6 +45,7 @@ BATCH = 100
 """Runs a question asks for: the embedded server takes longer than in proportion to their number."""
 
 DEPTH = 40
+INT64 = 2**63
 LINE_LIMIT, FILE_LIMIT = 4 * 2**20, 32 * 2**20
 VALUES_LIMIT = 10**6
 """Bytes of one line and of all files together, unpacked, and values in them: one value can take
@@ -197,7 +198,7 @@ def plain(value: Any, depth: int = DEPTH) -> Any:
     if value is None or isinstance(value, (bool, float)):
         return value
     if isinstance(value, int):
-        return int(value)
+        return int(value) if abs(value) < INT64 else str(value)
     if isinstance(value, datetime):
         return value.replace(tzinfo=value.tzinfo or timezone.utc).isoformat()
     if depth and isinstance(value, Mapping):

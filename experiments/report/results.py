@@ -42,7 +42,7 @@ def get_results(
         >>> runs = get_results("memory", records=["docs/records/papers_figures.jsonl.gz"])
         >>> runs[["_id", "status", "config.hidden", "metrics.memory/supervised"]]
            _id     status  config.hidden  metrics.memory/supervised
-        0    3  COMPLETED             64                 52436480.0
+        0    1  COMPLETED             64                   52429320
     """
     with open_records(database, records) as found:
         runs = [read_run(document) for document in found.runs]

@@ -160,7 +160,7 @@ def test_it_reads_only_and_needs_no_torch(recorder: Recorder, plan: Plan, tmp_pa
 def test_the_documented_section_works(recorder: Recorder, documents: Any) -> None:
     """The example of docs/report.md, run as it stands."""
     text = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    example = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[-1]
     names: dict[str, Any] = {}
     exec(compile(example, "docs/report.md", "exec"), names)
     assert names["sections"](Request(Archive(DatabaseRecords(documents)))) == []

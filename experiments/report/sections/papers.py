@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure as Drawing
 
 from experiments.report.compare import difference_lines, settings_key
 from experiments.report.content import (
@@ -23,9 +26,9 @@ from experiments.report.content import (
     Table,
     file_name,
     number,
+    number_column,
     plus_minus,
     significant,
-    text_column,
     texts,
 )
 from experiments.report.paper_figures import (
@@ -69,13 +72,28 @@ class Shown(NamedTuple):
         """Of its tables and figures."""
         return Source(self.run.command, (self.run.id,))
 
-    def table(
-        self, name: str, caption: str, columns: Sequence[Column], records: Sequence[Record],
-        *notes: str,
-    ) -> Table:  # fmt: skip
+    def table(self, name: str, caption: str, columns: Sequence[Column],
+              records: Sequence[Record], *notes: str) -> Table:  # fmt: skip
         """One of its tables."""
         return Table(f"{name}{self.suffix}", caption, tuple(columns), tuple(records), self.source,
                      (*self.notes, *notes))  # fmt: skip
+
+    def curves(self, name: str, caption: str, rows: Sequence[tuple[Record, Curve]], header: str,
+               key: str = "K_", show: Callable[[Any], str] = significant,
+               last: Sequence[Column] = (), *notes: str) -> Table:  # fmt: skip
+        """A table with a row a curve and a column a step; ``header`` and ``key`` name a step's."""
+        steps = sorted({step for _, curve in rows for step in curve})
+        heads = [key for key in ("method", "variant", "start", "K") if rows and key in rows[0][0]]
+        between = [_value(f"{header}{n}", f"{key}{n}", show) for n in steps]
+        records = [{**{f"{key}{n}": curve.get(n, math.nan) for n in steps}, **row}
+                   for row, curve in rows]  # fmt: skip
+        return self.table(name, caption, [*texts(*heads), *between, *last], records, *notes)
+
+    def figure(self, name: str, caption: str, draw: Callable[[], Drawing],
+               records: Iterable[Record]) -> Figure:  # fmt: skip
+        """One of its figures."""
+        return Figure(f"{name}{self.suffix}", caption, draw, tuple(records), self.source,
+                      self.notes)  # fmt: skip
 
 
 def by_run(
@@ -143,8 +161,8 @@ def _curve(series: AllSeries, name: str) -> dict[int, float]:
     return dict(sorted(zip(*series.get(name, NO_SERIES), strict=True)))
 
 
-def _value(header: str, key: str) -> Column:
-    return Column(header, lambda record: significant(record.get(key)))
+def _value(header: str, key: str, show: Callable[[Any], str]) -> Column:
+    return Column(header, lambda record: show(record.get(key)))
 
 
 # Memory and time against inner steps
@@ -196,57 +214,44 @@ def _memory_figure(
     shown: Shown, found: Mapping[str, Growth], paper: str, title: str, task: str,
     floor: Sequence[float],
 ) -> Figure:  # fmt: skip
-    records = tuple(
-        {"method": name, "K": k, "peak_bytes": point.peak, "seconds": point.seconds}
-        for name, each in found.items() for k, point in each.points.items()
-    )  # fmt: skip
     caption = (
         f"{title}peak of live tensors (left) and median time (right) of one task's outer step"
         f" against the inner steps K. {task}, random images."
     )
-    return Figure(
-        f"memory_{paper}{shown.suffix}", caption,
-        lambda: draw_memory(found, floor[0] if floor else None), records, shown.source, shown.notes,
-    )  # fmt: skip
+    records = [
+        {"method": name, "K": k, "peak_bytes": point.peak, "seconds": point.seconds}
+        for name, each in found.items() for k, point in each.points.items()
+    ]  # fmt: skip
+    draw = partial(draw_memory, found, floor[0] if floor else None)
+    return shown.figure(f"memory_{paper}", caption, draw, records)
 
 
 def _memory_table(
     shown: Shown, found: Mapping[str, Growth], paper: str, title: str, what: str
 ) -> Table:
     """A row a method, a column a K; what rm_metal saves at K = 5 beside the memory."""
-    ks = sorted({k for each in found.values() for k in (*each.points, *each.left_out)})
-    columns = [*texts("method", "variant"), *(_memory_column(k, what) for k in ks)]
+    is_peak = what == "peak"
     left = [f"{n} at K = {', '.join(map(str, g.left_out))}" for n, g in found.items() if g.left_out]
-    notes = []
+    last, notes = [], []
     if left:
         limit = shown.run.settings.get("limit_gib")
         notes.append(f"Missing: {'; '.join(left)}: the forecast was above limit_gib={limit};"
                      " a larger one fills them.")  # fmt: skip
-    if what == "peak" and CLAIM_AT in found.get(OURS, Growth({}, [])).points:
-        header = f"rm_metal below it at K = {CLAIM_AT}, %"
-        columns.append(Column(header, lambda r: number(r["saved"], 100, 0)))
+    if is_peak and CLAIM_AT in found.get(OURS, Growth({}, [])).points:
+        last = [number_column(f"rm_metal below it at K = {CLAIM_AT}, %", "saved", 100, 0)]
         notes.append("rm_metal below it: rm_metal with cached features, the package's default.")
-    unit = "Peak of live tensors, MiB" if what == "peak" else "Seconds of one task's outer step"
-    return shown.table(
-        f"memory_{paper}_{what}", f"{unit}, against inner steps K. {title}.", columns,
-        [_memory_record(name, each, ks, what, found) for name, each in found.items()], *notes,
+    rows = []
+    for name, each in found.items():
+        method, _, variant = name.partition("/")
+        row = {"method": method, "variant": variant.replace("_", " ")}
+        row |= {"saved": _saved(method, each, found)} if is_peak else {}
+        values = {k: getattr(point, what) for k, point in each.points.items()}
+        rows.append((row, {**values, **dict.fromkeys(each.left_out, math.nan)}))
+    unit = "Peak of live tensors, MiB" if is_peak else "Seconds of one task's outer step"
+    return shown.curves(
+        f"memory_{paper}_{what}", f"{unit}, against inner steps K. {title}.", rows, "K = ", "K_",
+        (lambda peak: number(peak, 1 / MIB)) if is_peak else significant, last, *notes,
     )  # fmt: skip
-
-
-def _memory_column(k: int, what: str) -> Column:
-    if what == "peak":
-        return Column(f"K = {k}", lambda r: number(r[f"K_{k}"], 1 / MIB))
-    return _value(f"K = {k}", f"K_{k}")
-
-
-def _memory_record(
-    name: str, each: Growth, ks: Sequence[int], what: str, found: Mapping[str, Growth]
-) -> Record:
-    method, _, variant = name.partition("/")
-    values = {k: getattr(point, what) for k, point in each.points.items()}
-    record = {"method": method, "variant": variant.replace("_", " "),
-              **{f"K_{k}": values.get(k, math.nan) for k in ks}}  # fmt: skip
-    return {**record, "saved": _saved(method, each, found)} if what == "peak" else record
 
 
 def _saved(method: str, each: Growth, found: Mapping[str, Growth]) -> float:
@@ -280,30 +285,25 @@ def _error_items(shown: Shown, series: AllSeries) -> Items:
 
 
 def _error_figure(shown: Shown, errors: Errors) -> Figure:
-    records = tuple(
-        {"problem": problem, "method": method, "K": k, "relative_error": error}
-        for problem, methods in errors.items()
-        for method, by_steps in methods.items()
-        for k, error in by_steps.items()
-    )
     caption = (
         "Relative error of the hypergradient against the exact one, over the inner steps K;"
         f" geometric mean over {shown.run.settings.get('problems')} problems. Solid: implicit, with"
         " the number of conjugate gradient steps; dashed: unrolled."
     )
-    name = f"hypergradient{shown.suffix}"
-    return Figure(name, caption, lambda: draw_errors(errors), records, shown.source, shown.notes)
+    records = [
+        {"problem": problem, "method": method, "K": k, "relative_error": error}
+        for problem, methods in errors.items()
+        for method, by_steps in methods.items()
+        for k, error in by_steps.items()
+    ]
+    return shown.figure("hypergradient", caption, partial(draw_errors, errors), records)
 
 
 def _error_table(shown: Shown, problem: str, found: Mapping[str, Curve]) -> Table:
-    ks = sorted({k for by_steps in found.values() for k in by_steps})
-    return shown.table(
-        file_name("hypergradient", problem),
-        f"Relative error of the hypergradient against inner steps K, {problem.replace('_', ' ')}.",
-        [text_column("method", "method"), *(_value(f"K = {k}", f"K_{k}") for k in ks)],
-        [{"method": method, **{f"K_{k}": by_steps.get(k, math.nan) for k in ks}}
-         for method, by_steps in found.items()],
-    )  # fmt: skip
+    caption = "Relative error of the hypergradient against inner steps K, "
+    rows = [({"method": method}, by_steps) for method, by_steps in found.items()]
+    return shown.curves(file_name("hypergradient", problem),
+                        f"{caption}{problem.replace('_', ' ')}.", rows, "K = ")  # fmt: skip
 
 
 # Convergence
@@ -376,8 +376,7 @@ def _convergence_figure(shown: Shown, found: Findings) -> Figure:
         f" {shown.run.settings.get('problems')} problems (Theorem 1), and its last value with fewer"
         " and more steps than K_0 and N_0."
     )
-    return Figure(f"convergence{shown.suffix}", caption, lambda: draw_convergence(found),
-                  tuple(records), shown.source, shown.notes)  # fmt: skip
+    return shown.figure("convergence", caption, partial(draw_convergence, found), records)
 
 
 def _slopes(shown: Shown) -> Table:
@@ -413,26 +412,17 @@ def _slope_record(name: str, run: Run) -> Record:
 
 
 def _floors(shown: Shown, found: Findings) -> Table:
-    sizes = sorted({batch for floors in found.floors.values() for batch in floors.by_batch})
-    records = [
-        {"K": k, **{f"B_{batch}": mean.mean for batch, mean in floors.by_batch.items()},
-         **{f"B_{batch}_half_width": mean.half_width for batch, mean in floors.by_batch.items()}}
+    rows = [
+        ({"K": k, **{f"B_{batch}_half_width": mean.half_width
+                     for batch, mean in floors.by_batch.items()}},
+         {batch: mean.mean for batch, mean in floors.by_batch.items()})
         for k, floors in found.floors.items()
     ]  # fmt: skip
-    return shown.table(
-        "convergence_floors",
-        "Theorem 1: floor of the squared norm, mean over problems, by the tasks in a batch.",
-        [*texts("K"), *(_value(f"|B| = {b}", f"B_{b}") for b in sizes)], records,
-    )  # fmt: skip
+    caption = "Theorem 1: floor of the squared norm, mean over problems, by the tasks in a batch."
+    return shown.curves("convergence_floors", caption, rows, "|B| = ", "B_")
 
 
 def _around(shown: Shown, what: str, found: Findings) -> Table:
-    curves = found.undercut[what]
-    steps = sorted({n for curve in curves.values() for n in curve})
-    return shown.table(
-        f"convergence_{what}",
-        f"Last squared norm against {STEPS[what]}; {BOUNDS[what]} = {found.bounds[what]}.",
-        [*texts("start"), *(_value(str(n), f"at_{n}") for n in steps)],
-        [{"start": start, **{f"at_{n}": value for n, value in curve.items()}}
-         for start, curve in curves.items()],
-    )  # fmt: skip
+    caption = f"Last squared norm against {STEPS[what]}; {BOUNDS[what]} = {found.bounds[what]}."
+    rows = [({"start": start}, curve) for start, curve in found.undercut[what].items()]
+    return shown.curves(f"convergence_{what}", caption, rows, "", "at_")

@@ -83,6 +83,15 @@ def _named(what: str, state: SweepState) -> str:
     return file_name(what, state.name, state.benchmark)
 
 
+def _table(
+    what: str, caption: str, state: SweepState, columns: Sequence[Column],
+    records: Sequence[Record], notes: Sequence[str] = (), folded: bool = False,
+    source: Source | None = None,
+) -> Table:  # fmt: skip
+    return Table(_named(what, state), caption, tuple(columns), tuple(records),
+                 source or _source(state), tuple(notes), folded)  # fmt: skip
+
+
 # Means over seeds
 
 
@@ -155,14 +164,12 @@ def _accuracy_table(state: SweepState, records: tuple[Record, ...]) -> Table:
         *([_over_seeds(f"at {equal} iterations, %", "equal")] if equal else []),
         _over_seeds("best validation, %", "validation"),
         Column("collapsed", _collapsed),
-        Column("diverged", lambda r: f"{r['diverged']} of {r['seeds']}" if r["seeds"] else MISSING),
+        Column("diverged", lambda r: _count(r, "diverged")),
         text_column("runs", "runs"),
     ]
-    return Table(
-        _named("accuracy", state),
-        f"Test accuracy, {state.benchmark}, sweep {state.name}.",
-        tuple(columns), records, _source(state), (*_explanations(records), *_differences(state)),
-    )  # fmt: skip
+    caption = f"Test accuracy, {state.benchmark}, sweep {state.name}."
+    notes = [*_explanations(records), *_differences(state)]
+    return _table("accuracy", caption, state, columns, records, notes)
 
 
 def _summary_table(state: SweepState, records: tuple[Record, ...], found: Found) -> Table | None:
@@ -195,12 +202,9 @@ def _summary_table(state: SweepState, records: tuple[Record, ...], found: Found)
         " median. Peak: of live tensors in an outer step. Collapsed: validation fell by more than"
         f" {100 * DROP:.0f} points from its best within the budget."
     )
-    return Table(
-        _named("summary", state),
-        f"Everything in one table, {state.benchmark}, sweep {state.name}.",
-        tuple(columns), records, _source(state),
-        (note, *_explanations(records)[1:], *_differences(state)), folded=True,
-    )  # fmt: skip
+    caption = f"Everything in one table, {state.benchmark}, sweep {state.name}."
+    notes = [note, *_explanations(records)[1:], *_differences(state)]
+    return _table("summary", caption, state, columns, records, notes, folded=True)
 
 
 def _cost_table(state: SweepState, records: tuple[Record, ...]) -> Table | None:
@@ -221,11 +225,8 @@ def _cost_table(state: SweepState, records: tuple[Record, ...]) -> Table | None:
         " seeds of the median over a run's steps, without loading of data and validation. Peaks:"
         " the largest of the seeds; of live tensors in one outer step, and of the whole process."
     )
-    return Table(
-        _named("cost", state),
-        f"What an outer step costs, {state.benchmark}, sweep {state.name}.",
-        columns, records, _source(state), (note, *_differences(state)),
-    )  # fmt: skip
+    caption = f"What an outer step costs, {state.benchmark}, sweep {state.name}."
+    return _table("cost", caption, state, columns, records, [note, *_differences(state)])
 
 
 def _over_seeds(header: str, key: str) -> Column:
@@ -255,17 +256,16 @@ def _or_missing(interval: str) -> Callable[[Record], str]:
 
 def _collapsed(record: Record) -> str:
     later = record["collapsed_after_budget"]
-    if not record["seeds"]:
-        return MISSING
-    after = f" (+{later} after the budget)" if later else ""
-    return f"{record['collapsed']} of {record['seeds']}{after}"
+    return _count(record, "collapsed") + (f" (+{later} after the budget)" if later else "")
 
 
 def _collapsed_or_diverged(record: Record) -> str:
-    if not record["seeds"]:
-        return MISSING
     gone = f", {record['diverged']} diverged" if record["diverged"] else ""
-    return f"{record['collapsed']} of {record['seeds']}{gone}"
+    return _count(record, "collapsed") + gone
+
+
+def _count(record: Record, what: str) -> str:
+    return f"{record[what]} of {record['seeds']}" if record["seeds"] else MISSING
 
 
 def _explanations(records: Sequence[Record]) -> list[str]:
@@ -377,12 +377,9 @@ def _time_table(state: SweepState, found: Found) -> Table | None:
         Column("outer iterations", lambda r: _shown_time(r, "iterations", 0)),
         text_column("runs", "runs"),
     )
-    return Table(
-        _named("time", state),
-        f"Seconds of training to {SHARE:.2f} of the best validation accuracy, {state.benchmark}.",
-        columns, tuple(_time_record(name, of, threshold) for name, of in found.items() if of),
-        _source(state), (note,),
-    )  # fmt: skip
+    caption = f"Seconds of training to {SHARE:.2f} of the best validation accuracy, "
+    records = [_time_record(name, of, threshold) for name, of in found.items() if of]
+    return _table("time", f"{caption}{state.benchmark}.", state, columns, records, [note])
 
 
 def _time_record(name: str, runs: Sequence[Summary], threshold: float) -> Record:
@@ -440,13 +437,13 @@ def _missing_table(state: SweepState) -> Table | None:
          "attempts": run_list(run.id for run in cell.runs), "command": state.command(cell.name)}
         for cell in cells
     )  # fmt: skip
-    return Table(
-        _named("missing", state),
+    return _table(
+        "missing",
         f"Missing: {len(cells)} of {len(state.cells)} cells. One command fills all of them:"
         f" {state.command()}",
-        texts("cell", "state", "why", "attempts", "command"), records,
-        Source(state.command(), tuple(run.id for cell in cells for run in cell.runs)),
+        state, texts("cell", "state", "why", "attempts", "command"), records,
         folded=len(cells) >= FOLDED_FROM,
+        source=Source(state.command(), tuple(run.id for cell in cells for run in cell.runs)),
     )  # fmt: skip
 
 
@@ -469,11 +466,11 @@ def _grid_table(state: SweepState, request: Request) -> Table | None:
     if not records:
         return None
     method, setting, chosen, run = texts("method", "setting", "chosen", "run")
-    return Table(
-        _named("grid", state),
+    return _table(
+        "grid",
         "How the settings were chosen: the last validation accuracy of each candidate, seed 0.",
-        (method, setting, Column("last validation, %", _shown_candidate), chosen, run), records,
-        Source(state.command(), tuple(run.id for run in runs)), folded=True,
+        state, (method, setting, Column("last validation, %", _shown_candidate), chosen, run),
+        records, folded=True, source=Source(state.command(), tuple(run.id for run in runs)),
     )  # fmt: skip
 
 

@@ -23,10 +23,10 @@ from typing import Any
 from bson.errors import BSONError
 from pymongo.errors import PyMongoError
 
-from experiments.report.request import Request
 from experiments.report.results import open_records
 from experiments.report.runs import Archive
 from experiments.report.sections import SECTIONS
+from experiments.report.summary import Request
 from experiments.report.sweep_state import SweepState, read_sweep
 from experiments.report.write import write
 from experiments.sweeps.cells import parse_settings

@@ -1,14 +1,16 @@
-"""One training run in numbers, of which tables make means."""
+"""One training run in numbers, of which tables make means; and what a report is asked for."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
 
 from experiments.report.runs import Archive, Run
+from experiments.report.sweep_state import SweepState
+from experiments.tracking.records import RunId
 
 DROP = 0.10
 """A validation score that is by more than this below the best one before has collapsed."""
@@ -156,3 +158,24 @@ def _best(values: Sequence[float], score: str) -> float:
     if not finite:
         return math.nan
     return min(finite) if score == "mse" else max(finite)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What every section gets.
+
+    Attributes:
+        sweeps: those asked for, on each benchmark.
+    """
+
+    archive: Archive
+    sweeps: tuple[SweepState, ...] = ()
+    _summaries: dict[RunId, Summary] = field(default_factory=dict)
+
+    def summaries(self, runs: Iterable[Run]) -> list[Summary]:
+        """The complete ones of these runs in numbers."""
+        runs = [run for run in runs if run.complete]
+        new = [run for run in runs if run.id not in self._summaries]
+        load_trainings(self.archive, new)
+        self._summaries.update({run.id: summarize(run, self.archive) for run in new})
+        return [self._summaries[run.id] for run in runs]

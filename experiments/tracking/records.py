@@ -144,13 +144,13 @@ class FileRecords:
     """
 
     def __init__(self, paths: Iterable[Path | str]) -> None:
-        paths = [Path(path) for path in paths]
-        self.label = ", ".join(path.name for path in paths)
+        files = [Path(path) for path in paths]
+        self.label = ", ".join(path.name for path in files)
         self._metrics: dict[RunId, dict[str, Any]] = {}
         found: dict[RunId, Document] = {}
         seen: set[bytes] = set()
         budget = _Budget()
-        for path in paths:
+        for path in files:
             for document, metrics in _read(path, budget):
                 content = json.dumps([document, metrics], sort_keys=True).encode()
                 if (digest := hashlib.sha256(content).digest()) not in seen:

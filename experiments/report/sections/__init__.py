@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from experiments.report.content import Section
-from experiments.report.request import Request
 from experiments.report.sections import listing, papers, sweeps, trainings
+from experiments.report.summary import Request
 
 SECTIONS: tuple[Callable[[Request], list[Section]], ...] = (
     listing.overview,

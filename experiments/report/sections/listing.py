@@ -18,8 +18,8 @@ from experiments.report.content import (
     text_column,
     texts,
 )
-from experiments.report.request import Request
 from experiments.report.runs import Run, command_of, is_number
+from experiments.report.summary import Request
 from experiments.report.sweep_state import COMPLETED, FAILED, INTERRUPTED, RUNNING, SweepState
 from experiments.sweeps.listing import duration
 

@@ -44,8 +44,8 @@ from experiments.report.paper_figures import (
     draw_errors,
     draw_memory,
 )
-from experiments.report.request import Request
 from experiments.report.runs import NO_SERIES, Run, Series, command_of, run_list
+from experiments.report.summary import Request
 from experiments.statistics import Mean
 
 MOST = 4
@@ -243,7 +243,7 @@ def _memory_table(
     rows = []
     for name, each in found.items():
         method, _, variant = name.partition("/")
-        row = {"method": method, "variant": variant.replace("_", " ")}
+        row: dict[str, Any] = {"method": method, "variant": variant.replace("_", " ")}
         row |= {"saved": _saved(method, each, found)} if is_peak else {}
         values = {k: getattr(point, what) for k, point in each.points.items()}
         rows.append((row, {**values, **dict.fromkeys(each.left_out, math.nan)}))

@@ -27,9 +27,8 @@ from experiments.report.content import (
     texts,
 )
 from experiments.report.figures import curve_caption, curve_records, draw_accuracies, draw_curves
-from experiments.report.request import Request
 from experiments.report.runs import run_list
-from experiments.report.summary import DROP, Point, Summary
+from experiments.report.summary import DROP, Point, Request, Summary
 from experiments.report.sweep_state import COMPLETED, MethodState, SweepState, last_validation
 from experiments.statistics import Mean, seeds_mean
 from experiments.sweeps.cells import describe
@@ -60,12 +59,11 @@ def _section(state: SweepState, request: Request) -> Section:
     found = {method.name: request.summaries(method.runs) for method in state.methods}
     records = method_records(state, found)
     items: list[Table | Figure | None] = [
-        _accuracy_table(state, records),
+        _summary_table(state, records, found),
         _accuracy_figure(state, found),
         _curves(state, found),
         _time_table(state, found),
-        _cost_table(state, records),
-        _summary_table(state, records, found),
+        _details_table(state, records),
         _missing_table(state),
         _grid_table(state, request),
     ]
@@ -148,93 +146,70 @@ def _largest(values: Iterable[float]) -> float:
 
 # Tables of them
 
-SEEDS = Column("seeds", lambda r: f"{r['seeds']}/{r['seeds_planned']}")
 
-
-def _accuracy_table(state: SweepState, records: tuple[Record, ...]) -> Table:
-    """Test accuracy of the chosen settings."""
+def _summary_table(state: SweepState, records: tuple[Record, ...], found: Found) -> Table:
+    """What the docs show: accuracy, who is ahead, cost, collapse."""
+    first = state.methods[0].name
     equal = max((record["equal_iterations"] for record in records), default=0)
     columns = [
         text_column("method", "label"),
         text_column("setting", "setting"),
-        SEEDS,
-        Column("test accuracy, %", _or_missing("half_width"), _best("test")),
-        number_column("± within a run", "within_run_mean", 100),
-        *_if_any(records, "early_stopped", _over_seeds("early stopped, %", "early_stopped")),
-        *([_over_seeds(f"at {equal} iterations, %", "equal")] if equal else []),
-        _over_seeds("best validation, %", "validation"),
-        Column("collapsed", _collapsed),
-        Column("diverged", lambda r: _count(r, "diverged")),
-        text_column("runs", "runs"),
-    ]
-    caption = f"Test accuracy, {state.benchmark}, sweep {state.name}."
-    notes = [*_explanations(records), *_differences(state)]
-    return _table("accuracy", caption, state, columns, records, notes)
-
-
-def _summary_table(state: SweepState, records: tuple[Record, ...], found: Found) -> Table | None:
-    """Everything in one table, for the docs; None while no final run is complete."""
-    if not state.runs:
-        return None
-    first, equal = state.methods[0].name, max(r["equal_iterations"] for r in records)
-    columns = [
-        text_column("method", "label"),
-        text_column("setting", "setting"),
-        SEEDS,
-        Column("test accuracy, %", _or_missing("within")),
+        Column("seeds", lambda r: f"{r['seeds']}/{r['seeds_planned']}"),
+        Column("test accuracy, %", _accuracy, _best("test")),
         number_column("95 % over seeds", "test_half_width", 100),
         mean_column(f"{first} leads by", "lead", 100),
-        *_if_any(records, "early_stopped",
-                 number_column("early stopped, %", "early_stopped_mean", 100),
-                 mean_column(f"{first} then leads by", "early_stopped_lead", 100)),
-        *([number_column(f"at {equal} iterations, %", "equal_mean", 100)] if equal else []),
+        Column("early stopped, %", lambda r: number(r["early_stopped_mean"], 100),
+               _best("early_stopped")),
+        mean_column(f"{first} then leads by", "early_stopped_lead", 100),
+        number_column(f"at {equal} iterations, %", "equal_mean", 100),
         number_column("outer iterations", "iterations_mean", digits=0),
         number_column("s an outer step", "step_cpu_seconds_mean", digits=3),
         number_column("peak, MiB", "tensor_bytes", 1 / MIB),
-        Column("collapsed", _collapsed_or_diverged),
+        Column("collapsed", _collapsed),
     ]  # fmt: skip
+    stopped = any(math.isfinite(record["early_stopped_mean"]) for record in records)
+    kept = [c for n, c in enumerate(columns) if (equal or n != 8) and (stopped or n not in (6, 7))]
     tasks = sorted({str(run.run.settings.get("test_tasks")) for of in found.values() for run in of})
-    note = (
-        f"Test accuracy: mean over seeds; ±: 95 % over the {' or '.join(tasks)} test tasks of a run"
-        " (mean over seeds). 95 % over seeds: half width by Student's t. Leads by: points, with the"
-        " 95 % interval of the differences seed by seed (Student's t): methods see the same tasks"
-        " where they have the same seed. Outer step: CPU seconds,"
-        " median. Peak: of live tensors in an outer step. Collapsed: validation fell by more than"
-        f" {100 * DROP:.0f} points from its best within the budget."
-    )
-    caption = f"Everything in one table, {state.benchmark}, sweep {state.name}."
-    notes = [note, *_explanations(records)[1:], *_differences(state)]
-    return _table("summary", caption, state, columns, records, notes, folded=True)
+    notes = [
+        "Test accuracy: at the end of a run's budget, mean over seeds; ±: 95 % over the"
+        f" {' or '.join(tasks)} test tasks of a run (mean over seeds). 95 % over seeds: half width"
+        " by Student's t. Leads by: points, with the 95 % interval of the differences seed by seed"
+        " (Student's t): methods see the same tasks where they have the same seed. Outer step: CPU"
+        " seconds, median. Peak: of live tensors in an outer step. Collapsed: validation fell by"
+        f" more than {100 * DROP:.0f} points from its best within the budget."
+    ]
+    if stopped:
+        notes.append("Early stopped: test accuracy of theta at a run's best validation within the"
+                     " budget, mean over seeds.")  # fmt: skip
+    caption = f"Test accuracy and cost, {state.benchmark}, sweep {state.name}."
+    notes += [*_missing_seeds(records), *_differences(state)]
+    return _table("summary", caption, state, kept, records, notes)
 
 
-def _cost_table(state: SweepState, records: tuple[Record, ...]) -> Table | None:
-    """Iterations, time and memory of the same runs; None while there are none."""
+def _details_table(state: SweepState, records: tuple[Record, ...]) -> Table | None:
+    """What else is known of the same runs; None while there are none."""
     if not state.runs:
         return None
     columns = (
         text_column("method", "label"),
-        number_column("outer iterations", "iterations_mean", digits=0),
+        mean_column("test accuracy, %", "test", 100),
+        mean_column("early stopped, %", "early_stopped", 100),
+        mean_column("best validation, %", "validation", 100, best=_best("validation")),
         number_column("outer step, ms of CPU", "step_cpu_seconds_mean", 1e3),
         number_column("outer step, ms of wall", "step_seconds_mean", 1e3),
-        number_column("peak of tensors, MiB", "tensor_bytes", 1 / MIB),
         number_column("peak of the process, MiB", "process_bytes", 1 / MIB, 0),
+        Column("collapsed later", lambda r: _count(r, "collapsed_after_budget")),
         text_column("runs", "runs"),
     )
     note = (
-        "Outer iterations: mean over seeds, until the budget was spent. Outer step: mean over"
-        " seeds of the median over a run's steps, without loading of data and validation. Peaks:"
-        " the largest of the seeds; of live tensors in one outer step, and of the whole process."
+        "±: 95 % over seeds (Student's t). Best validation: within the budget. Outer step: mean"
+        " over seeds of the median over a run's steps, without loading of data and validation."
+        " Peak: the largest of the seeds. Collapsed later: only after the budget, where some"
+        " methods go on to an iteration at which all are compared."
     )
-    caption = f"What an outer step costs, {state.benchmark}, sweep {state.name}."
-    return _table("cost", caption, state, columns, records, [note, *_differences(state)])
-
-
-def _over_seeds(header: str, key: str) -> Column:
-    return mean_column(header, key, 100, best=_best(key))
-
-
-def _if_any(records: Sequence[Record], key: str, *columns: Column) -> tuple[Column, ...]:
-    return columns if any(math.isfinite(record[f"{key}_mean"]) for record in records) else ()
+    caption = f"Intervals over seeds, and other costs, {state.benchmark}, sweep {state.name}."
+    notes = [note, *_differences(state)]
+    return _table("details", caption, state, columns, records, notes, folded=True)
 
 
 def _best(key: str) -> Callable[[Record], float]:
@@ -242,24 +217,12 @@ def _best(key: str) -> Callable[[Record], float]:
     return lambda r: float(r[f"{key}_mean"]) if r["seeds"] == r["seeds_planned"] else math.nan
 
 
-def _or_missing(interval: str) -> Callable[[Record], str]:
-    """Test accuracy with the interval over seeds, or that over tasks within a run."""
-    half = "within_run_mean" if interval == "within" else "test_half_width"
-
-    def show(record: Record) -> str:
-        if not record["seeds"]:
-            return "missing"
-        return plus_minus(record["test_mean"], record[half], 100)
-
-    return show
+def _accuracy(record: Record) -> str:
+    shown = plus_minus(record["test_mean"], record["within_run_mean"], 100)
+    return shown if record["seeds"] else "missing"
 
 
 def _collapsed(record: Record) -> str:
-    later = record["collapsed_after_budget"]
-    return _count(record, "collapsed") + (f" (+{later} after the budget)" if later else "")
-
-
-def _collapsed_or_diverged(record: Record) -> str:
     gone = f", {record['diverged']} diverged" if record["diverged"] else ""
     return _count(record, "collapsed") + gone
 
@@ -268,23 +231,11 @@ def _count(record: Record, what: str) -> str:
     return f"{record[what]} of {record['seeds']}" if record["seeds"] else MISSING
 
 
-def _explanations(records: Sequence[Record]) -> list[str]:
-    """What the columns are, and what is missing in them."""
-    lines = [
-        "Test accuracy: mean over seeds of each run's test accuracy at the end of its budget, with"
-        " the 95 % interval over seeds (Student's t). ± within a run: the mean of the runs' own"
-        " 95 % half widths over their test tasks. Best validation: mean over seeds. Collapsed:"
-        f" validation fell by more than {100 * DROP:.0f} points from its best within the budget."
-    ]
-    if any(math.isfinite(record["early_stopped_mean"]) for record in records):
-        lines.append(
-            "Early stopped: test accuracy of theta at a run's best validation within the budget,"
-            " mean and 95 % interval over seeds."
-        )
+def _missing_seeds(records: Sequence[Record]) -> list[str]:
+    """Which of the means are of fewer seeds than planned."""
     missing = [r for r in records if r["seeds"] < r["seeds_planned"]]
-    if missing:
-        told = [f"{r['method']} {r['seeds_planned'] - r['seeds']}" for r in missing]
-        lines.append(f"Missing seeds: {', '.join(told)}; the commands are below.")
+    told = ", ".join(f"{r['method']} {r['seeds_planned'] - r['seeds']}" for r in missing)
+    lines = [f"Missing seeds: {told}; the commands are below."] if missing else []
     lines += [
         f"{r['method']}: only {r['test_seeds']} of {r['seeds']} seeds have a finite test accuracy"
         for r in records if r["test_seeds"] < r["seeds"]

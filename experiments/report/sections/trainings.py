@@ -21,9 +21,8 @@ from experiments.report.content import (
     texts,
 )
 from experiments.report.figures import curve_caption, curve_records, draw_curves
-from experiments.report.request import Request
 from experiments.report.runs import Run, run_list, setting_text
-from experiments.report.summary import Summary
+from experiments.report.summary import Request, Summary
 from experiments.statistics import seeds_mean
 
 MOST_LINES = 8

@@ -26,7 +26,7 @@ def test_means_and_intervals_are_those_of_the_database(
     for cell, test in zip(finals(plan, "anil", 1), (0.60, 0.64, 0.65), strict=True):
         recorder.training(cell, CURVE, result={"test_accuracy": test, "test_half_width": test / 60})
     folder = report(*WORDS)
-    found = row(folder, "accuracy_accuracy_glyphs", "anil")
+    found = row(folder, "summary_accuracy_glyphs", "anil")
     wanted = {"config.algorithm.name": "anil", "config.budget": 240}
     runs = list(recorder.documents["runs"].find(wanted))
     tests = [run["result"]["test_accuracy"] for run in runs]
@@ -70,7 +70,7 @@ def test_early_stopped_scores_have_columns_of_their_own(
             result = {"test_accuracy": 0.5, "early_stopped_accuracy": test}
             recorder.training(cell, CURVE, result=result)
     folder = report(*WORDS)
-    found = row(folder, "accuracy_accuracy_glyphs", "anil")
+    found = row(folder, "summary_accuracy_glyphs", "anil")
     assert float(found["early_stopped_mean"]) == pytest.approx(0.70)
     half = 4.302652729911275 * 0.01 / 3**0.5
     assert float(found["early_stopped_half_width"]) == pytest.approx(half, rel=1e-9)
@@ -79,8 +79,8 @@ def test_early_stopped_scores_have_columns_of_their_own(
     summary = markdown(folder, "summary_accuracy_glyphs")
     assert "| early stopped, % | rm_metal then leads by |" in summary
     assert "| 0.0 ± 0.0 | 70.0 | 3.0 ± 5.0 |" in summary
-    table = markdown(folder, "accuracy_accuracy_glyphs")
-    assert "| 70.0 ± 2.5 |" in table and "Early stopped: test accuracy of theta" in table
+    assert "Early stopped: test accuracy of theta" in summary
+    assert "| 70.0 ± 2.5 |" in markdown(folder, "details_accuracy_glyphs")
 
 
 def test_missing_cells_have_their_command(
@@ -102,7 +102,7 @@ def test_missing_cells_have_their_command(
     assert len(found) == 9
     words = "python -m experiments.sweep accuracy benchmark=glyphs methods=rm_metal,anil"
     assert found["anil/final/0"]["command"] == f"{words} --cell anil/final/0"
-    assert "missing" in markdown(folder, "accuracy_accuracy_glyphs")
+    assert "missing" in markdown(folder, "summary_accuracy_glyphs")
     listed = {r["run"]: r["remarks"] for r in rows(folder, "runs_train")}
     assert "went on as run 6" in listed["5"] and "goes on from run 5" in listed["6"]
     assert "ValueError: no" in listed["4"]
@@ -132,11 +132,11 @@ def test_other_code_is_never_averaged_silently(
     recorder.training(first, CURVE)
     recorder.training(second, CURVE, commit="b" * 40, dirty=True)
     folder = report(*WORDS)
-    assert row(folder, "accuracy_accuracy_glyphs", "anil")["differs"] == "False"
+    assert row(folder, "summary_accuracy_glyphs", "anil")["differs"] == "False"
     recorder.training(third, CURVE, sources={"experiments/train.py": "2", "a.py": "1"})
     folder = report(*WORDS)
-    assert row(folder, "accuracy_accuracy_glyphs", "anil")["differs"] == "True"
-    for file in ("accuracy_accuracy_glyphs.md", "cost_accuracy_glyphs.md", "index.html"):
+    assert row(folder, "summary_accuracy_glyphs", "anil")["differs"] == "True"
+    for file in ("summary_accuracy_glyphs.md", "details_accuracy_glyphs.md", "index.html"):
         text = (folder / file).read_text()
         assert "anil: code differs" in text and "in a.py, experiments/train.py" in text, file
 
@@ -153,7 +153,7 @@ def test_other_settings_are_never_averaged_silently(
         recorder.documents["runs"].update_one(
             {"_id": number + 4}, {"$set": {"config.cell": cell.identity}}
         )
-    text = markdown(report(*WORDS), "accuracy_accuracy_glyphs")
+    text = markdown(report(*WORDS), "summary_accuracy_glyphs")
     assert "anil: settings differ between its runs: algorithm.l2 = 0.0 or 0.1" in text
 
 
@@ -184,7 +184,7 @@ def test_collapse_divergence_and_the_budget(
     recorder.training(first, {1000: 0.7, 2000: 0.5, 2400: 0.7})
     recorder.training(second, {1000: 0.7, 2400: 0.65, 3000: 0.2}, metrics=kept)
     recorder.training(third, {1000: 0.7, 2000: 0.61}, result={"diverged": "at 2001: nan"})
-    found = row(report(*WORDS), "accuracy_accuracy_glyphs", "anil")
+    found = row(report(*WORDS), "summary_accuracy_glyphs", "anil")
     assert (found["collapsed"], found["collapsed_after_budget"]) == ("1", "1")
     assert found["diverged"] == "1" and float(found["validation_mean"]) == pytest.approx(0.7)
     assert float(found["iterations_mean"]) == pytest.approx((2400 + 2400 + 2000) / 3)

@@ -164,7 +164,8 @@ def column(page: Path, name: str) -> dict[str, str]:
 
 
 def cells(line: str) -> list[str]:
-    return [cell.strip() for cell in line.split("|")[1:-1]]
+    """Without the report's bold."""
+    return [cell.strip().removeprefix("**").removesuffix("**") for cell in line.split("|")[1:-1]]
 
 
 def table_lines(page: Path) -> list[list[str]]:

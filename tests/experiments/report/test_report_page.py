@@ -17,8 +17,8 @@ import pytest
 from report_runs import WORDS, Recorder, fill, rows
 
 from experiments.report.__main__ import main
-from experiments.report.request import Request
 from experiments.report.runs import Archive
+from experiments.report.summary import Request
 from experiments.report.write import pictures
 from experiments.sweeps.definitions import SWEEPS
 from experiments.sweeps.plan import Plan, make_plan

@@ -69,7 +69,7 @@ def test_a_file_has_the_report_of_its_database(
         {p.name: p.read_bytes() for p in (tmp_path / name).iterdir() if p.suffix != ".html"}
         for name in ("here", "there")
     )
-    assert "accuracy_accuracy_glyphs.csv" in here and "hypergradient.png" in here
+    assert "summary_accuracy_glyphs.csv" in here and "hypergradient.png" in here
     assert here.keys() == there.keys()
     assert [name for name in here if here[name] != there[name]] == []
 

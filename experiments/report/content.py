@@ -139,14 +139,11 @@ def number_column(header: str, key: str, factor: float = 1.0, digits: int = 1) -
 
 
 def mean_column(
-    header: str, key: str, factor: float = 1.0, digits: int = 1, half: str = "half_width",
-    best: Callable[[Record], float] | None = None,
-) -> Column:  # fmt: skip
-    """A column of a mean with its interval: ``KEY_mean`` and ``KEY_HALF``."""
+    header: str, key: str, factor: float = 1.0, best: Callable[[Record], float] | None = None
+) -> Column:
+    """A column of a mean with its interval: ``KEY_mean`` and ``KEY_half_width``."""
     return Column(
-        header,
-        lambda r: plus_minus(r.get(f"{key}_mean"), r.get(f"{key}_{half}"), factor, digits),
-        best,
+        header, lambda r: plus_minus(r[f"{key}_mean"], r[f"{key}_half_width"], factor), best
     )
 
 

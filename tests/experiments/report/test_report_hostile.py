@@ -165,11 +165,13 @@ def test_names_become_files_of_their_own_in_the_folder(
 ) -> None:
     names = ["../../up", "/tmp/x", "a b", "a_b", "A_B", "x" * 3000, "\x00\x1b]0;t\x07", "", "con"]
     for name in names:
-        recorder.run({**CONFIG, "tasks.name": name}, validations(CURVE), result=RESULT)
+        config = {**CONFIG, "tasks.name": name, "algorithm.name": "$\\frac{" + name}
+        recorder.run(config, validations(CURVE), result=RESULT)
         recorder.run({}, experiment=name)
     folder = report("smoke")
     assert all(path.parent == folder for path in folder.rglob("*"))
     assert len(list(folder.glob("other*.csv"))) == len(names)
+    assert len(list(folder.glob("curves_other*.svg"))) == len(names)
     benchmarks = [rows(folder, file.stem)[0]["source_runs"] for file in folder.glob("other*.csv")]
     assert len(set(benchmarks)) == len(names)
 

@@ -29,7 +29,7 @@ DEEP: Any = 1
 for _ in range(80):
     DEEP = [DEEP]
 WRONG: list[Any] = [
-    "x", "", "{[]: 1}", "(" * 500, "\x1b[31mred\x00\u202e", "$\\frac", 7, -1e308, math.nan, True,
+    "x", "", "{[]: 1}", "(" * 500, "\x1b[31mred\x00\u202e", "$\\frac{$", 7, -1e308, math.nan, True,
     2**62, [], ["a", 1], [["a"]], [None, {}], {}, {"a": {"b": 1}}, DEEP, datetime(2026, 1, 1),
     ObjectId("0" * 24), Decimal128("1.5"), Regex("a"), b"\xff", Binary(b"a" * 16, 4),
 ]  # fmt: skip
@@ -165,7 +165,7 @@ def test_names_become_files_of_their_own_in_the_folder(
 ) -> None:
     names = ["../../up", "/tmp/x", "a b", "a_b", "A_B", "x" * 3000, "\x00\x1b]0;t\x07", "", "con"]
     for name in names:
-        config = {**CONFIG, "tasks.name": name, "algorithm.name": "$\\frac{" + name}
+        config = {**CONFIG, "tasks.name": name, "algorithm.name": "$\\frac{$" + name}
         recorder.run(config, validations(CURVE), result=RESULT)
         recorder.run({}, experiment=name)
     folder = report("smoke")

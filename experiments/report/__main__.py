@@ -2,10 +2,12 @@
 
     python -m experiments.report
     python -m experiments.report accuracy benchmark=caltech101 --output report
+    python -m experiments.report --records docs/records/*.jsonl.gz
 
-Reads MongoDB and nothing else: the database that experiments.train records in, or -m's. Words are
-a sweep's name (those of experiments.sweep, or a Python file that defines SWEEP) and the KEY=VALUE
-that it was run with; without any, every sweep. What the report shows: docs/report.md.
+Reads MongoDB (the database that experiments.train records in, or -m's) or files of exported runs,
+and nothing else. Words are a sweep's name (those of experiments.sweep, or a Python file that
+defines SWEEP) and the KEY=VALUE that it was run with; without any, every sweep. What the report
+shows: docs/report.md.
 """
 
 from __future__ import annotations
@@ -18,55 +20,40 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from bson.errors import BSONError
 from pymongo.errors import PyMongoError
 
-from experiments.report.archive import Archive
-from experiments.report.request import Request, load_trainings
+from experiments.report.results import open_records
+from experiments.report.runs import Archive
 from experiments.report.sections import SECTIONS
+from experiments.report.summary import Request
 from experiments.report.sweep_state import SweepState, read_sweep
 from experiments.report.write import write
 from experiments.sweeps.cells import parse_settings
 from experiments.sweeps.definitions import SWEEPS
 from experiments.sweeps.plan import find_sweep
 from experiments.tracking import UserError
-from experiments.tracking.database import Database, choose
+from experiments.tracking.records import printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; 0, or 1 after an error that is one line."""
     options = _parse(argv)
+    words = list(options.words)
     try:
-        database = Database(choose(options.mongo_db))
-        try:
-            path = report(database, options.words, Path(options.output))
-        finally:
-            database.close()
-    except (UserError, PyMongoError, OSError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        with open_records(options.mongo_db, options.records) as records:
+            archive = Archive(records)
+            request = Request(archive, tuple(_sweeps(words, archive)))
+            sections = [section for make in SECTIONS for section in make(request)]
+        about = f"From {records.label}, {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC."
+        given = ["--records", *options.records] if options.records else []
+        command = shlex.join(["python", "-m", "experiments.report", *words, *given])
+        path = write(Path(options.output), sections, about, command)
+    except (UserError, PyMongoError, BSONError, OSError) as error:
+        print("error: " + printable(" ".join(str(error).split())), file=sys.stderr)
         return 1
     print(f"report           {path}")
     return 0
-
-
-def report(database: Database, words: Sequence[str], folder: Path) -> Path:
-    """Write the report; the path of its page.
-
-    Args:
-        database: that is read.
-        words: names of sweeps, and KEY=VALUE for one of them.
-        folder: for all files.
-
-    Raises:
-        UserError: an unknown sweep or setting.
-    """
-    archive = Archive(database.documents)
-    load_trainings(archive)
-    request = Request(archive, tuple(_sweeps(words, archive)))
-    sections = [section for make in SECTIONS for section in make(request)]
-    now = datetime.now(timezone.utc)
-    about = f"From the database {database.label}, {now:%Y-%m-%d %H:%M} UTC."
-    command = shlex.join(["python", "-m", "experiments.report", *words])
-    return write(folder, sections, about, command)
 
 
 def _sweeps(words: Sequence[str], archive: Archive) -> list[SweepState]:
@@ -97,6 +84,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("words", nargs="*", metavar="SWEEP | KEY=VALUE",
         help="a sweep's name and what it was run with; default: every sweep")
     add("--output", default="report", metavar="FOLDER", help="for all files (default: report)")
+    add("--records", nargs="+", metavar="FILE",
+        help="of exported runs, read instead of the database (experiments.tracking.export)")
     add("-m", "--mongo_db", metavar="HOST:PORT:DB", help="as in experiments.train")
     return parser.parse_intermixed_args(argv)
 

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from matplotlib.figure import Figure as Drawing
 
+from experiments.tracking.records import RunId
+
 Record: TypeAlias = Mapping[str, Any]
 """A row's raw values by name, as the CSV file has them."""
 
 MISSING = "–"
+MIB = 2.0**20
+LONGEST = 600
+"""Characters of a cell; a run's record may hold a text of any length."""
+LONGEST_NAME = 120
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class Source:
     """
 
     command: str
-    runs: tuple[Any, ...] = ()
+    runs: tuple[RunId, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,14 @@ class Table:
     notes: tuple[str, ...] = ()
     folded: bool = False
 
-    def best_rows(self, column: Column) -> set[int]:
+    def cells(self) -> list[list[tuple[str, bool]]]:
+        """By row, each cell's text and whether it is bold."""
+        best = {column: self._best_rows(column) for column in self.columns}
+        return [[(shortened(column.show(record)), number in best[column])
+                 for column in self.columns]
+                for number, record in enumerate(self.records)]  # fmt: skip
+
+    def _best_rows(self, column: Column) -> set[int]:
         """The rows whose cell of this column is bold: the best of several finite values."""
         if column.best is None:
             return set()
@@ -102,7 +115,17 @@ class Section:
 
 def file_name(*words: str) -> str:
     """A name for files from words such as a benchmark's name, whatever is in it."""
-    return re.sub(r"\W+", "_", "_".join(words), flags=re.ASCII).strip("_")
+    return re.sub(r"\W+", "_", "_".join(words), flags=re.ASCII).strip("_")[:LONGEST_NAME]
+
+
+def shortened(text: str, longest: int = LONGEST) -> str:
+    """The text, or its beginning."""
+    return text if len(text) <= longest else f"{text[:longest]}..."
+
+
+def texts(*keys: str) -> tuple[Column, ...]:
+    """Columns of one value each, shown as it is, under its own name."""
+    return tuple(text_column(key.replace("_", " "), key) for key in keys)
 
 
 def text_column(header: str, key: str) -> Column:
@@ -113,6 +136,15 @@ def text_column(header: str, key: str) -> Column:
 def number_column(header: str, key: str, factor: float = 1.0, digits: int = 1) -> Column:
     """A column of one number, ``factor`` times, rounded."""
     return Column(header, lambda record: number(record.get(key), factor, digits))
+
+
+def mean_column(
+    header: str, key: str, factor: float = 1.0, best: Callable[[Record], float] | None = None
+) -> Column:
+    """A column of a mean with its interval: ``KEY_mean`` and ``KEY_half_width``."""
+    return Column(
+        header, lambda r: plus_minus(r[f"{key}_mean"], r[f"{key}_half_width"], factor), best
+    )
 
 
 def number(value: Any, factor: float = 1.0, digits: int = 1) -> str:
@@ -135,3 +167,9 @@ def plus_minus(mean: Any, half_width: Any, factor: float = 1.0, digits: int = 1)
     """``63.2 ± 1.1``; the mean alone where it has no interval."""
     shown, half = number(mean, factor, digits), number(half_width, factor, digits)
     return shown if MISSING in (shown, half) else f"{shown} ± {half}"
+
+
+def listed(names: Iterable[str]) -> tuple[str, ...]:
+    """A note that names what is missing; none if nothing is."""
+    told = ", ".join(names)
+    return (f"Missing: {told}.",) if told else ()

@@ -1,4 +1,4 @@
-"""Where each cell of a sweep stands, from the runs alone: nothing is claimed, chosen or written."""
+"""Where each cell of a sweep stands, from the runs alone: nothing is chosen or written."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 
-from experiments.report.archive import Archive, Run
+from experiments.report.runs import Archive, Run
 from experiments.sweeps.cells import Cell, Settings, describe, format_value
-from experiments.sweeps.claims import COLLECTION as CLAIMS
 from experiments.sweeps.definition import Sweep
 from experiments.sweeps.plan import Group, make_plan
-from experiments.sweeps.records import CHOICES
 
-DONE, RUNNING, FAILED, MISSING, WAITING = "done", "running", "failed", "not run", "waits"
+PENDING, RUNNING, FAILED = "pending", "running", "failed"
+INTERRUPTED, COMPLETED = "interrupted", "completed"
 VALIDATION = "validation/accuracy"
+LONG_AGO = datetime.min.replace(tzinfo=timezone.utc)
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class CellState:
         cell: None while the grid that decides its settings is incomplete.
         runs: every run of it, also killed ones, oldest first.
         run: the newest complete one.
-        state: DONE, RUNNING, FAILED, MISSING or WAITING.
-        why: of a cell that is not done.
+        state: PENDING, RUNNING, FAILED, INTERRUPTED or COMPLETED.
+        why: of a cell that is not complete.
     """
 
     name: str
@@ -88,8 +89,8 @@ class SweepState:
 
     @property
     def runs(self) -> list[Run]:
-        """All complete runs that count."""
-        return [cell.run for cell in self.cells if cell.run is not None]
+        """The complete final runs that count."""
+        return [run for method in self.methods for run in method.runs]
 
     @property
     def attempts(self) -> list[Run]:
@@ -108,14 +109,20 @@ def read_sweep(
     """The state of a sweep.
 
     Args:
+        name: of the sweep.
+        sweep: its definition.
+        benchmark: one of its own.
         given: further KEY=VALUE of the sweep's command line.
+        archive: where its runs are looked for.
 
     Raises:
         UserError: KEY=VALUE that the sweep does not take.
     """
     plan = make_plan(sweep, {**given, "benchmark": benchmark})
-    reader = _Reader(archive)
-    methods = tuple(reader.method(group) for group in plan.groups)
+    by_cell: dict[str, list[Run]] = {}
+    for run in archive.runs:
+        by_cell.setdefault(str(run.settings.get("cell")), []).append(run)
+    methods = tuple(_method(group, by_cell, archive) for group in plan.groups)
     state = SweepState(name, benchmark, (), methods)
     elsewhere = any("tasks.root=DATA" in run.command.split() for run in state.attempts)
     shown: dict[str, object] = {"tasks.root": "DATA"} if elsewhere else {}
@@ -125,74 +132,52 @@ def read_sweep(
     return SweepState(name, benchmark, (name, *benchmarks, *settings), methods)
 
 
-class _Reader:
-    def __init__(self, archive: Archive) -> None:
-        self._archive = archive
-        self._by_cell: dict[str, list[Run]] = {}
-        for run in archive.runs:
-            self._by_cell.setdefault(str(run.settings.get("cell")), []).append(run)
-        self._claims = {claim["_id"]: claim for claim in archive.collection(CLAIMS)}
+Cells = Mapping[str, Sequence[Run]]
+"""Every run by the identity of its cell."""
 
-    def method(self, group: Group) -> MethodState:
-        grid = tuple(self._cell(name, cell) for name, cell in group.grid.items())
-        chosen, remark = self._chosen(group, grid)
-        if chosen is None:
-            why = "its grid is not complete"
-            names = group.final_names()
-            finals = tuple(CellState(name, None, (), None, WAITING, why) for name in names)
-        else:
-            cells = group.finals[chosen].items()
-            finals = tuple(self._cell(name, cell) for name, cell in cells)
-        return MethodState(group.name, group.candidates, grid, finals, chosen, remark)
 
-    def _cell(self, name: str, cell: Cell) -> CellState:
-        runs = tuple(self._by_cell.get(cell.identity, ()))
-        complete = [run for run in runs if run.complete]
-        if complete:
-            newest = max(complete, key=lambda run: (run.last_sign is not None, run.last_sign))
-            return CellState(name, cell, runs, newest, DONE, "")
-        state, why = self._open(cell, runs)
-        return CellState(name, cell, runs, None, state, why)
+def _method(group: Group, by_cell: Cells, archive: Archive) -> MethodState:
+    grid = tuple(_cell(name, cell, by_cell) for name, cell in group.grid.items())
+    chosen, remark = _chosen(group, grid, by_cell, archive)
+    if chosen is None:
+        why = "its grid is not complete"
+        finals = [CellState(name, None, (), None, PENDING, why) for name in group.final_names()]
+    else:
+        finals = [_cell(name, cell, by_cell) for name, cell in group.finals[chosen].items()]
+    return MethodState(group.name, group.candidates, grid, tuple(finals), chosen, remark)
 
-    def _open(self, cell: Cell, runs: Sequence[Run]) -> tuple[str, str]:
-        claim = self._claims.get(cell.identity, {})
-        if any(run.status == "RUNNING" for run in runs):
-            return RUNNING, f"run {next(r.id for r in runs if r.status == 'RUNNING')}"
-        if runs:
-            last = runs[-1]
-            return FAILED, f"run {last.id} {last.status}: {last.failure or 'stopped'}"
-        failures = claim.get("failures") or []
-        return (FAILED, str(failures[-1])) if failures else (MISSING, "")
 
-    def _chosen(self, group: Group, grid: Sequence[CellState]) -> tuple[int | None, str]:
-        """As the sweep decides; where it could not yet, the candidate that has final runs."""
-        if not group.grid:
-            return 0, ""
-        recorded = self._recorded_choice(group)
-        if recorded is not None:
-            return recorded, ""
-        if all(cell.state == DONE for cell in grid):
-            return self._best(grid), ""
-        counts = [self._number_of_runs(finals) for finals in group.finals]
-        if max(counts) == 0:
-            return None, ""
-        return counts.index(max(counts)), "Final runs are there, but not all of the grid"
+def _cell(name: str, cell: Cell, by_cell: Cells) -> CellState:
+    runs = tuple(by_cell.get(cell.identity, ()))
+    complete = [run for run in runs if run.complete]
+    if complete:
+        newest = max(complete, key=lambda run: run.last_sign or LONG_AGO)
+        return CellState(name, cell, runs, newest, COMPLETED, "")
+    if not runs:
+        return CellState(name, cell, runs, None, PENDING, "")
+    last = next((run for run in runs if run.status == "RUNNING"), runs[-1])
+    if last.status == "RUNNING":
+        return CellState(name, cell, runs, None, RUNNING, f"run {last.id}")
+    killed = last.status == "INTERRUPTED" or last.failure.startswith("killed:")
+    why = f"run {last.id} {last.status}: {last.failure or 'stopped'}"
+    return CellState(name, cell, runs, None, INTERRUPTED if killed else FAILED, why)
 
-    def _recorded_choice(self, group: Group) -> int | None:
-        cells = [cell.identity for cell in group.grid.values()]
-        choices = [c for c in self._archive.collection(CHOICES) if c.get("cells") == cells]
-        if not choices:
-            return None
-        return int(max(choices, key=lambda choice: choice["time"])["index"])
 
-    def _best(self, grid: Sequence[CellState]) -> int:
-        """The highest last validation accuracy; the first of equals; a diverged run last."""
-        scores = [last_validation(cell, self._archive) for cell in grid]
-        return scores.index(max(scores))
-
-    def _number_of_runs(self, finals: Mapping[str, Cell]) -> int:
-        runs = [self._by_cell.get(cell.identity, []) for cell in finals.values()]
-        return sum(any(run.complete for run in tries) for tries in runs)
+def _chosen(
+    group: Group, grid: Sequence[CellState], by_cell: Cells, archive: Archive
+) -> tuple[int | None, str]:
+    """As the sweep decides; where it cannot yet, the candidate that has final runs."""
+    if not grid:
+        return 0, ""
+    if all(cell.state == COMPLETED for cell in grid):
+        archive.load([cell.run for cell in grid if cell.run is not None], [VALIDATION])
+        scores = [last_validation(cell, archive) for cell in grid]
+        return scores.index(max(scores)), ""  # the first of equals
+    counts = [sum(any(run.complete for run in by_cell.get(cell.identity, ()))
+                  for cell in finals.values()) for finals in group.finals]  # fmt: skip
+    if max(counts) == 0:
+        return None, ""
+    return counts.index(max(counts)), "Final runs are there, but not all of the grid"
 
 
 def last_validation(cell: CellState, archive: Archive) -> float:

@@ -1,45 +1,152 @@
-"""The report's files in a folder."""
+"""The report's files in a folder: tables by pandas, pictures by matplotlib, the page by jinja2."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import base64
+import io
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from experiments.report.content import Figure, Section, Table
-from experiments.report.drawing import pictures
-from experiments.report.page import page
-from experiments.report.table_text import csv_text, latex_text, markdown_text
+import matplotlib
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from experiments.report.content import Figure, Record, Section, Source, Table
+from experiments.report.runs import run_list
 
 PAGE = "index.html"
+TITLE = "l2l_implicit: what the runs show"
+TYPES = {"csv": "text/csv", "md": "text/markdown", "tex": "application/x-tex",
+         "svg": "image/svg+xml"}  # fmt: skip
+PNG_DPI = 160
+STYLE: dict[Any, Any] = {
+    "font.size": 10.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "legend.fontsize": 9.5,
+    "svg.hashsalt": "l2l_implicit",  # the same picture is the same file
+}
+LATEX = str.maketrans({
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
+    "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "±": r"$\pm$", "≤": r"$\leq$", "–": "--", "†": r"$\dagger$", "<": r"$<$", ">": r"$>$",
+    "|": r"$|$",
+})  # fmt: skip
 
 
 def write(folder: Path, sections: Sequence[Section], about: str, command: str) -> Path:
-    """Write every table and figure, then the page; its path.
+    """Write every table and figure, then the page, which needs no other file; its path.
+
+    Args:
+        folder: of the files.
+        sections: what is written.
+        about: where the runs come from, and when.
+        command: that makes the report.
 
     Raises:
         OSError: the folder cannot be written.
     """
     files: dict[str, bytes] = {}
-    for section in sections:
-        for item in section.items:
-            files |= _table(item) if isinstance(item, Table) else _figure(item)
+    named = [replace(section, items=tuple(_written(section.items, files))) for section in sections]
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (folder / name).write_bytes(content)
+
+    def data_uri(file: str) -> str:
+        kind = TYPES[file.rpartition(".")[2]]
+        return f"data:{kind};base64,{base64.b64encode(files[file]).decode()}"
+
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True,
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    templates.filters |= {"run_list": run_list, "data_uri": data_uri}
+    page = templates.get_template("page.html.jinja").render(
+        title=TITLE, sections=named, files=files, about=about, command=command
+    )
     path = folder / PAGE
-    path.write_text(page(sections, files, about, command), encoding="utf-8")
+    path.write_text(page, encoding="utf-8")
     return path
 
 
-def _table(table: Table) -> dict[str, bytes]:
-    return {
-        f"{table.name}.csv": csv_text(table.records, table.source).encode(),
-        f"{table.name}.md": markdown_text(table).encode(),
-        f"{table.name}.tex": latex_text(table).encode(),
-    }
+def _written(items: Iterable[Table | Figure], files: dict[str, bytes]) -> Iterable[Table | Figure]:
+    """The items under names that nothing else has, their contents put into the files."""
+    for item in items:
+        taken = {file.rpartition(".")[0].lower() for file in files}
+        name, number = item.name, 1
+        while name.lower() in taken:
+            name, number = f"{item.name}_{(number := number + 1)}", number
+        files[f"{name}.csv"] = csv_text(item.records, item.source).encode()
+        if isinstance(item, Table):
+            files[f"{name}.md"] = markdown_text(item).encode()
+            files[f"{name}.tex"] = latex_text(item).encode()
+            yield replace(item, name=name)
+            continue
+        try:
+            files[f"{name}.png"], files[f"{name}.svg"] = pictures(item)
+            yield replace(item, name=name)
+        except Exception as error:  # whatever matplotlib raises on numbers that no one foresaw
+            why = f"{type(error).__name__}: {str(error)[:200]}"
+            told = f"Not drawn ({why}); the CSV file has the numbers."
+            yield replace(item, name=name, notes=(*item.notes, told))
 
 
-def _figure(figure: Figure) -> dict[str, bytes]:
-    png, svg = pictures(figure)
-    data = csv_text(figure.records, figure.source).encode()
-    return {f"{figure.name}.png": png, f"{figure.name}.svg": svg, f"{figure.name}.csv": data}
+def pictures(figure: Figure) -> tuple[bytes, bytes]:
+    """The figure's PNG and SVG."""
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a font lacks a letter of a name, a number is huge
+        drawing = figure.draw()
+        png, svg = io.BytesIO(), io.BytesIO()
+        drawing.savefig(png, format="png", dpi=PNG_DPI)
+        drawing.set_layout_engine("none")  # it is laid out by now, and doing so takes the most time
+        drawing.savefig(svg, format="svg", metadata={"Date": None})
+    return png.getvalue(), svg.getvalue()
+
+
+def csv_text(records: Sequence[Record], source: Source) -> str:
+    """The raw values, a line a record; the command and the run ids are its last columns."""
+    own = {"source_command": source.command, "source_runs": run_list(source.runs)}
+    rows = [{**record, **own} for record in records]
+    keys = dict.fromkeys(key for row in rows for key in row if key not in own)
+    frame = pd.DataFrame(rows, columns=[*keys, *own], dtype=object)
+    return frame.to_csv(index=False, na_rep="nan", lineterminator="\n")
+
+
+def markdown_text(table: Table) -> str:
+    """A pipe table; caption above, notes, command and runs below."""
+    frame = _frame(table, "**{}**".format, lambda text: text.replace("|", r"\|"))
+    sides = ["left" if column.text else "right" for column in table.columns]
+    grid = frame.to_markdown(index=False, colalign=sides, disable_numparse=True)
+    source = f"`{table.source.command}`; runs: {run_list(table.source.runs) or 'none'}"
+    return "\n\n".join([table.caption, grid, *table.notes, source]) + "\n"
+
+
+def latex_text(table: Table) -> str:
+    """A ``table`` environment with booktabs rules."""
+    text = _frame(table, r"\textbf{{{}}}".format, latex).to_latex(
+        index=False,
+        escape=False,
+        caption=latex(table.caption),
+        column_format="".join("l" if column.text else "r" for column in table.columns),
+    )
+    notes = "".join(f"\\par\\footnotesize {latex(note)}\n" for note in table.notes)
+    return (
+        f"% command: {table.source.command}\n% runs: {run_list(table.source.runs) or 'none'}\n"
+        "% needs \\usepackage{booktabs}\n"
+    ) + text.replace("\\end{table}", f"{notes}\\end{{table}}")
+
+
+def latex(text: str) -> str:
+    """Text with what is special to LaTeX escaped."""
+    return text.translate(LATEX)
+
+
+def _frame(table: Table, bold: Any, escape: Any) -> pd.DataFrame:
+    rows = [[bold(escape(text)) if best else escape(text) for text, best in row]
+            for row in table.cells()]  # fmt: skip
+    headers = [escape(column.header) for column in table.columns]
+    return pd.DataFrame(rows, columns=headers, dtype=object)

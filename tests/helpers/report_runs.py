@@ -6,6 +6,7 @@ import csv
 import hashlib
 import math
 import random
+import re
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -142,6 +143,11 @@ def _curve(generator: random.Random, level: float, every: int, final: bool) -> d
 def rows(folder: Path, name: str) -> list[dict[str, str]]:
     with open(folder / f"{name}.csv", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def markdown(folder: Path, name: str) -> str:
+    """A table's file, its cells without the spaces that align them."""
+    return re.sub(" +", " ", (folder / f"{name}.md").read_text(encoding="utf-8"))
 
 
 def row(folder: Path, name: str, method: str) -> dict[str, str]:

@@ -11,8 +11,6 @@ from pydantic import Field, model_validator
 from tqdm import tqdm
 
 from experiments.ingredients.model import use_threads, within_limits
-from experiments.papers.convergence import figure
-from experiments.papers.convergence.figure import Findings, Floors, show
 from experiments.papers.convergence.parts import (
     Bounds,
     Deterministic,
@@ -26,6 +24,8 @@ from experiments.papers.convergence.parts import (
     stochastic,
 )
 from experiments.papers.convergence.problem import make_tasks
+from experiments.report.paper_figures import Findings, Floors, draw_convergence
+from experiments.report.paper_figures import show_mean as show
 from experiments.tracking import TrackedExperiment, record
 from experiments.tracking.config import (
     MOST,
@@ -221,7 +221,8 @@ def convergence(
         for each in batches:
             _record_theorem_1(_run, each)
     print(_text(plan.bounds, all_tasks, batches, undercut))
-    figure.draw(picture, _findings(plan.bounds, all_tasks, batches, undercut))
+    drawing = draw_convergence(_findings(plan.bounds, all_tasks, batches, undercut))
+    drawing.savefig(picture, dpi=120)
     _run.add_artifact(picture)
     print(f"\npicture: {picture}")
     return _result(plan.bounds, all_tasks, batches)

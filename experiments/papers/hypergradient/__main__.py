@@ -13,8 +13,6 @@ from pydantic import Field
 from tqdm import tqdm
 
 from experiments.ingredients.model import use_threads, within_limits
-from experiments.papers.hypergradient import figure
-from experiments.papers.hypergradient.figure import Curves
 from experiments.papers.hypergradient.problems import (
     Classification,
     Method,
@@ -22,6 +20,7 @@ from experiments.papers.hypergradient.problems import (
     Regression,
     methods,
 )
+from experiments.report.paper_figures import Curve, draw_errors
 from experiments.tracking import TrackedExperiment, record
 from experiments.tracking.config import Count, Counts, Positive, RunSettings, Seed, Text, Threads
 from experiments.training.outcome import new_folder
@@ -83,7 +82,7 @@ def _problems(c: Mapping[str, Any]) -> dict[str, tuple[Make, dict[str, Method]]]
 def curves_of(
     tasks: Sequence[Problem], by_name: Mapping[str, Method], inner_steps: Sequence[int],
     tick: Callable[[int], object],
-) -> Curves:  # fmt: skip
+) -> Mapping[str, Curve]:  # fmt: skip
     """Geometric means over the problems of the relative errors, by method and K."""
     exact = [task.exact() for task in tasks]
     curves: dict[str, dict[int, float]] = {}
@@ -98,7 +97,7 @@ def curves_of(
     return curves
 
 
-def _text(title: str, condition: float, curves: Curves) -> str:
+def _text(title: str, condition: float, curves: Mapping[str, Curve]) -> str:
     steps = list(next(iter(curves.values())))
     lines = ["", f"{title}, condition number {condition:.0f}: relative error against K"]
     lines.append(f"{'':28}" + " ".join(f"{k:8d}" for k in steps))
@@ -109,7 +108,7 @@ def _text(title: str, condition: float, curves: Curves) -> str:
     return "\n".join(lines)
 
 
-def _result(found: Mapping[str, Curves]) -> dict[str, float]:
+def _result(found: Mapping[str, Mapping[str, Curve]]) -> dict[str, float]:
     """The errors at the last K."""
     return {
         f"{problem}/{name}": list(by_steps.values())[-1]
@@ -130,7 +129,7 @@ def hypergradient(
     inner_steps, kinds = sorted(set(inner_steps)), _problems(_config)
     each = problems * sum(inner_steps)
     total = sum(each * len(by_name) for _, by_name in kinds.values())
-    found: dict[str, Curves] = {}
+    found: dict[str, Mapping[str, Curve]] = {}
     with warnings.catch_warnings(), tqdm(total=total, desc="inner steps", mininterval=1.0) as bar:
         warnings.simplefilter("ignore", UnsolvedWarning)  # too few steps is what is measured
         for title, (make, by_name) in kinds.items():
@@ -141,7 +140,7 @@ def hypergradient(
                     record(_run, {f"hypergradient/{title}/{name}": error}, steps)
             tqdm.write(_text(title, tasks[0].condition, curves))
             found[title] = curves
-    figure.draw(picture, found)
+    draw_errors(found).savefig(picture, dpi=120)
     _run.add_artifact(picture)
     print(f"\npicture: {picture}")
     return _result(found)

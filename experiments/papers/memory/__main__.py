@@ -24,7 +24,7 @@ from experiments.papers.memory.measure import (
     floor,
     growth,
 )
-from experiments.papers.memory.points import Growth
+from experiments.report.paper_figures import Growth
 from experiments.tracking import TrackedExperiment, record
 from experiments.tracking.config import Count, Counts, Positive, RunSettings, Seed, Text, Threads
 from experiments.training.outcome import new_folder

@@ -17,7 +17,7 @@ from experiments.benchmark.problem import Shape
 from experiments.ingredients.algorithm import make_algorithms
 from experiments.ingredients.algorithm_table import AlgorithmSettings
 from experiments.ingredients.model import ModelSettings, build_backbone
-from experiments.papers.memory.points import Growth, Point
+from experiments.report.paper_figures import Growth, Point
 from experiments.training.algorithms import Algorithm
 from experiments.training.episodes import Episode
 from experiments.training.peak_memory import peak_memory

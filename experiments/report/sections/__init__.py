@@ -9,23 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from experiments.report.content import Section
-from experiments.report.request import Request
-from experiments.report.sections import (
-    convergence,
-    hypergradient,
-    listing,
-    memory,
-    other_training,
-    overview,
-    sweep_results,
-)
+from experiments.report.sections import listing, papers, sweeps, trainings
+from experiments.report.summary import Request
 
 SECTIONS: tuple[Callable[[Request], list[Section]], ...] = (
-    overview.sections,
-    sweep_results.sections,
-    memory.sections,
-    hypergradient.sections,
-    convergence.sections,
-    other_training.sections,
-    listing.sections,
+    listing.overview,
+    sweeps.sections,
+    papers.memory,
+    papers.hypergradient,
+    papers.convergence,
+    trainings.sections,
+    listing.all_runs,
 )

@@ -10,7 +10,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import pytest
-from report_runs import CURVE, WORDS, Recorder, finals, grid, row, rows
+from report_runs import CURVE, WORDS, Recorder, finals, grid, markdown, row, rows
 
 from experiments.sweeps.cells import Cell
 from experiments.sweeps.plan import Plan
@@ -26,7 +26,7 @@ def test_means_and_intervals_are_those_of_the_database(
     for cell, test in zip(finals(plan, "anil", 1), (0.60, 0.64, 0.65), strict=True):
         recorder.training(cell, CURVE, result={"test_accuracy": test, "test_half_width": test / 60})
     folder = report(*WORDS)
-    found = row(folder, "accuracy_accuracy_glyphs", "anil")
+    found = row(folder, "summary_accuracy_glyphs", "anil")
     wanted = {"config.algorithm.name": "anil", "config.budget": 240}
     runs = list(recorder.documents["runs"].find(wanted))
     tests = [run["result"]["test_accuracy"] for run in runs]
@@ -34,11 +34,11 @@ def test_means_and_intervals_are_those_of_the_database(
     assert len(tests) == 3 and found["seeds"] == "3" and found["setting"] == "algorithm.lr=0.1"
     assert float(found["test_mean"]) == pytest.approx(mean(tests), abs=1e-12)
     half = 4.302652729911275 * stdev(tests) / 3**0.5
-    assert float(found["test_half_width_seeds"]) == pytest.approx(half, rel=1e-9)
-    assert float(found["test_half_width_tasks"]) == pytest.approx(mean(halves), abs=1e-12)
+    assert float(found["test_half_width"]) == pytest.approx(half, rel=1e-9)
+    assert float(found["within_run_mean"]) == pytest.approx(mean(halves), abs=1e-12)
     assert found["source_command"].startswith("python -m experiments.sweep accuracy")
     assert found["runs"] == "4-6"
-    summary = (folder / "summary_accuracy_glyphs.md").read_text()
+    summary = markdown(folder, "summary_accuracy_glyphs")
     assert "| anil | algorithm.lr=0.1 | 3/3 | 63.0 ± 1.1 | 6.6 |" in summary
     assert "| 300 | 0.100 | 32.0 | 0 of 3 |" in summary
 
@@ -57,7 +57,7 @@ def test_methods_are_compared_seed_by_seed(
     assert found["lead_seeds"] == "2" and float(found["lead_mean"]) == pytest.approx(0.04)
     assert float(found["lead_half_width"]) == pytest.approx(12.7062 * 0.01, rel=1e-4)
     assert row(folder, "summary_accuracy_glyphs", "rm_metal")["lead_seeds"] == "0"
-    summary = (folder / "summary_accuracy_glyphs.md").read_text()
+    summary = markdown(folder, "summary_accuracy_glyphs")
     assert "| 4.0 ± 12.7 |" in summary and "early stopped" not in summary
 
 
@@ -70,54 +70,45 @@ def test_early_stopped_scores_have_columns_of_their_own(
             result = {"test_accuracy": 0.5, "early_stopped_accuracy": test}
             recorder.training(cell, CURVE, result=result)
     folder = report(*WORDS)
-    found = row(folder, "accuracy_accuracy_glyphs", "anil")
+    found = row(folder, "summary_accuracy_glyphs", "anil")
     assert float(found["early_stopped_mean"]) == pytest.approx(0.70)
     half = 4.302652729911275 * 0.01 / 3**0.5
-    assert float(found["early_stopped_half_width_seeds"]) == pytest.approx(half, rel=1e-9)
+    assert float(found["early_stopped_half_width"]) == pytest.approx(half, rel=1e-9)
     assert float(found["early_stopped_lead_mean"]) == pytest.approx(0.03)
     assert float(found["early_stopped_lead_half_width"]) == pytest.approx(2 * half, rel=1e-9)
-    summary = (folder / "summary_accuracy_glyphs.md").read_text()
+    summary = markdown(folder, "summary_accuracy_glyphs")
     assert "| early stopped, % | rm_metal then leads by |" in summary
     assert "| 0.0 ± 0.0 | 70.0 | 3.0 ± 5.0 |" in summary
-    table = (folder / "accuracy_accuracy_glyphs.md").read_text()
-    assert "| 70.0 ± 2.5 |" in table and "Early stopped: test accuracy of theta" in table
-
-
-def test_the_recorded_choice_of_the_sweep_wins(
-    recorder: Recorder, plan: Plan, report: Callable[..., Path]
-) -> None:
-    grid(recorder, plan, "anil", (0.5, 0.6, 0.55))
-    (group,) = [group for group in plan.groups if group.name == "anil"]
-    cells = [cell.identity for cell in group.grid.values()]
-    recorder.documents["sweep_choices"].insert_one({"cells": cells, "index": 2, "time": 1})
-    recorder.training(finals(plan, "anil", 2)[0], CURVE)
-    found = row(report(*WORDS), "accuracy_accuracy_glyphs", "anil")
-    assert (found["setting"], found["seeds"], found["runs"]) == ("algorithm.lr=0.3", "1", "4")
+    assert "Early stopped: test accuracy of theta" in summary
+    assert "| 70.0 ± 2.5 |" in markdown(folder, "details_accuracy_glyphs")
 
 
 def test_missing_cells_have_their_command(
     recorder: Recorder, plan: Plan, report: Callable[..., Path]
 ) -> None:
     grid(recorder, plan, "anil", (0.5, 0.6, 0.55))
-    killed, stopped, running = finals(plan, "anil", 1)
-    recorder.training(killed, CURVE, status="FAILED", fail_trace=["killed: kill -9"])
+    failed, stopped, running = finals(plan, "anil", 1)
+    recorder.training(failed, CURVE, status="FAILED", fail_trace=["x", "ValueError: no"])
     recorder.training(stopped, CURVE, status="INTERRUPTED", info={"resumed_by": 6})
     recorder.training(running, CURVE, status="RUNNING", info={"resumes": "5"})
     folder = report(*WORDS)
     found = {r["cell"]: r for r in rows(folder, "missing_accuracy_glyphs")}
     states = {name: (r["state"], r["attempts"]) for name, r in found.items()}
     assert states["anil/final/0"] == ("failed", "4")
-    assert states["anil/final/1"] == ("failed", "5")
+    assert states["anil/final/1"] == ("interrupted", "5")
     assert states["anil/final/2"] == ("running", "6")
-    assert states["rm_metal/grid/0"] == ("not run", "")
-    assert states["rm_metal/final/0"] == ("waits", "")
+    assert states["rm_metal/grid/0"] == ("pending", "")
+    assert states["rm_metal/final/0"] == ("pending", "")
     assert len(found) == 9
     words = "python -m experiments.sweep accuracy benchmark=glyphs methods=rm_metal,anil"
     assert found["anil/final/0"]["command"] == f"{words} --cell anil/final/0"
-    assert "missing" in (folder / "accuracy_accuracy_glyphs.md").read_text()
+    assert "missing" in markdown(folder, "summary_accuracy_glyphs")
     listed = {r["run"]: r["remarks"] for r in rows(folder, "runs_train")}
     assert "went on as run 6" in listed["5"] and "goes on from run 5" in listed["6"]
-    assert "kill -9" in listed["4"]
+    assert "ValueError: no" in listed["4"]
+    recorder.documents["runs"].update_one({"_id": 4}, {"$set": {"fail_trace": ["killed: kill -9"]}})
+    found = {r["cell"]: r for r in rows(report(*WORDS), "missing_accuracy_glyphs")}
+    assert found["anil/final/0"]["state"] == "interrupted", "a death from outside is no failure"
 
 
 @pytest.mark.parametrize("given", [{}, {"tasks": {"root": "/somewhere"}}])
@@ -141,11 +132,11 @@ def test_other_code_is_never_averaged_silently(
     recorder.training(first, CURVE)
     recorder.training(second, CURVE, commit="b" * 40, dirty=True)
     folder = report(*WORDS)
-    assert row(folder, "accuracy_accuracy_glyphs", "anil")["differs"] == "False"
+    assert row(folder, "summary_accuracy_glyphs", "anil")["differs"] == "False"
     recorder.training(third, CURVE, sources={"experiments/train.py": "2", "a.py": "1"})
     folder = report(*WORDS)
-    assert row(folder, "accuracy_accuracy_glyphs", "anil")["differs"] == "True"
-    for file in ("accuracy_accuracy_glyphs.md", "cost_accuracy_glyphs.md", "index.html"):
+    assert row(folder, "summary_accuracy_glyphs", "anil")["differs"] == "True"
+    for file in ("summary_accuracy_glyphs.md", "details_accuracy_glyphs.md", "index.html"):
         text = (folder / file).read_text()
         assert "anil: code differs" in text and "in a.py, experiments/train.py" in text, file
 
@@ -162,7 +153,7 @@ def test_other_settings_are_never_averaged_silently(
         recorder.documents["runs"].update_one(
             {"_id": number + 4}, {"$set": {"config.cell": cell.identity}}
         )
-    text = (report(*WORDS) / "accuracy_accuracy_glyphs.md").read_text()
+    text = markdown(report(*WORDS), "summary_accuracy_glyphs")
     assert "anil: settings differ between its runs: algorithm.l2 = 0.0 or 0.1" in text
 
 
@@ -193,10 +184,10 @@ def test_collapse_divergence_and_the_budget(
     recorder.training(first, {1000: 0.7, 2000: 0.5, 2400: 0.7})
     recorder.training(second, {1000: 0.7, 2400: 0.65, 3000: 0.2}, metrics=kept)
     recorder.training(third, {1000: 0.7, 2000: 0.61}, result={"diverged": "at 2001: nan"})
-    found = row(report(*WORDS), "accuracy_accuracy_glyphs", "anil")
+    found = row(report(*WORDS), "summary_accuracy_glyphs", "anil")
     assert (found["collapsed"], found["collapsed_after_budget"]) == ("1", "1")
     assert found["diverged"] == "1" and float(found["validation_mean"]) == pytest.approx(0.7)
-    assert float(found["iterations"]) == pytest.approx((2400 + 2400 + 2000) / 3)
+    assert float(found["iterations_mean"]) == pytest.approx((2400 + 2400 + 2000) / 3)
     assert float(found["equal_mean"]) == pytest.approx(0.62) and found["equal_seeds"] == "1"
 
 
@@ -227,7 +218,7 @@ def test_who_gets_there_at_the_same_validation_is_as_fast(
         grid(recorder, plan, method, (0.6, 0.5, 0.5))
         for cell in finals(plan, method):
             recorder.training(cell, curve)
-    text = (report(*WORDS) / "time_accuracy_glyphs.md").read_text()
+    text = markdown(report(*WORDS), "time_accuracy_glyphs")
     assert "**≤ 20.2 ± 0.0**" in text and "**≤ 20.0 ± 0.0**" in text
 
 
@@ -250,7 +241,7 @@ def test_older_runs_and_regression_have_curves_too(
     )
     folder = report()
     points = rows(folder, "curves_other_caltech101")
-    assert [r["training_seconds"] for r in points] == ["3.0", "10.0"]
+    assert [float(r["training_seconds"]) for r in points] == [3.0, 10.0]
     (found,) = rows(folder, "other_sine")
     assert (found["validation"], found["collapsed"]) == ("0.3", "0")
-    assert "0.250 mse" in (folder / "other_sine.md").read_text()
+    assert "0.250 mse" in markdown(folder, "other_sine")

@@ -1,4 +1,4 @@
-"""The accuracy tables of the docs recomputed with pymongo from the recorded runs.
+"""The accuracy tables of the docs recomputed from the recorded runs.
 
 Nothing of the report is used but the files it wrote: which run belongs to which method, what its
 accuracy was when its budget ended, means, intervals, times and collapses are found again here. The
@@ -10,14 +10,13 @@ from __future__ import annotations
 import csv
 import math
 from collections import defaultdict
-from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import pytest
-from reported_records import reported
+from reported_records import Recorded, points, reported
 
 DOCS = Path(__file__).parents[3] / "docs"
 FILES = sorted((DOCS / "records").glob("accuracy_*.jsonl.gz"))
@@ -45,37 +44,36 @@ Drawn = tuple[dict[str, list[Final]], Path, str]
 @pytest.fixture(scope="module", params=FILES, ids=lambda file: file.name.partition(".")[0])
 def drawn(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Drawn]:
+) -> Drawn:
     """Final runs by method, the report's folder, the benchmark."""
     folder = tmp_path_factory.mktemp("accuracy")
     benchmark = request.param.name.partition(".")[0].removeprefix("accuracy_")
-    with reported(request.param, ["accuracy", f"benchmark={benchmark}"], folder) as documents:
-        yield finals(documents), folder / "report", benchmark
+    lines = reported(request.param, ["accuracy", f"benchmark={benchmark}"], folder)
+    return finals(lines), folder / "report", benchmark
 
 
-def finals(documents: Any) -> dict[str, list[Final]]:
+def finals(lines: Recorded) -> dict[str, list[Final]]:
     """The runs with the largest budget are the final ones; the grid's have half of it.
 
     Of those that ran again with other code the newest counts.
     """
-    complete = {"status": "COMPLETED", "experiment.name": "train"}
-    largest = max(documents["runs"].distinct("config.budget", complete))
+    complete = [line for line in lines if line["runs"]["status"] == "COMPLETED"]
+    largest = max(line["runs"]["config"]["budget"] for line in complete)
     found: dict[str, dict[int, Final]] = defaultdict(dict)
-    for run in documents["runs"].find({**complete, "config.budget": largest}).sort("stop_time"):
-        algorithm = run["config"]["algorithm"]
-        name = "_".join(filter(None, (algorithm["name"], algorithm["variant"])))
-        found[name][run["config"]["seed"]] = final(documents, run, largest)
+    for line in sorted(complete, key=lambda line: line["runs"]["stop_time"]):
+        config = line["runs"]["config"]
+        name = "_".join(filter(None, (config["algorithm"]["name"], config["algorithm"]["variant"])))
+        if config["budget"] == largest:
+            found[name][config["seed"]] = final(line, largest)
     return {name: list(by_seed.values()) for name, by_seed in found.items()}
 
 
-def final(documents: Any, run: dict[str, Any], budget: float) -> Final:
-    def points(name: str) -> dict[int, float]:
-        metric = documents["metrics"].find_one({"run_id": run["_id"], "name": name})
-        return dict(zip(metric["steps"], metric["values"], strict=True)) if metric else {}
-
-    spent = [step for step, s in points("test/training_seconds").items() if s >= budget]
-    test = points("test/accuracy")[min(spent)] if spent else run["result"]["test_accuracy"]
-    scores, seconds = points("validation/accuracy"), points("validation/training_seconds")
+def final(line: dict[str, Any], budget: float) -> Final:
+    run = line["runs"]
+    spent = [step for step, s in points(line, "test/training_seconds").items() if s >= budget]
+    test = points(line, "test/accuracy")[min(spent)] if spent else run["result"]["test_accuracy"]
+    scores = points(line, "validation/accuracy")
+    seconds = points(line, "validation/training_seconds")
     curve = sorted((seconds[step], scores[step]) for step in scores)
     late = [n for n, (at, _) in enumerate(curve) if at >= budget]
     return Final(run["config"]["seed"], test, curve[: late[0] + 1] if late else curve)
@@ -102,7 +100,7 @@ def test_accuracies_and_their_intervals(drawn: Drawn) -> None:
         assert len({run.seed for run in runs}) == len(runs)
         assert same(shown[name]["test_mean"], mean(tests)), name
         if len(tests) > 1:
-            assert same(shown[name]["test_half_width_seeds"], half_width(tests)), name
+            assert same(shown[name]["test_half_width"], half_width(tests)), name
     missing = {name for name, row in shown.items() if row["seeds"] == "0"}
     assert missing.isdisjoint(drawn[0]) and missing | set(drawn[0]) == set(shown)
 
@@ -166,11 +164,14 @@ def column(page: Path, name: str) -> dict[str, str]:
 
 
 def cells(line: str) -> list[str]:
-    return [cell.strip() for cell in line.split("|")[1:-1]]
+    """Without the report's bold."""
+    return [cell.strip().removeprefix("**").removesuffix("**") for cell in line.split("|")[1:-1]]
 
 
-def table_lines(page: Path) -> list[str]:
-    return [line for line in page.read_text().splitlines() if line.startswith("|")]
+def table_lines(page: Path) -> list[list[str]]:
+    """The cells of every line of a table but the one under the head."""
+    lines = [line for line in page.read_text().splitlines() if line.startswith("|")]
+    return [cells(line) for line in lines if line.strip("|-: ")]
 
 
 @pytest.mark.parametrize("table", ["summary", "time"])

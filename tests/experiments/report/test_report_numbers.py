@@ -8,13 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from experiments.report.curves import band, first_reached
-from experiments.report.differences import run_list
-from experiments.report.learning_curves import draw_curves
-from experiments.report.methods import LOOKS, looks
+from experiments.report.figures import LOOKS, band, draw_curves, looks
+from experiments.report.runs import run_list
+from experiments.report.sections.sweeps import _first
 from experiments.report.summary import Point
-from experiments.report.table_text import latex
-from experiments.statistics import seeds_mean, t_quantile
+from experiments.report.write import latex
+from experiments.statistics import seeds_mean
 from experiments.sweeps.definitions import SWEEPS
 
 # Abramowitz and Stegun (1964), Table 26.10, and its limit, the normal quantile.
@@ -23,13 +22,13 @@ TABLE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 9: 2.262, 10: 2.228,
 
 
 @pytest.mark.parametrize("freedom", list(TABLE))
-def test_t_quantiles_are_those_of_the_tables(freedom: int) -> None:
-    assert t_quantile(freedom) == pytest.approx(TABLE[freedom], abs=5.1e-4)
-
-
-def test_t_needs_a_degree_of_freedom() -> None:
-    with pytest.raises(ValueError, match="expected at least 1, got 0"):
-        t_quantile(0)
+def test_intervals_are_student_s(freedom: int) -> None:
+    """Values -1 and 1 in turn: their standard error by hand, t from the tables."""
+    number = freedom + 1
+    values = [(-1.0) ** n for n in range(number)]
+    mean = sum(values) / number
+    error = math.sqrt(sum((value - mean) ** 2 for value in values) / freedom / number)
+    assert seeds_mean(values).half_width / error == pytest.approx(TABLE[freedom], abs=5.1e-4)
 
 
 def test_means_leave_out_what_is_not_finite() -> None:
@@ -53,7 +52,7 @@ def test_a_band_is_over_where_all_curves_are() -> None:
 
 def test_seeds_with_nothing_in_common_are_drawn_one_by_one() -> None:
     runs = [SimpleNamespace(points=[Point(n, 60.0 + n, 0.4, 0.1)], diverged="") for n in (12, 13)]
-    drawing = draw_curves({"imaml_hf": runs}, "accuracy", None)  # type: ignore[dict-item]
+    drawing = draw_curves({"imaml_hf": runs}, "accuracy", math.nan)  # type: ignore[dict-item]
     for axes, at in zip(drawing.axes, ([12, 13], [72, 73]), strict=True):
         assert [list(line.get_xdata()) for line in axes.lines] == [[x] for x in at]
     (legend,) = [axes.get_legend() for axes in drawing.axes if axes.get_legend()]
@@ -61,8 +60,8 @@ def test_seeds_with_nothing_in_common_are_drawn_one_by_one() -> None:
 
 
 def test_the_first_time_counts() -> None:
-    assert first_reached(([1, 2, 3], [0.1, 0.5, 0.4]), 0.4) == 2
-    assert first_reached(([1, 2], [0.1, math.nan]), 0.4) is None
+    points = [Point(n, 10.0 * n, score, 0.1) for n, score in enumerate((0.1, math.nan, 0.5, 0.4))]
+    assert _first(points, 0.4) == points[2] and _first(points[:2], 0.4) is None
 
 
 def test_run_ids_are_short_and_in_order() -> None:

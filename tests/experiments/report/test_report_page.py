@@ -17,11 +17,12 @@ import pytest
 from report_runs import WORDS, Recorder, fill, rows
 
 from experiments.report.__main__ import main
-from experiments.report.archive import Archive
-from experiments.report.drawing import pictures
-from experiments.report.request import Request
+from experiments.report.runs import Archive
+from experiments.report.summary import Request
+from experiments.report.write import pictures
 from experiments.sweeps.definitions import SWEEPS
 from experiments.sweeps.plan import Plan, make_plan
+from experiments.tracking.records import DatabaseRecords
 from experiments.tracking.supervisor import read_server_file
 
 pytest_plugins = ("report_fixtures",)
@@ -89,9 +90,9 @@ def test_a_database_without_a_complete_run(
         recorder.run(config, status=status, fail_trace=["Traceback", "ValueError: broken"])
     folder = report()
     text = (folder / "index.html").read_text(encoding="utf-8")
-    assert ("1 runs: 1 FAILED" if status else "The database has no runs yet.") in text
+    assert ("1 runs: 1 FAILED" if status else "There are no runs yet.") in text
     assert ("ValueError: broken" in text) == bool(status)
-    assert {r["complete"] for r in rows(folder, "sweeps") if r["sweep"] == "accuracy"} == {
+    assert {r["completed"] for r in rows(folder, "sweeps") if r["sweep"] == "accuracy"} == {
         f"0 of {len(make_plan(SWEEPS['accuracy'], {}).names())}"
     }
 
@@ -159,15 +160,15 @@ def test_it_reads_only_and_needs_no_torch(recorder: Recorder, plan: Plan, tmp_pa
 def test_the_documented_section_works(recorder: Recorder, documents: Any) -> None:
     """The example of docs/report.md, run as it stands."""
     text = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    example = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[-1]
     names: dict[str, Any] = {}
     exec(compile(example, "docs/report.md", "exec"), names)
-    assert names["sections"](Request(Archive(documents), ())) == []
+    assert names["sections"](Request(Archive(DatabaseRecords(documents)))) == []
     recorder.run(
         {"algorithm": "maml", "seed": 0},
         experiment="mine", metrics={"mine/peak_bytes": {1: 2.0**20, 5: 2.0**21}},
     )  # fmt: skip
-    (section,) = names["sections"](Request(Archive(documents), ()))
+    (section,) = names["sections"](Request(Archive(DatabaseRecords(documents))))
     (figure,) = section.items
     assert figure.records[1] == {"algorithm": "maml", "K": 5, "peak_bytes": 2.0**21}
     png, svg = pictures(figure)

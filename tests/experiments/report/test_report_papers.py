@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_runs import Recorder, rows
+from report_runs import Recorder, markdown, rows
 
 pytest_plugins = ("report_fixtures",)
 
@@ -45,7 +45,7 @@ def test_what_is_missing_has_its_command(
     page = (folder / "index.html").read_text()
     for name in NAMES:
         (row,) = rows(folder, f"missing_{name}")
-        assert row["command"] == f"python -m experiments.{name}" and row["command"] in page
+        assert row["command"] == f"python -m experiments.papers.{name}" and row["command"] in page
         assert row["state"] == ("failed" if status else "not run")
         assert ("MemoryError: none" in row["why"]) == bool(status)
     assert not list(folder.glob("*.png"))
@@ -62,7 +62,7 @@ def test_memory_and_what_is_saved_at_five_steps(
     assert float(found["maml", "as published"]["saved"]) == pytest.approx(0.8)
     assert float(found["anil", "cached"]["saved"]) == pytest.approx(-0.25)
     assert math.isnan(float(found["rm_metal", "cached"]["saved"]))
-    text = (folder / "memory_yang_peak.md").read_text()
+    text = markdown(folder, "memory_yang_peak")
     assert "| maml | as published | 100.0 | 250.0 | – | 80 |" in text
     assert "Missing: maml/as_published at K = 20" in text and "limit_gib=4.0" in text
     assert float(rows(folder, "memory_yang_seconds")[1]["K_20"]) == 0.125
@@ -81,10 +81,10 @@ def test_runs_are_never_averaged(recorder: Recorder, report: Callable[..., Path]
     for end, mib, runs in (("", 50, "2"), ("_1", 25, "3")):
         (found,) = [r for r in rows(folder, f"memory_yang_peak{end}") if r["method"] == "rm_metal"]
         assert (float(found["K_5"]), found["source_runs"]) == (mib * MIB, runs)
-    text = (folder / "memory_yang_peak.md").read_text()
+    text = markdown(folder, "memory_yang_peak")
     assert "Run 2 is the newest of 2 runs of equal settings" in text and "code differs" in text
     assert "in a.py" in text
-    other = (folder / "memory_yang_peak_1.md").read_text()
+    other = markdown(folder, "memory_yang_peak_1")
     assert "Other settings than above: python -m experiments.papers.memory with hidden=16" in other
     for number in range(4):
         memory(recorder, {**MEMORY, "hidden": 32 + number}, updates={"hidden": 32 + number})
@@ -100,7 +100,7 @@ def test_errors_of_the_hypergradient(recorder: Recorder, report: Callable[..., P
         experiment="hypergradient",
     )  # fmt: skip
     folder = report("smoke")
-    text = (folder / "hypergradient_logistic.md").read_text()
+    text = markdown(folder, "hypergradient_logistic")
     assert "| rm_metal_cg2 | 1.5 | 0.25 |" in text and "| itd_bio | 1.0 | 2.0e-05 |" in text
     assert len(rows(folder, "hypergradient")) == 4
 
@@ -120,12 +120,12 @@ def test_slopes_floors_and_bounds(recorder: Recorder, report: Callable[..., Path
                 "slope_floor_K20_half_width": 0.034, "slope_evaluations_K20": 2.5},
     )  # fmt: skip
     folder = report("smoke")
-    slopes = (folder / "convergence_slopes.md").read_text()
+    slopes = markdown(folder, "convergence_slopes")
     assert "| Theorem 2: average against T | -1 | -1.000 ± less than 0.001 |" in slopes
     assert r"floor against \|B\|, K = 20 | -1 | -0.950 ± 0.034 |" in slopes
     assert "K = 20 | 1 | 2.500 |" in slopes
     (floor,) = rows(folder, "convergence_floors")
     assert (floor["K"], floor["B_4"], floor["B_4_half_width"]) == ("20", "0.125", "0.03")
     assert rows(folder, "convergence_cg_steps")[1]["at_10"] == "1e-08"
-    assert r"| K | \|B\| = 1 |" in (folder / "convergence_floors.md").read_text()
+    assert r"| K | \|B\| = 1 |" in markdown(folder, "convergence_floors")
     assert (folder / "convergence.png").read_bytes().startswith(b"\x89PNG")

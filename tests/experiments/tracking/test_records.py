@@ -1,49 +1,33 @@
-"""Runs exported to a file and imported elsewhere: real servers, the same report, no doubles."""
+"""Runs exported to a file: what is in it, who reads it, and which files are refused."""
 
 from __future__ import annotations
 
 import gzip
+import json
 import random
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import pandas as pd
 import pytest
 from bson import ObjectId
-from gridfs import GridFS
-from pymongo.collection import Collection
-from report_runs import CURVE, WORDS, Recorder, fill, finals, grid
+from report_runs import WORDS, Recorder, fill
 
+from experiments.report import get_results
 from experiments.report.__main__ import main as report_main
-from experiments.sweep import main as sweep_main
-from experiments.sweeps.cells import Cell
-from experiments.sweeps.definitions import SWEEPS
-from experiments.sweeps.plan import Plan, make_plan
-from experiments.sweeps.records import Records as SweepRecords
-from experiments.tracking.database import Database, choose
-from experiments.tracking.export import collect
+from experiments.sweeps.plan import Plan
 from experiments.tracking.export import main as export
-from experiments.tracking.import_runs import import_records
-from experiments.tracking.import_runs import main as import_
-from experiments.tracking.records import Records, read_records, write_records
+from experiments.tracking.records import FileRecords
 
 pytest_plugins = ("report_fixtures",)
 
-
-@pytest.fixture(scope="module")
-def second(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("second")
-
-
-@pytest.fixture
-def elsewhere(second: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Database]:
-    """Another database, emptied; from here on the command lines mean it."""
-    monkeypatch.setenv("L2L_IMPLICIT_DATA", str(second))
-    database = Database(choose())
-    for name in database.documents.list_collection_names():
-        database.documents[name].delete_many({})
-    yield database
-    database.close()
+ROOT = Path(__file__).parents[3]
+RUN = {"_id": 1, "status": "COMPLETED", "start_time": "2026-01-01T00:00:00+00:00", "config": {},
+       "experiment": {"name": "train", "sources": [["a.py", "0cc1"]]}}  # fmt: skip
+LINE = {"runs": RUN, "metrics": {"m": {"steps": [1], "values": [0.5]}}}
 
 
 @pytest.fixture
@@ -58,36 +42,20 @@ def export_to(tmp_path: Path, recorder: Recorder) -> Callable[..., Path]:
     return write
 
 
-@pytest.fixture
-def exported(tmp_path: Path, recorder: Recorder) -> Callable[..., Records]:
-    """What a file of all runs holds."""
-
-    def write(artifacts: bool = False) -> Records:
-        path = tmp_path / "all.jsonl.gz"
-        write_records(path, collect(recorder.documents, {}, artifacts))
-        return read_records(path)
-
-    return write
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
-def dump(documents: Any) -> dict[str, list[Any]]:
-    names = sorted(documents.list_collection_names())
-    return {name: sorted(documents[name].find(), key=lambda d: str(d["_id"])) for name in names}
+def write(path: Path, lines: list[Any]) -> Path:
+    path.write_bytes(gzip.compress("".join(json.dumps(line) + "\n" for line in lines).encode()))
+    return path
 
 
-def claim(documents: Any, cell: Cell, state: str = "free") -> None:
-    documents["sweep_cells"].insert_one({"_id": cell.identity, "state": state, "failures": []})
-
-
-def file_of(folder: Path) -> dict[str, bytes]:
-    """What the report wrote but the page, which has the time of day."""
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix != ".html"}
-
-
-def test_a_fresh_database_has_the_same_report(
-    recorder: Recorder, plan: Plan, export_to: Callable[..., Path], second: Path,
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+def test_a_file_has_the_report_of_its_database(
+    recorder: Recorder, plan: Plan, export_to: Callable[..., Path], tmp_path: Path
+) -> None:
+    """File by file; only the page has the time of day, and says where its runs come from."""
     fill(recorder, plan, random.Random(0), share=0.8)
     recorder.run({"tasks.name": "glyphs", "seed": 0}, status="FAILED", fail_trace=["x", "E: no"])
     curves = {"hypergradient/logistic/itd_bio": {1: 1.0, 5: 0.5},
@@ -95,183 +63,214 @@ def test_a_fresh_database_has_the_same_report(
     recorder.run({"problems": 3}, curves, experiment="hypergradient")
     assert report_main([*WORDS, "--output", str(tmp_path / "here")]) == 0
     path = export_to()
-    monkeypatch.setenv("L2L_IMPLICIT_DATA", str(second))
-    assert import_([str(path)]) == 0
-    assert report_main([*WORDS, "--output", str(tmp_path / "there")]) == 0
-    here, there = file_of(tmp_path / "here"), file_of(tmp_path / "there")
-    assert "accuracy_accuracy_glyphs.csv" in here and "hypergradient.png" in here
+    words = [*WORDS, "--records", str(path), "--output", str(tmp_path / "there")]
+    assert report_main(words) == 0
+    here, there = (
+        {p.name: p.read_bytes() for p in (tmp_path / name).iterdir() if p.suffix != ".html"}
+        for name in ("here", "there")
+    )
+    assert "summary_accuracy_glyphs.csv" in here and "hypergradient.png" in here
     assert here.keys() == there.keys()
     assert [name for name in here if here[name] != there[name]] == []
 
 
-def test_importing_twice_or_where_it_was_recorded_changes_nothing(
-    recorder: Recorder, plan: Plan, exported: Callable[..., Records], elsewhere: Database
-) -> None:
-    fill(recorder, plan, random.Random(0), share=0.5)
-    claim(recorder.documents, finals(plan, "anil")[0])
-    at_home = dump(recorder.documents)
-    records = exported()
-    first = import_records(records, elsewhere.documents, "f")
-    once = dump(elsewhere.documents)
-    assert first.new == len(at_home["runs"]) and len(once["runs"]) == first.new
-    assert import_records(records, elsewhere.documents, "f") == (0, first.new)
-    assert dump(elsewhere.documents) == once
-    assert import_records(records, recorder.documents, "f") == (0, first.new)
-    assert dump(recorder.documents) == at_home
+def test_pandas_reads_it(recorder: Recorder, export_to: Callable[..., Path]) -> None:
+    recorder.run({"algorithm.lr": 0.1, "seed": 3}, {"m": {1: 0.5, 4: float("nan")}})
+    frame = pd.read_json(export_to(), lines=True)
+    assert pd.json_normalize(frame["runs"])["config.algorithm.lr"].tolist() == [0.1]
+    assert frame["metrics"][0]["m"]["steps"] == [1, 4]
 
 
-def test_merging_maps_every_reference(
-    recorder: Recorder, exported: Callable[..., Records], elsewhere: Database
-) -> None:
-    """The numbers 1 to 3 and one file's number are taken by something else there."""
-    image = GridFS(recorder.documents).put(b"png", filename="artifact://runs/1/curve.png")
-    recorder.run({"seed": 0}, {"m": {1: 0.5}}, status="INTERRUPTED", info={"resumed_by": 2},
-                 artifacts=[{"name": "curve.png", "file_id": image}])  # fmt: skip
-    recorder.run({"seed": 0}, {"m": {1: 0.5, 2: 0.6}}, info={"resumes": "1"})
-    recorder.run({"seed": 1}, {"m": {1: 0.7}}, info={"resumes": "9"})
-    metric = recorder.documents["metrics"].find_one({"run_id": 1})
-    there = elsewhere.documents
-    there["runs"].insert_many([{"_id": n, "status": "RUNNING"} for n in (1, 2, 3)])
-    there["metrics"].insert_one({"_id": metric["_id"], "run_id": 1, "name": "m", "steps": []})
-    GridFS(there).put(b"other", _id=image, filename="x")
-    import_records(exported(artifacts=True), there, "f")
-    first, second, third = there["runs"].find({"_id": {"$gt": 3}}).sort("_id", 1)
-    assert first["info"]["resumed_by"] == second["_id"] == 5
-    assert second["info"]["resumes"] == "4"
-    assert third["info"]["resumes"] == "9, which was not exported"
-    assert first["info"]["imported_from"] == {"file": "f", "run": 1}
-    moved = there["metrics"].find_one({"run_id": 4})
-    assert moved["values"] == [0.5] and str(moved["_id"]) == first["info"]["metrics"][0]["id"]
-    file = GridFS(there).get(first["artifacts"][0]["file_id"])
-    assert (file.read(), file.filename) == (b"png", "artifact://runs/4/curve.png")
-    assert GridFS(there).get(image).read() == b"other"
-    assert [r["status"] for r in there["runs"].find({"_id": {"$lte": 3}})] == ["RUNNING"] * 3
-    (_, source), = second["experiment"]["sources"]
-    assert GridFS(there).get(source).read() == b"1"
-
-
-def test_a_sweep_takes_imported_cells_as_done_and_keeps_its_choices(
-    recorder: Recorder, plan: Plan, exported: Callable[..., Records], elsewhere: Database,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    grid(recorder, plan, "anil", (0.5, 0.6, 0.55))
-    (group,) = [group for group in plan.groups if group.name == "anil"]
-    candidates = list(zip(group.candidates, group.grid.values(), strict=True))
-    home, away = (SweepRecords(cast(Database, _Given(d)))
-                  for d in (recorder.documents, elsewhere.documents))  # fmt: skip
-    cells = [cell.identity for _, cell in candidates]
-    home.choose("anil", candidates, home.complete(cells))
-    made = recorder.documents["sweep_choices"].find_one()
-    held, failed = finals(plan, "anil", 1)[:2]
-    claim(recorder.documents, held, "claimed")
-    claim(recorder.documents, failed, "failed")
-    elsewhere.documents["runs"].insert_one({"_id": 2, "status": "FAILED"})
-    import_records(exported(), elsewhere.documents, "f")
-    assert sweep_main([*WORDS, "--list"]) == 0
-    assert "12 cells: 3 done (3 by other code), 8 to run, 1 failed" in capsys.readouterr().out
-    again = away.choose("anil", candidates, away.complete(cells))
-    assert again["runs"] == [1, 3, 4] and again["time"] == made["time"], "the recorded choice"
-    assert elsewhere.documents["sweep_choices"].count_documents({}) == 1
-    assert elsewhere.documents["sweep_cells"].distinct("state") == ["failed"]
-
-
-class _Given:
-    """What `SweepRecords` needs of a database."""
-
-    def __init__(self, documents: Any) -> None:
-        self.documents = documents
-
-
-def test_an_interrupted_import_goes_on(
-    recorder: Recorder, exported: Callable[..., Records], elsewhere: Database,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    """Stopped before each of its writes in turn."""
-    for seed in range(2):
-        recorder.run({"seed": seed}, {"m": {1: 0.5}, "n": {1: 0.5}})
-    records, there = exported(), elsewhere.documents
-    import_records(records, there, "f")
-    whole, stopped = _without_times(dump(there)), 0
-    while True:
-        for name in whole:
-            there[name].delete_many({})
-        with monkeypatch.context() as patch:
-            _break(patch, stopped)
-            try:
-                import_records(records, there, "f")
-                break
-            except InterruptedError:
-                stopped += 1
-        assert there["runs"].count_documents({"status": "COMPLETED"}) < 2
-        import_records(records, there, "f")
-        assert _without_times(dump(there)) == whole, stopped
-    assert stopped >= 8
-
-
-def _without_times(found: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Leaves out when a file was stored, and the numbers of its pieces."""
-    return {name: [{k: v for k, v in d.items() if k != "uploadDate"} for d in documents]
-            for name, documents in found.items() if name != "fs.chunks"}  # fmt: skip
-
-
-def _break(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-    """The database fails at the write after so many."""
-    left = [after]
-
-    def failing(write: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
-            left[0] -= 1
-            if left[0] < 0:
-                raise InterruptedError
-            return write(*arguments, **options)
-
-        return call
-
-    for name in ("insert_one", "insert_many", "replace_one", "delete_many", "update_one"):
-        monkeypatch.setattr(Collection, name, failing(getattr(Collection, name)))
-
-
-def test_what_is_left_out_is_named_and_places_are_hidden(
+def test_what_is_left_out_and_which_places_are_hidden(
     recorder: Recorder, export_to: Callable[..., Path]
 ) -> None:
-    number = recorder.run(
-        {"tasks.root": "/data/me/images", "seed": 0},
+    recorder.run(
+        {"tasks.root": "/data/me/images", "output": "/data/me/runs", "seed": 0},
         {"train/seconds": {1: 1.0}, "validation/accuracy": {1: 0.5}},
-        captured_out="x" * 5000 + "read /data/me/images/a.png", omniboard={"notes": "mine"},
+        captured_out="read /data/me/images/a.png", omniboard={"notes": "mine"},
         artifacts=[{"name": "parameters.pt", "file_id": ObjectId()}], experiment="train",
+        fail_trace=["in /data/me/images/a.png"], meta={"options": {"--mongo_db": "me"}},
     )  # fmt: skip
     recorder.run({"seed": 1}, status="RUNNING")
-    recorder.documents["runs"].update_one(
-        {"_id": number}, {"$set": {"experiment.repositories": [{"url": "/data/me/x"}]}}
-    )
+    url = {"$set": {"experiment.repositories": [{"url": "/data/me/x"}]}}
+    recorder.documents["runs"].update_one({"_id": 1}, url)
     path = export_to()
-    (run,) = read_records(path)["runs"]
-    assert run["info"]["left_out"] == {"metrics": ["train/seconds"],
-                                       "artifacts": ["parameters.pt"],
-                                       "characters_of_output": 3026}  # fmt: skip
-    assert run["captured_out"].endswith("read DATA/a.png") and "omniboard" not in run
-    assert run["config"]["tasks"]["root"] == "DATA"
+    ((run, metrics),) = (line.values() for line in lines_of(path))
+    assert run["config"] == {"tasks": {"root": "DATA"}, "output": "runs", "seed": 0}
+    assert run["fail_trace"] == ["in DATA/a.png"]
     assert run["experiment"]["repositories"] == [{"url": ""}]
-    assert b"/me" not in gzip.decompress(path.read_bytes())
-    assert [m["name"] for m in read_records(path)["metrics"]] == ["validation/accuracy"]
+    assert list(metrics) == ["validation/accuracy"]
+    text = gzip.decompress(path.read_bytes())
+    assert b"/me" not in text and b"omniboard" not in text and b"captured_out" not in text
+    assert list(lines_of(export_to("--without", ""))[0]["metrics"]) == [
+        "train/seconds", "validation/accuracy",
+    ]  # fmt: skip
 
 
-def test_runs_are_chosen_by_number_field_and_sweep(
-    recorder: Recorder, plan: Plan, export_to: Callable[..., Path],
-    capsys: pytest.CaptureFixture[str], tmp_path: Path,
-) -> None:  # fmt: skip
-    grid(recorder, plan, "anil", (0.5, 0.6, 0.55))
-    recorder.training(finals(plan, "anil", 2)[1], CURVE)
-    recorder.run({"seed": 0}, experiment="memory")
-    ids = [[run["_id"] for run in read_records(export_to(*words))["runs"]]
-           for words in (["2-3", "5"], ["experiment.name=memory"], ["--sweep", *WORDS])]
-    assert ids == [[2, 3, 5], [5], [1, 2, 3, 4]]
-    assert export([str(tmp_path / "none"), "77"]) == 1
-    assert capsys.readouterr().err == "error: no run that has ended fits; nothing is written\n"
-    assert not (tmp_path / "none").exists()
+CHOSEN = {
+    "2-3 5": [2, 3, 5],
+    "experiment.name=memory": [5],
+    "1-4 config.seed=0": [1, 4],
+    "mine": ["mine"],
+    "1 result.test_accuracy={[]:1}": None,
+    "2-1": "write 1-2",
+    "3-1 5": "write 1-3",
+    "77": None,
+    "70-80": None,
+    "1-99999999999": [1, 2, 3, 4, 5],
+    "99999999999999999999": "8-byte",
+    "$where=1": "expected KEY=VALUE",
+    "=1": "expected KEY=VALUE",
+    "config.seed=": None,
+    "--without (": "missing ), unterminated",
+}
+"""Words, and the runs that they choose: none is an error that says so, and never all of them."""
 
 
-def test_a_sweep_without_grids(recorder: Recorder, export_to: Callable[..., Path]) -> None:
-    for cell in make_plan(SWEEPS["smoke"], {}).groups[0].finals[0].values():
-        recorder.run({**cell.settings, "cell": cell.identity}, result={"test_accuracy": 0.5})
-    assert len(read_records(export_to("--sweep", "smoke"))["runs"]) == 2
+@pytest.mark.parametrize("words", list(CHOSEN))
+def test_runs_are_chosen_by_number_and_field(
+    words: str, recorder: Recorder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(4):
+        recorder.run({"seed": number % 3})
+    recorder.run({"seed": 7}, experiment="memory")
+    recorder.documents["runs"].insert_one({"_id": "mine", "status": "FAILED"})
+    path, wanted = tmp_path / "f", CHOSEN[words]
+    status = export([str(path), *words.split()])
+    if isinstance(wanted, list):
+        assert status == 0 and [line["runs"]["_id"] for line in lines_of(path)] == wanted
+        return
+    error = capsys.readouterr().err
+    assert status == 1 and error.startswith("error: ") and error.count("\n") == 1
+    assert (wanted or "no run that has ended fits; nothing is written") in error
+    assert not path.exists()
+
+
+def test_a_metric_that_cannot_be_read_is_not_left_out_unseen(
+    recorder: Recorder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorder.run({}, {"m": {1: 0.5}})
+    recorder.documents["metrics"].update_one({}, {"$set": {"values": "x"}})
+    assert export([str(tmp_path / "f")]) == 1
+    assert "run 1: m: steps or values are no list" in capsys.readouterr().err
+
+
+def test_a_run_in_two_files_counts_once_and_one_number_may_stand_for_two(tmp_path: Path) -> None:
+    other = {**LINE, "runs": {**RUN, "config": {"seed": 5}}}
+    first = write(tmp_path / "a", [LINE])
+    found = FileRecords([first, first, write(tmp_path / "b", [LINE, other])])
+    assert [run["_id"] for run in found.runs] == [1, "1 (2)"]
+    assert [m.series.values for m in found.metrics([1, "1 (2)"])] == [[0.5], [0.5]]
+
+
+DEEP: Any = 1
+for _ in range(90):
+    DEEP = [DEEP]
+
+
+@pytest.mark.parametrize("line", [
+    {"runs": {}}, {"runs": {"_id": {"a": 1}}}, {"runs": {"_id": "/tmp/x"}}, {"runs": RUN},
+    {"runs": {**RUN, "config": DEEP}}, {"runs": {**RUN, "config": {"\x1b": "\ud800"}}},
+    {"runs": RUN, "metrics": [1]}, {"runs": RUN, "metrics": {"m": 1}},
+    {"runs": RUN, "metrics": {"m": {"steps": [10**400], "values": [10**400]}}},
+    {"runs": {**RUN, "result": {"test_accuracy": 10**400}}},
+])  # fmt: skip
+def test_a_line_of_any_shape_costs_itself(line: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "f", [line, {**LINE, "runs": {**RUN, "_id": 7}}])
+    words = ["--records", str(path), "--output", str(tmp_path / "report")]
+    assert report_main(words) == 0
+    runs = get_results(states=None, records=[path])
+    assert len(runs) == 2 and 7 in set(runs["_id"])
+
+
+def _plain(path: Path) -> None:
+    path.write_text("runs")
+
+
+def _cut(path: Path) -> None:
+    write(path, [LINE]).write_bytes(path.read_bytes()[:-20])
+
+
+def _flipped(path: Path) -> None:
+    content = bytearray(write(path, [LINE] * 50).read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+
+
+def _no_json(path: Path) -> None:
+    path.write_bytes(gzip.compress(b"{runs\n"))
+
+
+def _brackets(path: Path) -> None:
+    path.write_bytes(gzip.compress(b"[" * 100_000 + b"\n"))
+
+
+def _other(path: Path) -> None:
+    write(path, [{"format": "l2l_implicit records", "version": 1}])
+
+
+def _digits(path: Path) -> None:
+    path.write_bytes(gzip.compress(b'{"runs": ' + b"1" * 100_000 + b"}\n"))
+
+
+FILES: dict[Callable[[Path], None], str] = {
+    _plain: "got a damaged file", _cut: "got a damaged file", _flipped: "got a damaged file",
+    _no_json: "got a damaged file", _brackets: "got a damaged file", _digits: "got a damaged file",
+    _other: "line 1: expected a run as experiments.tracking.export writes it",
+    lambda path: None: "No such file", lambda path: path.mkdir(): "Is a directory",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", list(FILES), ids=lambda make: make.__name__)
+def test_a_file_that_is_none_is_refused_in_one_line(
+    make: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "f")
+    words = ["--records", str(tmp_path / "f"), "--output", str(tmp_path / "report")]
+    assert report_main(words) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and FILES[make] in error
+    assert not (tmp_path / "report").exists()
+
+
+def _bombs() -> dict[str, bytes]:
+    """Files of a few kB or MB that would take gigabytes."""
+    start, end = b'{"runs": {"_id": 1, "config": {"a": ', b"}}}\n"
+    return {
+        "blank": b" " * 2**26,
+        "a line of lists": start + b"[" + b"[]," * 2**24 + b"[]]" + end,
+        "lines of lists": (start + b"[" + b"[]," * 2**17 + b"[]]" + end) * 20,
+        "lines of objects": (start + b"[" + b'{"":1},' * 2**16 + b"1]" + end) * 20,
+        "a long text": start + b'"' + b"a" * 2**26 + b'"' + end,
+        "texts": (start + b'"' + b"a" * 2**21 + "\U0001f600".encode() + b'"' + end) * 20,
+        "numbers": (start + b"[" + b"0," * 2**20 + b"0]" + end) * 10,
+    }
+
+
+BOMBS = ("blank", "a line of lists", "lines of lists", "lines of objects", "a long text", "texts",
+         "numbers")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_file_that_would_become_large_is_refused_before(name: str, tmp_path: Path) -> None:
+    """In a process of its own, which takes less than 300 MiB for it."""
+    path = tmp_path / "bomb.gz"
+    path.write_bytes(gzip.compress(_bombs()[name], 1))
+    program = (
+        "import resource, sys\n"
+        "from experiments.tracking.records import FileRecords, UserError\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try: FileRecords([sys.argv[1]])\n"
+        "except UserError as error: print(error)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    answer = subprocess.run([sys.executable, "-c", program, str(path)], cwd=ROOT, text=True,
+                            capture_output=True, check=True)  # fmt: skip
+    error, more = answer.stdout.splitlines()
+    assert "and at most 32 MiB and 1000000 values in all, got more" in error
+    assert int(more) * (1 if sys.platform == "linux" else 1 / 1024) < 300 * 1024, name
+
+
+def test_the_recorded_runs_of_the_docs_are_within_the_limits() -> None:
+    records = FileRecords(sorted((ROOT / "docs" / "records").glob("*.jsonl.gz")))
+    assert len(records.runs) == 353  # six are in two files

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
-from experiments.report.archive import Run
-from experiments.report.code_version import code_differences
-from experiments.sweeps.cells import PLACES, format_value
+from experiments.report.runs import CodeVersion, Run, run_list, setting_text
+from experiments.sweeps.cells import PLACES
 
 INCIDENTAL = ("seed", "cell", "resume", "checkpoint_seconds", *PLACES)
 """Settings that may differ between runs of one mean."""
@@ -34,18 +33,19 @@ def group_key(run: Run) -> Hashable:
     return run.experiment, settings_key(run), run.code.signature
 
 
-def unequal_settings(tables: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """The settings that are not the same in all tables, with the values they take."""
+def unequal_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """The settings that are not the same in all runs, with the values they take."""
+    tables = [compared_settings(run) for run in runs]
     names = sorted({name for table in tables for name in table})
-    values = {name: [_shown(table, name) for table in tables] for name in names}
+    values = {name: [setting_text(t[name]) if name in t else "not set" for t in tables]
+              for name in names}  # fmt: skip
     return {name: list(dict.fromkeys(v)) for name, v in values.items() if len(set(v)) > 1}
 
 
 def difference_lines(label: str, runs: Sequence[Run]) -> list[str]:
     """A line for each way in which the runs of one mean differ, none if they do not."""
     lines = [_code_line(label, runs)] if len({run.code.signature for run in runs}) > 1 else []
-    unequal = unequal_settings([compared_settings(run) for run in runs])
-    if unequal:
+    if unequal := unequal_settings(runs):
         told = "; ".join(f"{name} = {' or '.join(values)}" for name, values in unequal.items())
         lines.append(f"{label}: settings differ between its runs: {told}")
     hosts = sorted({run.host for run in runs})
@@ -54,19 +54,19 @@ def difference_lines(label: str, runs: Sequence[Run]) -> list[str]:
     return lines
 
 
-def run_list(ids: Iterable[Any]) -> str:
-    """``1-3, 7`` for runs 1, 2, 3 and 7; names as they are."""
-    ids = list(dict.fromkeys(ids))
-    numbers = sorted(i for i in ids if isinstance(i, int))
-    names = sorted(str(i) for i in ids if not isinstance(i, int))
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and number == spans[-1][-1] + 1:
-            spans[-1].append(number)
-        else:
-            spans.append([number])
-    texts = [f"{s[0]}-{s[-1]}" if len(s) > 2 else ", ".join(map(str, s)) for s in spans]
-    return ", ".join([*texts, *names])
+def code_differences(versions: Iterable[CodeVersion]) -> list[str]:
+    """The files and packages that are not the same in all of these versions."""
+    versions = list(versions)
+    files = _unequal([dict(version.sources) for version in versions])
+    packages = _unequal([dict(version.packages) for version in versions])
+    if not (files or packages) and len({v.signature for v in versions}) > 1:
+        return ["the commit or its uncommitted changes (no source file is recorded)"]
+    return [*files, *packages]
+
+
+def _unequal(tables: Sequence[Mapping[str, str]]) -> list[str]:
+    names = sorted({name for table in tables for name in table})
+    return [name for name in names if len({table.get(name) for table in tables}) > 1]
 
 
 def _code_line(label: str, runs: Sequence[Run]) -> str:
@@ -80,7 +80,3 @@ def _code_line(label: str, runs: Sequence[Run]) -> str:
     parts = code_differences([same[0].code for same in by_code.values()])
     more = f" and {len(parts) - SHOWN} more" if len(parts) > SHOWN else ""
     return f"{label}: code differs: {', '.join(versions)}; in {', '.join(parts[:SHOWN])}{more}"
-
-
-def _shown(table: Mapping[str, Any], name: str) -> str:
-    return format_value(table[name]) if name in table else "not set"

@@ -1,0 +1,77 @@
+"""Runs as a DataFrame: of a database, of files, of the documented example."""
+
+from __future__ import annotations
+
+import doctest
+import re
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pandas as pd
+import pytest
+from report_runs import Recorder
+
+from experiments.report import get_results, results
+from experiments.tracking import UserError
+
+pytest_plugins = ("report_fixtures",)
+
+ROOT = Path(__file__).parents[3]
+
+
+def fill(recorder: Recorder) -> None:
+    for seed, lr in enumerate((0.1, 0.2, 0.1)):
+        recorder.run({"algorithm.lr": lr, "seed": seed, "test_at": [1, 2]},
+                     {"validation/accuracy": {1: 0.5, 2: 0.5 + seed / 10}},
+                     result={"test_accuracy": 0.6, "per": {"class": seed}})  # fmt: skip
+    recorder.run({"seed": 7}, status="FAILED")
+    recorder.run({"hidden": 64}, experiment="memory", result=0.5)
+
+
+def test_a_row_a_run(recorder: Recorder) -> None:
+    fill(recorder)
+    runs = get_results()
+    assert runs["_id"].tolist() == [1, 2, 3, 5] and set(runs["status"]) == {"COMPLETED"}
+    first = runs.iloc[0]
+    assert (first["config.algorithm.lr"], first["config.test_at"]) == (0.1, [1, 2])
+    assert (first["result.test_accuracy"], first["result.per.class"]) == (0.6, 0)
+    assert runs["metrics.validation/accuracy"].tolist()[:3] == pytest.approx([0.5, 0.6, 0.7])
+    assert first["seconds"] == 300 and first["host"] == "here" and first["commit"] == "a" * 40
+    assert first["start_time"] == pd.Timestamp("2026-01-01 00:01", tz="UTC")
+    assert pd.isna(runs.iloc[3]["config.seed"]) and runs.iloc[3]["result.returned"] == 0.5
+
+
+def test_runs_are_chosen_and_nothing_chosen_is_nothing(recorder: Recorder) -> None:
+    fill(recorder)
+
+    def numbers(*words: Any, **options: Any) -> list[Any]:
+        return get_results(*words, **options)["_id"].tolist()
+
+    assert numbers("train") == [1, 2, 3] and numbers("memory") == [5]
+    assert numbers(filter_dict={"config.algorithm.lr": 0.1, "config.seed": 2}) == [3]
+    assert numbers(states=None) == [1, 2, 3, 4, 5] and numbers(states=["FAILED"]) == [4]
+    for nothing in ({"states": []}, {"filter_dict": {"config.no": None}}, {"records": []}):
+        assert numbers(**nothing) == []
+    assert numbers("none") == []
+
+
+def test_a_file_or_a_database_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No such file"):
+        get_results(records=[tmp_path / "f"])
+    with pytest.raises(UserError):
+        get_results(database="127.0.0.1:1:none")
+
+
+def test_the_documented_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The docstring's, and that of docs/report.md, whose mean is recomputed."""
+    monkeypatch.chdir(ROOT)
+    assert doctest.testmod(results) == (0, 2)
+    text = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```python\n(from experiments.report import get_results\n.*?)^```",
+                            text, re.MULTILINE | re.DOTALL)  # fmt: skip
+    names: dict[str, Any] = {}
+    exec(compile(example, "docs/report.md", "exec"), names)
+    runs, table = names["runs"], names["table"]
+    tests = runs[runs["config.algorithm.name"] == "maml"]["result.test_accuracy"].tolist()
+    assert len(tests) == 3 and table.loc["maml", "mean"] == pytest.approx(mean(tests))

@@ -63,14 +63,19 @@ def _item(value: Any) -> Any:
 
 
 def storable(value: Any) -> Any:
-    """Plain data: numpy and torch scalars as numbers, arrays as lists, huge ints as text."""
+    """Plain data: numpy and torch scalars as numbers, arrays as lists, huge ints as text.
+
+    What MongoDB holds in no string, halves of surrogate pairs, is escaped.
+    """
     value = _item(value)
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
     if isinstance(value, int) and not isinstance(value, bool):
         return int(value) if abs(value) < INT64 else str(value)
-    if value is None or isinstance(value, (bool, float, str, datetime, ObjectId, Binary)):
+    if value is None or isinstance(value, (bool, float, datetime, ObjectId, Binary)):
         return value
     if isinstance(value, Mapping):
-        return {str(key): storable(item) for key, item in value.items()}
+        return {storable(str(k)).replace("\0", "\\0"): storable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, Set)):
         return [storable(item) for item in value]
     if hasattr(value, "tolist"):

@@ -7,6 +7,7 @@ embedded server. A URL with a password belongs in the variable or the file: opti
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import stat
@@ -23,7 +24,6 @@ from pymongo.errors import (
     ConfigurationError,
     ConnectionFailure,
     OperationFailure,
-    PyMongoError,
 )
 from sacred.observers.mongo import get_pattern, parse_mongo_db_arg
 
@@ -91,7 +91,7 @@ def _checked(url: str, source: str) -> str:
 def _read_private(path: Path) -> str:
     try:
         mode = stat.S_IMODE(path.stat().st_mode)
-        text = path.read_text().strip()
+        text = path.read_text(errors="replace").strip()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; it should hold a mongodb:// URL") from None
     if mode & 0o077:
@@ -133,8 +133,15 @@ class Database:
         self.revive()
         own = "" if self._server is None else f"mongodb://{self._server.host}/{DEFAULT_NAME}"
         client: pymongo.MongoClient[dict[str, Any]] | None = None
+        limit = max(1, int(1000 * seconds(TIMEOUT_VARIABLE, 5.0)))
         try:
-            client = _client(self._choice.url or own)
+            client = pymongo.MongoClient(
+                self._choice.url or own,
+                serverSelectionTimeoutMS=limit,
+                connectTimeoutMS=limit,
+                socketTimeoutMS=4 * limit,
+                appname="l2l_implicit",
+            )
             documents: Documents = client.get_default_database(DEFAULT_NAME)
             documents["runs"].find_one({}, {"_id": 1})  # a ping would not check the password
         except Exception as error:  # whatever answers there may answer nonsense
@@ -200,15 +207,19 @@ def _tls(reason: str) -> str:
     return "; if it asks for TLS, the URL needs tls=true" if hung_up else ""
 
 
-def _client(url: str) -> pymongo.MongoClient[dict[str, Any]]:
-    timeout = int(1000 * float(os.environ.get(TIMEOUT_VARIABLE) or 5))
-    return pymongo.MongoClient(
-        url,
-        serverSelectionTimeoutMS=timeout,
-        connectTimeoutMS=timeout,
-        socketTimeoutMS=4 * timeout,
-        appname="l2l_implicit",
-    )
+def seconds(variable: str, default: float) -> float:
+    """A time limit from the environment.
+
+    Raises:
+        UserError: it is no number of seconds.
+    """
+    text = os.environ.get(variable) or str(default)
+    try:
+        if 0 <= float(text) < math.inf:
+            return float(text)
+    except ValueError:
+        pass
+    raise UserError(f"{variable} must be a number of seconds, got {text!r}")
 
 
 @contextmanager

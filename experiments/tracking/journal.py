@@ -58,13 +58,18 @@ class Journal:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError as error:
                 os.ftruncate(self._descriptor, self._size)
-                reason = f"{self.path}: the run's record cannot be written ({error.strerror})"
-                raise TrackingError(reason) from None
+                raise self._full(error) from None
             self._lines, self._size = self._lines + 1, self._size + len(line)
 
     def sync(self) -> None:
         """Force what was written to the disk."""
-        os.fsync(self._descriptor)
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise self._full(error) from None
+
+    def _full(self, error: OSError) -> TrackingError:
+        return TrackingError(f"{self.path}: the record cannot be written ({error.strerror})")
 
     def close(self) -> None:
         """Release the file."""
@@ -119,7 +124,7 @@ class JournalReader:
         self._file.close()
 
 
-LINE = re.compile(rb'\{"line": (\d+), "check": "([0-9a-f]{24})", "entry": (.*)\}\n', re.DOTALL)
+LINE = re.compile(rb'\{"line": (0|[1-9]\d*), "check": "(\w{24})", "entry": (.*)\}\n', re.DOTALL)
 
 
 def _line(number: int, entry: Entry) -> bytes:

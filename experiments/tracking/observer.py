@@ -7,6 +7,7 @@ the database may go away and come back: the run only ever writes to its journal.
 from __future__ import annotations
 
 import logging
+import math
 import mimetypes
 import os
 import platform
@@ -24,7 +25,7 @@ from sacred.observers import MongoObserver
 from sacred.utils import SacredInterrupt
 
 from experiments.tracking import interruption
-from experiments.tracking.database import Database
+from experiments.tracking.database import Database, seconds
 from experiments.tracking.embedded import data_folder
 from experiments.tracking.errors import TrackingError, UserError
 from experiments.tracking.journal import Journal, JournalReader
@@ -65,6 +66,7 @@ class JournalObserver(MongoObserver):
         self._database = database
         self._log = log
         self._interval = interval or DEFAULT_INTERVAL
+        self._patience = seconds(PATIENCE_VARIABLE, PATIENCE)
         self._journal: Journal | None = None
         self._uploader: Uploader | None = None
         self._known: dict[str, Any] = {}
@@ -94,6 +96,8 @@ class JournalObserver(MongoObserver):
         except Exception as error:
             journal.close()
             path.unlink()  # nothing has happened that it could tell of
+            if isinstance(error, UserError):
+                raise
             raise UserError(self._database.explain(error)) from None
         self._journal = journal
         self._append({"start": self.run_entry})
@@ -130,9 +134,11 @@ class JournalObserver(MongoObserver):
         stored = []
         for name, md5 in ex_info["sources"]:
             key = {"filename": os.path.join(ex_info["base_dir"], name), "md5": md5}
-            found = self.fs.find_one(key)
-            content = None if found else Path(key["filename"]).read_bytes()
-            stored.append([name, found._id if found else self.fs.put(content, **key)])
+            found, content = self.fs.find_one(key), Path(key["filename"]).read_bytes()
+            file = found._id if found else self.fs.put(content, **key)
+            if not found and self.fs.get(file).read() != content:
+                raise TrackingError(f"the database has not stored {name}")
+            stored.append([name, file])
         return stored
 
     def supersede(self, token: str | None, info: Any) -> None:
@@ -258,11 +264,10 @@ class JournalObserver(MongoObserver):
             self._database.close()
 
     def _finish(self, journal: Journal, uploader: Uploader) -> None:
-        limit, patience = None, float(os.environ.get(PATIENCE_VARIABLE) or PATIENCE)
+        limit = None
         if interruption.asked():
             limit = HURRIED if interruption.urgent() else INTERRUPTED
-            patience = min(limit, patience)
-        self._deadline = time.monotonic() + patience
+        self._deadline = time.monotonic() + min(limit or math.inf, self._patience)
         self._stop.set()
         try:
             self._thread.join(limit)

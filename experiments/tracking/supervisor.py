@@ -3,7 +3,7 @@
     python supervisor.py FOLDER SOCKET SERVER_PROGRAM
 
 It starts the server on the socket, starts it again if it dies or its socket is gone, and stops it
-when no client holds the shared lock any more. The server dies with this process, even on SIGKILL.
+when no client holds the shared lock any more. The server ends with this process, even on SIGKILL.
 Exit status 1 if the server does not start. Only the standard library is used, so that starting it
 is quick.
 """
@@ -11,7 +11,6 @@ is quick.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import os
 import signal
@@ -32,7 +31,6 @@ RESTARTS = 10
 """Deaths of the server in a row, none of which had answered, before giving up."""
 STOP_SIGNALS = ((signal.SIGTERM, 5.0), (signal.SIGTERM, 3.0), (signal.SIGKILL, 5.0))
 """A single SIGTERM is sometimes ignored under load, hence the second one."""
-PR_SET_PDEATHSIG = 1
 
 
 @contextlib.contextmanager
@@ -68,12 +66,6 @@ def answers(path: Path) -> bool:
     return True
 
 
-def die_with_parent() -> None:
-    """Run in the child before exec: the kernel kills it when its parent ends (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def start_server(folder: Path, path: Path, program: str) -> subprocess.Popen[bytes]:
     """The server, on the socket, its data in FOLDER/data, its log in FOLDER/server.log."""
     path.unlink(missing_ok=True)  # of a server that was killed
@@ -86,11 +78,10 @@ def start_server(folder: Path, path: Path, program: str) -> subprocess.Popen[byt
     with open(folder / "server.log", "ab") as log:
         return subprocess.Popen(
             command,
-            stdin=subprocess.PIPE,
+            stdin=subprocess.PIPE,  # it ends when this process does
             stdout=log,
             stderr=log,
             cwd=folder,
-            preexec_fn=die_with_parent,
         )
 
 

@@ -1,7 +1,7 @@
 """From a run's journal into the database, in Sacred's own layout.
 
-Every step may be repeated: after a failure it is not known what the server has done. Points are
-pushed only onto a series of exactly the expected length; documents are set, never changed. What
+While a run goes on, what is new in its journal is appended in the database. After a failure it is
+not known what the server has done: then all of it is written again, each document as a whole. What
 the server has acknowledged is read back before a journal is removed.
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 
 import bson
 import gridfs
+from gridfs.errors import GridFSError
 from pymongo import ASCENDING, DESCENDING, WriteConcern
 from pymongo.collection import Collection
 
@@ -46,18 +47,21 @@ def index_metrics(documents: Documents) -> None:
 
 @dataclass
 class Series:
-    """One metric's points: `sent` are in the database for all we know, `points` are not yet."""
+    """One metric: what is not in the database yet, and what there should be in all."""
 
-    name: str
-    id: Any = None
-    sent: int = 0
-    points: list[Entry] = field(default_factory=list)
+    new: list[Entry] = field(default_factory=list)
+    count: int = 0
     digest: Any = field(default_factory=hashlib.sha256)
 
     def add(self, point: Entry) -> None:
-        """One more point, which is not in the database yet."""
-        self.points.append(point)
-        self.digest.update(_text(point["step"], point["value"], point["time"]))
+        """One more point."""
+        self.new.append(point)
+        self.count += 1
+        self.digest.update(_text(*(point[key] for key in COLUMNS.values())))
+
+    def columns(self) -> dict[str, list[Any]]:
+        """What is new, as Sacred stores it."""
+        return {column: [point[key] for point in self.new] for column, key in COLUMNS.items()}
 
 
 def _text(step: Any, value: Any, time: datetime | None) -> bytes:
@@ -69,7 +73,7 @@ class Uploader:
     """Bring the database to the state that a journal describes.
 
     Args:
-        reader: the journal, at its first entry.
+        reader: the journal.
         documents: the database.
 
     Attributes:
@@ -79,28 +83,29 @@ class Uploader:
     """
 
     def __init__(self, reader: JournalReader, documents: Documents) -> None:
-        self.documents = documents
+        self._reader, self._documents = reader, documents
+        self._runs = documents.get_collection("runs", write_concern=WriteConcern(w=1, j=True))
+        self._metrics, self._files = documents["metrics"], gridfs.GridFS(documents)
         self.run_id: Any = None
-        self._reader = reader
-        self._files = gridfs.GridFS(documents)
+        self._again = True
         self._forget()
+
+    def _forget(self) -> None:
+        self.document: Entry = {}
+        self._changed: set[str] = set()
+        self._series: dict[str, Series] = {}
+        self._counts: dict[str, int] = {}
+        self._artifacts: dict[Any, Entry] = {}
+        self._stored: dict[Any, bytes] = {}  # the digest of each artifact, by file
+        self._reader.rewind()
 
     @property
     def damage(self) -> str:
         """What is wrong with the journal, in words; empty if nothing is."""
         return self._reader.damage
 
-    def _forget(self) -> None:
-        self.document: Entry = {}
-        self._changed: set[str] = set()
-        self._counts: dict[str, int] = {}
-        self._series: dict[str, Series] = {}
-        self._artifacts: list[Entry] = []
-        self._stored: dict[Any, str] = {}  # the content's digest, by file id
-        self._reader.rewind()
-
     def upload(self, abandoned: bool = False) -> None:
-        """Write everything the journal holds; the run's own document last, and to the disk.
+        """Write what is new in the journal; the run's own document last, and to the disk.
 
         Args:
             abandoned: the run's process has ended; a run that has not is marked as killed.
@@ -108,31 +113,42 @@ class Uploader:
         Raises:
             PyMongoError: the database failed; call again later.
         """
-        self.documents.command("ping")  # read nothing into memory while nobody answers
+        self._documents.command("ping")  # read nothing into memory while nobody answers
+        if self._again:
+            self._forget()
         self._read()
         if not self.document:
             return
-        status = self._claim_id().get("status", "RUNNING")
-        if self._reader.damage and status != "RUNNING":
+        again, self._again = self._again, True  # until everything is written
+        status = self._claim_id()
+        if self.damage and status != "RUNNING":
             self.document["status"] = status
             return  # the database has it from before the damage
         if abandoned and self.document["status"] == "RUNNING":
             self._mark(KILLED, status)
-        if self._reader.damage and self.document["status"] != "RUNNING":
-            self._mark(f"a part of the record is lost: {self._reader.damage}", status)
-        while self._artifacts:
-            self._put(self._artifacts[0])
-            del self._artifacts[0]
-        for series in self._series.values():
-            self._push(series)
-        self._save()
+        if self.damage and self.document["status"] != "RUNNING":
+            self._mark(f"a part of the record is lost: {self.damage}", status)
+        for file_id in list(self._artifacts):
+            self._put(file_id, self._artifacts.pop(file_id))
+        for name, series in self._series.items():
+            if series.new:
+                self._write(name, series, again)
+        changed = self.document.keys() if again else self._changed | {"info"}
+        fields = {key: value for key, value in self._whole().items() if key in changed}
+        self._runs.update_one({"_id": self.run_id}, {"$set": fields}, upsert=again)
+        self._changed.clear()
+        self._again = False
 
     def _read(self) -> None:
         for entry in self._reader.entries():
             if "metric" in entry:
-                self._add_point(entry)
+                name = entry["metric"]
+                count = self._counts[name] = self._counts.get(name, 0) + 1
+                if count > POINTS_PER_DOCUMENT:
+                    name = f"{name} ({1 + (count - 1) // POINTS_PER_DOCUMENT})"
+                self._series.setdefault(name, Series()).add(entry)
             elif "artifact" in entry:
-                self._artifacts.append(entry)
+                self._artifacts[entry["id"]] = entry
             elif "output" in entry:
                 keep, text = entry["output"]
                 self._set({"captured_out": self.document.get("captured_out", "")[:keep] + text})
@@ -141,25 +157,18 @@ class Uploader:
 
     def _set(self, fields: Entry) -> None:
         self.document.update(fields)
-        self._changed |= fields.keys() - {"_id"}
+        self._changed |= fields.keys()
 
-    def _add_point(self, entry: Entry) -> None:
-        name = entry["metric"]
-        count = self._counts[name] = self._counts.get(name, 0) + 1
-        if count > POINTS_PER_DOCUMENT:
-            name = f"{name} ({1 + (count - 1) // POINTS_PER_DOCUMENT})"
-        self._series.setdefault(name, Series(name)).add(entry)
-
-    def _claim_id(self) -> Entry:
-        """Take the journal's run number unless another run has it; what is stored of the run."""
-        token, runs = self.document["meta"]["journal"], self.documents["runs"]
+    def _claim_id(self) -> str:
+        """Take the journal's run number unless another run has it; the run's stored status."""
+        token = self.document["meta"]["journal"]
         wanted = self.document["_id"] if self.run_id is None else self.run_id
-        stored = runs.find_one({"_id": wanted}, {"meta.journal": 1, "status": 1})
+        stored = self._runs.find_one({"_id": wanted}, {"meta.journal": 1, "status": 1})
         if stored and stored.get("meta", {}).get("journal") != token:
-            stored = runs.find_one({"meta.journal": token}, {"status": 1})
-            wanted = stored["_id"] if stored else next_run_id(runs)
+            stored = self._runs.find_one({"meta.journal": token}, {"status": 1})
+            wanted = stored["_id"] if stored else next_run_id(self._runs)
         self.run_id = wanted
-        return stored or {}
+        return str((stored or {}).get("status", "RUNNING"))
 
     def _mark(self, reason: str, status: str) -> None:
         """Record the run as FAILED, unless the database says already how it has ended."""
@@ -167,9 +176,9 @@ class Uploader:
         self._set({"fail_trace": [reason], "stop_time": sign or datetime.now(timezone.utc)})
         self._set({"status": "FAILED" if status == "RUNNING" else status})
 
-    def _put(self, artifact: Entry) -> None:
-        file_id, name = artifact["id"], artifact["artifact"]
-        if not self._files.exists(file_id):
+    def _put(self, file_id: Any, artifact: Entry) -> None:
+        name, self._stored[file_id] = artifact["artifact"], _digest(artifact["data"])
+        if self._content(file_id) != self._stored[file_id]:
             self._files.delete(file_id)  # what an interrupted attempt has left
             self._files.put(
                 artifact["data"],
@@ -178,44 +187,41 @@ class Uploader:
                 metadata=artifact["metadata"],
                 contentType=artifact["content_type"],
             )
-        self._stored[file_id] = hashlib.sha256(artifact["data"]).hexdigest()
-        listed = [item for item in self.document["artifacts"] if item["file_id"] != file_id]
-        self._set({"artifacts": [*listed, {"name": name, "file_id": file_id}]})
+        listed = [*self.document["artifacts"], {"name": name, "file_id": file_id}]
+        self._set({"artifacts": listed})
 
-    def _push(self, series: Series) -> None:
-        """Append the points; where the length is not the expected one, find out and go on."""
-        metrics = self.documents["metrics"]
-        if series.id is None:
-            key = {"run_id": self.run_id, "name": series.name}
-            empty: Entry = {column: [] for column in COLUMNS}
-            metrics.update_one(key, {"$setOnInsert": empty}, upsert=True)
-            found = metrics.find_one(key, {"_id": 1})
-            series.id = None if found is None else found["_id"]
-        while series.points:
-            expected = {"_id": series.id, "steps": {"$size": series.sent}}
-            push = {to: {"$each": [p[key] for p in series.points]} for to, key in COLUMNS.items()}
-            done = len(series.points)
-            if not metrics.update_one(expected, {"$push": push}).matched_count:
-                stored = metrics.find_one({"_id": series.id}, {"steps": 1}) or {"steps": []}
-                done = len(stored["steps"]) - series.sent
-                if done < 0 or series.id is None:
-                    self._lost(f"points of {series.name!r}")
-            series.sent += min(done, len(series.points))
-            del series.points[:done]
+    def _content(self, file_id: Any) -> bytes:
+        """The digest of what is stored; of nothing where that is missing or damaged."""
+        try:
+            return _digest(self._files.get(file_id).read())
+        except GridFSError:
+            return b""
 
-    def _save(self) -> None:
-        """j=True makes this write, and with it all earlier ones, survive a crash."""
-        runs = self.documents.get_collection("runs", write_concern=WriteConcern(w=1, j=True))
-        whole = self._whole()
-        fields = {key: whole[key] for key in self._changed | {"info"}}
-        if not runs.update_one({"_id": self.run_id}, {"$set": fields}).matched_count:
-            runs.replace_one({"_id": self.run_id}, whole, upsert=True)
-        self._changed.clear()
+    def _write(self, name: str, series: Series, again: bool) -> None:
+        """Append the points, or write all of them; never fewer than there are."""
+        key, columns = {"run_id": self.run_id, "name": name}, series.columns()
+        push = {column: {"$each": values} for column, values in columns.items()}
+        if not again:
+            self._metrics.update_one(key, {"$push": push}, upsert=True)
+        elif not self._has_been_cut() or len(self._rows(name)) < series.count:
+            self._metrics.update_one(key, {"$set": columns}, upsert=True)
+        series.new = []
+
+    def _has_been_cut(self) -> bool:
+        """Whether the journal may hold less than it once did: damaged, or without an end."""
+        return bool(self.damage) or self.document.get("fail_trace") == [KILLED]
+
+    def _rows(self, name: str) -> list[Any]:
+        """The points that are stored."""
+        stored = self._metrics.find_one({"run_id": self.run_id, "name": name}) or {}
+        return list(zip(*(stored.get(column, ()) for column in COLUMNS), strict=True))
 
     def _whole(self) -> Entry:
-        """The run's document as it should be."""
-        named = [{"name": s.name, "id": str(s.id)} for s in self._series.values()]
-        info = {**self.document["info"], **({"metrics": named} if named else {})}
+        """The run's document as it should be, with the metrics' own."""
+        found = self._metrics.find({"run_id": self.run_id}, {"name": 1}).sort("_id", 1)
+        named = [{"name": m["name"], "id": str(m["_id"])} for m in found]
+        known = [metric for metric in named if metric["name"] in self._series]
+        info = {**self.document["info"], **({"metrics": known} if known else {})}
         return {**self.document, "_id": self.run_id, "info": info}
 
     def verify(self) -> None:
@@ -224,39 +230,29 @@ class Uploader:
         Raises:
             TrackingError: something is not there as it should be; the next `upload` writes it.
         """
-        if not self.document or self._reader.damage:
+        if not self.document or self.damage:
             return
-        found = self.documents["runs"].find_one({"_id": self.run_id}) or {}
-        for key, value in self._whole().items():
-            if bson.encode({"": value}) != bson.encode({"": found.get(key)}):
-                self._lost(f"{key!r} of the run")
-        for series in self._series.values():
-            stored = self.documents["metrics"].find_one({"_id": series.id}) or {}
-            rows = list(zip(*(stored.get(column, ()) for column in COLUMNS), strict=True))
-            if not self._is_whole(series, rows):
-                self.documents["metrics"].delete_one({"_id": series.id})
-                self._lost(f"points of {series.name!r}")
-        for file_id, digest in self._stored.items():
-            content = self._files.get(file_id).read() if self._files.exists(file_id) else b""
-            if hashlib.sha256(content).hexdigest() != digest:
-                self._files.delete(file_id)
-                self._lost("an artifact")
-
-    def _is_whole(self, series: Series, rows: list[Any]) -> bool:
-        """More points than in its journal may only have a run that was killed."""
-        killed = self.document.get("fail_trace") == [KILLED]
-        known = rows[: series.sent] if killed else rows
-        return hashlib.sha256(b"".join(_text(*row) for row in known)).digest() == (
-            series.digest.digest()
-        )
-
-    def _lost(self, what: str) -> None:
-        self._forget()
-        raise TrackingError(f"the database has lost {what}")
+        self._again = True
+        found = self._runs.find_one({"_id": self.run_id}) or {}
+        wrong = [f"{key!r} of the run" for key, value in self._whole().items()
+                 if bson.encode({"": value}) != bson.encode({"": found.get(key)})]  # fmt: skip
+        for name, series in self._series.items():
+            rows = self._rows(name)
+            known = rows[: series.count] if self._has_been_cut() else rows
+            if _digest(b"".join(_text(*row) for row in known)) != series.digest.digest():
+                wrong.append(f"points of {name!r}")
+        wrong += [f"artifact {f}" for f, d in self._stored.items() if self._content(f) != d]
+        if wrong:
+            raise TrackingError(f"the database has lost {wrong[0]}")
+        self._again = False
 
     def close(self) -> None:
         """Close the journal."""
         self._reader.close()
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
 
 
 def upload_journal(path: Path, documents: Documents) -> Uploader | None:
@@ -279,7 +275,7 @@ def upload_journal(path: Path, documents: Documents) -> Uploader | None:
         except TrackingError:  # the database had less than it had said: once more
             uploader.upload(abandoned=True)
             uploader.verify()
-        if reader.damage:
+        if reader.damage or not reader.header:
             raise TrackingError(_damaged(path, reader, uploader))
         if not uploader.document:  # killed while the run's document was being inserted
             own = {"meta.journal": reader.header["token"]}
@@ -291,7 +287,7 @@ def upload_journal(path: Path, documents: Documents) -> Uploader | None:
 
 def _damaged(path: Path, reader: JournalReader, uploader: Uploader) -> str:
     if not uploader.document:
-        return f"{path} is not the journal of a run, or is damaged: {reader.damage}; it is kept"
+        return f"{path} is not the journal of a run, or its beginning is damaged; it is kept"
     kept = path if path.suffix == ".damaged" else path.with_name(path.name + ".damaged")
     path.rename(kept)  # told once; by its new name it can be uploaded again
     status = uploader.document["status"]
@@ -308,7 +304,7 @@ def upload_abandoned(database: Database, folder: Path, log: logging.Logger) -> N
             with closing(JournalReader(path)) as reader:
                 owner = reader.header.get("database"), reader.header.get("host")
                 if not reader.header:
-                    raise TrackingError(f"{reader.damage}; python -m {COMMAND} takes the rest")
+                    raise TrackingError(f"its beginning is damaged; python -m {COMMAND} reads on")
             if owner == (database.label, platform.node()):
                 uploader = upload_journal(path, database.documents)
                 if uploader is not None:

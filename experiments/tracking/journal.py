@@ -124,7 +124,9 @@ class JournalReader:
         self._file.close()
 
 
-LINE = re.compile(rb'\{"line": (0|[1-9]\d{0,15}), "check": "(\w{24})", "entry": (.*)\}\n', re.DOTALL)
+LINE = re.compile(
+    rb'\{"line": (0|[1-9]\d{0,15}), "check": "(\w{24})", "entry": (.*)\}\n', re.DOTALL
+)
 
 
 def _line(number: int, entry: Entry) -> bytes:

@@ -67,24 +67,21 @@ class JournalObserver(MongoObserver):
         self._log = log
         self._interval = interval or DEFAULT_INTERVAL
         self._patience = seconds(PATIENCE_VARIABLE, PATIENCE)
-        self._journal: Journal | None = None
-        self._uploader: Uploader | None = None
         self._known: dict[str, Any] = {}
-        self._away = False
-        self._error: BaseException | None = None
-        self._deadline = 0.0
-        self._stop = threading.Event()
+        self._uploader: Uploader | None = None
         self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
-        upload_abandoned(database, data_folder("journals"), log)
+        self._stop, self._deadline, self._away = threading.Event(), 0.0, False
+        self._error = ""
+        folder = data_folder("journals")
+        upload_abandoned(database, folder, log)
+        header = {"token": self.token, "database": self.label, "host": platform.node()}
+        self._journal = Journal(folder / f"run-{self.token}.jsonl", header)
 
     # ---- the run's start: written to the database at once, which gives the run's number ----
 
     def started_event(self, ex_info: Any, command: str, host_info: Any, start_time: datetime,
                       config: Any, meta_info: Any, _id: Any) -> Any:
         """Insert the run's document, without secrets; every later event goes to the journal."""
-        path = data_folder("journals") / f"run-{self.token}.jsonl"
-        header = {"token": self.token, "database": self.label, "host": platform.node()}
-        journal = Journal(path, header)
         meta_info = {**meta_info, "journal": self.token}
         _id = int(_id) if isinstance(_id, str) and _id.isdecimal() else _id  # Sacred's -i 7
         clean = [self._clean(part) for part in (ex_info, host_info, config, meta_info)]
@@ -93,15 +90,13 @@ class JournalObserver(MongoObserver):
             run_id = super().started_event(
                 clean[0], command, clean[1], start_time, clean[2], clean[3], _id
             )
+        except UserError:
+            raise
         except Exception as error:
-            journal.close()
-            path.unlink()  # nothing has happened that it could tell of
-            if isinstance(error, UserError):
-                raise
             raise UserError(self._database.explain(error)) from None
-        self._journal = journal
-        self._append({"start": self.run_entry})
-        self._uploader = Uploader(JournalReader(path), self._database.documents)
+        self._journal.append({"start": self.run_entry})
+        reader = JournalReader(self._journal.path)
+        self._uploader = Uploader(reader, self._database.documents)
         self._thread.start()
         return run_id
 
@@ -154,11 +149,6 @@ class JournalObserver(MongoObserver):
 
     # ---- events of the run: journal only ----
 
-    def _append(self, entry: dict[str, Any]) -> None:
-        if self._journal is None:
-            raise TrackingError("the run has no journal: it did not start")
-        self._journal.append(entry)
-
     def _set(self, **fields: Any) -> None:
         """Fields of the run's document, as far as they have changed."""
         clean = {key: self._clean(value) for key, value in fields.items()}
@@ -168,14 +158,14 @@ class JournalObserver(MongoObserver):
             kept = len(before)
             if not text.startswith(before):  # a progress bar has redrawn its line
                 kept = len(os.path.commonprefix([before, text]))
-            self._append({"output": [kept, text[kept:]]})
+            self._journal.append({"output": [kept, text[kept:]]})
         if rest := {key: value for key, value in new.items() if key != "captured_out"}:
-            self._append({"set": rest})
+            self._journal.append({"set": rest})
         self._known.update(new)
 
     def record(self, name: str, value: float, step: int, when: datetime) -> None:
         """One point of a metric."""
-        self._append({"metric": name, "step": step, "value": value, "time": when})
+        self._journal.append({"metric": name, "step": step, "value": value, "time": when})
 
     def log_metrics(self, metrics_by_name: Any, info: Any) -> None:
         """Nothing: `record` has written the points when they were logged."""
@@ -184,8 +174,7 @@ class JournalObserver(MongoObserver):
                         result: Any) -> None:
         """The run's state that has changed since the last heartbeat."""
         self._set(captured_out=captured_out, info=info, result=result, heartbeat=beat_time)
-        if self._journal is not None:
-            self._journal.sync()
+        self._journal.sync()
 
     def completed_event(self, stop_time: datetime, result: Any) -> None:
         """The run's end."""
@@ -208,8 +197,8 @@ class JournalObserver(MongoObserver):
     def artifact_event(self, name: str, filename: str, metadata: Any = None,
                        content_type: str | None = None) -> None:
         """The content of a file that the run has made."""
-        self._append({
-            "artifact": name,
+        self._journal.append({
+            "artifact": self._clean(name),
             "id": ObjectId(),
             "data": Binary(Path(filename).read_bytes()),
             "metadata": self._clean(metadata),
@@ -220,37 +209,34 @@ class JournalObserver(MongoObserver):
 
     def _work(self) -> None:
         """Upload every few seconds; at the run's end until all is read back, or it is too late."""
-        pause = self._interval
-        while self._uploader is not None:
+        pause, ending = self._interval, False
+        while not ending or (self._error and time.monotonic() < self._deadline):
             self._stop.wait(pause)
             ending, began = self._stop.is_set(), time.monotonic()
-            self._error = self._try_upload(self._uploader, ending)
-            if ending and (self._error is None or time.monotonic() > self._deadline):
-                return
-            if ending:
-                time.sleep(0.5)
+            self._error = self._try_upload(ending)
             pause = max(self._interval, 5 * (time.monotonic() - began))
+            time.sleep(0.5 if ending and self._error else 0.0)
 
-    def _try_upload(self, uploader: Uploader, ending: bool) -> Exception | None:
-        """One attempt; the error if the database is away, refuses, or answers nonsense."""
+    def _try_upload(self, ending: bool) -> str:
+        """One attempt; what is wrong if the database is away, refuses, or answers nonsense."""
+        assert self._uploader is not None
         try:
             if self._away:
                 self._database.revive()
-            uploader.upload()
+            self._uploader.upload()
             if ending:
-                uploader.verify()
+                self._uploader.verify()
         except Exception as error:
+            reason = self._reason(error)
             if not self._away:
-                self._log.warning(
-                    "The database is away; the run goes on and keeps its record (%s)",
-                    self._reason(error),
-                )
+                text = "The database is away; the run goes on and keeps its record (%s)"
+                self._log.warning(text, reason)
             self._away = True
-            return error
+            return reason
         if self._away:
             self._log.warning("The database is back")
         self._away = False
-        return None
+        return ""
 
     def finish(self) -> None:
         """Bring everything into the database, remove the journal, close the connection.
@@ -258,12 +244,17 @@ class JournalObserver(MongoObserver):
         Raises:
             TrackingError: the database did not take everything; the journal is kept.
         """
-        if self._journal is not None and self._uploader is not None:
-            self._finish(self._journal, self._uploader)
-        if not self._thread.is_alive():  # else the end of the process closes all
-            self._database.close()
+        try:
+            if self._uploader is not None:
+                self._finish(self._uploader)
+            else:  # it has not started: there is nothing that the journal could tell of
+                self._journal.path.unlink()
+        finally:
+            self._journal.close()
+            if not self._thread.is_alive():  # else the end of the process closes all
+                self._database.close()
 
-    def _finish(self, journal: Journal, uploader: Uploader) -> None:
+    def _finish(self, uploader: Uploader) -> None:
         limit = None
         if interruption.asked():
             limit = HURRIED if interruption.urgent() else INTERRUPTED
@@ -271,29 +262,23 @@ class JournalObserver(MongoObserver):
         self._stop.set()
         try:
             self._thread.join(limit)
-            late = TimeoutError("no answer in time")
-            error = late if self._thread.is_alive() else uploader.damage or self._error
+            late = self._thread.is_alive()
+            error = "no answer in time" if late else uploader.damage or self._error
         except (KeyboardInterrupt, SacredInterrupt) as interrupt:
-            error = interrupt
-        journal.sync()
-        whole = not error and "status" in self._known
-        if whole:
-            journal.path.unlink()  # while locked, so that no other run takes it for abandoned
+            error = self._reason(interrupt)
         if not self._thread.is_alive():
             uploader.close()
-        journal.close()
-        if not whole:
-            raise TrackingError(self._advice(journal.path, error))
+        if not error and "status" not in self._known:
+            error = "its end was not recorded"
+        if error:
+            self._journal.sync()
+            path = self._journal.path
+            raise TrackingError(
+                f"run {self.run_entry['_id']} is not wholly in the database ({error}); its record"
+                f" is {path}: the next run uploads it, or python -m {COMMAND} {path}"
+            )
+        self._journal.path.unlink()  # while locked, so that no other run takes it for abandoned
 
-    def _advice(self, path: Path, error: BaseException | str | None) -> str:
-        run_id = self.run_entry["_id"]
-        if not error:
-            return f"the end of run {run_id} was not recorded; its record is {path}"
-        return (
-            f"run {run_id} is not wholly in the database ({self._reason(error)}); its record is"
-            f" {path}: the next run uploads it, or python -m {COMMAND} {path}"
-        )
-
-    def _reason(self, error: BaseException | str) -> str:
+    def _reason(self, error: BaseException) -> str:
         text = self._database.redactor.text(str(error).split(", Timeout:")[0])
         return text or type(error).__name__

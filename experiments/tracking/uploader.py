@@ -11,7 +11,6 @@ import hashlib
 import logging
 import platform
 from contextlib import closing
-from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ POINTS_PER_DOCUMENT = 100_000
 
 KILLED = "killed: the process ended without a word (kill -9, out of memory, power)"
 COMMAND = "experiments.tracking.upload"
-COLUMNS = {"steps": "step", "values": "value", "timestamps": "time"}
+COLUMNS = ("steps", "values", "timestamps")
 
 
 def next_run_id(runs: Collection[dict[str, Any]]) -> int:
@@ -45,23 +44,18 @@ def index_metrics(documents: Documents) -> None:
     documents["metrics"].create_index([("run_id", ASCENDING), ("name", ASCENDING)])
 
 
-@dataclass
 class Series:
-    """One metric: what is not in the database yet, and what there should be in all."""
+    """One metric: points that are not in the database yet, and the digest of all there are."""
 
-    new: list[Entry] = field(default_factory=list)
-    count: int = 0
-    digest: Any = field(default_factory=hashlib.sha256)
+    def __init__(self) -> None:
+        self.new: list[tuple[Any, ...]] = []
+        self.count, self.digest = 0, hashlib.sha256()
 
-    def add(self, point: Entry) -> None:
-        """One more point."""
+    def add(self, *point: Any) -> None:
+        """One more point: step, value, time."""
         self.new.append(point)
         self.count += 1
-        self.digest.update(_text(*(point[key] for key in COLUMNS.values())))
-
-    def columns(self) -> dict[str, list[Any]]:
-        """What is new, as Sacred stores it."""
-        return {column: [point[key] for point in self.new] for column, key in COLUMNS.items()}
+        self.digest.update(_text(*point))
 
 
 def _text(step: Any, value: Any, time: datetime | None) -> bytes:
@@ -124,10 +118,11 @@ class Uploader:
         if self.damage and status != "RUNNING":
             self.document["status"] = status
             return  # the database has it from before the damage
-        if abandoned and self.document["status"] == "RUNNING":
-            self._mark(KILLED, status)
-        if self.damage and self.document["status"] != "RUNNING":
+        ended = self.document["status"] != "RUNNING"
+        if self.damage and (ended or abandoned):
             self._mark(f"a part of the record is lost: {self.damage}", status)
+        elif not ended and abandoned:
+            self._mark(KILLED, status)
         for file_id in list(self._artifacts):
             self._put(file_id, self._artifacts.pop(file_id))
         for name, series in self._series.items():
@@ -146,7 +141,8 @@ class Uploader:
                 count = self._counts[name] = self._counts.get(name, 0) + 1
                 if count > POINTS_PER_DOCUMENT:
                     name = f"{name} ({1 + (count - 1) // POINTS_PER_DOCUMENT})"
-                self._series.setdefault(name, Series()).add(entry)
+                point = entry["step"], entry["value"], entry["time"]
+                self._series.setdefault(name, Series()).add(*point)
             elif "artifact" in entry:
                 self._artifacts[entry["id"]] = entry
             elif "output" in entry:
@@ -199,12 +195,11 @@ class Uploader:
 
     def _write(self, name: str, series: Series, again: bool) -> None:
         """Append the points, or write all of them; never fewer than there are."""
-        key, columns = {"run_id": self.run_id, "name": name}, series.columns()
-        push = {column: {"$each": values} for column, values in columns.items()}
-        if not again:
-            self._metrics.update_one(key, {"$push": push}, upsert=True)
-        elif not self._has_been_cut() or len(self._rows(name)) < series.count:
-            self._metrics.update_one(key, {"$set": columns}, upsert=True)
+        columns = dict(zip(COLUMNS, map(list, zip(*series.new, strict=True)), strict=True))
+        push = {"$push": {column: {"$each": values} for column, values in columns.items()}}
+        if not (again and self._has_been_cut() and len(self._rows(name)) >= series.count):
+            key = {"run_id": self.run_id, "name": name}
+            self._metrics.update_one(key, {"$set": columns} if again else push, upsert=True)
         series.new = []
 
     def _has_been_cut(self) -> bool:
@@ -303,7 +298,7 @@ def upload_abandoned(database: Database, folder: Path, log: logging.Logger) -> N
         try:
             with closing(JournalReader(path)) as reader:
                 owner = reader.header.get("database"), reader.header.get("host")
-                if not reader.header:
+                if not reader.header and reader.is_abandoned():
                     raise TrackingError(f"its beginning is damaged; python -m {COMMAND} reads on")
             if owner == (database.label, platform.node()):
                 uploader = upload_journal(path, database.documents)

@@ -34,7 +34,7 @@ from experiments.tracking import TrackedExperiment, TrackingError, open_database
 from experiments.tracking.journal import Journal, JournalReader
 from experiments.tracking.output import CUT, HEAD, TAIL, Tape, keep_output
 from experiments.tracking.uploader import Uploader, upload_journal
-from experiments.tracking.values import as_number, as_step, storable
+from experiments.tracking.values import as_number, as_step, check_name, storable
 
 
 @pytest.fixture(scope="module")
@@ -322,8 +322,22 @@ def test_what_is_no_number_is_refused(value: Any) -> None:
 
 def test_steps_are_whole_numbers() -> None:
     assert (as_step("loss", np.int32(3)), as_step("loss", None)) == (3, None)
-    with pytest.raises(TypeError, match="step of metric 'loss' must be an int, got 0.5"):
-        as_step("loss", 0.5)
+    for step in (0.5, 2**63):
+        with pytest.raises(TypeError, match=f"'loss' must be an int of 64 bits, got {step}"):
+            as_step("loss", step)
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "$a", "a\0", "\udc80", 3, None])
+def test_a_name_that_cannot_be_stored_is_refused(name: Any) -> None:
+    with pytest.raises(ValueError, match="a metric's name is a string such as 'train/loss'"):
+        check_name(name)
+
+
+def test_text_that_mongodb_cannot_hold_is_escaped(tmp_path: Path, database: Any) -> None:
+    text = {"a\0b\udc80": "\udc80", "list": ["x\ud800"]}
+    database["odd"].insert_one({"_id": 1, "value": storable(text)})
+    kept = database["odd"].find_one({"_id": 1})["value"]
+    assert kept == {"a\\0b\\udc80": "\\udc80", "list": ["x\\ud800"]}
 
 
 def test_anything_becomes_plain_data() -> None:

@@ -43,7 +43,11 @@ class Journal:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         self._descriptor = os.open(path, flags, 0o600)
         fcntl.flock(self._descriptor, fcntl.LOCK_EX)
-        self.append(header)
+        try:
+            self.append(header)
+        except TrackingError:
+            path.unlink()
+            raise
 
     def append(self, entry: Entry) -> None:
         """Write one line; it outlives this process, and after `sync` the machine.
@@ -96,6 +100,9 @@ class JournalReader:
         self._file.seek(0)
         self._next, self.damage, self.header = 0, "", {}
         self.header = next(self.entries(limit=1), {})
+        if self.damage:  # of the header, so that another line may have been taken for it
+            self._file.seek(0)
+            self._next, self.header = 0, {}
 
     def entries(self, limit: int = -1) -> Iterator[Entry]:
         """The complete lines not read yet, without those that are damaged."""

@@ -111,7 +111,7 @@ class Uploader:
         if self._again:
             self._forget()
         self._read()
-        if not self.document:
+        if "meta" not in self.document:  # it is not begun, or its beginning is damaged
             return
         again, self._again = self._again, True  # until everything is written
         status = self._claim_id()
@@ -225,7 +225,7 @@ class Uploader:
         Raises:
             TrackingError: something is not there as it should be; the next `upload` writes it.
         """
-        if not self.document or self.damage:
+        if self.run_id is None or self.damage:
             return
         self._again = True
         found = self._runs.find_one({"_id": self.run_id}) or {}
@@ -270,21 +270,23 @@ def upload_journal(path: Path, documents: Documents) -> Uploader | None:
         except TrackingError:  # the database had less than it had said: once more
             uploader.upload(abandoned=True)
             uploader.verify()
-        if reader.damage or not reader.header:
-            raise TrackingError(_damaged(path, reader, uploader))
-        if not uploader.document:  # killed while the run's document was being inserted
-            own = {"meta.journal": reader.header["token"]}
-            killed = {"status": "FAILED", "fail_trace": [KILLED]}
-            documents["runs"].update_one(own, {"$set": killed})
+        if uploader.run_id is None and reader.header:  # killed at its start, or that is lost
+            own = {"meta.journal": reader.header["token"], "status": "RUNNING"}
+            ended = {"status": "FAILED", "fail_trace": [reader.damage or KILLED]}
+            documents["runs"].update_one(own, {"$set": ended})
+        if uploader.run_id is None and (reader.damage or not reader.header):
+            what = "is not the journal of a run, or its beginning is damaged"
+            raise TrackingError(f"{path} {what}; it is kept")
+        if reader.damage:
+            raise TrackingError(_kept(path, reader, uploader))
         path.unlink(missing_ok=True)
         return uploader
 
 
-def _damaged(path: Path, reader: JournalReader, uploader: Uploader) -> str:
-    if not uploader.document:
-        return f"{path} is not the journal of a run, or its beginning is damaged; it is kept"
+def _kept(path: Path, reader: JournalReader, uploader: Uploader) -> str:
+    """Put a damaged journal aside, and say so; by its new name it can be uploaded again."""
     kept = path if path.suffix == ".damaged" else path.with_name(path.name + ".damaged")
-    path.rename(kept)  # told once; by its new name it can be uploaded again
+    path.rename(kept)
     status = uploader.document["status"]
     return (
         f"a part of run {uploader.run_id} is lost: of its journal {reader.damage}; the rest is in"
@@ -307,4 +309,5 @@ def upload_abandoned(database: Database, folder: Path, log: logging.Logger) -> N
         except FileNotFoundError:
             continue  # another run has just uploaded it
         except Exception as error:  # whatever a database answers; the file is kept
-            log.warning("Cannot upload %s: %s", path, database.redactor.text(str(error)))
+            text = database.redactor.text(str(error) or type(error).__name__)
+            log.warning("Cannot upload %s: %s", path.name, text)

@@ -237,6 +237,29 @@ def test_a_damaged_journal_is_told_marked_and_kept(
     database["metrics"].delete_many({"run_id": 1500})
 
 
+def test_a_journal_without_its_beginning(data: Path, database: Any) -> None:
+    """Without the start the run is marked; without the header it is uploaded by hand."""
+    path = data / "journals" / "run-t.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    lines = small_journal(path)
+    path.write_bytes(b"".join([lines[0], *lines[2:]]))
+    database["runs"].insert_one({"_id": 1500, "meta": {"journal": "t"}, "status": "RUNNING"})
+    code, output = run(environment(data), "with", "quick")
+    assert code == 0 and "run-t.jsonl is not the journal of a run, or its beginning" in output
+    stored = database["runs"].find_one({"_id": 1500})
+    assert stored["status"] == "FAILED" and stored["fail_trace"] == ["line 2 is damaged or missing"]
+    database["runs"].delete_one({"_id": 1500})
+    path.write_bytes(b"".join(lines[1:]))
+    code, output = run(environment(data), "with", "quick")
+    assert code == 0 and "Cannot upload run-t.jsonl: its beginning is damaged" in output
+    code, output = run(environment(data), str(path), module="experiments.tracking.upload")
+    assert code == 1 and "a part of run 1500 is lost: of its journal line 1" in output
+    assert points_of(database, 1500) == [0.5, 1.5, 2.5, 3.5]
+    path.with_name("run-t.jsonl.damaged").unlink()
+    database["runs"].delete_one({"_id": 1500})
+    database["metrics"].delete_many({"run_id": 1500})
+
+
 def points_of(database: Any, number: int) -> list[float]:
     return list(database["metrics"].find_one({"run_id": number, "name": "loss"})["values"])
 
@@ -298,7 +321,7 @@ def test_a_strange_file_is_no_journal(data: Path, database: Any, content: bytes)
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(content)
     code, output = run(environment(data), "with", "quick")
-    assert code == 0 and f"Cannot upload {path}" in output
+    assert code == 0 and f"Cannot upload {path.name}: " in output
     code, output = run(environment(data), str(path), module="experiments.tracking.upload")
     assert code == 1 and "is not the journal of a run" in output and output.count("\n") == 1
     assert path.read_bytes() == content

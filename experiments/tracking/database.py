@@ -20,11 +20,7 @@ from urllib.parse import quote
 
 import pymongo
 from pymongo.database import Database as MongoDatabase
-from pymongo.errors import (
-    ConfigurationError,
-    ConnectionFailure,
-    OperationFailure,
-)
+from pymongo.errors import ConfigurationError, ConnectionFailure, OperationFailure
 from sacred.observers.mongo import get_pattern, parse_mongo_db_arg
 
 from experiments.tracking.embedded import EmbeddedServer

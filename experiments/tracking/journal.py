@@ -3,9 +3,9 @@
 The first entry says which database and host; then come {"start": the run's document},
 {"metric": name, "step", "value", "time"}, {"set": changed fields of the document},
 {"output": [characters kept, text after them]} and {"artifact": name, ...}. Every line has its
-number and a checksum, and the last entry of a run that ended sets its status: a line that was
-changed, lost, doubled or cut off is noticed. The writing process holds a lock on the file: a file
-whose lock is free belongs to a process that has ended.
+number and a checksum, and once the run has ended the first one says how many there are: a line
+that was changed, lost, doubled or cut off is noticed. The writing process holds a lock on the file:
+a file whose lock is free belongs to a process that has ended.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from bson import json_util
 from experiments.tracking.errors import TrackingError
 
 Entry = dict[str, Any]
+LINES, WIDTH = "lines", 12
 
 
 class Journal:
@@ -39,12 +40,12 @@ class Journal:
     def __init__(self, path: Path, header: Entry) -> None:
         self.path = path
         self._guard = threading.Lock()
-        self._lines, self._size = 0, 0
+        self._lines, self._size, self._header = 0, 0, header
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         self._descriptor = os.open(path, flags, 0o600)
         fcntl.flock(self._descriptor, fcntl.LOCK_EX)
         try:
-            self.append(header)
+            self.append({**header, LINES: f"{0:{WIDTH}}"})
         except TrackingError:
             path.unlink()
             raise
@@ -64,6 +65,15 @@ class Journal:
                 os.ftruncate(self._descriptor, self._size)
                 raise self._full(error) from None
             self._lines, self._size = self._lines + 1, self._size + len(line)
+
+    def seal(self) -> None:
+        """Say in the first line how many there are, and force all to the disk."""
+        line = _line(0, {**self._header, LINES: f"{self._lines:{WIDTH}}"})
+        try:
+            os.pwrite(self._descriptor, line, 0)  # as long as the one it replaces
+        except OSError as error:
+            raise self._full(error) from None
+        self.sync()
 
     def sync(self) -> None:
         """Force what was written to the disk."""
@@ -87,7 +97,6 @@ class JournalReader:
 
     Attributes:
         header: the first entry; empty if it is damaged.
-        damage: what is wrong with the file so far, in words; empty if nothing is.
     """
 
     def __init__(self, path: Path) -> None:
@@ -98,9 +107,9 @@ class JournalReader:
     def rewind(self) -> None:
         """Go back to the first entry after the header."""
         self._file.seek(0)
-        self._next, self.damage, self.header = 0, "", {}
-        self.header = next(self.entries(limit=1), {})
-        if self.damage:  # of the header, so that another line may have been taken for it
+        self._next, self._damage = 0, ""
+        self.header: Entry = next(self.entries(limit=1), {})
+        if self._damage:  # of the header, so that another line may have been taken for it
             self._file.seek(0)
             self._next, self.header = 0, {}
 
@@ -112,11 +121,18 @@ class JournalReader:
                 return
             limit -= 1
             number, entry = _parse(line)
-            if number != self._next and not self.damage:
-                self.damage = f"line {self._next + 1} is damaged or missing"
+            if number != self._next and not self._damage:
+                self._damage = f"line {self._next + 1} is damaged or missing"
             if number >= self._next:
                 self._next = number + 1
                 yield entry
+
+    @property
+    def damage(self) -> str:
+        """What is wrong with the file as far as read, in words; empty if nothing is."""
+        cut = f"line {self._next + 1}, with all after it, is missing"
+        whole = self.header and self._next >= int(self.header.get(LINES, 0))
+        return self._damage or ("" if whole else cut)
 
     def is_abandoned(self) -> bool:
         """Whether its writer has ended; if so the lock is ours until `close`."""

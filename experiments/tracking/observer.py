@@ -271,7 +271,7 @@ class JournalObserver(MongoObserver):
         if not error and "status" not in self._known:
             error = "its end was not recorded"
         if error:
-            self._journal.sync()
+            self._journal.seal()
             path = self._journal.path
             raise TrackingError(
                 f"run {self.run_entry['_id']} is not wholly in the database ({error}); its record"

@@ -46,7 +46,8 @@ def _upload(path: Path, database: Database) -> str:
         raise UserError(f"no file {path}; a later run may have uploaded it") from None
     if uploader is None:
         raise UserError(f"{path} belongs to a run that still goes on")
-    return f"run {uploader.run_id}: {uploader.document.get('status')}, in {database.label}"
+    status = f"{uploader.document.get('status')}, in {database.label}{uploader.how_it_ended()}"
+    return f"run {uploader.run_id}: {status}"
 
 
 if __name__ == "__main__":

@@ -84,6 +84,11 @@ class Uploader:
         self._again = True
         self._forget()
 
+    def how_it_ended(self) -> str:
+        """Nothing, or that the run's end is missing because it was killed."""
+        trace = self.document.get("fail_trace") or [""]
+        return f"; its end is missing: {KILLED}" if trace == [KILLED] else ""
+
     def _forget(self) -> None:
         self.document: Entry = {}
         self._changed: set[str] = set()
@@ -274,7 +279,7 @@ def upload_journal(path: Path, documents: Documents) -> Uploader | None:
             own = {"meta.journal": reader.header["token"], "status": "RUNNING"}
             ended = {"status": "FAILED", "fail_trace": [reader.damage or KILLED]}
             documents["runs"].update_one(own, {"$set": ended})
-        if uploader.run_id is None and (reader.damage or not reader.header):
+        if uploader.run_id is None and reader.damage:
             what = "is not the journal of a run, or its beginning is damaged"
             raise TrackingError(f"{path} {what}; it is kept")
         if reader.damage:
@@ -305,7 +310,8 @@ def upload_abandoned(database: Database, folder: Path, log: logging.Logger) -> N
             if owner == (database.label, platform.node()):
                 uploader = upload_journal(path, database.documents)
                 if uploader is not None:
-                    log.warning("Uploaded the record that run %s left", uploader.run_id)
+                    text = "Uploaded the record that run %s left%s"
+                    log.warning(text, uploader.run_id, uploader.how_it_ended())
         except FileNotFoundError:
             continue  # another run has just uploaded it
         except Exception as error:  # whatever a database answers; the file is kept

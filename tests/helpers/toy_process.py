@@ -177,6 +177,7 @@ def write_journal(path: Path, run_id: int, losses: list[float]) -> Path:
     artifact = {"artifact": "a.bin", "id": ObjectId(), "data": Binary(b"\x00" * 300_000)}
     journal.append({**artifact, "metadata": None, "content_type": "x/y"})
     journal.append({"set": {"status": "COMPLETED", "stop_time": NOW}})
+    journal.seal()
     journal.close()
     return path
 

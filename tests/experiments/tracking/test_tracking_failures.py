@@ -214,7 +214,7 @@ def test_the_next_run_marks_a_killed_one(data: Path, embedded: Any) -> None:
     finish(process)
     assert latest(embedded)["status"] == "RUNNING"
     code, output = run(environment(data), "with", "quick")
-    assert code == 0 and f"Uploaded the record that run {before + 1} left" in output
+    assert code == 0 and f"Uploaded the record that run {before + 1} left; its end is" in output
     killed = embedded["runs"].find_one({"_id": before + 1})
     assert killed["status"] == "FAILED" and killed["fail_trace"][0].startswith("killed")
     assert len(points(embedded, before + 1)["train/loss"]) > 5

@@ -7,6 +7,7 @@ embedded server. A URL with a password belongs in the variable or the file: opti
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import stat
@@ -15,16 +16,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
+from urllib.parse import quote
 
 import pymongo
 from pymongo.database import Database as MongoDatabase
-from pymongo.errors import PyMongoError
+from pymongo.errors import ConfigurationError, ConnectionFailure, OperationFailure
 from sacred.observers.mongo import get_pattern, parse_mongo_db_arg
 
 from experiments.tracking.embedded import EmbeddedServer
 from experiments.tracking.errors import UserError
 from experiments.tracking.redact import Redactor, secrets_of
-from experiments.tracking.refusals import explain
 
 URL_VARIABLE = "L2L_IMPLICIT_MONGO_URL"
 FILE_VARIABLE = "L2L_IMPLICIT_MONGO_URL_FILE"
@@ -32,6 +33,11 @@ TIMEOUT_VARIABLE = "L2L_IMPLICIT_MONGO_TIMEOUT"
 DEFAULT_FILE = "~/.config/l2l_implicit/mongo_url"
 DEFAULT_NAME = "l2l_implicit"
 SCHEMES = ("mongodb://", "mongodb+srv://")
+
+UNRECORDED = "-u records nothing"
+WRONG_PASSWORD, NOT_ALLOWED, ATLAS = 18, 13, 8000
+FULL = (14031, 12501)
+"""OutOfDiskSpace, and a quota that is exceeded; Atlas says 8000 for almost anything."""
 
 Documents: TypeAlias = MongoDatabase[dict[str, Any]]
 
@@ -61,20 +67,15 @@ def choose(option: str | None = None) -> Choice:
 
 
 def _url_of_option(option: str) -> str:
-    if "://" in option:
+    fits = "@" not in option and re.match(get_pattern(), option)
+    parts = parse_mongo_db_arg(option) if fits else {"collection": ""}
+    if not parts.keys() <= {"url", "db_name"}:  # not shown: it may hold a password
         raise UserError(
-            f"-m takes HOST:PORT:DB; put a mongodb:// URL in {URL_VARIABLE} or {DEFAULT_FILE},"
-            " since options are recorded with the run"
+            "-m takes HOST:PORT:DB, HOST:PORT or DB, got something else; put a mongodb:// URL,"
+            f" or a password, in {URL_VARIABLE} or {DEFAULT_FILE}: options are recorded"
         )
-    parts = parse_mongo_db_arg(option) if _is_option(option) else {"collection": ""}
-    if not parts.keys() <= {"url", "db_name"}:
-        raise UserError(f"-m takes HOST:PORT:DB, HOST:PORT or DB, got {option!r}")
     host = parts.get("url", "localhost:27017")
     return f"mongodb://{host}/{parts.get('db_name', DEFAULT_NAME)}"
-
-
-def _is_option(option: str) -> bool:
-    return re.match(get_pattern(), option) is not None
 
 
 def _checked(url: str, source: str) -> str:
@@ -86,7 +87,7 @@ def _checked(url: str, source: str) -> str:
 def _read_private(path: Path) -> str:
     try:
         mode = stat.S_IMODE(path.stat().st_mode)
-        text = path.read_text().strip()
+        text = path.read_text(errors="replace").strip()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; it should hold a mongodb:// URL") from None
     if mode & 0o077:
@@ -101,7 +102,8 @@ class Database:
         choice: what `choose` returned.
 
     Attributes:
-        label: the database's address without passwords, or `embedded`.
+        address: its URL without passwords.
+        label: the same, or `embedded`.
         redactor: hides this database's password.
 
     Raises:
@@ -118,17 +120,27 @@ class Database:
         except BaseException:
             self._release()
             raise
-        self.label = self._label()
+        nodes = self.client.nodes or ()  # of a socket the port is None
+        hosts = sorted(quote(h, safe="") if port is None else f"{h}:{port}" for h, port in nodes)
+        self.address = f"mongodb://{','.join(hosts)}/{self.documents.name}"
+        self.label = self.address if self._server is None else "embedded"
 
     def _connect(self) -> tuple[pymongo.MongoClient[dict[str, Any]], Documents]:
-        self._port = self._server.port() if self._server is not None else 0
-        url = self._choice.url or f"mongodb://127.0.0.1:{self._port}/{DEFAULT_NAME}"
+        self.revive()
+        own = "" if self._server is None else f"mongodb://{self._server.host}/{DEFAULT_NAME}"
         client: pymongo.MongoClient[dict[str, Any]] | None = None
+        limit = max(1, int(1000 * seconds(TIMEOUT_VARIABLE, 5.0)))
         try:
-            client = _client(url)
+            client = pymongo.MongoClient(
+                self._choice.url or own,
+                serverSelectionTimeoutMS=limit,
+                connectTimeoutMS=limit,
+                socketTimeoutMS=4 * limit,
+                appname="l2l_implicit",
+            )
             documents: Documents = client.get_default_database(DEFAULT_NAME)
             documents["runs"].find_one({}, {"_id": 1})  # a ping would not check the password
-        except (PyMongoError, ValueError, OSError) as error:
+        except Exception as error:  # whatever answers there may answer nonsense
             if client is not None:
                 client.close()
             raise UserError(self.explain(error)) from None
@@ -136,19 +148,12 @@ class Database:
 
     def explain(self, error: Exception) -> str:
         """One line on what the database refuses, without its password."""
-        return self.redactor.text(explain(error, self._choice.source))
-
-    def _label(self) -> str:
-        if self._server is not None:
-            return "embedded"
-        hosts = sorted(f"{host}:{port}" for host, port in self.client.nodes or ())
-        return f"mongodb://{','.join(hosts)}/{self.documents.name}"
+        return self.redactor.text(_explain(error, self._choice.source))
 
     def revive(self) -> None:
-        """After a failure: start the embedded server again if its supervisor has died too."""
-        if self._server is not None and self._server.port() != self._port:
-            self.client.close()
-            self.client, self.documents = self._connect()
+        """Start the embedded server if it is not up; its supervisor may have died too."""
+        if self._server is not None:
+            self._server.start()
 
     def close(self) -> None:
         """Close the client, then give up the share in the embedded server, in this order."""
@@ -160,15 +165,57 @@ class Database:
             self._server.release()
 
 
-def _client(url: str) -> pymongo.MongoClient[dict[str, Any]]:
-    timeout = int(1000 * float(os.environ.get(TIMEOUT_VARIABLE) or 5))
-    return pymongo.MongoClient(
-        url,
-        serverSelectionTimeoutMS=timeout,
-        connectTimeoutMS=timeout,
-        socketTimeoutMS=4 * timeout,
-        appname="l2l_implicit",
-    )
+def _explain(error: Exception, source: str) -> str:
+    """What went wrong, and what to do; the text may still hold passwords."""
+    told = str(error).split(", Timeout:")[0].split(" (config")[0].split(", full error:")[0]
+    reason = " ".join(told.split())  # without the driver's description of servers and settings
+    if isinstance(error, OperationFailure):
+        return f"the database of {source} {_refusal(error, reason)}"
+    if isinstance(error, ConnectionFailure):
+        return f"no database answers ({source}): {reason}{_tls(reason)}; {UNRECORDED}"
+    if isinstance(error, (ConfigurationError, ValueError)):
+        return (
+            f"the URL in {source} is not valid; name and password must be"
+            " percent-encoded, as in mongodb://NAME:PASSWORD@HOST:PORT/DB"
+        )
+    return f"the database of {source} cannot be used: {reason}"
+
+
+def _refusal(error: OperationFailure, reason: str) -> str:
+    details: dict[str, Any] = dict(error.details or {})
+    written = details.get("writeErrors") or [details.get("writeConcernError") or {}]
+    code = error.code if error.code is not None else written[0].get("code")
+    told = reason.lower()
+    if code in FULL or "quota" in told or "disk space" in told:
+        return f"is full ({reason}); make room there, or name another; {UNRECORDED}"
+    if code == NOT_ALLOWED:
+        return f"does not let this user read and write ({reason}); ask for the role readWrite"
+    if code == WRONG_PASSWORD or (code == ATLAS and "auth" in told):
+        return "refuses the user name or password"
+    return f"does not take the run: {reason}; {UNRECORDED}"
+
+
+def _tls(reason: str) -> str:
+    """What the reason may mean: a server does not say that it wants TLS, it hangs up."""
+    if "SSL" in reason or "certificate" in reason.lower():
+        return "; see tls, tlsCAFile and tlsCertificateKeyFile in the URL"
+    hung_up = "connection closed" in reason or "reset by peer" in reason
+    return "; if it asks for TLS, the URL needs tls=true" if hung_up else ""
+
+
+def seconds(variable: str, default: float) -> float:
+    """A time limit from the environment.
+
+    Raises:
+        UserError: it is no number of seconds.
+    """
+    text = os.environ.get(variable) or str(default)
+    try:
+        if 0 <= float(text) < math.inf:
+            return float(text)
+    except ValueError:
+        pass
+    raise UserError(f"{variable} must be a number of seconds, got {text!r}")
 
 
 @contextmanager

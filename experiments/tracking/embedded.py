@@ -1,21 +1,21 @@
 """The embedded database, seen from a client: share the server that is up, or start it.
 
-The server is SecantusDB, which speaks MongoDB's protocol. It is a separate process that listens
-on loopback without a password: every user of this machine can reach it while it is up. Its files
-are in a folder only its owner can read. Needs a POSIX system (flock).
+The server is SecantusDB, which speaks MongoDB's protocol. It is a process of its own that listens
+on a Unix socket in a folder which only its owner can enter: no password, and no port. Needs a
+POSIX system (flock).
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 from experiments.tracking import supervisor
 from experiments.tracking.errors import UserError
@@ -23,6 +23,9 @@ from experiments.tracking.errors import UserError
 EXECUTABLE = "secantusd-py"
 DATA_VARIABLE = "L2L_IMPLICIT_DATA"
 START_TIMEOUT = 40.0
+LONGEST_PATH = 100
+"""Bytes: a socket's path has at most 103 on macOS, 107 on Linux."""
+
 NOT_INSTALLED = (
     "no database: the embedded MongoDB server is not installed;"
     ' `pip install "l2l_implicit[experiments]"`, or set L2L_IMPLICIT_MONGO_URL to a'
@@ -31,14 +34,36 @@ NOT_INSTALLED = (
 
 
 def data_folder(name: str) -> Path:
-    """A folder that only its owner can read, under L2L_IMPLICIT_DATA or ~/.local/share."""
+    """A folder that only its owner can enter, under L2L_IMPLICIT_DATA or ~/.local/share.
+
+    Raises:
+        UserError: it belongs to somebody else, or cannot be made.
+    """
     default = "~/.local/share/l2l_implicit"
     root = Path(os.environ.get(DATA_VARIABLE) or default).expanduser().absolute()
-    root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    folder = root / name
-    folder.mkdir(mode=0o700, exist_ok=True)
-    folder.chmod(0o700)
-    return folder
+    return _private(root / name)
+
+
+def _private(folder: Path) -> Path:
+    try:
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        folder.chmod(0o700)  # which only its owner, or root, can
+        if folder.stat().st_uid == os.geteuid():
+            return folder
+        reason: str | None = "it belongs to somebody else"
+    except OSError as error:
+        reason = error.strerror
+    raise UserError(f"no folder {folder} of your own: {reason}; {DATA_VARIABLE} names another")
+
+
+def _socket(folder: Path) -> Path:
+    """Where the server of this folder listens; elsewhere if the folder's name is too long."""
+    path = folder / "mongodb.sock"
+    if len(os.fsencode(path)) <= LONGEST_PATH:
+        return path
+    short = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:20]
+    return _private(Path("/tmp") / f"l2l_implicit-{os.geteuid()}") / f"{short}.sock"
 
 
 class EmbeddedServer:
@@ -50,30 +75,49 @@ class EmbeddedServer:
 
     def __init__(self) -> None:
         self.folder = data_folder("mongodb")
-        self._executable = _executable()
+        self._socket, self._executable = _socket(self.folder), _executable()
         self._share = os.open(
             self.folder / supervisor.CLIENTS_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
         )
         fcntl.flock(self._share, fcntl.LOCK_SH)  # waits while a supervisor is stopping
 
-    def port(self) -> int:
-        """The port the server answers on; it is started first where it is not up."""
-        with _start_lock(self.folder):
-            deadline = time.monotonic() + START_TIMEOUT
-            starting: subprocess.Popen[bytes] | None = None
-            while time.monotonic() < deadline:
-                if starting is None and not _is_supervised(self.folder):
-                    starting = _start_supervisor(self.folder, self._executable)
-                elif starting is not None and starting.poll() is not None:
-                    break
-                port = supervisor.read_server_file(self.folder).get("port", 0)
-                if port and supervisor.answers(port):
-                    return port
-                time.sleep(0.05)
-        raise UserError(
-            f"the embedded MongoDB server does not start: {_last_line(self.folder)};"
-            f" its log is {self.folder / 'server.log'}"
-        )
+    @property
+    def host(self) -> str:
+        """The server's address as it stands in a URL."""
+        return quote(str(self._socket), safe="")
+
+    def start(self) -> None:
+        """Return when the server answers; it is started first where it is not up."""
+        deadline = time.monotonic() + START_TIMEOUT
+        started: subprocess.Popen[bytes] | None = None
+        while not supervisor.answers(self._socket):
+            failed = started is not None and started.poll() not in (None, 0)
+            if failed or time.monotonic() > deadline:
+                raise UserError(
+                    f"the embedded MongoDB server does not start: {_last_line(self.folder)};"
+                    f" its log is {self.folder / 'server.log'}"
+                )
+            if (started is None or started.poll() == 0) and not self._is_supervised():
+                started = self._start_supervisor()
+            time.sleep(0.02)
+
+    def _is_supervised(self) -> bool:
+        with supervisor.open_lock(self.folder / supervisor.SUPERVISOR_LOCK) as descriptor:
+            return not supervisor.try_lock(descriptor)
+
+    def _start_supervisor(self) -> subprocess.Popen[bytes]:
+        """Its own session, so that Ctrl-C at the terminal stops the run and not the database."""
+        command = [sys.executable, "-I", supervisor.__file__]
+        command += [str(self.folder), str(self._socket), self._executable]
+        with open(self.folder / "supervisor.log", "ab") as log:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+                start_new_session=True,
+            )
 
     def release(self) -> None:
         """Give up the share; the server stops when it was the last one."""
@@ -91,38 +135,7 @@ def _executable() -> str:
     return found
 
 
-@contextmanager
-def _start_lock(folder: Path) -> Iterator[None]:
-    with supervisor.open_lock(folder / "start.lock") as descriptor:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-
-
-def _is_supervised(folder: Path) -> bool:
-    """Whether a supervisor runs; asked only under the start lock, since asking takes its lock."""
-    with supervisor.open_lock(folder / supervisor.SUPERVISOR_LOCK) as descriptor:
-        return not supervisor.try_lock(descriptor)
-
-
-def _start_supervisor(folder: Path, executable: str) -> subprocess.Popen[bytes]:
-    """Its own session, so that Ctrl-C at the terminal stops the run and not the database."""
-    command = [sys.executable, "-I", supervisor.__file__, str(folder), executable]
-    with open(folder / "supervisor.log", "ab") as log:
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            cwd=folder,
-            start_new_session=True,
-        )
-
-
 def _last_line(folder: Path) -> str:
-    for name in ("server.log", "supervisor.log"):
-        path = folder / name
-        lines = path.read_text(errors="replace").split("\n") if path.exists() else []
-        for line in reversed(lines):
-            if line.strip():
-                return line.strip()
-    return "no message"
+    logs = [folder / name for name in ("supervisor.log", "server.log")]
+    texts = [path.read_text(errors="replace") for path in logs if path.exists()]
+    return ("\n".join(texts).strip() or "no message").splitlines()[-1]

@@ -1,17 +1,21 @@
 """A run's local record: one append-only file of JSON lines, written before the database.
 
-The first line says which database and host; then come {"start": the run's document},
+The first entry says which database and host; then come {"start": the run's document},
 {"metric": name, "step", "value", "time"}, {"set": changed fields of the document},
-{"output": [characters kept, text after them]} and {"artifact": name, ...}. The writing process
-holds a lock on the file: a file whose lock is free belongs to a process that has ended.
+{"output": [characters kept, text after them]} and {"artifact": name, ...}. Every line has its
+number and a checksum, and once the run has ended the first one says how many there are: a line
+that was changed, lost, doubled or cut off is noticed. The writing process holds a lock on the file:
+a file whose lock is free belongs to a process that has ended.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
-import io
+import hashlib
 import json
 import os
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +23,10 @@ from typing import Any
 
 from bson import json_util
 
+from experiments.tracking.errors import TrackingError
+
 Entry = dict[str, Any]
+LINES, WIDTH = "lines", 12
 
 
 class Journal:
@@ -33,25 +40,50 @@ class Journal:
     def __init__(self, path: Path, header: Entry) -> None:
         self.path = path
         self._guard = threading.Lock()
-        self._torn = False
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
+        self._lines, self._size, self._header = 0, 0, header
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         self._descriptor = os.open(path, flags, 0o600)
         fcntl.flock(self._descriptor, fcntl.LOCK_EX)
-        self.append(header)
+        try:
+            self.append({**header, LINES: f"{0:{WIDTH}}"})
+        except TrackingError:
+            path.unlink()
+            raise
 
     def append(self, entry: Entry) -> None:
-        """Write one line; it outlives this process, and after `sync` the machine."""
-        line = json.dumps(entry, default=json_util.default).encode() + b"\n"
+        """Write one line; it outlives this process, and after `sync` the machine.
+
+        Raises:
+            TrackingError: it cannot be written whole; nothing of it is left.
+        """
         with self._guard:
-            whole = b"\n" + line if self._torn else line
-            self._torn = True  # until the write is known to be whole
-            self._torn = os.write(self._descriptor, whole) != len(whole)
-        if self._torn:
-            raise OSError(f"{self.path}: no space left for the run's journal")
+            line = _line(self._lines, entry)
+            try:
+                if os.pwrite(self._descriptor, line, self._size) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                os.ftruncate(self._descriptor, self._size)
+                raise self._full(error) from None
+            self._lines, self._size = self._lines + 1, self._size + len(line)
+
+    def seal(self) -> None:
+        """Say in the first line how many there are, and force all to the disk."""
+        line = _line(0, {**self._header, LINES: f"{self._lines:{WIDTH}}"})
+        try:
+            os.pwrite(self._descriptor, line, 0)  # as long as the one it replaces
+        except OSError as error:
+            raise self._full(error) from None
+        self.sync()
 
     def sync(self) -> None:
         """Force what was written to the disk."""
-        os.fsync(self._descriptor)
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise self._full(error) from None
+
+    def _full(self, error: OSError) -> TrackingError:
+        return TrackingError(f"{self.path}: the record cannot be written ({error.strerror})")
 
     def close(self) -> None:
         """Release the file."""
@@ -64,36 +96,43 @@ class JournalReader:
     """Read a journal from the start, also while it is being written.
 
     Attributes:
-        header: the first entry.
-        damaged: lines that could not be read so far.
-
-    Raises:
-        ValueError: the file is no journal.
+        header: the first entry; empty if it is damaged.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = open(path, "r+b")  # a lock over NFS needs write access
-        self.damaged = 0
-        self.header = next(self.entries(limit=1), {})
-        if "token" not in self.header:
-            raise ValueError(f"{path} is not the journal of a run: its first line names none")
-        self._start = self._file.tell()
+        self.rewind()
 
-    def entries(self, limit: int | None = None) -> Iterator[Entry]:
-        """The complete lines not read yet."""
-        while limit is None or limit > 0:
-            position = self._file.tell()
-            line = self._file.readline()
+    def rewind(self) -> None:
+        """Go back to the first entry after the header."""
+        self._file.seek(0)
+        self._next, self._damage = 0, ""
+        self.header: Entry = next(self.entries(limit=1), {})
+        if self._damage:  # of the header, so that another line may have been taken for it
+            self._file.seek(0)
+            self._next, self.header = 0, {}
+
+    def entries(self, limit: int = -1) -> Iterator[Entry]:
+        """The complete lines not read yet, without those that are damaged."""
+        while limit and (line := self._file.readline()):
             if not line.endswith(b"\n"):
-                self._file.seek(position, io.SEEK_SET)
+                self._file.seek(-len(line), os.SEEK_CUR)
                 return
-            limit = None if limit is None else limit - 1
-            entry = _parse(line)
-            if entry is not None:
+            limit -= 1
+            number, entry = _parse(line)
+            if number != self._next and not self._damage:
+                self._damage = f"line {self._next + 1} is damaged or missing"
+            if number >= self._next:
+                self._next = number + 1
                 yield entry
-            elif line.strip():
-                self.damaged += 1
+
+    @property
+    def damage(self) -> str:
+        """What is wrong with the file as far as read, in words; empty if nothing is."""
+        cut = f"line {self._next + 1}, with all after it, is missing"
+        whole = self.header and self._next >= int(self.header.get(LINES, 0))
+        return self._damage or ("" if whole else cut)
 
     def is_abandoned(self) -> bool:
         """Whether its writer has ended; if so the lock is ours until `close`."""
@@ -103,26 +142,29 @@ class JournalReader:
             return False
         return True
 
-    def tell(self) -> int:
-        """The position after the last entry read."""
-        return self._file.tell()
-
-    def seek(self, position: int) -> None:
-        """Go back to a position."""
-        self._file.seek(position, io.SEEK_SET)
-
-    def rewind(self) -> None:
-        """Go back to the first entry after the header."""
-        self._file.seek(self._start, io.SEEK_SET)
-
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
 
-def _parse(line: bytes) -> Entry | None:
-    try:
-        entry = json.loads(line, object_hook=json_util.object_hook)
-    except ValueError:
-        return None
-    return entry if isinstance(entry, dict) else None
+LINE = re.compile(
+    rb'\{"line": (0|[1-9]\d{0,15}), "check": "(\w{24})", "entry": (.*)\}\n', re.DOTALL
+)
+
+
+def _line(number: int, entry: Entry) -> bytes:
+    text = json.dumps(entry, default=json_util.default).encode()
+    check = _checksum(number, text).encode()
+    return b'{"line": %d, "check": "%s", "entry": %s}\n' % (number, check, text)
+
+
+def _checksum(number: int, text: bytes) -> str:
+    return hashlib.blake2b(b"%d %s" % (number, text), digest_size=12).hexdigest()
+
+
+def _parse(line: bytes) -> tuple[int, Entry]:
+    """The line's number and entry; -1 if it is not as it was written."""
+    found = LINE.fullmatch(line)
+    if found is None or _checksum(int(found[1]), found[3]).encode() != found[2]:
+        return -1, {}
+    return int(found[1]), json.loads(found[3], object_hook=json_util.object_hook)

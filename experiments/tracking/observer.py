@@ -7,6 +7,7 @@ the database may go away and come back: the run only ever writes to its journal.
 from __future__ import annotations
 
 import logging
+import math
 import mimetypes
 import os
 import platform
@@ -14,23 +15,22 @@ import threading
 import time
 import uuid
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pymongo.errors
 from bson import Binary, ObjectId
-from bson.errors import BSONError
 from sacred.dependencies import get_digest
 from sacred.observers import MongoObserver
 from sacred.utils import SacredInterrupt
 
-from experiments.tracking.database import Database
+from experiments.tracking import interruption
+from experiments.tracking.database import Database, seconds
 from experiments.tracking.embedded import data_folder
 from experiments.tracking.errors import TrackingError, UserError
 from experiments.tracking.journal import Journal, JournalReader
-from experiments.tracking.last_upload import LastUpload
 from experiments.tracking.uploader import (
+    COMMAND,
     Uploader,
     index_metrics,
     next_run_id,
@@ -39,8 +39,12 @@ from experiments.tracking.uploader import (
 from experiments.tracking.values import storable
 
 DEFAULT_INTERVAL = 10.0
-FAILURES = (pymongo.errors.PyMongoError, BSONError, TrackingError, UserError, OSError)
-"""The database is away or refuses a document, or the embedded server could not be started."""
+PATIENCE_VARIABLE = "L2L_IMPLICIT_MONGO_PATIENCE"
+PATIENCE = 30.0
+"""Seconds at a run's end that a database which is away may take to come back."""
+
+INTERRUPTED, HURRIED = 1.5, 0.5
+"""Seconds the whole of the end may take after one Ctrl-C, and after two."""
 
 
 class JournalObserver(MongoObserver):
@@ -50,36 +54,35 @@ class JournalObserver(MongoObserver):
         database: where the run is recorded; closed by `finish`.
         log: told when the database goes away and comes back.
         interval: seconds between two uploads.
+
+    Attributes:
+        token: the name of this run's journal, recorded as ``meta.journal``: unique to the run.
+        label: the database's address without passwords, or `embedded`.
     """
 
     def __init__(self, database: Database, log: logging.Logger, interval: float) -> None:
         super().__init__(client=database.client, db_name=database.documents.name)
+        self.token, self.label = uuid.uuid4().hex, database.label
         self._database = database
         self._log = log
         self._interval = interval or DEFAULT_INTERVAL
-        self._folder = data_folder("journals")
-        self._redact = database.redactor
-        self._token = uuid.uuid4().hex
-        self._journal: Journal | None = None
-        self._uploader: Uploader | None = None
+        self._patience = seconds(PATIENCE_VARIABLE, PATIENCE)
         self._known: dict[str, Any] = {}
-        self._output = ""
-        self._ended = False
-        self._away = False
-        self._stop = threading.Event()
+        self._uploader: Uploader | None = None
         self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
-        self._last: LastUpload | None = None
-        upload_abandoned(database, self._folder, log)
+        self._stop, self._deadline, self._away = threading.Event(), 0.0, False
+        self._error = ""
+        folder = data_folder("journals")
+        upload_abandoned(database, folder, log)
+        header = {"token": self.token, "database": self.label, "host": platform.node()}
+        self._journal = Journal(folder / f"run-{self.token}.jsonl", header)
 
     # ---- the run's start: written to the database at once, which gives the run's number ----
 
     def started_event(self, ex_info: Any, command: str, host_info: Any, start_time: datetime,
                       config: Any, meta_info: Any, _id: Any) -> Any:
         """Insert the run's document, without secrets; every later event goes to the journal."""
-        header = {"token": self._token, "database": self._database.label}
-        path = self._folder / f"run-{self._token}.jsonl"
-        self._journal = Journal(path, {**header, "host": platform.node()})
-        meta_info = {**meta_info, "journal": self._token}
+        meta_info = {**meta_info, "journal": self.token}
         _id = int(_id) if isinstance(_id, str) and _id.isdecimal() else _id  # Sacred's -i 7
         clean = [self._clean(part) for part in (ex_info, host_info, config, meta_info)]
         try:
@@ -87,13 +90,13 @@ class JournalObserver(MongoObserver):
             run_id = super().started_event(
                 clean[0], command, clean[1], start_time, clean[2], clean[3], _id
             )
-        except pymongo.errors.PyMongoError as error:
-            self._journal.close()
-            path.unlink()  # nothing has happened that it could tell of
-            self._journal = None
+        except UserError:
+            raise
+        except Exception as error:
             raise UserError(self._database.explain(error)) from None
         self._journal.append({"start": self.run_entry})
-        self._uploader = Uploader(JournalReader(path), self._database.documents)
+        reader = JournalReader(self._journal.path)
+        self._uploader = Uploader(reader, self._database.documents)
         self._thread.start()
         return run_id
 
@@ -101,13 +104,12 @@ class JournalObserver(MongoObserver):
                      config: Any, meta_info: Any, _id: Any) -> Any:
         """Insert the queued run's document, without secrets."""
         clean = [self._clean(part) for part in (ex_info, host_info, config, meta_info)]
-        self._ended = True
         return super().queued_event(
             clean[0], command, clean[1], queue_time, clean[2], clean[3], _id
         )
 
     def _clean(self, value: Any) -> Any:
-        return self._redact.tree(storable(value))
+        return self._database.redactor.tree(storable(value))
 
     def insert(self) -> None:
         """Insert the run's document under the next free number."""
@@ -127,54 +129,43 @@ class JournalObserver(MongoObserver):
         stored = []
         for name, md5 in ex_info["sources"]:
             key = {"filename": os.path.join(ex_info["base_dir"], name), "md5": md5}
-            found = self.fs.find_one(key)
-            content = None if found else Path(key["filename"]).read_bytes()
-            stored.append([name, found._id if found else self.fs.put(content, **key)])
+            found, content = self.fs.find_one(key), Path(key["filename"]).read_bytes()
+            file = found._id if found else self.fs.put(content, **key)
+            if not found and self.fs.get(file).read() != content:
+                raise TrackingError(f"the database has not stored {name}")
+            stored.append([name, file])
         return stored
-
-    @property
-    def token(self) -> str:
-        """The name of this run's journal, recorded as ``meta.journal``: unique to the run."""
-        return self._token
 
     def supersede(self, token: str | None, info: Any) -> None:
         """Let the killed run of another journal name this one, whose ``info`` names it."""
-        self._append_changed(info=info)
-        if token is None:
-            return
+        self._set(info=info)
         change = {"status": "INTERRUPTED", "info.resumed_by": self.run_entry["_id"]}
+        killed = {"meta.journal": token, "status": {"$ne": "COMPLETED"}}
         try:
-            self.runs.update_one(
-                {"meta.journal": token, "status": {"$ne": "COMPLETED"}}, {"$set": change}
-            )
-        except pymongo.errors.PyMongoError as error:
-            self._log.warning("the killed run is not marked: %s", self._redact.text(str(error)))
-
-    @property
-    def label(self) -> str:
-        """The database's address without passwords, or `embedded`."""
-        return self._database.label
+            if token is not None:
+                self.runs.update_one(killed, {"$set": change})
+        except Exception as error:  # whatever answers there may answer nonsense
+            self._log.warning("the killed run is not marked: %s", self._database.explain(error))
 
     # ---- events of the run: journal only ----
 
-    def _append(self, entry: dict[str, Any]) -> None:
-        if self._journal is None:
-            raise TrackingError("the run has no journal: it did not start")
-        self._journal.append(entry)
-
-    def _append_changed(self, **fields: Any) -> None:
-        changed = {key: self._clean(value) for key, value in fields.items()}
-        changed = {key: value for key, value in changed.items() if self._is_new(key, value)}
-        if changed:
-            self._append({"set": changed})
-            self._known.update(changed)
-
-    def _is_new(self, key: str, value: Any) -> bool:
-        return key not in self._known or self._known[key] != value
+    def _set(self, **fields: Any) -> None:
+        """Fields of the run's document, as far as they have changed."""
+        clean = {key: self._clean(value) for key, value in fields.items()}
+        new = {k: v for k, v in clean.items() if k not in self._known or self._known[k] != v}
+        if "captured_out" in new:
+            before, text = self._known.get("captured_out", ""), new["captured_out"]
+            kept = len(before)
+            if not text.startswith(before):  # a progress bar has redrawn its line
+                kept = len(os.path.commonprefix([before, text]))
+            self._journal.append({"output": [kept, text[kept:]]})
+        if rest := {key: value for key, value in new.items() if key != "captured_out"}:
+            self._journal.append({"set": rest})
+        self._known.update(new)
 
     def record(self, name: str, value: float, step: int, when: datetime) -> None:
         """One point of a metric."""
-        self._append({"metric": name, "step": step, "value": value, "time": when})
+        self._journal.append({"metric": name, "step": step, "value": value, "time": when})
 
     def log_metrics(self, metrics_by_name: Any, info: Any) -> None:
         """Nothing: `record` has written the points when they were logged."""
@@ -182,76 +173,70 @@ class JournalObserver(MongoObserver):
     def heartbeat_event(self, info: Any, captured_out: str, beat_time: datetime,
                         result: Any) -> None:
         """The run's state that has changed since the last heartbeat."""
-        text = self._redact.text(captured_out)
-        if text != self._output:
-            kept = len(self._output)
-            if not text.startswith(self._output):  # a progress bar has redrawn its line
-                kept = len(os.path.commonprefix([self._output, text]))
-            self._append({"output": [kept, text[kept:]]})
-            self._output = text
-        self._append_changed(info=info, result=result, heartbeat=beat_time)
-        if self._journal is not None:
-            self._journal.sync()
-
-    def _end(self, **fields: Any) -> None:
-        self._append_changed(**fields)
-        self._ended = True
+        self._set(captured_out=captured_out, info=info, result=result, heartbeat=beat_time)
+        self._journal.sync()
 
     def completed_event(self, stop_time: datetime, result: Any) -> None:
         """The run's end."""
-        self._end(stop_time=stop_time, result=result, status="COMPLETED")
+        self._set(stop_time=stop_time, result=result, status="COMPLETED")
 
     def interrupted_event(self, interrupt_time: datetime, status: str) -> None:
         """The run's end by a signal, Ctrl-C or a time limit."""
-        self._end(stop_time=interrupt_time, status=status)
+        self._set(stop_time=interrupt_time, status=status)
 
     def failed_event(self, fail_time: datetime, fail_trace: list[str]) -> None:
         """The run's end by an error."""
-        self._end(stop_time=fail_time, fail_trace=fail_trace, status="FAILED")
+        self._set(stop_time=fail_time, fail_trace=fail_trace, status="FAILED")
 
     def resource_event(self, filename: str) -> None:
         """The name and md5 of a file that the run reads."""
         listed = self._known.get("resources", [])
         if (resource := [filename, get_digest(filename)]) not in listed:
-            self._append_changed(resources=[*listed, resource])
+            self._set(resources=[*listed, resource])
 
     def artifact_event(self, name: str, filename: str, metadata: Any = None,
                        content_type: str | None = None) -> None:
         """The content of a file that the run has made."""
-        entry = {
-            "artifact": name,
+        self._journal.append({
+            "artifact": self._clean(name),
             "id": ObjectId(),
             "data": Binary(Path(filename).read_bytes()),
             "metadata": self._clean(metadata),
             "content_type": content_type or mimetypes.guess_type(filename)[0],
-        }
-        self._append(entry)
+        })  # fmt: skip
 
     # ---- the upload ----
 
     def _work(self) -> None:
-        pause = self._interval
-        while self._uploader is not None and not self._stop.wait(pause):
-            began = time.monotonic()
-            self._try_upload(self._uploader)
+        """Upload every few seconds; at the run's end until all is read back, or it is too late."""
+        pause, ending = self._interval, False
+        while not ending or (self._error and time.monotonic() < self._deadline):
+            self._stop.wait(pause)
+            ending, began = self._stop.is_set(), time.monotonic()
+            self._error = self._try_upload(ending)
             pause = max(self._interval, 5 * (time.monotonic() - began))
+            time.sleep(0.5 if ending and self._error else 0.0)
 
-    def _try_upload(self, uploader: Uploader) -> Exception | None:
-        """One attempt; the error if the database is away."""
+    def _try_upload(self, ending: bool) -> str:
+        """One attempt; what is wrong if the database is away, refuses, or answers nonsense."""
+        assert self._uploader is not None
         try:
             if self._away:
                 self._database.revive()
-            uploader.documents = self._database.documents
-            uploader.upload()
-        except FAILURES as error:
+            self._uploader.upload()
+            if ending:
+                self._uploader.verify()
+        except Exception as error:
+            reason = self._reason(error)
             if not self._away:
-                self._log.warning("The database is away; the run goes on and keeps its record")
+                text = "The database is away; the run goes on and keeps its record (%s)"
+                self._log.warning(text, reason)
             self._away = True
-            return error
+            return reason
         if self._away:
             self._log.warning("The database is back")
         self._away = False
-        return None
+        return ""
 
     def finish(self) -> None:
         """Bring everything into the database, remove the journal, close the connection.
@@ -260,39 +245,40 @@ class JournalObserver(MongoObserver):
             TrackingError: the database did not take everything; the journal is kept.
         """
         try:
-            if self._journal is not None:
-                self._finish(self._journal)
+            if self._uploader is not None:
+                self._finish(self._uploader)
+            else:  # it has not started: there is nothing that the journal could tell of
+                self._journal.path.unlink()
         finally:
-            if not self._is_left_behind():  # else the end of the process closes all
+            self._journal.close()
+            if not self._thread.is_alive():  # else the end of the process closes all
                 self._database.close()
 
-    def _is_left_behind(self) -> bool:
-        return self._last is not None and self._last.is_left_behind()
+    def _finish(self, uploader: Uploader) -> None:
+        limit = None
+        if interruption.asked():
+            limit = HURRIED if interruption.urgent() else INTERRUPTED
+        self._deadline = time.monotonic() + min(limit or math.inf, self._patience)
+        self._stop.set()
+        try:
+            self._thread.join(limit)
+            late = self._thread.is_alive()
+            error = "no answer in time" if late else uploader.damage or self._error
+        except (KeyboardInterrupt, SacredInterrupt) as interrupt:
+            error = self._reason(interrupt)
+        if not self._thread.is_alive():
+            uploader.close()
+        if not error and "status" not in self._known:
+            error = "its end was not recorded"
+        if error:
+            self._journal.seal()
+            path = self._journal.path
+            raise TrackingError(
+                f"run {self.run_entry['_id']} is not wholly in the database ({error}); its record"
+                f" is {path}: the next run uploads it, or python -m {COMMAND} {path}"
+            )
+        self._journal.path.unlink()  # while locked, so that no other run takes it for abandoned
 
-    def _finish(self, journal: Journal) -> None:
-        error: BaseException | None = None
-        if self._uploader is not None:
-            self._stop.set()
-            self._last = LastUpload(partial(self._try_upload, self._uploader), self._thread)
-            try:
-                error = self._last.run()
-            except (KeyboardInterrupt, SacredInterrupt) as interrupt:
-                error = interrupt
-            if not self._is_left_behind():
-                self._uploader.close()
-        journal.sync()
-        if error is None and self._ended:
-            journal.path.unlink()  # while locked, so that no other run takes it for abandoned
-        journal.close()
-        if error is not None or not self._ended:
-            raise TrackingError(self._advice(journal.path, error))
-
-    def _advice(self, path: Path, error: BaseException | None) -> str:
-        run_id = self.run_entry["_id"]
-        if error is None:
-            return f"the end of run {run_id} was not recorded; its record is {path}"
-        reason = self._redact.text(str(error).split(", Timeout:")[0]) or type(error).__name__
-        return (
-            f"run {run_id} is not wholly in the database ({reason}); its record is {path}:"
-            f" the next run uploads it, or python -m experiments.tracking.upload {path}"
-        )
+    def _reason(self, error: BaseException) -> str:
+        text = self._database.redactor.text(str(error).split(", Timeout:")[0])
+        return text or type(error).__name__

@@ -14,7 +14,6 @@ USERINFO = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)[^/\s@'\"]*(?:@[^/
 SHORTEST_SECRET = 6
 """Shorter passwords are hidden inside URLs only: masking every `a` would ruin the record."""
 
-
 SECRET_OPTIONS = ("tlscertificatekeyfilepassword", "ssl_pem_passphrase", "authmechanismproperties")
 """Options of a URL that are passwords, or hold a session's token."""
 

@@ -2,9 +2,8 @@
 
     python -m experiments.tracking.serve
 
-Ctrl-C ends it; the embedded server stops when no run needs it either. It listens on loopback
-without a password. Omniboard: `omniboard -m 127.0.0.1:PORT:l2l_implicit` (it listens on all
-interfaces, port 9000, without a password). mongosh: the printed URL.
+Ctrl-C ends it; the embedded server stops when no run needs it either. The address is a socket that
+only you can reach: for `mongosh`, pymongo, and `omniboard --mu`.
 """
 
 from __future__ import annotations
@@ -26,8 +25,7 @@ def main() -> None:
     done = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: done.set())
-    host, port = next(iter(database.client.nodes))
-    print(f"mongodb://{host}:{port}/{database.documents.name}", flush=True)
+    print(database.address, flush=True)
     done.wait()
     database.close()
 

@@ -11,10 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from pymongo.errors import PyMongoError
-
 from experiments.tracking.database import Database, choose
-from experiments.tracking.errors import TrackingError, UserError
+from experiments.tracking.errors import UserError
 from experiments.tracking.uploader import upload_journal
 
 
@@ -27,25 +25,29 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     try:
         database = Database(choose(arguments.mongo_db))
-        try:
-            for path in arguments.files:
-                _upload(path, database)
-        finally:
-            database.close()
-    except (UserError, TrackingError, PyMongoError) as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
+    failed = False
+    for path in arguments.files:
+        try:
+            print(_upload(path, database), flush=True)
+        except Exception as error:  # whatever a database answers; the file is kept
+            text = database.redactor.text(str(error) or type(error).__name__)
+            print("error: " + " ".join(text.split()), file=sys.stderr)
+            failed = True
+    database.close()
+    sys.exit(int(failed))
 
 
-def _upload(path: Path, database: Database) -> None:
+def _upload(path: Path, database: Database) -> str:
     try:
         uploader = upload_journal(path, database.documents)
     except FileNotFoundError:
         raise UserError(f"no file {path}; a later run may have uploaded it") from None
-    except ValueError as error:
-        raise UserError(str(error)) from None
     if uploader is None:
         raise UserError(f"{path} belongs to a run that still goes on")
-    print(f"run {uploader.run_id}: {uploader.document.get('status')}, in {database.label}")
+    status = f"{uploader.document.get('status')}, in {database.label}{uploader.how_it_ended()}"
+    return f"run {uploader.run_id}: {status}"
 
 
 if __name__ == "__main__":

@@ -1,23 +1,25 @@
 """From a run's journal into the database, in Sacred's own layout.
 
-Every step may be repeated: after a failure it is not known what the server has done. Points are
-pushed only onto a series of exactly the expected length; documents are set, never changed.
+While a run goes on, what is new in its journal is appended in the database. After a failure it is
+not known what the server has done: then all of it is written again, each document as a whole. What
+the server has acknowledged is read back before a journal is removed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import platform
 from contextlib import closing
-from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import bson
 import gridfs
+from gridfs.errors import GridFSError
 from pymongo import ASCENDING, DESCENDING, WriteConcern
 from pymongo.collection import Collection
-from pymongo.errors import PyMongoError
 
 from experiments.tracking.database import Database, Documents
 from experiments.tracking.errors import TrackingError
@@ -27,6 +29,8 @@ POINTS_PER_DOCUMENT = 100_000
 """A document ends at 16 MB, about 388,000 points, and is rewritten whole at every push."""
 
 KILLED = "killed: the process ended without a word (kill -9, out of memory, power)"
+COMMAND = "experiments.tracking.upload"
+COLUMNS = ("steps", "values", "timestamps")
 
 
 def next_run_id(runs: Collection[dict[str, Any]]) -> int:
@@ -40,21 +44,30 @@ def index_metrics(documents: Documents) -> None:
     documents["metrics"].create_index([("run_id", ASCENDING), ("name", ASCENDING)])
 
 
-@dataclass
 class Series:
-    """One metric's points: `sent` are known to be in the database, `points` are not yet."""
+    """One metric: points that are not in the database yet, and the digest of all there are."""
 
-    name: str
-    id: Any = None
-    sent: int = 0
-    points: list[Entry] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.new: list[tuple[Any, ...]] = []
+        self.count, self.digest = 0, hashlib.sha256()
+
+    def add(self, *point: Any) -> None:
+        """One more point: step, value, time."""
+        self.new.append(point)
+        self.count += 1
+        self.digest.update(_text(*point))
+
+
+def _text(step: Any, value: Any, time: datetime | None) -> bytes:
+    """A point as it is, whether it comes from the journal or from the database."""
+    return f"{step!r} {value!r} {time and time.replace(tzinfo=None)}\n".encode()
 
 
 class Uploader:
     """Bring the database to the state that a journal describes.
 
     Args:
-        reader: the journal, at its first entry.
+        reader: the journal.
         documents: the database.
 
     Attributes:
@@ -64,168 +77,226 @@ class Uploader:
     """
 
     def __init__(self, reader: JournalReader, documents: Documents) -> None:
-        self.documents = documents
+        self._reader, self._documents = reader, documents
+        self._runs = documents.get_collection("runs", write_concern=WriteConcern(w=1, j=True))
+        self._metrics, self._files = documents["metrics"], gridfs.GridFS(documents)
         self.run_id: Any = None
-        self._reader = reader
+        self._again = True
         self._forget()
+
+    def how_it_ended(self) -> str:
+        """Nothing, or that the run's end is missing because it was killed."""
+        trace = self.document.get("fail_trace") or [""]
+        return f"; its end is missing: {KILLED}" if trace == [KILLED] else ""
 
     def _forget(self) -> None:
         self.document: Entry = {}
         self._changed: set[str] = set()
-        self._counts: dict[str, int] = {}
         self._series: dict[str, Series] = {}
-        self._artifacts: list[Entry] = []
+        self._counts: dict[str, int] = {}
+        self._artifacts: dict[Any, Entry] = {}
+        self._stored: dict[Any, bytes] = {}  # the digest of each artifact, by file
         self._reader.rewind()
 
-    def upload(self) -> None:
-        """Write everything the journal holds; the run's own document last, and to the disk.
+    @property
+    def damage(self) -> str:
+        """What is wrong with the journal, in words; empty if nothing is."""
+        return self._reader.damage
+
+    def upload(self, abandoned: bool = False) -> None:
+        """Write what is new in the journal; the run's own document last, and to the disk.
+
+        Args:
+            abandoned: the run's process has ended; a run that has not is marked as killed.
 
         Raises:
             PyMongoError: the database failed; call again later.
         """
-        self.documents.command("ping")  # read nothing into memory while nobody answers
+        self._documents.command("ping")  # read nothing into memory while nobody answers
+        if self._again:
+            self._forget()
         self._read()
-        if not self.document:
+        if "meta" not in self.document:  # it is not begun, or its beginning is damaged
             return
-        self._claim_id()
-        while self._artifacts:
-            self._put(self._artifacts[0])
-            del self._artifacts[0]
-        for series in self._series.values():
-            if series.points:
-                self._push(series)
-        self._save()
+        again, self._again = self._again, True  # until everything is written
+        status = self._claim_id()
+        if self.damage and status != "RUNNING":
+            self.document["status"] = status
+            return  # the database has it from before the damage
+        ended = self.document["status"] != "RUNNING"
+        if self.damage and (ended or abandoned):
+            self._mark(f"a part of the record is lost: {self.damage}", status)
+        elif not ended and abandoned:
+            self._mark(KILLED, status)
+        for file_id in list(self._artifacts):
+            self._put(file_id, self._artifacts.pop(file_id))
+        for name, series in self._series.items():
+            if series.new:
+                self._write(name, series, again)
+        changed = self.document.keys() if again else self._changed | {"info"}
+        fields = {key: value for key, value in self._whole().items() if key in changed}
+        self._runs.update_one({"_id": self.run_id}, {"$set": fields}, upsert=again)
+        self._changed.clear()
+        self._again = False
 
     def _read(self) -> None:
         for entry in self._reader.entries():
             if "metric" in entry:
-                self._add_point(entry)
+                name = entry["metric"]
+                count = self._counts[name] = self._counts.get(name, 0) + 1
+                if count > POINTS_PER_DOCUMENT:
+                    name = f"{name} ({1 + (count - 1) // POINTS_PER_DOCUMENT})"
+                point = entry["step"], entry["value"], entry["time"]
+                self._series.setdefault(name, Series()).add(*point)
             elif "artifact" in entry:
-                self._artifacts.append(entry)
+                self._artifacts[entry["id"]] = entry
             elif "output" in entry:
                 keep, text = entry["output"]
-                self._set({"captured_out": self.document["captured_out"][:keep] + text})
+                self._set({"captured_out": self.document.get("captured_out", "")[:keep] + text})
             else:
                 self._set(entry.get("start") or entry.get("set") or {})
 
     def _set(self, fields: Entry) -> None:
         self.document.update(fields)
-        self._changed |= fields.keys() - {"_id"}
+        self._changed |= fields.keys()
 
-    def _add_point(self, entry: Entry) -> None:
-        name = entry["metric"]
-        count = self._counts[name] = self._counts.get(name, 0) + 1
-        if count > POINTS_PER_DOCUMENT:
-            name = f"{name} ({1 + (count - 1) // POINTS_PER_DOCUMENT})"
-        self._series.setdefault(name, Series(name)).points.append(entry)
+    def _claim_id(self) -> str:
+        """Take the journal's run number unless another run has it; the run's stored status."""
+        token = self.document["meta"]["journal"]
+        wanted = self.document["_id"] if self.run_id is None else self.run_id
+        stored = self._runs.find_one({"_id": wanted}, {"meta.journal": 1, "status": 1})
+        if stored and stored.get("meta", {}).get("journal") != token:
+            stored = self._runs.find_one({"meta.journal": token}, {"status": 1})
+            wanted = stored["_id"] if stored else next_run_id(self._runs)
+        self.run_id = wanted
+        return str((stored or {}).get("status", "RUNNING"))
 
-    def _claim_id(self) -> None:
-        """Take the journal's run number unless another run has it in this database."""
-        if self.run_id is not None:
-            return
-        wanted, token = self.document["_id"], self.document["meta"]["journal"]
-        runs = self.documents["runs"]
-        there = runs.find_one({"_id": wanted}, {"meta.journal": 1})
-        if there is None or there.get("meta", {}).get("journal") == token:
-            self.run_id = wanted
-        else:
-            moved = runs.find_one({"meta.journal": token}, {"_id": 1})
-            self.run_id = moved["_id"] if moved else next_run_id(runs)
+    def _mark(self, reason: str, status: str) -> None:
+        """Record the run as FAILED, unless the database says already how it has ended."""
+        sign = self.document.get("heartbeat") or self.document.get("start_time")
+        self._set({"fail_trace": [reason], "stop_time": sign or datetime.now(timezone.utc)})
+        self._set({"status": "FAILED" if status == "RUNNING" else status})
 
-    def _put(self, artifact: Entry) -> None:
-        files = gridfs.GridFS(self.documents)
-        file_id, name = artifact["id"], artifact["artifact"]
-        if not files.exists(file_id):
-            files.delete(file_id)  # what an interrupted attempt has left
-            files.put(
+    def _put(self, file_id: Any, artifact: Entry) -> None:
+        name, self._stored[file_id] = artifact["artifact"], _digest(artifact["data"])
+        if self._content(file_id) != self._stored[file_id]:
+            self._files.delete(file_id)  # what an interrupted attempt has left
+            self._files.put(
                 artifact["data"],
                 _id=file_id,
                 filename=f"artifact://runs/{self.run_id}/{name}",
                 metadata=artifact["metadata"],
                 contentType=artifact["content_type"],
             )
-        listed = [item for item in self.document["artifacts"] if item["file_id"] != file_id]
-        self._set({"artifacts": [*listed, {"name": name, "file_id": file_id}]})
+        listed = [*self.document["artifacts"], {"name": name, "file_id": file_id}]
+        self._set({"artifacts": listed})
 
-    def _push(self, series: Series) -> None:
-        """Append the points; where the length is not the expected one, find out and go on."""
-        metrics = self.documents["metrics"]
-        if series.id is None:
-            series.id = self._create(series.name)
-        while series.points:
-            expected = {"_id": series.id, "steps": {"$size": series.sent}}
-            columns = {"steps": "step", "values": "value", "timestamps": "time"}
-            push = {to: {"$each": [p[key] for p in series.points]} for to, key in columns.items()}
-            done = len(series.points)
-            if not metrics.update_one(expected, {"$push": push}).matched_count:
-                done = self._present(series) - series.sent
-                if done < 0:
-                    self._forget()
-                    raise TrackingError(f"the database lost points of {series.name!r}")
-            series.sent += min(done, len(series.points))
-            del series.points[:done]
+    def _content(self, file_id: Any) -> bytes:
+        """The digest of what is stored; of nothing where that is missing or damaged."""
+        try:
+            return _digest(self._files.get(file_id).read())
+        except GridFSError:
+            return b""
 
-    def _create(self, name: str) -> Any:
-        metrics, key = self.documents["metrics"], {"run_id": self.run_id, "name": name}
-        empty: Entry = {"steps": [], "values": [], "timestamps": []}
-        metrics.update_one(key, {"$setOnInsert": empty}, upsert=True)
-        found = metrics.find_one(key, {"_id": 1})
-        if found is None:
-            raise TrackingError(f"the database lost the metric {name!r}")
-        return found["_id"]
+    def _write(self, name: str, series: Series, again: bool) -> None:
+        """Append the points, or write all of them; never fewer than there are."""
+        columns = dict(zip(COLUMNS, map(list, zip(*series.new, strict=True)), strict=True))
+        push = {"$push": {column: {"$each": values} for column, values in columns.items()}}
+        if not (again and self._has_been_cut() and len(self._rows(name)) >= series.count):
+            key = {"run_id": self.run_id, "name": name}
+            self._metrics.update_one(key, {"$set": columns} if again else push, upsert=True)
+        series.new = []
 
-    def _present(self, series: Series) -> int:
-        stored = self.documents["metrics"].find_one({"_id": series.id}, {"steps": 1})
-        return len(stored["steps"]) if stored else -1
+    def _has_been_cut(self) -> bool:
+        """Whether the journal may hold less than it once did: damaged, or without an end."""
+        return bool(self.damage) or self.document.get("fail_trace") == [KILLED]
 
-    def _save(self) -> None:
-        """j=True makes this write, and with it all earlier ones, survive a crash."""
-        runs = self.documents.get_collection("runs", write_concern=WriteConcern(w=1, j=True))
-        named = [{"name": s.name, "id": str(s.id)} for s in self._series.values()]
-        info = {**self.document["info"], "metrics": named} if named else self.document["info"]
-        whole = {**self.document, "_id": self.run_id, "info": info}
-        fields = {key: whole[key] for key in self._changed | {"info"}}
-        if not runs.update_one({"_id": self.run_id}, {"$set": fields}).matched_count:
-            runs.replace_one({"_id": self.run_id}, whole, upsert=True)
-        self._changed.clear()
+    def _rows(self, name: str) -> list[Any]:
+        """The points that are stored."""
+        stored = self._metrics.find_one({"run_id": self.run_id, "name": name}) or {}
+        return list(zip(*(stored.get(column, ()) for column in COLUMNS), strict=True))
+
+    def _whole(self) -> Entry:
+        """The run's document as it should be, with the metrics' own."""
+        found = self._metrics.find({"run_id": self.run_id}, {"name": 1}).sort("_id", 1)
+        named = [{"name": m["name"], "id": str(m["_id"])} for m in found]
+        known = [metric for metric in named if metric["name"] in self._series]
+        info = {**self.document["info"], **({"metrics": known} if known else {})}
+        return {**self.document, "_id": self.run_id, "info": info}
+
+    def verify(self) -> None:
+        """Read back what has been uploaded: whatever an answer says, this is what is stored.
+
+        Raises:
+            TrackingError: something is not there as it should be; the next `upload` writes it.
+        """
+        if self.run_id is None or self.damage:
+            return
+        self._again = True
+        found = self._runs.find_one({"_id": self.run_id}) or {}
+        wrong = [f"{key!r} of the run" for key, value in self._whole().items()
+                 if bson.encode({"": value}) != bson.encode({"": found.get(key)})]  # fmt: skip
+        for name, series in self._series.items():
+            rows = self._rows(name)
+            known = rows[: series.count] if self._has_been_cut() else rows
+            if _digest(b"".join(_text(*row) for row in known)) != series.digest.digest():
+                wrong.append(f"points of {name!r}")
+        wrong += [f"artifact {f}" for f, d in self._stored.items() if self._content(f) != d]
+        if wrong:
+            raise TrackingError(f"the database has lost {wrong[0]}")
+        self._again = False
 
     def close(self) -> None:
         """Close the journal."""
         self._reader.close()
 
-    def mark_killed(self) -> None:
-        """Record the run as FAILED, the status that every viewer of Sacred's runs knows."""
-        self._set({"status": "FAILED", "fail_trace": [KILLED], "stop_time": self._last_sign()})
-        self._save()
 
-    def _last_sign(self) -> datetime:
-        sign = self.document.get("heartbeat") or self.document.get("start_time")
-        return sign or datetime.now(timezone.utc)
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
 
 
 def upload_journal(path: Path, documents: Documents) -> Uploader | None:
-    """Upload the journal of a process that has ended, and remove the file.
+    """Upload the journal of a process that has ended, read it back, and remove the file.
 
     Returns:
         The uploader; None if there is nothing to do because its process still runs.
 
     Raises:
-        ValueError: the file is no journal.
+        TrackingError: the file is damaged, or no journal: it is kept.
         PyMongoError: the database failed; the file is kept.
     """
     with closing(JournalReader(path)) as reader:
         if not reader.is_abandoned():
             return None
         uploader = Uploader(reader, documents)
-        uploader.upload()
-        if uploader.document.get("status") == "RUNNING":
-            uploader.mark_killed()
-        elif not uploader.document:  # killed while the run's document was being inserted
-            own = {"meta.journal": reader.header["token"]}
-            killed = {"status": "FAILED", "fail_trace": [KILLED]}
-            documents["runs"].update_one(own, {"$set": killed})
+        try:
+            uploader.upload(abandoned=True)
+            uploader.verify()
+        except TrackingError:  # the database had less than it had said: once more
+            uploader.upload(abandoned=True)
+            uploader.verify()
+        if uploader.run_id is None and reader.header:  # killed at its start, or that is lost
+            own = {"meta.journal": reader.header["token"], "status": "RUNNING"}
+            ended = {"status": "FAILED", "fail_trace": [reader.damage or KILLED]}
+            documents["runs"].update_one(own, {"$set": ended})
+        if uploader.run_id is None and reader.damage:
+            what = "is not the journal of a run, or its beginning is damaged"
+            raise TrackingError(f"{path} {what}; it is kept")
+        if reader.damage:
+            raise TrackingError(_kept(path, reader, uploader))
         path.unlink(missing_ok=True)
         return uploader
+
+
+def _kept(path: Path, reader: JournalReader, uploader: Uploader) -> str:
+    """Put a damaged journal aside, and say so; by its new name it can be uploaded again."""
+    kept = path if path.suffix == ".damaged" else path.with_name(path.name + ".damaged")
+    path.rename(kept)
+    status = uploader.document["status"]
+    return (
+        f"a part of run {uploader.run_id} is lost: of its journal {reader.damage}; the rest is in"
+        f" the database, as {status}; the journal is kept: {kept}"
+    )
 
 
 def upload_abandoned(database: Database, folder: Path, log: logging.Logger) -> None:
@@ -233,12 +304,16 @@ def upload_abandoned(database: Database, folder: Path, log: logging.Logger) -> N
     for path in sorted(folder.glob("run-*.jsonl")):
         try:
             with closing(JournalReader(path)) as reader:
-                owner = reader.header["database"], reader.header["host"]
+                owner = reader.header.get("database"), reader.header.get("host")
+                if not reader.header and reader.is_abandoned():
+                    raise TrackingError(f"its beginning is damaged; python -m {COMMAND} reads on")
             if owner == (database.label, platform.node()):
                 uploader = upload_journal(path, database.documents)
                 if uploader is not None:
-                    log.warning("Uploaded the record that run %s left", uploader.run_id)
+                    text = "Uploaded the record that run %s left%s"
+                    log.warning(text, uploader.run_id, uploader.how_it_ended())
         except FileNotFoundError:
             continue  # another run has just uploaded it
-        except (PyMongoError, TrackingError, ValueError, OSError) as error:
-            log.warning("Cannot upload %s: %s", path, database.redactor.text(str(error)))
+        except Exception as error:  # whatever a database answers; the file is kept
+            text = database.redactor.text(str(error) or type(error).__name__)
+            log.warning("Cannot upload %s: %s", path.name, text)

@@ -18,9 +18,11 @@ def check_name(name: Any) -> str:
     """The metric's name; groups are separated by `/`.
 
     Raises:
-        ValueError: an empty name, or one with a dot (reports split names at dots) or a `$`.
+        ValueError: an empty name, one with a dot (reports split names at dots) or a `$`, or one
+            that cannot be printed.
     """
-    if not isinstance(name, str) or not name or "." in name or name.startswith("$"):
+    fits = isinstance(name, str) and name and name.isprintable()
+    if not fits or "." in name or name.startswith("$"):
         raise ValueError(f"a metric's name is a string such as 'train/loss', got {name!r}")
     return name
 
@@ -46,12 +48,15 @@ def as_step(name: str, step: Any) -> int | None:
     """A Python int, or None for the metric's own counter.
 
     Raises:
-        TypeError: a step that is no whole number.
+        TypeError: a step that is no whole number, or has more than 64 bits.
     """
     try:
-        return None if step is None else operator.index(_item(step))
+        whole = None if step is None else operator.index(_item(step))
+        if whole is None or abs(whole) < INT64:
+            return whole
     except TypeError:
-        raise TypeError(f"step of metric {name!r} must be an int, got {step!r}") from None
+        pass
+    raise TypeError(f"step of metric {name!r} must be an int of 64 bits, got {step!r}")
 
 
 def _item(value: Any) -> Any:
@@ -63,14 +68,19 @@ def _item(value: Any) -> Any:
 
 
 def storable(value: Any) -> Any:
-    """Plain data: numpy and torch scalars as numbers, arrays as lists, huge ints as text."""
+    """Plain data: numpy and torch scalars as numbers, arrays as lists, huge ints as text.
+
+    What MongoDB holds in no string, halves of surrogate pairs, is escaped.
+    """
     value = _item(value)
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
     if isinstance(value, int) and not isinstance(value, bool):
         return int(value) if abs(value) < INT64 else str(value)
-    if value is None or isinstance(value, (bool, float, str, datetime, ObjectId, Binary)):
+    if value is None or isinstance(value, (bool, float, datetime, ObjectId, Binary)):
         return value
     if isinstance(value, Mapping):
-        return {str(key): storable(item) for key, item in value.items()}
+        return {storable(str(k)).replace("\0", "\\0"): storable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, Set)):
         return [storable(item) for item in value]
     if hasattr(value, "tolist"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.drills import kill_and_resume, long_run, mixed_precision, outage
+from experiments.drills import kill_and_resume, long_run, mixed_precision
 from experiments.drills.runs import report
 
 
@@ -22,11 +22,6 @@ def own_database(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_killed_at_twenty_random_moments(tmp_path: Path) -> None:
     """In a step, a checkpoint, a validation, a database write, a start: wherever it falls."""
     assert kill_and_resume.drill(tmp_path, kills=20, seed=0)
-
-
-@pytest.mark.slow
-def test_the_database_is_away_for_a_minute_and_for_good(tmp_path: Path) -> None:
-    assert outage.drill(tmp_path, seconds=60.0)
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +17,6 @@ from typing import Any
 import pymongo
 from bson import Binary, ObjectId
 
-from experiments.drills.server import Server as Server
 from experiments.tracking.journal import Journal
 
 NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
@@ -33,13 +34,15 @@ def environment(data: Path, **variables: str) -> dict[str, str]:
     return {**kept, **home, **FAST, "L2L_IMPLICIT_DATA": str(data), **variables}
 
 
-def start(env: Mapping[str, str], *arguments: str, module: str = "") -> subprocess.Popen[str]:
-    """Start the toy experiment (or a module) and return at once."""
+def start(
+    env: Mapping[str, str], *arguments: str, module: str = "", folder: Path = ROOT
+) -> subprocess.Popen[str]:
+    """Start the toy experiment (or a module), in a folder, and return at once."""
     program = ["-m", module] if module else ["tests/helpers/toy_experiment.py"]
     return subprocess.Popen(
         [sys.executable, *program, *arguments],
-        cwd=ROOT,
-        env=dict(env),
+        cwd=folder,
+        env={**env, "PYTHONPATH": str(ROOT)},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -83,6 +86,70 @@ def is_alive(process: int) -> bool:
     return Path(f"/proc/{process}").exists()
 
 
+def server_processes(data: Path) -> list[int]:
+    """The embedded servers of a data folder, by their command lines (Linux)."""
+    words = [str(data).encode() + b"/mongodb/data", b"--storage-path"]
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().split(b"\0")
+        except OSError:  # it has ended meanwhile
+            continue
+        if all(word in line for word in words):
+            found.append(int(path.parent.name))
+    return found
+
+
+def server_process(data: Path) -> int:
+    """The embedded server of a data folder, once it is up."""
+    return int(wait_for(lambda: server_processes(data))[0])
+
+
+def free_port() -> int:
+    """Of the loopback interface."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Server:
+    """A database server with a port, to be killed and started again there.
+
+    Args:
+        folder: of its data, made if it is not there.
+        options: further ones of its command line.
+
+    Attributes:
+        address: host and port.
+    """
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        port = free_port()
+        self.address, self.folder = f"127.0.0.1:{port}", folder
+        folder.mkdir(exist_ok=True)
+        (folder / "empty.toml").write_text("")  # keeps a stray secantusd.toml from being read
+        program = str(Path(sys.executable).with_name("secantusd-py"))
+        self._command = [program, "--config", "empty.toml", "--host", "127.0.0.1", "--port"]
+        self._command += [str(port), "--storage-path", "data", "--standalone", *options]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Return when it answers."""
+        self._process = subprocess.Popen(
+            self._command, cwd=self.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        client: Any = pymongo.MongoClient(self.address, serverSelectionTimeoutMS=60_000)
+        client.admin.command("ping")
+        client.close()
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+
 def journals(data: Path) -> list[Path]:
     """The journals that runs have left."""
     return sorted((data / "journals").glob("*.jsonl"))
@@ -110,6 +177,7 @@ def write_journal(path: Path, run_id: int, losses: list[float]) -> Path:
     artifact = {"artifact": "a.bin", "id": ObjectId(), "data": Binary(b"\x00" * 300_000)}
     journal.append({**artifact, "metadata": None, "content_type": "x/y"})
     journal.append({"set": {"status": "COMPLETED", "stop_time": NOW}})
+    journal.seal()
     journal.close()
     return path
 

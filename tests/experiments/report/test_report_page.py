@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from report_runs import WORDS, Recorder, fill, rows
+from toy_process import server_process
 
 from experiments.report.__main__ import main
 from experiments.report.runs import Archive
@@ -23,7 +24,6 @@ from experiments.report.write import pictures
 from experiments.sweeps.definitions import SWEEPS
 from experiments.sweeps.plan import Plan, make_plan
 from experiments.tracking.records import DatabaseRecords
-from experiments.tracking.supervisor import read_server_file
 
 pytest_plugins = ("report_fixtures",)
 
@@ -113,10 +113,10 @@ def test_a_thousand_runs_take_less_than_20_seconds(
 
 def _server_seconds() -> float:
     """Of the embedded server; 0 where the system does not tell."""
-    folder = Path(os.environ["L2L_IMPLICIT_DATA"]) / "mongodb"
-    stat = Path(f"/proc/{read_server_file(folder)['server']}/stat")
-    if not stat.exists():
+    if sys.platform != "linux":
         return 0.0
+    server = server_process(Path(os.environ["L2L_IMPLICIT_DATA"]))
+    stat = Path(f"/proc/{server}/stat")
     after_name = stat.read_text().rpartition(")")[2].split()
     return sum(map(int, after_name[11:13])) / os.sysconf("SC_CLK_TCK")
 

@@ -9,9 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toy_process import environment, finish, is_alive, start, wait_for
+from toy_process import (
+    environment,
+    finish,
+    server_process,
+    server_processes,
+    start,
+    wait_for,
+)
 
-from experiments.drills.runs import Bench
 from experiments.tracking import open_database, supervisor
 
 LOSS, TRAIN = "train/query_loss", {"name": "train/loss"}
@@ -23,10 +29,6 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("L2L_IMPLICIT_DATA", str(tmp_path / "data"))
     monkeypatch.delenv("L2L_IMPLICIT_MONGO_URL", raising=False)
     return tmp_path / "data"
-
-
-def server(data: Path) -> dict[str, int]:
-    return supervisor.read_server_file(data / "mongodb")
 
 
 def assert_all_recorded(data: Path, number: int, points: int) -> None:
@@ -41,22 +43,19 @@ def assert_all_recorded(data: Path, number: int, points: int) -> None:
 
 
 def assert_the_server_stops(data: Path) -> None:
-    pid = server(data)["server"]
-    wait_for(lambda: not is_alive(pid))
+    wait_for(lambda: not server_processes(data))
     time.sleep(0.5)
-    assert server(data)["server"] == pid and not is_alive(pid)
+    assert not server_processes(data)
 
 
 def run_at_once(data: Path, number: int) -> None:
-    benches = []
-    for each in range(number):
-        folder = data.parent / str(each)
-        folder.mkdir()
-        benches.append(Bench(folder))
-        benches[-1].environment["L2L_IMPLICIT_DATA"] = str(data)
-    processes = [bench.start(*SMOKE, f"seed={i}") for i, bench in enumerate(benches)]
-    statuses = [process.wait() for process in processes]
-    assert statuses == [0] * number, [bench.text() for bench in benches]
+    processes = [
+        start(environment(data), *SMOKE, f"seed={seed}", module="experiments.train",
+              folder=data.parent)
+        for seed in range(number)
+    ]  # fmt: skip
+    ended = [finish(process) for process in processes]
+    assert [code for code, _ in ended] == [0] * number, ended
     assert_all_recorded(data, number, 6)
     assert_the_server_stops(data)
 
@@ -109,10 +108,9 @@ def test_a_crash_of_everything_loses_the_last_seconds_at_most(data: Path) -> Non
             loss: Any = database["metrics"].find_one({"run_id": 1, **TRAIN})
             return len(loss["steps"]) if loss else 0
 
-    wait_for(lambda: (data / "mongodb" / supervisor.SERVER_FILE).exists())
     wait_for(lambda: recorded() > 20)
     seen = recorded()
-    pid = server(data)["server"]
+    pid = server_process(data)
     keeper = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     for victim in (process.pid, keeper, pid):
         os.kill(victim, signal.SIGKILL)

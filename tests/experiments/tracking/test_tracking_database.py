@@ -14,7 +14,7 @@ from toy_experiment import ex as toy
 from toy_process import Server, environment, journals, run, start, wait_for
 from toy_process import finish as wait
 
-from experiments.tracking import UserError, embedded, supervisor
+from experiments.tracking import UserError, embedded
 from experiments.tracking.database import Choice, choose
 from experiments.tracking.host import repository_info
 from experiments.tracking.redact import Redactor, secrets_of
@@ -66,6 +66,9 @@ def test_a_url_file_that_others_can_read_is_refused(
     ("option", "variable", "message"),
     [
         (f"mongodb://me:{QUOTED}@there", "", "-m takes HOST:PORT:DB"),
+        (f"me:{QUOTED}@there:1:db", "", "-m takes HOST:PORT:DB"),
+        (f"{PASSWORD}@there", "", "-m takes HOST:PORT:DB"),
+        ("s3cret@there", "", "-m takes HOST:PORT:DB"),  # which Sacred takes for a name
         ("host:1:db.collection", "", "-m takes HOST:PORT:DB"),
         ("!", "", "-m takes HOST:PORT:DB"),
         (None, f"me:{QUOTED}@there", "must hold a URL that starts with mongodb://"),
@@ -77,7 +80,21 @@ def test_a_malformed_address_is_refused(
     clean.setenv("L2L_IMPLICIT_MONGO_URL", variable)
     with pytest.raises(UserError, match=message) as caught:
         choose(option)
-    assert QUOTED not in str(caught.value)
+    assert "s3cret" not in str(caught.value)
+
+
+def test_a_url_file_of_nonsense_is_refused(clean: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = url_file(tmp_path / "url", 0o600, "")
+    path.write_bytes(bytes(range(256)))
+    clean.setenv("L2L_IMPLICIT_MONGO_URL_FILE", str(path))
+    with pytest.raises(UserError, match="must hold a URL that starts with mongodb://"):
+        choose()
+
+
+@pytest.mark.parametrize("variable", ["L2L_IMPLICIT_MONGO_TIMEOUT", "L2L_IMPLICIT_MONGO_PATIENCE"])
+def test_a_time_limit_that_is_none_is_one_line_at_the_start(tmp_path: Path, variable: str) -> None:
+    code, output = run(environment(tmp_path, **{variable: "soon"}), "with", "quick")
+    assert (code, output) == (1, f"error: {variable} must be a number of seconds, got 'soon'\n")
 
 
 def test_a_missing_url_file_is_an_error(clean: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -163,15 +180,15 @@ def test_a_server_that_wants_tls_is_one_line_at_the_start(tmp_path: Path) -> Non
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server that asks for the password."""
-    folder, port = tmp_path_factory.mktemp("guarded"), supervisor.free_port(None)
-    unguarded = Server(folder, port)
+    folder = tmp_path_factory.mktemp("guarded")
+    unguarded = Server(folder)
     unguarded.start()
     client: Any = pymongo.MongoClient(unguarded.address)
     client.admin.command("createUser", "me", pwd=PASSWORD, roles=["root"])
     client.admin.command("fsync")
     client.close()
     unguarded.kill()
-    server = Server(folder, port, "--auth")
+    server = Server(folder, "--auth")
     server.start()
     yield server
     server.kill()

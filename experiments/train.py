@@ -6,11 +6,12 @@
     python -m experiments.train resume=latest
 """
 
-# ruff: noqa: F841  (Sacred reads a config function's local variables)
+# ruff: noqa: E402, F841  (Sacred reads a config function's local variables)
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # Ctrl-C while torch is imported: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import torch
+from sacred.config import ConfigDict
 from tqdm import tqdm
 
 from experiments.ingredients import algorithm, model, named_configs, tasks
@@ -45,7 +50,27 @@ _TYPES: dict[str, Any] = {
     **{f"model.{key}": kind for key, kind in model.TYPES.items()},
     **{f"algorithm.{key}": kind for key, kind in algorithm.TYPES.items()},
 }
-ex = TrackedExperiment(
+
+
+class ResumableExperiment(TrackedExperiment):
+    """An experiment that takes the settings of the run which ``resume=`` names."""
+
+    def _create_run(self, command_name: str | None = None,
+                    config_updates: Mapping[str, Any] | None = None,
+                    named_configs: Sequence[str] = (), *more: Any, **options: Any) -> Any:
+        updates = dict(config_updates or {})
+        if updates.get("resume") is not None:
+            output = Path(str(updates.get("output", "runs")))
+            folder = checkpoint.find(output, str(updates["resume"]))
+            if _first():
+                checkpoint.lock(folder)
+            with checkpoint.understood(folder):
+                self.named_configs["resumed"] = ConfigDict(checkpoint.load(folder)["settings"])
+            named_configs, updates["resume"] = ["resumed", *named_configs], str(folder)
+        return super()._create_run(command_name, updates, named_configs, *more, **options)
+
+
+ex = ResumableExperiment(
     "train", ingredients=[tasks.tasks, model.model, algorithm.algorithm], types=_TYPES
 )
 named_configs.register(ex)
@@ -197,11 +222,24 @@ def _folder(run: Any, output: str, ranks: Ranks) -> Path:
     return checkpoint.new_folder(Path(output), name) if ranks.first else Path(output) / name
 
 
-def _resume(run: Any, training: Training, folder: Path) -> None:
+def _first() -> bool:
+    """Whether this is the process that records and speaks for all."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _resume(run: Any, training: Training, folder: Path, state: Mapping[str, Any]) -> None:
     """Go on where a killed run left its checkpoint, and let each of the two name the other."""
-    ranks = training.learner.ranks
-    state = checkpoint.load(folder)
-    training.load_state_dict(state)
+    ranks, iterations = training.learner.ranks, training.schedule.iterations
+    with checkpoint.understood(folder):
+        training.load_state_dict(state)
+        checkpoint.restore_generators(state["generators"])
+        before = state["settings"]["iterations"]
+    tested = training.scores.result is not None
+    if iterations != before and (tested or training.steps >= iterations):
+        raise UserError(
+            f"resume: expected iterations={before}, or before the test more than the "
+            f"{training.steps} that are done, got {iterations}; leave it out"
+        )
     ranks.gather(None)  # every rank has read it
     if not ranks.first:
         return
@@ -232,6 +270,12 @@ def _train(
 ) -> dict[str, Any]:
     if config["threads"]:
         torch.set_num_threads(config["threads"])
+    old = None if config["resume"] is None else Path(config["resume"])
+    if old is not None:
+        if ranks.first:
+            checkpoint.lock(old)  # a file of settings may name it
+        state = checkpoint.load(old)
+        checkpoint.check_settings(state["settings"], config)
     run.info["keeps_freed_memory"] = keep_freed_memory()
     torch.manual_seed(seed)
     given = tasks.make_tasks()
@@ -240,8 +284,8 @@ def _train(
     if ranks.first:
         checkpoint.write_config(folder, config)
     training = Training(run, learner, given, _schedule(config), seed, folder)
-    if config["resume"] is not None:
-        _resume(run, training, Path(config["resume"]))
+    if old is not None:
+        _resume(run, training, old, state)
     training.loop()
     if not ranks.first:
         return {}
@@ -256,11 +300,10 @@ def _train(
 
 def main(argv: Sequence[str]) -> None:
     """The command line: Sacred's, and ``resume=``."""
-    try:
-        arguments = checkpoint.arguments(argv)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    if int(os.environ.get("RANK", "0")) > 0:  # rank 0 records and speaks for all
+    arguments = list(argv)
+    if "with" not in arguments and any(word.startswith("resume=") for word in arguments):
+        arguments.insert(1, "with")
+    if not _first():
         quiet = {"-u": ["-u"], "-l": ["-l", "ERROR"]}
         own = [w for option, words in quiet.items() if option not in arguments for w in words]
         arguments = [arguments[0], *own, *arguments[1:]]

@@ -16,7 +16,7 @@ from sacred.dependencies import gather_sources_and_dependencies
 from sacred.run import Run
 from sacred.utils import convert_to_nested_dict
 
-from experiments.tracking import interruption
+from experiments.tracking import settings_file, signals
 from experiments.tracking.config_check import (
     Types,
     check_named_configs,
@@ -37,6 +37,7 @@ MONGO_OPTION = "--mongo_db"
 FORCE_OPTION = "--force"
 LARGEST_ARTIFACT = 16 * 2**20
 
+settings_file.install()
 SETTINGS.CAPTURE_MODE = "sys"  # `fd` loses last lines
 stdout_capturing.StringIO = Tape  # the original grows as long as the run prints
 SETTINGS.HOST_INFO.INCLUDE_GPU_INFO = False  # calls nvidia-smi without a time limit
@@ -128,7 +129,7 @@ class TrackedExperiment(Experiment):
         """Sacred's command line; expected errors are one line, without a traceback.
 
         Exit status: 0 only if the run completed and is wholly in the database; 1 after an
-        error; 2 for a wrong usage; 128 + signal after an interruption.
+        error; 2 for a wrong usage; 128 + signal after an signals.
         """
         self._on_command_line = True
         try:
@@ -151,7 +152,7 @@ class TrackedExperiment(Experiment):
         """
         arguments = (command_name, config_updates, named_configs, info, meta_info, options)
         try:
-            with interruption.handled():
+            with signals.handled():
                 return self._run(*arguments)
         except (UserError, TrackingError, Terminated, KeyboardInterrupt) as error:
             if not self._on_command_line or (options or {}).get("--debug"):

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from experiments.tracking import interruption
+from experiments.tracking import signals
 
 PATIENCE_VARIABLE = "L2L_IMPLICIT_MONGO_PATIENCE"
 PATIENCE = 30.0
@@ -34,8 +34,8 @@ class LastUpload:
     def run(self) -> Exception | None:
         """The last error if the database has not taken everything in time."""
         limit = None
-        if interruption.asked():
-            limit = HURRIED if interruption.urgent() else INTERRUPTED
+        if signals.asked():
+            limit = HURRIED if signals.urgent() else INTERRUPTED
             self._patience = min(self._patience, limit)
         self._thread.start()
         self._thread.join(limit)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from experiments.tracking import Terminated, UserError, interruption, record
+from experiments.tracking import Terminated, UserError, record, signals
 from experiments.training import checkpoint, progress
 from experiments.training.bad_tasks import CheckedStream
 from experiments.training.episodes import Tasks
@@ -59,10 +58,9 @@ class Training:
         self.steps, self.peak, self.history = 0, 0, History()
         self.scores = Scores(learner, self._evaluate, self._record, schedule.early_stopping)
         self.seconds = self._validated_at = 0.0
-        self._looked = self._whole = True
+        self._looked = True
         self.diverged: str | None = None
         self._saved_at = time.monotonic()
-        learner.optimizer.register_step_pre_hook(lambda *_: interruption.hold())
 
     def _checked(self, mode: str, seed: int) -> CheckedStream:
         stream, outputs = self.tasks.stream(mode, seed), self.tasks.outputs(mode)
@@ -83,50 +81,45 @@ class Training:
             KeyboardInterrupt, Terminated: a signal; the state is saved unless there were two.
         """
         try:
-            with progress.of_training(self.schedule, not self.learner.ranks.first) as bar:
-                bar.update(self._progress())
-                while not self._ended():
-                    try:
-                        self._advance(bar)
-                    except Diverged as reason:
-                        self._note_divergence(f"at outer iteration {self.steps + 1}: {reason}")
-                        self._end_if_asked()
-                    bar.update(self._progress() - bar.n)
-                    self._save_if_due()
-            if self.scores.result is None:
-                self.scores.result = self._test()
-            self.scores.test_best(lambda reason: self._say(f"not early stopped, {reason}"))
-            self._save()
+            with signals.deferred():
+                self._loop()
         except (KeyboardInterrupt, Terminated):
-            if self._whole and not interruption.urgent():
-                self._save()
+            if not signals.urgent():
                 self._say(f"\nsaved; python -m experiments.train resume={self.folder}")
             raise
+
+    def _loop(self) -> None:
+        with progress.of_training(self.schedule, not self.learner.ranks.first) as bar:
+            bar.update(self._progress())
+            while not self._ended():
+                try:
+                    self._advance(bar)
+                except Diverged as reason:
+                    self._note_divergence(f"at outer iteration {self.steps + 1}: {reason}")
+                bar.update(self._progress() - bar.n)
+                self._save_if_due()
+        if self.scores.result is None:
+            self._save()  # a test that is broken off begins anew
+            self.scores.result = self._test()
+        self._save()
+        self.scores.test_best(lambda reason: self._say(f"not early stopped, {reason}"))
+        self._save()
+        self._end_if_asked()
 
     def _advance(self, bar: Any) -> None:
         """One outer iteration, then what is due after it."""
         if self._looked:
-            with interruption.deferred(), self._all_or_nothing():
-                self._iterate()
-                self._looked = False
+            self._iterate()
+            self._looked = False
             self._end_if_asked()
         self._look(bar)
         self._looked = True
 
-    @contextmanager
-    def _all_or_nothing(self) -> Iterator[None]:
-        """Where this is broken off, the state is as before, theta's aside."""
-        network, self._whole = self.learner.algorithms.training.network(), False
-        try:
-            with checkpoint.put_back_if_broken_off(network, self._stream):
-                yield
-        finally:
-            self._whole = not interruption.urgent()
-
     def _end_if_asked(self) -> None:
         """On every rank after the same step, or one would wait for the others."""
-        if any(self.learner.ranks.gather(interruption.asked())):
-            interruption.check()
+        if any(self.learner.ranks.gather(signals.asked())):
+            self._save()
+            signals.check()
             raise KeyboardInterrupt
 
     def _progress(self) -> float:
@@ -185,7 +178,10 @@ class Training:
         if schedule.validate_seconds is not None:
             due = self.seconds - self._validated_at >= schedule.validate_seconds
         ends = self._spent() and self.scores.result is None
-        if (due or ends or self._finished()) and not self.scores.validated(done):
+        due = (due or ends or self._finished()) and not self.scores.validated(done)
+        if due or ends or done in schedule.test_at:
+            self._save()  # what is broken off begins anew
+        if due:
             score = self.scores.validate(done, self.seconds)
             self._validated_at = self.seconds
             bar.set_postfix_str(f"validation {self.learner.measure.show(score)}")
@@ -201,8 +197,7 @@ class Training:
         """The score on tasks of ``mode``, the seconds it took, the tasks skipped if any may be."""
         stream, learner, start = self._checked(mode, 0), self.learner, time.perf_counter()
         bar = progress.of_testing if mode == "test" and learner.ranks.first else progress.none
-        with self._all_or_nothing():
-            score = learner.evaluate(stream, self.schedule.tasks(mode), bar)
+        score = learner.evaluate(stream, self.schedule.tasks(mode), _breakable(bar))
         more: dict[str, float] = {"seconds": time.perf_counter() - start}
         if learner.skip:
             more["skipped_tasks"] = stream.skipped + learner.skipped
@@ -237,6 +232,7 @@ class Training:
             "learner": self.learner.state_dict(),
             "stream": self._stream.state,
             "token": None if journal is None else journal.token,
+            "settings": checkpoint.settings_text(getattr(self.run, "config", {})),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -258,3 +254,14 @@ class Training:
         self._stream.state = state["stream"]
         for name, iteration, value in self.history.points():
             self.run.log_scalar(name, value, iteration)
+
+
+def _breakable(bar: Callable[[Iterable[int]], Iterable[int]]) -> Callable[..., Iterator[int]]:
+    """The same, ended between two tasks by a signal."""
+
+    def items(numbers: Iterable[int]) -> Iterator[int]:
+        for number in bar(numbers):
+            signals.check()
+            yield number
+
+    return items

@@ -16,7 +16,7 @@ from sacred.dependencies import gather_sources_and_dependencies
 from sacred.run import Run
 from sacred.utils import convert_to_nested_dict
 
-from experiments.tracking import settings_file, signals
+from experiments.tracking import signals
 from experiments.tracking.config_check import (
     Types,
     check_named_configs,
@@ -37,7 +37,6 @@ MONGO_OPTION = "--mongo_db"
 FORCE_OPTION = "--force"
 LARGEST_ARTIFACT = 16 * 2**20
 
-settings_file.install()
 SETTINGS.CAPTURE_MODE = "sys"  # `fd` loses last lines
 stdout_capturing.StringIO = Tape  # the original grows as long as the run prints
 SETTINGS.HOST_INFO.INCLUDE_GPU_INFO = False  # calls nvidia-smi without a time limit

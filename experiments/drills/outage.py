@@ -13,20 +13,33 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pymongo
 from tqdm import tqdm
+from train_process import Bench, same_parameters, same_record  # in tests/helpers
 
-from experiments.drills.runs import Bench, report, same_parameters, same_record
 from experiments.drills.server import Server
 from experiments.tracking.supervisor import free_port
 
 SETTINGS = ("-b", "0.5", "with", "smoke", "anil", "validate_every=20")
 NAME = "l2l_implicit"
 UPLOAD = "experiments.tracking.upload"
+
+
+def report(title: str, rows: Sequence[Sequence[str]], checks: Mapping[str, bool]) -> bool:
+    """Print a table and what was checked; whether all of it holds."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    print(f"\n{title}\n")
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
+    print()
+    for text, holds in checks.items():
+        print(f"{'yes' if holds else 'NO '}  {text}")
+    return all(checks.values())
 
 
 class Drill:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from toy_process import environment, finish, is_alive, start, wait_for
+from train_process import Bench
 
-from experiments.drills.runs import Bench
 from experiments.tracking import open_database, supervisor
 
 LOSS, TRAIN = "train/query_loss", {"name": "train/loss"}

@@ -64,7 +64,7 @@ class ResumableExperiment(TrackedExperiment):
             folder = checkpoint.find(output, str(updates["resume"]))
             if _first():
                 checkpoint.lock(folder)
-            with checkpoint.understood(folder):
+            with checkpoint.in_one_line(folder / checkpoint.STATE):
                 self.named_configs["resumed"] = ConfigDict(checkpoint.load(folder)["settings"])
             named_configs, updates["resume"] = ["resumed", *named_configs], str(folder)
         return super()._create_run(command_name, updates, named_configs, *more, **options)
@@ -230,7 +230,7 @@ def _first() -> bool:
 def _resume(run: Any, training: Training, folder: Path, state: Mapping[str, Any]) -> None:
     """Go on where a killed run left its checkpoint, and let each of the two name the other."""
     ranks, iterations = training.learner.ranks, training.schedule.iterations
-    with checkpoint.understood(folder):
+    with checkpoint.in_one_line(folder / checkpoint.STATE):
         training.load_state_dict(state)
         checkpoint.restore_generators(state["generators"])
         before = state["settings"]["iterations"]

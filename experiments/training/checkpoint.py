@@ -19,6 +19,7 @@ import io
 import itertools
 import json
 import os
+import platform
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -30,7 +31,6 @@ import torch
 from sacred.utils import iterate_flattened
 
 from experiments.tracking import Terminated, TrackingError, UserError
-from l2l_implicit import checks
 
 CONFIG, STATE, LOCK = "config.json", "checkpoint.pt", "lock"
 MAY_DIFFER = ("iterations", "checkpoint_seconds", "output", "resume")
@@ -45,7 +45,7 @@ _held: dict[Path, IO[str]] = {}
 
 def new_folder(output: Path, name: str) -> Path:
     """``output/name``, locked; ``name-2`` and so on where a run of another database has that."""
-    with _one_line(output):
+    with in_one_line(output):
         output.mkdir(parents=True, exist_ok=True)
         for number in itertools.count(1):
             folder = output / (name if number == 1 else f"{name}-{number}")
@@ -64,22 +64,22 @@ def lock(folder: Path) -> None:
     """
     if folder.resolve() in _held:
         return
-    with _one_line(folder / LOCK):
+    with in_one_line(folder / LOCK):
         file = (folder / LOCK).open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        who = file.read(10)
-        raise UserError(
-            f"resume: expected a run that has ended, got {folder}, where process "
-            f"{who if who.isdecimal() else 'of another machine'} is at work; wait for its end"
-        ) from None
-    except OSError as error:
-        print(f"warning: no lock on {folder} ({error.strerror}): see to it that no two runs use it")
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            who = file.read(80)
+            raise UserError(
+                f"resume: expected a run that has ended, got {folder}, where process "
+                f"{who if who.isprintable() else '?'} is at work; wait for its end"
+            ) from None
+        except OSError as error:
+            print(f"warning: no lock on {folder} ({error.strerror}): let no two runs work in it")
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {platform.node()}")
+        file.flush()
     _held[folder.resolve()] = file
 
 
@@ -95,7 +95,7 @@ def settings_text(config: Mapping[str, Any]) -> str:
 
 def remove(folder: Path) -> None:
     """A finished run has nothing to resume; what a kill left half written goes too."""
-    with _one_line(folder):
+    with in_one_line(folder):
         for path in (folder / STATE, *folder.glob("*.new"), folder / LOCK):
             path.unlink(missing_ok=True)
     if file := _held.pop(folder.resolve(), None):
@@ -131,32 +131,13 @@ def load(folder: Path) -> dict[str, Any]:
             f"resume: expected a checkpoint {path}, got none; the run ended, or was killed before "
             "its first: start it anew"
         )
-    with understood(folder), _one_line(path):
+    with in_one_line(path):
         content = path.read_bytes()
         whole, checksum = content[:-_CHECKSUM], content[-_CHECKSUM:]
         if hashlib.sha256(whole).digest() != checksum:
             raise ValueError("its checksum does not fit, so that it is damaged")
         state = torch.load(io.BytesIO(whole), weights_only=True, map_location="cpu")
         return {**state, "settings": dict(json.loads(state["settings"]))}
-
-
-@contextmanager
-def understood(folder: Path) -> Iterator[None]:
-    """What goes wrong with a checkpoint's content within is one line.
-
-    Raises:
-        UserError: something has.
-    """
-    try:
-        yield
-    except (Terminated, TrackingError, UserError):
-        raise
-    except Exception as error:  # torch's reader of plain data raises what its bytes lead to
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(
-            f"resume: expected a checkpoint of this version, got {folder / STATE}: {reason}; "
-            "start anew"
-        ) from error
 
 
 # ---- resuming ----
@@ -170,19 +151,15 @@ def find(output: Path, which: str) -> Path:
     """
     if Path(which).is_dir():
         return Path(which)
-    known = {path.parent.name: path.parent for path in output.glob(f"*/{STATE}")}
-    if which == "latest" and known:
-        with _one_line(output):
-            return max(known.values(), key=lambda folder: (folder / STATE).stat().st_mtime)
-    if which == "latest":
+    with in_one_line(output):
+        found = sorted(output.glob(f"*/{STATE}"), key=lambda path: path.stat().st_mtime)
+    known = {"latest" if which == "latest" else path.parent.name: path.parent for path in found}
+    if which not in known:
         raise UserError(
-            f"resume: expected a run with a checkpoint in {output}/, got none; runs that ended "
-            "have none, output=FOLDER looks elsewhere"
+            f"resume: expected latest, a run's folder, or a run with a checkpoint in {output}/ "
+            f"({', '.join(known) or 'there is none'}), got {which!r}; a run that ended has none, "
+            "output=FOLDER looks elsewhere"
         )
-    try:
-        checks.choice("resume", which, ["latest", *sorted(known)])
-    except ValueError as error:
-        raise UserError(f"{error} (runs with a checkpoint in {output}/)") from error
     return known[which]
 
 
@@ -238,7 +215,7 @@ def replace(path: Path, write: Callable[[io.BytesIO], object]) -> None:
     content, temporary = io.BytesIO(), path.with_suffix(".new")
     write(content)
     try:
-        with _one_line(path):
+        with in_one_line(path):
             with temporary.open("wb") as file:
                 file.write(content.getbuffer())
                 file.flush()
@@ -258,11 +235,23 @@ def replace(path: Path, write: Callable[[io.BytesIO], object]) -> None:
 
 
 @contextmanager
-def _one_line(path: Path) -> Iterator[None]:
+def in_one_line(path: Path) -> Iterator[None]:
+    """What goes wrong within is a fault of this file.
+
+    Raises:
+        UserError: something has.
+    """
     try:
         yield
+    except (Terminated, TrackingError, UserError):
+        raise
     except OSError as error:
         raise UserError(
             f"{path}: expected to be able to read and write it, got {error.strerror or error}; "
             "mend that, or choose another folder (output=FOLDER)"
+        ) from error
+    except Exception as error:  # torch's reader of plain data raises what its bytes lead to
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"resume: expected a checkpoint of this version, got {path}: {reason}; start anew"
         ) from error

@@ -6,16 +6,23 @@
     python -m experiments.train resume=latest
 """
 
+# ruff: noqa: E402
+
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+if __name__ == "__main__":  # Ctrl-C while torch is imported: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import torch
+from sacred.config import ConfigDict
 from tqdm import tqdm
 
 from experiments.ingredients import algorithm, model, named_configs, tasks
@@ -58,7 +65,25 @@ class TrainSettings(Schedule):
         return defaults_of(its.get("name"), its.get("variant"))
 
 
-ex = TrackedExperiment(
+class ResumableExperiment(TrackedExperiment):
+    """An experiment that takes the settings of the run which ``resume=`` names."""
+
+    def _create_run(self, command_name: str | None = None,
+                    config_updates: Mapping[str, Any] | None = None,
+                    named_configs: Sequence[str] = (), *more: Any, **options: Any) -> Any:
+        updates = dict(config_updates or {})
+        if updates.get("resume") is not None:
+            output = Path(str(updates.get("output", "runs")))
+            folder = checkpoint.find(output, str(updates["resume"]))
+            if _first():
+                checkpoint.lock(folder)
+            with checkpoint.in_one_line(folder / checkpoint.STATE):
+                self.named_configs["resumed"] = ConfigDict(checkpoint.load(folder)["settings"])
+            named_configs, updates["resume"] = ["resumed", *named_configs], str(folder)
+        return super()._create_run(command_name, updates, named_configs, *more, **options)
+
+
+ex = ResumableExperiment(
     "train",
     ingredients=[tasks.tasks, model.model, algorithm.algorithm],
     settings=TrainSettings,
@@ -129,11 +154,24 @@ def _folder(run: Any, output: str, ranks: Ranks) -> Path:
     return outcome.new_folder(run, output) if ranks.first else Path(output)
 
 
-def _resume(run: Any, training: Training, folder: Path) -> None:
+def _first() -> bool:
+    """Whether this is the process that records and speaks for all."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _resume(run: Any, training: Training, folder: Path, state: Mapping[str, Any]) -> None:
     """Go on where a killed run left its checkpoint, and let each of the two name the other."""
-    ranks = training.learner.ranks
-    state = checkpoint.load(folder)
-    training.load_state_dict(state)
+    ranks, iterations = training.learner.ranks, training.schedule.iterations
+    with checkpoint.in_one_line(folder / checkpoint.STATE):
+        training.load_state_dict(state)
+        checkpoint.restore_generators(state["generators"])
+        before = state["settings"]["iterations"]
+    tested = training.scores.result is not None
+    if iterations != before and (tested or training.steps >= iterations):
+        raise UserError(
+            f"resume: expected iterations={before}, or before the test more than the "
+            f"{training.steps} that are done, got {iterations}; leave it out"
+        )
     ranks.gather(None)  # every rank has read it
     if not ranks.first:
         return
@@ -162,6 +200,12 @@ def _train(
     run: Any, config: Mapping[str, Any], output: str, seed: int, ranks: Ranks
 ) -> dict[str, Any]:
     model.use_threads(config["threads"])
+    old = None if config["resume"] is None else Path(config["resume"])
+    if old is not None:
+        if ranks.first:
+            checkpoint.lock(old)  # a file of settings may name it
+        state = checkpoint.load(old)
+        checkpoint.check_settings(state["settings"], config)
     run.info["keeps_freed_memory"] = keep_freed_memory()
     torch.manual_seed(seed)
     given = tasks.make_tasks(**config["tasks"])
@@ -171,8 +215,8 @@ def _train(
         checkpoint.write_config(folder, config)
     schedule = Schedule.of({name: config[name] for name in Schedule.model_fields})
     training = Training(run, learner, given, schedule, seed, folder)
-    if config["resume"] is not None:
-        _resume(run, training, Path(config["resume"]))
+    if old is not None:
+        _resume(run, training, old, state)
     training.loop()
     if not ranks.first:
         return {}
@@ -190,11 +234,10 @@ def _train(
 
 def main(argv: Sequence[str]) -> None:
     """The command line: Sacred's, and ``resume=``."""
-    try:
-        arguments = checkpoint.arguments(argv)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    if int(os.environ.get("RANK", "0")) > 0:  # rank 0 records and speaks for all
+    arguments = list(argv)
+    if "with" not in arguments and any(word.startswith("resume=") for word in arguments):
+        arguments.insert(1, "with")
+    if not _first():
         quiet = {"-u": ["-u"], "-l": ["-l", "ERROR"]}
         own = [w for option, words in quiet.items() if option not in arguments for w in words]
         arguments = [arguments[0], *own, *arguments[1:]]

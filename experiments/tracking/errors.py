@@ -17,7 +17,7 @@ class TrackingError(RuntimeError):
 
 
 class Terminated(SacredInterrupt):
-    """SIGTERM or SIGHUP: Sacred records the run as INTERRUPTED.
+    """A signal but Ctrl-C: Sacred records the run as INTERRUPTED.
 
     Args:
         signum: the signal's number; the process exits with 128 + signum.

@@ -15,7 +15,7 @@ from sacred import SETTINGS, Experiment, Ingredient, stdout_capturing
 from sacred.dependencies import gather_sources_and_dependencies
 from sacred.run import Run
 
-from experiments.tracking import interruption
+from experiments.tracking import signals
 from experiments.tracking.config import (
     ModelConfig,
     RunSettings,
@@ -153,7 +153,7 @@ class TrackedExperiment(Experiment):
         """
         arguments = (command_name, config_updates, named_configs, info, meta_info, options)
         try:
-            with interruption.handled():
+            with signals.handled():
                 return self._run(*arguments)
         except (UserError, TrackingError, Terminated, KeyboardInterrupt) as error:
             if not self._on_command_line or (options or {}).get("--debug"):

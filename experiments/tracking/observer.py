@@ -24,7 +24,7 @@ from sacred.dependencies import get_digest
 from sacred.observers import MongoObserver
 from sacred.utils import SacredInterrupt
 
-from experiments.tracking import interruption
+from experiments.tracking import signals
 from experiments.tracking.database import Database, seconds
 from experiments.tracking.embedded import data_folder
 from experiments.tracking.errors import TrackingError, UserError
@@ -256,8 +256,8 @@ class JournalObserver(MongoObserver):
 
     def _finish(self, uploader: Uploader) -> None:
         limit = None
-        if interruption.asked():
-            limit = HURRIED if interruption.urgent() else INTERRUPTED
+        if signals.asked():
+            limit = HURRIED if signals.urgent() else INTERRUPTED
         self._deadline = time.monotonic() + min(limit or math.inf, self._patience)
         self._stop.set()
         try:

@@ -3,106 +3,144 @@
     python -m experiments.train resume=latest
     python -m experiments.train resume=17
 
-A run's folder (``output``/run id) holds ``config.json``, written at the start, and
-``checkpoint.pt``, replaced as a whole at every ``checkpoint_seconds`` and gone at the end. A
-resumed run is a new run with the old one's configuration, whose record begins with a copy of all
-that was recorded before the checkpoint.
+A run's folder (``output``/run id) holds ``config.json``, for people; ``lock``, held by the process
+that works in it; and ``checkpoint.pt``, gone at the end: plain data in torch's format, the settings
+among them, and their SHA-256. It is replaced as a whole at every ``checkpoint_seconds`` and before
+what a signal breaks off. A resumed run is a new run with the old one's settings, whose record
+begins with a copy of all that was recorded before the checkpoint.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import hashlib
+import io
 import itertools
 import json
 import os
+import platform
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 import torch
-from torch import nn
+from sacred.utils import iterate_flattened
 
-from experiments.tracking import Terminated, UserError
-from l2l_implicit import checks
+from experiments.tracking import Terminated, TrackingError, UserError
 
-CONFIG, STATE = "config.json", "checkpoint.pt"
+CONFIG, STATE, LOCK = "config.json", "checkpoint.pt", "lock"
+MAY_DIFFER = ("iterations", "checkpoint_seconds", "output", "resume")
+"""What a resumed run may set anew; all else would hold for a part of the result only."""
+
+_CHECKSUM = hashlib.sha256().digest_size
+_held: dict[Path, IO[str]] = {}
+
+
+# ---- a run's folder ----
 
 
 def new_folder(output: Path, name: str) -> Path:
-    """``output/name``; ``name-2`` and so on where a run of another database has that already."""
-    output.mkdir(parents=True, exist_ok=True)
-    for number in itertools.count(1):
-        folder = output / (name if number == 1 else f"{name}-{number}")
-        with suppress(FileExistsError):
-            folder.mkdir()
-            break
+    """``output/name``, locked; ``name-2`` and so on where a run of another database has that."""
+    with in_one_line(output):
+        output.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            folder = output / (name if number == 1 else f"{name}-{number}")
+            with suppress(FileExistsError):
+                folder.mkdir()
+                break
+    lock(folder)
     return folder
 
 
-def write_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Start a run's folder: what the run is."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({k: v for k, v in config.items() if k != "resume"}, indent=1)
-    replace(folder / CONFIG, lambda file: file.write(text.encode()))
-
-
-def save(folder: Path, state: Mapping[str, Any]) -> None:
-    """Replace the folder's checkpoint; whoever is killed here leaves the old one whole."""
-    replace(folder / STATE, lambda file: torch.save({**state, "generators": generators()}, file))
-
-
-def load(folder: Path) -> dict[str, Any]:
-    """The folder's checkpoint; global random generators are put where they were.
+def lock(folder: Path) -> None:
+    """Hold the folder until `remove` or the end of this process, whatever ends it.
 
     Raises:
-        UserError: there is none, or it cannot be read.
+        UserError: a process that is alive works in it.
     """
-    path = folder / STATE
-    try:
-        state: dict[str, Any] = torch.load(path, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(
-            f"resume: expected a checkpoint {path}, got none; the run ended, or was killed before "
-            "its first: start it anew"
-        ) from None
-    except Terminated:
-        raise
-    except Exception as error:  # torch's reader of plain data raises what its bytes lead to
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(
-            f"resume: expected a checkpoint of this version, got {path}: {reason}; start anew"
-        ) from error
-    restore_generators(state["generators"])
-    return state
+    if folder.resolve() in _held:
+        return
+    with in_one_line(folder / LOCK):
+        file = (folder / LOCK).open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            who = file.read(80)
+            raise UserError(
+                f"resume: expected a run that has ended, got {folder}, where process "
+                f"{who if who.isprintable() else '?'} is at work; wait for its end"
+            ) from None
+        except OSError as error:
+            print(f"warning: no lock on {folder} ({error.strerror}): let no two runs work in it")
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {platform.node()}")
+        file.flush()
+    _held[folder.resolve()] = file
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """What the run is, for people and other programs; nothing is resumed from it."""
+    replace(folder / CONFIG, lambda file: file.write(settings_text(config).encode()))
+
+
+def settings_text(config: Mapping[str, Any]) -> str:
+    """A run's settings as JSON, but for what it resumes."""
+    return json.dumps({k: v for k, v in config.items() if k != "resume"}, indent=1)
 
 
 def remove(folder: Path) -> None:
-    """A finished run has nothing to resume."""
-    (folder / STATE).unlink(missing_ok=True)
+    """A finished run has nothing to resume; what a kill left half written goes too."""
+    with in_one_line(folder):
+        for path in (folder / STATE, *folder.glob("*.new"), folder / LOCK):
+            path.unlink(missing_ok=True)
+    if file := _held.pop(folder.resolve(), None):
+        file.close()
 
 
-def arguments(argv: Sequence[str]) -> list[str]:
-    """The command line in Sacred's terms: ``resume=`` stands for the old run's configuration.
+# ---- the checkpoint ----
+
+
+def save(folder: Path, state: Mapping[str, Any]) -> None:
+    """Replace the folder's checkpoint; whoever is killed here leaves the old one whole.
 
     Raises:
-        UserError: no such run.
+        UserError: it cannot be written; the old one is whole.
     """
-    asked = [a for a in argv[1:] if a.startswith("resume=")]
-    if not asked:
-        return list(argv)
-    others = [a for a in argv[1:] if not a.startswith("resume=") and a != "with"]
-    options = [a for i, a in enumerate(others) if a.startswith("-") or _is_value(others, i)]
-    updates = [a for a in others if a not in options]
-    output = next((u.partition("=")[2] for u in updates if u.startswith("output=")), "runs")
-    folder = find(Path(output), asked[-1].partition("=")[2])
-    return [argv[0], *options, "with", str(folder / CONFIG), f"resume={folder}", *updates]
+
+    def write(file: io.BytesIO) -> None:
+        torch.save({**state, "generators": generators()}, file)
+        file.write(hashlib.sha256(file.getbuffer()).digest())
+
+    replace(folder / STATE, write)
 
 
-def _is_value(arguments: Sequence[str], index: int) -> bool:
-    """Whether an argument belongs to the option before it."""
-    return index > 0 and arguments[index - 1] in ("-m", "-c", "-b", "-n", "-l", "-p")
+def load(folder: Path) -> dict[str, Any]:
+    """The folder's checkpoint, on the CPU; none of it can run code.
+
+    Raises:
+        UserError: there is none, or it is damaged or another version's.
+    """
+    path = folder / STATE
+    if not path.is_file():
+        raise UserError(
+            f"resume: expected a checkpoint {path}, got none; the run ended, or was killed before "
+            "its first: start it anew"
+        )
+    with in_one_line(path):
+        content = path.read_bytes()
+        whole, checksum = content[:-_CHECKSUM], content[-_CHECKSUM:]
+        if hashlib.sha256(whole).digest() != checksum:
+            raise ValueError("its checksum does not fit, so that it is damaged")
+        state = torch.load(io.BytesIO(whole), weights_only=True, map_location="cpu")
+        return {**state, "settings": dict(json.loads(state["settings"]))}
+
+
+# ---- resuming ----
 
 
 def find(output: Path, which: str) -> Path:
@@ -111,21 +149,38 @@ def find(output: Path, which: str) -> Path:
     Raises:
         UserError: no such run.
     """
-    known = {path.parent.name: path.parent for path in output.glob(f"*/{STATE}")}
-    if which == "latest":
-        if not known:
-            raise UserError(
-                f"resume: expected a run with a checkpoint in {output}/, got none; runs that ended "
-                "have none, output=FOLDER looks elsewhere"
-            )
-        return max(known.values(), key=lambda folder: (folder / STATE).stat().st_mtime)
-    if (Path(which) / CONFIG).is_file():
+    if Path(which).is_dir():
         return Path(which)
-    try:
-        checks.choice("resume", which, ["latest", *sorted(known)])
-    except ValueError as error:
-        raise UserError(f"{error} (runs with a checkpoint in {output}/)") from error
+    with in_one_line(output):
+        found = sorted(output.glob(f"*/{STATE}"), key=lambda path: path.stat().st_mtime)
+    known = {"latest" if which == "latest" else path.parent.name: path.parent for path in found}
+    if which not in known:
+        raise UserError(
+            f"resume: expected latest, a run's folder, or a run with a checkpoint in {output}/ "
+            f"({', '.join(known) or 'there is none'}), got {which!r}; a run that ended has none, "
+            "output=FOLDER looks elsewhere"
+        )
     return known[which]
+
+
+def check_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse settings that are not those the run was started with.
+
+    Raises:
+        UserError: names each that differs.
+    """
+    old, new = (dict(iterate_flattened(settings))
+                for settings in (before, json.loads(settings_text(now))))  # fmt: skip
+    differ = [f"{key}={new.get(key)!r} (it has {old.get(key)!r})" for key in {**old, **new}
+              if old.get(key) != new.get(key) and key not in MAY_DIFFER]
+    if differ:
+        raise UserError(
+            f"resume: expected the run's own settings, got {', '.join(differ)}; leave that out, or "
+            "start anew"
+        )
+
+
+# ---- random numbers ----
 
 
 def generators() -> dict[str, Any]:
@@ -144,45 +199,59 @@ def restore_generators(state: Mapping[str, Any]) -> None:
     random.setstate(state["python"])
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    for device, its in zip(range(torch.cuda.device_count()), state.get("cuda", ()), strict=False):
+        torch.cuda.set_rng_state(its, device)
+
+
+# ---- files ----
+
+
+def replace(path: Path, write: Callable[[io.BytesIO], object]) -> None:
+    """The whole new file or the whole old one, whoever is killed and whenever power fails.
+
+    Raises:
+        UserError: it cannot be written; the old file is whole.
+    """
+    content, temporary = io.BytesIO(), path.with_suffix(".new")
+    write(content)
+    try:
+        with in_one_line(path):
+            with temporary.open("wb") as file:
+                file.write(content.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            if temporary.read_bytes() != content.getbuffer():
+                raise OSError(errno.EIO, "other bytes than were written")
+            os.replace(temporary, path)
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)  # the rename itself
+            finally:
+                os.close(folder)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager
-def put_back_if_broken_off(network: nn.Module, stream: Any) -> Iterator[None]:
-    """Where the block raises: buffers, global random generators and the stream as before it."""
-    buffers = [buffer.clone() for buffer in network.buffers()]
-    before, position = generators(), stream.state
+def in_one_line(path: Path) -> Iterator[None]:
+    """What goes wrong within is a fault of this file.
+
+    Raises:
+        UserError: something has.
+    """
     try:
         yield
-    except BaseException:
-        restore_generators(before)
-        stream.state = position
-        with torch.no_grad():
-            for buffer, value in zip(network.buffers(), buffers, strict=True):
-                buffer.copy_(value)
+    except (Terminated, TrackingError, UserError):
         raise
-
-
-def replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """The whole new file or the whole old one, whoever is killed and whenever power fails."""
-    temporary = path.with_suffix(".new")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _settle(path.parent)
-
-
-def _settle(folder: Path) -> None:
-    """Force the folder's entries to the disk: the rename itself."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    except OSError as error:
+        raise UserError(
+            f"{path}: expected to be able to read and write it, got {error.strerror or error}; "
+            "mend that, or choose another folder (output=FOLDER)"
+        ) from error
+    except Exception as error:  # torch's reader of plain data raises what its bytes lead to
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"resume: expected a checkpoint of this version, got {path}: {reason}; start anew"
+        ) from error

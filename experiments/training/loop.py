@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 from tqdm import tqdm
 
-from experiments.tracking import Terminated, UserError, interruption, record
+from experiments.tracking import Terminated, UserError, record, signals
 from experiments.tracking.config import Count, Positive, RunSettings
 from experiments.training import checkpoint
 from experiments.training.episodes import CheckedStream, Tasks
@@ -102,10 +101,9 @@ class Training:
         self.steps, self.peak, self.history = 0, 0, History()
         self.scores = Scores(learner, self._evaluate, self._record, schedule.early_stopping)
         self.seconds = self._validated_at = 0.0
-        self._looked = self._whole = True
+        self._looked = True
         self.diverged: str | None = None
         self._saved_at = time.monotonic()
-        learner.optimizer.register_step_pre_hook(lambda *_: interruption.hold())
 
     def _checked(self, mode: str, seed: int) -> CheckedStream:
         stream, outputs = self.tasks.stream(mode, seed), self.tasks.outputs(mode)
@@ -126,50 +124,45 @@ class Training:
             KeyboardInterrupt, Terminated: a signal; the state is saved unless there were two.
         """
         try:
-            with self.schedule.bar(silent=not self.learner.ranks.first) as bar:
-                bar.update(self._progress())
-                while not self._ended():
-                    try:
-                        self._advance(bar)
-                    except Diverged as reason:
-                        self._note_divergence(f"at outer iteration {self.steps + 1}: {reason}")
-                        self._end_if_asked()
-                    bar.update(self._progress() - bar.n)
-                    self._save_if_due()
-            if self.scores.result is None:
-                self.scores.result = self._test()
-            self.scores.test_best(lambda reason: self._say(f"not early stopped, {reason}"))
-            self._save()
+            with signals.deferred():
+                self._loop()
         except (KeyboardInterrupt, Terminated):
-            if self._whole and not interruption.urgent():
-                self._save()
+            if not signals.urgent():
                 self._say(f"\nsaved; python -m experiments.train resume={self.folder}")
             raise
+
+    def _loop(self) -> None:
+        with self.schedule.bar(silent=not self.learner.ranks.first) as bar:
+            bar.update(self._progress())
+            while not self._ended():
+                try:
+                    self._advance(bar)
+                except Diverged as reason:
+                    self._note_divergence(f"at outer iteration {self.steps + 1}: {reason}")
+                bar.update(self._progress() - bar.n)
+                self._save_if_due()
+        if self.scores.result is None:
+            self._save()  # a test that is broken off begins anew
+            self.scores.result = self._test()
+        self._save()
+        self.scores.test_best(lambda reason: self._say(f"not early stopped, {reason}"))
+        self._save()
+        self._end_if_asked()
 
     def _advance(self, bar: Any) -> None:
         """One outer iteration, then what is due after it."""
         if self._looked:
-            with interruption.deferred(), self._all_or_nothing():
-                self._iterate()
-                self._looked = False
+            self._iterate()
+            self._looked = False
             self._end_if_asked()
         self._look(bar)
         self._looked = True
 
-    @contextmanager
-    def _all_or_nothing(self) -> Iterator[None]:
-        """Where this is broken off, the state is as before, theta's aside."""
-        network, self._whole = self.learner.algorithms.training.network(), False
-        try:
-            with checkpoint.put_back_if_broken_off(network, self._stream):
-                yield
-        finally:
-            self._whole = not interruption.urgent()
-
     def _end_if_asked(self) -> None:
         """On every rank after the same step, or one would wait for the others."""
-        if any(self.learner.ranks.gather(interruption.asked())):
-            interruption.check()
+        if any(self.learner.ranks.gather(signals.asked())):
+            self._save()
+            signals.check()
             raise KeyboardInterrupt
 
     def _progress(self) -> float:
@@ -229,7 +222,10 @@ class Training:
         if schedule.validate_seconds is not None:
             due = self.seconds - self._validated_at >= schedule.validate_seconds
         ends = self._spent() and self.scores.result is None
-        if (due or ends or self._finished()) and not self.scores.validated(done):
+        due = (due or ends or self._finished()) and not self.scores.validated(done)
+        if due or ends or done in schedule.test_at:
+            self._save()  # what is broken off begins anew
+        if due:
             score = self.scores.validate(done, self.seconds)
             self._validated_at = self.seconds
             bar.set_postfix_str(f"validation {self.learner.measure.show(score)}")
@@ -246,8 +242,7 @@ class Training:
         stream, learner, start = self._checked(mode, 0), self.learner, time.perf_counter()
         silent = mode != "test" or not learner.ranks.first
         bar = partial(tqdm, unit="task", desc="meta-testing", leave=False, disable=silent)
-        with self._all_or_nothing():
-            score = learner.evaluate(stream, self.schedule.tasks_of(mode), bar)
+        score = learner.evaluate(stream, self.schedule.tasks_of(mode), _breakable(bar))
         more: dict[str, float] = {"seconds": time.perf_counter() - start}
         if learner.skip:
             more["skipped_tasks"] = stream.skipped + learner.skipped
@@ -282,6 +277,7 @@ class Training:
             "learner": self.learner.state_dict(),
             "stream": self._stream.state,
             "token": None if journal is None else journal.token,
+            "settings": checkpoint.settings_text(getattr(self.run, "config", {})),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -303,3 +299,14 @@ class Training:
         self._stream.state = state["stream"]
         for name, iteration, value in self.history.points():
             self.run.log_scalar(name, value, iteration)
+
+
+def _breakable(bar: Callable[[Iterable[int]], Iterable[int]]) -> Callable[..., Iterator[int]]:
+    """The same, ended between two tasks by a signal."""
+
+    def items(numbers: Iterable[int]) -> Iterator[int]:
+        for number in bar(numbers):
+            signals.check()
+            yield number
+
+    return items

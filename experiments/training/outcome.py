@@ -16,7 +16,6 @@ matplotlib.use("Agg")  # no screen needed
 
 import matplotlib.pyplot as plt  # noqa: E402
 
-from experiments.tracking import UserError  # noqa: E402
 from experiments.training import checkpoint  # noqa: E402
 from experiments.training.loop import Training  # noqa: E402
 from experiments.training.meta_learner import Interval, MetaLearner  # noqa: E402
@@ -25,18 +24,9 @@ from experiments.training.scores import History  # noqa: E402
 
 
 def new_folder(run: Any, output: str) -> Path:
-    """The run's own folder in ``output``.
-
-    Raises:
-        UserError: it cannot be made.
-    """
+    """The run's own folder in ``output``; an error of one line if it cannot be made."""
     name = str(run._id) if run._id is not None else time.strftime("unobserved-%Y%m%d-%H%M%S")
-    try:
-        return checkpoint.new_folder(Path(output), name)
-    except OSError as error:
-        raise UserError(
-            f"output: expected a folder to write to, got {output!r} ({error.strerror}); try runs"
-        ) from error
+    return checkpoint.new_folder(Path(output), name)
 
 
 def save(run: Any, training: Training, centroid: Interval | None) -> None:

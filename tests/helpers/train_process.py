@@ -1,10 +1,12 @@
-"""`experiments.train` as a process in which something happens at a given outer iteration.
+"""Runs of `experiments.train` as processes of their own, and what they leave, compared.
 
-`HAPPENS` in its environment says what, as JSON; a test need not guess how long an iteration takes:
+This file is also such a process, in which something happens at a given outer iteration; `HAPPENS`
+in its environment says what, as JSON, so that a test need not guess how long an iteration takes:
 
     {"signal": [12, 9]}             the process gets signal 9 as the 12th step begins
-    {"checkpoint": 8}               the only checkpoint before the end is that after the 8th
+    {"checkpoint": 8}               nothing is saved before the end but after the 8th, or a signal
     {"validations": [0.2, 0.5]}     scores by which early stopping chooses, an iteration each
+    {"testing": 15}                 it gets signal 15 as a test begins
 """
 
 from __future__ import annotations
@@ -12,12 +14,130 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(Path(__file__))
+TIMED = ("seconds", "bytes")
+"""Ends of names of metrics that no two runs have in common."""
+
+RESULT = ("test_accuracy", "test_half_width", "iterations")
+SMALL = ("with", "glyphs", "tasks.level=easy", "model.hidden=8", "meta_batch=2",
+         "validation_tasks=4", "test_tasks=8")  # fmt: skip
+LONG = (*SMALL, "iterations=40", "validate_every=20", "checkpoint_seconds=1e-6")
+ENDLESS = (*SMALL, "iterations=1000000", "validate_every=1000000", "checkpoint_seconds=1e-6")
+
+
+class Bench:
+    """A folder in which runs are started.
+
+    Args:
+        folder: of their output, and of the embedded database unless a URL is given.
+        url: of a database.
+    """
+
+    def __init__(self, folder: Path, url: str | None = None) -> None:
+        self.folder, self.log = folder, folder / "log"
+        own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
+               "L2L_IMPLICIT_DATA": str(folder / "data")}  # fmt: skip
+        others = {k: v for k, v in os.environ.items() if not k.startswith("L2L_IMPLICIT_MONGO")}
+        if url is not None:
+            own["L2L_IMPLICIT_MONGO_URL"] = url
+        self.environment = {**others, **own}
+
+    def start(self, *arguments: str, module: str = "experiments.train",
+              happens: dict[str, Any] | None = None, preexec_fn: Any = None, **variables: str
+              ) -> subprocess.Popen[bytes]:  # fmt: skip
+        """A process whose output goes to the log; a process group of its own, as in a shell."""
+        program = ["-m", module] if happens is None else [SCRIPT]
+        variables |= environment(**happens or {})
+        with self.log.open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, *program, *arguments], cwd=self.folder, stdout=log, stderr=log,
+                env={**self.environment, **variables}, start_new_session=True,
+                preexec_fn=preexec_fn,
+            )  # fmt: skip
+
+    def finish(self, *arguments: str, module: str = "experiments.train", **variables: str) -> None:
+        """Run to the end.
+
+        Raises:
+            RuntimeError: the exit status is not 0.
+        """
+        status = self.start(*arguments, module=module, **variables).wait()
+        if status != 0:
+            tail = "\n".join(self.text().splitlines()[-20:])
+            raise RuntimeError(f"{module} {' '.join(arguments)}: exit status {status}\n{tail}")
+
+    def started(self, *arguments: str, **options: Any) -> tuple[subprocess.Popen[bytes], Path]:
+        """A run that has left its first checkpoint, and its folder."""
+        known, process = set(self.checkpoints()), self.start(*arguments, **options)
+        while not (new := set(self.checkpoints()) - known):
+            assert process.poll() is None, self.text()
+            time.sleep(0.02)
+        return process, new.pop().parent
+
+    def killed(self, *arguments: str) -> Path:
+        """The folder of a run killed by SIGKILL after its first checkpoint."""
+        process, folder = self.started(*arguments)
+        process.kill()
+        process.wait()
+        return folder
+
+    def text(self) -> str:
+        """All that was printed."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def checkpoints(self) -> list[Path]:
+        """Those that there are, the newest last."""
+        found = []
+        for path in self.folder.glob("*/*/checkpoint.pt"):
+            try:
+                found.append((path.stat().st_mtime_ns, path))
+            except FileNotFoundError:  # removed meanwhile
+                continue
+        return [path for _, path in sorted(found)]
+
+    def parameters(self, run: int | str, output: str = "runs") -> list[torch.Tensor]:
+        """What a finished run has learnt."""
+        path = self.folder / output / str(run) / "parameters.pt"
+        state = torch.load(path, weights_only=True)
+        return [*state["theta"], *state["backbone"].values(), *state["head"].values()]
+
+
+def metrics(database: Any, run: int) -> dict[str, Any]:
+    """Steps and values by name, without those of time and memory."""
+    found = database["metrics"].find({"run_id": run})
+    return {m["name"]: (m["steps"], m["values"]) for m in found if not m["name"].endswith(TIMED)}
+
+
+def same_record(database: Any, one: int, other: int) -> dict[str, bool]:
+    """Whether two runs have recorded the same."""
+    documents = [database["runs"].find_one({"_id": run}) for run in (one, other)]
+    results = [{k: (d["result"] or {}).get(k) for k in RESULT} for d in documents]
+    series = [metrics(database, run) for run in (one, other)]
+    return {
+        "the run is COMPLETED": documents[1]["status"] == "COMPLETED",
+        "its result is the undisturbed run's": results[0] == results[1],
+        f"its {len(series[0])} metrics are, to the last bit": series[0] == series[1] != {},
+    }
+
+
+def same_parameters(bench: Bench, one: int, other: int) -> dict[str, bool]:
+    """Whether two runs have learnt the same."""
+    both = [bench.parameters(run) for run in (one, other)]
+    equal = all(torch.equal(a, b) for a, b in zip(*both, strict=True))
+    return {f"its {len(both[0])} parameters are, to the last bit": equal}
+
+
+# ---- the process in which something happens ----
 
 
 def environment(**happens: Any) -> dict[str, str]:
@@ -39,14 +159,31 @@ def signal_at(step: int, signum: int) -> None:
     MetaLearner.step = signalled  # type: ignore[method-assign]
 
 
-def checkpoint_at(step: int) -> None:
+def signal_in_test(signum: int) -> None:
     from experiments.training.loop import Training
 
-    def save_if_due(self: Training) -> None:
-        if self.steps == step:
-            self._save()
+    whole = Training._evaluate
 
-    Training._save_if_due = save_if_due  # type: ignore[method-assign]
+    def evaluate(self: Training, mode: str) -> Any:
+        if mode == "test":
+            torch.rand(3)  # nothing of a test that is broken off is to be seen later
+            os.kill(os.getpid(), signum)
+        return whole(self, mode)
+
+    Training._evaluate = evaluate  # type: ignore[method-assign]
+
+
+def checkpoint_at(step: int) -> None:
+    from experiments.tracking import signals
+    from experiments.training.loop import Training
+
+    whole = Training._save
+
+    def save(self: Training) -> None:
+        if self.steps == step or signals.asked():
+            whole(self)
+
+    Training._save = save  # type: ignore[method-assign]
 
 
 def validations_are(scores: list[float]) -> None:
@@ -61,12 +198,15 @@ def validations_are(scores: list[float]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.path[0] = str(ROOT)
     happens = json.loads(os.environ["HAPPENS"])
     if "signal" in happens:
         signal_at(*happens["signal"])
     if "checkpoint" in happens:
         checkpoint_at(happens["checkpoint"])
+    if "testing" in happens:
+        signal_in_test(happens["testing"])
     if "validations" in happens:
         validations_are(happens["validations"])
     runpy.run_module("experiments.train", run_name="__main__", alter_sys=True)

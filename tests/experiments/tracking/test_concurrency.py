@@ -9,14 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toy_process import (
-    environment,
-    finish,
-    server_process,
-    server_processes,
-    start,
-    wait_for,
-)
+from toy_process import environment, finish, server_process, server_processes, start, wait_for
 
 from experiments.tracking import open_database, supervisor
 

@@ -1,77 +1,80 @@
-"""Ctrl-C once: the step is finished and saved. Twice: at once. Real signals."""
+"""A signal: the step is finished, the state saved. Another one: the end, at once. Real signals."""
 
 from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import train_process
-from test_training import Learner, Run, Tasks, falling, schedule
+from test_training import TEST_SIZE, Learner, Run, Tasks, falling, schedule
+from train_process import ENDLESS, TIMED, Bench, same_parameters, same_record
 
-from experiments.drills.runs import TIMED, Bench, same_parameters, same_record
-from experiments.tracking import (
-    Terminated,
-    UserError,
-    interruption,
-    last_upload,
-    open_database,
-)
+from experiments.tracking import Terminated, UserError, open_database, signals
 from experiments.training import checkpoint
 from experiments.training.loop import Training
 
-ROOT = Path(__file__).parents[3]
-
-NEVER = 600.0  # seconds: longer than a test lasts on the slowest machine
-
 
 class Signalled(Learner):
-    """Sends a signal to this process in the middle of its third step, or of a test.
+    """Sends signals to this process in the middle of its third step, or of a test.
 
     Args:
-        where: "step", or "evaluation".
-        signum: what is sent.
-        lasts: seconds of the rest of it.
+        where: "step", "validation" or "test".
+        signums: what is sent.
+        after: seconds before each but the first.
     """
 
-    def __init__(self, where: str, signum: int = signal.SIGINT, lasts: float = 0.0) -> None:
-        super().__init__()
-        self._where, self._signum, self._lasts = where, signum, lasts
+    def __init__(self, where: str, *signums: int, after: float = 0.0, **more: Any) -> None:
+        super().__init__(**more)
+        self._where, self._signums, self._after = where, signums or (signal.SIGINT,), after
 
     def step(self, batch: list[Any]) -> Any:
         if self._where == "step" and self.done == 2:
             self._meet()
         return super().step(batch)
 
-    def evaluate(self, *arguments: Any) -> Any:
-        torch.rand(3)  # evaluation draws random numbers
-        if self._where == "evaluation":
-            self._meet()
-        return super().evaluate(*arguments)
+    def evaluate(
+        self, stream: Any, number: int, progress: Callable[[Iterable[int]], Iterable[int]]
+    ) -> Any:
+        test = stream.sample().inputs.numel() == TEST_SIZE
+        for task in progress(range(number)):
+            torch.rand(3)  # evaluation draws random numbers
+            if self._where == ("test" if test else "validation") and task == 1:
+                self._meet()
+        return super().evaluate(stream, number, progress)
 
     def _meet(self) -> None:
-        where, self._where = self._where, ""
-        os.kill(os.getpid(), self._signum)
-        deadline = time.monotonic() + self._lasts
-        while time.monotonic() < deadline:
-            time.sleep(0.01)
-        self.finished = where
+        self._where = ""
+        for place, signum in enumerate(self._signums):
+            if place:
+                time.sleep(self._after)
+            os.kill(os.getpid(), signum)
+            time.sleep(0.001)  # Python runs the handler
 
 
 def trained(folder: Path, learner: Learner, **changes: Any) -> Training:
     return Training(Run(), learner, Tasks(), schedule(**changes), 0, folder)  # type: ignore[arg-type]
 
 
-def interrupted(folder: Path, learner: Learner, kind: type[BaseException]) -> dict[str, Any]:
+def interrupted(folder: Path, learner: Learner, kind: type[BaseException] = KeyboardInterrupt,
+                **changes: Any) -> dict[str, Any]:  # fmt: skip
     """The checkpoint that a run leaves which is interrupted by this kind of error."""
-    with interruption.handled(), pytest.raises(kind):
-        trained(folder, learner).loop()
+    with signals.handled(), pytest.raises(kind):
+        trained(folder, learner, **changes).loop()
     return checkpoint.load(folder)
+
+
+def resumed(folder: Path, state: dict[str, Any], learner: Learner, **changes: Any) -> Training:
+    """The same run, gone on to its end."""
+    training = trained(folder, learner, **changes)
+    training.load_state_dict(state)
+    checkpoint.restore_generators(state["generators"])
+    training.loop()
+    return training
 
 
 def untimed(training: Training) -> dict[str, Any]:
@@ -79,60 +82,34 @@ def untimed(training: Training) -> dict[str, Any]:
     return {k: v for k, v in training.run.values.items() if not k.endswith(TIMED)}
 
 
-@pytest.mark.parametrize(
-    ("signum", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
-)
-def test_a_step_is_finished_and_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int, kind: type[BaseException]
-) -> None:
-    monkeypatch.setattr(interruption, "GRACE", NEVER)
-    state = interrupted(tmp_path, Signalled("step", signum, lasts=0.2), kind)
+@pytest.mark.parametrize("signum", signals.SIGNALS, ids=lambda number: number.name)
+def test_a_step_is_finished_and_saved(tmp_path: Path, signum: int) -> None:
+    """Also SIGALRM, from outside like the others, and what clusters send before they kill."""
+    kind = KeyboardInterrupt if signum == signal.SIGINT else Terminated
+    state = interrupted(tmp_path, Signalled("step", signum), kind)
     assert (state["steps"], state["learner"]["done"]) == (3, 3)
+    assert signal.getsignal(signum) in (signal.SIG_DFL, signal.default_int_handler)
 
 
-def test_a_step_that_takes_too_long_is_broken_off(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(interruption, "GRACE", 0.1)
-    learner = Signalled("step", lasts=NEVER)
-    state = interrupted(tmp_path, learner, KeyboardInterrupt)
-    assert not hasattr(learner, "finished")
-    assert (state["steps"], state["learner"]["done"]) == (2, 2)
-
-
-def test_theta_is_not_left_half_updated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interruption, "GRACE", 0.1)
-    learner = Signalled("step", lasts=0.5)  # the alarm comes within, late as it may be
-    learner.hypergradient = lambda batch: learner.optimizer.step()  # type: ignore[method-assign]
-    training = trained(tmp_path, learner)
-    whole = learner.step
-
-    def step(batch: list[Any]) -> Any:
-        learner.optimizer.step()  # from here on there is no more grace
-        return whole(batch)
-
-    learner.step = step  # type: ignore[method-assign]
-    with interruption.handled(), pytest.raises(KeyboardInterrupt):
-        training.loop()
-    assert learner.finished == "step" and checkpoint.load(tmp_path)["steps"] == 3
-
-
-def test_an_evaluation_is_broken_off_and_done_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["step", "validation", "test"])
+def test_what_is_broken_off_is_done_again(tmp_path: Path, where: str) -> None:
+    """A step is finished; a validation or a test begins anew, and nothing of it is to be seen."""
+    changes = {"early_stopping": True, "test_at": (6,)}
     torch.manual_seed(0)
-    whole = trained(tmp_path / "whole", Learner())
     (tmp_path / "whole").mkdir()
+    whole = trained(tmp_path / "whole", Signalled("", score=falling), **changes)
     whole.loop()
     torch.manual_seed(0)
-    learner = Signalled("evaluation", lasts=NEVER)
-    state = interrupted(tmp_path, learner, KeyboardInterrupt)
-    assert (state["steps"], state["_looked"], state["scores"]["validations"]) == (4, False, [])
-    torch.manual_seed(0)
-    assert torch.equal(state["generators"]["torch"], torch.get_rng_state())
-    resumed = trained(tmp_path, Learner())
-    resumed.load_state_dict(state)
-    resumed.loop()
-    assert resumed.scores.state_dict() == whole.scores.state_dict()
-    assert untimed(resumed) == untimed(whole)
+    state = interrupted(tmp_path, Signalled(where, score=falling), **changes)
+    steps, looked = {"step": (3, False), "validation": (4, False), "test": (6, False)}[where]
+    assert (state["steps"], state["_looked"]) == (steps, looked)
+    torch.rand(7)
+    again = resumed(tmp_path, state, Signalled("", score=falling), **changes)
+    assert again.scores.state_dict() == whole.scores.state_dict()
+    assert untimed(again) == untimed(whole)
+    ends = [checkpoint.load(folder)["generators"]["torch"]
+            for folder in (tmp_path / "whole", tmp_path)]  # fmt: skip
+    assert torch.equal(*ends)
 
 
 def test_the_early_stopped_test_is_broken_off_and_done_again(
@@ -141,25 +118,19 @@ def test_the_early_stopped_test_is_broken_off_and_done_again(
     learner = Learner(score=falling)
     test, calls = learner.evaluate, []
 
-    def evaluate(*arguments: Any) -> Any:
+    def evaluate(stream: Any, number: int, progress: Any) -> Any:
         calls.append(learner.done)
         if calls == [4, 8, 10, 10, 4]:
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.01)
-        return test(*arguments)
+        return test(stream, len(list(progress(range(number)))), progress)
 
     learner.evaluate = evaluate  # type: ignore[method-assign]
-    training = trained(tmp_path, learner, early_stopping=True)
-    with interruption.handled(), pytest.raises(KeyboardInterrupt):
-        training.loop()
-    assert "resume=" in capsys.readouterr().out
-    state = checkpoint.load(tmp_path)
+    state = interrupted(tmp_path, learner, early_stopping=True)
+    assert f"resume={tmp_path}" in capsys.readouterr().out
     assert (state["learner"]["done"], state["scores"]["stopped"]) == (10, None)
     again = Learner(score=falling)
-    resumed = trained(tmp_path, again, early_stopping=True)
-    resumed.load_state_dict(state)
-    resumed.loop()
-    assert again.tested == [4] and resumed.scores.stopped == (0.16, 0.01)
+    training = resumed(tmp_path, state, again, early_stopping=True)
+    assert again.tested == [4] and training.scores.stopped == (0.16, 0.01)
 
 
 def test_another_version_s_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -170,101 +141,123 @@ def test_another_version_s_checkpoint_is_refused(tmp_path: Path) -> None:
         training.load_state_dict(state)
 
 
-def test_a_second_signal_saves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interruption, "GRACE", NEVER)
-
-    class Twice(Signalled):
-        def _meet(self) -> None:
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(interruption.SAME + 0.1)
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(NEVER)
-
-    with interruption.handled():
-        with pytest.raises(KeyboardInterrupt):
-            trained(tmp_path, Twice("step")).loop()
-        assert interruption.urgent()
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_at_once_and_saves_nothing(tmp_path: Path, second: int) -> None:
+    kind = KeyboardInterrupt if second == signal.SIGINT else Terminated
+    learner = Signalled("step", signal.SIGINT, second, after=signals.SAME + 0.1)
+    with signals.handled():
+        with pytest.raises(kind):
+            trained(tmp_path, learner).loop()
+        assert signals.urgent() and learner.done == 2
     assert not (tmp_path / checkpoint.STATE).exists()
 
 
 def test_the_same_ctrl_c_twice_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A terminal sends it to all processes, and a launcher hands it on."""
-    monkeypatch.setattr(interruption, "GRACE", NEVER)
-    monkeypatch.setattr(interruption, "SAME", NEVER)
+    monkeypatch.setattr(signals, "SAME", 600.0)
+    learner = Signalled("step", signal.SIGINT, signal.SIGINT, signal.SIGTERM)
+    assert interrupted(tmp_path, learner)["steps"] == 3
 
-    class Echo(Signalled):
-        def _meet(self) -> None:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.1)
-            self._where = ""
 
-    assert interrupted(tmp_path, Echo("step"), KeyboardInterrupt)["steps"] == 3
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_signal_in_the_middle_of_a_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """One: the save is finished. Two: it is broken off, and the older checkpoint is whole."""
+    training = trained(tmp_path, Learner(), checkpoint_seconds=1e-6)
+    fsync, calls = os.fsync, []
+
+    def signalled(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 5:  # of the file in the third save
+            for place in range(times):
+                time.sleep(place * (signals.SAME + 0.1))
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.001)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", signalled)
+    with signals.handled(), pytest.raises(Terminated):
+        training.loop()
+    assert checkpoint.load(tmp_path)["steps"] == (4 if times == 1 else 2)
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.STATE]
+
+
+def test_a_hangup_that_is_ignored_stays_so(tmp_path: Path) -> None:
+    """As ``nohup`` wants it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals.handled():
+            training = trained(tmp_path, Signalled("step", signal.SIGHUP))
+            training.loop()
+        assert training.steps == 10
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 # ---- real runs ----
 
-RUN = ("with", "smoke", "iterations=1000", "validate_every=1000", "checkpoint_seconds=1e-6")
 
-
-def interrupt(
-    bench: Bench, *settings: str, times: int
-) -> tuple[subprocess.Popen[bytes], float]:
-    """A run, in a process group of its own, that gets Ctrl-C; seconds from the last to its end."""
-    process = bench.start(*settings)
-    while not bench.checkpoints() and process.poll() is None:
-        time.sleep(0.05)
-    for _ in range(times):
-        os.killpg(process.pid, signal.SIGINT)
-        began = time.monotonic()
-        time.sleep(interruption.SAME + 0.1 if times > 1 else 0.0)
-    process.wait()
-    return process, time.monotonic() - began
-
-
-@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_ctrl_c_ends_a_run_in_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
-) -> None:
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     monkeypatch.setenv("L2L_IMPLICIT_DATA", str(tmp_path / "data"))
     monkeypatch.delenv("L2L_IMPLICIT_MONGO_URL", raising=False)
-    bench = Bench(tmp_path)
-    process, seconds = interrupt(bench, *RUN, "meta_batch=64", times=times)
-    assert process.returncode == 130, bench.text()
-    # Of the five seconds that are promised, what is waited for has its own limits; what is computed
-    # takes as long as the machine's other work lets it, and not the hour that the run would have.
-    assert interruption.GRACE + last_upload.INTERRUPTED < 5.0
-    assert seconds < 60.0 and "Traceback" not in bench.text()
-    (left,) = bench.checkpoints()
-    state = checkpoint.load(left.parent)
-    assert state["steps"] >= 1 and not list(left.parent.glob("*.new"))
+    return Bench(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("signum", "times"),
+    [
+        (signal.SIGINT, 1),
+        (signal.SIGALRM, 1),
+        pytest.param(signal.SIGINT, 2, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, 1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, 1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_ends_a_run(bench: Bench, signum: int, times: int) -> None:
+    """Of an hour, in a process group of its own."""
+    process, folder = bench.started(*ENDLESS)
+    for place in range(times):
+        time.sleep(place * (signals.SAME + 0.1))
+        if process.poll() is None:
+            os.killpg(process.pid, signum)
+    assert process.wait() == 128 + signum, bench.text()
+    assert "Traceback" not in bench.text()
+    state = checkpoint.load(folder)
+    assert state["steps"] >= 1 and not list(folder.glob("*.new"))
+    if times == 2:  # it may have ended before, or left its record in the journal
+        return
+    assert f"resume={Path('runs') / '1'}" in bench.text()
     with open_database() as database:
-        found = database["runs"].find_one({"_id": 1})
+        assert database["runs"].find_one({"_id": 1})["status"] == "INTERRUPTED"
         recorded = database["metrics"].find_one({"name": "train/query_loss"})
-    if times == 2:  # half a second for the database; the journal has the rest
-        kept = "".join(path.read_text() for path in (tmp_path / "data/journals").iterdir())
-        assert found["status"] == "INTERRUPTED" or '"status": "INTERRUPTED"' in kept
-    else:
-        assert found["status"] == "INTERRUPTED"
-        assert f"resume={Path('runs') / '1'}" in bench.text()
-        assert recorded["steps"] == list(range(1, state["steps"] + 1))
+    assert recorded["steps"] == list(range(1, state["steps"] + 1))
+
+
+def test_ctrl_c_while_torch_is_imported_is_no_traceback(bench: Bench) -> None:
+    process = bench.start("-u", *ENDLESS)
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() in (-signal.SIGINT, 128 + signal.SIGINT)
+    assert "Traceback" not in bench.text()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [9, 30, 60])
+@pytest.mark.parametrize(
+    "happens",
+    [{"signal": (step, signal.SIGINT)} for step in (9, 30, 60)] + [{"testing": signal.SIGTERM}],
+    ids=str,
+)
 def test_an_interrupted_run_ends_as_an_undisturbed_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+    bench: Bench, happens: dict[str, Any]
 ) -> None:
-    monkeypatch.setenv("L2L_IMPLICIT_DATA", str(tmp_path / "data"))
-    monkeypatch.delenv("L2L_IMPLICIT_MONGO_URL", raising=False)
-    bench = Bench(tmp_path)
-    settings = ("with", "smoke", "iterations=60", "validate_every=7", "checkpoint_seconds=0.2")
+    settings = ("with", "smoke", "iterations=60", "validate_every=7", "checkpoint_seconds=1e-6")
     bench.finish(*settings)
-    variables = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'helpers'}"}
-    variables |= train_process.environment(checkpoint=7, signal=(step, signal.SIGINT))
-    process = bench.start(*settings, module="train_process", **variables)
-    assert process.wait() == 130, bench.text()
+    process = bench.start(*settings, happens={"checkpoint": 7, **happens})
+    assert process.wait() == (143 if "testing" in happens else 130), bench.text()
     bench.finish("resume=latest")
     with open_database() as database:
         found = same_parameters(bench, 1, 3) | same_record(database, 1, 3)

@@ -1,13 +1,18 @@
-"""A killed run goes on from its checkpoint and ends as if nothing had happened."""
+"""A killed run goes on from its checkpoint and ends as if nothing had happened. Real runs."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import hashlib
+import io
+import json
 import os
 import random
+import resource
+import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -15,41 +20,39 @@ import numpy as np
 import pytest
 import torch
 import train_process
+from sacred.utils import iterate_flattened
+from train_process import ENDLESS, LONG, Bench
 
 from experiments.tracking import UserError, open_database
 from experiments.training import checkpoint
 
-ROOT = Path(__file__).parents[3]
-TIMED = ("seconds", "bytes")  # what no two runs have in common
-SETTINGS = ("with", "smoke", "anil", "iterations=24", "validate_every=5", "checkpoint_seconds=0.2")
+SETTINGS = ("with", "smoke", "anil", "iterations=24", "validate_every=5", "checkpoint_seconds=1e-6")
+STATE: dict[str, Any] = {"value": 1, "settings": "{}"}
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     monkeypatch.setenv("L2L_IMPLICIT_DATA", str(tmp_path / "data"))
     monkeypatch.delenv("L2L_IMPLICIT_MONGO_URL", raising=False)
-    yield tmp_path
+    return Bench(tmp_path)
 
 
-def start(folder: Path, *arguments: str, **happens: Any) -> subprocess.Popen[str]:
-    """A run, in which something may happen: see `train_process`."""
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    program = [train_process.SCRIPT] if happens else ["-m", "experiments.train"]
-    variables |= train_process.environment(**happens)
-    command = [sys.executable, *program, *arguments]
-    with (folder / "log").open("a") as log:
-        return subprocess.Popen(command, cwd=folder, env=variables, stdout=log, stderr=log)
+def refusal(*words: str) -> str:
+    """The one line with which a run ends in this process."""
+    from experiments.train import main
+
+    with redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit) as stopped:
+        main(["train", "-u", *words])
+    lines = [line for line in said.getvalue().splitlines() if line.startswith("error: ")]
+    assert stopped.value.code == 1 and len(lines) == 1, said.getvalue()
+    return lines[0]
 
 
-def finish(folder: Path, *arguments: str) -> None:
-    assert start(folder, *arguments).wait() == 0, (folder / "log").read_text()
-
-
-def metrics(run_id: int) -> dict[str, Any]:
-    with open_database() as database:
-        found = database["metrics"].find({"run_id": run_id})
-        return {m["name"]: (m["steps"], m["values"]) for m in found
-                if not m["name"].endswith(TIMED)}
+def copied(folder: Path) -> str:
+    """The setting that resumes a copy of a run: this process holds what it has opened."""
+    copy = folder.parent / f"copy-{len(list(folder.parent.iterdir()))}"
+    shutil.copytree(folder, copy)
+    return f"resume={copy}"
 
 
 def document(run_id: int) -> dict[str, Any]:
@@ -59,79 +62,176 @@ def document(run_id: int) -> dict[str, Any]:
         return found
 
 
-def parameters(folder: Path) -> list[torch.Tensor]:
-    state = torch.load(folder / "parameters.pt")
-    return [*state["theta"], *state["backbone"].values(), *state["head"].values()]
-
-
-def assert_same_end(folder: Path, reference: int, resumed: int) -> None:
-    one, two = (parameters(folder / "runs" / str(run)) for run in (reference, resumed))
-    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
-    assert metrics(reference) == metrics(resumed)
-    same = ("test_accuracy", "test_half_width", "iterations")
-    results = [document(run)["result"] for run in (reference, resumed)]
-    assert {k: results[0][k] for k in same} == {k: results[1][k] for k in same}
-
-
-def test_a_killed_run_ends_as_an_undisturbed_one(folder: Path) -> None:
+def test_a_killed_run_ends_as_an_undisturbed_one(bench: Bench) -> None:
     """Three iterations and a validation after the last checkpoint, all of which are done again."""
-    finish(folder, *SETTINGS)
-    (folder / "runs" / "1").rename(folder / "kept")
-    killed_run = start(folder, *SETTINGS, checkpoint=8, signal=(12, signal.SIGKILL))
-    assert killed_run.wait() == -signal.SIGKILL, (folder / "log").read_text()
-    (left,) = (folder / "runs").glob("*/checkpoint.pt")
+    bench.finish(*SETTINGS)
+    happens = {"checkpoint": 8, "signal": (12, signal.SIGKILL)}
+    assert bench.start(*SETTINGS, happens=happens).wait() == -signal.SIGKILL, bench.text()
+    (left,) = bench.checkpoints()
     assert checkpoint.load(left.parent)["steps"] == 8
-    finish(folder, "resume=latest")
-    (folder / "kept").rename(folder / "runs" / "1")
-    assert_same_end(folder, 1, 3)
+    left.with_suffix(".new").write_bytes(b"half")
+    bench.finish("resume=latest")
+    with open_database() as database:
+        same = train_process.same_parameters(bench, 1, 3)
+        same |= train_process.same_record(database, 1, 3)
+    assert all(same.values()), same
     killed, resumed = document(2), document(3)
     assert killed["status"] == "INTERRUPTED" and killed["info"]["resumed_by"] == 3
     assert resumed["status"] == "COMPLETED" and resumed["info"]["resumes"] == "2"
-    assert not list((folder / "runs").glob("*/checkpoint.pt"))
+    assert not bench.checkpoints()
+    assert [path.name for path in left.parent.iterdir()] == ["config.json"]
 
 
-def test_settings_go_through_the_command_line(tmp_path: Path) -> None:
-    run = tmp_path / "7"
-    checkpoint.write_config(run, {"seed": 3})
-    (run / checkpoint.STATE).touch()
-    given = ["train", f"output={tmp_path}", "resume=7", "-m", "host:1:db", "test_tasks=9"]
-    assert checkpoint.arguments(given) == [
-        "train", "-m", "host:1:db", "with", str(run / "config.json"), f"resume={run}",
-        f"output={tmp_path}", "test_tasks=9",
-    ]  # fmt: skip
-    assert checkpoint.arguments(["train", "with", "smoke"]) == ["train", "with", "smoke"]
+# ---- settings ----
 
 
-@pytest.mark.parametrize("which", ["latest", "8"])
+def test_settings_are_the_run_s_own(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused by name, or done and recorded; also what a damaged config.json says is not used."""
+    from experiments.train import main
+
+    folder = bench.killed("-u", *LONG)
+    (folder / "config.json").write_text(json.dumps({"output": {"py/object": "os.system"}}))
+    for given in ("seed=5", "model.hidden=16", "threads=2"):
+        assert f"got {given} " in refusal("with", copied(folder), given)
+    assert "expected iterations=40" in refusal(copied(folder), "iterations=1")
+    tested = folder.parent / copied(folder).partition("=")[2]
+    state = checkpoint.load(tested)
+    state |= {"settings": json.dumps(state["settings"]), "steps": 40}
+    checkpoint.save(tested, {**state, "scores": {**state["scores"], "result": (0.5, 0.1)}})
+    assert "iterations=40" in refusal(f"resume={tested}", "iterations=60")
+    main(["train", copied(folder), "-u", "iterations=43", f"output={bench.folder / 'more'}"])
+    (more,) = (bench.folder / "more").iterdir()
+    assert json.loads((more / "config.json").read_text())["iterations"] == 43
+    assert "median of 43" in capsys.readouterr().out
+
+
+def test_no_other_setting_is_taken() -> None:
+    """Each of the run's own and of every ingredient."""
+    from experiments.train import ex
+
+    config = ex._create_run("print_config", {}, ["smoke"], options={}).config
+    known = [key for key, _ in iterate_flattened(config) if "_own" not in key]
+    assert len(known) > 40
+    for key in known:
+        if key in checkpoint.MAY_DIFFER:
+            continue
+        other = json.loads(json.dumps(config))
+        group = other
+        for part in key.split(".")[:-1]:
+            group = group[part]
+        group[key.split(".")[-1]] = "other"
+        with pytest.raises(UserError, match=f"got {key}='other' "):
+            checkpoint.check_settings(config, other)
+    checkpoint.check_settings(config, {**config, "output": "x", "resume": "y"})
+
+
+@pytest.mark.parametrize("which", ["latest", "8", "''"])
 def test_nothing_to_resume_is_one_line(tmp_path: Path, which: str) -> None:
     if which == "8":
         (tmp_path / "7").mkdir()
         (tmp_path / "7" / checkpoint.STATE).touch()
     with pytest.raises(UserError, match="resume: expected") as refused:
-        checkpoint.arguments(["train", f"resume={which}", f"output={tmp_path}"])
+        checkpoint.find(tmp_path, which)
     assert "\n" not in str(refused.value)
 
 
-def test_a_broken_checkpoint_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / checkpoint.STATE).write_bytes(b"torn")
-    with pytest.raises(UserError, match="resume: expected a checkpoint"):
-        checkpoint.load(tmp_path)
+# ---- damage ----
 
 
-def test_a_save_that_is_cut_short_leaves_the_old_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def assert_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match="resume: expected a checkpoint") as refused:
+        checkpoint.load(folder)
+    assert "\n" not in str(refused.value)
+
+
+def test_damage_anywhere_is_one_line(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, STATE)
+    path = tmp_path / checkpoint.STATE
+    whole = path.read_bytes()
+    assert checkpoint.load(tmp_path)["value"] == 1
+    for position in range(0, len(whole), 7):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        assert_refused(tmp_path)
+    for size in (0, 1, 31, 32, 33, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        assert_refused(tmp_path)
+    path.write_bytes(whole + b"\0")
+    assert_refused(tmp_path)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"settings": "[1]"}, {"settings": "{"}, {}, None])
+def test_a_whole_file_of_another_kind_is_one_line(tmp_path: Path, content: Any) -> None:
+    file = io.BytesIO()
+    torch.save(content, file)
+    checksum = hashlib.sha256(file.getvalue()).digest()
+    (tmp_path / checkpoint.STATE).write_bytes(file.getvalue() + checksum)
+    assert_refused(tmp_path)
+
+
+def test_what_is_no_file_is_one_line(tmp_path: Path) -> None:
+    assert_refused(tmp_path)
+    (tmp_path / checkpoint.STATE).mkdir()
+    assert_refused(tmp_path)
+    (tmp_path / checkpoint.STATE).rmdir()
+    os.mkfifo(tmp_path / checkpoint.STATE)
+    assert_refused(tmp_path)
+
+
+# ---- what the file system refuses ----
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(bench: Bench) -> None:
+    """A limit on the size of files comes in the middle of a run, as a full disk does."""
+    process, folder = bench.started("-u", *ENDLESS)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (4096, 4096))
+    assert process.wait() == 1
+    said = [line for line in bench.text().splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and "checkpoint.pt" in said[0] and "File too large" in said[0]
+    assert "Traceback" not in bench.text() and not list(folder.glob("*.new"))
+    assert checkpoint.load(folder)["steps"] >= 1
+
+
+@pytest.mark.parametrize("output", ["file", "file/below", "/proc/runs"])
+def test_no_folder_can_be_made_is_one_line(tmp_path: Path, output: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=f"{output}: expected"):
+        checkpoint.new_folder(tmp_path / output, "1")
+
+
+@pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO])
+def test_a_save_that_fails_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: int
 ) -> None:
-    checkpoint.save(tmp_path, {"value": 1})
+    checkpoint.save(tmp_path, STATE)
 
-    def torn(state: Any, file: Any) -> None:
-        file.write(b"half")
-        raise KeyboardInterrupt
+    def fails(descriptor: int) -> None:
+        raise OSError(reason, os.strerror(reason))
 
-    monkeypatch.setattr(torch, "save", torn)
-    with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(tmp_path, {"value": 2})
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(UserError, match=os.strerror(reason)):
+        checkpoint.save(tmp_path, {**STATE, "value": 2})
     assert checkpoint.load(tmp_path)["value"] == 1
     assert [path.name for path in tmp_path.iterdir()] == [checkpoint.STATE]
+
+
+def test_what_reads_back_otherwise_does_not_replace_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.save(tmp_path, STATE)
+    fsync = os.fsync
+
+    def loses(descriptor: int) -> None:
+        fsync(descriptor)
+        os.truncate(tmp_path / "checkpoint.new", 100)
+
+    monkeypatch.setattr(os, "fsync", loses)
+    with pytest.raises(UserError, match="other bytes than were written"):
+        checkpoint.save(tmp_path, {**STATE, "value": 2})
+    assert checkpoint.load(tmp_path)["value"] == 1
 
 
 def test_global_generators_go_on_where_they_were(tmp_path: Path) -> None:
@@ -141,13 +241,53 @@ def test_global_generators_go_on_where_they_were(tmp_path: Path) -> None:
         return random.random(), float(np.random.rand()), float(torch.rand(()))
 
     drawn()
-    checkpoint.save(tmp_path, {})
+    checkpoint.save(tmp_path, STATE)
     expected = drawn()
-    checkpoint.load(tmp_path)
+    checkpoint.restore_generators(checkpoint.load(tmp_path)["generators"])
     assert drawn() == expected
+
+
+# ---- a folder belongs to the process that works in it ----
+
+
+@pytest.mark.parametrize("options", [(), ("-u",)], ids=["recorded", "unobserved"])
+def test_a_live_run_is_not_resumed(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    """Running or stopped; killed, it is, and by one process only."""
+    monkeypatch.chdir(bench.folder)
+    live, folder = bench.started(*options, *ENDLESS)
+    for stop in (False, True):
+        if stop:
+            live.send_signal(signal.SIGSTOP)
+        for which in ("latest", str(folder)):
+            assert f"process {live.pid} is at work" in refusal(f"resume={which}")
+    assert live.poll() is None
+    if not options:
+        found = document(1)
+        assert found["status"] == "RUNNING" and "resumed_by" not in found["info"]
+    live.kill()
+    live.wait()
+    if options:
+        second, new = bench.started("-u", f"resume={folder}", "output=second")
+        assert f"process {second.pid} is at work" in refusal(f"resume={new}")
+        assert "expected a checkpoint" in refusal(f"resume={folder}")
+        second.kill()
+        second.wait()
 
 
 def test_no_two_runs_share_a_folder(tmp_path: Path) -> None:
     """Another database numbers its runs from 1 too, and its checkpoint must not be lost."""
     names = [checkpoint.new_folder(tmp_path / "runs", "1").name for _ in range(3)]
     assert names == ["1", "1-2", "1-3"]
+
+
+def test_a_file_system_without_locks_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def none(*arguments: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    checkpoint.lock(tmp_path)
+    assert f"warning: no lock on {tmp_path}" in capsys.readouterr().out

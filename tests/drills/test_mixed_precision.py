@@ -1,14 +1,10 @@
-"""Glyphs under autocast against float32: the same seed, the same tasks.
-
-    python -m experiments.drills.mixed_precision
-    python -m experiments.drills.mixed_precision float16 --iterations 500 --seed 1
-"""
+"""Glyphs under autocast against float32: the same seed, the same tasks. `-s` shows the scores."""
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
+from functools import cache
 from typing import Any, NamedTuple
 
 from l2l_implicit import ImplicitCGHead  # before learn2learn, which it repairs
@@ -17,9 +13,9 @@ from l2l_implicit.tasks import get_tasksets
 
 import learn2learn as l2l  # isort: skip
 import numpy as np  # isort: skip
+import pytest  # isort: skip
 import torch  # isort: skip
 from torch import Tensor, nn  # isort: skip
-from tqdm import tqdm  # isort: skip
 
 WAYS, SHOTS, QUERIES, META_BATCH, TEST_TASKS = 5, 5, 5, 2, 300
 
@@ -56,7 +52,8 @@ class Score(NamedTuple):
     unsolved: int
 
 
-def drill(dtype: torch.dtype, iterations: int, seed: int, test_tasks: int = TEST_TASKS) -> Score:
+@cache
+def trained_and_tested(dtype: torch.dtype, iterations: int = 150, seed: int = 0) -> Score:
     """Train from ``seed``, test on tasks that are the same for all."""
     seed_all(seed)
     count = {"train_ways": WAYS, "test_ways": WAYS}
@@ -68,7 +65,7 @@ def drill(dtype: torch.dtype, iterations: int, seed: int, test_tasks: int = TEST
     skipped = _train(backbone, head, tasks.train, dtype, iterations)
     seed_all(10_000)
     with torch.no_grad():
-        drawn = (tasks.test.sample() for _ in range(test_tasks))
+        drawn = (tasks.test.sample() for _ in range(TEST_TASKS))
         scores = [100 * query(backbone, head, task, dtype)[1] for task in drawn]
     half_width = 1.96 * float(np.std(scores, ddof=1)) / math.sqrt(len(scores))
     return Score(float(np.mean(scores)), half_width, skipped, head.diagnostics.unsolved)
@@ -81,7 +78,7 @@ def _train(
     optimizer = torch.optim.Adam(backbone.parameters(), 1e-3)
     scaler = torch.amp.GradScaler("cpu", enabled=dtype is torch.float16)
     skipped = 0
-    for _ in tqdm(range(iterations), desc=str(dtype), unit="iteration"):
+    for _ in range(iterations):
         optimizer.zero_grad()
         with overflow_skips(scaler, backbone.parameters()):
             for _ in range(META_BATCH):
@@ -94,22 +91,10 @@ def _train(
     return skipped
 
 
-def main() -> None:
-    """One line a precision."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.drills.mixed_precision")
-    parser.add_argument("precisions", nargs="*", default=["float32", "bfloat16", "float16"])
-    parser.add_argument("--iterations", type=int, default=150)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    for name in options.precisions:
-        score = drill(getattr(torch, name), options.iterations, options.seed)
-        print(
-            f"{name}, seed {options.seed}: test accuracy {score.accuracy:.1f} "
-            f"± {score.half_width:.1f} % over {TEST_TASKS} tasks; {score.skipped} steps skipped, "
-            f"{score.unsolved} hypergradients unsolved",
-            flush=True,
-        )
-
-
-if __name__ == "__main__":
-    main()
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_learns_what_float32_learns(dtype: torch.dtype) -> None:
+    half, single = trained_and_tested(dtype), trained_and_tested(torch.float32)
+    print(f"\n{single}\n{half}")
+    assert half.accuracy > single.accuracy - single.half_width - half.half_width
+    assert half.unsolved == 0

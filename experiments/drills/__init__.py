@@ -1,1 +1,0 @@
-"""Drills: real runs that are really killed, really cut off from their database."""

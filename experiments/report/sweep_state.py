@@ -9,11 +9,10 @@ from dataclasses import dataclass
 
 from experiments.report.archive import Archive, Run
 from experiments.sweeps.cells import Cell, Settings, describe, format_value
-from experiments.sweeps.claims import COLLECTION as CLAIMS
 from experiments.sweeps.definition import Sweep
 from experiments.sweeps.plan import Group, make_plan
-from experiments.sweeps.records import CHOICES
 
+CHOICES = "sweep_choices"
 DONE, RUNNING, FAILED, MISSING, WAITING = "done", "running", "failed", "not run", "waits"
 VALIDATION = "validation/accuracy"
 
@@ -131,7 +130,6 @@ class _Reader:
         self._by_cell: dict[str, list[Run]] = {}
         for run in archive.runs:
             self._by_cell.setdefault(str(run.settings.get("cell")), []).append(run)
-        self._claims = {claim["_id"]: claim for claim in archive.collection(CLAIMS)}
 
     def method(self, group: Group) -> MethodState:
         grid = tuple(self._cell(name, cell) for name, cell in group.grid.items())
@@ -151,18 +149,16 @@ class _Reader:
         if complete:
             newest = max(complete, key=lambda run: (run.last_sign is not None, run.last_sign))
             return CellState(name, cell, runs, newest, DONE, "")
-        state, why = self._open(cell, runs)
+        state, why = self._open(runs)
         return CellState(name, cell, runs, None, state, why)
 
-    def _open(self, cell: Cell, runs: Sequence[Run]) -> tuple[str, str]:
-        claim = self._claims.get(cell.identity, {})
+    def _open(self, runs: Sequence[Run]) -> tuple[str, str]:
         if any(run.status == "RUNNING" for run in runs):
             return RUNNING, f"run {next(r.id for r in runs if r.status == 'RUNNING')}"
         if runs:
             last = runs[-1]
             return FAILED, f"run {last.id} {last.status}: {last.failure or 'stopped'}"
-        failures = claim.get("failures") or []
-        return (FAILED, str(failures[-1])) if failures else (MISSING, "")
+        return MISSING, ""
 
     def _chosen(self, group: Group, grid: Sequence[CellState]) -> tuple[int | None, str]:
         """As the sweep decides; where it could not yet, the candidate that has final runs."""

@@ -19,6 +19,10 @@ PLACES = ("tasks.root", "output")
 
 DIGITS = 16
 
+PENDING, RUNNING, FAILED = "pending", "running", "failed"
+INTERRUPTED, COMPLETED = "interrupted", "completed"
+"""A cell's state: the words of Sacred's statuses, and pending where there is no run."""
+
 
 @dataclass(frozen=True)
 class Cell:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import runpy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,15 @@ class Plan:
                 finals = tuple({name: cells[name]} for cells in group.finals)
                 return Plan((Group(group.name, group.candidates, group.grid, finals),))
         raise UserError(f"no cell {name!r}")
+
+
+def best(accuracies: Sequence[float]) -> int:
+    """The index of the candidate that is chosen: the highest accuracy, the first of equals.
+
+    Only from a grid of which every candidate has completed: one that was killed, or has not run,
+    has no accuracy that could be compared. A diverged one has minus infinity.
+    """
+    return list(accuracies).index(max(accuracies))
 
 
 def make_plan(sweep: Sweep, given: Settings) -> Plan:

@@ -10,6 +10,7 @@ earlier import or because it was recorded there, is left as it is: importing twi
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,6 @@ import gridfs
 from bson import ObjectId
 from pymongo.errors import DuplicateKeyError, PyMongoError
 
-from experiments.sweeps.records import choice_id
 from experiments.tracking.database import Database, Documents, choose
 from experiments.tracking.errors import UserError
 from experiments.tracking.records import Document, Records, files_of, identity, read_records
@@ -189,6 +189,11 @@ class _Import:
             moved["_id"] = choice_id(choice["cells"], runs)
             key = {"_id": moved.pop("_id")}
             self._documents["sweep_choices"].update_one(key, {"$setOnInsert": moved}, upsert=True)
+
+
+def choice_id(identities: list[str], run_ids: list[Any]) -> str:
+    """What a choice is found by: the grid's cells and the runs it was made from."""
+    return hashlib.sha256(repr([identities, run_ids]).encode()).hexdigest()[:16]
 
 
 def _is_placeholder(run: Mapping[str, Any]) -> bool:

@@ -6,7 +6,7 @@ import gzip
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from bson import ObjectId
@@ -19,7 +19,6 @@ from experiments.sweep import main as sweep_main
 from experiments.sweeps.cells import Cell
 from experiments.sweeps.definitions import SWEEPS
 from experiments.sweeps.plan import Plan, make_plan
-from experiments.sweeps.records import Records as SweepRecords
 from experiments.tracking.database import Database, choose
 from experiments.tracking.export import collect
 from experiments.tracking.export import main as export
@@ -150,36 +149,17 @@ def test_merging_maps_every_reference(
     assert GridFS(there).get(source).read() == b"1"
 
 
-def test_a_sweep_takes_imported_cells_as_done_and_keeps_its_choices(
+def test_a_sweep_takes_imported_cells_as_completed(
     recorder: Recorder, plan: Plan, exported: Callable[..., Records], elsewhere: Database,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     grid(recorder, plan, "anil", (0.5, 0.6, 0.55))
-    (group,) = [group for group in plan.groups if group.name == "anil"]
-    candidates = list(zip(group.candidates, group.grid.values(), strict=True))
-    home, away = (SweepRecords(cast(Database, _Given(d)))
-                  for d in (recorder.documents, elsewhere.documents))  # fmt: skip
-    cells = [cell.identity for _, cell in candidates]
-    home.choose("anil", candidates, home.complete(cells))
-    made = recorder.documents["sweep_choices"].find_one()
-    held, failed = finals(plan, "anil", 1)[:2]
-    claim(recorder.documents, held, "claimed")
-    claim(recorder.documents, failed, "failed")
     elsewhere.documents["runs"].insert_one({"_id": 2, "status": "FAILED"})
     import_records(exported(), elsewhere.documents, "f")
     assert sweep_main([*WORDS, "--list"]) == 0
-    assert "12 cells: 3 done (3 by other code), 8 to run, 1 failed" in capsys.readouterr().out
-    again = away.choose("anil", candidates, away.complete(cells))
-    assert again["runs"] == [1, 3, 4] and again["time"] == made["time"], "the recorded choice"
-    assert elsewhere.documents["sweep_choices"].count_documents({}) == 1
-    assert elsewhere.documents["sweep_cells"].distinct("state") == ["failed"]
-
-
-class _Given:
-    """What `SweepRecords` needs of a database."""
-
-    def __init__(self, documents: Any) -> None:
-        self.documents = documents
+    output = capsys.readouterr().out
+    assert "12 cells: 3 completed (3 by other code), 9 pending" in output
+    assert "of validation accuracies 50.0 60.0 55.0" in output
 
 
 def test_an_interrupted_import_goes_on(

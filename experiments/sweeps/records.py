@@ -189,7 +189,9 @@ class Board:
             if not missing or not group.final_names():
                 finals |= group.finals[self._choose(group, found)]
             else:
-                note = f"nothing is chosen before {', '.join(missing)} completed"
+                more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+                note = ("nothing is chosen before its whole grid has completed; missing: "
+                        f"{', '.join(missing[:3])}{more}")  # fmt: skip
                 waits = {n: Status(n, None, PENDING, None, note) for n in group.final_names()}
                 found |= waits
         found |= self._statuses(finals)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from functools import partial
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TypeVar
@@ -76,6 +77,8 @@ def connected(address: str | None, workers: int) -> Iterator[Client]:
         return
     # Workers block what a terminal or a batch system sends to all: this process stops them.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    resource_tracker.ensure_running()  # its start, now or at the first worker, unblocks two
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
         cluster = LocalCluster(
             n_workers=workers,

@@ -103,8 +103,8 @@ def _sweep(plan: Plan, options: argparse.Namespace, database: Database) -> int:
         print(listing.summary(statuses, workers))
         with connected(options.scheduler, workers) as client:
             print(f"dashboard: {client.dashboard_link}", flush=True)
-            redo, mongo = options.redo_changed, options.mongo_db
-            statuses = Schedule(board, database, client, mongo, _folder(options), redo).run()
+            mongo, folder = options.mongo_db, _folder(options)
+            statuses = Schedule(board, database, client, mongo, folder).run()
     print("\n".join([*listing.choices(board), listing.summary(statuses, workers)]))
     return 0 if options.list else _report_missing(statuses, _folder(options))
 

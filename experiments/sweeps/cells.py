@@ -19,9 +19,9 @@ PLACES = ("tasks.root", "output")
 
 DIGITS = 16
 
-PENDING, RUNNING, FAILED = "pending", "running", "failed"
-INTERRUPTED, COMPLETED = "interrupted", "completed"
+STATES = ("completed", "running", "pending", "interrupted", "failed")
 """A cell's state: the words of Sacred's statuses, and pending where there is no run."""
+COMPLETED, RUNNING, PENDING, INTERRUPTED, FAILED = STATES
 
 
 @dataclass(frozen=True)

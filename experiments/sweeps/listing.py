@@ -5,16 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import mean
 
-from experiments.sweeps.cells import (
-    COMPLETED,
-    FAILED,
-    INTERRUPTED,
-    PENDING,
-    RUNNING,
-    Settings,
-    describe,
-)
-from experiments.sweeps.records import Board, Run, Status
+from experiments.sweeps.cells import COMPLETED, PENDING, RUNNING, STATES, Settings, describe
+from experiments.sweeps.records import Board, Status
 
 OVERHEAD = 45.0
 """Seconds beyond the budget: start, validation, meta-test; only until a like run is known."""
@@ -29,10 +21,9 @@ def expected_seconds(statuses: Sequence[Status]) -> dict[str, float | None]:
     answer: dict[str, float | None] = {}
     for status in statuses:
         budget = status.cell.settings.get("budget") if status.cell is not None else None
-        own = budget + OVERHEAD if isinstance(budget, (int, float)) else None
-        answer[status.name] = mean(known.get(_kind(status.name), [])) if known.get(
-            _kind(status.name)
-        ) else own
+        like = known.get(_kind(status.name), [])
+        like = like or ([budget + OVERHEAD] if isinstance(budget, (int, float)) else [])
+        answer[status.name] = mean(like) if like else None
     return answer
 
 
@@ -96,7 +87,7 @@ def summary(statuses: Sequence[Status], workers: int) -> str:
     """One line: how many cells are in which state, and the time left."""
     changed = sum(s.run is not None and s.run.changed for s in statuses)
     parts = []
-    for state in (COMPLETED, RUNNING, PENDING, INTERRUPTED, FAILED):
+    for state in STATES:
         count = sum(s.state == state for s in statuses)
         other = f" ({changed} by other code)" if changed and state == COMPLETED else ""
         parts += [f"{count} {state}{other}"] if count or state == COMPLETED else []
@@ -112,17 +103,15 @@ def ended(status: Status) -> str:
 
 
 def _detail(status: Status) -> str:
-    return status.note if status.run is None else _result(status.run)
-
-
-def _result(run: Run) -> str:
+    if (run := status.run) is None:
+        return status.note
     accuracy, half = run.result("test_accuracy"), run.result("test_half_width")
-    told = "completed"
-    if accuracy is not None:
-        told = f"test accuracy {100 * accuracy:.1f}"
-        told += " %" if half is None else f" ± {100 * half:.1f} %"
-    other = f", other code ({run.commit[:7] or 'no commit'})" if run.changed else ""
-    return f"{told}, {duration(run.seconds)}, run {run.number}{other}"
+    told = "completed" if accuracy is None else f"test accuracy {100 * accuracy:.1f}"
+    told += "" if accuracy is None else " %" if half is None else f" ± {100 * half:.1f} %"
+    repositories = run.document["experiment"].get("repositories") or [{}]
+    commit = repositories[0].get("commit", "")[:7] or "no commit"
+    other = f", other code ({commit})" if run.changed else ""
+    return f"{told}, {duration(run.seconds)}, run {run.document['_id']}{other}"
 
 
 def _kind(name: str) -> str:

@@ -118,7 +118,7 @@ class Watch:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._seen: dict[str, tuple[Any, float]] = {}
+        self._seen: dict[str, tuple[Any, float, float]] = {}
 
     def holders(self, identities: Iterable[str]) -> dict[str, Document]:
         """The locks of these cells; one whose holder has died is removed."""
@@ -135,14 +135,11 @@ class Watch:
         if lock["place"] == _place():
             return _is_free(_path(lock["_id"]))
         now, sign = time.monotonic(), (lock["token"], lock["beat"])
-        last, since = self._seen.get(lock["_id"], (None, now))
-        since = since if last == sign else now
-        self._seen[lock["_id"]] = sign, since
+        last, since, looked = self._seen.get(lock["_id"], (None, now, now))
+        if sign != last or now - looked > LEASE / 4:
+            since = now  # a database that was away has kept the holder from beating
+        self._seen[lock["_id"]] = sign, since, now
         return now - since > LEASE
-
-    def forget(self) -> None:
-        """The database was away, where nobody could beat: every lease begins anew."""
-        self._seen.clear()
 
 
 def _place() -> str:

@@ -6,7 +6,9 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 from pymongo.errors import PyMongoError
@@ -33,10 +35,8 @@ def patiently(database: Database, ask: Callable[[], Answer]) -> Answer:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.5)
-            try:
+            with suppress(UserError):  # not yet
                 database.revive()
-            except UserError:  # not yet
-                continue
 
 
 def state_of(run: Mapping[str, Any] | None) -> str:
@@ -44,38 +44,22 @@ def state_of(run: Mapping[str, Any] | None) -> str:
     if run is None:
         return PENDING
     trace = run.get("fail_trace") or [""]
-    killed = run["status"] == "FAILED" and str(trace[0]).startswith("killed:")
-    words = {"RUNNING": RUNNING, "COMPLETED": COMPLETED, "FAILED": FAILED}
-    return INTERRUPTED if killed else words.get(run["status"], INTERRUPTED)
+    if run["status"] == "FAILED" and not str(trace[0]).startswith("killed:"):
+        return FAILED
+    return {"RUNNING": RUNNING, "COMPLETED": COMPLETED}.get(run["status"], INTERRUPTED)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run of a cell.
-
-    Attributes:
-        document: in Sacred's ``runs``.
-        changed: whether a source file it recorded differs from the one here.
-    """
+    """A run of a cell: its document in Sacred's ``runs``, and whether its code is not that here."""
 
     document: Mapping[str, Any]
     changed: bool
 
     @property
-    def number(self) -> Any:
-        """In Sacred's ``runs``."""
-        return self.document["_id"]
-
-    @property
     def seconds(self) -> float:
         """From its start to its end."""
         return float((self.document["stop_time"] - self.document["start_time"]).total_seconds())
-
-    @property
-    def commit(self) -> str:
-        """Of the code; empty outside a repository."""
-        repositories = self.document["experiment"].get("repositories") or [{}]
-        return str(repositories[0].get("commit", ""))
 
     def result(self, name: str) -> Any:
         """An entry of its result, None without it."""
@@ -83,61 +67,31 @@ class Run:
         return result.get(name) if isinstance(result, Mapping) else None
 
 
-class Records:
-    """The runs of a database by their cells."""
+def runs_of(database: Database, identities: Iterable[str]) -> dict[str, list[Run]]:
+    """Every run of each of these cells that has one, oldest first."""
+    wanted = {"config.cell": {"$in": list(identities)}}
+    found = list(database.documents["runs"].find(wanted, dict.fromkeys(FIELDS, 1)))
+    sources = {run["_id"]: run["experiment"].get("sources", ()) for run in found}
+    files = {"_id": {"$in": list({file for pairs in sources.values() for _, file in pairs})}}
+    md5 = {f["_id"]: f.get("md5", "") for f in database.documents["fs.files"].find(files)}
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
-        self._md5: dict[Any, str] = {}
-        self._scores: dict[Any, float] = {}
+    @cache
+    def md5_here(name: str) -> str:
+        path = REPOSITORY / name
+        return hashlib.md5(path.read_bytes()).hexdigest() if path.is_file() else ""
 
-    def index(self) -> None:
-        """Make the look-up by cell independent of the number of runs."""
-        self._database.documents["runs"].create_index("config.cell")
-
-    def runs(self, identities: Iterable[str]) -> dict[str, list[Run]]:
-        """Every run of each of these cells that has one, oldest first."""
-        wanted = {"config.cell": {"$in": list(identities)}}
-        found = list(self._database.documents["runs"].find(wanted, dict.fromkeys(FIELDS, 1)))
-        self._read_md5(found)
-        here: dict[str, str] = {}
-        runs: dict[str, list[Run]] = {}
-        for run in sorted(found, key=lambda run: (run["start_time"], str(run["_id"]))):
-            sources = run["experiment"].get("sources", ())
-            changed = any(self._md5.get(file) != _md5_here(name, here) for name, file in sources)
-            runs.setdefault(run["config"]["cell"], []).append(Run(run, changed))
-        return runs
-
-    def _read_md5(self, runs: Iterable[Mapping[str, Any]]) -> None:
-        files = {file for run in runs for _, file in run["experiment"].get("sources", ())}
-        unknown = list(files - self._md5.keys())
-        for entry in self._database.documents["fs.files"].find({"_id": {"$in": unknown}}):
-            self._md5[entry["_id"]] = entry.get("md5", "")
-
-    def score(self, run: Run) -> float:
-        """The last ``validation/accuracy``; minus infinity without one, or for a diverged run."""
-        if run.number not in self._scores:
-            key = {"run_id": run.number, "name": "validation/accuracy"}
-            series = self._database.documents["metrics"].find_one(key, {"values": 1})
-            value = float(series["values"][-1]) if series and series["values"] else -math.inf
-            lost = math.isnan(value) or run.result("diverged")
-            self._scores[run.number] = -math.inf if lost else value
-        return self._scores[run.number]
+    runs: dict[str, list[Run]] = {}
+    for run in sorted(found, key=lambda run: (run["start_time"], str(run["_id"]))):
+        changed = any(md5.get(file) != md5_here(name) for name, file in sources[run["_id"]])
+        runs.setdefault(run["config"]["cell"], []).append(Run(run, changed))
+    return runs
 
 
 def counted(runs: Iterable[Run], redo_changed: bool) -> Run | None:
     """The completed run that counts, the one that ended last."""
-    done = [r for r in runs if state_of(r.document) == COMPLETED]
+    done = [run for run in runs if state_of(run.document) == COMPLETED]
     newest = max(done, key=lambda run: run.document["stop_time"], default=None)
     return None if newest is not None and newest.changed and redo_changed else newest
-
-
-def _md5_here(name: str, known: dict[str, str]) -> str:
-    """The md5 of the source file of this name in this repository, empty if there is none."""
-    if name not in known:
-        path = REPOSITORY / name
-        known[name] = hashlib.md5(path.read_bytes()).hexdigest() if path.is_file() else ""
-    return known[name]
 
 
 @dataclass(frozen=True)
@@ -173,12 +127,11 @@ class Board:
     """
 
     def __init__(self, plan: Plan, database: Database, redo_changed: bool) -> None:
-        self.plan = plan
+        self.plan, self.redo_changed = plan, redo_changed
         self.ended: dict[str, tuple[str, str]] = {}
         self.choices: dict[str, tuple[int, list[float]]] = {}
-        self._records, self._watch = Records(database), Watch(database)
-        self._redo = redo_changed
-        self._records.index()
+        self._database, self._watch = database, Watch(database)
+        database.documents["runs"].create_index("config.cell")
 
     def look(self) -> list[Status]:
         """The state of every cell now, grids first."""
@@ -188,50 +141,52 @@ class Board:
             missing = [name for name in group.grid if found[name].run is None]
             if not missing or not group.final_names():
                 finals |= group.finals[self._choose(group, found)]
-            else:
-                more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-                note = ("nothing is chosen before its whole grid has completed; missing: "
-                        f"{', '.join(missing[:3])}{more}")  # fmt: skip
-                waits = {n: Status(n, None, PENDING, None, note) for n in group.final_names()}
-                found |= waits
+                continue
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            note = ("nothing is chosen before its whole grid has completed; missing: "
+                    f"{', '.join(missing[:3])}{more}")  # fmt: skip
+            found |= {n: Status(n, None, PENDING, None, note) for n in group.final_names()}
         found |= self._statuses(finals)
         return [found[name] for name in self.plan.names()]
 
     def _choose(self, group: Group, found: Mapping[str, Status]) -> int:
-        scores = [self._records.score(run) for n in group.grid if (run := found[n].run)]
-        if not scores or not group.final_names():
+        runs = [run for name in group.grid if (run := found[name].run)]
+        if not runs or not group.final_names():
             return 0
+        scores = [self._score(run) for run in runs]
         self.choices[group.name] = best(scores), scores
         return best(scores)
+
+    def _score(self, run: Run) -> float:
+        """The last ``validation/accuracy``; minus infinity without one, or for a diverged run."""
+        key = {"run_id": run.document["_id"], "name": "validation/accuracy"}
+        series = self._database.documents["metrics"].find_one(key, {"values": {"$slice": -1}})
+        value = float(series["values"][-1]) if series and series["values"] else -math.inf
+        return -math.inf if math.isnan(value) or run.result("diverged") else value
 
     def _statuses(self, cells: Mapping[str, Cell]) -> dict[str, Status]:
         identities = [cell.identity for cell in cells.values()]
         holders = self._watch.holders(identities)  # before the runs: a run completes while locked
-        runs = self._records.runs(identities)
+        runs = runs_of(self._database, identities)
         return {
-            name: self._status(name, cell, runs.get(cell.identity, []), holders)
+            name: self._status(name, cell, runs.get(cell.identity, []), holders.get(cell.identity))
             for name, cell in cells.items()
         }
 
     def _status(
-        self, name: str, cell: Cell, runs: list[Run], holders: Mapping[str, Any]
+        self, name: str, cell: Cell, runs: list[Run], holder: Mapping[str, Any] | None
     ) -> Status:
-        if (run := counted(runs, self._redo)) is not None:
+        if (run := counted(runs, self.redo_changed)) is not None:
             return Status(name, cell, COMPLETED, run)
-        if holder := holders.get(cell.identity):
+        if holder is not None:
             where = f"on {holder['host']}, process {holder['process']}"
             return Status(name, cell, RUNNING, None, where)
         if cell.identity in self.ended:
             state, reason = self.ended[cell.identity]
             return Status(name, cell, state, None, reason)
         newest = runs[-1].document if runs else None
-        state = state_of(newest)
-        if newest is None or state == COMPLETED:  # completed by other code
+        if newest is None or newest["status"] == "COMPLETED":  # by other code
             return Status(name, cell, PENDING)
+        state = FAILED if state_of(newest) == FAILED else INTERRUPTED
         trace = newest.get("fail_trace") or ["stopped"]
-        note = f"run {newest['_id']}: {str(trace[-1]).strip()}"
-        return Status(name, cell, FAILED if state == FAILED else INTERRUPTED, None, note)
-
-    def forget(self) -> None:
-        """The database was away: nobody's silence counts."""
-        self._watch.forget()
+        return Status(name, cell, state, None, f"run {newest['_id']}: {str(trace[-1]).strip()}")

@@ -26,7 +26,7 @@ from pymongo.errors import PyMongoError
 from experiments.sweeps import tied
 from experiments.sweeps.cells import COMPLETED, FAILED, INTERRUPTED, RUNNING, Cell
 from experiments.sweeps.lock import LEASE, Lock, token_of
-from experiments.sweeps.records import Records, counted, patiently, state_of
+from experiments.sweeps.records import counted, patiently, runs_of, state_of
 from experiments.tracking import UserError
 from experiments.tracking.database import Database, choose
 from experiments.tracking.embedded import data_folder
@@ -153,7 +153,7 @@ class _Attempts:
         """The cell's state in the database, killed runs of this machine included."""
         upload_abandoned(self._database, data_folder("journals"), self._logger)
         identity = self._order.cell.identity
-        self._runs = Records(self._database).runs([identity]).get(identity, [])
+        self._runs = runs_of(self._database, [identity]).get(identity, [])
         if counted(self._runs, self._order.redo) is not None:
             return COMPLETED
         state = state_of(self._runs[-1].document if self._runs else None)
@@ -162,7 +162,7 @@ class _Attempts:
     def _checkpoint(self) -> Path | None:
         """Where a run that was stopped, of the code that is here, may go on."""
         stopped = [r for r in self._runs if not r.changed and state_of(r.document) != FAILED]
-        return find_checkpoint(self._order.cell, [run.number for run in reversed(stopped)])
+        return find_checkpoint(self._order.cell, [run.document["_id"] for run in reversed(stopped)])
 
     def _watch(self, training: _Training) -> str:
         """Until the training ends, or is stopped; why it was stopped."""

@@ -116,18 +116,18 @@ class Schedule:
         client: of the scheduler that has the workers.
         mongo: Sacred's -m, for the workers.
         folder: for what the trainings print, on each worker's machine.
-        redo_changed: whether runs of other code do not count.
     """
 
     def __init__(self, board: Board, database: Database, client: Client, mongo: str | None,
-                 folder: Path, redo_changed: bool) -> None:
+                 folder: Path) -> None:
         self._board, self._database, self._client = board, database, client
         info = client.scheduler_info()
         self._address = info["address"]
         self._order = partial(run.Order, mongo=mongo, database=token_of(database),
-                              scheduler=info["id"], redo=redo_changed)  # fmt: skip
+                              scheduler=info["id"], redo=board.redo_changed)  # fmt: skip
         self._folder = folder
         self._futures: dict[str, Future] = {}
+        self._had_workers = True
 
     def run(self) -> list[Status]:
         """Until nothing can be run any more; the states at the end.
@@ -202,8 +202,10 @@ class Schedule:
                 told[status.name] = status.state
         before, bar.n = bar.n, sum(s.state == COMPLETED for s in statuses)
         workers = sum(self._ask(self._client.nthreads).values())
-        left = listing.remaining(statuses, workers) if workers else "no worker is connected"
-        bar.set_postfix_str(left, refresh=False)
+        if not workers and self._had_workers:
+            bar.write(f"no worker is connected: dask worker {self._address}", file=sys.stdout)
+        self._had_workers = bool(workers)
+        bar.set_postfix_str(listing.remaining(statuses, workers), refresh=False)
         if bar.n != before or sys.stderr.isatty():
             bar.refresh()
 

@@ -78,7 +78,7 @@ class Lock:
         if there is not None and any(there[k] == new[k] for k in ("token", "place", "scheduler")):
             if locks.replace_one({"_id": new["_id"], "token": there["token"]}, new).matched_count:
                 return True
-        self._give_up_file()
+        self.close()
         return False
 
     def _take_file(self) -> bool:
@@ -96,21 +96,20 @@ class Lock:
                 pass
             os.close(descriptor)
 
-    def _give_up_file(self) -> None:
-        self._path.unlink(missing_ok=True)
-        os.close(self.descriptor)
-        self.descriptor = -1
-
     def beat(self) -> bool:
         """Say that this process lives; False if the lock has been taken from it."""
         return _locks(self._database).update_one(self._key, {"$inc": {"beat": 1}}).matched_count > 0
 
     def release(self) -> None:
-        """Give the lock up, whoever has it now; the file also where the database fails."""
-        try:
-            _locks(self._database).delete_one(self._key)
-        finally:
-            self._give_up_file()
+        """Give the lock up, unless it has been taken; then `close` the file."""
+        _locks(self._database).delete_one(self._key)
+
+    def close(self) -> None:
+        """Give the file up, whatever the database has said."""
+        if self.descriptor >= 0:
+            self._path.unlink(missing_ok=True)
+            os.close(self.descriptor)
+            self.descriptor = -1
 
 
 class Watch:

@@ -108,14 +108,15 @@ def _asked_by_dask() -> Callable[[], bool]:
 @contextmanager
 def _locked(database: Database, order: Order) -> Iterator[Lock | None]:
     lock = Lock(database, order.cell.identity, order.scheduler)
-    if not patiently(database, lock.take):
-        yield None
-        return
-    _locked_here.add(order.cell.identity)
     try:
+        if not patiently(database, lock.take):
+            yield None
+            return
+        _locked_here.add(order.cell.identity)
         yield lock
-    finally:
         patiently(database, lock.release)
+    finally:
+        lock.close()
         _locked_here.discard(order.cell.identity)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TypeVar
 
-from distributed import Client, Future, LocalCluster
+from distributed import Client, Future, KilledWorker, LocalCluster
 from tqdm import tqdm
 
 from experiments.sweeps import listing, run
@@ -66,11 +66,13 @@ def connected(address: str | None, workers: int) -> Iterator[Client]:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if address is not None:
         try:
-            client = Client(address, timeout=CONNECT)
+            where = "scheduler_file" if address.endswith(".json") else "address"
+            client = Client(**{where: address}, timeout=CONNECT)
         except (OSError, ValueError, TypeError) as error:
             raise UserError(
                 f"--scheduler: expected the address that `dask scheduler` prints, such as"
-                f" tcp://HOST:8786, with a scheduler that answers; got {address!r}: {error}"
+                f" tcp://HOST:8786, or its file, and a scheduler that answers; got {address!r}:"
+                f" {error}"
             ) from None
         with client:
             yield client
@@ -216,5 +218,8 @@ def _outcome(future: Future) -> tuple[str, str]:
         return str(state), str(reason)
     if future.status == "error":
         error = future.exception()
-        return INTERRUPTED, f"its worker died: {error}"
+        if isinstance(error, KilledWorker):
+            return INTERRUPTED, f"its worker died {error.allowed_failures + 1} times"
+        advice = "; start `dask worker` in the checkout" * isinstance(error, ImportError)
+        return INTERRUPTED, f"its worker says {type(error).__name__}: {error}{advice}"
     return RUNNING, ""

@@ -6,15 +6,18 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import train_process
 from distributed import Client
+from docs_blocks import blocks
 from sweep_process import Place, complete, parent
 from toy_process import ROOT, finish, is_alive, read_until, wait_for
 
 from experiments.tracking import supervisor
+from experiments.tracking.supervisor import free_port
 
 pytest_plugins = ("sweep_process",)
 pytestmark = pytest.mark.slow
@@ -259,6 +262,14 @@ def test_a_worker_of_another_database_is_told(place: Place, database: Any) -> No
     assert not place.started() and "Traceback" not in output
 
 
+def test_a_worker_outside_the_checkout_is_told(place: Place, database: Any) -> None:
+    _, address = place.scheduler()
+    place.worker(address, PYTHONPATH="")
+    code, output = place.run("methods=plain", "seeds=1", "--scheduler", address)
+    assert code == 1 and "start `dask worker` in the checkout" in output, output
+    assert not place.started() and "Traceback" not in output
+
+
 def test_a_sweep_waits_for_its_first_worker(place: Place, database: Any) -> None:
     _, address = place.scheduler()
     sweep = place.start("methods=plain", "seeds=1", "--scheduler", address)
@@ -289,3 +300,51 @@ def test_printed_lines_run_their_own_cell_in_any_order(place: Place, database: A
     ended = [finish(p) for p in [place.popen(line, shell=True) for line in commands]]
     assert [code for code, _ in ended] == [0] * 5, ended
     assert len(complete(database)) == 4 and set(place.started().values()) == {1}
+
+
+def of_the_docs(place: Place, number: int, **replaced: str) -> list[list[str]]:
+    """The commands of the page's block of this number that says that it is run here."""
+    page = (ROOT / "docs" / "sweeps.md").read_text()
+    block = [block for block in blocks(page) if "tests/drills/test_sweeps.py" in block.reason]
+    text = block[number].text
+    for old, new in replaced.items():
+        assert old in text
+        text = text.replace(old, new)
+    python = Path(sys.executable).parent
+    place.env["PATH"] = f"{place.folder}:{python}:{place.env['PATH']}"
+    return [["sh", "-c", f"exec {line}"] for line in text.strip().splitlines()]
+
+
+QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+
+
+def test_the_two_machines_of_the_docs(place: Place, database: Any) -> None:
+    port = str(free_port(None))
+    lines = of_the_docs(place, 0, HOST="127.0.0.1", **{"8786": port})
+    for line in lines[:2]:
+        place.popen(line, **QUIET)
+    code, output = finish(place.popen(lines[2]))
+    assert code == 0 and "2 cells: 2 completed" in output, output
+
+
+SBATCH = """#!/bin/sh
+for task in $(seq "${1#--array=1-}"); do SLURM_ARRAY_TASK_ID=$task sh -c "$3" & done
+wait
+"""
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_slurm_of_the_docs(place: Place, database: Any, number: int) -> None:
+    """With a stand-in for sbatch that runs the tasks of an array here."""
+    (place.folder / "sbatch").write_text(SBATCH)
+    (place.folder / "sbatch").chmod(0o755)
+    *lines, last = of_the_docs(place, number, **({"1-8": "1-2"} if number == 1 else {}))
+    for line in lines:
+        process = place.popen(line, **QUIET)
+        if number == 1:
+            wait_for((place.folder / "scheduler.json").exists)
+        else:
+            process.wait()
+    code, output = finish(place.popen(last))
+    assert code == 0, output
+    assert len(complete(database)) == len(set(complete(database))) == 2

@@ -142,6 +142,7 @@ def test_a_lock_has_one_holder(database: Database) -> None:
     assert list(Watch(database).holders(["c1", "c3"])) == ["c1"]
     assert first.beat() and not second.beat()
     first.release()
+    first.close()
     assert not Watch(database).holders(["c1"]) and not first.beat()
     assert second.take() and second.beat()
 

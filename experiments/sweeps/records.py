@@ -104,6 +104,7 @@ class Status:
         state: PENDING, RUNNING, FAILED, INTERRUPTED or COMPLETED.
         run: the completed run that counts.
         note: where it runs, why it did not complete, what it waits for.
+        scheduler: of the holder of its lock, if RUNNING.
     """
 
     name: str
@@ -111,6 +112,7 @@ class Status:
     state: str
     run: Run | None = None
     note: str = ""
+    scheduler: str = ""
 
 
 class Board:
@@ -180,7 +182,7 @@ class Board:
             return Status(name, cell, COMPLETED, run)
         if holder is not None:
             where = f"on {holder['host']}, process {holder['process']}"
-            return Status(name, cell, RUNNING, None, where)
+            return Status(name, cell, RUNNING, None, where, holder["scheduler"])
         if cell.identity in self.ended:
             state, reason = self.ended[cell.identity]
             return Status(name, cell, state, None, reason)

@@ -124,9 +124,9 @@ class Schedule:
                  folder: Path) -> None:
         self._board, self._database, self._client = board, database, client
         info = client.scheduler_info()
-        self._address = info["address"]
+        self._address, self._scheduler = info["address"], info["id"]
         self._order = partial(run.Order, mongo=mongo, database=token_of(database),
-                              scheduler=info["id"], redo=board.redo_changed)  # fmt: skip
+                              scheduler=self._scheduler, redo=board.redo_changed)  # fmt: skip
         self._folder = folder
         self._futures: dict[str, Future] = {}
         self._had_workers = True
@@ -170,10 +170,11 @@ class Schedule:
         return patiently(self._database, self._board.look)
 
     def _submit(self, statuses: Sequence[Status]) -> None:
-        """What is missing, nobody runs, and has not ended here without completing."""
+        """What is missing, no other scheduler runs, and has not ended here without completing."""
         for status in statuses:
             cell = status.cell
-            if cell is None or status.state in (COMPLETED, RUNNING):
+            elsewhere = status.state == RUNNING and status.scheduler != self._scheduler
+            if cell is None or status.state == COMPLETED or elsewhere:
                 continue
             if cell.identity in self._futures or cell.identity in self._board.ended:
                 continue

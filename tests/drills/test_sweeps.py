@@ -19,7 +19,7 @@ from toy_process import ROOT, finish, is_alive, read_until, wait_for
 from experiments.tracking import supervisor
 from experiments.tracking.supervisor import free_port
 
-pytest_plugins = ("sweep_process",)
+pytest_plugins = ("sweep_fixtures",)
 pytestmark = pytest.mark.slow
 
 RESUMED = str(ROOT / "tests" / "helpers" / "resumed_sweep.py")

@@ -6,14 +6,10 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 from toy_process import ROOT, environment, finish, wait_for
-
-from experiments.tracking import open_database
 
 TOY = str(ROOT / "tests" / "helpers" / "toy_sweep.py")
 
@@ -85,23 +81,6 @@ class Place:
         """Cell, process and parent of each training that was started."""
         path = self.folder / "started"
         return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
-    """A place whose processes end with the test."""
-    made = Place(tmp_path)
-    yield made
-    made.clear()
-
-
-@pytest.fixture
-def database(place: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The runs' database of the place."""
-    monkeypatch.setenv("L2L_IMPLICIT_DATA", str(place.folder / "data"))
-    monkeypatch.delenv("L2L_IMPLICIT_MONGO_URL", raising=False)
-    with open_database() as documents:
-        yield documents
 
 
 def parent(process: int) -> int:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import train_process
 from distributed import Client
@@ -174,6 +175,25 @@ def test_a_stopped_sweep_brings_its_trainings_home(
     assert database["sweep_locks"].distinct("_id") == ["database"]
     assert not list((place.folder / "data" / "sweeps").iterdir())
     assert "2 interrupted" in place.run("methods=plain", "seeds=2", "hold=True", "--list")[1]
+
+
+def test_nobody_else_on_this_machine_gives_orders(place: Place, database: Any) -> None:
+    """Dask runs whatever it is sent: every port of a sweep of one's own wants its keys."""
+    sweep = place.start("methods=plain", "seeds=1", "hold=True", "--workers", "1")
+    held(place, database, 1)
+    own = psutil.Process(sweep.pid)
+    listening = {
+        connection.laddr.port
+        for process in [own, *own.children(recursive=True)]
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert len(listening) >= 3, "the scheduler, its dashboard, a worker"
+    for port in listening:
+        with pytest.raises(OSError):
+            Client(f"tcp://127.0.0.1:{port}", timeout=2)
+    place.let_end(1)
+    assert finish(sweep)[0] == 0
 
 
 def test_two_clients_on_one_scheduler(place: Place, database: Any) -> None:

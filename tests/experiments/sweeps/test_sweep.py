@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from sweep_process import TOY, Place, complete
-from toy_process import ROOT, finish, is_alive, read_until, wait_for
+from toy_process import DEADLINE, ROOT, finish, is_alive, read_until, wait_for
 
 pytest_plugins = ("sweep_fixtures",)
 
@@ -99,7 +99,9 @@ def start_tied(place: Place, module: str) -> subprocess.Popen[str]:
 
 def test_a_tied_module_is_the_main_program(place: Place) -> None:
     process = start_tied(place, "import sys; print(__name__, sys.argv[1:]); sys.exit(3)")
-    assert finish(process) == (3, "__main__ ['a', 'b']\n")
+    assert process.wait(DEADLINE) == 3  # its standard input is open until then
+    assert process.stdout is not None
+    assert process.stdout.read() == "__main__ ['a', 'b']\n"
 
 
 def test_a_tied_module_dies_when_its_starter_lets_go(place: Place) -> None:
@@ -108,7 +110,7 @@ def test_a_tied_module_dies_when_its_starter_lets_go(place: Place) -> None:
     read_until(process, "up")
     assert process.stdin is not None
     process.stdin.close()
-    assert process.wait(300) == -signal.SIGKILL
+    assert process.wait(DEADLINE) == -signal.SIGKILL
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl")

@@ -206,7 +206,8 @@ class Schedule:
         before, bar.n = bar.n, sum(s.state == COMPLETED for s in statuses)
         workers = sum(self._ask(self._client.nthreads).values())
         if not workers and self._had_workers:
-            bar.write(f"no worker is connected: dask worker {self._address}", file=sys.stdout)
+            bar.write("no worker is connected; expected one that is started in the checkout:"
+                      f" python -m dask worker {self._address}", file=sys.stdout)  # fmt: skip
         self._had_workers = bool(workers)
         bar.set_postfix_str(listing.remaining(statuses, workers), refresh=False)
         if bar.n != before or sys.stderr.isatty():
@@ -221,6 +222,5 @@ def _outcome(future: Future) -> tuple[str, str]:
         error = future.exception()
         if isinstance(error, KilledWorker):
             return INTERRUPTED, f"its worker died {error.allowed_failures + 1} times"
-        advice = "; start `dask worker` in the checkout" * isinstance(error, ImportError)
-        return INTERRUPTED, f"its worker says {type(error).__name__}: {error}{advice}"
+        return INTERRUPTED, f"its worker says {type(error).__name__}: {error}"
     return RUNNING, ""

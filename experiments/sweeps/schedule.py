@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TypeVar
 
+import dask
 from distributed import Client, Future, KilledWorker, LocalCluster
 from tqdm import tqdm
 
@@ -77,6 +78,8 @@ def connected(address: str | None, workers: int) -> Iterator[Client]:
         with client:
             yield client
         return
+    # Else a place whose worker is killed twice, or is slow to start again, is given up after 15 s.
+    dask.config.set({"distributed.deploy.lost-worker-timeout": "1000 days"})
     # Workers block what a terminal or a batch system sends to all: this process stops them.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     resource_tracker.ensure_running()  # its start, now or at the first worker, unblocks two

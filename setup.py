@@ -29,6 +29,7 @@ EXTRAS = {
         "pydantic>=2.5",
         "distributed>=2024.2",  # sweeps
         "bokeh>=3.3",  # its dashboard
+        "cryptography>=41",  # TLS between its processes
         "pandas>=2.1,<3",  # the first 3 needs numpy 2
         "jinja2>=3.1.3",
         "tabulate>=0.9",  # pandas' Markdown

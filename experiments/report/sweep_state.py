@@ -9,12 +9,20 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 
 from experiments.report.runs import Archive, Run
-from experiments.sweeps.cells import Cell, Settings, describe, format_value
+from experiments.sweeps.cells import (
+    COMPLETED,
+    FAILED,
+    INTERRUPTED,
+    PENDING,
+    RUNNING,
+    Cell,
+    Settings,
+    describe,
+    format_value,
+)
 from experiments.sweeps.definition import Sweep
-from experiments.sweeps.plan import Group, make_plan
+from experiments.sweeps.plan import Group, best, make_plan
 
-PENDING, RUNNING, FAILED = "pending", "running", "failed"
-INTERRUPTED, COMPLETED = "interrupted", "completed"
 VALIDATION = "validation/accuracy"
 LONG_AGO = datetime.min.replace(tzinfo=timezone.utc)
 
@@ -172,7 +180,7 @@ def _chosen(
     if all(cell.state == COMPLETED for cell in grid):
         archive.load([cell.run for cell in grid if cell.run is not None], [VALIDATION])
         scores = [last_validation(cell, archive) for cell in grid]
-        return scores.index(max(scores)), ""  # the first of equals
+        return best(scores), ""
     counts = [sum(any(run.complete for run in by_cell.get(cell.identity, ()))
                   for cell in finals.values()) for finals in group.finals]  # fmt: skip
     if max(counts) == 0:

@@ -19,6 +19,10 @@ PLACES = ("tasks.root", "output")
 
 DIGITS = 16
 
+STATES = ("completed", "running", "pending", "interrupted", "failed")
+"""A cell's state: the words of Sacred's statuses, and pending where there is no run."""
+COMPLETED, RUNNING, PENDING, INTERRUPTED, FAILED = STATES
+
 
 @dataclass(frozen=True)
 class Cell:

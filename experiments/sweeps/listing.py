@@ -2,48 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from statistics import mean
-from types import MappingProxyType
-from typing import Any
 
-from experiments.sweeps.board import DONE, FAILED, OPEN, RUNNING, WAITING, Status
-from experiments.sweeps.cells import Cell, Settings, describe
-from experiments.sweeps.claims import ATTEMPTS
-from experiments.sweeps.plan import Plan
-from experiments.sweeps.records import CompleteRun
+from experiments.sweeps.cells import COMPLETED, PENDING, RUNNING, STATES, Settings, describe
+from experiments.sweeps.records import Board, Status
 
 OVERHEAD = 45.0
 """Seconds beyond the budget: start, validation, meta-test; only until a like run is known."""
 
 
-def expected_seconds(plan: Plan, statuses: Iterable[Status]) -> dict[str, float | None]:
+def expected_seconds(statuses: Sequence[Status]) -> dict[str, float | None]:
     """How long each cell takes: like its complete neighbours, else its budget; None: unknown."""
-    statuses = list(statuses)
     known: dict[str, list[float]] = {}
     for status in statuses:
         if status.run is not None:
             known.setdefault(_kind(status.name), []).append(status.run.seconds)
-    cells = {name: cell for g in plan.groups for part in g.finals for name, cell in part.items()}
     answer: dict[str, float | None] = {}
     for status in statuses:
-        like, cell = known.get(_kind(status.name)), status.cell or cells.get(status.name)
-        answer[status.name] = mean(like) if like else _budget(cell)
+        budget = status.cell.settings.get("budget") if status.cell is not None else None
+        like = known.get(_kind(status.name), [])
+        like = like or ([budget + OVERHEAD] if isinstance(budget, (int, float)) else [])
+        answer[status.name] = mean(like) if like else None
     return answer
 
 
-def remaining(plan: Plan, statuses: Sequence[Status], workers: int) -> str:
-    """``about 1 h 20 min with 2 workers`` for what is neither done nor failed."""
-    expected = expected_seconds(plan, statuses)
-    open_cells = [expected[s.name] for s in statuses if s.state not in (DONE, FAILED)]
-    known = [seconds for seconds in open_cells if seconds is not None]
-    if open_cells and not known:
+def remaining(statuses: Sequence[Status], workers: int) -> str:
+    """``about 1 h 20 min with 2 workers`` for what is pending or runs."""
+    expected = expected_seconds(statuses)
+    left = [expected[s.name] for s in statuses if s.state in (PENDING, RUNNING)]
+    known = [seconds for seconds in left if seconds is not None]
+    if left and not known:
         return "of unknown length"
-    with_ = f"with {workers} worker{'s' if workers > 1 else ''}"
-    unknown = len(open_cells) - len(known)
-    extra = f", and {unknown} of unknown length" if unknown else ""
+    unknown = f", and {len(left) - len(known)} of unknown length" if len(known) < len(left) else ""
     # the longest cell is a bound too
-    return f"about {duration(max([sum(known) / workers, *known, 0]))} {with_}{extra}"
+    about = duration(max([sum(known) / max(workers, 1), *known, 0]))
+    return f"about {about} with {workers} worker{'s' * (workers != 1)}{unknown}"
 
 
 def duration(seconds: float) -> str:
@@ -54,89 +48,72 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def table(plan: Plan, statuses: Sequence[Status]) -> list[str]:
+def table(statuses: Sequence[Status]) -> list[str]:
     """A line a cell: state, expected time, name, and its result or its settings."""
-    expected = expected_seconds(plan, statuses)
+    expected = expected_seconds(statuses)
     width = max(len(status.name) for status in statuses)
     shared = _shared(statuses)
     lines = [f"every run: {describe(shared)}"] if shared else []
     for status in statuses:
         seconds = status.run.seconds if status.run else expected[status.name]
         shown = "?" if seconds is None else duration(seconds)
-        told = _detail(status, shared)
-        lines.append(f"{status.state:8}{shown:>12}  {status.name:{width}}  {told}")
+        own = ""
+        if status.cell is not None and status.run is None:
+            other = {k: v for k, v in sorted(status.cell.settings.items()) if k not in shared}
+            own = f"{' '.join(status.cell.configs)} {describe(other)}".strip()
+        told = "; ".join(filter(None, (own, _detail(status))))
+        lines.append(f"{status.state:11}{shown:>12}  {status.name:{width}}  {told}".rstrip())
     return lines
 
 
 def _shared(statuses: Sequence[Status]) -> Settings:
     """What all cells known so far have in common, if there are several."""
-    cells = [status.cell for status in statuses if status.cell is not None]
-    if len(cells) < 2:
-        return {}
-    return {
-        key: value
-        for key, value in sorted(cells[0].settings.items())
-        if all(key in cell.settings and cell.settings[key] == value for cell in cells)
-    }
+    cells = [status.cell.settings for status in statuses if status.cell is not None]
+    first = sorted(cells[0].items()) if len(cells) > 1 else []
+    return {k: v for k, v in first if all(k in other and other[k] == v for other in cells)}
 
 
-def choices(made: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def choices(board: Board) -> list[str]:
     """A line a method: what was chosen, and the accuracies it was chosen by."""
+    candidates = {group.name: group.candidates for group in board.plan.groups}
     return [
-        f"{method}: {describe(dict(choice['settings']))}, of validation accuracies "
-        + " ".join(f"{100 * accuracy:.1f}" for accuracy in choice["accuracies"])
-        for method, choice in made.items()
+        f"{method}: {describe(candidates[method][index])}, of validation accuracies "
+        + " ".join(f"{100 * accuracy:.1f}" for accuracy in accuracies)
+        for method, (index, accuracies) in board.choices.items()
     ]
 
 
-def summary(plan: Plan, statuses: Sequence[Status], workers: int) -> str:
-    """One line: how many cells are done, run, are to do, have failed, and the time left."""
-    counts = {state: sum(s.state == state for s in statuses)
-              for state in (DONE, RUNNING, OPEN, WAITING, FAILED)}
+def summary(statuses: Sequence[Status], workers: int) -> str:
+    """One line: how many cells are in which state, and the time left."""
     changed = sum(s.run is not None and s.run.changed for s in statuses)
-    parts = [f"{counts[DONE]} done" + (f" ({changed} by other code)" if changed else "")]
-    parts += [f"{counts[RUNNING]} running"] if counts[RUNNING] else []
-    parts += [f"{counts[OPEN] + counts[WAITING]} to run"]
-    parts += [f"{counts[FAILED]} failed"] if counts[FAILED] else []
-    left = counts[RUNNING] + counts[OPEN] + counts[WAITING]
-    time = f": {remaining(plan, statuses, workers)}" if left else ""
+    parts = []
+    for state in STATES:
+        count = sum(s.state == state for s in statuses)
+        other = f" ({changed} by other code)" if changed and state == COMPLETED else ""
+        parts += [f"{count} {state}{other}"] if count or state == COMPLETED else []
+    left = any(s.state in (PENDING, RUNNING) for s in statuses)
+    time = f": {remaining(statuses, workers)}" if left else ""
     return f"{len(statuses)} cells: {', '.join(parts)}{time}"
 
 
-def finished(status: Status) -> str:
-    """The line for a cell that has just ended."""
-    return f"{status.name}: {_detail(status)}"
+def ended(status: Status) -> str:
+    """The line for a cell that has just ended, or does not go on."""
+    state = "" if status.state == COMPLETED else f"{status.state}: "
+    return f"{status.name}: {state}{_detail(status)}"
 
 
-def _detail(status: Status, shared: Settings = MappingProxyType({})) -> str:
-    if status.state == FAILED:
-        return f"failed: {status.failures[-1] if status.failures else 'no reason is recorded'}"
-    if status.run is not None:
-        return _result(status.run)
-    if status.state == RUNNING:
-        return f"on {status.claim.get('host')}, process {status.claim.get('process')}"
-    if status.cell is None:
-        return "when its grid is complete"
-    tried = len(status.failures)
-    again = f" (attempt {tried + 1} of {ATTEMPTS}: {status.failures[-1]})" if tried else ""
-    own = {k: v for k, v in sorted(status.cell.settings.items()) if k not in shared}
-    return f"{' '.join(status.cell.configs)} {describe(own)}{again}".strip()
-
-
-def _result(run: CompleteRun) -> str:
-    accuracy = "done"
-    if run.accuracy is not None:
-        mean_, half = (100 * value for value in run.accuracy)
-        accuracy = f"test accuracy {mean_:.1f} ± {half:.1f} %"
-    other = f", other code ({run.commit[:7] or 'no commit'})" if run.changed else ""
-    return f"{accuracy}, {duration(run.seconds)}, run {run.run_id}{other}"
+def _detail(status: Status) -> str:
+    if (run := status.run) is None:
+        return status.note
+    accuracy, half = run.result("test_accuracy"), run.result("test_half_width")
+    told = "completed" if accuracy is None else f"test accuracy {100 * accuracy:.1f}"
+    told += "" if accuracy is None else " %" if half is None else f" ± {100 * half:.1f} %"
+    repositories = run.document["experiment"].get("repositories") or [{}]
+    commit = repositories[0].get("commit", "")[:7] or "no commit"
+    other = f", other code ({commit})" if run.changed else ""
+    return f"{told}, {duration(run.seconds)}, run {run.document['_id']}{other}"
 
 
 def _kind(name: str) -> str:
     """METHOD/grid or METHOD/final."""
     return name.rpartition("/")[0]
-
-
-def _budget(cell: Cell | None) -> float | None:
-    budget = None if cell is None else cell.settings.get("budget")
-    return float(budget) + OVERHEAD if isinstance(budget, (int, float)) else None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import runpy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from experiments.sweeps.cells import Cell, Settings, describe
-from experiments.sweeps.definition import Grid, Method, Sweep
+from experiments.sweeps.definition import Grid, Sweep
 from experiments.sweeps.definitions import SWEEPS
 from experiments.tracking import UserError
 from experiments.tracking.errors import nearest
@@ -80,6 +80,15 @@ class Plan:
         raise UserError(f"no cell {name!r}")
 
 
+def best(accuracies: Sequence[float]) -> int:
+    """The index of the candidate that is chosen: the highest accuracy, the first of equals.
+
+    Only from a grid of which every candidate has completed: one that was killed, or has not run,
+    has no accuracy that could be compared. A diverged one has minus infinity.
+    """
+    return list(accuracies).index(max(accuracies))
+
+
 def make_plan(sweep: Sweep, given: Settings) -> Plan:
     """The cells of a sweep.
 
@@ -99,56 +108,41 @@ def make_plan(sweep: Sweep, given: Settings) -> Plan:
         raise UserError(f"seeds: expected a number of seeds of at least 1, got {seeds!r}")
     _check_overrides(overrides)
     chosen = _methods(sweep, options.get("methods"))
-    grid = options.get("grid")
-    if grid is not None:
-        _known("grid", str(grid), {name for m in sweep.methods.values() for name in m.grids})
-    make = _Maker(sweep, benchmark, overrides, seeds)
-    return Plan(tuple(make.group(name, sweep.methods[name], grid) for name in chosen))
+    grid_name = options.get("grid")
+    if grid_name is not None:
+        _known("grid", str(grid_name), {name for m in sweep.methods.values() for name in m.grids})
+    here = sweep.benchmarks[benchmark]
 
-
-class _Maker:
-    def __init__(self, sweep: Sweep, benchmark: str, overrides: Settings, seeds: int) -> None:
-        self._sweep, self._overrides, self._seeds = sweep, overrides, seeds
-        self._benchmark = sweep.benchmarks[benchmark]
-
-    def group(self, name: str, method: Method, grid_name: Any) -> Group:
-        candidates = method.grids.get(grid_name, method.grid) if grid_name else method.grid
-        self._check_searched(name, candidates)
-        stage = {**self._sweep.stage1, **self._benchmark.stage1}
-        grid = {
-            f"{name}/grid/{n}": self._cell(name, stage, candidate)
-            for n, candidate in enumerate(candidates)
-        }
-        return Group(
-            name,
-            candidates,
-            grid if len(candidates) > 1 else {},
-            tuple(self._finals(name, method, candidate) for candidate in candidates),
-        )
-
-    def _finals(self, name: str, method: Method, candidate: Settings) -> dict[str, Cell]:
-        stage = {**self._sweep.stage2, **method.final, **self._benchmark.stage2}
-        return {
-            f"{name}/final/{seed}": self._cell(name, stage, candidate, seed)
-            for seed in range(self._seeds)
-        }
-
-    def _cell(self, name: str, stage: Settings, candidate: Settings, seed: int = GRID_SEED) -> Cell:
-        here, method = self._benchmark, self._sweep.methods[name]
-        layers = [self._sweep.settings, here.settings, method.settings, stage]
-        layers += [here.methods.get(name, {}), candidate, self._overrides]
+    def cell(name: str, stage: Settings, candidate: Settings, seed: int = GRID_SEED) -> Cell:
+        method = sweep.methods[name]
+        layers = [sweep.settings, here.settings, method.settings, stage]
+        layers += [here.methods.get(name, {}), candidate, overrides]
         settings = {key: value for layer in layers for key, value in layer.items()}
         own = [config.format(benchmark=here.like) for config in method.configs]
-        configs = (*here.configs, *own)
-        return Cell(self._sweep.module, configs, {**settings, "seed": seed})
+        return Cell(sweep.module, (*here.configs, *own), {**settings, "seed": seed})
 
-    def _check_searched(self, name: str, candidates: Grid) -> None:
-        searched = {key for candidate in candidates for key in candidate}
-        for key in searched & self._overrides.keys():
-            raise UserError(
-                f"{key} is what the grid of {name} searches ({describe(candidates[0])}, ...);"
-                " leave it out, or choose other methods with methods=A,B"
-            )
+    def group(name: str) -> Group:
+        method = sweep.methods[name]
+        candidates = method.grids.get(grid_name, method.grid) if grid_name else method.grid
+        _check_searched(name, candidates, overrides)
+        first = {**sweep.stage1, **here.stage1}
+        final = {**sweep.stage2, **method.final, **here.stage2}
+        grid = {f"{name}/grid/{n}": cell(name, first, c) for n, c in enumerate(candidates)}
+        finals = tuple(
+            {f"{name}/final/{seed}": cell(name, final, c, seed) for seed in range(seeds)}
+            for c in candidates
+        )
+        return Group(name, candidates, grid if len(candidates) > 1 else {}, finals)
+
+    return Plan(tuple(group(name) for name in chosen))
+
+
+def _check_searched(name: str, candidates: Grid, overrides: Settings) -> None:
+    for key in {key for candidate in candidates for key in candidate} & overrides.keys():
+        raise UserError(
+            f"{key} is what the grid of {name} searches ({describe(candidates[0])}, ...);"
+            " leave it out, or choose other methods with methods=A,B"
+        )
 
 
 def _check_overrides(overrides: Settings) -> None:

@@ -46,7 +46,7 @@ def main(
     _run: Any, cell: str, lr: float, pause: float, hold: bool, fault: str, folder: str
 ) -> Any:
     with open(Path(folder) / "started", "a") as file:
-        file.write(f"{cell} {os.getpid()}\n")
+        file.write(f"{cell} {os.getpid()} {os.getppid()}\n")
     first = not (Path(folder) / f"{cell}-tried").exists()
     (Path(folder) / f"{cell}-tried").touch()
     if fault == "once" and first:

@@ -1,7 +1,9 @@
-"""Cells, plans and claims without processes of their own."""
+"""Cells, plans, states and locks without processes of their own."""
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,14 +11,15 @@ from types import SimpleNamespace
 import pytest
 
 from experiments import sweep
-from experiments.sweeps import claims
+from experiments.sweeps import lock as locks
 from experiments.sweeps.cells import Cell, format_value, parse_settings, parse_value
-from experiments.sweeps.claims import Claims, Owner
 from experiments.sweeps.definition import Benchmark, Method, Sweep
 from experiments.sweeps.definitions import SWEEPS
 from experiments.sweeps.listing import duration
-from experiments.sweeps.plan import find_sweep, make_plan
-from experiments.sweeps.training import find_checkpoint, is_death
+from experiments.sweeps.lock import Lock, Watch, token_of
+from experiments.sweeps.plan import best, find_sweep, make_plan
+from experiments.sweeps.records import state_of
+from experiments.sweeps.run import find_checkpoint
 from experiments.tracking import UserError
 from experiments.tracking.database import Choice, Database
 
@@ -126,75 +129,103 @@ def test_bad_input_is_one_line(words: str, capsys: pytest.CaptureFixture[str]) -
 @pytest.fixture
 def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Database]:
     monkeypatch.setenv("L2L_IMPLICIT_DATA", str(tmp_path))
-    monkeypatch.setenv("L2L_IMPLICIT_SWEEP_LEASE", "0.4")
     database = Database(Choice(None, "embedded"))
     yield database
     database.close()
 
 
-def test_a_claim_has_one_owner(database: Database) -> None:
-    first, second = Claims(database, "a"), Claims(database, "b")
-    assert first.take("c1", "x") and not second.take("c1", "x")
-    assert first.take("c1", "x"), "an owner whose answer got lost asks again"
-    assert first.beat("c1") and not second.beat("c1")
-    second.release("c1")
-    second.fail("c1", "not mine")
-    assert first.beat("c1")
-    first.fail("c1", "once")
-    assert second.take("c1", "x")
-    second.fail("c1", "twice")
-    assert not first.take("c1", "x")
-    assert first.find(["c1"])["c1"]["failures"] == ["once", "twice"]
-    first.forgive(["c1"])
-    assert first.take("c1", "x")
+def test_a_lock_has_one_holder(database: Database) -> None:
+    first, second = Lock(database, "c1", "s"), Lock(database, "c1", "s")
+    assert first.take() and not second.take()
+    assert first.take(), "a holder whose answer got lost asks again"
+    assert Lock(database, "c2", "s").take(), "another cell is another lock"
+    assert list(Watch(database).holders(["c1", "c3"])) == ["c1"]
+    assert first.beat() and not second.beat()
+    first.release()
+    first.close()
+    assert not Watch(database).holders(["c1"]) and not first.beat()
+    assert second.take() and second.beat()
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The claims' clock, which goes on only when it is told to."""
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(claims, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    return clock
+def test_a_dead_holder_here_loses_its_lock_at_once(database: Database) -> None:
+    dead, other = Lock(database, "c1", "s"), Lock(database, "c1", "another scheduler")
+    assert dead.take()
+    os.close(dead.descriptor)  # as the kernel does
+    assert not Watch(database).holders(["c1"])
+    assert other.take() and not dead.beat(), "should it live, it is told and stops its training"
 
 
-def on_another_machine(database: Database) -> None:
-    database.documents["sweep_cells"].update_one({"_id": "c1"}, {"$set": {"host": "elsewhere"}})
-
-
-def test_a_silent_owner_elsewhere_loses_the_claim_after_a_whole_lease(
-    database: Database, clock: SimpleNamespace
+def test_a_silent_holder_elsewhere_loses_its_lock_after_a_whole_lease(
+    database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    owner, other = Claims(database, "a"), Claims(database, "b")
-    owner.take("c1", "x")
-    on_another_machine(database)
-    for round_ in range(12):  # 0.6 s, more than a lease, in which it beats
-        if round_ % 3 == 0:
-            assert owner.beat("c1")
-        assert not other.take_over(other.find(["c1"])["c1"])
-        clock.now += 0.05
-    clock.now += 0.6  # not looked at: the database may have been away, the owner too
-    assert not other.take_over(other.find(["c1"])["c1"])
-    seen = clock.now
-    while clock.now < seen + 0.375:
-        clock.now += 0.025
-        assert not other.take_over(other.find(["c1"])["c1"])
-    clock.now += 0.05
-    assert other.take_over(other.find(["c1"])["c1"])
-    assert not owner.beat("c1"), "the old owner is told, and stops its training"
+    now = [0.0]
+    monkeypatch.setattr(locks, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(locks, "_place", lambda: "elsewhere")
+    holder = Lock(database, "c1", "s")
+    assert holder.take()
+    monkeypatch.setattr(locks, "_place", lambda: "here")
+    os.close(holder.descriptor)  # its file is on the other machine
+    other, watch = Lock(database, "c1", "another"), Watch(database)
+    for _ in range(12):
+        now[0] += locks.LEASE / 5
+        assert watch.holders(["c1"]) and not other.take()
+        assert holder.beat()
+    watch.holders(["c1"])
+    now[0] += locks.LEASE + 1  # not looked at: the database was away, for the holder too
+    assert watch.holders(["c1"])
+    seen = now[0]
+    while now[0] < seen + locks.LEASE:
+        assert watch.holders(["c1"])
+        now[0] += locks.LEASE / 8
+    now[0] += 1
+    assert not watch.holders(["c1"])
+    assert other.take() and not holder.beat()
 
 
-def test_a_dead_owner_here_loses_the_claim_at_once_and_a_living_one_never(
-    database: Database, clock: SimpleNamespace
+def test_a_scheduler_gives_again_what_its_lost_worker_held(
+    database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    token, owner = Owner("a"), Claims(database, "a")
-    other = Claims(database, "b")
-    owner.take("c1", "x")
-    clock.now += 0.5  # more than a lease
-    assert not other.take_over(other.find(["c1"])["c1"])
-    seen = other.find(["c1"])["c1"]
-    token.close(released=False)
-    assert other.take_over(seen)
-    assert not Claims(database, "c").take_over(seen), "what was seen is no longer so"
+    monkeypatch.setattr(locks, "_place", lambda: "elsewhere")
+    lost = Lock(database, "c1", "s")
+    assert lost.take()
+    monkeypatch.setattr(locks, "_place", lambda: "here")
+    os.close(lost.descriptor)
+    assert not Lock(database, "c1", "another").take()
+    assert Lock(database, "c1", "s").take() and not lost.beat()
+
+
+def test_a_database_is_known_by_its_token(database: Database, tmp_path: Path,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    assert token_of(database) == token_of(database)
+    monkeypatch.setenv("L2L_IMPLICIT_DATA", str(tmp_path / "other"))
+    other = Database(Choice(None, "embedded"))
+    assert token_of(other) != token_of(database)
+    other.close()
+
+
+KILLED = ["killed: the process ended without a word (kill -9, out of memory, power)"]
+
+
+@pytest.mark.parametrize(
+    ("run", "state"),
+    [
+        (None, "pending"),
+        ({"status": "RUNNING"}, "running"),
+        ({"status": "COMPLETED"}, "completed"),
+        ({"status": "INTERRUPTED"}, "interrupted"),
+        ({"status": "FAILED", "fail_trace": KILLED}, "interrupted"),
+        ({"status": "FAILED", "fail_trace": ["Traceback", "ValueError: killed: no"]}, "failed"),
+        ({"status": "FAILED"}, "failed"),
+        ({"status": "TIMEOUT"}, "interrupted"),
+    ],
+)
+def test_states_are_those_of_sacred(run: dict[str, object] | None, state: str) -> None:
+    assert state_of(run) == state
+
+
+def test_the_first_of_the_best_is_chosen() -> None:
+    assert best([0.5, 0.7, 0.7]) == 1
+    assert best([-math.inf, 0.2]) == 1, "a diverged setting never wins"
 
 
 def test_a_checkpoint_is_found_by_its_cell(tmp_path: Path) -> None:
@@ -211,8 +242,6 @@ def test_a_checkpoint_is_found_by_its_cell(tmp_path: Path) -> None:
 
 def test_small_things() -> None:
     assert [duration(s) for s in (3.2, 600, 11100)] == ["3 s", "10 min", "3 h 05 min"]
-    assert is_death("killed by SIGKILL") and is_death("its worker was killed")
-    assert not is_death("exit status 1: error: killed")
     with pytest.raises(UserError, match="must define SWEEP"):
         find_sweep(__file__)
 

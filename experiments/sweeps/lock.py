@@ -1,0 +1,159 @@
+"""No cell runs twice at a time, on any number of machines and schedulers that share a database.
+
+Invariant: a cell is trained by the process whose token its document in `sweep_locks` holds. The
+document is inserted, replaced and deleted by single atomic updates, each on the token that was
+seen. Besides, holder and training keep a file locked: on one machine a free file says at once that
+both have ended. Elsewhere a holder counts ``beat`` up, and has died when the same number has been
+seen for a whole lease by the watcher's own clock; clocks of two machines are never compared.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import time
+import uuid
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pymongo import ReturnDocument, WriteConcern
+from pymongo.collection import Collection
+from pymongo.errors import DuplicateKeyError
+
+from experiments.tracking.database import Database
+from experiments.tracking.embedded import data_folder
+
+LEASE = 300.0
+"""Seconds without a beat after which a holder on another machine is taken for dead."""
+
+Document = dict[str, Any]
+
+
+def _locks(database: Database) -> Collection[Document]:
+    # majority: a lock must not be undone by a fail-over
+    return database.documents.get_collection("sweep_locks", write_concern=WriteConcern("majority"))
+
+
+def token_of(database: Database) -> str:
+    """What tells this database from any other, whatever the address it is reached by."""
+    new = {"$setOnInsert": {"token": uuid.uuid4().hex}}
+    options: Any = {"upsert": True, "return_document": ReturnDocument.AFTER}
+    return str(_locks(database).find_one_and_update({"_id": "database"}, new, **options)["token"])
+
+
+class Lock:
+    """The right to train one cell.
+
+    Args:
+        database: where the runs are.
+        identity: the cell's.
+        scheduler: never runs a cell on two of its workers, so what it gives again was lost.
+
+    Attributes:
+        descriptor: of the locked file, for the training to inherit.
+    """
+
+    def __init__(self, database: Database, identity: str, scheduler: str) -> None:
+        self._database, self._path = database, _path(identity)
+        own = {"host": platform.node(), "process": os.getpid(), "beat": 0}
+        self._document = {"_id": identity, "token": uuid.uuid4().hex, "place": _place(),
+                          "scheduler": scheduler, **own}  # fmt: skip
+        self._key = {"_id": identity, "token": self._document["token"]}
+        self.descriptor = -1
+
+    def take(self) -> bool:
+        """Whether the lock is this one's now; asked again after a failure, it says the same."""
+        if self.descriptor < 0 and not self._take_file():
+            return False
+        locks, new = _locks(self._database), self._document
+        there = locks.find_one({"_id": new["_id"]})
+        if there is None:
+            with suppress(DuplicateKeyError):
+                locks.insert_one(new)
+                return True
+            there = locks.find_one({"_id": new["_id"]})
+        if there is not None and any(there[k] == new[k] for k in ("token", "place", "scheduler")):
+            if locks.replace_one({"_id": new["_id"], "token": there["token"]}, new).matched_count:
+                return True
+        self.close()
+        return False
+
+    def _take_file(self) -> bool:
+        while True:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(descriptor), os.stat(self._path)):
+                    self.descriptor = descriptor
+                    return True
+            except BlockingIOError:
+                os.close(descriptor)
+                return False
+            except FileNotFoundError:  # removed by its last holder between the two lines
+                pass
+            os.close(descriptor)
+
+    def beat(self) -> bool:
+        """Say that this process lives; False if the lock has been taken from it."""
+        return _locks(self._database).update_one(self._key, {"$inc": {"beat": 1}}).matched_count > 0
+
+    def release(self) -> None:
+        """Give the lock up, unless it has been taken; then `close` the file."""
+        _locks(self._database).delete_one(self._key)
+
+    def close(self) -> None:
+        """Give the file up, whatever the database has said."""
+        if self.descriptor >= 0:
+            self._path.unlink(missing_ok=True)
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+
+class Watch:
+    """Who holds which locks, seen from a process that holds none."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._seen: dict[str, tuple[Any, float, float]] = {}
+
+    def holders(self, identities: Iterable[str]) -> dict[str, Document]:
+        """The locks of these cells; one whose holder has died is removed."""
+        found = {}
+        for lock in _locks(self._database).find({"_id": {"$in": list(identities)}}):
+            if self._has_died(lock):
+                key = {name: lock[name] for name in ("_id", "token", "beat")}
+                _locks(self._database).delete_one(key)
+            else:
+                found[lock["_id"]] = lock
+        return found
+
+    def _has_died(self, lock: Document) -> bool:
+        if lock["place"] == _place():
+            return _is_free(_path(lock["_id"]))
+        now, sign = time.monotonic(), (lock["token"], lock["beat"])
+        last, since, looked = self._seen.get(lock["_id"], (None, now, now))
+        if sign != last or now - looked > LEASE / 4:
+            since = now  # a database that was away has kept the holder from beating
+        self._seen[lock["_id"]] = sign, since, now
+        return now - since > LEASE
+
+
+def _place() -> str:
+    """Where a file's lock tells whether its holder lives."""
+    return f"{platform.node()}:{data_folder('sweeps')}"
+
+
+def _path(identity: str) -> Path:
+    return data_folder("sweeps") / f"{identity}.lock"
+
+
+def _is_free(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (BlockingIOError, FileNotFoundError) as error:
+        return isinstance(error, FileNotFoundError)
+    return True

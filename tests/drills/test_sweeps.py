@@ -1,0 +1,389 @@
+"""Sweeps of which something dies: workers, schedulers, the sweep, a training, the database."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import train_process
+from distributed import Client
+from distributed.comm import connect
+from docs_blocks import blocks
+from sweep_process import Place, complete, parent
+from toy_process import ROOT, finish, is_alive, read_until, wait_for
+
+from experiments.tracking import supervisor
+from experiments.tracking.supervisor import free_port
+
+pytest_plugins = ("sweep_fixtures",)
+pytestmark = pytest.mark.slow
+
+RESUMED = str(ROOT / "tests" / "helpers" / "resumed_sweep.py")
+
+
+# Pickled by value: a scheduler cannot import this file.
+WANTED = eval(
+    "lambda dask_scheduler: [len(task.who_wants) for task in dask_scheduler.tasks.values()]",
+    {"__name__": "__main__"},
+)
+"""How many clients want each cell."""
+
+
+def statuses(database: Any) -> list[str]:
+    return [run["status"] for run in database["runs"].find().sort("_id", 1)]
+
+
+def held(place: Place, database: Any, number: int) -> None:
+    """Wait for trainings that have a RUNNING record, so that a signal is recorded."""
+    wait_for(lambda: place.started().total() == number)
+    wait_for(lambda: database["runs"].count_documents({"status": "RUNNING"}) > 0)
+
+
+def test_a_worker_killed_in_mid_cell(place: Place, database: Any) -> None:
+    sweep = place.start("methods=plain", "seeds=1", "hold=True", "--workers", "1")
+    held(place, database, 1)
+    first = place.training()
+    worker = parent(first)
+    assert parent(worker) == sweep.pid
+    os.kill(worker, signal.SIGKILL)
+    wait_for(lambda: not is_alive(first))
+    wait_for(lambda: place.started().total() == 2)
+    assert not complete(database)
+    place.let_end(2)
+    code, output = finish(sweep)
+    assert code == 0 and "Traceback" not in output and "distributed" not in output, output
+    assert statuses(database) == ["FAILED", "COMPLETED"]
+
+
+def test_a_worker_killed_again_and_again_is_given_up(place: Place, database: Any) -> None:
+    """Dask's own limit: three deaths are forgiven; nothing is chosen, and it is said."""
+    sweep = place.start("methods=tuned", "seeds=1", "hold=True", "--workers", "1")
+    place.let_end(2)  # two settings of the grid complete, the third takes its worker with it
+    seen = 2
+    while sweep.poll() is None:
+        if place.started().total() > seen:
+            seen += 1
+            worker = parent(place.training())
+            if worker > 1:
+                os.kill(worker, signal.SIGKILL)
+        time.sleep(0.05)
+    code, output = finish(sweep)
+    assert code == 1 and "Traceback" not in output, output
+    assert "tuned/grid/2: interrupted: its worker died" in output
+    assert "tuned/final/0: pending: nothing is chosen before its whole grid" in output
+    assert len(complete(database)) == 2
+    place.let_end(100)
+    code, output = place.run("methods=tuned", "seeds=1", "hold=True")
+    assert code == 0 and "tuned: lr=0.2, of validation accuracies 90.0 100.0 100.0" in output
+    assert len(complete(database)) == len(set(complete(database))) == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGXCPU])
+def test_a_death_from_outside_is_no_failure_of_a_setting(
+    place: Place, database: Any, number: signal.Signals
+) -> None:
+    """The better setting dies twice in one call: nothing is chosen until it has completed."""
+    sweep = place.start("methods=tuned", "seeds=1", "hold=True", "--workers", "1")
+    place.let_end(1)
+    for started in (2, 3):
+        held(place, database, started)
+        wait_for(lambda: statuses(database)[-1] == "RUNNING")
+        os.kill(place.training(), number)
+        wait_for(lambda: statuses(database)[-1] != "RUNNING" or sweep.poll() is not None)
+    place.let_end(4)
+    code, output = finish(sweep)
+    assert code == 1 and f"tuned/grid/1: interrupted: killed by {number.name}" in output, output
+    assert "tuned/final/0: pending: nothing is chosen before its whole grid" in output
+    assert "missing: tuned/grid/1" in output and len(complete(database)) == 2
+    place.let_end(100)
+    code, output = place.run("methods=tuned", "seeds=1", "hold=True")
+    assert code == 0 and "tuned: lr=0.2, of" in output, output
+
+
+def test_a_killed_sweep_goes_on_from_the_checkpoint(place: Place, database: Any) -> None:
+    """The training stops itself after its checkpoint, and is killed with the sweep."""
+    place.env |= train_process.environment(signal=[12, signal.SIGSTOP], checkpoint=8)
+    sweep = place.start("--workers", "1", sweep=RESUMED)
+    folder = wait_for(lambda: list(place.folder.glob("runs/*/checkpoint.pt")))[0].parent
+    wait_for(lambda: database["runs"].count_documents({"status": "RUNNING"}) == 1)
+    training = wait_for(lambda: _stopped_in(place))
+    sweep.kill()
+    finish(sweep)
+    wait_for(lambda: not is_alive(training))
+    place.env |= train_process.environment()
+    code, output = place.run("--workers", "1", sweep=RESUMED)
+    assert code == 0, output
+    assert statuses(database) == ["INTERRUPTED", "COMPLETED"]
+    assert database["runs"].find_one({"_id": 2})["info"]["resumes"] == folder.name
+    again = place.run(sweep=RESUMED)
+    assert again[0] == 0 and len(statuses(database)) == 2, "nothing finished runs twice"
+
+
+def _stopped_in(place: Place) -> int:
+    """The stopped process that works in this place, 0 if there is none."""
+    found = subprocess.run(["ps", "-eo", "pid=,stat="], capture_output=True, text=True).stdout
+    for line in found.splitlines():
+        process, state = line.split()
+        try:
+            if state.startswith("T") and os.readlink(f"/proc/{process}/cwd") == str(place.folder):
+                return int(process)
+        except OSError:
+            continue
+    return 0
+
+
+def test_a_sweep_killed_twice_loses_nothing_and_runs_nothing_twice(
+    place: Place, database: Any
+) -> None:
+    arguments = ("methods=plain", "seeds=4", "hold=True", "--workers", "1")
+    for number in (1, 2):
+        place.let_end(2 * number - 1)
+        sweep = place.start(*arguments)
+        wait_for(lambda number=number: place.started().total() == 2 * number)
+        sweep.kill()
+        finish(sweep)
+        wait_for(lambda: not is_alive(place.training()))
+        done = complete(database)
+        assert len(done) == number, "killed while a cell was open"
+        assert {place.started()[cell] for cell in done} <= {1, 2}
+
+    place.let_end(100)
+    before, done = place.started(), complete(database)
+    code, output = place.run(*arguments)
+    assert code == 0 and "4 completed" in output, output
+    assert len(complete(database)) == len(set(complete(database))) == 4
+    assert {cell: place.started()[cell] for cell in done} == {cell: before[cell] for cell in done}
+    assert len(statuses(database)) == place.started().total(), "every start is there"
+    assert "RUNNING" not in statuses(database)
+    assert database["sweep_locks"].distinct("_id") == ["database"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_stopped_sweep_brings_its_trainings_home(
+    place: Place, database: Any, number: signal.Signals
+) -> None:
+    """As from a terminal or a batch system: every process of the sweep's group gets the signal."""
+    sweep = place.start("methods=plain", "seeds=2", "hold=True", "--workers", "2",
+                        start_new_session=True)  # fmt: skip
+    held(place, database, 2)
+    wait_for(lambda: statuses(database) == ["RUNNING"] * 2)
+    os.killpg(sweep.pid, number)
+    code, output = finish(sweep)
+    assert code == 128 + number and f"stopped by {number.name}; the same command" in output, output
+    assert "Traceback" not in output
+    assert statuses(database) == ["INTERRUPTED"] * 2
+    assert database["sweep_locks"].distinct("_id") == ["database"]
+    assert not list((place.folder / "data" / "sweeps").iterdir())
+    assert "2 interrupted" in place.run("methods=plain", "seeds=2", "hold=True", "--list")[1]
+
+
+async def greeted(address: str) -> None:
+    """Dask's own handshake, which comes before every order."""
+    comm = await asyncio.wait_for(connect(address, timeout=5), 30)
+    await comm.close()
+
+
+def test_nobody_else_on_this_machine_gives_orders(place: Place, database: Any) -> None:
+    """Dask runs whatever it is sent: every port of a sweep of one's own wants its keys."""
+    sweep = place.start("methods=plain", "seeds=1", "hold=True", "--workers", "1")
+    held(place, database, 1)
+    own = psutil.Process(sweep.pid)
+    listening = {
+        connection.laddr.port
+        for process in [own, *own.children(recursive=True)]
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert len(listening) >= 3, "the scheduler, its dashboard, a worker"
+    for port in listening:
+        with pytest.raises((OSError, asyncio.TimeoutError)):
+            asyncio.run(greeted(f"tcp://127.0.0.1:{port}"))
+    asyncio.run(greeted(place.scheduler()[1]))  # as one without keys would answer
+    place.let_end(1)
+    assert finish(sweep)[0] == 0
+
+
+def test_two_clients_on_one_scheduler(place: Place, database: Any) -> None:
+    _, address = place.scheduler()
+    for _ in range(2):
+        place.worker(address)
+    words = ("methods=tuned,plain", "pause=0.3", "seeds=2", "--scheduler", address)
+    both = [finish(process) for process in [place.start(*words) for _ in range(2)]]
+    assert [code for code, _ in both] == [0, 0], both
+    assert all("7 completed" in output and "Traceback" not in output for _, output in both), both
+    # one final run is the very run of the grid
+    assert len(complete(database)) == len(set(complete(database))) == 6
+    assert set(place.started().values()) == {1}
+
+
+def test_the_other_client_keeps_the_cell_of_one_that_is_killed(
+    place: Place, database: Any
+) -> None:
+    _, address = place.scheduler()
+    place.worker(address)
+    words = ("methods=plain", "seeds=1", "hold=True", "--scheduler", address)
+    first = place.start(*words)
+    held(place, database, 1)
+    second = place.start(*words)
+    with Client(address) as client:
+        wait_for(lambda: client.run_on_scheduler(WANTED) == [2])
+    first.kill()
+    finish(first)
+    place.let_end(1)
+    assert finish(second)[0] == 0
+    assert statuses(database) == ["COMPLETED"] and place.started().total() == 1
+
+
+def test_a_killed_client_leaves_no_training_behind(place: Place, database: Any) -> None:
+    _, address = place.scheduler()
+    place.worker(address)
+    sweep = place.start("methods=plain", "seeds=1", "hold=True", "--scheduler", address)
+    held(place, database, 1)
+    sweep.kill()
+    wait_for(lambda: statuses(database) == ["INTERRUPTED"])
+    wait_for(lambda: not is_alive(place.training()))
+
+
+def test_the_scheduler_goes(place: Place, database: Any) -> None:
+    scheduler, address = place.scheduler()
+    place.worker(address)
+    words = ("methods=plain", "seeds=3", "hold=True", "--scheduler")
+    place.let_end(1)
+    sweep = place.start(*words, address)
+    held(place, database, 2)
+    scheduler.kill()
+    code, output = finish(sweep)
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert code == 1 and len(errors) == 1, output
+    assert f"the scheduler at {address} has gone" in errors[0]
+    assert "Traceback" not in output and "distributed" not in output, output
+    wait_for(lambda: not is_alive(place.training()))
+    _, address = place.scheduler("another")
+    place.worker(address)
+    place.let_end(100)
+    code, output = place.run(*words, address)
+    assert code == 0 and "3 completed" in output, output
+    assert len(complete(database)) == len(set(complete(database))) == 3
+    assert place.started().total() == 4 == len(statuses(database))
+
+
+def test_twelve_cells_on_two_schedulers_of_one_database(place: Place, database: Any) -> None:
+    """Neither waits for the other while there is something else to do, and none runs twice."""
+    addresses = [place.scheduler(name)[1] for name in ("one", "two")]
+    for address in addresses:
+        place.worker(address)
+    words = ("methods=plain", "seeds=12", "pause=0.5", "--scheduler")
+    both = [finish(process) for process in [place.start(*words, a) for a in addresses]]
+    assert [code for code, _ in both] == [0, 0], both
+    assert all("12 cells: 12 completed" in output for _, output in both), both
+    assert len(complete(database)) == len(set(complete(database))) == 12
+    assert set(place.started().values()) == {1}
+    assert len({worker for _, _, worker in place.trainings()}) == 2, "both have worked"
+
+
+def test_a_worker_of_another_database_is_told(place: Place, database: Any) -> None:
+    _, address = place.scheduler()
+    place.worker(address, L2L_IMPLICIT_DATA=str(place.folder / "other"))
+    code, output = place.run("methods=plain", "seeds=1", "--scheduler", address)
+    assert code == 1 and "this worker's database is embedded, not the sweep's" in output, output
+    assert not place.started() and "Traceback" not in output
+
+
+def test_a_worker_outside_the_checkout_loses_nothing(place: Place, database: Any) -> None:
+    """It ends at the first cell that it is sent, with Python's own words in its terminal."""
+    _, address = place.scheduler()
+    stranger = place.worker(address, PYTHONPATH="")
+    sweep = place.start("methods=plain", "seeds=1", "--scheduler", address)
+    read_until(sweep, "no worker is connected; expected one that is started in the checkout")
+    stranger.wait()
+    place.worker(address)
+    assert finish(sweep)[0] == 0
+    assert statuses(database) == ["COMPLETED"]
+
+
+def test_a_sweep_waits_for_its_first_worker(place: Place, database: Any) -> None:
+    _, address = place.scheduler()
+    sweep = place.start("methods=plain", "seeds=1", "--scheduler", address)
+    read_until(sweep, "no worker is connected")
+    place.worker(address)
+    assert finish(sweep)[0] == 0
+
+
+def test_a_database_that_goes_away_costs_nothing(place: Place, database: Any) -> None:
+    sweep = place.start("methods=plain", "seeds=2", "hold=True", "--workers", "1")
+    held(place, database, 1)
+    server = supervisor.read_server_file(place.folder / "data" / "mongodb")["server"]
+    os.kill(server, signal.SIGKILL)
+    place.let_end(2)
+    code, output = finish(sweep)
+    assert code == 0, output
+    assert len(complete(database)) == 2 and set(place.started().values()) == {1}
+
+
+def test_printed_lines_run_their_own_cell_in_any_order(place: Place, database: Any) -> None:
+    code, output = place.run("methods=tuned", "seeds=2", "pause=0.3", "--print")
+    lines = output.splitlines()
+    assert code == 0 and len(lines) == 5
+    assert lines[-1].startswith("python -m experiments.sweep ")
+    place.env["PATH"] = f"{os.path.dirname(sys.executable)}:{place.env['PATH']}"
+    # a final run's line first: it runs the grid it needs; each line twice, all at once
+    commands = [lines[-1], lines[-2], lines[0], lines[0], lines[-1]]
+    ended = [finish(p) for p in [place.popen(line, shell=True) for line in commands]]
+    assert [code for code, _ in ended] == [0] * 5, ended
+    assert len(complete(database)) == 4 and set(place.started().values()) == {1}
+
+
+def of_the_docs(place: Place, number: int, **replaced: str) -> list[list[str]]:
+    """The commands of the page's block of this number that says that it is run here."""
+    page = (ROOT / "docs" / "sweeps.md").read_text()
+    block = [block for block in blocks(page) if "tests/drills/test_sweeps.py" in block.reason]
+    text = block[number].text
+    for old, new in replaced.items():
+        assert old in text
+        text = text.replace(old, new)
+    python = Path(sys.executable).parent
+    place.env["PATH"] = f"{place.folder}:{python}:{place.env['PATH']}"
+    return [["sh", "-c", f"exec {line}"] for line in text.strip().splitlines()]
+
+
+QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+
+
+def test_the_two_machines_of_the_docs(place: Place, database: Any) -> None:
+    port = str(free_port(None))
+    lines = of_the_docs(place, 0, HOST="127.0.0.1", **{"8786": port})
+    for line in lines[:2]:
+        place.popen(line, **QUIET)
+    code, output = finish(place.popen(lines[2]))
+    assert code == 0 and "2 cells: 2 completed" in output, output
+
+
+SBATCH = """#!/bin/sh
+for task in $(seq "${1#--array=1-}"); do SLURM_ARRAY_TASK_ID=$task sh -c "$3" & done
+wait
+"""
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_slurm_of_the_docs(place: Place, database: Any, number: int) -> None:
+    """With a stand-in for sbatch that runs the tasks of an array here."""
+    (place.folder / "sbatch").write_text(SBATCH)
+    (place.folder / "sbatch").chmod(0o755)
+    *lines, last = of_the_docs(place, number, **({"1-8": "1-2"} if number == 1 else {}))
+    for line in lines:
+        process = place.popen(line, **QUIET)
+        if number == 1:
+            wait_for((place.folder / "scheduler.json").exists)
+        else:
+            process.wait()
+    code, output = finish(place.popen(last))
+    assert code == 0, output
+    assert len(complete(database)) == len(set(complete(database))) == 2

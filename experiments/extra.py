@@ -13,7 +13,9 @@ def _present(name: str) -> bool:
         return False
 
 
-for _name in ("sacred", "pymongo", "matplotlib"):
+for _name in (
+    "sacred", "pymongo", "matplotlib", "pydantic", "distributed", "pandas", "jinja2", "scipy",
+):  # fmt: skip
     if not _present(_name):
         raise ModuleNotFoundError(
             f"expected {_name} for the experiments, got none; "

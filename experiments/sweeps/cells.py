@@ -75,7 +75,7 @@ def parse_value(text: str) -> Any:
     """A Python literal, else the text itself, as Sacred reads its command line."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
 
 

@@ -10,8 +10,7 @@ import higher  # noqa: F401  (these tests need the extra "baselines")
 import pytest
 import torch
 import torch.nn.functional as F
-from baseline_oracles import Case, make_case
-from baseline_tasks import gradients, outer_step, query_loss, support_loss
+from baseline_oracles import Case, gradients, make_case, outer_step, query_loss, support_loss
 from oracles import relative_error
 from torch import Tensor, nn
 

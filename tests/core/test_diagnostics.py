@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from small_task import adapt
 from torch import Tensor, nn
 
 from l2l_implicit import (
@@ -37,11 +38,7 @@ def run(parent: ImplicitCGHead, x: Tensor, steps: int, how: str = "loss") -> Imp
     def loss() -> Tensor:
         return F.cross_entropy(learner(x), Y)
 
-    if how == "closure":
-        learner.adapt(loss, steps=steps)
-    else:
-        for _ in range(steps):
-            learner.adapt(loss())
+    adapt(learner, loss, how, steps)
     F.cross_entropy(learner(x), Y.roll(1)).backward()
     return learner
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import implicit, polish, relative_error
+from small_task import adapt
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 
@@ -143,11 +144,7 @@ def test_hypergradient(name: str, how: str) -> None:
     def loss() -> Tensor:
         return case.loss(learner(support), case.targets[0])
 
-    if how == "closure":
-        learner.adapt(loss, steps=40)
-    else:
-        for _ in range(40):
-            learner.adapt(loss())
+    adapt(learner, loss, how, 40)
     case.loss(learner(query), case.targets[1]).backward()
     found = torch.cat([p.detach().reshape(-1) for p in learner.parameters()])
     leaves = [*case.backbone.parameters(), *case.head.parameters()]

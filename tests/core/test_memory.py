@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import peak_of_live_tensors
+from small_task import adapt
 from torch import Tensor, nn
 
 from experiments.training.peak_memory import peak_memory
@@ -45,11 +46,7 @@ def task(parent: nn.Module, width: int, how: str, steps: int) -> Callable[[], ob
         def loss() -> Tensor:
             return F.cross_entropy(learner(h), Y)
 
-        if how == "closure":
-            learner.adapt(loss, steps=steps)
-        else:
-            for _ in range(steps):
-                learner.adapt(loss())
+        adapt(learner, loss, how, steps)
         F.cross_entropy(learner(h), Y).backward()
         for leaf in (theta, *parent.parameters()):
             leaf.grad = None

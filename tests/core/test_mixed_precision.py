@@ -46,11 +46,7 @@ def adapt(head: Any, features: Tensor, how: str) -> Tensor:
     def loss() -> Tensor:
         return F.cross_entropy(learner(support), LABELS[:12])
 
-    if how == "closure":
-        learner.adapt(loss, steps=20)
-    else:
-        for _ in range(20):
-            learner.adapt(loss())
+    adapt(learner, loss, how, 20)
     return F.cross_entropy(learner(query), LABELS[12:])
 
 

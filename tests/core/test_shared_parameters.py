@@ -54,11 +54,7 @@ def expected(parent: ImplicitCGHead, inputs: tuple[Tensor, Tensor], adapts: bool
 
 
 def adapt(learner: ImplicitCGHead, loss: Callable[[], Tensor], how: str) -> None:
-    if how == "closure":
-        learner.adapt(loss, steps=40)
-    else:
-        for _ in range(40):
-            learner.adapt(loss())
+    adapt(learner, loss, how, 40)
 
 
 def query_loss(learner: ImplicitCGHead, h: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import implicit, linear
 from head_problems import Problem, Settings, loss_of, query_loss, right_features
+from oracles import implicit, linear
 from solver_settings import WAYS, clustered
 from torch import Tensor, nn
 from verdict import Heard, judge, must_be_right, off
@@ -52,11 +52,7 @@ def on_features(
         head = nn.Linear(own.width, own.ways, own.bias).to(dtype)
         x = task.x.clone().to(dtype).requires_grad_()
         learner = ImplicitCGHead(head, lr=0.1, l2=own.l2, **settings).clone()
-        if how == "closure":
-            learner.adapt(lambda: loss_of(own, learner(x), task.y, own.reduction), steps=steps)
-        else:
-            for _ in range(steps):
-                learner.adapt(loss_of(own, learner(x), task.y, own.reduction))
+        adapt(learner, lambda: loss_of(own, learner(x), task.y, own.reduction), how, steps)
         query_loss(task, learner(task.query.to(dtype))).backward()
         assert x.grad is not None
         return x.grad

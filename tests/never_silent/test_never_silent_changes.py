@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import implicit, solve
-from small_nets import LR, NETS, QUERY, D, Y, adapt, forward, objective, outer, start_of
+from oracles import implicit, solve
 from torch import Tensor, nn
 from torch.nn.utils import vector_to_parameters
+from two_layers import LR, NETS, QUERY, D, Y, adapt, forward, objective, outer, start_of
 from verdict import Heard, flat, judge, off
 
 from l2l_implicit import (

@@ -8,9 +8,10 @@ from functools import cache
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import implicit
-from small_nets import LR, NETS, QUERY, D, X, Y, adapt, forward, objective, outer, start_of
+from oracles import implicit
+from small_task import adapt
 from torch import Tensor
+from two_layers import LR, NETS, QUERY, D, X, Y, adapt, forward, objective, outer, start_of
 from verdict import flat, judge, must_be_right
 
 from l2l_implicit import ImplicitMAML, Newton
@@ -74,10 +75,7 @@ def test_data_changed_before_backward(name: str, how: str, change: str, what: st
                 return F.cross_entropy(learner(x), y)
             return (weight * F.cross_entropy(learner(x), y, reduction="none")).mean()
 
-        if how == "closure":
-            learner.adapt(loss, steps=30)
-        for _ in range(12 if how == "losses" else 0):
-            learner.adapt(loss())
+        adapt(learner, loss, how, 30 if how == "closure" else 12)
         query_loss = F.cross_entropy(learner(QUERY), Y)
         if what == "y":
             y.numpy().fill(0) if change == "numpy" else y.copy_(y.flip(0))
@@ -116,10 +114,7 @@ def test_data_changed_between_two_adapts(name: str, how: str, change: str, what:
         for turn in range(2):
             if turn == 1 and late:
                 changed()
-            if how == "closure":
-                learner.adapt(lambda: F.cross_entropy(learner(x), y), steps=60)
-            for _ in range(25 if how == "losses" else 0):
-                learner.adapt(F.cross_entropy(learner(x), y))
+            adapt(learner, lambda: F.cross_entropy(learner(x), y), how, 60 if how == "closure" else 25)
         F.cross_entropy(learner(QUERY), Y).backward()
         assert l2.grad is not None
         return flat([*learner.module.parameters(), *(p.grad for p in net.parameters()), l2.grad])

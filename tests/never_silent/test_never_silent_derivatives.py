@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import Function, implicit, linear, response
+from oracles import Function, implicit, linear, response
 from torch import Tensor, nn
 from torch.autograd.function import Function as Operation
 from torch.autograd.function import once_differentiable

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import implicit
+from oracles import implicit
+from small_task import adapt
 from solver_settings import WAYS, clustered
 from torch import Tensor, nn
 from verdict import Heard, flat, judge, must_be_right
@@ -37,10 +38,7 @@ def test_no_regulariser(way: str, size: float) -> None:
             features, goal = x.clone().to(dtype).requires_grad_(), y.to(dtype)
             head = ImplicitCGHead(nn.Linear(5, 3).to(dtype), 0.1, l2=0.0, **WAYS[way])
             learner = head.clone()
-            if how == "closure":
-                learner.adapt(lambda: F.mse_loss(learner(features), goal), steps=60)
-            for _ in range(5 if how == "losses" else 0):
-                learner.adapt(F.mse_loss(learner(features), goal))
+            adapt(learner, lambda: F.mse_loss(learner(features), goal), how, 60 if how == "closure" else 5)
             if how == "together":
                 adapted = head.adapt_together(features[None], goal[None], steps=60)
                 outputs = adapted(query[None].to(dtype))[0]
@@ -138,10 +136,7 @@ def test_no_support(name: str, reduction: str, anchor: str, inner: Any) -> None:
 
             def adapted(net=net, how=how) -> Tensor:  # type: ignore[no-untyped-def]
                 learner = ImplicitCGHead(net, 0.1, l2=0.5, anchor=anchor, inner=inner).clone()
-                if how == "closure":
-                    learner.adapt(lambda: EMPTY[name](learner(none), reduction), steps=60)
-                for _ in range(60 if how == "losses" else 0):
-                    learner.adapt(EMPTY[name](learner(none), reduction))
+                adapt(learner, lambda: EMPTY[name](learner(none), reduction), how, 60)
                 learner(torch.ones(2, 5)).sum().backward()
                 return flat(list(learner.module.parameters())[:2])
 

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import implicit, linear, network, slope_along
+from oracles import implicit, linear, network, slope_along
+from small_task import adapt
 from torch import Tensor, nn
 from verdict import flat, judge, must_be_right
 
@@ -67,10 +68,7 @@ class TwoLayers:
         def call() -> Tensor:
             self.net.zero_grad()
             learner = ImplicitMAML(self.net, lr=0.1, l2=self.l2, **settings).clone()
-            if how == "closure":
-                learner.adapt(lambda: F.cross_entropy(learner(self.x), self.y), steps=steps)
-            for _ in range(steps if how == "losses" else 0):
-                learner.adapt(F.cross_entropy(learner(self.x), self.y))
+            adapt(learner, lambda: F.cross_entropy(learner(self.x), self.y), how, steps)
             self.end = flat(learner.module.parameters())
             F.cross_entropy(learner(self.query), self.y).backward()
             found = flat(p.grad for p in self.net.parameters())

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import Function, linear, response
+from oracles import Function, linear, response
+from small_task import adapt
 from torch import Tensor, nn
 from torch.autograd.function import Function as Operation
 from torch.func import grad
@@ -83,10 +84,7 @@ def test_losses_of_a_linear_head(name: str, way: str) -> None:
     def gradient() -> Tensor:
         x = X.clone().requires_grad_()
         learner = ImplicitCGHead(nn.Linear(5, 3).double(), 0.1, l2=l2, **settings).clone()
-        if how == "closure":
-            learner.adapt(lambda: loss(learner(x), Y), steps=steps)
-        for _ in range(2 * steps if how == "losses" else 0):
-            learner.adapt(loss(learner(x), Y))
+        adapt(learner, lambda: loss(learner(x), Y), how, steps if how == "closure" else 2 * steps)
         F.cross_entropy(learner(QUERY), Y).backward()
         assert x.grad is not None
         return x.grad
@@ -112,10 +110,7 @@ def test_a_loss_that_comes_after_a_good_one(name: str, how: str) -> None:
     def adapted(loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         net.zero_grad()
         learner = maml.clone()
-        if how == "closure":
-            learner.adapt(lambda: loss(learner(X), Y), steps=50)
-        for _ in range(12 if how == "losses" else 0):
-            learner.adapt(loss(learner(X), Y))
+        adapt(learner, lambda: loss(learner(X), Y), how, 50 if how == "closure" else 12)
         F.cross_entropy(learner(QUERY), Y).backward()
         return flat(in_order([p.grad for p in net.parameters()], net))
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from small_task import HOWS, adapt
 from torch import Tensor, nn
 
 from l2l_implicit import GradientDescent, ImplicitCGHead, Newton, UnsolvedWarning
@@ -74,11 +75,7 @@ def warned(learner: ImplicitCGHead, x: Tensor, how: str) -> list[str]:
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UnsolvedWarning)
-        if how == "closure":
-            learner.adapt(loss, steps=20)
-        else:
-            for _ in range(20):
-                learner.adapt(loss())
+        adapt(learner, loss, how, 20)
     return [str(w.message) for w in caught if "second derivative" in str(w.message)]
 
 
@@ -87,25 +84,26 @@ def run(between: Callable[[Tensor], Tensor], inner: InnerSolver, how: str, lr: f
     return warned(learner, torch.randn(12, 4), how)
 
 
-@pytest.mark.parametrize("how", ["loss", "closure"])
+@HOWS
 @pytest.mark.parametrize("inner", SOLVERS, ids=repr)
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_one_is_said(name: str, inner: InnerSolver, how: str) -> None:
-    found = [run(WRONG[name], inner, how, lr=0.3) for _ in range(10)]
+    runs = 4 if how == "closure" else 10
+    found = [run(WRONG[name], inner, how, lr=0.3) for _ in range(runs)]
     assert all(len(each) <= 1 for each in found)
     # Losses show it only where the steps are short enough to tell; a closure always does.
-    assert sum(map(len, found)) >= (10 if how == "closure" else 5)
+    assert sum(map(len, found)) >= (runs if how == "closure" else runs // 2)
 
 
-@pytest.mark.parametrize("how", ["loss", "closure"])
+@HOWS
 @pytest.mark.parametrize("inner", SOLVERS, ids=repr)
 @pytest.mark.parametrize("lr", [0.03, 1.0])
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_right_one_is_never_doubted(name: str, lr: float, inner: InnerSolver, how: str) -> None:
-    assert not any(run(RIGHT[name], inner, how, lr) for _ in range(10))
+    assert not any(run(RIGHT[name], inner, how, lr) for _ in range(3))
 
 
-@pytest.mark.parametrize("how", ["loss", "closure"])
+@HOWS
 def test_one_loss_does_not_speak_for_another(how: str) -> None:
     """A learner that has seen a right one still looks at a wrong one, and once at each."""
     net, x, said = Net(torch.tanh), torch.randn(12, 4), []

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from head_doors import DOORS, DOUBT, Outcome
 from head_problems import Problem, known, loss_of, problems, query_loss
-from oracles import implicit, relative_error
-from random_heads import measure
+from oracles import flat, implicit, relative_error
+from random_heads import DOORS, DOUBT, Outcome, measure
 from torch import Tensor
 from torch.func import grad
 
@@ -17,14 +16,19 @@ NUMBER, LARGEST = 60, 400  # problems of each family; samples times classes of e
 
 def as_function(problem: Problem) -> tuple[Tensor, list[Tensor]]:
     """The head's initial values in one vector, then theta: features, l2."""
-    start = torch.cat([p.detach().reshape(-1) for p in problem.head.parameters()])
-    return start, [problem.x, torch.tensor(problem.settings.l2, dtype=torch.float64)]
+    l2 = torch.tensor(problem.settings.l2, dtype=torch.float64)
+    return flat(problem.head.parameters()), [problem.x, l2]
 
 
 def logits(problem: Problem, phi: Tensor, x: Tensor) -> Tensor:
     ways, width = problem.settings.ways, problem.settings.width
     bias = phi[ways * width :] if problem.settings.bias else None
     return F.linear(x, phi[: ways * width].view(ways, width), bias)
+
+
+def in_torchs_order(w: Tensor, width: int) -> Tensor:
+    """Weights ``[d, k]``, the bias a last row, as one vector."""
+    return torch.cat([w[:width].t().reshape(-1), w[width:].reshape(-1)])
 
 
 def small(family: str, number: int) -> list[Problem]:
@@ -43,29 +47,22 @@ def test_the_oracle_is_the_formula_with_dense_matrices(family: str) -> None:
         settings, (truth, _) = problem.settings, known(problem)
         start, theta = as_function(problem)
 
-        def inner(
-            phi: Tensor, x: Tensor, l2: Tensor, a: Tensor, problem: Problem = problem
-        ) -> Tensor:
-            loss = loss_of(
-                problem.settings, logits(problem, phi, x), problem.y, problem.settings.reduction
-            )
+        def inner(phi: Tensor, x: Tensor, l2: Tensor, a: Tensor, of: Problem = problem) -> Tensor:
+            loss = loss_of(of.settings, logits(of, phi, x), of.y, of.settings.reduction)
             return loss + l2 / 2 * (phi - a).square().sum()
 
-        def outer(
-            phi: Tensor, x: Tensor, l2: Tensor, a: Tensor, problem: Problem = problem
-        ) -> Tensor:
-            return query_loss(problem, logits(problem, phi, problem.query))
+        def outer(phi: Tensor, x: Tensor, l2: Tensor, a: Tensor, of: Problem = problem) -> Tensor:
+            return query_loss(of, logits(of, phi, of.query))
 
         anchor = start if settings.anchor == "init" else torch.zeros_like(start)
         w = torch.from_numpy(truth.weights.astype("float64"))
-        parts = [w[: settings.width].t(), *([w[-1]] if settings.bias else [])]
-        phi = torch.cat([part.reshape(-1) for part in parts])
+        phi = in_torchs_order(w, settings.width)
         slope = grad(inner)(phi, *theta, anchor)
         assert float(slope.norm()) < 1e-9 * settings.l2 * (1 + float(phi.norm())) + 1e-10
         features, l2, a = implicit(inner, outer, [*theta, anchor], phi)
-        vector = [truth.start[: settings.width].t(), *([truth.start[-1]] if settings.bias else [])]
+        vector = in_torchs_order(truth.start, settings.width)
         assert relative_error([truth.features], [features]) < 1e-6, problem.name
-        assert relative_error([torch.cat([p.reshape(-1) for p in vector])], [a]) < 1e-6
+        assert relative_error([vector], [a]) < 1e-6
         assert abs(truth.l2 - float(l2)) < 1e-6 * truth.l2_scale
         checked += 1
     assert checked > 4

@@ -88,7 +88,11 @@ def test_itd_bio_by_finite_differences(name: str) -> None:
     case = make_case(name)
     outer_step(UnrolledMAML(case.module, LR, learn_init=False), case, 5)
     (theta,), start, direction = case.constants(), case.start(), torch.randn(4, 4)
-    expected = slope_at_zero(lambda t: query_loss_after(case, start, (theta + t * direction,), LR, 5), 1e-3)
+
+    def value(t: float) -> torch.Tensor:
+        return query_loss_after(case, start, (theta + t * direction,), LR, 5)
+
+    expected = slope_at_zero(value, 1e-3)
     assert relative_error([(case.theta[0].grad * direction).sum()], [expected]) < 1e-9
 
 

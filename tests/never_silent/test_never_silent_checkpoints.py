@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import implicit, linear
+from oracles import flat, implicit_from, linear
 from small_task import adapt
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from two_layers import FIRST, HIDDEN, QUERY, WAYS, D, Net, X, Y, net_of, on_start, truth
-from verdict import Heard, flat, judge, off
+from verdict import Heard, judge, off
 
 from l2l_implicit import GradientDescent, ImplicitCGHead, ImplicitMAML, Newton
 
@@ -115,4 +115,4 @@ def test_a_checkpointed_backbone(kind: str, how: str) -> None:
         return F.cross_entropy(linear(phi, torch.tanh(linear(theta, QUERY, HIDDEN)), 3), outer_y)
 
     theta = flat(FIRST.parameters())
-    judge(gradient, implicit(inner, outer, torch.zeros(3 * HIDDEN + 3, dtype=D), theta))
+    judge(gradient, implicit_from(inner, outer, torch.zeros(3 * HIDDEN + 3, dtype=D), theta))

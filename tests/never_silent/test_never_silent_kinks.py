@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import implicit, linear, network, slope_along
+from oracles import flat, implicit_from, linear, network, slope_along
 from small_task import adapt
 from torch import Tensor, nn
-from verdict import flat, judge, must_be_right
+from verdict import judge, must_be_right
 
 from l2l_implicit import LBFGS, Direct, GradientDescent, ImplicitCGHead, ImplicitMAML, Newton
 
@@ -106,7 +106,7 @@ def test_networks_of_other_bends(bend: str, way: str) -> None:
 
 def test_a_network_without_a_kink_is_right() -> None:
     task = TwoLayers("none", 0)
-    full = implicit(
+    full = implicit_from(
         lambda p, t: task.inner(p, t, 1.0), lambda p, t: task.outer(p, t, 1.0),
         task.start, task.start,
     )  # fmt: skip
@@ -176,7 +176,6 @@ class Features:
             inner = loss or self.loss
             learner.adapt(lambda: inner(learner(torch.tanh(self.x @ theta)), self.y), steps=steps)
             F.mse_loss(learner(torch.tanh(self.query @ theta)), self.query[:, :3]).backward()
-            assert theta.grad is not None
             return (theta.grad.reshape(-1) @ self.direction).reshape(1)
 
         return call
@@ -214,7 +213,7 @@ def test_losses_with_kinks_rounded_widely_are_right(loss: str) -> None:
     def rounded(out: Tensor, y: Tensor) -> Tensor:
         return task.rounded(out, y, 0.5)
 
-    full = implicit(
+    full = implicit_from(
         lambda p, t: task.inner(p, t, 0.5), lambda p, t: task.outer(p, t, 0.5),
         torch.zeros(12, dtype=D), task.theta.reshape(-1),
     )  # fmt: skip

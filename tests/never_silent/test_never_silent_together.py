@@ -109,7 +109,6 @@ def adapt_together(
         outputs = zip(tasks, adapted(query), strict=True)
         torch.stack([query_loss(task, out) for task, out in outputs]).sum().backward()
         notes.extend(adapted.diagnostics)
-        assert x.grad is not None
         return x.grad
 
     heard = Heard(call)
@@ -240,7 +239,6 @@ def test_padded_tasks(solver: str) -> None:
         learner = ImplicitCGHead(tasks[0].head, 0.1, l2=L2, **SOLVERS[solver])
         heads = learner.adapt_together(features, padded, steps=40)
         F.cross_entropy(heads(query).flatten(0, 1), y.flatten()).backward()
-        assert features.grad is not None
         return features.grad
 
     heard = Heard(gradient)
@@ -292,5 +290,4 @@ def test_five_losses_alone_are_the_tasks_together() -> None:
         for _ in range(5):
             learner.adapt(loss_of(task.settings, learner(x), task.y, "mean"))
         query_loss(task, learner(task.query)).backward()
-        assert x.grad is not None
         assert off(got.features[i], x.grad) < 1e-9

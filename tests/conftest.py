@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-
 pytest.register_assert_rewrite("contract", "verdict", "many_tasks")  # helpers that assert
 
 

@@ -119,9 +119,7 @@ def test_an_exception_in_a_closure_leaves_the_learner_as_it_was(
 class Inputs(dict):
     """A dict with an attribute, as model libraries pass them about."""
 
-    @property
-    def main(self) -> Tensor:
-        return self["main"]
+    main = property(lambda self: self["main"])
 
 
 class TakesInputs(nn.Linear):

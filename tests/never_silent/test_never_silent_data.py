@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import cache
 
 import pytest
@@ -16,29 +17,23 @@ from verdict import judge, must_be_right
 
 from l2l_implicit import ImplicitMAML, Newton
 
+IN_PLACE: dict[str, Callable[[Tensor], object]] = {
+    "mul_": lambda t: t.mul_(3.0),
+    ".data.mul_": lambda t: t.data.mul_(3.0),
+    "copy_": lambda t: t.copy_(t.flip(0) * 2.0),  # a loader's one buffer for every batch
+    "numpy": lambda t: t.detach().numpy().__setitem__(..., t.detach().flip(0).numpy() * 2.0),
+}
 
-def scaled(tensor: Tensor) -> None:
+
+def write(change: str, tensor: Tensor) -> None:
+    """Other numbers into a tensor; classes stay classes."""
     with torch.no_grad():
-        tensor.mul_(3.0)
-
-
-def scaled_unseen(tensor: Tensor) -> None:
-    tensor.data.mul_(3.0)
-
-
-def refilled(tensor: Tensor) -> None:
-    """As a loader does that uses one buffer for every batch."""
-    with torch.no_grad():
-        tensor.copy_(tensor.flip(0) * 2.0)
-
-
-def refilled_by_numpy(tensor: Tensor) -> None:
-    tensor.detach().numpy()[...] = tensor.detach().flip(0).numpy() * 2.0
-
-
-IN_PLACE = {
-    "mul_": scaled, ".data.mul_": scaled_unseen, "copy_": refilled, "numpy": refilled_by_numpy,
-}  # fmt: skip
+        if tensor.is_floating_point():
+            IN_PLACE[change](tensor)
+        elif change == "numpy":
+            tensor.numpy().fill(0)
+        else:
+            tensor.copy_(tensor.flip(-1))
 
 
 @cache
@@ -77,11 +72,9 @@ def test_data_changed_before_backward(name: str, how: str, change: str, what: st
 
         adapt(learner, loss, how, 30 if how == "closure" else 12)
         query_loss = F.cross_entropy(learner(QUERY), Y)
-        if what == "y":
-            y.numpy().fill(0) if change == "numpy" else y.copy_(y.flip(0))
-        else:
-            changed = {"l2": l2, "weights of the loss": weight, "anchor": next(net.parameters())}
-            IN_PLACE[change](changed.get(what, x))
+        changed = {"y": y, "l2": l2, "weights of the loss": weight}
+        changed["anchor"] = next(net.parameters())
+        write(change, changed.get(what, x))
         query_loss.backward()
         found = [*(p.grad for p in net.parameters()), l2.grad, x.grad]
         return flat(g for g in found if g is not None)
@@ -103,10 +96,7 @@ def test_data_changed_between_two_adapts(name: str, how: str, change: str, what:
         maml = ImplicitMAML(net, LR, l2=l2, inner=Newton())
 
         def changed() -> None:
-            if what == "y":
-                y.numpy().fill(0) if change == "numpy" else y.copy_(y.flip(0))
-            else:
-                IN_PLACE[change]({"x": x, "l2": l2}[what])
+            write(change, {"x": x, "y": y, "l2": l2}[what])
 
         if not late:
             changed()
@@ -134,10 +124,7 @@ def test_data_of_tasks_together(change: str, what: str) -> None:
         x, y = X.clone().unsqueeze(0), Y.clone().unsqueeze(0)
         adapted = learner.adapt_together(x, y, steps=20)
         query_loss = F.cross_entropy(adapted(QUERY.unsqueeze(0)).squeeze(0), Y)
-        if what == "features":
-            IN_PLACE[change](x)
-        else:
-            y.numpy().fill(0) if change == "numpy" else y.copy_(y.flip(1))
+        write(change, x if what == "features" else y)
         query_loss.backward()
         return l2.grad.reshape(1)
 

@@ -193,9 +193,11 @@ def test_normalised_weights_beside_the_learner_are_right(norm: str) -> None:
     def inner(phi: Tensor, h: Tensor) -> Tensor:
         return F.cross_entropy(linear(phi, h.view(12, -1), 3), Y) + l2 / 2 * phi.square().sum()
 
-    outer = lambda p, h: F.cross_entropy(linear(p, features, 3), Y.roll(1))  # noqa: E731
-    right = implicit_from(inner, outer, torch.zeros(15, dtype=D), features.reshape(-1)).view(12, HIDDEN)
-    must_be_right(gradient, right)
+    def outer(phi: Tensor, h: Tensor) -> Tensor:
+        return F.cross_entropy(linear(phi, features, 3), Y.roll(1))
+
+    right = implicit_from(inner, outer, torch.zeros(15, dtype=D), features.reshape(-1))
+    must_be_right(gradient, right.view(12, HIDDEN))
 
 
 @pytest.mark.parametrize("name", ["spectral norm", "old spectral norm"])

@@ -19,8 +19,7 @@ from problems import (
     truth,
 )
 from small_task import HOWS
-from small_task import adapt as take_steps
-from torch import Tensor, nn
+from torch import nn
 
 from l2l_implicit import CG, LBFGS, GradientDescent, ImplicitCGHead, Newton
 from l2l_implicit.linear_solvers.solution import FACTORED
@@ -159,21 +158,3 @@ def test_a_loss_is_linearized_where_it_was_computed() -> None:
     _, loss = adapt(make_learner(task, inner=GradientDescent()), task, "loss", 1)
     got = hypergradient(task, loss)[0]
     assert relative_error([got], [direct - torch.tensordot(v, mixed, dims=1)]) < 1e-11
-
-
-def test_a_closure_whose_data_change_takes_its_steps_from_the_start() -> None:
-    """Each step sees the data of its own call, as with losses."""
-    torch.manual_seed(0)
-    x, module = torch.randn(8, 12, 4), nn.Linear(4, 3)
-    labels, weights = torch.arange(12) % 3, []
-    for how in ("closure", "loss"):
-        learner = ImplicitCGHead(module, 0.3, inner=GradientDescent()).clone()
-        # A head in closed form is asked twice before it is known that the data change.
-        draws = iter([x[0], x[1], *x[:6]] if how == "closure" else x[:5])
-
-        def loss(learner=learner, draws=draws) -> Tensor:
-            return F.cross_entropy(learner(next(draws)), labels)
-
-        take_steps(learner, loss, how, 5)
-        weights.append(learner.module.weight)
-    assert relative_error(weights[:1], weights[1:]) < 1e-14

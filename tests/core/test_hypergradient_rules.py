@@ -56,16 +56,6 @@ def test_several_clones_alive_interleaved() -> None:
     assert relative_error(got, total) < 1e-8
 
 
-def test_gradients_accumulate_over_backward_calls() -> None:
-    task = problem(NAME)
-    parent = make_learner(task)
-    once = hypergradient(task, adapt(parent, task)[1])
-    once = [g.clone() for g in once]
-    adapt(parent, task)[1].backward()
-    twice = [t.grad for t in task.leaves()]
-    assert relative_error(twice, [2 * g for g in once]) < 1e-12
-
-
 @HOWS
 def test_retained_graph_gives_the_gradient_again(how: str) -> None:
     task, _, loss = adapted(how)

@@ -65,20 +65,6 @@ def test_the_steps_are_those_of_the_general_path(
         assert float((value - other).norm()) <= 1e-8 * float(other.norm()) + 1e-12
 
 
-@pytest.mark.parametrize("anchor", ["zero", "init"])
-@pytest.mark.parametrize("kind", FUNCTIONS)
-def test_one_newton_call_is_the_minimum_by_loss_and_by_closure(
-    kind: type[OutputLoss], anchor: str
-) -> None:
-    general = learn(
-        lambda z, y: FUNCTIONS[kind](z, y) * 1.0, 30, 40, True, anchor, "closure", EXACT
-    )
-    for how, steps in (("loss", 1), ("loss", 5), ("closure", 1), ("closure", 20)):
-        found = learn(FUNCTIONS[kind], 30, steps, True, anchor, how, {})
-        for value, other in zip(found, general, strict=True):
-            assert float((value - other).norm()) <= 1e-8 * float(other.norm()) + 1e-12
-
-
 def solved() -> tuple[ImplicitCGHead, Tensor]:
     """A learner whose head Newton has solved, and its features."""
     h = torch.randn(M, WIDTH, requires_grad=True) * 1.0

@@ -93,39 +93,26 @@ def test_features_that_adapt_with_the_head(
 
 
 @pytest.mark.parametrize("factor", [1.0, None])
-def test_features_kept_from_a_closures_first_call(
-    factor: float | None, parent: ImplicitCGHead, inputs: Inputs
-) -> None:
-    """They depend on the parameters of one inner step, from where no gradient finds its way."""
-    learner, kept = parent.clone(), []
-
-    def loss() -> Tensor:
-        if not kept:
-            kept.append(features(inputs[0], learner.module.weight))
-        value = F.cross_entropy(learner(kept[0]), LABELS)
-        return value if factor is None else factor * value
-
-    learner.adapt(loss, steps=40)
-    total = query_loss(learner, features(inputs[1], parent.module.weight))
-    with pytest.raises(RuntimeError, match="kept from one of its calls"):
-        total.backward()
-
-
-@pytest.mark.parametrize("factor", [1.0, None])
-@pytest.mark.parametrize("what", ["outputs", "parameters"])
-def test_a_query_loss_kept_from_a_closures_last_call(
+@pytest.mark.parametrize("what", ["features", "outputs", "parameters"])
+def test_what_is_kept_from_a_closures_call(
     what: str, factor: float | None, parent: ImplicitCGHead, inputs: Inputs
 ) -> None:
+    """Features of its first or a query loss of its last: they depend on the parameters of one inner
+    step, from where no gradient finds its way."""
     learner, kept = parent.clone(), {}
     h, h_query = (features(x, parent.module.weight) for x in inputs)
 
     def loss() -> Tensor:
+        if "features" not in kept:
+            kept["features"] = features(inputs[0], learner.module.weight)
         kept["outputs"] = learner(h_query)
         kept["parameters"] = h_query @ learner.module.weight.t()
-        value = F.cross_entropy(learner(h), LABELS)
+        x = kept["features"] if what == "features" else h
+        value = F.cross_entropy(learner(x), LABELS)
         return value if factor is None else factor * value
 
     learner.adapt(loss, steps=40)
+    kept["features"] = learner(h_query)
     with pytest.raises(RuntimeError, match="kept from one of its calls"):
         F.cross_entropy(kept[what], LABELS).backward()
 

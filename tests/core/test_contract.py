@@ -15,7 +15,7 @@ pytestmark = [
 LEARNERS: dict[str, Callable[..., Any]] = {
     "ImplicitCGHead": lambda *args, **kw: ImplicitCGHead(*args, **{"anchor": "init", **kw}),
     "ImplicitMAML": lambda *args, **kw: ImplicitMAML(*args, **{"inner": Newton(), **kw}),
-    "first order": lambda *args, **kw: ImplicitCGHead(*args, **{"first_order": True, **kw}),
+    "implicit, first order": lambda *args, **kw: ImplicitCGHead(*args, **{"first_order": True, **kw}),
 }
 
 

@@ -156,7 +156,7 @@ def test_copies_of_a_parent(way: str, used: bool, make: Make, tmp_path: Path) ->
     assert equal(found, outer_gradients(parent, x))
 
 
-def test_without_gradients(make: Make) -> None:
+def test_without_gradients(make: Make, request: pytest.FixtureRequest) -> None:
     """The same values, and no trace of the task anywhere."""
     x, parent = inputs(), make(network(), LR)
     control = parent.clone()
@@ -166,8 +166,8 @@ def test_without_gradients(make: Make) -> None:
         quiet.adapt(lambda: loss_of(quiet, x), steps=3)
         assert not quiet(x).requires_grad
     assert relative_error(list(quiet.parameters()), list(control.parameters())) < 1e-12
-    assert all(p.is_leaf for p in quiet.module.parameters())
-    if all(p.requires_grad for p in quiet.module.parameters()):
+    if request.node.callspec.id != "implicit, first order":  # it keeps its plain steps' graph
+        assert all(p.is_leaf and p.requires_grad for p in quiet.module.parameters())
         loss_of(quiet, x).backward()
     assert all(p.grad is None for p in parent.parameters())
 

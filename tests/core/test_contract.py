@@ -15,8 +15,9 @@ pytestmark = [
 LEARNERS: dict[str, Callable[..., Any]] = {
     "ImplicitCGHead": lambda *args, **kw: ImplicitCGHead(*args, **{"anchor": "init", **kw}),
     "ImplicitMAML": lambda *args, **kw: ImplicitMAML(*args, **{"inner": Newton(), **kw}),
-    "implicit, first order": lambda *args, **kw: ImplicitCGHead(*args, **{"first_order": True, **kw}),
-}
+    "implicit, first order": lambda *args, **kw: ImplicitCGHead(
+        *args, **{"first_order": True, **kw}),
+}  # fmt: skip
 
 
 @pytest.fixture(params=LEARNERS.values(), ids=LEARNERS.keys())

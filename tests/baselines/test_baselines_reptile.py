@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from baseline_oracles import Case, Tensors, make_case, momentum, path
-from baseline_tasks import support_loss
+from baseline_oracles import Case, Tensors, make_case, momentum, path, support_loss
 from oracles import relative_error
+from small_task import adapt
 from torch import Tensor
 
 from l2l_implicit.baselines import Reptile
@@ -32,11 +32,7 @@ def test_plain_steps(how: str, steps: int, name: str) -> None:
     adapted = path(case, case.start(), (), 0.3, steps)[-1]
     learner = Reptile(case.module, 0.3).clone()
     loss = support_loss(learner, case)
-    if how == "closure":
-        learner.adapt(loss, steps=steps)
-    else:
-        for _ in range(steps):
-            learner.adapt(loss())
+    adapt(learner, loss, how, steps)
     learner.outer_gradient()
     assert relative_error([p.grad for p in case.module.parameters()], way(case, adapted)) < 1e-12
     assert relative_error(list(learner.module.parameters()), adapted) < 1e-12

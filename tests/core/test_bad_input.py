@@ -6,9 +6,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from small_task import HOWS, adapt
 from torch import Tensor, nn
 
-from l2l_implicit import CG, ImplicitCGHead, ImplicitMAML, Newton
+from l2l_implicit import (
+    CG,
+    LBFGS,
+    Direct,
+    GradientDescent,
+    ImplicitCGHead,
+    ImplicitMAML,
+    Neumann,
+    Newton,
+)
 
 X, Y = torch.randn(6, 4), torch.arange(6) % 3
 
@@ -60,8 +70,17 @@ SETTINGS = [
     ("loss", nn.CrossEntropyLoss(label_smoothing=0.1), ValueError, "adapt(closure)"),
     ("loss", nn.MSELoss(reduction="none"), ValueError, "mean or sum"),
     ("loss", F.cross_entropy, ValueError, "nn.CrossEntropyLoss"),
+    ("linear", None, TypeError, "Direct()"),
+    ("inner", lambda at: at.point, TypeError, "begin(lr)"),
+    ("lr", "auto", TypeError, "GradientDescent(adaptive=True)"),
     ("step", "newton", TypeError, "inner=Newton()"),
+    ("solver", "direct", TypeError, "linear=CG(), Neumann() or Direct()"),
+    ("cg_steps", 5, TypeError, "linear=CG(steps=...)"),
+    ("cg_tol", 1e-3, TypeError, "linear=CG(tol=...)"),
+    ("neumann_alpha", 0.1, TypeError, "linear=Neumann(step_size=...)"),
     ("damping", 1.0, TypeError, "linear=CG(damping=...)"),
+    ("inner_tol", 0.1, TypeError, "max_error"),
+    ("stop_tol", 0.1, TypeError, "Newton(tol=...)"),
 ]
 
 
@@ -71,21 +90,32 @@ def test_settings(name: str, value: object, kind: type[Exception], hint: str) ->
     assert text.startswith(name) and hint in text
 
 
-@pytest.mark.parametrize("model", [None, "linear", nn.Linear, [nn.Linear(2, 2)]])
-def test_model_that_is_no_module(model: object) -> None:
-    assert "torch.nn.Module" in message(TypeError, lambda: ImplicitCGHead(model, 0.1))
+METHODS: list[tuple[Callable[[], object], type[Exception], str]] = [
+    (lambda: CG(steps=0), ValueError, "CG: steps (N): expected at least 1"),
+    (lambda: CG(steps=2.0), TypeError, "whole number"),
+    (lambda: CG(tol=0.0), ValueError, "CG: tol: expected a number above 0"),
+    (lambda: CG(damping=-1.0), ValueError, "CG: damping: expected a number of at least 0"),
+    (lambda: Neumann(step_size=-1.0), ValueError, "Neumann: step_size: expected a number above 0"),
+    (lambda: Neumann(steps=0), ValueError, "at least 1"),
+    (lambda: Direct(damping=float("nan")), ValueError, "finite"),
+    (lambda: Newton(cg_steps=0), ValueError, "Newton: cg_steps: expected at least 1"),
+    (lambda: Newton(tol=-1.0), ValueError, "Newton: tol: expected a number above 0"),
+    (lambda: GradientDescent(tol=0.0), ValueError, "GradientDescent: tol: expected a number above"),
+    (lambda: LBFGS(history=0), ValueError, "LBFGS: history: expected at least 1"),
+    (lambda: LBFGS(tol=float("inf")), ValueError, "finite"),
+    (lambda: ImplicitMAML(nn.Linear(2, 2), 0.1, inner="newtn"), TypeError, "Newton()"),
+    *((lambda m=m: ImplicitCGHead(m, 0.1), TypeError, "torch.nn.Module")
+      for m in (None, "linear", nn.Linear, [nn.Linear(2, 2)])),
+    *((lambda c=c: c(nn.Linear(2, 2), 0.1, anchr="zero"), TypeError, "did you mean anchor?")
+      for c in (ImplicitCGHead, ImplicitMAML)),
+]  # fmt: skip
 
 
-def test_same_checks_for_imaml() -> None:
-    assert "Newton()" in message(
-        TypeError, lambda: ImplicitMAML(nn.Linear(2, 2), 0.1, inner="newtn")
-    )
-
-
-@pytest.mark.parametrize("cls", [ImplicitCGHead, ImplicitMAML])
-def test_an_unknown_keyword_is_answered_with_the_nearest(cls: type) -> None:
-    text = message(TypeError, lambda: cls(nn.Linear(2, 2), 0.1, anchr="zero"))
-    assert "anchr" in text and "did you mean anchor?" in text
+@pytest.mark.parametrize("make, kind, hint", METHODS)
+def test_a_methods_own_settings(
+    make: Callable[[], object], kind: type[Exception], hint: str
+) -> None:
+    assert hint in message(kind, make)
 
 
 @pytest.mark.parametrize("value", [0, 0.0, torch.tensor(0.0), torch.tensor([0.5]), 3])
@@ -122,18 +152,13 @@ LOSSES = [
 IDS = [name for name, *_ in LOSSES]
 
 
+@HOWS
 @pytest.mark.parametrize("name, loss, kind, hint", LOSSES, ids=IDS)
-def test_losses(name: str, loss: Callable, kind: type[Exception], hint: str) -> None:
-    learner = trained()
-    assert hint in message(kind, lambda: learner.adapt(loss(learner)))
-
-
-@pytest.mark.parametrize("name, loss, kind, hint", LOSSES, ids=IDS)
-def test_losses_of_a_closure(name: str, loss: Callable, kind: type[Exception], hint: str) -> None:
+def test_losses(name: str, loss: Callable, kind: type[Exception], hint: str, how: str) -> None:
     learner = trained()
     before = list(learner.module.parameters())
-    text = message(kind, lambda: learner.adapt(lambda: loss(learner), steps=2))
-    assert hint in text or "closure" in text
+    text = message(kind, lambda: adapt(learner, lambda: loss(learner), how, 2))
+    assert hint in text or how == "closure" and "closure" in text
     assert all(a is b for a, b in zip(before, learner.module.parameters(), strict=True))
 
 
@@ -160,9 +185,7 @@ def test_loss_computed_without_gradients() -> None:
 @pytest.mark.parametrize("steps, kind", [(0, ValueError), (-1, ValueError), (1.5, TypeError)])
 def test_number_of_steps(steps: object, kind: type[Exception]) -> None:
     learner = trained()
-    text = message(
-        kind, lambda: learner.adapt(lambda: F.cross_entropy(learner(X), Y), steps=steps)
-    )
+    text = message(kind, lambda: learner.adapt(lambda: learner(X).square().sum(), steps=steps))
     assert text.startswith("steps (K)")
 
 
@@ -207,11 +230,10 @@ def test_inner_gradient_not_finite() -> None:
     message(FloatingPointError, lambda: learner.adapt(loss, steps=2))
 
 
-@pytest.mark.parametrize("how", ["loss", "closure"])
+@HOWS
 def test_query_gradient_not_finite(how: str) -> None:
     learner = trained()
-    if how == "closure":
-        learner.adapt(lambda: F.cross_entropy(learner(X), Y), steps=2)
+    adapt(learner, lambda: F.cross_entropy(learner(X), Y), how, 2)
     query = learner(X * float("nan")).sum()
     assert "query loss" in message(FloatingPointError, query.backward)
 
@@ -222,7 +244,11 @@ def test_loss_of_superseded_parameters() -> None:
     learner.adapt(F.cross_entropy(learner(X), Y))  # the same problem: nothing is replaced
     stale.backward(retain_graph=True)
     learner.adapt(F.cross_entropy(learner(X), Y.roll(1)))
-    assert "second clone()" in message(RuntimeError, stale.backward)
+    fresh = F.cross_entropy(learner(X), Y)
+    for bad in (stale, fresh + stale):
+        text = message(RuntimeError, lambda loss=bad: loss.backward(retain_graph=True))
+        assert "second clone()" in text
+    fresh.backward()
 
 
 def test_learned_l2_that_turned_negative() -> None:

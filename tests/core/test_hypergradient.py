@@ -5,9 +5,21 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import finite_difference, implicit, minimize, relative_error, ridge, unrolled
-from problems import EXACT, NAMES, Problem, adapt, hypergradient, make_learner, problem
-from torch import Tensor, nn
+from oracles import finite_difference, relative_error, ridge, unrolled
+from problems import (
+    EXACT,
+    NAMES,
+    adapt,
+    expected,
+    hypergradient,
+    make_learner,
+    minimum,
+    problem,
+    solved,
+    truth,
+)
+from small_task import HOWS
+from torch import nn
 
 from l2l_implicit import CG, LBFGS, GradientDescent, ImplicitCGHead, Newton
 from l2l_implicit.linear_solvers.solution import FACTORED
@@ -17,54 +29,42 @@ pytestmark = [
     pytest.mark.filterwarnings("error:.*second derivative:l2l_implicit.UnsolvedWarning"),
 ]
 
-CLOSURE_LOSS = ("closure", "loss")
 # The slowest problem ends 3e-12 away after 300 gradient steps, unrolled 3e-10.
 INNER = {"newton": (EXACT["inner"], 30), "gradient": (GradientDescent(), 300)}
-
-
-def solved(task: Problem) -> Tensor:
-    """The oracle's inner minimum."""
-    return minimize(task.inner, task.start(), task.leaves(), task.lr)
-
-
-def expected(task: Problem) -> list[Tensor]:
-    return implicit(task.inner, task.outer, task.leaves(), solved(task))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_implicit_unrolled_and_finite_differences_meet(name: str) -> None:
     task = problem(name)
-    leaves, phi = task.leaves(), solved(task)
-    dense = implicit(task.inner, task.outer, leaves, phi)
+    leaves = task.leaves()
     _, loss = adapt(make_learner(task), task)
     got = hypergradient(task, loss)
-    assert relative_error(got, dense) < 1e-9
+    assert relative_error(got, truth(name)) < 1e-9
     long_way = unrolled(task.inner, task.outer, leaves, task.start(), task.lr, INNER["gradient"][1])
     assert relative_error(got, long_way) < 1e-6
-    for _ in range(2):
-        direction = [torch.randn_like(t) for t in leaves]
-        slope = finite_difference(task.inner, task.outer, leaves, direction, phi)
-        along = sum(float((g * d).sum()) for g, d in zip(got, direction, strict=True))
-        scale = sum(float(g.square().sum()) for g in got) ** 0.5
-        assert abs(slope - along) < 1e-6 * max(abs(slope), scale)
+    direction = [torch.randn_like(t) for t in leaves]
+    slope = finite_difference(task.inner, task.outer, leaves, direction, minimum(name))
+    along = sum(float((g * d).sum()) for g, d in zip(got, direction, strict=True))
+    scale = sum(float(g.square().sum()) for g in got) ** 0.5
+    assert abs(slope - along) < 1e-6 * max(abs(slope), scale)
 
 
-@pytest.mark.parametrize("how", CLOSURE_LOSS)
+@HOWS
 @pytest.mark.parametrize("inner", list(INNER))
 @pytest.mark.parametrize("name", NAMES)
 def test_every_way_of_adapting(name: str, inner: str, how: str) -> None:
     task, (solver, steps) = problem(name), INNER[inner]
     _, loss = adapt(make_learner(task, inner=solver), task, how, steps)
-    assert relative_error(hypergradient(task, loss), expected(task)) < 1e-8
+    assert relative_error(hypergradient(task, loss), truth(name)) < 1e-8
 
 
-@pytest.mark.parametrize("how", CLOSURE_LOSS)
+@HOWS
 @pytest.mark.parametrize("name", ["softmax mean bias", "two layers", "leaf direct and upstream"])
 def test_features_recomputed_at_every_step(name: str, how: str) -> None:
     task = problem(name)
     steps = 1 if name.startswith("softmax") else 30  # a linear head is solved at the first
     _, loss = adapt(make_learner(task), task, how, steps, cached=False)
-    assert relative_error(hypergradient(task, loss), expected(task)) < 1e-8
+    assert relative_error(hypergradient(task, loss), truth(name)) < 1e-8
 
 
 def test_ridge_by_hand() -> None:
@@ -117,14 +117,14 @@ def test_error_in_the_number_of_products_is_bounded_by_cg() -> None:
     assert errors[-1] < 1e-9 and errors[0] > 1e-3
 
 
-@pytest.mark.parametrize("how", CLOSURE_LOSS)
+@HOWS
 @pytest.mark.parametrize("name", ["softmax mean bias", "ridge sum", "anchored softmax"])
 def test_a_linear_head_is_solved_at_the_first_adapt(name: str, how: str) -> None:
     """Whatever the steps and the tolerances; the backward pass uses the factor."""
     task = problem(name)
     parent = make_learner(task, inner=Newton(cg_steps=1, tol=0.5), linear=CG(steps=1, tol=0.5))
     learner, loss = adapt(parent, task, how, 1)
-    assert relative_error(hypergradient(task, loss), expected(task)) < 1e-10
+    assert relative_error(hypergradient(task, loss), truth(name)) < 1e-10
     found = learner.diagnostics
     assert (found.cg_reason, found.cg_steps, found.unsolved) == (FACTORED, 0, 0)
     before = list(learner.module.parameters())
@@ -137,7 +137,8 @@ def test_a_loss_lags_one_step_behind_a_closure() -> None:
     task = problem("softmax mean", lr=0.8)
     parent, differences = make_learner(task, inner=GradientDescent()), []
     for steps in (5, 15, 25, 35):
-        both = [hypergradient(task, adapt(parent, task, how, steps)[1]) for how in CLOSURE_LOSS]
+        losses = (adapt(parent, task, how, steps)[1] for how in ("closure", "loss"))
+        both = [hypergradient(task, loss) for loss in losses]
         differences.append(relative_error(*both))
     rate = (1 - task.lr * task.l2) ** 10
     assert 1e-3 < differences[0] < 1
@@ -157,25 +158,3 @@ def test_a_loss_is_linearized_where_it_was_computed() -> None:
     _, loss = adapt(make_learner(task, inner=GradientDescent()), task, "loss", 1)
     got = hypergradient(task, loss)[0]
     assert relative_error([got], [direct - torch.tensordot(v, mixed, dims=1)]) < 1e-11
-
-
-def test_a_closure_whose_data_change_takes_its_steps_from_the_start() -> None:
-    """Each step sees the data of its own call, as with losses."""
-    torch.manual_seed(0)
-    x, module = torch.randn(8, 12, 4), nn.Linear(4, 3)
-    labels, weights = torch.arange(12) % 3, []
-    for how in CLOSURE_LOSS:
-        learner = ImplicitCGHead(module, 0.3, inner=GradientDescent()).clone()
-        # A head in closed form is asked twice before it is known that the data change.
-        draws = iter([x[0], x[1], *x[:6]] if how == "closure" else x[:5])
-
-        def loss(learner=learner, draws=draws) -> Tensor:
-            return F.cross_entropy(learner(next(draws)), labels)
-
-        if how == "closure":
-            learner.adapt(loss, steps=5)
-        else:
-            for _ in range(5):
-                learner.adapt(loss())
-        weights.append(learner.module.weight)
-    assert relative_error(weights[:1], weights[1:]) < 1e-14

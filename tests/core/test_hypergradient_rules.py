@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import implicit, minimize, relative_error
-from problems import INPUTS, Problem, adapt, hypergradient, make_learner, problem
+from oracles import relative_error
+from problems import INPUTS, Problem, adapt, expected, hypergradient, make_learner, problem, truth
+from small_task import HOWS
 from torch import Tensor
 
 from l2l_implicit import CG, GradientDescent, ImplicitCGHead
@@ -15,17 +16,16 @@ from l2l_implicit import CG, GradientDescent, ImplicitCGHead
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-def expected(task: Problem) -> list[Tensor]:
-    phi = minimize(task.inner, task.start(), task.leaves(), task.lr)
-    return implicit(task.inner, task.outer, task.leaves(), phi)
+NAME = "softmax mean bias"
 
 
-def softmax_task(how: str = "closure", **settings: Any) -> tuple[Problem, Any, Tensor]:
-    task = problem("softmax mean bias")
-    return task, *adapt(make_learner(task, **settings), task, how)
+def adapted(how: str = "closure") -> tuple[Problem, Any, Tensor]:
+    """A problem, its learner, and the query loss."""
+    task = problem(NAME)
+    return task, *adapt(make_learner(task), task, how)
 
 
-@pytest.mark.parametrize("name", ["softmax mean bias", "two layers"])
+@pytest.mark.parametrize("name", [NAME, "two layers"])
 def test_tasks_summed_before_one_backward(name: str) -> None:
     first, second = problem(name), problem(name)
     second.head, second.theta, labels = first.head, first.theta, torch.arange(12) // 4
@@ -35,12 +35,12 @@ def test_tasks_summed_before_one_backward(name: str) -> None:
     parents = [make_learner(task, inner=GradientDescent()) for task in (first, second)]
     pairs = [adapt(p, t, steps=1000) for p, t in zip(parents, (first, second), strict=True)]
     got = hypergradient(first, pairs[0][1] + 2 * pairs[1][1])
-    both = [a + 2 * b for a, b in zip(expected(first), expected(second), strict=True)]
+    both = [a + 2 * b for a, b in zip(truth(name), expected(second), strict=True)]
     assert relative_error(got, both) < 1e-8
 
 
 def test_several_clones_alive_interleaved() -> None:
-    task = problem("softmax mean bias")
+    task = problem(NAME)
     parent = make_learner(task)
     clones, labels = [parent.clone() for _ in range(3)], torch.arange(12) % 3
     inputs = task.embed(task.theta)
@@ -56,19 +56,9 @@ def test_several_clones_alive_interleaved() -> None:
     assert relative_error(got, total) < 1e-8
 
 
-def test_gradients_accumulate_over_backward_calls() -> None:
-    task = problem("softmax mean bias")
-    parent = make_learner(task)
-    once = hypergradient(task, adapt(parent, task)[1])
-    once = [g.clone() for g in once]
-    adapt(parent, task)[1].backward()
-    twice = [t.grad for t in task.leaves()]
-    assert relative_error(twice, [2 * g for g in once]) < 1e-12
-
-
-@pytest.mark.parametrize("how", ["closure", "loss"])
+@HOWS
 def test_retained_graph_gives_the_gradient_again(how: str) -> None:
-    task, _, loss = softmax_task(how)
+    task, _, loss = adapted(how)
     loss.backward(retain_graph=True)
     once = [t.grad.clone() for t in task.leaves()]
     loss.backward()
@@ -79,8 +69,7 @@ def test_retained_graph_gives_the_gradient_again(how: str) -> None:
 
 def test_second_backward_raises_torchs_own_error() -> None:
     """A query loss linear in phi keeps no tensors, so the learner's node must say it itself."""
-    task = problem("softmax mean bias")
-    learner, _ = adapt(make_learner(task), task)
+    _, learner, _ = adapted()
     loss = sum(p.sum() for p in learner.parameters())
     loss.backward()
     with pytest.raises(RuntimeError, match="second time"):
@@ -91,8 +80,7 @@ def test_second_backward_raises_torchs_own_error() -> None:
 @pytest.mark.parametrize("way", ["grad", "backward"])
 def test_higher_order_raises(query: str, way: str) -> None:
     """A second derivative would lack the curvature of the solution: no number rather than that."""
-    task = problem("softmax mean bias")
-    learner, loss = adapt(make_learner(task), task)
+    task, learner, loss = adapted()
     inputs = task.embed(task.theta)
     loss = loss if query == "cross-entropy" else learner(inputs[1]).sum()
     theta = task.theta["backbone"]
@@ -133,18 +121,17 @@ def test_clone_of_an_adapted_clone() -> None:
 
 
 def test_adapting_on_after_backward() -> None:
-    task = problem("softmax mean bias")
+    task = problem(NAME)
     learner, loss = adapt(make_learner(task), task, steps=1)
     loss.backward()
     inputs = task.embed(task.theta)
     learner.adapt(lambda: task.support(learner, task.theta, inputs), steps=30)
     got = hypergradient(task, task.query(learner, task.theta, inputs))
-    assert relative_error(got, expected(task)) < 1e-8
+    assert relative_error(got, truth(NAME)) < 1e-8
 
 
 def test_query_loss_that_holds_phi_itself() -> None:
-    task = problem("softmax mean bias")
-    learner, loss = adapt(make_learner(task), task)
+    task, learner, loss = adapted()
     decay = sum(p.square().sum() for p in learner.parameters())
     query = task.outer
     task.outer = lambda phi, *leaves: query(phi, *leaves) + phi.square().sum()
@@ -152,28 +139,25 @@ def test_query_loss_that_holds_phi_itself() -> None:
 
 
 def test_query_that_touches_one_parameter_only() -> None:
-    task = problem("softmax mean bias")
-    learner, _ = adapt(make_learner(task), task)
+    task, learner, _ = adapted()
     task.outer = lambda phi, *leaves: phi[-3:].square().sum()
     got = hypergradient(task, learner.module.bias.square().sum())
     assert relative_error(got, expected(task)) < 1e-8
 
 
 def test_float32_agrees_with_float64() -> None:
-    task = problem("softmax mean bias")
-    exact = hypergradient(task, adapt(make_learner(task), task)[1])
-    exact = [g.clone() for g in exact]
-    single = problem("softmax mean bias", head=copy.deepcopy(task.head).float())
+    task = problem(NAME)
+    single = problem(NAME, head=copy.deepcopy(task.head).float())
     single.theta = {k: t.detach().float().requires_grad_() for k, t in task.theta.items()}
     single.embed = lambda t: tuple(torch.tanh(x.float() @ t["backbone"]) for x in INPUTS)
     _, loss = adapt(make_learner(single, linear=CG(tol=1e-6)), single)
     got = hypergradient(single, loss)
     assert all(g.dtype == torch.float32 for g in got)
-    assert relative_error([g.double() for g in got], exact) < 2e-5
+    assert relative_error([g.double() for g in got], truth(NAME)) < 2e-5
 
 
 def test_l2_of_another_dtype_and_shape() -> None:
-    task = problem("softmax mean bias", l2=0.3)
+    task = problem(NAME, l2=0.3)
     want = expected(task)
     l2 = torch.tensor([0.3], dtype=torch.float32, requires_grad=True)
     parent = ImplicitCGHead(task.head, task.lr, l2=l2, linear=CG(tol=1e-12))

@@ -5,10 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import relative_error
+from small_task import HOWS, fit
 from small_task import SIX_LABELS as Y
-from small_task import fit
 from small_task import six_inputs as x
-from small_task import small_nets as nets
 from torch import Tensor, nn
 
 from l2l_implicit import CG, ImplicitCGHead, Newton
@@ -17,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 EXACT = {"inner": Newton(cg_steps=200, tol=1e-13), "linear": CG(steps=200, tol=1e-13)}
 
 
-@pytest.mark.parametrize("how", ["loss", "closure"])
+@HOWS
 def test_zero_anchor_gives_the_initial_value_exactly_zero(how: str) -> None:
     parent = ImplicitCGHead(nn.Linear(4, 3), 0.1)
     learner, inputs = parent.clone(), x()
@@ -25,30 +24,6 @@ def test_zero_anchor_gives_the_initial_value_exactly_zero(how: str) -> None:
     F.cross_entropy(learner(inputs), Y).backward()
     for parameter in parent.module.parameters():
         assert torch.equal(parameter.grad, torch.zeros_like(parameter))
-
-
-def test_gradient_before_any_step_is_plain() -> None:
-    parent = ImplicitCGHead(nn.Linear(4, 3), 0.1)
-    inputs = x()
-    F.cross_entropy(parent.clone()(inputs), Y).backward()
-    got = [p.grad.clone() for p in parent.parameters()]
-    parent.zero_grad()
-    F.cross_entropy(parent.module(inputs), Y).backward()
-    assert relative_error(got, [p.grad for p in parent.parameters()]) == 0.0
-
-
-@pytest.mark.parametrize("how", ["loss", "closure"])
-def test_clone_made_without_grad(how: str) -> None:
-    parent, inputs = ImplicitCGHead(nn.Linear(4, 3), 0.1, anchor="init"), x()
-    with torch.no_grad():
-        quiet = parent.clone()
-    for learner in (quiet, parent.clone()):
-        fit(learner, inputs, how)
-        F.cross_entropy(learner(inputs), Y).backward()
-        grads = [p.grad.clone() for p in parent.parameters()]
-        parent.zero_grad()
-    fit(quiet, inputs, how, 1)
-    assert all(g.any() for g in grads)
 
 
 def test_nested_inputs_are_part_of_theta() -> None:
@@ -98,31 +73,6 @@ def test_user_looked_at_the_features_gradient_before() -> None:
     assert relative_error(*grads) < 1e-10
 
 
-@pytest.mark.parametrize("head", ["linear", "deep"])
-def test_features_changed_before_adapt_raise(head: str) -> None:
-    """Torch notices that a saved tensor was overwritten: no silent wrong number."""
-    learner = ImplicitCGHead(nets()[head], 0.1).clone()
-    h = x().requires_grad_() * 1.0
-    loss = F.cross_entropy(learner(h), Y)
-    h.mul_(3.0)
-    with pytest.raises(RuntimeError, match="changed in place since; clone it first"):
-        learner.adapt(loss)
-
-
-@pytest.mark.parametrize("head", ["linear", "deep"])
-@pytest.mark.parametrize("how", ["loss", "closure"])
-def test_features_changed_after_adapt_do_not_matter(head: str, how: str) -> None:
-    """The learner has a copy of what it was fed, so the hypergradient is that of before."""
-    theta, data, module, grads = torch.randn(4, 4, requires_grad=True), x(), nets()[head], []
-    for change in (False, True):
-        learner, h = ImplicitCGHead(module, 0.1, l2=0.5).clone(), data @ theta
-        fit(learner, h, how)
-        if change:
-            h.mul_(3.0)
-        grads.append(torch.autograd.grad(F.cross_entropy(learner(data), Y), theta))
-    assert relative_error(*grads) < 1e-12
-
-
 def test_first_order_learner_asked_for_an_implicit_step() -> None:
     """Its forward notes no features; the loss's graph still says where theta is."""
     theta, data = torch.randn(4, 4, requires_grad=True), x()
@@ -169,9 +119,7 @@ def test_an_exception_in_a_closure_leaves_the_learner_as_it_was(
 class Inputs(dict):
     """A dict with an attribute, as model libraries pass them about."""
 
-    @property
-    def main(self) -> Tensor:
-        return self["main"]
+    main = property(lambda self: self["main"])
 
 
 class TakesInputs(nn.Linear):

@@ -11,7 +11,6 @@ from small_task import SIX_LABELS as Y
 from small_task import fit
 from small_task import six_inputs as x
 from small_task import small_nets as nets
-from torch import nn
 
 from l2l_implicit import GradientDescent, ImplicitCGHead, Newton
 from l2l_implicit.inner_problem.linearization import Linearization
@@ -20,7 +19,7 @@ from l2l_implicit.inner_solvers.protocol import InnerSolver
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def no_collector() -> Iterator[None]:
     """Reference cycles stay visible."""
     gc.collect()
@@ -43,16 +42,17 @@ def linearizations(monkeypatch: pytest.MonkeyPatch) -> weakref.WeakSet:
     return alive
 
 
-HEADS = {"linear": lambda: nn.Linear(4, 3), "deep": lambda: nets()["deep"]}
-CASES = [(head, how, inner) for head in HEADS for how in ("loss", "closure")
-         for inner in (Newton(), GradientDescent())]  # fmt: skip
+CASES = pytest.mark.parametrize("head, how, inner", [
+    (head, how, inner) for head in ("linear", "deep") for how in ("loss", "closure")
+    for inner in (Newton(), GradientDescent())
+])  # fmt: skip
 
 
-@pytest.mark.parametrize("head, how, inner", CASES)
+@CASES
 def test_one_linearization_lives_and_dies_with_backward(
-    head: str, how: str, inner: InnerSolver, no_collector: None, linearizations: weakref.WeakSet
+    head: str, how: str, inner: InnerSolver, linearizations: weakref.WeakSet
 ) -> None:
-    parent = ImplicitCGHead(HEADS[head](), 0.1, inner=inner, l2=0.5)
+    parent = ImplicitCGHead(nets()[head], 0.1, inner=inner, l2=0.5)
     learner, inputs = parent.clone(), x()
     fit(learner, inputs, how)
     assert len(linearizations) == 1
@@ -63,11 +63,11 @@ def test_one_linearization_lives_and_dies_with_backward(
     assert len(linearizations) == 0 and loss is not None and learner is not None
 
 
-@pytest.mark.parametrize("head, how, inner", CASES)
+@CASES
 def test_dropped_without_backward(
-    head: str, how: str, inner: InnerSolver, no_collector: None, linearizations: weakref.WeakSet
+    head: str, how: str, inner: InnerSolver, linearizations: weakref.WeakSet
 ) -> None:
-    parent = ImplicitCGHead(HEADS[head](), 0.1, inner=inner)
+    parent = ImplicitCGHead(nets()[head], 0.1, inner=inner)
     learner, inputs = parent.clone(), x()
     fit(learner, inputs, how)
     loss, gone = F.cross_entropy(learner(inputs), Y), weakref.ref(learner)
@@ -78,11 +78,9 @@ def test_dropped_without_backward(
     assert len(linearizations) == 0
 
 
-@pytest.mark.parametrize("head, how, inner", CASES)
-def test_features_die_with_their_owner(
-    head: str, how: str, inner: InnerSolver, no_collector: None
-) -> None:
-    parent = ImplicitCGHead(HEADS[head](), 0.1, inner=inner)
+@CASES
+def test_features_die_with_their_owner(head: str, how: str, inner: InnerSolver) -> None:
+    parent = ImplicitCGHead(nets()[head], 0.1, inner=inner)
     theta, learner = torch.randn(4, 4, requires_grad=True), parent.clone()
     h = torch.tanh(x() @ theta)
     gone = weakref.ref(h)
@@ -95,11 +93,11 @@ def test_features_die_with_their_owner(
     assert theta.grad is not None and learner is not None
 
 
-@pytest.mark.parametrize("head, how, inner", CASES)
+@CASES
 def test_evaluation_without_grad_keeps_nothing(
-    head: str, how: str, inner: InnerSolver, no_collector: None, linearizations: weakref.WeakSet
+    head: str, how: str, inner: InnerSolver, linearizations: weakref.WeakSet
 ) -> None:
-    parent = ImplicitCGHead(HEADS[head](), 0.1, inner=inner).eval()
+    parent = ImplicitCGHead(nets()[head], 0.1, inner=inner).eval()
     inputs = x()
     with torch.no_grad():
         learner = parent.clone()

@@ -150,18 +150,11 @@ def test_drop_block_and_dropout_in_a_whole_network() -> None:
     assert dropped == pytest.approx(expected, abs=0.03)
 
 
-def test_evaluation_mode_is_a_plain_pass() -> None:
-    backbone, images = net_2d().eval(), torch.randn(IMAGES_2D)
-    state = copy.deepcopy(backbone.state_dict())
-    torch.testing.assert_close(per_task_batch_norm(backbone, TASKS)(images), backbone(images))
-    for ours, before in zip(backbone.state_dict().values(), state.values(), strict=True):
-        assert torch.equal(ours, before)
-
-
-def test_one_task_is_a_plain_pass() -> None:
-    backbone = net_2d()
-    plain, images = copy.deepcopy(backbone), torch.randn(IMAGES_2D)
-    torch.testing.assert_close(per_task_batch_norm(backbone, 1)(images), plain(images))
+@pytest.mark.parametrize("training, tasks", [(False, TASKS), (True, 1)])
+def test_evaluation_and_one_task_are_plain_passes(training: bool, tasks: int) -> None:
+    backbone, images = net_2d().train(training), torch.randn(IMAGES_2D)
+    plain = copy.deepcopy(backbone)
+    torch.testing.assert_close(per_task_batch_norm(backbone, tasks)(images), plain(images))
     torch.testing.assert_close(backbone.state_dict(), plain.state_dict())
 
 
@@ -211,14 +204,8 @@ class FoldsIntoTheBatch(nn.Module):
         return self.norm(x.flatten(0, 2)).view(x.shape)
 
 
-class MyBatchNorm(nn.BatchNorm2d):
-    pass
-
-
-class BatchNormOfMine(nn.Identity):
-    pass
-
-
+MyBatchNorm = type("MyBatchNorm", (nn.BatchNorm2d,), {})
+BatchNormOfMine = type("BatchNormOfMine", (nn.Identity,), {})
 REFUSED: list[tuple[Callable[[], nn.Module], str]] = [
     (lambda: nn.Sequential(nn.SyncBatchNorm(2)), r"0: expected .* got SyncBatchNorm"),
     (lambda: MyBatchNorm(2), "backbone: expected .* got MyBatchNorm"),
@@ -241,13 +228,13 @@ def test_what_would_mix_the_tasks_is_refused(
         per_task_batch_norm(build(), TASKS)(torch.randn(IMAGES_2D))
 
 
-def test_bad_numbers() -> None:
-    with pytest.raises(ValueError, match="expected a multiple of tasks = 5, got 12"):
-        per_task_batch_norm(net_2d(), 5)(torch.randn(IMAGES_2D))
-    with pytest.raises(ValueError, match="tasks: expected at least 1"):
-        per_task_batch_norm(net_2d(), 0)
-    with pytest.raises(ValueError, match="more than 1 value per channel"):
-        per_task_batch_norm(nn.BatchNorm1d(2), 4)(torch.randn(4, 2))
+@pytest.mark.parametrize("tasks, message", [
+    (5, "expected a multiple of tasks = 5, got 12"), (0, "tasks: expected at least 1"),
+    (12, "more than 1 value per channel"),
+])  # fmt: skip
+def test_bad_numbers(tasks: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        per_task_batch_norm(nn.BatchNorm2d(2), tasks)(torch.randn(12, 2, 1, 1))
 
 
 def test_the_number_of_operations_does_not_grow_with_the_tasks() -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import implicit, minimize, relative_error
-from problems import EXACT, adapt, hypergradient, make_learner, problem
+from oracles import flat, implicit, minimize, polish, relative_error
+from problems import EXACT, adapt, hypergradient, make_learner, problem, truth
+from small_task import HOWS
 
 from l2l_implicit import GradientDescent, ImplicitCGHead, UnsolvedWarning
 from l2l_implicit.inner_solvers.protocol import InnerSolver
@@ -46,7 +47,6 @@ class SameFormula(ImplicitCGHead):
 
 
 NAMES = ["two layers anchored", "softmax mean bias", "anchored softmax", "scaled logits"]
-WAYS = ["loss", "closure"]
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -57,15 +57,12 @@ def test_an_example_is_short(name: str) -> None:
 CASES = [(cls, name) for cls in (DenseSolve, SameFormula) for name in NAMES]
 
 
-@pytest.mark.parametrize("how", WAYS)
+@HOWS
 @pytest.mark.parametrize("cls, name", CASES)
 def test_override_gives_the_same_hypergradient(cls: type, name: str, how: str) -> None:
     task = problem(name)
-    parent = make_learner(task, cls)
-    _, loss = adapt(parent, task, how, 25)
-    phi = minimize(task.inner, task.start(), task.leaves(), task.lr)
-    expected = implicit(task.inner, task.outer, task.leaves(), phi)
-    assert relative_error(hypergradient(task, loss), expected) < 1e-8
+    _, loss = adapt(make_learner(task, cls), task, how, 25)
+    assert relative_error(hypergradient(task, loss), truth(name)) < 1e-8
 
 
 BY_TENSOR = ["softmax mean bias", "anchored softmax"]  # a linear head's loss is known everywhere
@@ -82,8 +79,8 @@ FLAT = 1e-6
 def test_scipys_solver(name: str, how: str, steps: int) -> None:
     task = problem(name)
     learner, loss = adapt(make_learner(task, LBFGSB), task, how, steps)
-    found = torch.cat([p.detach().reshape(-1) for p in learner.parameters()])
-    phi = minimize(task.inner, found, task.leaves(), task.lr)
+    found = flat(learner.parameters())
+    phi = polish(task.inner, found, task.leaves())
     got = hypergradient(task, loss)
     assert relative_error([found], [phi]) < FLAT
     assert relative_error(got, implicit(task.inner, task.outer, task.leaves(), phi)) < FLAT
@@ -116,7 +113,7 @@ def test_an_active_bound_is_seen() -> None:
     assert head.diagnostics.unsolved_inner == 1
 
 
-@pytest.mark.parametrize("how", WAYS)
+@HOWS
 @pytest.mark.parametrize("inner, steps", [(EXACT["inner"], 25), (GradientDescent(), 150)])
 @pytest.mark.parametrize("anchor", ["zero", "init"])
 def test_learned_diagonal(anchor: str, inner: InnerSolver, steps: int, how: str) -> None:
@@ -147,28 +144,20 @@ def test_learned_diagonal(anchor: str, inner: InnerSolver, steps: int, how: str)
     assert len(initial) == 2
 
 
-def test_same_formula_is_the_closed_form_to_rounding() -> None:
-    task = problem("softmax mean bias")
-    both = []
-    for cls in (ImplicitCGHead, SameFormula):
-        _, loss = adapt(make_learner(task, cls, inner=GradientDescent()), task, "closure", 5)
-        both.append([g.clone() for g in hypergradient(task, loss)])
-    assert relative_error(*both) < 1e-12
-
-
-def test_the_default_regularizer_is_its_closed_form() -> None:
+class Base(ImplicitCGHead):
     """An override may call the method of the base class and add to it."""
 
-    class Base(ImplicitCGHead):
-        def regularizer(self, parameters, anchor):
-            return super().regularizer(parameters, anchor)
+    def regularizer(self, parameters, anchor):
+        return super().regularizer(parameters, anchor)
 
-    task = problem("anchored softmax")
-    both = []
-    for cls in (ImplicitCGHead, Base):
-        _, loss = adapt(make_learner(task, cls), task)
+
+@pytest.mark.parametrize("cls", [SameFormula, Base])
+def test_same_formula_is_the_closed_form_to_rounding(cls: type[ImplicitCGHead]) -> None:
+    task, both = problem("anchored softmax"), []
+    for kind in (ImplicitCGHead, cls):
+        _, loss = adapt(make_learner(task, kind, inner=GradientDescent()), task, "closure", 5)
         both.append([g.clone() for g in hypergradient(task, loss)])
-    assert relative_error(*both) < 1e-10
+    assert relative_error(*both) < 1e-12
 
 
 def test_what_an_override_says_reaches_the_diagnostics() -> None:

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from many_tasks import (
-    CLASSES,
-    LOSS,
-    SUPPORT,
-    TASKS,
-    WIDTH,
-    Batch,
-    assert_same,
-    close,
-)
-from oracles import implicit, minimize, peak_of_live_tensors, relative_error
+from many_tasks import CLASSES, LOSS, SUPPORT, TASKS, WIDTH, Batch, assert_same, close
+from oracles import flat, implicit, minimize, peak_of_live_tensors, relative_error
+from problems import on_vector
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from l2l_implicit import (
     CG,
     LBFGS,
+    Diagnostics,
     Direct,
     GradientDescent,
     ImplicitCGHead,
@@ -98,60 +91,43 @@ LINEAR = {
 }
 
 
+def assert_alike(
+    batch: Batch, steps: int, tol: float = 1e-10, cls: type[ImplicitCGHead] = ImplicitCGHead,
+    **settings: Any,
+) -> list[Diagnostics]:  # fmt: skip
+    """Together as alone; what is said of each task."""
+    expected = batch.alone(batch.learner(cls, **settings), steps)
+    found = batch.together(batch.learner(cls, **settings), steps)
+    assert_same(found, expected, tol)
+    return found[2]
+
+
 @pytest.mark.parametrize("loss", LOSS)
 @pytest.mark.parametrize("anchor", ["zero", "init"])
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize("linear", LINEAR)
 def test_each_task_has_its_own_numbers(loss: str, anchor: str, inner: str, linear: str) -> None:
     """Also where neither the inner problem nor the linear system is solved."""
-    batch = Batch(loss)
-    settings: dict[str, Any] = {"inner": INNER[inner], "linear": LINEAR[linear], "anchor": anchor}
-    expected = batch.alone(batch.learner(**settings), steps=5)
-    assert_same(batch.together(batch.learner(**settings), steps=5), expected)
+    assert_alike(Batch(loss), 5, inner=INNER[inner], linear=LINEAR[linear], anchor=anchor)
 
 
 @pytest.mark.parametrize("loss", LOSS)
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("inner", [Newton(), GradientDescent()], ids=["newton", "gradient"])
+@pytest.mark.parametrize("bias, reduction", [(True, "sum"), (False, "mean"), (False, "sum")])
+@pytest.mark.parametrize("inner", ["newton", "gradient"])
 @pytest.mark.parametrize("steps", [1, 6])
 def test_with_and_without_bias_mean_and_sum(
-    loss: str, bias: bool, reduction: str, inner: Any, steps: int
+    loss: str, bias: bool, reduction: str, inner: str, steps: int
 ) -> None:
-    batch = Batch(loss, bias)
-    settings: dict[str, Any] = {"inner": inner, "reduction": reduction, "anchor": "init"}
-    expected = batch.alone(batch.learner(**settings), steps)
-    assert_same(batch.together(batch.learner(**settings), steps), expected)
+    assert_alike(Batch(loss, bias), steps, inner=INNER[inner], reduction=reduction, anchor="init")
 
 
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize("linear", ["cg", "neumann", "direct"])
 def test_without_a_regulariser(inner: str, linear: str) -> None:
     """No bound and no factor: the general solvers, and an estimate of the error."""
-    batch = Batch("squared error")
-    batch.l2 = torch.tensor(0.0)
-    settings: dict[str, Any] = {"inner": INNER[inner], "linear": LINEAR[linear], "l2": 0.0}
-    batch.l2.requires_grad_()
-    expected = batch.alone(batch.learner(**settings), steps=5)
-    found = batch.together(batch.learner(**settings), steps=5)
-    assert_same(found, expected, tol=1e-9)
-    assert not any(task.is_bound for task in found[2])
-
-
-@pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
-def test_without_a_regulariser_the_error_is_that_of_each_task_alone() -> None:
-    batch, head = Batch("squared error"), nn.Linear(WIDTH, CLASSES)
-    batch.head = head
-    x, y = batch.features().detach()[:, :SUPPORT], batch.targets[:, :SUPPORT]
-    learner = batch.learner(l2=0.0, inner=GradientDescent(), linear=Direct())
-    adapted = learner.adapt_together(x.requires_grad_(), y, steps=1)
-    adapted(x).square().sum().backward()
-    for t, together in enumerate(adapted.diagnostics):
-        alone, h = learner.clone(), x[t].detach().requires_grad_()
-        alone.adapt(lambda h=h, t=t, alone=alone: F.mse_loss(alone(h), y[t]), steps=1)
-        alone(h).square().sum().backward()
-        error = alone.diagnostics.hypergradient_error
-        assert error > 1.0 and together.hypergradient_error == pytest.approx(error, rel=1e-6)
+    solvers = {"inner": INNER[inner], "linear": LINEAR[linear]}
+    tasks = assert_alike(Batch("squared error"), 5, 1e-9, l2=0.0, **solvers)
+    assert not any(task.is_bound for task in tasks)
 
 
 class OwnStep(ImplicitCGHead):
@@ -166,9 +142,7 @@ class OwnSolve(ImplicitCGHead):
 
 @pytest.mark.parametrize("cls", [OwnStep, OwnSolve, ImplicitMAML])
 def test_subclasses_and_presets(cls: type[ImplicitCGHead]) -> None:
-    batch = Batch()
-    expected = batch.alone(batch.learner(cls), steps=5)
-    assert_same(batch.together(batch.learner(cls), steps=5), expected)
+    assert_alike(Batch(), 5, cls=cls)
 
 
 def test_a_second_batch_has_numbers_of_its_own() -> None:
@@ -193,30 +167,24 @@ def test_newton_equals_the_dense_oracle(loss: str, anchor: str) -> None:
 
 def dense_hypergradient(batch: Batch, anchor: str) -> list[Tensor]:
     """The implicit function theorem with dense matrices, task by task."""
-    shapes = {name: p.shape for name, p in batch.head.named_parameters()}
-    sizes = [shape.numel() for shape in shapes.values()]
-
-    def loss(phi: Tensor, features: Tensor, y: Tensor) -> Tensor:
-        pieces = phi.split(sizes)
-        named = {name: p.view(s) for (name, s), p in zip(shapes.items(), pieces, strict=True)}
-        return batch.loss(functional_call(batch.head, named, (features,)), y)
-
     total = [torch.zeros_like(leaf) for leaf in batch.leaves()]
-    start = torch.cat([p.detach().reshape(-1) for p in batch.head.parameters()])
+    start = flat(batch.head.parameters())
     for images, y in zip(batch.images, batch.targets, strict=True):
 
-        def inner(phi: Tensor, *theta: Tensor, images=images, y=y) -> Tensor:  # type: ignore[no-untyped-def]
-            backbone, l2, *initial = theta
+        def loss(phi: Tensor, backbone: Tensor, part: slice, images=images, y=y) -> Tensor:  # type: ignore[no-untyped-def]
+            features = torch.tanh(images[part] @ backbone)
+            return batch.loss(on_vector(batch.head, phi)(features), y[part])
+
+        def inner(phi: Tensor, backbone: Tensor, l2: Tensor, *initial: Tensor, loss=loss) -> Tensor:  # type: ignore[no-untyped-def]
             center = torch.cat([p.reshape(-1) for p in initial]) if anchor == "init" else 0.0
-            value = loss(phi, torch.tanh(images[:SUPPORT] @ backbone), y[:SUPPORT])
+            value = loss(phi, backbone, slice(SUPPORT))
             return value + 0.5 * l2 * (phi - center).square().sum()
 
-        def outer(phi: Tensor, *theta: Tensor, images=images, y=y) -> Tensor:  # type: ignore[no-untyped-def]
-            return loss(phi, torch.tanh(images[SUPPORT:] @ theta[0]), y[SUPPORT:])
+        def outer(phi: Tensor, backbone: Tensor, *_: Tensor, loss=loss) -> Tensor:  # type: ignore[no-untyped-def]
+            return loss(phi, backbone, slice(SUPPORT, None))
 
-        theta = batch.leaves()
-        phi = minimize(inner, start, theta, lr=0.2)
-        for sum_, part in zip(total, implicit(inner, outer, theta, phi), strict=True):
+        phi = minimize(inner, start, batch.leaves(), lr=0.2)
+        for sum_, part in zip(total, implicit(inner, outer, batch.leaves(), phi), strict=True):
             sum_ += part
     return total
 
@@ -245,18 +213,12 @@ def mixed_batch(loss: str, zero_start: bool = True) -> Batch:
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize("linear", LINEAR)
 def test_tasks_that_end_for_different_reasons(loss: str, inner: str, linear: str) -> None:
+    batch = mixed_batch(loss)
     if inner in ("gradient", "gradient tol", "own") or linear == "own":
-        batch = mixed_batch(loss)
         batch.feature_scales[2] = 3.0  # a fixed step diverges on harder ones
-    else:
-        batch = mixed_batch(loss)
-    settings: dict[str, Any] = {"inner": INNER[inner], "linear": LINEAR[linear]}
-    expected = batch.alone(batch.learner(**settings), steps=6)
-    found = batch.together(batch.learner(**settings), steps=6)
     # Each reason at its own task; rounding decides the last digits of the hard one.
-    assert_same(found, expected, tol=1e-9)
-    if linear != "own":
-        assert found[2][5].cg_reason == reasons.ZERO
+    tasks = assert_alike(batch, 6, 1e-9, inner=INNER[inner], linear=LINEAR[linear])
+    assert linear == "own" or tasks[5].cg_reason == reasons.ZERO
 
 
 def test_every_reason_occurs_in_one_batch_and_is_its_tasks_own() -> None:
@@ -269,20 +231,14 @@ def test_every_reason_occurs_in_one_batch_and_is_its_tasks_own() -> None:
     ]
     batch.feature_scales[2] = 4.0
     for inner, linear, among in cases:
-        settings: dict[str, Any] = {"inner": inner, "linear": linear}
-        expected = batch.alone(batch.learner(**settings), steps=3)
-        found = batch.together(batch.learner(**settings), steps=3)
-        assert_same(found, expected, tol=1e-9)
-        assert among <= {task.cg_reason for task in found[2]}
+        tasks = assert_alike(batch, 3, 1e-9, inner=inner, linear=linear)
+        assert among <= {task.cg_reason for task in tasks}
     singular = Batch("squared error")
     singular.feature_scales[1] = 0.0  # without a bias and l2 its matrix is zero
     singular.head = nn.Linear(WIDTH, CLASSES, bias=False)
-    settings = {"inner": GradientDescent(), "linear": CG(), "l2": 0.0}
-    singular.query_weights[1] = 2.0
     features = singular.features().detach().requires_grad_()
-    adapted = singular.learner(**settings).adapt_together(
-        features[:, :SUPPORT], singular.targets[:, :SUPPORT], 3
-    )
+    learner = singular.learner(inner=GradientDescent(), linear=CG(), l2=0.0)
+    adapted = learner.adapt_together(features[:, :SUPPORT], singular.targets[:, :SUPPORT], 3)
     adapted(torch.ones(TASKS, 2, WIDTH)).square().sum().backward()
     assert adapted.diagnostics[1].cg_reason == reasons.NOT_POSITIVE
     assert reasons.NOT_POSITIVE not in [adapted.diagnostics[t].cg_reason for t in (0, 2)]
@@ -446,3 +402,176 @@ def test_a_learner_of_something_else_is_refused() -> None:
     for learner, error, message in cases:
         with pytest.raises(error, match=message):
             learner.adapt_together(x, y)
+
+
+# What a GPU needs: few operations, no other device, wide enough numbers.
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("inner", ["newton", "gradient"])
+def test_low_precision_features_are_solved_as_wide_ones(dtype: torch.dtype, inner: str) -> None:
+    torch.set_default_dtype(torch.float32)
+    head = ImplicitCGHead(nn.Linear(WIDTH, CLASSES), 0.1, inner=INNER[inner])
+    x = torch.randn(TASKS, SUPPORT, WIDTH).to(dtype)
+    y = torch.randint(CLASSES, (TASKS, SUPPORT))
+
+    def run(features: Tensor, forward: bool, backward: bool) -> tuple[list[Tensor], list[float]]:
+        leaf, query = features.detach().requires_grad_(), features.roll(1, 1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=forward):
+            adapted = head.adapt_together(leaf, y, 5)
+            logits = adapted(query)
+        with torch.autocast("cpu", torch.bfloat16, enabled=backward):
+            F.cross_entropy(logits.flatten(0, 1), y.flatten()).backward()
+        assert leaf.grad is not None and adapted.bias is not None
+        noted = [task.cg_residual for task in adapted.diagnostics]
+        return [adapted.weight, adapted.bias, logits, leaf.grad], noted
+
+    low, plain = run(x, True, False)[0], run(x.float(), False, False)[0]
+    assert all(part.dtype == torch.float32 for part in low[:-1]) and low[-1].dtype == dtype
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(low[:-1], plain, strict=False))
+    assert torch.equal(low[-1], plain[-1].to(dtype))
+    assert max(run(x, True, True)[1]) < 1e-4  # in bfloat16 it would be 4e-3 at best
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_precision_of_the_head_is_kept(dtype: torch.dtype) -> None:
+    head = ImplicitCGHead(nn.Linear(WIDTH, CLASSES, dtype=dtype), 0.1)
+    x = torch.randn(TASKS, SUPPORT, WIDTH, dtype=dtype, requires_grad=True)
+    adapted = head.adapt_together(x, torch.randint(CLASSES, (TASKS, SUPPORT)))
+    adapted(x).square().sum().backward()
+    assert adapted.weight.dtype == adapted(x).dtype == x.grad.dtype == dtype
+
+
+def count_operations(run: Callable[[], object]) -> int:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    return sum(event.count for event in profile.key_averages() if event.key.startswith("aten::"))
+
+
+@pytest.mark.parametrize("inner, linear", [
+    ("newton", "cg"), ("newton", "neumann"), ("newton", "direct"), ("gradient", "cg"),
+    ("gradient", "neumann"),
+])  # fmt: skip
+def test_the_number_of_operations_does_not_grow_with_the_tasks(inner: str, linear: str) -> None:
+    """Copies of one task, which take equally many steps; what `Direct` factors is one by one."""
+    counts, x1, y1 = [], torch.randn(1, 6, WIDTH), torch.arange(6).view(1, 6) % CLASSES
+    for tasks in (2, 16):
+        x, y = x1.repeat(tasks, 1, 1), y1.repeat(tasks, 1)
+        solvers = {"inner": INNER[inner], "linear": LINEAR[linear]}
+        head = ImplicitCGHead(nn.Linear(WIDTH, CLASSES), 0.1, **solvers)
+
+        def run(head=head, x=x, y=y) -> None:  # type: ignore[no-untyped-def]
+            leaf = x.clone().requires_grad_()
+            adapted = head.adapt_together(leaf, y, 3)
+            F.cross_entropy(adapted(leaf).flatten(0, 1), y.flatten()).backward()
+
+        run()
+        counts.append(count_operations(run))
+    assert abs(counts[1] - counts[0]) <= 0.02 * counts[0]
+
+
+@pytest.mark.parametrize("inner", ["newton", "gradient", "adaptive", "lbfgs"])
+@pytest.mark.parametrize("linear", ["cg", "neumann", "direct"])
+@pytest.mark.parametrize("together", [True, False], ids=["together", "alone"])
+def test_nothing_is_made_on_another_device(inner: str, linear: str, together: bool) -> None:
+    """A device for new tensors that holds no numbers: what is made without one would be lost."""
+    batch = Batch()
+    learner = batch.learner(inner=INNER[inner], linear=LINEAR[linear])
+    run = batch.together if together else batch.alone
+    expected = run(learner, 4)
+    with torch.device("meta"):
+        found = run(learner, 4)
+    assert_same(found, expected, tol=1e-15)
+
+
+# One clear line for each kind of bad input.
+
+NAN = torch.full((2, 8, 7), torch.nan)
+BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"features": torch.zeros(8, 7)}, ValueError, r"features: expected shape \[T, m, 7\]"),
+    ({"features": torch.zeros(2, 8, 6)}, ValueError, r"got \[2, 8, 6\]"),
+    ({"features": torch.zeros(0, 8, 7)}, ValueError, r"got \[0, 8, 7\]"),
+    ({"features": torch.zeros(2, 8, 7).long()}, TypeError, "expected floats"),
+    ({"features": [1.0]}, TypeError, "expected tensors, got list, Tensor; stack the tasks"),
+    ({"features": torch.zeros(2, 8, 7, device="meta")}, ValueError, "expected one device"),
+    ({"targets": torch.zeros(2, 7).long()}, ValueError, r"targets: .* of shape \[2, 8\]"),
+    ({"targets": torch.zeros(2, 8)}, ValueError, r"expected floats of shape \[2, 8, 3\]"),
+    ({"targets": torch.zeros(2, 8).bool()}, ValueError, "expected classes .* got torch.bool"),
+    ({"targets": torch.full((2, 8), 3)}, ValueError, "expected classes 0 to 2, got 3 to 3"),
+    ({"targets": torch.full((2, 8), -1)}, ValueError, "expected classes 0 to 2, got -1 to -1"),
+    ({"features": NAN}, FloatingPointError, r"in tasks \[0, 1\]"),
+    ({"steps": 0}, ValueError, r"steps \(K\): expected at least 1"),
+    ({"steps": 2.0}, TypeError, r"steps \(K\): expected a whole number"),
+    ({"query": torch.zeros(3, 5, 7)}, ValueError, r"query: expected shape \[2, q, 7\]"),
+    ({"query": torch.zeros(2, 7)}, ValueError, r"query: expected shape \[2, q, 7\]"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "error", "message"), BAD)
+def test_bad_input(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
+    good = {
+        "features": torch.zeros(2, 8, 7),
+        "targets": torch.zeros(2, 8).long(),
+        "query": torch.zeros(2, 5, 7),
+        "steps": 5,
+    }
+    given = {**good, **wrong}
+    head = ImplicitCGHead(nn.Linear(7, 3), 0.1)
+    with pytest.raises(error, match=message) as caught:
+        adapted = head.adapt_together(given["features"], given["targets"], given["steps"])
+        adapted(given["query"])
+    assert "\n" not in str(caught.value)
+
+
+LOSSES: list[nn.Module] = [
+    *(nn.CrossEntropyLoss(**settings) for settings in (
+        {"label_smoothing": 0.1}, {"weight": torch.ones(3)}, {"ignore_index": 1},
+        {"reduction": "none"})),
+    nn.MSELoss(reduction="none"), nn.L1Loss(), nn.NLLLoss(), nn.MultiMarginLoss(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=str)
+def test_another_loss_is_refused(loss: nn.Module) -> None:
+    with pytest.raises(ValueError, match="loss: expected nn.CrossEntropyLoss"):
+        ImplicitCGHead(nn.Linear(7, 3), 0.1, loss=loss)
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_a_frozen_parameter_is_refused(frozen: str) -> None:
+    head = nn.Linear(7, 3)
+    getattr(head, frozen).requires_grad_(False)
+    learner = ImplicitCGHead(head, 0.1, allow_nograd=True)
+    with pytest.raises(ValueError, match=f"got {frozen} without"):
+        learner.adapt_together(torch.zeros(2, 8, 7), torch.zeros(2, 8).long())
+
+
+BAD_BY: list[dict[str, Any]] = [
+    {}, {"linear": Direct()}, {"inner": GradientDescent()},
+    {"inner": GradientDescent(), "linear": Direct()},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("solvers", BAD_BY, ids=str)
+def test_one_bad_task_is_named(solvers: dict[str, Any]) -> None:
+    """In what is given, and in what the query loss makes of it."""
+    head, y = ImplicitCGHead(nn.Linear(7, 3), 0.1, **solvers), torch.arange(16).view(2, 8) % 3
+    features = torch.randn(2, 8, 7).requires_grad_()
+    adapted = head.adapt_together(features, y)
+    scale = torch.tensor([1.0, torch.inf]).view(2, 1, 1)
+    with pytest.raises(FloatingPointError, match=r"linear system of tasks \[1\]"):
+        (adapted(features) * scale).sum().backward()
+    features.data[1, 0, 0] = torch.inf
+    with pytest.raises(FloatingPointError, match=r"in tasks \[1\]"):
+        head.adapt_together(features, y)
+
+
+def test_empty_support_sets_end_at_the_anchor() -> None:
+    """No samples: the regulariser alone, and no gradient to the features."""
+    head = ImplicitCGHead(nn.Linear(7, 3), 0.1, anchor="init")
+    x = torch.zeros(2, 0, 7, requires_grad=True)
+    adapted = head.adapt_together(x, torch.zeros(2, 0).long())
+    expected: Tensor = head.module.weight
+    assert torch.equal(adapted.weight, expected.expand(2, -1, -1))
+    adapted(torch.ones(2, 1, 7)).sum().backward()
+    assert torch.allclose(head.module.weight.grad, torch.full((3, 7), 2.0))

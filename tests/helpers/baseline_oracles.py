@@ -1,4 +1,5 @@
-"""What the baselines are measured against: networks and updates as functions, nothing of ours.
+"""What the baselines are measured against, networks and updates as functions, nothing of ours; and
+what their tests do with a learner.
 
 Phi and theta are tuples of tensors; an update is ``(phi, gradient, state, lr, k) -> (phi, state)``.
 """
@@ -135,7 +136,7 @@ def path(
     return phi
 
 
-def query_loss(
+def query_loss_after(
     case: Case, start: Tensors, theta: Tensors, lr: Any, steps: int, update: Update = sgd
 ) -> Tensor:
     return case.outer(path(case, start, theta, lr, steps, update)[-1], theta)
@@ -145,7 +146,7 @@ def unrolled(
     case: Case, lr: float, steps: int, update: Update = sgd
 ) -> tuple[Tensors, Tensors, Tensor]:
     """The query loss's derivatives in the initial value, theta and lr, along the whole path."""
-    derivative = grad(query_loss, argnums=(1, 2, 3))
+    derivative = grad(query_loss_after, argnums=(1, 2, 3))
     return derivative(case, case.start(), case.constants(), torch.tensor(lr), steps, update)
 
 
@@ -177,13 +178,39 @@ def equation_3(case: Case, lr: float, steps: int) -> Tensor:
     return total
 
 
-def slope(value: Callable[[float], Tensor], size: float = 1e-3) -> Tensor:
-    """The derivative of ``value`` at 0 by central differences of fourth order."""
-    near, far = value(size) - value(-size), value(2 * size) - value(-2 * size)
-    return (8 * near - far) / (12 * size)
-
-
 def _split(case: Case, phi: Tensor) -> Tensors:
     like = case.start()
     pieces: Sequence[Tensor] = phi.split([t.numel() for t in like])
     return tuple(piece.view(t.shape) for piece, t in zip(pieces, like, strict=True))
+
+
+# A learner on a case.
+
+
+def support_loss(learner: Any, case: Case, cached: bool = True) -> Callable[[], Tensor]:
+    """The inner loss as a closure, on features computed once or at each call."""
+    h = case.embed(case.theta, case.support) if cached else None
+
+    def loss() -> Tensor:
+        x = case.embed(case.theta, case.support) if h is None else h
+        return F.cross_entropy(learner(x), LABELS)
+
+    return loss
+
+
+def query_loss(learner: Any, case: Case) -> Tensor:
+    return F.cross_entropy(learner(case.embed(case.theta, case.query)), QUERY_LABELS)
+
+
+def outer_step(parent: Any, case: Case, steps: int, cached: bool = True) -> Any:
+    """Adapt a clone by a closure and back-propagate the query loss; the clone."""
+    learner = parent.clone()
+    learner.adapt(support_loss(learner, case, cached), steps=steps)
+    query_loss(learner, case).backward()
+    return learner
+
+
+def gradients(case: Case, *more: Tensor) -> list[Tensor]:
+    """What the backward pass left on the initial value, theta and ``more``; zeros for nothing."""
+    leaves = [*case.module.parameters(), *case.theta, *more]
+    return [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves]

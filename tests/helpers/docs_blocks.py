@@ -1,5 +1,9 @@
 """The fenced blocks of a Markdown page, with what its comments say of them. No torch here.
 
+As a program it does what a tutorial says, where one is: `docs_blocks.py PAGE.md`. Blocks run in the
+order of the page. Python blocks share one namespace, in this process; a block with a title is
+written to a file of that name; bash runs the shell blocks and stops at an error.
+
     <!-- not run in tests: REASON -->   the commands that follow, or the block, are not run
     <!-- in tests: CODE -->             a line of Python that only the tests run, at this place
 """
@@ -7,9 +11,11 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
 FENCE = re.compile(r"^```(\w*) ?(.*)$")
@@ -67,3 +73,26 @@ def commands(text: str) -> list[str]:
     joined = text.replace("\\\n", " ")
     lines = [re.sub(r"(^|\s)#.*$", "", line).strip() for line in joined.splitlines()]
     return [line for line in lines if line]
+
+
+def follow(page: Path) -> None:
+    """Run the page; the first error ends it, with the line of the page in its traceback."""
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for block in blocks(page.read_text(encoding="utf-8")):
+        if not block.reason:
+            _run(block, page, namespace)
+
+
+def _run(block: Block, page: Path, namespace: dict[str, Any]) -> None:
+    if block.title:
+        Path(block.title).write_text(block.text, encoding="utf-8")
+    elif block.language in ("python", "in tests"):
+        lines = "\n" * (block.line - 1)  # so that a traceback names the page's own lines
+        exec(compile(lines + block.text, str(page), "exec"), namespace)
+    elif block.language == "sh":
+        print(f"$ {block.text}", end="", flush=True)
+        subprocess.run(["bash", "-e", "-o", "pipefail", "-c", block.text], check=True)
+
+
+if __name__ == "__main__":
+    follow(Path(sys.argv[1]).absolute())

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from oracles import solve
 from torch import Size, Tensor
 from torch.func import grad, hessian
 
@@ -83,19 +84,8 @@ def case(
 
 
 def dense_minimum(found: Case) -> Tensor:
-    """By dense Newton steps that are halved until the gradient of the convex objective agrees."""
-    ends = []
-    for t in range(len(found.heads.point)):
-        phi, *rest = found.arguments(t)
-        g = found.objective(t)
-        phi = rest[1].clone()
-        for _ in range(200):
-            slope, curvature = grad(g)(phi, *rest), hessian(g)(phi, *rest)
-            step, length = -torch.linalg.solve(curvature, slope), 1.0
-            while length > 1e-9 and not g(phi + length * step, *rest) <= g(phi, *rest):
-                length *= 0.5
-            if length <= 1e-9 or float(step.norm()) <= 1e-15 * float(phi.norm()):
-                break
-            phi = phi + length * step
-        ends.append(phi + step)  # the objective is flat to its last digit: the gradient is not
-    return torch.stack(ends)
+    def minimum(t: int) -> Tensor:
+        _, *rest = found.arguments(t)
+        return solve(lambda phi: found.objective(t)(phi, *rest), rest[1])
+
+    return found.per_task(minimum)

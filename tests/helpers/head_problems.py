@@ -10,8 +10,19 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from head_curvature import LONG, Array, Inner, Samples, long, short, times
-from head_oracle import Truth, distance, hypergradient, of_weights
+from head_oracle import (
+    LONG,
+    Array,
+    Inner,
+    Samples,
+    Truth,
+    distance,
+    hypergradient,
+    long,
+    of_weights,
+    short,
+    times,
+)
 from torch import Tensor, nn
 
 TASKS = 3  # problems with the same settings, adapted together too

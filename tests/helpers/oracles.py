@@ -1,62 +1,125 @@
-"""What the package is measured against; nothing here imports it.
+"""What the package is measured against, in float64 with dense matrices; nothing here imports it.
 
-An inner or outer objective is a function ``f(phi, *theta) -> scalar`` of one vector ``phi`` of
-shape ``[n]`` and of theta's tensors.
+An inner or outer objective is ``f(phi, *theta) -> scalar`` of one vector ``phi`` of shape ``[n]``
+and of theta's tensors; a field is ``g(phi, *theta) -> [n]``, the gradient that an inner solver is
+shown, which need not be the derivative of anything.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import grad, hessian, jacrev
 
 Objective = Callable[..., Tensor]
+Tensors = Sequence[Tensor]
 
 
-def minimize(inner: Objective, start: Tensor, theta: Sequence[Tensor], lr: float) -> Tensor:
-    """The inner minimum in whose basin gradient descent ends, to rounding by dense Newton."""
+# Minima and zeros.
+
+
+def solve(objective: Objective, phi: Tensor, steps: int = 200) -> Tensor:
+    """A minimum: Newton with a dense Hessian, made positive, and a line search.
+
+    Where the objective is flat to its last digit, the gradient tells better from worse.
+    """
+
+    def better(one: Tensor, other: Tensor) -> bool:
+        gain = float(objective(other) - objective(one))
+        flat = abs(gain) <= 1e-13 * (1 + abs(float(objective(other))))
+        return gain > 0 and not flat or flat and bool(slope(one).norm() < slope(other).norm())
+
+    slope = grad(objective)
+    for _ in range(steps):
+        values, basis = torch.linalg.eigh(hessian(objective)(phi))
+        sizes = values.abs().clamp_min(1e-13 * float(values.abs().max()))
+        step, size = -basis @ ((basis.t() @ slope(phi)) / sizes), 1.0
+        least = max(1e-12, 1e-15 * float((1 + phi.norm()) / step.norm().clamp_min(1e-300)))
+        while size > least and not better(phi + size * step, phi):
+            size /= 2
+        if size <= least:
+            break
+        phi = phi + size * step
+    return phi
+
+
+def minimize(inner: Objective, start: Tensor, theta: Tensors, lr: float) -> Tensor:
+    """The inner minimum in whose basin gradient descent ends, to rounding."""
     fixed = [t.detach() for t in theta]
-    phi, slope, curvature = start.detach(), grad(inner), hessian(inner)
+    phi, slope = start.detach(), grad(inner)
     for _ in range(300):
         phi = phi - lr * slope(phi, *fixed)
-    best, smallest = phi, float(slope(phi, *fixed).norm())
-    for _ in range(20):
-        phi = phi - torch.linalg.solve(curvature(phi, *fixed), slope(phi, *fixed))
-        norm = float(slope(phi, *fixed).norm())
-        if norm >= smallest:
-            break
-        best, smallest = phi, norm
-    assert smallest < 1e-11, f"the oracle's own inner problem is not solved: {smallest:.1e}"
-    return best
+    return polish(inner, phi, theta)
 
 
-def implicit(
-    inner: Objective,
-    outer: Objective,
-    theta: Sequence[Tensor],
-    phi: Tensor,
-    damping: float = 0.0,
-) -> list[Tensor]:
-    """The implicit function theorem with dense matrices, at the solution ``phi``."""
+def polish(inner: Objective, phi: Tensor, theta: Tensors) -> Tensor:
+    """The minimum next to ``phi``."""
     fixed = [t.detach() for t in theta]
-    matrix = hessian(inner)(phi, *fixed) + damping * torch.eye(len(phi), dtype=phi.dtype)
-    v = torch.linalg.solve(matrix, grad(outer)(phi, *fixed))
+    phi = solve(lambda p: inner(p, *fixed), phi)
+    left = float(grad(inner)(phi, *fixed).norm())
+    assert left < 1e-11, f"the oracle's own inner problem is not solved: {left:.1e}"
+    return phi
+
+
+def root(field: Objective, phi: Tensor) -> Tensor:
+    """The zero to which short steps against the field lead, the last ones by dense Newton."""
+    here = field(phi)
+    for turn in range(3000):
+        if turn % 20 == 0:
+            newton = phi - torch.linalg.solve(jacrev(field)(phi), here)
+            if float(field(newton).norm()) < 0.1 * float(here.norm()):
+                break
+        phi = phi - 0.05 * here
+        here = field(phi)
+    for _ in range(30):
+        step = torch.linalg.solve(jacrev(field)(phi), here)
+        phi = phi - step
+        here = field(phi)
+        if float(step.norm()) <= 1e-12 * float(1 + phi.norm()):
+            return phi
+    raise AssertionError(f"the oracle's own field has no zero: {float(here.norm()):.1e}")
+
+
+# Hypergradients.
+
+
+def response_at(
+    field: Objective, outer: Objective, theta: Tensors, phi: Tensor, damping: float = 0.0
+) -> list[Tensor]:
+    """The implicit function theorem: the derivatives of ``outer(phi(theta), *theta)`` where
+    ``phi`` is a zero of the field."""
+    fixed = [t.detach() for t in theta]
+    matrix = jacrev(field)(phi, *fixed) + damping * torch.eye(len(phi), dtype=phi.dtype)
+    v = torch.linalg.solve(matrix.t(), grad(outer)(phi, *fixed))
     totals = []
     for i in range(1, len(fixed) + 1):
-        mixed = jacrev(grad(inner), argnums=i)(phi, *fixed)
+        mixed = jacrev(field, argnums=i)(phi, *fixed)
         totals.append(grad(outer, argnums=i)(phi, *fixed) - torch.tensordot(v, mixed, dims=1))
     return totals
 
 
+def response(field: Objective, outer: Objective, phi: Tensor, theta: Tensor) -> Tensor:
+    """The same for one vector ``theta``, and the zero that is reached from ``phi``."""
+    return response_at(field, outer, [theta], root(lambda p: field(p, theta), phi))[0]
+
+
+def implicit(
+    inner: Objective, outer: Objective, theta: Tensors, phi: Tensor, damping: float = 0.0
+) -> list[Tensor]:
+    """The same for the gradient of an inner objective, at its minimum ``phi``."""
+    return response_at(grad(inner), outer, theta, phi, damping)
+
+
+def implicit_from(inner: Objective, outer: Objective, phi: Tensor, theta: Tensor) -> Tensor:
+    """The same for one vector ``theta``, and the minimum next to ``phi``."""
+    return implicit(inner, outer, [theta], solve(lambda p: inner(p, theta), phi))[0]
+
+
 def unrolled(
-    inner: Objective,
-    outer: Objective,
-    theta: Sequence[Tensor],
-    start: Tensor,
-    lr: float,
-    steps: int,
+    inner: Objective, outer: Objective, theta: Tensors, start: Tensor, lr: float, steps: int
 ) -> list[Tensor]:
     """Back-propagation through ``steps`` gradient steps from a constant start."""
     leaves = [t.detach().requires_grad_() for t in theta]
@@ -68,33 +131,41 @@ def unrolled(
     return [torch.zeros_like(t) if g is None else g for g, t in zip(gradients, leaves, strict=True)]
 
 
-def finite_difference(
-    inner: Objective,
-    outer: Objective,
-    theta: Sequence[Tensor],
-    direction: Sequence[Tensor],
-    phi: Tensor,
-    size: float = 1e-4,
-) -> float:
-    """The outer objective's slope along ``direction``, inner minima solved to rounding.
+def slope_at_zero(value: Callable[[float], Any], size: float) -> Any:
+    """The derivative of ``value`` at 0 by central differences: an error of ``size**4``."""
+    near, far = value(size) - value(-size), value(2 * size) - value(-2 * size)
+    return (8 * near - far) / (12 * size)
 
-    Central differences of fourth order: their error is of the order of ``size**4``.
-    """
+
+def finite_difference(
+    inner: Objective, outer: Objective, theta: Tensors, direction: Tensors, phi: Tensor
+) -> float:
+    """The outer objective's slope along ``direction``, inner minima solved to rounding."""
 
     def value(shift: float) -> float:
         moved = [t.detach() + shift * d for t, d in zip(theta, direction, strict=True)]
         return float(outer(polish(inner, phi, moved), *moved))
 
-    near, far = value(size) - value(-size), value(2 * size) - value(-2 * size)
-    return (8 * near - far) / (12 * size)
+    return slope_at_zero(value, 1e-4)
 
 
-def polish(inner: Objective, phi: Tensor, theta: Sequence[Tensor]) -> Tensor:
-    """The minimum next to ``phi``, by dense Newton."""
-    theta = [t.detach() for t in theta]
-    for _ in range(6):
-        phi = phi - torch.linalg.solve(hessian(inner)(phi, *theta), grad(inner)(phi, *theta))
-    return phi
+def slope_along(
+    inner: Objective, outer: Objective, phi: Tensor, theta: Tensor, direction: Tensor,
+    widths: tuple[float, ...] = (0.1, 0.03, 1e-2, 3e-3, 1e-3, 3e-4),
+) -> Tensor:  # fmt: skip
+    """The outer loss's slope where the inner minimum lies on a kink, shape ``[1]``.
+
+    By central differences, of minima of an inner objective whose kinks are rounded within ever
+    smaller widths, its last argument.
+    """
+    last = widths[-1]
+    for width in widths:
+        phi = solve(lambda p, width=width: inner(p, theta, width), phi)
+    ends = []
+    for size in (1e-6, -1e-6):
+        moved = theta + size * direction
+        ends.append(outer(solve(lambda p, moved=moved: inner(p, moved, last), phi), moved, last))
+    return ((ends[0] - ends[1]) / 2e-6).reshape(1)
 
 
 def ridge(
@@ -113,11 +184,36 @@ def ridge(
     return support, (x_query @ w.t() - y_query) @ w, -(v * w).sum(), w
 
 
-def relative_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+# Networks as functions of one vector.
+
+
+def linear(phi: Tensor, x: Tensor, ways: int) -> Tensor:
+    """A linear layer whose weight and bias are one vector: ``[m, d] -> [m, ways]``."""
+    d = x.shape[1]
+    return x @ phi[: ways * d].view(ways, d).t() + phi[ways * d :]
+
+
+def network(
+    phi: Tensor, x: Tensor, hidden: int, ways: int, bend: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Two layers with ``bend`` between, their parameters one vector in torch's order."""
+    first = hidden * (x.shape[1] + 1)
+    return linear(phi[first:], bend(linear(phi[:first], x, hidden)), ways)
+
+
+# Comparisons and measures.
+
+
+def flat(tensors: Any) -> Tensor:
+    """All of them as one vector."""
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+
+
+def relative_error(got: Tensors, expected: Tensors) -> float:
     """Norm of the difference over the norm of what was expected, all tensors as one vector."""
-    pairs = list(zip(got, expected, strict=True))
-    difference = torch.cat([(g.detach() - e.detach()).reshape(-1) for g, e in pairs])
-    return float(difference.norm() / torch.cat([e.detach().reshape(-1) for _, e in pairs]).norm())
+    for g, e in zip(got, expected, strict=True):
+        assert g.shape == e.shape or g.numel() == e.numel() == 1, (g.shape, e.shape)
+    return float((flat(got) - flat(expected)).norm() / flat(expected).norm())
 
 
 def subroutine_1(

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from oracles import flat, implicit, minimize
+from small_task import adapt as take_steps
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -46,7 +49,7 @@ class Problem:
         return [*self.theta.values(), *self.head.parameters()]
 
     def start(self) -> Tensor:
-        return torch.cat([p.detach().reshape(-1) for p in self.head.parameters()])
+        return flat(self.head.parameters())
 
     def inner(self, phi: Tensor, *leaves: Tensor) -> Tensor:
         """The regularised support loss as a pure function, for the oracles."""
@@ -67,10 +70,15 @@ class Problem:
         return theta, initial
 
     def _net(self, phi: Tensor) -> Net:
-        shapes = {name: p.shape for name, p in self.head.named_parameters()}
-        pieces = phi.split([shape.numel() for shape in shapes.values()])
-        named = {k: p.view(s) for (k, s), p in zip(shapes.items(), pieces, strict=True)}
-        return lambda x: functional_call(self.head, named, (x,))
+        return on_vector(self.head, phi)
+
+
+def on_vector(module: nn.Module, phi: Tensor) -> Net:
+    """What the module computes where its parameters, in their order, are the vector ``phi``."""
+    shapes = {name: p.shape for name, p in module.named_parameters()}
+    pieces = phi.split([shape.numel() for shape in shapes.values()])
+    named = {k: p.view(s) for (k, s), p in zip(shapes.items(), pieces, strict=True)}
+    return lambda x: functional_call(module, named, (x,))
 
 
 def leaf(*shape: int) -> Tensor:
@@ -249,6 +257,28 @@ def problem(name: str, **changes: Any) -> Problem:
     return replace(make_problems()[name], **changes)
 
 
+def solved(task: Problem) -> Tensor:
+    """The oracle's inner minimum."""
+    return minimize(task.inner, task.start(), task.leaves(), task.lr)
+
+
+def expected(task: Problem, damping: float = 0.0) -> list[Tensor]:
+    """The oracle's hypergradient."""
+    return implicit(task.inner, task.outer, task.leaves(), solved(task), damping)
+
+
+@cache
+def minimum(name: str) -> Tensor:
+    """Of a problem as it is in the table, computed once."""
+    return solved(problem(name))
+
+
+@cache
+def truth(name: str, damping: float = 0.0) -> list[Tensor]:
+    task = problem(name)
+    return implicit(task.inner, task.outer, task.leaves(), minimum(name), damping)
+
+
 # The learner under test, run on a problem.
 
 EXACT = {"inner": Newton(cg_steps=200, tol=1e-13), "linear": CG(steps=200, tol=1e-13)}
@@ -272,11 +302,7 @@ def adapt(
     def support() -> Tensor:
         return task.support(learner, theta, inputs if cached else task.embed(theta))
 
-    if how == "closure":
-        learner.adapt(support, steps=steps)
-    else:
-        for _ in range(steps):
-            learner.adapt(support())
+    take_steps(learner, support, how, steps)
     return learner, task.query(learner, theta, inputs if cached else task.embed(theta))
 
 

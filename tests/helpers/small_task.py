@@ -1,12 +1,26 @@
-"""A small task, for tests of what a learner does rather than of numbers."""
+"""Small tasks and heads, for tests of what a learner does, and the two ways of adapting one."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 SIX_LABELS = torch.arange(6) % 3
+HOWS = pytest.mark.parametrize("how", ["loss", "closure"])
+
+
+def adapt(learner: Any, loss: Callable[[], Tensor], how: str, steps: int) -> None:
+    """By a closure, or by loss tensors in a loop, as learn2learn's scripts have it."""
+    if how == "closure":
+        learner.adapt(loss, steps=steps)
+        return
+    for _ in range(steps):
+        learner.adapt(loss())
 
 
 def six_inputs() -> Tensor:
@@ -14,16 +28,8 @@ def six_inputs() -> Tensor:
 
 
 def fit(learner: Any, inputs: Tensor, how: str = "loss", steps: int = 8) -> None:
-    """Adapt to six examples by loss tensors or by a closure."""
-
-    def loss() -> Tensor:
-        return F.cross_entropy(learner(inputs), SIX_LABELS)
-
-    if how == "closure":
-        learner.adapt(loss, steps=steps)
-    else:
-        for _ in range(steps):
-            learner.adapt(loss())
+    """Adapt to six examples."""
+    adapt(learner, lambda: F.cross_entropy(learner(inputs), SIX_LABELS), how, steps)
 
 
 def small_nets() -> dict[str, nn.Module]:

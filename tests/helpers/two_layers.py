@@ -1,4 +1,5 @@
-"""A network of two layers, its gradient in the initial value, and what that should be.
+"""A network of two layers, its gradient in the initial value, and what that should be; and the same
+data for a linear head and a network whose objective is also a function of one vector.
 
 The truth is the response of the point where the inner solvers' own gradient vanishes; that
 gradient is written out in plain operations, as a field.
@@ -13,10 +14,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from dense import response
+from oracles import flat, linear, network, response
+from small_task import adapt
 from torch import Tensor, nn
 from torch.func import grad
-from verdict import flat
 
 from l2l_implicit import LBFGS, Direct, GradientDescent, ImplicitMAML, Newton
 
@@ -72,10 +73,7 @@ def on_start(
             warnings.simplefilter("ignore", FutureWarning)  # torch's own, of old weight_norm
             net = make()
         learner = ImplicitMAML(net, lr=0.1, l2=L2, **settings).clone()
-        if how == "closure":
-            learner.adapt(lambda: loss(learner(X), Y), steps=steps)
-        for _ in range(steps if how == "losses" else 0):
-            learner.adapt(loss(learner(X), Y))
+        adapt(learner, lambda: loss(learner(X), Y), how, steps)
         F.cross_entropy(learner(QUERY), Y).backward()
         return flat(in_order([p.grad for p in net.parameters()], net))
 
@@ -125,3 +123,34 @@ def truth(
         return F.cross_entropy(forward(phi, phi, QUERY), Y)
 
     return response(field, outer, theta, theta)
+
+
+# Heads as functions of one vector.
+
+LR = 0.1
+NETS: dict[str, nn.Module] = {
+    "linear": nn.Linear(5, 3).double(),
+    "two layers": nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double(),
+}
+
+
+def forward(name: str, phi: Tensor, x: Tensor) -> Tensor:
+    return linear(phi, x, 3) if name == "linear" else network(phi, x, 4, 3, torch.tanh)
+
+
+def start_of(name: str) -> Tensor:
+    return flat(NETS[name].parameters())
+
+
+def objective(name: str, phi: Tensor, l2: Tensor | float, anchor: Tensor | float = 0.0) -> Tensor:
+    loss = F.cross_entropy(forward(name, phi, X), Y)
+    return loss + l2 / 2 * (phi - anchor).square().sum()
+
+
+def outer(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """The query loss, for the oracles."""
+    return lambda phi, theta: F.cross_entropy(forward(name, phi, QUERY), Y)
+
+
+def fit(learner: Any, how: str, steps: int = 1) -> None:
+    adapt(learner, lambda: F.cross_entropy(learner(X), Y), how, steps)

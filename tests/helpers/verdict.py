@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import l2l_implicit
@@ -92,7 +91,3 @@ def must_be_right(call: Callable[[], Tensor], right: Tensor, limit: float = LIMI
         raise heard.error
     assert not heard.warned, heard.warned
     assert off(heard.value, right) <= limit
-
-
-def flat(tensors: Any) -> Tensor:
-    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])

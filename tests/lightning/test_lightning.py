@@ -89,11 +89,6 @@ def by_hand(tasks: list[tuple[Tensor, Tensor]]) -> nn.Module:
     return body
 
 
-def test_it_is_learn2learns_module() -> None:
-    assert issubclass(LightningImplicitCGHead, LightningANIL | LightningEpisodicModule)
-    assert isinstance(module().classifier, ImplicitCGHead)
-
-
 def test_accumulated_batches_are_the_meta_batch(tmp_path: Path) -> None:
     episodes = data()
     tasks = [episodes.train_dataloader().dataset[i] for i in range(12)]
@@ -113,16 +108,10 @@ def test_fit_validate_and_test(tmp_path: Path, inference_mode: bool) -> None:
     (validated,) = run.validate(trained, episodes, verbose=False)
     (tested,) = run.test(trained, episodes, verbose=False)
     assert same(before, state(trained))
+    other = trainer(tmp_path, inference_mode=not inference_mode)
+    assert other.test(trained, data(noise=0.02), verbose=False) == [tested]
     assert 0.4 < validated["valid_accuracy"] <= 1 and 0.4 < tested["test_accuracy"] <= 1
     assert "valid_accuracy" in (Path(run.logger.log_dir) / "metrics.csv").read_text()
-
-
-def test_the_mode_of_evaluation_changes_no_number(tmp_path: Path) -> None:
-    found = [
-        trainer(tmp_path, inference_mode=mode).test(module(), data(), verbose=False)
-        for mode in (True, False)
-    ]
-    assert found[0] == found[1]
 
 
 def test_validation_does_not_disturb_training(tmp_path: Path) -> None:
@@ -174,19 +163,14 @@ def test_early_stopping(tmp_path: Path) -> None:
     assert run.current_epoch == 2
 
 
-def test_a_learned_regulariser_moves(tmp_path: Path) -> None:
+def test_a_learned_regulariser_moves_and_the_inner_problem_is_solved(tmp_path: Path) -> None:
     l2 = nn.Parameter(torch.tensor(0.1))
-    trainer(tmp_path).fit(module(l2=l2), data())
-    assert float(l2.detach()) != 0.1
-
-
-def test_the_inner_problem_is_solved(tmp_path: Path) -> None:
-    trained = module()
+    trained = module(l2=l2)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UnsolvedWarning)
         trainer(tmp_path).fit(trained, data())
     found = trained.classifier.diagnostics
-    assert (found.hypergradients, found.unsolved) == (12, 0)
+    assert (found.hypergradients, found.unsolved) == (12, 0) and float(l2.detach()) != 0.1
 
 
 def test_the_command_line_of_learn2learns_example() -> None:
@@ -198,21 +182,18 @@ def test_the_command_line_of_learn2learns_example() -> None:
     assert (made.classifier.l2, made.train_ways, made.adaptation_steps) == (0.5, 3, 20)
 
 
-def test_a_misspelt_argument_is_an_error() -> None:
-    with pytest.raises(TypeError, match="did you mean 'max_error'"):
-        module(max_eror=0.1)
-    with pytest.raises(ValueError, match="max_error"):
-        module(max_error=0.0)
-
-
-def test_an_argument_of_an_earlier_version_is_an_error() -> None:
-    with pytest.raises(TypeError, match=r"cg_steps: expected linear=CG\(steps=...\)"):
-        module(cg_steps=5)
-
-
-def test_solvers_are_passed_through() -> None:
+def test_arguments_reach_the_head_or_are_an_error() -> None:
     made = module(inner=LBFGS(), linear=CG(steps=7)).classifier
     assert (made.inner, made.linear) == (LBFGS(), CG(steps=7))
+    assert issubclass(LightningImplicitCGHead, LightningANIL | LightningEpisodicModule)
+    wrong: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"max_eror": 0.1}, TypeError, "did you mean 'max_error'"),
+        ({"max_error": 0.0}, ValueError, "max_error"),
+        ({"cg_steps": 5}, TypeError, r"cg_steps: expected linear=CG\(steps=...\)"),
+    ]
+    for settings, error, message in wrong:
+        with pytest.raises(error, match=message):
+            module(**settings)
 
 
 # The data module.
@@ -250,16 +231,12 @@ def test_devices_share_out_the_tasks_of_one_process() -> None:
         assert shares == expected
 
 
-def test_a_task_disturbs_no_random_numbers() -> None:
+def test_tasks_are_those_of_their_numbers_whoever_draws_them() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    next(iter(data().train_dataloader()))
-    assert torch.equal(torch.rand(3), expected)
-
-
-def test_workers_draw_the_same_tasks() -> None:
-    alone, helped = (data(num_workers=n).train_dataloader() for n in (0, 2))
+    alone, helped = (list(data(num_workers=n).train_dataloader()) for n in (0, 2))
+    assert torch.equal(torch.rand(3), expected)  # no random numbers are disturbed
     assert all(torch.equal(a[0], b[0]) for a, b in zip(alone, helped, strict=True))
 
 

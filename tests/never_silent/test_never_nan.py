@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import hypothesis.strategies as st
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, given, settings
+from small_task import adapt
 from torch import Tensor, nn
 
 from l2l_implicit import (
@@ -19,6 +21,7 @@ from l2l_implicit import (
     Direct,
     GradientDescent,
     ImplicitCGHead,
+    InnerSolver,
     LinearSolution,
     LinearSolver,
     Neumann,
@@ -30,13 +33,6 @@ FEW, MANY = 60, 3000
 SEEDS = st.integers(0, 2**31)
 PHASES = [Phase.explicit, Phase.generate]  # a seed does not shrink to anything simpler
 WRONG = (math.nan, math.inf, -math.inf)
-
-
-def examples(number: int) -> settings:
-    return settings(
-        max_examples=number, deadline=None, derandomize=True, phases=PHASES, database=None,
-        suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
 
 
 class System(NamedTuple):
@@ -102,8 +98,10 @@ SYSTEMS: dict[str, Any] = {
 }
 
 
-def check_system(**made: Any) -> None:
-    given_ = system(**made)
+def check_system(
+    seed: int, kind: str, size: int, scales: tuple[int, int], dtype: torch.dtype
+) -> None:
+    given_ = system(seed, kind, size, scales, dtype)
     clean = bool(torch.isfinite(given_.a).all() and torch.isfinite(given_.b).all())
     for name, answer in answers(given_).items():
         assert bool(torch.isfinite(answer.solution).all()), (name, answer)
@@ -184,24 +182,16 @@ def check_head(head: Head) -> None:
     labels = torch.arange(9) % 3
     learner = ImplicitCGHead(module_of(head.net).to(head.dtype), **head.options).clone()
     try:
-        adapt(learner, head, x * theta, labels)
-        F.cross_entropy(learner(query * theta), labels.roll(1)).backward()
+        h = x * theta
+        h.retain_grad()  # theta's may overflow behind it, times features of 1e25
+        adapt(learner, lambda: F.cross_entropy(learner(h), labels), head.how, head.steps)
+        F.cross_entropy(learner(query), labels.roll(1)).backward()
     except (FloatingPointError, ValueError, RuntimeError) as error:
         assert "expected" in str(error) and "\n" not in str(error)
         return
-    gradients = [theta.grad, *(p.grad for p in learner.module.parameters() if p.is_leaf)]
+    gradients = [h.grad, *(p.grad for p in learner.module.parameters() if p.is_leaf)]
     found = [g for g in gradients if g is not None]
     assert found and all(bool(torch.isfinite(g).all()) for g in found), head
-
-
-def adapt(learner: ImplicitCGHead, head: Head, x: Tensor, labels: Tensor) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if head.how == "closure":
-            learner.adapt(lambda: F.cross_entropy(learner(x), labels), steps=head.steps)
-            return
-        for _ in range(head.steps):
-            learner.adapt(F.cross_entropy(learner(x), labels))
 
 
 BATCHES: dict[str, Any] = {
@@ -216,14 +206,16 @@ BATCHES: dict[str, Any] = {
 }
 
 
-def check_batch(seed: int, scale: int, wrong: bool, **options: Any) -> None:
+def check_batch(
+    seed: int, scale: int, wrong: bool, l2: float, inner: InnerSolver, linear: LinearSolver
+) -> None:
     torch.manual_seed(seed)
     theta = torch.ones(4, requires_grad=True)
     x, query = (torch.randn(3, 9, 4) * 10.0**scale for _ in range(2))
     if wrong:
         (x if seed % 2 else query)[1, 3, 1] = WRONG[seed % 3]
     labels = (torch.arange(9) % 3).expand(3, 9)
-    head = ImplicitCGHead(nn.Linear(4, 3), lr=0.1, **options)
+    head = ImplicitCGHead(nn.Linear(4, 3), lr=0.1, l2=l2, inner=inner, linear=linear)
     try:
         features, query = x * theta, query * theta
         features.retain_grad()  # theta's may overflow behind it, times features of 1e25
@@ -242,40 +234,28 @@ def quiet() -> Any:
         yield
 
 
-@examples(FEW)
-@given(**SYSTEMS)
-def test_systems(**made: Any) -> None:
-    check_system(**made)
+MANY_TOO = pytest.mark.parametrize("number", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
 
 
-@examples(FEW)
-@given(HEADS)
-def test_heads(head: Head) -> None:
-    check_head(head)
+def hold(number: int, check: Callable[..., None], *drawn: Any, **named: Any) -> None:
+    """``check`` on so many examples."""
+    options = settings(
+        max_examples=number, deadline=None, derandomize=True, phases=PHASES, database=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    options(given(*drawn, **named)(check))()
 
 
-@examples(FEW)
-@given(**BATCHES)
-def test_batches(**made: Any) -> None:
-    check_batch(**made)
+@MANY_TOO
+def test_systems(number: int) -> None:
+    hold(number, check_system, **SYSTEMS)
 
 
-@pytest.mark.slow
-@examples(MANY)
-@given(**SYSTEMS)
-def test_thousands_of_systems(**made: Any) -> None:
-    check_system(**made)
+@MANY_TOO
+def test_heads(number: int) -> None:
+    hold(number, check_head, HEADS)
 
 
-@pytest.mark.slow
-@examples(MANY)
-@given(HEADS)
-def test_thousands_of_heads(head: Head) -> None:
-    check_head(head)
-
-
-@pytest.mark.slow
-@examples(MANY)
-@given(**BATCHES)
-def test_thousands_of_batches(**made: Any) -> None:
-    check_batch(**made)
+@MANY_TOO
+def test_batches(number: int) -> None:
+    hold(number, check_batch, **BATCHES)

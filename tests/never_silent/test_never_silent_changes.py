@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import implicit, solve
-from small_nets import LR, NETS, QUERY, D, Y, adapt, forward, objective, outer, start_of
+from oracles import flat, implicit_from, solve
 from torch import Tensor, nn
 from torch.nn.utils import vector_to_parameters
-from verdict import Heard, flat, judge, off
+from two_layers import LR, NETS, QUERY, D, Y, fit, forward, objective, outer, start_of
+from verdict import Heard, judge, off
 
 from l2l_implicit import (
     CG,
@@ -43,26 +44,15 @@ def named_pieces(learner: ImplicitCGHead, values: Tensor) -> dict[str, Tensor]:
     return {k: nn.Parameter(v.view(shape).clone()) for (k, shape), v in pairs}
 
 
-def by_data(learner: ImplicitCGHead, values: Tensor) -> None:
-    for p, value in zip(
-        learner.module.parameters(), named_pieces(learner, values).values(), strict=True
-    ):
-        p.data = value.data
+def each(change: Callable[[Tensor, Tensor], Any]) -> Callable[[ImplicitCGHead, Tensor], None]:
+    """``change`` of each parameter to its new value."""
 
+    def run(learner: ImplicitCGHead, values: Tensor) -> None:
+        new = named_pieces(learner, values).values()
+        for p, value in zip(learner.module.parameters(), new, strict=True):
+            change(p, value.data)
 
-def by_data_copy(learner: ImplicitCGHead, values: Tensor) -> None:
-    for p, value in zip(
-        learner.module.parameters(), named_pieces(learner, values).values(), strict=True
-    ):
-        p.data.copy_(value)
-
-
-def by_copy(learner: ImplicitCGHead, values: Tensor) -> None:
-    with torch.no_grad():
-        for p, value in zip(
-            learner.module.parameters(), named_pieces(learner, values).values(), strict=True
-        ):
-            p.copy_(value)
+    return run
 
 
 def by_state(learner: ImplicitCGHead, values: Tensor) -> None:
@@ -84,9 +74,9 @@ def by_attribute(learner: ImplicitCGHead, values: Tensor) -> None:
 
 
 CHANGES = {
-    "p.data =": by_data,
-    "p.data.copy_": by_data_copy,
-    "p.copy_": by_copy,
+    "p.data =": each(lambda p, value: setattr(p, "data", value)),
+    "p.data.copy_": each(lambda p, value: p.data.copy_(value)),
+    "p.copy_": each(torch.no_grad()(lambda p, value: p.copy_(value))),
     "vector_to_parameters": lambda learner, v: vector_to_parameters(v, learner.module.parameters()),
     "load_state_dict(assign=True)": by_state,
     "learner.load_state_dict(assign=True)": by_learners_state,
@@ -105,15 +95,15 @@ def test_weights_are_as_they_were_set(name: str, change: str, how: str) -> None:
 
         def second(inner: Any = inner) -> Tensor:
             learner = ImplicitCGHead(NETS[name], LR, l2=0.1, inner=inner).clone()
-            adapt(learner, how)
+            fit(learner, how)
             CHANGES[change](learner, mine(name))
-            adapt(learner, how)
+            fit(learner, how)
             return flat(learner.module.parameters())
 
         net = copy.deepcopy(NETS[name])
         vector_to_parameters(mine(name), net.parameters())
         fresh = ImplicitCGHead(net, LR, l2=0.1, inner=inner).clone()
-        adapt(fresh, how)
+        fit(fresh, how)
         judge(second, flat(fresh.module.parameters()), 1e-6)
 
 
@@ -122,9 +112,9 @@ def test_weights_are_as_they_were_set(name: str, change: str, how: str) -> None:
 def test_a_solved_head_whose_weights_are_set_is_solved_again(inner: Any, change: str) -> None:
     def again() -> Tensor:
         learner = ImplicitCGHead(NETS["linear"], LR, l2=0.1, inner=inner).clone()
-        adapt(learner, "closure", 150)
+        fit(learner, "closure", 150)
         CHANGES[change](learner, mine("linear"))
-        adapt(learner, "closure", 150)
+        fit(learner, "closure", 150)
         F.cross_entropy(learner(QUERY), Y).backward()
         return flat(learner.module.parameters())
 
@@ -134,13 +124,13 @@ def test_a_solved_head_whose_weights_are_set_is_solved_again(inner: Any, change:
 @cache
 def in_l2(name: str) -> Tensor:
     start, one = start_of(name), torch.ones(1, dtype=D)
-    return implicit(lambda p, t: objective(name, p, t[0], start), outer(name), start, one)
+    return implicit_from(lambda p, t: objective(name, p, t[0], start), outer(name), start, one)
 
 
 @cache
 def in_anchor(name: str) -> Tensor:
     start = start_of(name)
-    return implicit(lambda p, t: objective(name, p, 0.5, t), outer(name), start, start)
+    return implicit_from(lambda p, t: objective(name, p, 0.5, t), outer(name), start, start)
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -152,11 +142,10 @@ def test_hypergradients_after_a_change(name: str, change: str, how: str) -> None
     def gradient() -> Tensor:
         l2 = torch.tensor(1.0, dtype=D, requires_grad=True)
         learner = ImplicitCGHead(NETS[name], LR, l2=l2, anchor="init", inner=Newton()).clone()
-        adapt(learner, how, 12)
+        fit(learner, how, 12)
         CHANGES[change](learner, start_of(name) * 1.1)
-        adapt(learner, how, 12)
+        fit(learner, how, 12)
         F.cross_entropy(learner(QUERY), Y).backward()
-        assert l2.grad is not None
         return l2.grad.reshape(1)
 
     judge(gradient, in_l2(name))
@@ -194,11 +183,11 @@ def test_a_setting_that_is_changed_is_used(
         initial = {"lr": LR, "l2": 0.5, **first} if late else {"lr": LR, "l2": 0.5, **first, **then}
         parent = ImplicitCGHead(net, **initial)
         learner = parent.clone()
-        adapt(learner, how, 3)
+        fit(learner, how, 3)
         for key, value in then.items() if late else ():
             setattr(parent if of_parent else learner, key, value)
         learner = parent.clone() if of_parent else learner
-        adapt(learner, how, 25)
+        fit(learner, how, 25)
         F.cross_entropy(learner(QUERY), Y).backward()
         found = [p.grad if p.grad is not None else torch.zeros_like(p) for p in net.parameters()]
         return flat([*learner.module.parameters(), *found])
@@ -219,7 +208,7 @@ def test_the_linear_solver_is_the_one_that_is_set(
         ).clone()
         if moment == "before adapt":
             learner.linear = linear
-        adapt(learner, how, 15)
+        fit(learner, how, 15)
         if moment == "before backward":
             learner.linear = linear
         F.cross_entropy(learner(QUERY), Y).backward()

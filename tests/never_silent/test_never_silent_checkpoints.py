@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import implicit, linear
+from oracles import flat, implicit_from, linear
+from small_task import adapt
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from two_layers import FIRST, HIDDEN, QUERY, WAYS, D, Net, X, Y, net_of, on_start, truth
-from verdict import Heard, flat, judge, off
+from verdict import Heard, judge, off
 
 from l2l_implicit import GradientDescent, ImplicitCGHead, ImplicitMAML, Newton
 
@@ -70,10 +71,7 @@ def test_a_few_steps_are_those_without(kind: str, how: str, inner: Any) -> None:
             else:
                 net = whole() if kind == "whole" else net_of(First(kind))
             learner = ImplicitMAML(net, lr=0.5, l2=0.5, inner=inner).clone()
-            if how == "closure":
-                learner.adapt(lambda: F.cross_entropy(learner(X), Y), steps=2)
-            for _ in range(2 if how == "losses" else 0):
-                learner.adapt(F.cross_entropy(learner(X), Y))
+            adapt(learner, lambda: F.cross_entropy(learner(X), Y), how, 2)
             F.cross_entropy(learner(QUERY), Y).backward()
             return flat([*(p.grad for p in net.parameters()), *learner.module.parameters()])
 
@@ -105,10 +103,7 @@ def test_a_checkpointed_backbone(kind: str, how: str) -> None:
         blocks.zero_grad()
         learner = ImplicitCGHead(nn.Linear(HIDDEN, 3).double(), 0.1, l2=l2).clone()
         h = features(X)
-        if how == "closure":
-            learner.adapt(lambda: F.cross_entropy(learner(h), Y), steps=20)
-        for _ in range(5 if how == "losses" else 0):
-            learner.adapt(F.cross_entropy(learner(h), Y))
+        adapt(learner, lambda: F.cross_entropy(learner(h), Y), how, 20 if how == "closure" else 5)
         F.cross_entropy(learner(features(QUERY)), outer_y).backward()
         return flat(p.grad for p in blocks.parameters())
 
@@ -120,4 +115,4 @@ def test_a_checkpointed_backbone(kind: str, how: str) -> None:
         return F.cross_entropy(linear(phi, torch.tanh(linear(theta, QUERY, HIDDEN)), 3), outer_y)
 
     theta = flat(FIRST.parameters())
-    judge(gradient, implicit(inner, outer, torch.zeros(3 * HIDDEN + 3, dtype=D), theta))
+    judge(gradient, implicit_from(inner, outer, torch.zeros(3 * HIDDEN + 3, dtype=D), theta))

@@ -3,41 +3,37 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import cache
 
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import implicit
-from small_nets import LR, NETS, QUERY, D, X, Y, adapt, forward, objective, outer, start_of
+from oracles import flat, implicit_from
+from small_task import adapt
 from torch import Tensor
-from verdict import flat, judge, must_be_right
+from two_layers import LR, NETS, QUERY, D, X, Y, fit, forward, objective, outer, start_of
+from verdict import judge, must_be_right
 
 from l2l_implicit import ImplicitMAML, Newton
 
+IN_PLACE: dict[str, Callable[[Tensor], object]] = {
+    "mul_": lambda t: t.mul_(3.0),
+    ".data.mul_": lambda t: t.data.mul_(3.0),
+    "copy_": lambda t: t.copy_(t.flip(0) * 2.0),  # a loader's one buffer for every batch
+    "numpy": lambda t: t.detach().numpy().__setitem__(..., t.detach().flip(0).numpy() * 2.0),
+}
 
-def scaled(tensor: Tensor) -> None:
+
+def write(change: str, tensor: Tensor) -> None:
+    """Other numbers into a tensor; classes stay classes."""
     with torch.no_grad():
-        tensor.mul_(3.0)
-
-
-def scaled_unseen(tensor: Tensor) -> None:
-    tensor.data.mul_(3.0)
-
-
-def refilled(tensor: Tensor) -> None:
-    """As a loader does that uses one buffer for every batch."""
-    with torch.no_grad():
-        tensor.copy_(tensor.flip(0) * 2.0)
-
-
-def refilled_by_numpy(tensor: Tensor) -> None:
-    tensor.detach().numpy()[...] = tensor.detach().flip(0).numpy() * 2.0
-
-
-IN_PLACE = {
-    "mul_": scaled, ".data.mul_": scaled_unseen, "copy_": refilled, "numpy": refilled_by_numpy,
-}  # fmt: skip
+        if tensor.is_floating_point():
+            IN_PLACE[change](tensor)
+        elif change == "numpy":
+            tensor.numpy().fill(0)
+        else:
+            tensor.copy_(tensor.flip(-1))
 
 
 @cache
@@ -51,7 +47,7 @@ def truth(name: str) -> Tensor:
         return F.cross_entropy(forward(name, phi, x), Y) + regularizer
 
     theta = torch.cat([start, torch.tensor([0.5], dtype=D), X.reshape(-1)])
-    return implicit(inner, outer(name), start, theta)
+    return implicit_from(inner, outer(name), start, theta)
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -74,16 +70,11 @@ def test_data_changed_before_backward(name: str, how: str, change: str, what: st
                 return F.cross_entropy(learner(x), y)
             return (weight * F.cross_entropy(learner(x), y, reduction="none")).mean()
 
-        if how == "closure":
-            learner.adapt(loss, steps=30)
-        for _ in range(12 if how == "losses" else 0):
-            learner.adapt(loss())
+        adapt(learner, loss, how, 30 if how == "closure" else 12)
         query_loss = F.cross_entropy(learner(QUERY), Y)
-        if what == "y":
-            y.numpy().fill(0) if change == "numpy" else y.copy_(y.flip(0))
-        else:
-            changed = {"l2": l2, "weights of the loss": weight, "anchor": next(net.parameters())}
-            IN_PLACE[change](changed.get(what, x))
+        changed = {"y": y, "l2": l2, "weights of the loss": weight}
+        changed["anchor"] = next(net.parameters())
+        write(change, changed.get(what, x))
         query_loss.backward()
         found = [*(p.grad for p in net.parameters()), l2.grad, x.grad]
         return flat(g for g in found if g is not None)
@@ -105,10 +96,7 @@ def test_data_changed_between_two_adapts(name: str, how: str, change: str, what:
         maml = ImplicitMAML(net, LR, l2=l2, inner=Newton())
 
         def changed() -> None:
-            if what == "y":
-                y.numpy().fill(0) if change == "numpy" else y.copy_(y.flip(0))
-            else:
-                IN_PLACE[change]({"x": x, "l2": l2}[what])
+            write(change, {"x": x, "y": y, "l2": l2}[what])
 
         if not late:
             changed()
@@ -116,12 +104,9 @@ def test_data_changed_between_two_adapts(name: str, how: str, change: str, what:
         for turn in range(2):
             if turn == 1 and late:
                 changed()
-            if how == "closure":
-                learner.adapt(lambda: F.cross_entropy(learner(x), y), steps=60)
-            for _ in range(25 if how == "losses" else 0):
-                learner.adapt(F.cross_entropy(learner(x), y))
+            steps = 60 if how == "closure" else 25
+            adapt(learner, lambda: F.cross_entropy(learner(x), y), how, steps)
         F.cross_entropy(learner(QUERY), Y).backward()
-        assert l2.grad is not None
         return flat([*learner.module.parameters(), *(p.grad for p in net.parameters()), l2.grad])
 
     judge(lambda: adapted(True), adapted(False), 1e-3)
@@ -139,16 +124,12 @@ def test_data_of_tasks_together(change: str, what: str) -> None:
         x, y = X.clone().unsqueeze(0), Y.clone().unsqueeze(0)
         adapted = learner.adapt_together(x, y, steps=20)
         query_loss = F.cross_entropy(adapted(QUERY.unsqueeze(0)).squeeze(0), Y)
-        if what == "features":
-            IN_PLACE[change](x)
-        else:
-            y.numpy().fill(0) if change == "numpy" else y.copy_(y.flip(1))
+        write(change, x if what == "features" else y)
         query_loss.backward()
-        assert l2.grad is not None
         return l2.grad.reshape(1)
 
     start, half = start_of("linear"), torch.tensor([0.5], dtype=D)
-    right = implicit(
+    right = implicit_from(
         lambda p, t: objective("linear", p, t[0], start), outer("linear"), start, half
     )
     judge(gradient, right)
@@ -162,9 +143,9 @@ def test_nothing_changed_is_right(name: str) -> None:
     def gradient() -> Tensor:
         net = copy.deepcopy(NETS[name])
         learner = ImplicitMAML(net, LR, l2=0.5, inner=Newton()).clone()
-        adapt(learner, "closure", 30)
+        fit(learner, "closure", 30)
         F.cross_entropy(learner(QUERY), Y).backward()
         return flat(p.grad for p in net.parameters())
 
-    right = implicit(lambda p, t: objective(name, p, 0.5, t), outer(name), start, start)
+    right = implicit_from(lambda p, t: objective(name, p, 0.5, t), outer(name), start, start)
     must_be_right(gradient, right)

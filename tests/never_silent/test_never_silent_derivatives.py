@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import Function, implicit, linear, response
+from oracles import implicit_from, linear, response
+from small_task import adapt
 from torch import Tensor, nn
 from torch.autograd.function import Function as Operation
 from torch.autograd.function import once_differentiable
@@ -34,9 +35,9 @@ from two_layers import (
     through,
     truth,
 )
-from verdict import judge, must_be_right
+from verdict import Heard, judge, must_be_right
 
-from l2l_implicit import ImplicitCGHead
+from l2l_implicit import GradientDescent, ImplicitCGHead, Newton
 
 
 class Tanh(Operation):
@@ -74,6 +75,21 @@ class ByNumpy(Tanh):
         return torch.from_numpy(gradient.detach().numpy() * (1 - y * y))
 
 
+class Halved(Tanh):
+    """Its second derivative is half of what it is."""
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return gradient * (1 - (0.5 * y + 0.5 * y.detach()).square())
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.tanh()
+        ctx.save_for_backward(y)
+        return y
+
+
 class Scaled(Operation):
     """The identity with a smaller gradient: whole, but of no objective."""
 
@@ -91,13 +107,42 @@ def test_plain_networks_are_right(way: str) -> None:
     must_be_right(on_start(net_of, way, F.cross_entropy), truth())
 
 
-OPERATIONS = {kind.__name__: kind.apply for kind in (Tanh, Once, WithoutGraph, ByNumpy)}
+OPERATIONS = {kind.__name__: kind.apply for kind in (Tanh, Once, WithoutGraph, ByNumpy, Halved)}
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
-@pytest.mark.parametrize("way", WAYS)
+ALONG_THE_STEPS = pytest.mark.xfail(
+    strict=True, reason="loss tensors are compared along the steps alone; 5 % are missing here"
+)
+HALVED = "Halved", "Newton, losses"  # 10 % are missing, in long steps
+
+
+@pytest.mark.parametrize("name, way", [
+    *(pair for pair in itertools.product(OPERATIONS, WAYS) if pair != HALVED),
+    pytest.param(*HALVED, marks=ALONG_THE_STEPS),
+])  # fmt: skip
 def test_operations(name: str, way: str) -> None:
     judge(on_start(lambda: net_of(bend=OPERATIONS[name]), way, F.cross_entropy), truth())
+
+
+@pytest.mark.parametrize("how", ["loss", "closure"])
+@pytest.mark.parametrize("inner", [Newton(), GradientDescent(), GradientDescent(adaptive=True)])
+@pytest.mark.parametrize("lr", [0.03, 1.0])
+@pytest.mark.parametrize("bend", [torch.tanh, torch.sigmoid, F.softplus, torch.sin])
+def test_a_right_second_derivative_is_never_doubted(
+    bend: Callable[[Tensor], Tensor], lr: float, inner: Any, how: str
+) -> None:
+    """And so of no problem of `problems.py` (core/test_hypergradient.py); solved or not."""
+
+    def adapted(seed: int) -> None:
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 3)).double()
+        learner = ImplicitCGHead(net, lr, anchor="init", inner=inner).clone()
+        hidden, last = learner.module
+        adapt(learner, lambda: F.cross_entropy(last(bend(hidden(X))), Y), how, 20)
+
+    for seed in range(3):
+        heard = Heard(lambda seed=seed: adapted(seed))
+        assert heard.error is None and not any("second derivative" in w for w in heard.warned)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -152,9 +197,6 @@ NORMS: dict[str, tuple[Callable[[nn.Module], nn.Module], type[nn.Linear], Forwar
 
 UNSEEN = "norm taken for a constant", "gradient descent"
 SEEN = [pair for pair in itertools.product(NORMS, WAYS) if pair != UNSEEN]
-ALONG_THE_STEPS = pytest.mark.xfail(
-    strict=True, reason="loss tensors are compared along the steps alone; 5 % are missing here"
-)
 
 
 @pytest.mark.parametrize("name, way", [*SEEN, pytest.param(*UNSEEN, marks=ALONG_THE_STEPS)])
@@ -188,15 +230,16 @@ def test_normalised_weights_beside_the_learner_are_right(norm: str) -> None:
         learner = ImplicitCGHead(head, 0.1, l2=l2).clone()
         learner.adapt(lambda: F.cross_entropy(learner(h), Y), steps=20)
         F.cross_entropy(learner(features), Y.roll(1)).backward()
-        assert h.grad is not None
         return h.grad
 
     def inner(phi: Tensor, h: Tensor) -> Tensor:
         return F.cross_entropy(linear(phi, h.view(12, -1), 3), Y) + l2 / 2 * phi.square().sum()
 
-    outer: Function = lambda p, h: F.cross_entropy(linear(p, features, 3), Y.roll(1))  # noqa: E731
-    right = implicit(inner, outer, torch.zeros(15, dtype=D), features.reshape(-1)).view(12, HIDDEN)
-    must_be_right(gradient, right)
+    def outer(phi: Tensor, h: Tensor) -> Tensor:
+        return F.cross_entropy(linear(phi, features, 3), Y.roll(1))
+
+    right = implicit_from(inner, outer, torch.zeros(15, dtype=D), features.reshape(-1))
+    must_be_right(gradient, right.view(12, HIDDEN))
 
 
 @pytest.mark.parametrize("name", ["spectral norm", "old spectral norm"])

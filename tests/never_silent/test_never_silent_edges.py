@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import implicit
+from oracles import flat, implicit_from
+from small_task import adapt
 from solver_settings import WAYS, clustered
 from torch import Tensor, nn
-from verdict import Heard, flat, judge, must_be_right
+from verdict import Heard, judge, must_be_right
 
 from l2l_implicit import LBFGS, GradientDescent, ImplicitCGHead, Newton
 
@@ -30,24 +31,20 @@ def test_no_regulariser(way: str, size: float) -> None:
     a = torch.cat([theta, ones], 1)
     w = torch.linalg.solve(a.t() @ a, a.t() @ y)
     F.mse_loss(torch.cat([query, ones], 1) @ w, y).backward()
-    assert theta.grad is not None
     for how, dtype in (("closure", torch.float32), ("closure", D), ("losses", D), ("together", D)):
 
         def gradient(how: str = how, dtype: torch.dtype = dtype) -> Tensor:
             features, goal = x.clone().to(dtype).requires_grad_(), y.to(dtype)
             head = ImplicitCGHead(nn.Linear(5, 3).to(dtype), 0.1, l2=0.0, **WAYS[way])
             learner = head.clone()
-            if how == "closure":
-                learner.adapt(lambda: F.mse_loss(learner(features), goal), steps=60)
-            for _ in range(5 if how == "losses" else 0):
-                learner.adapt(F.mse_loss(learner(features), goal))
             if how == "together":
                 adapted = head.adapt_together(features[None], goal[None], steps=60)
                 outputs = adapted(query[None].to(dtype))[0]
             else:
+                steps = 60 if how == "closure" else 5
+                adapt(learner, lambda: F.mse_loss(learner(features), goal), how, steps)
                 outputs = learner(query.to(dtype))
             F.mse_loss(outputs, goal).backward()
-            assert features.grad is not None
             return features.grad
 
         judge(gradient, theta.grad)
@@ -68,7 +65,7 @@ def test_targets_that_the_head_fits(l2: float, dtype: torch.dtype) -> None:
         loss = F.mse_loss(outputs(phi, theta.view(6, 5)), y)
         return loss + 0.5 * l2 * (phi - start.flatten()).square().sum()
 
-    truth = implicit(
+    truth = implicit_from(
         inner, lambda phi, _: F.mse_loss(outputs(phi, query), asked), start.flatten(), x.flatten()
     )
 
@@ -80,7 +77,6 @@ def test_targets_that_the_head_fits(l2: float, dtype: torch.dtype) -> None:
         learner = ImplicitCGHead(head, 0.1, l2=l2, anchor="init").clone()
         learner.adapt(F.mse_loss(learner(features), y.to(dtype)))
         F.mse_loss(learner(query.to(dtype)), asked.to(dtype)).backward()
-        assert features.grad is not None
         return features.grad.flatten()
 
     must_be_right(gradient, truth)
@@ -138,10 +134,7 @@ def test_no_support(name: str, reduction: str, anchor: str, inner: Any) -> None:
 
             def adapted(net=net, how=how) -> Tensor:  # type: ignore[no-untyped-def]
                 learner = ImplicitCGHead(net, 0.1, l2=0.5, anchor=anchor, inner=inner).clone()
-                if how == "closure":
-                    learner.adapt(lambda: EMPTY[name](learner(none), reduction), steps=60)
-                for _ in range(60 if how == "losses" else 0):
-                    learner.adapt(EMPTY[name](learner(none), reduction))
+                adapt(learner, lambda: EMPTY[name](learner(none), reduction), how, 60)
                 learner(torch.ones(2, 5)).sum().backward()
                 return flat(list(learner.module.parameters())[:2])
 

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import Function, linear, response
+from oracles import flat, linear, response
+from small_task import adapt
 from torch import Tensor, nn
 from torch.autograd.function import Function as Operation
 from torch.func import grad
 from two_layers import L2, QUERY, WAYS, D, Loss, X, Y, entropy, in_order, net_of, on_start, truth
-from verdict import flat, judge, must_be_right
+from verdict import judge, must_be_right
 
 from l2l_implicit import ImplicitCGHead, ImplicitMAML, Newton
 
@@ -83,12 +84,8 @@ def test_losses_of_a_linear_head(name: str, way: str) -> None:
     def gradient() -> Tensor:
         x = X.clone().requires_grad_()
         learner = ImplicitCGHead(nn.Linear(5, 3).double(), 0.1, l2=l2, **settings).clone()
-        if how == "closure":
-            learner.adapt(lambda: loss(learner(x), Y), steps=steps)
-        for _ in range(2 * steps if how == "losses" else 0):
-            learner.adapt(loss(learner(x), Y))
+        adapt(learner, lambda: loss(learner(x), Y), how, steps if how == "closure" else 2 * steps)
         F.cross_entropy(learner(QUERY), Y).backward()
-        assert x.grad is not None
         return x.grad
 
     def of_loss(phi: Tensor, x: Tensor, frozen: Tensor) -> Tensor:
@@ -98,7 +95,7 @@ def test_losses_of_a_linear_head(name: str, way: str) -> None:
     def field(phi: Tensor, x: Tensor) -> Tensor:
         return grad(of_loss, argnums=0)(phi, x, phi) + l2 * phi
 
-    outer: Function = lambda p, x: F.cross_entropy(linear(p, QUERY, 3), Y)  # noqa: E731
+    outer = lambda p, x: F.cross_entropy(linear(p, QUERY, 3), Y)  # noqa: E731
     judge(gradient, response(field, outer, torch.zeros(18, dtype=D), X.reshape(-1)).view(12, 5))
 
 
@@ -112,10 +109,7 @@ def test_a_loss_that_comes_after_a_good_one(name: str, how: str) -> None:
     def adapted(loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         net.zero_grad()
         learner = maml.clone()
-        if how == "closure":
-            learner.adapt(lambda: loss(learner(X), Y), steps=50)
-        for _ in range(12 if how == "losses" else 0):
-            learner.adapt(loss(learner(X), Y))
+        adapt(learner, lambda: loss(learner(X), Y), how, 50 if how == "closure" else 12)
         F.cross_entropy(learner(QUERY), Y).backward()
         return flat(in_order([p.grad for p in net.parameters()], net))
 

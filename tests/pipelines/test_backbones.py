@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import implicit, minimize, polish, relative_error
+from small_task import adapt
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -132,11 +133,7 @@ def test_a_learned_kronecker_metric(how: str) -> None:
         for factor in factors:
             factor.add_(0.2 * torch.randn_like(factor))
     learner = gbml.clone()
-    if how == "closure":
-        learner.adapt(lambda: F.cross_entropy(learner(h), LABELS), steps=20)
-    else:
-        for _ in range(20):
-            learner.adapt(F.cross_entropy(learner(h), LABELS))
+    adapt(learner, lambda: F.cross_entropy(learner(h), LABELS), how, 20)
     F.cross_entropy(learner(h_query), LABELS.roll(1)).backward()
 
     def loss(phi: Tensor, h: Tensor, y: Tensor) -> Tensor:

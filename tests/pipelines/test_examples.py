@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffs import added_lines, patched, read_diffs
 from disk_formats import WRITERS
 from oracles import peak_of_live_tensors
 
@@ -18,6 +18,40 @@ import l2l_implicit  # noqa: F401  (makes learn2learn importable)
 
 import learn2learn as l2l  # isort: skip
 import torchvision  # isort: skip
+
+PAGE = Path(__file__).parents[2] / "docs" / "examples.md"
+Hunk = tuple[str, str]  # the lines before, the lines after
+
+
+def read_diffs() -> dict[str, list[Hunk]]:
+    """The hunks for each script that the page names."""
+    found: dict[str, list[Hunk]] = {}
+    for block in re.findall(r"^```diff\n(.*?)^```$", PAGE.read_text("utf-8"), re.M | re.S):
+        name = block.splitlines()[0].removeprefix("--- ").removesuffix(".py")
+        bodies = re.split(r"^@@.*@@\n", block, flags=re.M)[1:]
+        found[name] = [(side(body, "+"), side(body, "-")) for body in bodies]
+    return found
+
+
+def side(body: str, other: str) -> str:
+    """The lines of one side of a hunk: all but those of the other."""
+    kept = [line[1:] for line in body.splitlines() if not line.startswith(other)]
+    return "\n".join(kept) + "\n"
+
+
+def patched(text: str, hunks: list[Hunk]) -> str:
+    """The text with each hunk applied, wherever its lines stand; they must stand there once."""
+    for before, after in hunks:
+        assert text.count(before) == 1, f"{text.count(before)} times:\n{before}"
+        text = text.replace(before, after)
+    return text
+
+
+def added_lines(hunks: list[Hunk]) -> list[str]:
+    """What a user types."""
+    pairs = [(before.splitlines(), after.splitlines()) for before, after in hunks]
+    return [line for before, after in pairs for line in after if line not in before]
+
 
 DIFFS = read_diffs()
 SCRIPTS = {name: f"{name}.py" for name in DIFFS} | dict.fromkeys(
@@ -92,6 +126,15 @@ def test_every_script_has_its_diff_and_a_diff_is_short() -> None:
     for hunks in DIFFS.values():
         imports = [line for line in added_lines(hunks) if line.startswith("from l2l_implicit")]
         assert len(imports) == 1 and len(added_lines(hunks)) <= 3
+
+
+def test_the_python_blocks_of_the_page_run() -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text("utf-8"), re.M | re.S)
+    assert blocks
+    for block in blocks:
+        names: dict[str, Any] = {"torch": torch}
+        exec(compile(block, str(PAGE), "exec"), names)
+        assert bool(names["features"][0].weight.grad.any())
 
 
 # What the changed line changes.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -25,7 +24,7 @@ def surroundings(folder: Path) -> dict[str, str]:
     return {
         **os.environ,
         "PATH": os.pathsep.join([binaries, os.environ["PATH"]]),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")]),
         "L2L_IMPLICIT_DATA": str(folder / "data"),
         "OMP_NUM_THREADS": "1",
     }
@@ -44,14 +43,12 @@ def mongo_url(tmp_path: Path) -> Iterator[str]:
 
 
 def follow(name: str, folder: Path, **environment: str) -> None:
+    program = ROOT / "tests" / "helpers" / "docs_blocks.py"
     answer = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "docs_tutorial.py"), str(DOCS / f"{name}.md")],
-        cwd=folder,
-        env={**surroundings(folder), **environment},
-        stdout=subprocess.PIPE,
+        [sys.executable, program, DOCS / f"{name}.md"], cwd=folder, text=True,
+        env={**surroundings(folder), **environment}, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
-    )
+    )  # fmt: skip
     assert answer.returncode == 0, answer.stdout[-4000:]
 
 
@@ -60,23 +57,13 @@ def test_all_tutorials_are_followed() -> None:
     assert found and found == {*QUICK, *LONG} - {"choosing"}
 
 
-@pytest.mark.parametrize("name", QUICK)
-def test_tutorial(name: str, tmp_path: Path) -> None:
-    follow(name, tmp_path)
-
-
-@pytest.mark.slow
-def test_tutorial_lightning(tmp_path: Path) -> None:
-    if importlib.util.find_spec("pytorch_lightning") is None:
-        pytest.skip("needs pytorch-lightning")
-    follow("tutorials/lightning", tmp_path)
-
-
-@pytest.mark.slow
-def test_tutorial_torchrun(tmp_path: Path) -> None:
-    follow("tutorials/torchrun", tmp_path)
-
-
-@pytest.mark.slow
-def test_tutorial_mongodb(tmp_path: Path, mongo_url: str) -> None:
-    follow("tutorials/mongodb", tmp_path, L2L_IMPLICIT_MONGO_URL=mongo_url)
+@pytest.mark.parametrize("name", [
+    *QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in LONG)
+])  # fmt: skip
+def test_tutorial(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if name.endswith("lightning"):
+        pytest.importorskip("pytorch_lightning")
+    server = {}
+    if name.endswith("mongodb"):
+        server["L2L_IMPLICIT_MONGO_URL"] = request.getfixturevalue("mongo_url")
+    follow(name, tmp_path, **server)

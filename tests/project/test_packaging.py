@@ -14,7 +14,7 @@ import mutations
 import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
-from without_extras import EXPERIMENTS_ONLY, imported, without_extras
+from without_extras import without_extras
 
 ROOT = Path(__file__).parents[2]
 TRAIN_COMMAND = "pip install -r requirements.txt && python -m experiments.train"
@@ -98,15 +98,9 @@ def anchors(document: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-def test_python_requires() -> None:
+def test_what_is_asked_for() -> None:
     assert setup_keywords()["python_requires"] == ">=3.10"
-
-
-def test_the_learner_alone_needs_no_tracking_and_no_baseline() -> None:
-    assert {r.name for r in ranges()} == {"torch", "learn2learn", "numpy"}
-
-
-def test_extras() -> None:
+    assert {r.name for r in ranges()} == {"torch", "learn2learn", "numpy"}  # the learner alone
     extras = setup_keywords()["extras"]
     assert set(extras) == {"experiments", "baselines", "lightning", "dev"}
     assert {"sacred", "pymongo"} <= {Requirement(text).name for text in extras["experiments"]}
@@ -158,28 +152,16 @@ def test_package_data_exists_and_is_declared(pattern: str) -> None:
     assert pattern in setup_keywords()["package_data"]["l2l_implicit"]
 
 
-def test_the_library_imports_nothing_of_the_experiments() -> None:
-    offending = {
-        f"{path.relative_to(ROOT)}: {', '.join(found)}"
-        for path in sources("l2l_implicit")
-        if (found := sorted(imported(path) & EXPERIMENTS_ONLY))
-    }
-    assert not offending
-
-
 def test_the_minimal_run_has_the_library_tests_and_not_the_experiments() -> None:
     names = {path.stem for path in without_extras()}
     assert {"test_compat", "test_packaging"} <= names
     assert not {name for name in names if name.startswith("test_tracking")}
 
 
-@pytest.mark.parametrize("command", [TRAIN_COMMAND, TEST_COMMAND])
-def test_the_readme_gives_the_commands(command: str) -> None:
+def test_the_readme_gives_the_commands_and_ci_runs_one() -> None:
     blocks = SHELL.findall((ROOT / "README.md").read_text(encoding="utf-8"))
-    assert command in [line.strip() for block in blocks for line in block.splitlines()]
-
-
-def test_ci_runs_the_readme_command() -> None:
+    lines = [line.strip() for block in blocks for line in block.splitlines()]
+    assert TRAIN_COMMAND in lines and TEST_COMMAND in lines
     script = ROOT / ".ci" / "run"
     assert script.read_text(encoding="utf-8").splitlines()[-1] == TEST_COMMAND
     assert os.access(script, os.X_OK)

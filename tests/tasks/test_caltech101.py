@@ -59,21 +59,15 @@ def test_the_central_square_is_what_remains(tmp_path: Path) -> None:
     assert reduced.shape == (3, 5, 5) and (reduced == 255).all()
 
 
-def test_second_start_reads_the_kept_images(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = Caltech101("validation", root, size=6)
-
-    def fail(path: Path, size: int) -> None:
-        raise AssertionError(f"{path} was read again")
-
-    monkeypatch.setattr(files, "read_square", fail)
-    second = Caltech101("validation", root, size=6)
+def test_second_start_reads_the_kept_images_if_the_photographs_are_the_same(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, read = Caltech101("test", root, size=4), []
+    reduce = files.read_square
+    monkeypatch.setattr(files, "read_square", lambda *a: read.append(a) or reduce(*a))
+    second = Caltech101("test", root, size=4)
     assert torch.equal(first.images, second.images) and torch.equal(first.labels, second.labels)
-    with pytest.raises(AssertionError, match="was read again"):
-        Caltech101("validation", root, size=7)
-
-
-def test_changed_photographs_are_read_again(root: Path) -> None:
-    Caltech101("test", root, size=4)
+    assert not read and len(Caltech101("test", root, size=5)) == len(read) == 60
     changed = categories(root) / SPLIT["test"][0] / "image_0001.jpg"
     Image.new("RGB", (50, 50), (255, 255, 255)).save(changed)
     assert (Caltech101("test", root, size=4).images[0] == 255).all()
@@ -109,7 +103,11 @@ def test_missing_folder_says_where_to_get_what(tmp_path: Path) -> None:
         assert part in message
 
 
-def test_missing_category_is_named(root: Path) -> None:
+def test_a_missing_category_and_wrong_options_are_named(root: Path) -> None:
+    with pytest.raises(ValueError, match="got 'valid': did you mean 'validation'"):
+        Caltech101("valid", root)
+    with pytest.raises(ValueError, match="size of at least 1 pixel, got 0"):
+        Caltech101("train", root, size=0)
     for path in (categories(root) / "accordion").iterdir():
         path.unlink()
     mode = next(mode for mode, names in SPLIT.items() if "accordion" in names)

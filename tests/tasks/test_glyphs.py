@@ -49,6 +49,9 @@ def test_array_is_small_and_complete(arrays: dict[str, np.ndarray]) -> None:
     assert len(arrays["labels"]) == len(arrays["faces"]) == len(arrays["images"])
     assert len(arrays["codepoints"]) == len(arrays["scripts"]) == arrays["labels"].max() + 1 == 536
     assert (arrays["images"].max((1, 2)) > 40).all()
+    characters = [chr(point) for point in arrays["codepoints"]]
+    assert len(set(characters)) == len(characters)  # and none is composed of others
+    assert all(len(unicodedata.normalize("NFKD", character)) == 1 for character in characters)
 
 
 def test_every_class_has_enough_distinct_images_of_enough_families(
@@ -62,29 +65,15 @@ def test_every_class_has_enough_distinct_images_of_enough_families(
         assert len({image.tobytes() for image in arrays["images"][rows]}) == rows.sum()
 
 
-def test_no_class_is_a_composed_character(arrays: dict[str, np.ndarray]) -> None:
-    characters = [chr(point) for point in arrays["codepoints"]]
-    assert len(set(characters)) == len(characters)
-    assert all(len(unicodedata.normalize("NFKD", character)) == 1 for character in characters)
-
-
-@pytest.mark.parametrize("split", ["random", "script"])
-def test_splits_are_disjoint(arrays: dict[str, np.ndarray], split: str) -> None:
-    members = np.concatenate([arrays[f"split_{split}_{mode}"] for mode in MODES])
-    assert len(set(members.tolist())) == len(members)
-    sizes = [len(arrays[f"split_{split}_{mode}"]) for mode in MODES]
-    assert sizes == {"random": [343, 85, 108], "script": [231, 66, 105]}[split]
-
-
-def test_stored_splits_are_those_of_the_build_script(arrays: dict[str, np.ndarray]) -> None:
+def test_splits_are_disjoint_and_those_of_the_build_script(arrays: dict[str, np.ndarray]) -> None:
     scripts = [script_of(point) for point in arrays["codepoints"].tolist()]
     assert scripts == arrays["scripts"].tolist()
-    for mode in MODES:
-        assert arrays[f"split_random_{mode}"].tolist() == random_split(len(scripts))[mode]
-        assert arrays[f"split_script_{mode}"].tolist() == script_split(scripts)[mode]
-
-
-def test_script_split_separates_the_scripts(arrays: dict[str, np.ndarray]) -> None:
+    made = {"random": random_split(len(scripts)), "script": script_split(scripts)}
+    for split, sizes in (("random", [343, 85, 108]), ("script", [231, 66, 105])):
+        parts = [arrays[f"split_{split}_{mode}"].tolist() for mode in MODES]
+        assert parts == [made[split][mode] for mode in MODES]
+        assert [len(set(part)) for part in parts] == sizes
+        assert len(set().union(*parts)) == sum(sizes)
     found = [set(arrays["scripts"][arrays[f"split_script_{mode}"]]) for mode in MODES]
     assert found == [{"LATIN"}, {"GREEK", "HEBREW"}, {"CYRILLIC"}]
 
@@ -99,27 +88,21 @@ def test_attribution_names_every_family_with_package_and_licence(
         assert f"| {package} | {licence} | " in rows[f"| {family}"]
 
 
-def test_missing_file_says_to_reinstall(tmp_path: Path) -> None:
+def test_a_missing_or_damaged_file_says_to_reinstall(
+    tmp_path: Path, arrays: dict[str, np.ndarray]
+) -> None:
+    file, content = tmp_path / "glyphs.npz", PATH.read_bytes()
     with pytest.raises(FileNotFoundError, match="found no file: reinstall the package"):
-        glyph_arrays(tmp_path / "glyphs.npz")
-
-
-@pytest.mark.parametrize("share", [0.0, 0.5, 0.999])
-def test_truncated_file_says_to_reinstall(tmp_path: Path, share: float) -> None:
-    content = PATH.read_bytes()
-    short = tmp_path / "glyphs.npz"
-    short.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(ValueError, match=r"got \d+ bytes that do not unpack .*reinstall"):
-        glyph_arrays(short)
-
-
-def test_altered_pixel_is_found(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
+        glyph_arrays(file)
+    for share in (0.0, 0.5, 0.999):
+        file.write_bytes(content[: int(share * len(content))])
+        with pytest.raises(ValueError, match=r"got \d+ bytes that do not unpack .*reinstall"):
+            glyph_arrays(file)
     images = arrays["images"].copy()
     images[7, 14, 14] ^= 1
-    altered = tmp_path / "glyphs.npz"
-    np.savez(altered, **(arrays | {"images": images}))
+    np.savez(file, **(arrays | {"images": images}))
     with pytest.raises(ValueError, match=r"expected .*SHA-256 \w{64} .*got \w{64}: reinstall"):
-        glyph_arrays(altered)
+        glyph_arrays(file)
 
 
 def test_arrays_cannot_be_changed_by_a_user(arrays: dict[str, np.ndarray]) -> None:
@@ -161,6 +144,8 @@ def test_item_is_a_float_image_and_an_int_label() -> None:
     assert image.shape == (1, 28, 28) and image.dtype == torch.float32 and isinstance(label, int)
     assert torch.equal(image, glyphs.images[5].float() / 255)
     assert glyphs.images.dtype == torch.uint8 and image.max() <= 1
+    moved = Glyphs("validation", device="cpu")[5]
+    assert torch.equal(moved[0], image) and moved[1] == label
 
 
 def test_labels_and_their_indices_agree() -> None:
@@ -190,20 +175,15 @@ def test_seed_decides_the_distortion_and_leaves_global_generators_alone() -> Non
     assert torch.equal(torch.get_rng_state(), before[2])
 
 
-def test_device_table_holds_the_same_items() -> None:
-    plain, moved = Glyphs("validation"), Glyphs("validation", device="cpu")
-    assert torch.equal(plain[9][0], moved[9][0]) and plain[9][1] == moved[9][1]
+WRONG: list[tuple[dict[str, object], str]] = [
+    ({"mode": "valid"}, "got 'valid'; did you mean 'validation'?"),
+    ({"split": "scripts"}, "got 'scripts'; did you mean 'script'?"),
+    ({"level": "med"}, "got 'med'; did you mean 'medium'?"),
+    ({"seed": -1}, "got -1"),
+]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"mode": "valid"}, "got 'valid'; did you mean 'validation'?"),
-        ({"split": "scripts"}, "got 'scripts'; did you mean 'script'?"),
-        ({"level": "med"}, "got 'med'; did you mean 'medium'?"),
-        ({"seed": -1}, "got -1"),
-    ],
-)
+@pytest.mark.parametrize("options, message", WRONG)
 def test_wrong_options_name_the_right_ones(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError) as raised:
         Glyphs(**options)
@@ -227,11 +207,6 @@ def test_levels_are_ordered_by_difficulty() -> None:
 
 
 # The distortions
-
-
-def test_warp_without_ranges_is_the_identity(drawings: np.ndarray) -> None:
-    still = Warp(rotation=0, scale=(1, 1), shear=0, shift=0, elastic=0, aspect=0)
-    assert np.array_equal(still(drawings, np.random.RandomState(0)), drawings)
 
 
 def test_warp_agrees_with_bilinear_interpolation_in_floating_point(drawings: np.ndarray) -> None:
@@ -303,3 +278,5 @@ def test_background_has_the_contrast_noise_and_inversion_it_is_given() -> None:
 def test_clean_level_changes_nothing(drawings: np.ndarray) -> None:
     assert distort(drawings, "clean", np.random.RandomState(0)) is drawings
     assert set(WARPS) == set(LEVELS) - {"clean"}
+    still = Warp(rotation=0, scale=(1, 1), shear=0, shift=0, elastic=0, aspect=0)
+    assert np.array_equal(still(drawings, np.random.RandomState(0)), drawings)

@@ -61,7 +61,7 @@ def test_sizes_and_outputs_know_no_ways() -> None:
     assert benchmark.describe()["kind"] == "regression"
 
 
-def test_the_seed_alone_decides() -> None:
+def test_the_seed_alone_decides_and_a_finite_task_set_repeats_its_tasks() -> None:
     state = random.getstate()
     first = made().stream("validation", 2).sample()
     torch.manual_seed(9)
@@ -69,9 +69,6 @@ def test_the_seed_alone_decides() -> None:
     assert random.getstate() == state
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert not torch.equal(first.inputs, other.inputs)
-
-
-def test_a_finite_task_set_repeats_its_tasks() -> None:
     train = get_tasksets("sine", num_tasks=2, train_samples=4).train
     assert len(train) == 2 and torch.equal(train[1][1], train[1][1])
     assert not torch.equal(train[0][1], train[1][1])

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import implicit, minimize, relative_error
-from problems import two_layers
+from oracles import flat, implicit, polish, relative_error
+from problems import on_vector, two_layers
+from small_task import HOWS, adapt
 from torch import Tensor, nn
-from torch.func import functional_call
 
 import l2l_implicit.learner as learner_module
 from l2l_implicit import CG, GradientDescent, ImplicitCGHead, Newton
@@ -84,125 +84,57 @@ def test_closed_form_equals_the_general_path(
 
 Net = Callable[[Tensor], Tensor]
 Loss = Callable[[Net, Tensor, Tensor], Tensor]  # of net, features, initial weight
-
-
-def smooth(net: Net, x: Tensor, w: Tensor) -> Tensor:
-    return F.cross_entropy(net(x), Y, label_smoothing=0.1)
-
-
-def weighted(net: Net, x: Tensor, w: Tensor) -> Tensor:
-    return F.cross_entropy(net(x), Y, weight=torch.tensor([1.0, 2.0, 0.5]))
-
-
-def ignored_negative(net: Net, x: Tensor, w: Tensor) -> Tensor:
-    return F.cross_entropy(net(x), torch.where(Y == 1, -100, Y))
-
-
-def ignored_in_range(net: Net, x: Tensor, w: Tensor) -> Tensor:
-    """A class that is a valid index, and yet ignored."""
-    return F.cross_entropy(net(x), Y, ignore_index=1)
-
-
-def ignored_in_a_sum(net: Net, x: Tensor, w: Tensor) -> Tensor:
-    return F.cross_entropy(net(x), Y, ignore_index=1, reduction="sum")
-
-
-def ignored_absent(net: Net, x: Tensor, w: Tensor) -> Tensor:
-    return F.cross_entropy(net(x), Y % 2, ignore_index=2)
-
-
-def three_dimensional(net: Net, x: Tensor, w: Tensor) -> Tensor:
-    return F.cross_entropy(net(x.view(4, 3, WIDTH)).flatten(0, 1), Y)
+CE, MSE, EYE = F.cross_entropy, F.mse_loss, torch.eye(CLASSES, dtype=torch.float64)[Y]
+NUMBERS = torch.linspace(-1, 1, M * CLASSES, dtype=torch.float64).view(M, CLASSES)
+WEIGHTS = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
+ONES = torch.ones(WIDTH, CLASSES, dtype=torch.float64)
 
 
 def spatial(net: Net, x: Tensor, w: Tensor) -> Tensor:
     """Logits [batch, classes, places]: a two-dimensional kind of nll_loss."""
-    return F.cross_entropy(net(x.view(4, 3, WIDTH)).transpose(1, 2), Y.view(4, 3))
-
-
-def probabilities(net: Net, x: Tensor, w: Tensor) -> Tensor:
-    targets = torch.eye(CLASSES)[Y] * 0.7 + 0.1
-    return F.cross_entropy(net(x), targets)
-
-
-def scaled_loss(net: Net, x: Tensor, w: Tensor) -> Tensor:
-    return 0.5 * F.cross_entropy(net(x), Y)
-
-
-def scaled_logits(net: Net, x: Tensor, w: Tensor) -> Tensor:
-    return F.cross_entropy(1.5 * net(x), Y)
-
-
-def penalty(net: Net, x: Tensor, w: Tensor) -> Tensor:
-    return F.cross_entropy(net(x), Y) + 0.1 * net(x).square().mean()
-
-
-def other_axis(net: Net, x: Tensor, w: Tensor) -> Tensor:
-    """A log-softmax over the examples, not the classes."""
-    return F.nll_loss(F.log_softmax(net(x), dim=0), Y)
-
-
-def rows_repeated(net: Net, x: Tensor, w: Tensor) -> Tensor:
-    return F.cross_entropy(net(x[torch.arange(M) % 5]), Y)
-
-
-def one_example(net: Net, x: Tensor, w: Tensor) -> Tensor:
-    return F.cross_entropy(net(x[:1]), Y[:1])
-
-
-def unbatched(net: Net, x: Tensor, w: Tensor) -> Tensor:
-    return F.cross_entropy(net(x[0]), Y[0])
+    return CE(net(x.view(4, 3, WIDTH)).transpose(1, 2), Y.view(4, 3))
 
 
 def plain(net: Net, x: Tensor, w: Tensor) -> Tensor:
-    return F.cross_entropy(net(x), Y)
+    return CE(net(x), Y)
 
 
 def strong(net: Net, x: Tensor, w: Tensor) -> Tensor:
-    return 4.0 * F.cross_entropy(net(x), Y)
+    return 4.0 * CE(net(x), Y)
 
 
-def numbers(net: Net, x: Tensor, w: Tensor) -> Tensor:
-    return F.mse_loss(net(x), torch.linspace(-1, 1, M * CLASSES).view(M, CLASSES))
-
-
-def summed_numbers(net: Net, x: Tensor, w: Tensor) -> Tensor:
-    return F.mse_loss(net(x), torch.eye(CLASSES)[Y], reduction="sum")
-
-
-def numbers_first(net: Net, x: Tensor, w: Tensor) -> Tensor:
-    """The targets in the place of the outputs: the same number, another graph."""
-    return F.mse_loss(torch.eye(CLASSES)[Y], net(x))
-
-
-def targets_of_theta(net: Net, x: Tensor, w: Tensor) -> Tensor:
-    return F.mse_loss(net(x), torch.tanh(x @ torch.ones(WIDTH, CLASSES)))
-
-
-def targets_of_phi(net: Net, x: Tensor, w: Tensor) -> Tensor:
-    return F.mse_loss(net(x), 0.3 * net(x.roll(1, 0)) + torch.eye(CLASSES)[Y])
-
-
-def one_row_of_numbers(net: Net, x: Tensor, w: Tensor) -> Tensor:
-    return F.mse_loss(net(x[0]), torch.eye(CLASSES)[1])
-
-
-def absolute_numbers(net: Net, x: Tensor, w: Tensor) -> Tensor:
-    """Another loss of the same shape, smooth where the errors are large."""
-    return F.huber_loss(net(x), torch.eye(CLASSES)[Y] * 0.1, delta=10.0)
-
-
-CASES: list[tuple[Loss, bool | None]] = [
-    (numbers, True), (summed_numbers, True), (numbers_first, False), (targets_of_theta, False),
-    (targets_of_phi, False), (one_row_of_numbers, False), (absolute_numbers, False),
-    (plain, True), (one_example, True), (rows_repeated, True), (ignored_absent, None),
-    (smooth, False), (weighted, False), (ignored_negative, False),
-    (ignored_in_range, False), (ignored_in_a_sum, False), (three_dimensional, False),
-    (spatial, False),
-    (probabilities, False), (scaled_loss, False), (scaled_logits, False), (penalty, False),
-    (other_axis, False), (unbatched, False),
-    (strong, False),
-]  # fmt: skip
+CASES: dict[str, tuple[Loss, bool | None]] = {  # and whether the closed form is used
+    "plain": (plain, True),
+    "one example": (lambda net, x, w: CE(net(x[:1]), Y[:1]), True),
+    "rows repeated": (lambda net, x, w: CE(net(x[torch.arange(M) % 5]), Y), True),
+    "numbers": (lambda net, x, w: MSE(net(x), NUMBERS), True),
+    "summed numbers": (lambda net, x, w: MSE(net(x), EYE, reduction="sum"), True),
+    "ignored absent": (lambda net, x, w: CE(net(x), Y % 2, ignore_index=2), None),
+    "smooth": (lambda net, x, w: CE(net(x), Y, label_smoothing=0.1), False),
+    "weighted": (lambda net, x, w: CE(net(x), Y, weight=WEIGHTS), False),
+    "ignored negative": (lambda net, x, w: CE(net(x), torch.where(Y == 1, -100, Y)), False),
+    "ignored in range": (lambda net, x, w: CE(net(x), Y, ignore_index=1), False),
+    "ignored in a sum": (lambda net, x, w: CE(net(x), Y, ignore_index=1, reduction="sum"), False),
+    "three-dimensional": (lambda net, x, w: CE(net(x.view(4, 3, WIDTH)).flatten(0, 1), Y), False),
+    "spatial": (spatial, False),
+    "probabilities": (lambda net, x, w: CE(net(x), EYE * 0.7 + 0.1), False),
+    "scaled loss": (lambda net, x, w: 0.5 * CE(net(x), Y), False),
+    "scaled logits": (lambda net, x, w: CE(1.5 * net(x), Y), False),
+    "penalty": (lambda net, x, w: CE(net(x), Y) + 0.1 * net(x).square().mean(), False),
+    "softmax over the examples": (
+        lambda net, x, w: F.nll_loss(F.log_softmax(net(x), dim=0), Y), False),
+    "unbatched": (lambda net, x, w: CE(net(x[0]), Y[0]), False),
+    "strong": (strong, False),
+    "numbers first, another graph": (lambda net, x, w: MSE(EYE, net(x)), False),
+    "scaled numbers": (lambda net, x, w: 0.5 * MSE(net(x), EYE), False),
+    "targets of theta": (lambda net, x, w: MSE(net(x), torch.tanh(x @ ONES)), False),
+    "targets of phi": (lambda net, x, w: MSE(net(x), 0.3 * net(x.roll(1, 0)) + EYE), False),
+    "one row of numbers": (lambda net, x, w: MSE(net(x[0]), EYE[1]), False),
+    "one column of numbers": (lambda net, x, w: MSE(net(x)[:, 0], EYE[:, 0]), False),
+    "numbers, broadcast": (
+        lambda net, x, w: MSE(net(x).expand(2, M, CLASSES), torch.stack([EYE, NUMBERS])), False),
+    "huber": (lambda net, x, w: F.huber_loss(net(x), EYE * 0.1, delta=10.0), False),
+}  # fmt: skip
 
 
 def run(
@@ -231,57 +163,34 @@ def run(
     def support() -> Tensor:
         return loss(net, x, initial)
 
-    if how == "closure":
-        learner.adapt(support, steps=steps)
-    else:
-        for _ in range(steps):
-            learner.adapt(support())
+    adapt(learner, support, how, steps)
     (learner(x)[:6] * query[:, None]).square().mean().backward()
 
-    def pure(phi: Tensor) -> Net:
-        pieces = phi.split([p.numel() for p in head.parameters()])
-        named = {
-            k: piece.view_as(p)
-            for (k, p), piece in zip(head.named_parameters(), pieces, strict=True)
-        }
-        return lambda inputs: functional_call(head, named, (inputs,))
-
     def inner(phi: Tensor, t: Tensor) -> Tensor:
-        embedded = torch.tanh(data @ t)
-        return loss(pure(phi), embedded, initial.detach()) + 0.1 * phi.square().sum()
+        value = loss(on_vector(head, phi), torch.tanh(data @ t), initial.detach())
+        return value + 0.1 * phi.square().sum()
 
     def outer(phi: Tensor, t: Tensor) -> Tensor:
-        return (pure(phi)(torch.tanh(data @ t))[:6] * query[:, None]).square().mean()
+        outputs = on_vector(head, phi)(torch.tanh(data @ t))
+        return (outputs[:6] * query[:, None]).square().mean()
 
     # The oracle starts where the learner ended: a head of two layers has more than one minimum.
-    found = torch.cat([p.detach().reshape(-1) for p in learner.module.parameters()])
-    phi = minimize(inner, found, [theta], lr=0.1)
+    found = flat(learner.module.parameters())
+    phi = polish(inner, found, [theta])
     assert relative_error([found], [phi]) < 1e-6
     return relative_error([theta.grad], implicit(inner, outer, [theta], phi)), used
 
 
-@pytest.mark.parametrize("how", ["loss", "closure"])
+@HOWS
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("loss, closed", CASES, ids=[loss.__name__ for loss, _ in CASES])
+@pytest.mark.parametrize("name", CASES)
 def test_every_loss_is_right(
-    loss: Loss, closed: bool | None, bias: bool, how: str, monkeypatch: pytest.MonkeyPatch
+    name: str, bias: bool, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    loss, closed = CASES[name]
     error, used = run(nn.Linear(WIDTH, CLASSES, bias), loss, how, monkeypatch)
     assert error < 1e-9
     assert closed is None or all(u is closed for u in used)
-
-
-@pytest.mark.parametrize("how", ["loss", "closure"])
-def test_two_layers_are_not_taken_for_one(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(SOLVED)
-    error, used = run(two_layers(2, 2.0), strong, how, monkeypatch, steps=40)
-    assert error < 1e-8 and not any(used)
-
-
-@pytest.mark.parametrize("how", ["loss", "closure"])
-def test_features_that_bypass_forward(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    error, used = run(nn.Linear(WIDTH, CLASSES), plain, how, monkeypatch, outside=True)
-    assert error < 1e-9 and not any(used)
 
 
 class Tied(nn.Module):
@@ -295,11 +204,36 @@ class Tied(nn.Module):
         return F.linear(torch.tanh(F.linear(x, self.weight)), self.weight)
 
 
-@pytest.mark.parametrize("how", ["loss", "closure"])
-def test_tied_weights(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@HOWS
+@pytest.mark.parametrize("make", [lambda: two_layers(2, 2.0), Tied], ids=["two layers", "tied"])
+def test_two_layers_are_not_taken_for_one(
+    make: Callable[[], nn.Module], how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(SOLVED)
-    error, used = run(Tied(), strong, how, monkeypatch, steps=40)
+    error, used = run(make(), strong, how, monkeypatch, steps=40)
     assert error < 1e-8 and not any(used)
+
+
+@HOWS
+def test_features_that_bypass_forward(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    error, used = run(nn.Linear(WIDTH, CLASSES), plain, how, monkeypatch, outside=True)
+    assert error < 1e-9 and not any(used)
+
+
+SPELLINGS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "x @ w": lambda x, w, b: x @ w,
+    "x @ w.t()": lambda x, w, b: x @ w.t(),
+    "x.t().t() @ w.t()": lambda x, w, b: x.t().t() @ w.t(),
+    "(w @ x.t()).t()": lambda x, w, b: (w @ x.t()).t(),
+    "bias beta": lambda x, w, b: torch.addmm(b, x, w.t(), beta=2.0),
+    "bias alpha": lambda x, w, b: torch.addmm(b, x, w.t(), alpha=3.0),
+    "bias from w": lambda x, w, b: F.linear(x, w, w.sum(0) + b),
+    "bias twice": lambda x, w, b: F.linear(x, w, b) + b,
+    "bias sliced": lambda x, w, b: F.linear(x, w, b[:1].expand(WIDTH)),
+    "w + 0": lambda x, w, b: F.linear(x, w + 0.0),
+    "w scaled, bias": lambda x, w, b: F.linear(x, 2 * w, b),
+    "in place": lambda x, w, b: F.linear(x, w).mul_(2.0),
+}
 
 
 class LinearModule(nn.Module):
@@ -307,31 +241,11 @@ class LinearModule(nn.Module):
 
     def __init__(self, spelling: str) -> None:
         super().__init__()
-        self.weight, self.spelling = nn.Parameter(torch.randn(WIDTH, WIDTH)), spelling
+        self.weight, self.spelling = nn.Parameter(torch.randn(WIDTH, WIDTH)), SPELLINGS[spelling]
         self.bias = nn.Parameter(torch.randn(WIDTH)) if "bias" in spelling else None
 
     def forward(self, x: Tensor) -> Tensor:
-        w, b = self.weight, self.bias
-        return {
-            "x @ w": lambda: x @ w,
-            "x @ w.t()": lambda: x @ w.t(),
-            "x.t().t() @ w.t()": lambda: x.t().t() @ w.t(),
-            "(w @ x.t()).t()": lambda: (w @ x.t()).t(),
-            "bias beta": lambda: torch.addmm(b, x, w.t(), beta=2.0),
-            "bias alpha": lambda: torch.addmm(b, x, w.t(), alpha=3.0),
-            "bias from w": lambda: F.linear(x, w, w.sum(0) + b),
-            "bias twice": lambda: F.linear(x, w, b) + b,
-            "bias sliced": lambda: F.linear(x, w, b[:1].expand(WIDTH)),
-            "w + 0": lambda: F.linear(x, w + 0.0),
-            "w, bias scaled": lambda: F.linear(x, 2 * w, b),
-            "in place": lambda: F.linear(x, w).mul_(2.0),
-        }[self.spelling]()
-
-
-SPELLINGS = [
-    "x @ w", "x @ w.t()", "x.t().t() @ w.t()", "(w @ x.t()).t()", "bias beta", "bias alpha",
-    "bias from w", "bias twice", "bias sliced", "w + 0", "w, bias scaled", "in place",
-]  # fmt: skip
+        return self.spelling(x, self.weight, self.bias)
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)

@@ -238,10 +238,8 @@ def finite_products(products: Iterable[Tensor | None]) -> None:
 
 def finite_solutions(point: Tensor) -> None:
     """Whether every task's inner problem ended at finite parameters, ``[T, n]``."""
-    if math.isfinite(float(point.sum())):  # one number is soon read
-        return
-    finite = point.sum(1).isfinite()
-    if not bool(finite.all()):
+    # One number is soon read.
+    if not math.isfinite(float(point.sum())) and not (finite := point.sum(1).isfinite()).all():
         tasks = (~finite).nonzero().flatten().tolist()
         where = f" in tasks {tasks}" if len(point) > 1 else ""
         raise FloatingPointError(

@@ -60,7 +60,7 @@ class ImplicitSolution(Function):
     ) -> tuple[Tensor, ...]:
         ctx.saved = weakref.ref(saved)
         ctx.save_for_backward(phi)
-        ctx.tasks, ctx.sources = len(phi), [*map(_SHAPE, sources)]
+        ctx.tasks, ctx.sources = len(phi), [*map(SHAPE, sources)]
         return split(phi, shapes)
 
     @staticmethod
@@ -91,7 +91,7 @@ class ImplicitSolution(Function):
         return tuple(gradients)
 
 
-_SHAPE = operator.attrgetter("shape")
+SHAPE = operator.attrgetter("shape")
 
 
 def split(phi: Tensor, shapes: Sequence[Size]) -> tuple[Tensor, ...]:

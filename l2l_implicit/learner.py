@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Sequence
@@ -18,7 +17,7 @@ from torch.linalg import vector_norm
 
 from l2l_implicit import checks
 from l2l_implicit.diagnostics import Diagnostics, UnsolvedWarning
-from l2l_implicit.implicit_diff import SavedLinearization, attach
+from l2l_implicit.implicit_diff import SHAPE, SavedLinearization, attach
 from l2l_implicit.inner_problem.boundary import end_of_gradients, mark_boundaries
 from l2l_implicit.inner_problem.linear_heads import LinearHeads
 from l2l_implicit.inner_problem.linearization import (
@@ -55,7 +54,6 @@ Closure = Callable[[], Tensor]
 
 _LOOKS = 40  # steps of loss tensors at which the second derivative is compared, at most
 _LOSSES = 20  # different losses of which it is
-_SHAPE = operator.attrgetter("shape")
 
 class Remembered(NamedTuple):
     """A task's phi and v, shape ``[1, n]`` each, at the end of its last visit."""
@@ -573,7 +571,7 @@ class ImplicitCGHead(MAML):
         held = vector.new_empty(0) if self._memory is None else vector
         saved = SavedLinearization(at, self._solver(held, [self.diagnostics]))
         zero = self._initial_of(phi) if self.anchor == "zero" else []
-        new = attach(saved, vector, [*map(_SHAPE, phi)], constants=zero)
+        new = attach(saved, vector, [*map(SHAPE, phi)], constants=zero)
         substitute(self.module, phi, new)
         task.saved = weakref.ref(saved)
 

@@ -59,8 +59,7 @@ def products_agree(at: AutogradLinearization, evaluate: Evaluate) -> bool | None
 class StepTaken(NamedTuple):
     """A step of loss tensors: where from, the norm of where to, gradient and product with it there.
 
-    The end itself need not be kept: the next loss is there, unless the user has moved the weights,
-    which the norm shows.
+    The next loss is at its end, unless the user has moved the weights: then the norm is another.
     """
 
     point: Tensor

@@ -104,7 +104,7 @@ def test_missing_folder_says_where_to_get_what(tmp_path: Path) -> None:
 
 
 def test_a_missing_category_and_wrong_options_are_named(root: Path) -> None:
-    with pytest.raises(ValueError, match="got 'valid': did you mean 'validation'"):
+    with pytest.raises(ValueError, match="got 'valid'; did you mean 'validation'"):
         Caltech101("valid", root)
     with pytest.raises(ValueError, match="size of at least 1 pixel, got 0"):
         Caltech101("train", root, size=0)

@@ -98,7 +98,7 @@ WRONG: list[tuple[str, dict[str, object], type[Exception], str]] = [
      "train_ways between 1 and 343, .* got 344: .* at most 343"),
     ("glyphs", {"test_ways": 86}, ValueError,
      "test_ways between 1 and 85, the number of validation .* got 86"),
-    ("glyphs", {"levels": "easy"}, TypeError, "got levels='easy'; did you mean level?"),
+    ("glyphs", {"levels": "easy"}, TypeError, "got levels='easy': did you mean level?"),
     ("glyphs", {"data_augmentation": "lee2019"}, TypeError, "data_augmentation='lee2019'"),
 ]  # fmt: skip
 

@@ -21,6 +21,8 @@ from typing import Any, Literal
 if __name__ == "__main__":  # Ctrl-C while torch is imported: no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+from experiments import extra  # noqa: F401, I001  (first: it says what to install)
+
 import torch
 from sacred.config import ConfigDict
 from tqdm import tqdm

@@ -45,13 +45,18 @@ _held: dict[Path, IO[str]] = {}
 
 def new_folder(output: Path, name: str) -> Path:
     """``output/name``, locked; ``name-2`` and so on where a run of another database has that."""
-    with in_one_line(output):
+    try:
         output.mkdir(parents=True, exist_ok=True)
         for number in itertools.count(1):
             folder = output / (name if number == 1 else f"{name}-{number}")
             with suppress(FileExistsError):
                 folder.mkdir()
                 break
+    except OSError as error:
+        raise UserError(
+            f"output: expected a folder to write to, got {str(output)!r} ({error.strerror}); try "
+            "runs"
+        ) from error
     lock(folder)
     return folder
 

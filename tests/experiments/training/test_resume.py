@@ -261,7 +261,7 @@ def test_a_live_run_is_not_resumed(
         if stop:
             live.send_signal(signal.SIGSTOP)
         for which in ("latest", str(folder)):
-            assert f"process {live.pid} is at work" in refusal(f"resume={which}")
+            assert f"process {live.pid} on" in refusal(f"resume={which}")
     assert live.poll() is None
     if not options:
         found = document(1)
@@ -270,7 +270,7 @@ def test_a_live_run_is_not_resumed(
     live.wait()
     if options:
         second, new = bench.started("-u", f"resume={folder}", "output=second")
-        assert f"process {second.pid} is at work" in refusal(f"resume={new}")
+        assert f"process {second.pid} on" in refusal(f"resume={new}")
         assert "expected a checkpoint" in refusal(f"resume={folder}")
         second.kill()
         second.wait()

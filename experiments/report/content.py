@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
 
 from matplotlib.figure import Figure as Drawing
 
@@ -17,91 +17,58 @@ Record: TypeAlias = Mapping[str, Any]
 
 MISSING = "–"
 MIB = 2.0**20
-LONGEST = 600
-"""Characters of a cell; a run's record may hold a text of any length."""
-LONGEST_NAME = 120
 
 
-@dataclass(frozen=True)
-class Column:
-    """How people see one or more values of a record.
+class Column(NamedTuple):
+    """How people see one or more values of a record."""
 
-    Args:
-        header: with the unit.
-        show: the text of a record's cell.
-        best: what the bold cell of the column has the largest of; None: no bold cell.
-        text: whether it holds words, to the left; numbers are to the right.
-    """
-
-    header: str
+    header: str  # with the unit
     show: Callable[[Record], str]
-    best: Callable[[Record], float] | None = None
-    text: bool = False
+    best: Callable[[Record], float] | None = None  # the bold cell has the largest of it
+    text: bool = False  # words, to the left; numbers are to the right
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where something comes from.
-
-    Args:
-        command: that makes the runs.
-        runs: their ids.
-    """
+class Source(NamedTuple):
+    """The command that makes the runs behind something, and their ids."""
 
     command: str
-    runs: tuple[RunId, ...] = ()
+    runs: Sequence[RunId] = ()
 
 
 @dataclass(frozen=True)
 class Table:
-    """Written as CSV (the records), LaTeX, Markdown and HTML (the columns).
+    """Written as CSV (the records), LaTeX, Markdown and HTML (the columns)."""
 
-    Args:
-        name: of the files.
-        folded: whether the page shows it only on demand.
-    """
-
-    name: str
+    name: str  # of the files
     caption: str
-    columns: tuple[Column, ...]
-    records: tuple[Record, ...]
+    columns: Sequence[Column]
+    records: Sequence[Record]
     source: Source
-    notes: tuple[str, ...] = ()
-    folded: bool = False
+    notes: Sequence[str] = ()
+    folded: bool = False  # shown on demand
 
     def cells(self) -> list[list[tuple[str, bool]]]:
-        """By row, each cell's text and whether it is bold."""
-        best = {column: self._best_rows(column) for column in self.columns}
-        return [[(shortened(column.show(record)), number in best[column])
-                 for column in self.columns]
-                for number, record in enumerate(self.records)]  # fmt: skip
-
-    def _best_rows(self, column: Column) -> set[int]:
-        """The rows whose cell of this column is bold: the best of several finite values."""
-        if column.best is None:
-            return set()
-        values = [column.best(record) for record in self.records]
-        finite = [value for value in values if math.isfinite(value)]
-        return {n for n, v in enumerate(values) if len(finite) > 1 and v == max(finite)}
+        """By row, each cell's text and whether it is bold: the best of several finite values."""
+        columns = []
+        for _, show, best, _ in self.columns:
+            values = [best(record) if best else math.nan for record in self.records]
+            finite = [value for value in values if math.isfinite(value)]
+            top = max(finite) if len(finite) > 1 else math.nan
+            columns.append([(shortened(show(record)), value == top)
+                            for record, value in zip(self.records, values, strict=True)])
+        return [list(row) for row in zip(*columns, strict=True)]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Written as PNG and SVG; its numbers as CSV.
-
-    Args:
-        name: of the files.
-        caption: says what bands and marks are.
-        draw: makes the picture.
-        records: the numbers in it.
-    """
+    """Written as PNG and SVG; its numbers as CSV."""
 
     name: str
-    caption: str
+    caption: str  # says what bands and marks are
     draw: Callable[[], Drawing]
-    records: tuple[Record, ...]
+    records: Sequence[Record]  # the numbers in it
     source: Source
-    notes: tuple[str, ...] = ()
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -109,17 +76,17 @@ class Section:
     """A heading, paragraphs, and what follows."""
 
     title: str
-    text: tuple[str, ...] = ()
-    items: tuple[Table | Figure, ...] = field(default=())
+    text: Sequence[str] = ()
+    items: Sequence[Table | Figure] = ()
 
 
 def file_name(*words: str) -> str:
     """A name for files from words such as a benchmark's name, whatever is in it."""
-    return re.sub(r"\W+", "_", "_".join(words), flags=re.ASCII).strip("_")[:LONGEST_NAME]
+    return re.sub(r"\W+", "_", "_".join(words), flags=re.ASCII).strip("_")[:120]
 
 
-def shortened(text: str, longest: int = LONGEST) -> str:
-    """The text, or its beginning."""
+def shortened(text: str, longest: int = 600) -> str:
+    """The text, or its beginning; a run's record may hold a text of any length."""
     return text if len(text) <= longest else f"{text[:longest]}..."
 
 
@@ -142,9 +109,8 @@ def mean_column(
     header: str, key: str, factor: float = 1.0, best: Callable[[Record], float] | None = None
 ) -> Column:
     """A column of a mean with its interval: ``KEY_mean`` and ``KEY_half_width``."""
-    return Column(
-        header, lambda r: plus_minus(r[f"{key}_mean"], r[f"{key}_half_width"], factor), best
-    )
+    mean, half = f"{key}_mean", f"{key}_half_width"
+    return Column(header, lambda record: plus_minus(record[mean], record[half], factor), best)
 
 
 def number(value: Any, factor: float = 1.0, digits: int = 1) -> str:
@@ -154,22 +120,14 @@ def number(value: Any, factor: float = 1.0, digits: int = 1) -> str:
     return f"{factor * value:.{digits}f}"
 
 
-def significant(value: Any, digits: int = 2) -> str:
+def significant(value: Any) -> str:
     """A number of any size: ``0.70``, ``1.1e-06``, ``4044``, or a dash."""
     if value is None or not math.isfinite(value):
         return MISSING
-    if 10**digits <= abs(value) < 1e5:
-        return f"{value:.0f}"
-    return f"{value:#.{digits}g}".rstrip(".")
+    return f"{value:.0f}" if 100 <= abs(value) < 1e5 else f"{value:#.2g}".rstrip(".")
 
 
 def plus_minus(mean: Any, half_width: Any, factor: float = 1.0, digits: int = 1) -> str:
     """``63.2 ± 1.1``; the mean alone where it has no interval."""
     shown, half = number(mean, factor, digits), number(half_width, factor, digits)
     return shown if MISSING in (shown, half) else f"{shown} ± {half}"
-
-
-def listed(names: Iterable[str]) -> tuple[str, ...]:
-    """A note that names what is missing; none if nothing is."""
-    told = ", ".join(names)
-    return (f"Missing: {told}.",) if told else ()

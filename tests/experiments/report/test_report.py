@@ -222,26 +222,15 @@ def test_who_gets_there_at_the_same_validation_is_as_fast(
     assert "**≤ 20.2 ± 0.0**" in text and "**≤ 20.0 ± 0.0**" in text
 
 
-def test_older_runs_and_regression_have_curves_too(
-    recorder: Recorder, report: Callable[..., Path]
-) -> None:
-    """Seconds that only the steps recorded, and a score of which less is better."""
-    recorder.run(
-        {"tasks.name": "caltech101", "algorithm.name": "anil", "seed": 0},
-        result={"test_accuracy": 0.5, "test_half_width": 0.01},
-        metrics={
-            "validation/accuracy": {2: 0.4, 4: 0.5},
-            "train/seconds": {1: 1, 2: 2, 3: 3, 4: 4},
-        },
-    )
+def test_regression_has_curves_too(recorder: Recorder, report: Callable[..., Path]) -> None:
+    """A score of which less is better."""
     recorder.run(
         {"tasks.name": "sine", "algorithm.name": "maml", "seed": 0},
         result={"test_mse": 0.25, "test_half_width": 0.01},
         metrics={"validation/mse": {2: 0.9, 4: 0.3, 6: 0.4}},
     )
     folder = report()
-    points = rows(folder, "curves_other_caltech101")
-    assert [float(r["training_seconds"]) for r in points] == [3.0, 10.0]
     (found,) = rows(folder, "other_sine")
     assert (found["validation"], found["collapsed"]) == ("0.3", "0")
     assert "0.250 mse" in markdown(folder, "other_sine")
+    assert len(rows(folder, "curves_other_sine")) == 3

@@ -16,7 +16,7 @@ from bson.datetime_ms import DatetimeMS
 from report_runs import CURVE, Recorder, rows, validations
 
 from experiments.report.__main__ import main
-from experiments.report.runs import read_run
+from experiments.report.runs import Run
 from experiments.tracking.records import LENIENT, plain
 
 pytest_plugins = ("report_fixtures",)
@@ -155,7 +155,7 @@ def test_a_time_or_a_text_that_python_cannot_hold() -> None:
     """
     content = bson.encode({"_id": 1, "start_time": DatetimeMS(2**60), "config": {"a": "AAAA"}})
     document = bson.decode(content.replace(b"AAAA", b"\xff\xfeAA"), codec_options=LENIENT)
-    run = read_run(plain(document))
+    run = Run(plain(document))
     assert run.started is None and run.settings["a"].endswith("AA")
     assert run.faults == ["start_time: expected a time, got text"]
 

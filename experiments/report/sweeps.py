@@ -4,10 +4,8 @@ accuracy (Table 2), cost, how the settings were chosen, and what is missing."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from operator import attrgetter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from experiments.report.compare import difference_lines
 from experiments.report.content import (
     MIB,
     MISSING,
@@ -18,7 +16,6 @@ from experiments.report.content import (
     Source,
     Table,
     file_name,
-    listed,
     mean_column,
     number,
     number_column,
@@ -27,17 +24,22 @@ from experiments.report.content import (
     texts,
 )
 from experiments.report.figures import curve_caption, curve_records, draw_accuracies, draw_curves
-from experiments.report.runs import run_list
-from experiments.report.summary import DROP, Point, Request, Summary
-from experiments.report.sweep_state import COMPLETED, MethodState, SweepState, last_validation
+from experiments.report.runs import Run, difference_lines, run_list
+from experiments.report.summary import (
+    DROP,
+    MethodState,
+    Request,
+    Summary,
+    SweepState,
+    last_validation,
+)
 from experiments.statistics import Mean, seeds_mean
-from experiments.sweeps.cells import describe
+from experiments.sweeps.cells import COMPLETED, describe
 
 SHARE = 0.90
 """Of the best validation accuracy, for the time to it."""
 
 FOLDED_FROM = 13
-DIFFERS = " †"
 AVERAGED = {
     "test": "test", "early_stopped": "early_stopped", "validation": "best",
     "within_run": "test_half_width", "step_cpu_seconds": "step_cpu_seconds",
@@ -57,60 +59,43 @@ def sections(request: Request) -> list[Section]:
 def _section(state: SweepState, request: Request) -> Section:
     request.summaries(state.runs)  # all at once
     found = {method.name: request.summaries(method.runs) for method in state.methods}
-    records = method_records(state, found)
-    items: list[Table | Figure | None] = [
-        _summary_table(state, records, found),
-        _accuracy_figure(state, found),
-        _curves(state, found),
-        _time_table(state, found),
-        _details_table(state, records),
-        _missing_table(state),
-        _grid_table(state, request),
-    ]
+    first = found[state.methods[0].name]
+    records = [_record(method, found[method.name], first) for method in state.methods]
+    items: list[Table | Figure] = [
+        _summary_table(state, records, found), *_accuracy_figure(state, found),
+        *_curves(state, found), *_time_table(state, found), *_details_table(state, records),
+        *_missing_table(state), *_grid_table(state, request),
+    ]  # fmt: skip
     done = sum(cell.state == COMPLETED for cell in state.cells)
     text = f"{done} of {len(state.cells)} cells are complete."
-    kept = tuple(item for item in items if item is not None)
-    return Section(f"{state.benchmark}, sweep {state.name}", (text,), kept)
+    return Section(f"{state.benchmark}, sweep {state.name}", [text], items)
 
 
-def _source(state: SweepState) -> Source:
-    return Source(state.command(), tuple(run.id for run in state.runs))
+def _source(state: SweepState, runs: Sequence[Run]) -> Source:
+    return Source(state.command(), [run.id for run in runs])
 
 
 def _named(what: str, state: SweepState) -> str:
     return file_name(what, state.name, state.benchmark)
 
 
-def _table(
-    what: str, caption: str, state: SweepState, columns: Sequence[Column],
-    records: Sequence[Record], notes: Sequence[str] = (), folded: bool = False,
-    source: Source | None = None,
-) -> Table:  # fmt: skip
-    return Table(_named(what, state), caption, tuple(columns), tuple(records),
-                 source or _source(state), tuple(notes), folded)  # fmt: skip
-
-
 # Means over seeds
 
 
-def method_records(state: SweepState, found: Found) -> tuple[Record, ...]:
-    """One a method: raw means over its final runs, and how far the first method is ahead of it."""
-    first = found[state.methods[0].name]
-    return tuple(_record(method, found[method.name], first) for method in state.methods)
-
-
 def _record(method: MethodState, runs: Sequence[Summary], first: Sequence[Summary]) -> Record:
+    """Raw means over a method's final runs, and how far the first method is ahead of it."""
     differs = bool(difference_lines("", method.runs))
-    at = max((_equal_at(run) for run in runs), default=0)
+    # the outer iteration that other methods were tested at too; 0: none
+    at = max((step for run in runs for step in run.run.counts("test_at")), default=0)
     means = {name: seeds_mean([getattr(run, what) for run in runs])
              for name, what in AVERAGED.items()}  # fmt: skip
     means["equal"] = seeds_mean([run.tests[at] for run in runs if at in run.tests])
-    means["lead"] = _lead(runs, first, attrgetter("test"))
-    means["early_stopped_lead"] = _lead(runs, first, attrgetter("early_stopped"))
+    means["lead"] = _lead(runs, first, "test")
+    means["early_stopped_lead"] = _lead(runs, first, "early_stopped")
     return {
         "method": method.name,
-        "label": method.name + DIFFERS * differs,
-        "setting": method.setting if method.chosen is not None else "its grid is not complete",
+        "label": method.name + " †" * differs,
+        "setting": method.setting,
         "seeds": len(runs),
         "seeds_planned": len(method.finals),
         "runs": run_list(run.run.id for run in runs),
@@ -127,30 +112,30 @@ def _record(method: MethodState, runs: Sequence[Summary], first: Sequence[Summar
     }
 
 
-def _equal_at(run: Summary) -> int:
-    """The outer iteration that other methods were tested at too; 0: none."""
-    return max(run.run.setting_counts("test_at"), default=0)
-
-
-def _lead(
-    runs: Sequence[Summary], first: Sequence[Summary], score: Callable[[Summary], float]
-) -> Mean:
-    """Their score minus that of these runs, seed by seed: equal seeds see equal tasks."""
-    theirs = {run.run.seed: score(run) for run in first if runs is not first}
-    return seeds_mean([theirs[r.run.seed] - score(r) for r in runs if r.run.seed in theirs])
-
-
 def _largest(values: Iterable[float]) -> float:
-    return max((value for value in values if math.isfinite(value)), default=math.nan)
+    return max(filter(math.isfinite, values), default=math.nan)
+
+
+def _lead(runs: Sequence[Summary], first: Sequence[Summary], score: str) -> Mean:
+    """Their score minus that of these runs, seed by seed: equal seeds see equal tasks."""
+    theirs = {run.run.seed: getattr(run, score) for run in first if runs is not first}
+    return seeds_mean([theirs[run.run.seed] - getattr(run, score)
+                       for run in runs if run.run.seed in theirs])  # fmt: skip
 
 
 # Tables of them
 
 
-def _summary_table(state: SweepState, records: tuple[Record, ...], found: Found) -> Table:
+def _summary_table(state: SweepState, records: Sequence[Record], found: Found) -> Table:
     """What the docs show: accuracy, who is ahead, cost, collapse."""
     first = state.methods[0].name
     equal = max((record["equal_iterations"] for record in records), default=0)
+    stopped = any(math.isfinite(record["early_stopped_mean"]) for record in records)
+    early = [
+        Column("early stopped, %", lambda r: number(r["early_stopped_mean"], 100),
+               _best("early_stopped")),
+        mean_column(f"{first} then leads by", "early_stopped_lead", 100),
+    ]  # fmt: skip
     columns = [
         text_column("method", "label"),
         text_column("setting", "setting"),
@@ -158,17 +143,13 @@ def _summary_table(state: SweepState, records: tuple[Record, ...], found: Found)
         Column("test accuracy, %", _accuracy, _best("test")),
         number_column("95 % over seeds", "test_half_width", 100),
         mean_column(f"{first} leads by", "lead", 100),
-        Column("early stopped, %", lambda r: number(r["early_stopped_mean"], 100),
-               _best("early_stopped")),
-        mean_column(f"{first} then leads by", "early_stopped_lead", 100),
-        number_column(f"at {equal} iterations, %", "equal_mean", 100),
+        *(early if stopped else ()),
+        *([number_column(f"at {equal} iterations, %", "equal_mean", 100)] if equal else ()),
         number_column("outer iterations", "iterations_mean", digits=0),
         number_column("s an outer step", "step_cpu_seconds_mean", digits=3),
         number_column("peak, MiB", "tensor_bytes", 1 / MIB),
         Column("collapsed", _collapsed),
-    ]  # fmt: skip
-    stopped = any(math.isfinite(record["early_stopped_mean"]) for record in records)
-    kept = [c for n, c in enumerate(columns) if (equal or n != 8) and (stopped or n not in (6, 7))]
+    ]
     tasks = sorted({str(run.run.settings.get("test_tasks")) for of in found.values() for run in of})
     notes = [
         "Test accuracy: at the end of a run's budget, mean over seeds; ±: 95 % over the"
@@ -181,16 +162,18 @@ def _summary_table(state: SweepState, records: tuple[Record, ...], found: Found)
     if stopped:
         notes.append("Early stopped: test accuracy of theta at a run's best validation within the"
                      " budget, mean over seeds.")  # fmt: skip
-    caption = f"Test accuracy and cost, {state.benchmark}, sweep {state.name}."
-    notes += [*_missing_seeds(records), *_differences(state)]
-    return _table("summary", caption, state, kept, records, notes)
+    return Table(
+        _named("summary", state),
+        f"Test accuracy and cost, {state.benchmark}, sweep {state.name}.", columns, records,
+        _source(state, state.runs), [*notes, *_missing_seeds(records), *_differences(state)],
+    )  # fmt: skip
 
 
-def _details_table(state: SweepState, records: tuple[Record, ...]) -> Table | None:
-    """What else is known of the same runs; None while there are none."""
+def _details_table(state: SweepState, records: Sequence[Record]) -> Iterator[Table]:
+    """What else is known of the same runs; nothing while there are none."""
     if not state.runs:
-        return None
-    columns = (
+        return
+    columns = [
         text_column("method", "label"),
         mean_column("test accuracy, %", "test", 100),
         mean_column("early stopped, %", "early_stopped", 100),
@@ -200,7 +183,7 @@ def _details_table(state: SweepState, records: tuple[Record, ...]) -> Table | No
         number_column("peak of the process, MiB", "process_bytes", 1 / MIB, 0),
         Column("collapsed later", lambda r: _count(r, "collapsed_after_budget")),
         text_column("runs", "runs"),
-    )
+    ]
     note = (
         "±: 95 % over seeds (Student's t). Best validation: within the budget. Outer step: mean"
         " over seeds of the median over a run's steps, without loading of data and validation."
@@ -208,8 +191,8 @@ def _details_table(state: SweepState, records: tuple[Record, ...]) -> Table | No
         " methods go on to an iteration at which all are compared."
     )
     caption = f"Intervals over seeds, and other costs, {state.benchmark}, sweep {state.name}."
-    notes = [note, *_differences(state)]
-    return _table("details", caption, state, columns, records, notes, folded=True)
+    yield Table(_named("details", state), caption, columns, records, _source(state, state.runs),
+                [note, *_differences(state)], folded=True)  # fmt: skip
 
 
 def _best(key: str) -> Callable[[Record], float]:
@@ -235,24 +218,20 @@ def _missing_seeds(records: Sequence[Record]) -> list[str]:
     """Which of the means are of fewer seeds than planned."""
     missing = [r for r in records if r["seeds"] < r["seeds_planned"]]
     told = ", ".join(f"{r['method']} {r['seeds_planned'] - r['seeds']}" for r in missing)
-    lines = [f"Missing seeds: {told}; the commands are below."] if missing else []
-    lines += [
-        f"{r['method']}: only {r['test_seeds']} of {r['seeds']} seeds have a finite test accuracy"
-        for r in records if r["test_seeds"] < r["seeds"]
-    ]
-    lines += [
-        f"{r['method']}: at {r['equal_iterations']} iterations only {r['equal_seeds']} of"
-        f" {r['seeds']} seeds have a test accuracy"
-        for r in records if r["equal_iterations"] and 0 < r["equal_seeds"] < r["seeds"]
-    ]
-    return lines  # fmt: skip
+    return [
+        *([f"Missing seeds: {told}; the commands are below."] if missing else []),
+        *(f"{r['method']}: only {r['test_seeds']} of {r['seeds']} seeds have a finite test accuracy"
+          for r in records if r["test_seeds"] < r["seeds"]),
+        *(f"{r['method']}: at {r['equal_iterations']} iterations only {r['equal_seeds']} of"
+          f" {r['seeds']} seeds have a test accuracy"
+          for r in records if r["equal_iterations"] and 0 < r["equal_seeds"] < r["seeds"]),
+    ]  # fmt: skip
 
 
 def _differences(state: SweepState) -> list[str]:
     """Within each mean, and between the means."""
-    lines = []
-    for method in state.methods:
-        lines += [f"† {line}" for line in difference_lines(method.name, method.runs)]
+    lines = [f"† {line}" for method in state.methods
+             for line in difference_lines(method.name, method.runs)]  # fmt: skip
     for remark in dict.fromkeys(method.remark for method in state.methods if method.remark):
         named = [method.name for method in state.methods if method.remark == remark]
         lines.append(f"{remark}: {', '.join(named)}")
@@ -268,54 +247,59 @@ def _differences(state: SweepState) -> list[str]:
 # Figures
 
 
-def _accuracy_figure(state: SweepState, found: Found) -> Figure | None:
+def _accuracy_figure(state: SweepState, found: Found) -> Iterator[Figure]:
     runs = {name: of for name, of in found.items() if any(math.isfinite(run.test) for run in of)}
     if not runs:
-        return None
-    records = tuple(
+        return
+    records = [
         {"method": name, "run": run.run.id, "seed": run.run.seed, "test_accuracy": run.test,
          "half_width": run.test_half_width}
         for name, of in runs.items() for run in of
-    )  # fmt: skip
-    return Figure(
+    ]  # fmt: skip
+    yield Figure(
         _named("test", state),
         f"{state.benchmark}. Test accuracy at the end of the budget. Large mark and bar: mean over"
         " seeds with its 95 % interval (Student's t; none for one seed); small marks: the seeds.",
-        lambda: draw_accuracies(runs), records, _source(state),
-        listed(name for name in found if name not in runs),
+        lambda: draw_accuracies(runs), records, _source(state, state.runs), _absent(found, runs),
     )  # fmt: skip
 
 
-def _curves(state: SweepState, found: Found) -> Figure | None:
-    curves = {name: runs for name, runs in found.items() if any(run.points for run in runs)}
+def _curves(state: SweepState, found: Found) -> Iterator[Figure]:
+    curves = {name: of for name, of in found.items() if any(len(run.points) for run in of)}
     if not curves:
-        return None
-    budgets = {run.run.setting_number("budget") for of in curves.values() for run in of}
+        return
+    budgets = {run.run.number("config.budget") for of in curves.values() for run in of}
     budget = budgets.pop() if len(budgets) == 1 else math.nan
     dotted = " Dotted: the budget, where the test accuracy of the table is taken."
-    return Figure(
+    yield Figure(
         _named("curves", state),
         f"{state.benchmark}. {curve_caption(curves, 'accuracy')}{dotted if budget > 0 else ''}",
-        lambda: draw_curves(curves, "accuracy", budget), curve_records(curves), _source(state),
-        listed(name for name in found if name not in curves),
+        lambda: draw_curves(curves, "accuracy", budget), curve_records(curves),
+        _source(state, state.runs), _absent(found, curves),
     )  # fmt: skip
+
+
+def _absent(found: Found, drawn: Found) -> list[str]:
+    """A note that names the methods that are not drawn; none if all are."""
+    absent = [name for name in found if name not in drawn]
+    return [f"Missing: {', '.join(absent)}."] if absent else []
 
 
 # Seconds to an accuracy
 
 
-def _time_table(state: SweepState, found: Found) -> Table | None:
-    """None while no method has a validation."""
-    bests = {name: seeds_mean([run.best for run in runs]).mean for name, runs in found.items()}
-    finite = {name: best for name, best in bests.items() if math.isfinite(best)}
-    if not finite:
-        return None
-    leader = max(finite, key=lambda name: finite[name])
-    threshold = SHARE * finite[leader]
+def _time_table(state: SweepState, found: Found) -> Iterator[Table]:
+    """Nothing while no method has a validation."""
+    bests = {name: best for name, runs in found.items()
+             if math.isfinite(best := seeds_mean([run.best for run in runs]).mean)}  # fmt: skip
+    if not bests:
+        return
+    leader = max(bests, key=lambda name: bests[name])
+    highest = bests[leader]
     missing = sum(len(method.finals) - len(method.runs) for method in state.methods)
     so_far = f" so far ({missing} final runs are missing)" if missing else ""
     note = (
-        f"The threshold is {100 * threshold:.1f} %: {SHARE} of {100 * finite[leader]:.1f} %, the"
+        f"The threshold is {100 * SHARE * highest:.1f} %: {SHARE} of {100 * highest:.1f} %, the"
         f" best validation accuracy of {leader}, the highest mean over seeds of all methods here"
         f"{so_far}. Means over the seeds that reach it, with the 95 % interval over seeds."
         " Only validations within the budget count, and they are the resolution. ≤: at a run's"
@@ -329,34 +313,23 @@ def _time_table(state: SweepState, found: Found) -> Table | None:
         text_column("runs", "runs"),
     )
     caption = f"Seconds of training to {SHARE:.2f} of the best validation accuracy, "
-    records = [_time_record(name, of, threshold) for name, of in found.items() if of]
-    return _table("time", f"{caption}{state.benchmark}.", state, columns, records, [note])
+    records = [_time_record(name, of, SHARE * highest) for name, of in found.items() if of]
+    yield Table(_named("time", state), f"{caption}{state.benchmark}.", columns, records,
+                _source(state, state.runs), [note])  # fmt: skip
 
 
 def _time_record(name: str, runs: Sequence[Summary], threshold: float) -> Record:
-    firsts = [_first(run.within, threshold) for run in runs]
-    reached = [point for point in firsts if point is not None]
-    time = seeds_mean([point.seconds for point in reached])
-    count = seeds_mean([float(point.iteration) for point in reached])
+    at = [(run.within["score"] >= threshold).to_numpy().nonzero()[0] for run in runs]
+    firsts = [run.within.iloc[n[0]] for run, n in zip(runs, at, strict=True) if len(n)]
+    seconds = seeds_mean([point["seconds"] for point in firsts])
+    iterations = seeds_mean([float(point["iteration"]) for point in firsts])
     return {
-        "method": name,
-        "threshold": threshold,
-        "seeds": len(runs),
-        "reached": len(reached),
-        "seconds": time.mean,
-        "seconds_half_width": time.half_width,
-        "iterations": count.mean,
-        "iterations_half_width": count.half_width,
-        "at_first_validation": any(
-            point is run.within[0] for run, point in zip(runs, firsts, strict=True) if point
-        ),
+        "method": name, "threshold": threshold, "seeds": len(runs), "reached": len(firsts),
+        "seconds": seconds.mean, "seconds_half_width": seconds.half_width,
+        "iterations": iterations.mean, "iterations_half_width": iterations.half_width,
+        "at_first_validation": any(n[0] == 0 for n in at if len(n)),
         "runs": run_list(run.run.id for run in runs),
-    }
-
-
-def _first(points: Sequence[Point], threshold: float) -> Point | None:
-    """The first validation at or above the threshold."""
-    return next((point for point in points if point.score >= threshold), None)
+    }  # fmt: skip
 
 
 def _shown_time(record: Record, key: str, digits: int) -> str:
@@ -378,31 +351,31 @@ def _speed(record: Record) -> float:
 # The cells
 
 
-def _missing_table(state: SweepState) -> Table | None:
-    """Every incomplete cell with its command; None where all are done."""
+def _missing_table(state: SweepState) -> Iterator[Table]:
+    """Every incomplete cell with its command; nothing where all are done."""
     cells = [cell for cell in state.cells if cell.state != COMPLETED]
     if not cells:
-        return None
-    records = tuple(
+        return
+    records = [
         {"cell": cell.name, "state": cell.state, "why": cell.why,
-         "attempts": run_list(run.id for run in cell.runs), "command": state.command(cell.name)}
+         "attempts": run_list(run.id for run in cell.runs),
+         "command": state.command("--cell", cell.name)}
         for cell in cells
-    )  # fmt: skip
-    return _table(
-        "missing",
+    ]  # fmt: skip
+    yield Table(
+        _named("missing", state),
         f"Missing: {len(cells)} of {len(state.cells)} cells. One command fills all of them:"
         f" {state.command()}",
-        state, texts("cell", "state", "why", "attempts", "command"), records,
+        texts("cell", "state", "why", "attempts", "command"), records,
+        _source(state, [run for cell in cells for run in cell.runs]),
         folded=len(cells) >= FOLDED_FROM,
-        source=Source(state.command(), tuple(run.id for cell in cells for run in cell.runs)),
     )  # fmt: skip
 
 
-def _grid_table(state: SweepState, request: Request) -> Table | None:
-    """The last validation accuracy of every candidate; None for a sweep without grids."""
-    runs = [cell.run for m in state.methods for cell in m.grid if cell.run is not None]
-    request.archive.load(runs, ["validation/accuracy"])
-    records = tuple(
+def _grid_table(state: SweepState, request: Request) -> Iterator[Table]:
+    """The last validation accuracy of every candidate; nothing for a sweep without grids."""
+    runs = [cell.run for method in state.methods for cell in method.grid if cell.run is not None]
+    records = [
         {
             "method": method.name,
             "setting": describe(setting),
@@ -413,15 +386,15 @@ def _grid_table(state: SweepState, request: Request) -> Table | None:
         }
         for method in state.methods
         for index, (setting, cell) in enumerate(zip(method.candidates, method.grid, strict=False))
-    )
+    ]
     if not records:
-        return None
+        return
     method, setting, chosen, run = texts("method", "setting", "chosen", "run")
-    return _table(
-        "grid",
+    yield Table(
+        _named("grid", state),
         "How the settings were chosen: the last validation accuracy of each candidate, seed 0.",
-        state, (method, setting, Column("last validation, %", _shown_candidate), chosen, run),
-        records, folded=True, source=Source(state.command(), tuple(run.id for run in runs)),
+        (method, setting, Column("last validation, %", _shown_candidate), chosen, run), records,
+        _source(state, runs), folded=True,
     )  # fmt: skip
 
 

@@ -8,21 +8,9 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from datetime import datetime, timezone
 
-from experiments.report.content import (
-    MISSING,
-    Column,
-    Figure,
-    Record,
-    Section,
-    Source,
-    Table,
-    file_name,
-    number,
-    number_column,
-    plus_minus,
-    text_column,
-    texts,
-)
+from experiments.report import columns
+from experiments.report.columns import Column, Record
+from experiments.report.content import Figure, Section, Source, Table, file_name
 from experiments.report.figures import curve_caption, curve_records, draw_curves
 from experiments.report.runs import Run, command_of, is_number, run_list, setting_text, unequal
 from experiments.report.summary import Request, Summary
@@ -74,8 +62,8 @@ def _sweeps(request: Request) -> Table:
     runs = [run.id for state in request.sweeps for run in state.attempts]
     return Table(
         "sweeps", "The sweeps, and how many of their cells there are.",
-        (*texts("sweep", "benchmark", "completed", RUNNING, INTERRUPTED, FAILED),
-         text_column("command that fills it", "command")),
+        (*columns.texts("sweep", "benchmark", "completed", RUNNING, INTERRUPTED, FAILED),
+         columns.text("command that fills it", "command")),
         records, Source("python -m experiments.sweep SWEEP benchmark=NAME", runs),
     )  # fmt: skip
 
@@ -100,20 +88,20 @@ def _benchmark(benchmark: str, runs: Sequence[Summary]) -> Section:
         by_kind.setdefault(kind, {})[run.run.seed] = run
     groups = [list(seeds.values()) for seeds in by_kind.values()]
     varied = list(unequal(of[0].run.compared for of in groups))
-    columns = (
-        *texts("method", "setting", "code"),
+    heads = (
+        *columns.texts("method", "setting", "code"),
         Column("seeds", lambda r: f"{r['seeds']}"),
         Column("test score", _score),
-        Column("± within a run", lambda r: number(r["half_width_tasks"], *_scale(r))),
-        Column("best validation", lambda r: number(r["validation"], *_scale(r))),
-        number_column("outer iterations", "iterations", digits=0),
+        Column("± within a run", lambda r: columns.rounded(r["half_width_tasks"], *_scale(r))),
+        Column("best validation", lambda r: columns.rounded(r["validation"], *_scale(r))),
+        columns.number("outer iterations", "iterations", digits=0),
         Column("collapsed", lambda r: f"{r['collapsed']} of {r['seeds']}"),
-        text_column("runs", "runs"),
-        text_column("command of the last", "command"),
+        columns.text("runs", "runs"),
+        columns.text("command of the last", "command"),
     )
     table = Table(
         file_name("other", benchmark), f"Trainings on {benchmark} outside the sweeps above.",
-        columns, [_mean_record(of, varied) for of in groups],
+        heads, [_mean_record(of, varied) for of in groups],
         Source(COMMAND, [run.run.id for run in runs]), [NOTE],
     )  # fmt: skip
     cells = [run.run.id for run in runs if run.run.settings.get("cell")]
@@ -181,7 +169,7 @@ def _scale(record: Record) -> tuple[float, int]:
 
 
 def _score(record: Record) -> str:
-    text = plus_minus(record["test_mean"], record["test_half_width_seeds"], *_scale(record))
+    text = columns.plus_minus(record["test_mean"], record["test_half_width_seeds"], *_scale(record))
     return f"{text} %" if record["score"] == "accuracy" else f"{text} {record['score']}"
 
 
@@ -192,9 +180,10 @@ def all_runs(request: Request) -> list[Section]:
     """One table an experiment, newest run first."""
     cells = {cell.identity: f"{state.name} {state.benchmark} {cell.name}"
              for state in request.sweeps for cell in state.cells if cell.identity}  # fmt: skip
-    columns = (
-        *texts("run", "status", "what"), text_column("started (UTC)", "started"),
-        text_column("took", "took"), text_column("result", "shown"), *texts("code", "remarks"),
+    heads = (
+        *columns.texts("run", "status", "what"), columns.text("started (UTC)", "started"),
+        columns.text("took", "took"), columns.text("result", "shown"),
+        *columns.texts("code", "remarks"),
         Column("command", lambda r: "" if r["cell"] else r["command"], text=True),
     )  # fmt: skip
     tables = []
@@ -203,7 +192,7 @@ def all_runs(request: Request) -> list[Section]:
         tables.append(Table(
             file_name("runs", experiment or "unnamed"),
             f"Runs of {experiment or 'an experiment without a name'}, the newest first.",
-            columns, [_record(run, cells) for run in reversed(runs)],
+            heads, [_record(run, cells) for run in reversed(runs)],
             Source(command_of(experiment), [run.id for run in runs]),
             folded=len(runs) >= FOLDED_FROM,
         ))  # fmt: skip
@@ -242,8 +231,7 @@ def _result(run: Run) -> str:
     for score, factor, digits, unit in (("accuracy", 100.0, 1, " %"), ("mse", 1.0, 3, " mse")):
         if run.result.get(f"test_{score}") is not None:
             mean, half = run.number(f"result.test_{score}"), run.number("result.test_half_width")
-            shown = number(mean, factor, digits)
-            return f"{shown} ± {number(half, factor, digits)}".removesuffix(f" ± {MISSING}") + unit
+            return columns.plus_minus(mean, half, factor, digits) + unit
     numbers = [f"{key} {value:.4g}" for key, value in run.result.items() if is_number(value)]
     return ", ".join(numbers[:3])
 

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
-from experiments.report.content import MIB
+from experiments.report.columns import MIB
 from experiments.report.figures import label
 from experiments.statistics import Mean
 

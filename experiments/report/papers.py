@@ -15,21 +15,9 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure as Drawing
 
-from experiments.report.content import (
-    MIB,
-    Column,
-    Figure,
-    Record,
-    Section,
-    Source,
-    Table,
-    file_name,
-    number,
-    number_column,
-    plus_minus,
-    significant,
-    texts,
-)
+from experiments.report import columns
+from experiments.report.columns import Column, Record
+from experiments.report.content import Figure, Section, Source, Table, file_name
 from experiments.report.paper_figures import (
     BOUNDS,
     STEPS,
@@ -60,14 +48,14 @@ class Shown(NamedTuple):
     suffix: str  # of its files' names, empty for the first
     notes: Sequence[str]  # what it was run with, and which runs it stands for
 
-    def table(self, name: str, caption: str, columns: Sequence[Column],
+    def table(self, name: str, caption: str, heads: Sequence[Column],
               records: Sequence[Record], *notes: str) -> Table:  # fmt: skip
         """One of its tables."""
-        return Table(f"{name}{self.suffix}", caption, columns, records,
+        return Table(f"{name}{self.suffix}", caption, heads, records,
                      Source(self.run.command, [self.run.id]), [*self.notes, *notes])  # fmt: skip
 
     def curves(self, name: str, caption: str, rows: Sequence[tuple[Record, Curve]], header: str,
-               key: str = "K_", show: Callable[[Any], str] = significant,
+               key: str = "K_", show: Callable[[Any], str] = columns.significant,
                last: Sequence[Column] = (), *notes: str) -> Table:  # fmt: skip
         """A table with a row a curve and a column a step; ``header`` and ``key`` name a step's."""
         steps = sorted({step for _, curve in rows for step in curve})
@@ -75,7 +63,7 @@ class Shown(NamedTuple):
         between = [Column(f"{header}{n}", partial(_shown, show, f"{key}{n}")) for n in steps]
         records = [{**{f"{key}{n}": curve.get(n, math.nan) for n in steps}, **row}
                    for row, curve in rows]  # fmt: skip
-        return self.table(name, caption, [*texts(*heads), *between, *last], records, *notes)
+        return self.table(name, caption, [*columns.texts(*heads), *between, *last], records, *notes)
 
     def figure(self, name: str, caption: str, draw: Callable[[], Drawing],
                records: Sequence[Record]) -> Figure:  # fmt: skip
@@ -131,7 +119,7 @@ def _missing(experiment: str, what: str, runs: Sequence[Run]) -> Table:
         record |= {"state": last.status.lower(), "why": why}
     return Table(
         f"missing_{experiment}", f"Missing: no complete run of experiments.papers.{experiment}.",
-        texts(*record), [record], Source(record["command"], [run.id for run in runs]),
+        columns.texts(*record), [record], Source(record["command"], [run.id for run in runs]),
     )  # fmt: skip
 
 
@@ -178,6 +166,10 @@ def _memory_items(shown: Shown, series: AllSeries) -> Items:
             yield _memory_table(shown, found, paper, f"{title}; {task}", what)
 
 
+def _mebibytes(value: float) -> str:
+    return columns.rounded(value, 1 / columns.MIB)
+
+
 def _growth(series: AllSeries, prefix: str, asked: Sequence[int]) -> dict[str, Growth]:
     """By method, such as ``anil/cached``, from the two groups of metrics."""
     found = {}
@@ -203,7 +195,7 @@ def _memory_table(
                      " a larger one fills them.")  # fmt: skip
     ours = found[OURS].points.get(CLAIM_AT) if OURS in found and what == "peak" else None
     if ours is not None:
-        last = [number_column(f"rm_metal below it at K = {CLAIM_AT}, %", "saved", 100, 0)]
+        last = [columns.number(f"rm_metal below it at K = {CLAIM_AT}, %", "saved", 100, 0)]
         notes.append("rm_metal below it: rm_metal with cached features, the package's default.")
     rows = []
     for name, each in found.items():
@@ -219,7 +211,7 @@ def _memory_table(
     unit = "Peak of live tensors, MiB" if what == "peak" else "Seconds of one task's outer step"
     return shown.curves(
         f"memory_{paper}_{what}", f"{unit}, against inner steps K. {title}.", rows, "K = ", "K_",
-        (lambda peak: number(peak, 1 / MIB)) if what == "peak" else significant, last, *notes,
+        _mebibytes if what == "peak" else columns.significant, last, *notes,
     )  # fmt: skip
 
 
@@ -352,18 +344,18 @@ def _slopes(shown: Shown) -> Table:
         slope = _slope(shown.run, name)
         records.append({"what": what + k if kind in CLAIMED else what, "claimed": claimed,
                         "slope": slope.mean, "half_width": slope.half_width})  # fmt: skip
-    columns = (*texts("what"), Column("claimed", lambda r: str(r["claimed"])),
+    heads = (*columns.texts("what"), Column("claimed", lambda r: str(r["claimed"])),
                Column("slope", _shown_slope))  # fmt: skip
     return shown.table(
-        "convergence_slopes", "Slopes on logarithmic scales, and what the paper claims.", columns,
+        "convergence_slopes", "Slopes on logarithmic scales, and what the paper claims.", heads,
         records, "±: 95 % over the problems (Student's t).",
     )  # fmt: skip
 
 
 def _shown_slope(record: Record) -> str:
     if record["half_width"] < SMALLEST:
-        return f"{number(record['slope'], digits=3)} ± less than {SMALLEST}"
-    return plus_minus(record["slope"], record["half_width"], digits=3)
+        return f"{columns.rounded(record['slope'], digits=3)} ± less than {SMALLEST}"
+    return columns.plus_minus(record["slope"], record["half_width"], digits=3)
 
 
 PARTS: Mapping[str, tuple[str, str, Callable[[Shown, AllSeries], Items]]] = {

@@ -200,14 +200,14 @@ def _chosen(
     if not grid:
         return 0, ""
     if all(cell.run for cell in grid):
-        return best([last_validation(cell, archive) for cell in grid]), ""
+        return best([last_score(cell, archive) for cell in grid]), ""
     counts = [sum(cell.run is not None for cell in cells) for cells in finals]
     if max(counts) == 0:
         return None, ""
     return counts.index(max(counts)), "Final runs are there, but not all of the grid"
 
 
-def last_validation(cell: CellState, archive: Archive) -> float:
+def last_score(cell: CellState, archive: Archive) -> float:
     """What a grid is decided by; minus infinity for a cell without a run, or a diverged one."""
     if cell.run is None or cell.run.result.get("diverged"):
         return -math.inf

@@ -6,23 +6,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from experiments.report.content import (
-    MIB,
-    MISSING,
-    Column,
-    Figure,
-    Record,
-    Section,
-    Source,
-    Table,
-    file_name,
-    mean_column,
-    number,
-    number_column,
-    plus_minus,
-    text_column,
-    texts,
-)
+from experiments.report import columns
+from experiments.report.columns import Column, Record
+from experiments.report.content import Figure, Section, Source, Table, file_name
 from experiments.report.figures import curve_caption, curve_records, draw_accuracies, draw_curves
 from experiments.report.runs import Run, difference_lines, run_list
 from experiments.report.summary import (
@@ -31,7 +17,7 @@ from experiments.report.summary import (
     Request,
     Summary,
     SweepState,
-    last_validation,
+    last_score,
 )
 from experiments.statistics import Mean, seeds_mean
 from experiments.sweeps.cells import COMPLETED, describe
@@ -132,22 +118,22 @@ def _summary_table(state: SweepState, records: Sequence[Record], found: Found) -
     equal = max((record["equal_iterations"] for record in records), default=0)
     stopped = any(math.isfinite(record["early_stopped_mean"]) for record in records)
     early = [
-        Column("early stopped, %", lambda r: number(r["early_stopped_mean"], 100),
+        Column("early stopped, %", lambda r: columns.rounded(r["early_stopped_mean"], 100),
                _best("early_stopped")),
-        mean_column(f"{first} then leads by", "early_stopped_lead", 100),
+        columns.mean(f"{first} then leads by", "early_stopped_lead", 100),
     ]  # fmt: skip
-    columns = [
-        text_column("method", "label"),
-        text_column("setting", "setting"),
+    heads = [
+        columns.text("method", "label"),
+        columns.text("setting", "setting"),
         Column("seeds", lambda r: f"{r['seeds']}/{r['seeds_planned']}"),
         Column("test accuracy, %", _accuracy, _best("test")),
-        number_column("95 % over seeds", "test_half_width", 100),
-        mean_column(f"{first} leads by", "lead", 100),
+        columns.number("95 % over seeds", "test_half_width", 100),
+        columns.mean(f"{first} leads by", "lead", 100),
         *(early if stopped else ()),
-        *([number_column(f"at {equal} iterations, %", "equal_mean", 100)] if equal else ()),
-        number_column("outer iterations", "iterations_mean", digits=0),
-        number_column("s an outer step", "step_cpu_seconds_mean", digits=3),
-        number_column("peak, MiB", "tensor_bytes", 1 / MIB),
+        *([columns.number(f"at {equal} iterations, %", "equal_mean", 100)] if equal else ()),
+        columns.number("outer iterations", "iterations_mean", digits=0),
+        columns.number("s an outer step", "step_cpu_seconds_mean", digits=3),
+        columns.number("peak, MiB", "tensor_bytes", 1 / columns.MIB),
         Column("collapsed", _collapsed),
     ]
     tasks = sorted({str(run.run.settings.get("test_tasks")) for of in found.values() for run in of})
@@ -164,7 +150,7 @@ def _summary_table(state: SweepState, records: Sequence[Record], found: Found) -
                      " budget, mean over seeds.")  # fmt: skip
     return Table(
         _named("summary", state),
-        f"Test accuracy and cost, {state.benchmark}, sweep {state.name}.", columns, records,
+        f"Test accuracy and cost, {state.benchmark}, sweep {state.name}.", heads, records,
         _source(state, state.runs), [*notes, *_missing_seeds(records), *_differences(state)],
     )  # fmt: skip
 
@@ -173,16 +159,16 @@ def _details_table(state: SweepState, records: Sequence[Record]) -> Iterator[Tab
     """What else is known of the same runs; nothing while there are none."""
     if not state.runs:
         return
-    columns = [
-        text_column("method", "label"),
-        mean_column("test accuracy, %", "test", 100),
-        mean_column("early stopped, %", "early_stopped", 100),
-        mean_column("best validation, %", "validation", 100, best=_best("validation")),
-        number_column("outer step, ms of CPU", "step_cpu_seconds_mean", 1e3),
-        number_column("outer step, ms of wall", "step_seconds_mean", 1e3),
-        number_column("peak of the process, MiB", "process_bytes", 1 / MIB, 0),
+    heads = [
+        columns.text("method", "label"),
+        columns.mean("test accuracy, %", "test", 100),
+        columns.mean("early stopped, %", "early_stopped", 100),
+        columns.mean("best validation, %", "validation", 100, best=_best("validation")),
+        columns.number("outer step, ms of CPU", "step_cpu_seconds_mean", 1e3),
+        columns.number("outer step, ms of wall", "step_seconds_mean", 1e3),
+        columns.number("peak of the process, MiB", "process_bytes", 1 / columns.MIB, 0),
         Column("collapsed later", lambda r: _count(r, "collapsed_after_budget")),
-        text_column("runs", "runs"),
+        columns.text("runs", "runs"),
     ]
     note = (
         "±: 95 % over seeds (Student's t). Best validation: within the budget. Outer step: mean"
@@ -191,7 +177,7 @@ def _details_table(state: SweepState, records: Sequence[Record]) -> Iterator[Tab
         " methods go on to an iteration at which all are compared."
     )
     caption = f"Intervals over seeds, and other costs, {state.benchmark}, sweep {state.name}."
-    yield Table(_named("details", state), caption, columns, records, _source(state, state.runs),
+    yield Table(_named("details", state), caption, heads, records, _source(state, state.runs),
                 [note, *_differences(state)], folded=True)  # fmt: skip
 
 
@@ -201,7 +187,7 @@ def _best(key: str) -> Callable[[Record], float]:
 
 
 def _accuracy(record: Record) -> str:
-    shown = plus_minus(record["test_mean"], record["within_run_mean"], 100)
+    shown = columns.plus_minus(record["test_mean"], record["within_run_mean"], 100)
     return shown if record["seeds"] else "missing"
 
 
@@ -211,7 +197,7 @@ def _collapsed(record: Record) -> str:
 
 
 def _count(record: Record, what: str) -> str:
-    return f"{record[what]} of {record['seeds']}" if record["seeds"] else MISSING
+    return f"{record[what]} of {record['seeds']}" if record["seeds"] else columns.MISSING
 
 
 def _missing_seeds(records: Sequence[Record]) -> list[str]:
@@ -305,16 +291,16 @@ def _time_table(state: SweepState, found: Found) -> Iterator[Table]:
         " Only validations within the budget count, and they are the resolution. ≤: at a run's"
         " first validation already."
     )
-    columns = (
-        text_column("method", "method"),
+    heads = (
+        columns.text("method", "method"),
         Column("reached by", lambda r: f"{r['reached']} of {r['seeds']}"),
         Column("seconds", lambda r: _shown_time(r, "seconds", 1), _speed),
         Column("outer iterations", lambda r: _shown_time(r, "iterations", 0)),
-        text_column("runs", "runs"),
+        columns.text("runs", "runs"),
     )
     caption = f"Seconds of training to {SHARE:.2f} of the best validation accuracy, "
     records = [_time_record(name, of, SHARE * highest) for name, of in found.items() if of]
-    yield Table(_named("time", state), f"{caption}{state.benchmark}.", columns, records,
+    yield Table(_named("time", state), f"{caption}{state.benchmark}.", heads, records,
                 _source(state, state.runs), [note])  # fmt: skip
 
 
@@ -333,8 +319,8 @@ def _time_record(name: str, runs: Sequence[Summary], threshold: float) -> Record
 
 
 def _shown_time(record: Record, key: str, digits: int) -> str:
-    text = plus_minus(record[key], record[f"{key}_half_width"], digits=digits)
-    return f"≤ {text}" if record["at_first_validation"] and text != MISSING else text
+    text = columns.plus_minus(record[key], record[f"{key}_half_width"], digits=digits)
+    return f"≤ {text}" if record["at_first_validation"] and text != columns.MISSING else text
 
 
 def _speed(record: Record) -> float:
@@ -366,7 +352,7 @@ def _missing_table(state: SweepState) -> Iterator[Table]:
         _named("missing", state),
         f"Missing: {len(cells)} of {len(state.cells)} cells. One command fills all of them:"
         f" {state.command()}",
-        texts("cell", "state", "why", "attempts", "command"), records,
+        columns.texts("cell", "state", "why", "attempts", "command"), records,
         _source(state, [run for cell in cells for run in cell.runs]),
         folded=len(cells) >= FOLDED_FROM,
     )  # fmt: skip
@@ -379,7 +365,7 @@ def _grid_table(state: SweepState, request: Request) -> Iterator[Table]:
         {
             "method": method.name,
             "setting": describe(setting),
-            "validation_accuracy": last_validation(cell, request.archive),
+            "validation_accuracy": last_score(cell, request.archive),
             "chosen": "yes" if method.chosen == index else "",
             "state": cell.state,
             "run": "" if cell.run is None else cell.run.id,
@@ -389,7 +375,7 @@ def _grid_table(state: SweepState, request: Request) -> Iterator[Table]:
     ]
     if not records:
         return
-    method, setting, chosen, run = texts("method", "setting", "chosen", "run")
+    method, setting, chosen, run = columns.texts("method", "setting", "chosen", "run")
     yield Table(
         _named("grid", state),
         "How the settings were chosen: the last validation accuracy of each candidate, seed 0.",
@@ -400,5 +386,5 @@ def _grid_table(state: SweepState, request: Request) -> Iterator[Table]:
 
 def _shown_candidate(record: Record) -> str:
     if math.isfinite(record["validation_accuracy"]):
-        return number(record["validation_accuracy"], 100)
+        return columns.rounded(record["validation_accuracy"], 100)
     return "diverged" if record["state"] == COMPLETED else str(record["state"])

@@ -10,7 +10,6 @@ import pytest
 
 from experiments.report.figures import LOOKS, band, draw_curves, looks
 from experiments.report.runs import run_list
-from experiments.report.write import latex
 from experiments.statistics import seeds_mean
 from experiments.sweeps.definitions import SWEEPS
 
@@ -65,9 +64,3 @@ def test_every_method_of_the_comparison_has_a_colour_of_its_own() -> None:
     assert len({look.color for look in looks(names).values()}) == len(names)
     made = looks([*LOOKS, "a", "b"])
     assert made["a"] != made["b"]
-
-
-def test_latex_is_escaped() -> None:
-    assert latex("a_b 50 % ± ≤ {x} \\") == (
-        r"a\_b 50 \% $\pm$ $\leq$ \{x\} \textbackslash{}"
-    )

@@ -13,8 +13,7 @@ from experiments.report.columns import Column, Record
 from experiments.report.content import Figure, Section, Source, Table, file_name
 from experiments.report.figures import curve_caption, curve_records, draw_curves
 from experiments.report.runs import Run, command_of, is_number, run_list, setting_text, unequal
-from experiments.report.summary import Request, Summary
-from experiments.statistics import seeds_mean
+from experiments.report.summary import Request, Summary, mean_record
 from experiments.sweeps.cells import COMPLETED, FAILED, INTERRUPTED, RUNNING
 from experiments.sweeps.listing import duration
 
@@ -92,9 +91,9 @@ def _benchmark(benchmark: str, runs: Sequence[Summary]) -> Section:
         *columns.texts("method", "setting", "code"),
         Column("seeds", lambda r: f"{r['seeds']}"),
         Column("test score", _score),
-        Column("± within a run", lambda r: columns.rounded(r["half_width_tasks"], *_scale(r))),
-        Column("best validation", lambda r: columns.rounded(r["validation"], *_scale(r))),
-        columns.number("outer iterations", "iterations", digits=0),
+        Column("± within a run", lambda r: columns.rounded(r["within_run_mean"], *_scale(r))),
+        Column("best validation", lambda r: columns.rounded(r["validation_mean"], *_scale(r))),
+        columns.number("outer iterations", "iterations_mean", digits=0),
         Column("collapsed", lambda r: f"{r['collapsed']} of {r['seeds']}"),
         columns.text("runs", "runs"),
         columns.text("command of the last", "command"),
@@ -117,7 +116,6 @@ def _benchmark(benchmark: str, runs: Sequence[Summary]) -> Section:
 
 def _mean_record(runs: Sequence[Summary], varied: Sequence[str]) -> Record:
     first = runs[0].run
-    test = seeds_mean([run.test for run in runs])
     shown = [f"{key}={setting_text(first.compared[key])}" for key in varied
              if key in first.compared and key not in ("algorithm.name", "algorithm.variant")]
     return {
@@ -125,14 +123,7 @@ def _mean_record(runs: Sequence[Summary], varied: Sequence[str]) -> Record:
         "setting": " ".join(shown),
         "code": str(first.code),
         "score": runs[0].score,
-        "seeds": len(runs),
-        "test_mean": test.mean,
-        "test_half_width_seeds": test.half_width,
-        "half_width_tasks": seeds_mean([run.test_half_width for run in runs]).mean,
-        "validation": seeds_mean([run.best for run in runs]).mean,
-        "iterations": seeds_mean([run.iterations for run in runs]).mean,
-        "collapsed": sum(run.collapsed for run in runs),
-        "runs": run_list(run.run.id for run in runs),
+        **mean_record(runs),
         "command": runs[-1].run.command,
     }  # fmt: skip
 
@@ -169,7 +160,7 @@ def _scale(record: Record) -> tuple[float, int]:
 
 
 def _score(record: Record) -> str:
-    text = columns.plus_minus(record["test_mean"], record["test_half_width_seeds"], *_scale(record))
+    text = columns.plus_minus(record["test_mean"], record["test_half_width"], *_scale(record))
     return f"{text} %" if record["score"] == "accuracy" else f"{text} {record['score']}"
 
 

@@ -10,12 +10,13 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from experiments.report.runs import Archive, Run
+from experiments.report.runs import Archive, Run, run_list
+from experiments.statistics import Mean, seeds_mean
 from experiments.sweeps.cells import (
     COMPLETED,
     FAILED,
@@ -41,6 +42,14 @@ METRICS = tuple(
     for when in ("validation", "test")
     for what in (*SCORES, "half_width", "training_seconds")
 )
+AVERAGED = {
+    "test": "test", "early_stopped": "early_stopped", "validation": "best",
+    "within_run": "test_half_width", "step_cpu_seconds": "step_cpu_seconds",
+    "step_seconds": "step_seconds", "iterations": "iterations",
+}  # fmt: skip
+"""What is averaged over seeds, and what it is in a `Summary`."""
+
+LARGEST = ("tensor_bytes", "process_bytes")
 NOT_CHOSEN = "its grid is not complete"
 LONG_AGO = datetime.min.replace(tzinfo=timezone.utc)
 
@@ -89,6 +98,24 @@ class Summary:
         self.iterations = float(min(ends)) if ends else run.number("result.iterations")
         if math.isnan(self.iterations) and steps:
             self.iterations = float(steps[-1])
+
+
+def mean_record(runs: Sequence[Summary], **more: Mean) -> dict[str, Any]:
+    """What is known of runs of equal code and settings together: means over seeds, and counts."""
+    largest = {name: [getattr(run, name) for run in runs] for name in LARGEST}
+    means = {name: seeds_mean([getattr(run, what) for run in runs])
+             for name, what in AVERAGED.items()} | more  # fmt: skip
+    return {
+        "seeds": len(runs),
+        "runs": run_list(run.run.id for run in runs),
+        "collapsed": sum(run.collapsed for run in runs),
+        "collapsed_after_budget": sum(run.collapsed_later for run in runs),
+        "diverged": sum(bool(run.diverged) for run in runs),
+        **{name: max(filter(math.isfinite, v), default=math.nan) for name, v in largest.items()},
+        **{f"{name}_mean": mean.mean for name, mean in means.items()},
+        **{f"{name}_half_width": mean.half_width for name, mean in means.items()},
+        **{f"{name}_seeds": mean.number for name, mean in means.items()},
+    }
 
 
 def _fell(points: pd.DataFrame) -> bool:

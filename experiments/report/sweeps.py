@@ -4,7 +4,7 @@ accuracy (Table 2), cost, how the settings were chosen, and what is missing."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from experiments.report import columns
 from experiments.report.columns import Column, Record
@@ -18,6 +18,7 @@ from experiments.report.summary import (
     Summary,
     SweepState,
     last_score,
+    mean_record,
 )
 from experiments.statistics import Mean, seeds_mean
 from experiments.sweeps.cells import COMPLETED, describe
@@ -26,13 +27,6 @@ SHARE = 0.90
 """Of the best validation accuracy, for the time to it."""
 
 FOLDED_FROM = 13
-AVERAGED = {
-    "test": "test", "early_stopped": "early_stopped", "validation": "best",
-    "within_run": "test_half_width", "step_cpu_seconds": "step_cpu_seconds",
-    "step_seconds": "step_seconds", "iterations": "iterations",
-}  # fmt: skip
-"""What is averaged over seeds, and what it is in a `Summary`."""
-
 Found = Mapping[str, Sequence[Summary]]
 """The complete final runs by method."""
 
@@ -73,33 +67,20 @@ def _record(method: MethodState, runs: Sequence[Summary], first: Sequence[Summar
     differs = bool(difference_lines("", method.runs))
     # the outer iteration that other methods were tested at too; 0: none
     at = max((step for run in runs for step in run.run.counts("test_at")), default=0)
-    means = {name: seeds_mean([getattr(run, what) for run in runs])
-             for name, what in AVERAGED.items()}  # fmt: skip
-    means["equal"] = seeds_mean([run.tests[at] for run in runs if at in run.tests])
-    means["lead"] = _lead(runs, first, "test")
-    means["early_stopped_lead"] = _lead(runs, first, "early_stopped")
     return {
         "method": method.name,
         "label": method.name + " †" * differs,
         "setting": method.setting,
-        "seeds": len(runs),
         "seeds_planned": len(method.finals),
-        "runs": run_list(run.run.id for run in runs),
         "differs": differs,
-        "collapsed": sum(run.collapsed for run in runs),
-        "collapsed_after_budget": sum(run.collapsed_later for run in runs),
-        "diverged": sum(bool(run.diverged) for run in runs),
-        "tensor_bytes": _largest(run.tensor_bytes for run in runs),
-        "process_bytes": _largest(run.process_bytes for run in runs),
         "equal_iterations": at,
-        **{f"{name}_mean": mean.mean for name, mean in means.items()},
-        **{f"{name}_half_width": mean.half_width for name, mean in means.items()},
-        **{f"{name}_seeds": mean.number for name, mean in means.items()},
+        **mean_record(
+            runs,
+            equal=seeds_mean([run.tests[at] for run in runs if at in run.tests]),
+            lead=_lead(runs, first, "test"),
+            early_stopped_lead=_lead(runs, first, "early_stopped"),
+        ),
     }
-
-
-def _largest(values: Iterable[float]) -> float:
-    return max(filter(math.isfinite, values), default=math.nan)
 
 
 def _lead(runs: Sequence[Summary], first: Sequence[Summary], score: str) -> Mean:

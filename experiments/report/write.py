@@ -106,9 +106,7 @@ def pictures(figure: Figure) -> tuple[bytes, bytes]:
 def csv_text(records: Sequence[Record], source: Source) -> str:
     """The raw values, a line a record; the command and the run ids are its last columns."""
     own = {"source_command": source.command, "source_runs": run_list(source.runs)}
-    rows = [{**record, **own} for record in records]
-    keys = dict.fromkeys(key for row in rows for key in row if key not in own)
-    frame = pd.DataFrame(rows, columns=[*keys, *own], dtype=object)
+    frame = pd.DataFrame(list(records), dtype=object).assign(**own)
     return frame.to_csv(index=False, na_rep="nan", lineterminator="\n")
 
 

@@ -207,6 +207,6 @@ def test_regression_has_curves_too(recorder: Recorder, report: Callable[..., Pat
     )
     folder = report()
     (found,) = rows(folder, "other_sine")
-    assert (found["validation"], found["collapsed"]) == ("0.3", "0")
+    assert (found["validation_mean"], found["collapsed"]) == ("0.3", "0")
     assert "0.250 mse" in markdown(folder, "other_sine")
     assert len(rows(folder, "curves_other_sine")) == 3

@@ -151,7 +151,7 @@ def _line(
                           linewidth=0)  # fmt: skip
     for run, curve in zip(runs, curves, strict=True):
         if run.diverged and len(curve):
-            axes.plot(curve.index[-1:], curve[-1:], "x", color=look.color, markersize=9,
+            axes.plot(curve.index[-1], curve.iloc[-1], "x", color=look.color, markersize=9,
                       markeredgewidth=2)  # fmt: skip
 
 

@@ -47,6 +47,7 @@ Drawn = tuple[dict[str, list[Final]], Path, str]
 def reported(records: Path, words: Sequence[str], folder: Path) -> Recorded:
     """The file's lines; the report of the sweep that `words` name is in the folder."""
     assert report([*words, "--records", str(records), "--output", str(folder)]) == 0
+    assert "Not drawn (" not in (folder / "index.html").read_text()
     with gzip.open(records, "rt", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 

@@ -44,6 +44,16 @@ def test_a_band_is_over_where_all_curves_are() -> None:
     assert band([pd.Series(dtype=float)]).empty and band([]).empty
 
 
+def test_a_cross_is_where_a_run_diverged() -> None:
+    points = pd.DataFrame({"iteration": [5, 9, 12], "seconds": [1.5, 2.5, 3.5],
+                           "score": [0.5, 0.4, math.nan]})  # fmt: skip
+    runs = [SimpleNamespace(points=points, diverged="at 12")]
+    drawing = draw_curves({"anil": runs}, "accuracy", math.nan)  # type: ignore[dict-item]
+    for axes, at in zip(drawing.axes, (9, 2.5), strict=True):
+        (cross,) = [line for line in axes.lines if line.get_marker() == "x"]
+        assert (list(cross.get_xdata()), list(cross.get_ydata())) == ([at], [40])
+
+
 def test_seeds_with_nothing_in_common_are_drawn_one_by_one() -> None:
     runs = [SimpleNamespace(points=pd.DataFrame({"iteration": [n], "seconds": 60.0 + n,
                                                  "score": 0.4}), diverged="") for n in (12, 13)]

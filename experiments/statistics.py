@@ -9,8 +9,6 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-LEVEL = 0.95
-
 
 class Mean(NamedTuple):
     """A mean, the half width of its 95 % interval (nan: one value has none), and of how many."""
@@ -22,13 +20,9 @@ class Mean(NamedTuple):
 
 def seeds_mean(values: Sequence[float]) -> Mean:
     """Over seeds: Student's t with one degree of freedom less than there are finite values."""
-    finite = [value for value in values if math.isfinite(value)]
+    finite = np.array([value for value in values if math.isfinite(value)])
     number = len(finite)
-    if number == 0:
-        return Mean(math.nan, math.nan, 0)
     with np.errstate(over="ignore", invalid="ignore"):  # of values near the largest there is
-        mean, deviation = float(np.mean(finite)), np.std(finite, ddof=min(1, number - 1))
-    if number == 1:
-        return Mean(mean, math.nan, 1)
-    t = stats.t.ppf((1 + LEVEL) / 2, number - 1)
-    return Mean(mean, float(t * deviation / math.sqrt(number)), number)
+        mean = float(finite.mean()) if number else math.nan
+        error = float(stats.sem(finite)) if number > 1 else math.nan
+    return Mean(mean, float(stats.t.ppf(0.975, number - 1)) * error, number)

@@ -15,19 +15,17 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 from bson.errors import BSONError
 from pymongo.errors import PyMongoError
 
-from experiments.report.results import open_records
+from experiments.report import listing, open_records, papers, sweeps
+from experiments.report.content import Section
 from experiments.report.runs import Archive
-from experiments.report.sections import SECTIONS
-from experiments.report.summary import Request
-from experiments.report.sweep_state import SweepState, read_sweep
+from experiments.report.summary import Request, SweepState
 from experiments.report.write import write
 from experiments.sweeps.cells import parse_settings
 from experiments.sweeps.definitions import SWEEPS
@@ -35,19 +33,27 @@ from experiments.sweeps.plan import find_sweep
 from experiments.tracking import UserError
 from experiments.tracking.records import printable
 
+SECTIONS: tuple[Callable[[Request], list[Section]], ...] = (
+    listing.overview,
+    sweeps.sections,
+    papers.sections,
+    listing.trainings,
+    listing.all_runs,
+)
+"""What the report shows, in this order; one that finds no run of its own returns an empty list."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; 0, or 1 after an error that is one line."""
     options = _parse(argv)
-    words = list(options.words)
     try:
         with open_records(options.mongo_db, options.records) as records:
             archive = Archive(records)
-            request = Request(archive, tuple(_sweeps(words, archive)))
+            request = Request(archive, _sweeps(options.words, archive))
             sections = [section for make in SECTIONS for section in make(request)]
         about = f"From {records.label}, {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC."
         given = ["--records", *options.records] if options.records else []
-        command = shlex.join(["python", "-m", "experiments.report", *words, *given])
+        command = shlex.join(["python", "-m", "experiments.report", *options.words, *given])
         path = write(Path(options.output), sections, about, command)
     except (UserError, PyMongoError, BSONError, OSError) as error:
         print("error: " + printable(" ".join(str(error).split())), file=sys.stderr)
@@ -63,17 +69,13 @@ def _sweeps(words: Sequence[str], archive: Archive) -> list[SweepState]:
         raise UserError(
             f"KEY=VALUE needs one sweep that it was given to, got {len(names)} names; name that one"
         )
-    found = []
-    for name in names or list(SWEEPS):
-        found += _on_benchmarks(name, settings, archive)
-    return found
-
-
-def _on_benchmarks(name: str, settings: Mapping[str, Any], archive: Archive) -> list[SweepState]:
-    sweep = find_sweep(name)
-    asked = settings.get("benchmark")
-    benchmarks = list(sweep.benchmarks) if asked is None else [str(asked)]
-    return [read_sweep(name, sweep, benchmark, settings, archive) for benchmark in benchmarks]
+    found = {name: find_sweep(name) for name in names or SWEEPS}
+    return [
+        SweepState(name, sweep, benchmark, settings, archive)
+        for name, sweep in found.items()
+        for benchmark in ([str(settings["benchmark"])] if "benchmark" in settings
+                          else sweep.benchmarks)
+    ]  # fmt: skip
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

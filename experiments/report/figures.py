@@ -7,20 +7,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
 
-from experiments.report.content import Record, shortened
+from experiments.report.columns import Record
+from experiments.report.content import shortened
 from experiments.report.summary import Summary
 from experiments.statistics import seeds_mean
 
 Runs = Mapping[str, Sequence[Summary]]
 """By method, the seeds' runs."""
 
-Floats = np.ndarray
-Curve = tuple[Sequence[float], Sequence[float]]
-
-AXES = ("outer iteration", "seconds of training")
+AXES = {"iteration": "outer iteration", "seconds": "seconds of training"}
 CAPTION = (
     "Validation {score} against outer iterations (left) and seconds of training (right;{clock}"
     " loading of data and validation excluded). Line: mean over {seeds}; band: from the lowest to"
@@ -30,18 +29,12 @@ CAPTION = (
 
 
 class Look(NamedTuple):
-    """A method's line: one colour everywhere, told apart without colour too.
+    """A method's line: one colour everywhere, told apart without colour too."""
 
-    Attributes:
-        color: from the colour-blind safe sets of Okabe and Ito, and of Tol.
-        dashes: a matplotlib line style.
-        family: what is adapted; each family has panels of its own, with this title.
-    """
-
-    color: str
+    color: str  # from the colour-blind safe sets of Okabe and Ito, and of Tol
     dashes: str
     marker: str
-    family: str
+    family: str  # what is adapted: the title of panels of its own
 
 
 HEAD, NETWORK, OTHER = "head adapted", "whole network adapted", ""
@@ -66,14 +59,12 @@ STYLES, MARKERS = ("-", "--", ":", "-."), "osv^DPX<>*"
 
 def looks(names: Iterable[str]) -> dict[str, Look]:
     """A look for every name; names that are no known method get one in turn."""
-    names = list(names)
-    made = {
-        name: Look(
-            SPARE[n % len(SPARE)], STYLES[n % len(STYLES)], MARKERS[n % len(MARKERS)], OTHER
-        )
-        for n, name in enumerate(name for name in names if name not in LOOKS)
-    }
-    return {name: LOOKS.get(name) or made[name] for name in names}
+    found, spare = {}, 0
+    for name in names:
+        found[name] = LOOKS.get(name) or Look(SPARE[spare % len(SPARE)], STYLES[spare % 4],
+                                              MARKERS[spare % len(MARKERS)], OTHER)  # fmt: skip
+        spare += name not in LOOKS
+    return found
 
 
 def label(name: str) -> str:
@@ -82,41 +73,13 @@ def label(name: str) -> str:
     return f" {text}" if text.startswith("_") else text
 
 
-class Band(NamedTuple):
-    """Several curves as one, over ``at``: their mean, the lowest and the highest."""
-
-    at: Floats
-    mean: Floats
-    low: Floats
-    high: Floats
-
-
-def band(curves: Sequence[Curve]) -> Band | None:
-    """Over where all of the curves are; between their points they are straight lines.
-
-    Args:
-        curves: (x, y) pairs, x ascending; points that are not finite are left out.
-
-    Returns:
-        None where there is no x that all of them cover.
-    """
-    kept = [_finite(curve) for curve in curves]
-    kept = [curve for curve in kept if len(curve[0])]
-    if not kept:
-        return None
-    first, last = max(x[0] for x, _ in kept), min(x[-1] for x, _ in kept)
-    at = np.unique(np.concatenate([x for x, _ in kept]))
-    at = at[(at >= first) & (at <= last)]
-    if not len(at):
-        return None
-    values = np.stack([np.interp(at, x, y) for x, y in kept])
-    return Band(at, values.mean(0), values.min(0), values.max(0))
-
-
-def _finite(curve: Curve) -> tuple[Floats, Floats]:
-    x, y = (np.asarray(values, dtype=float) for values in curve)
-    kept = np.isfinite(x) & np.isfinite(y)
-    return x[kept], y[kept]
+def band(curves: Sequence[pd.Series]) -> pd.DataFrame:
+    """The ``mean``, ``min`` and ``max`` by x of curves (y by ascending x, straight between points)
+    where all of them are, those without a point left out; empty where that is nowhere."""
+    kept = [curve for curve in curves if len(curve)] or [pd.Series(dtype=float)]
+    joined = pd.concat(kept, axis=1).sort_index()
+    joined = joined.interpolate("index", limit_area="inside").dropna()
+    return pd.DataFrame({how: getattr(joined, how)(axis=1) for how in ("mean", "min", "max")})
 
 
 def draw_curves(methods: Runs, score: str, budget: float) -> Drawing:
@@ -137,9 +100,9 @@ def draw_curves(methods: Runs, score: str, budget: float) -> Drawing:
         own = {name: runs for name, runs in methods.items() if styles[name].family == family}
         for axes, horizontal in zip(row, AXES, strict=True):
             for name, runs in own.items():
-                _line(axes, label(name), styles[name], runs, horizontal == AXES[1], score)
+                _line(axes, label(name), styles[name], runs, horizontal, score)
             axes.grid(alpha=0.25)
-            axes.set_xlabel(horizontal)
+            axes.set_xlabel(AXES[horizontal])
         row[0].set_ylabel(f"validation {score}" + (" (%)" if score == "accuracy" else ""))
         row[0].set_title(family, loc="left", fontsize="medium", fontweight="bold")
         if budget > 0:
@@ -150,21 +113,21 @@ def draw_curves(methods: Runs, score: str, budget: float) -> Drawing:
     return drawing
 
 
-def curve_records(methods: Runs) -> tuple[Record, ...]:
+def curve_records(methods: Runs) -> list[Record]:
     """Every validation of every run that the figure is made of."""
-    return tuple(
+    return [
         {"method": name, "run": run.run.id, "seed": run.run.seed,
          "outer_iteration": point.iteration, "training_seconds": point.seconds,
          f"validation_{run.score}": point.score, "half_width": point.half_width}
-        for name, runs in methods.items() for run in runs for point in run.points
-    )  # fmt: skip
+        for name, runs in methods.items() for run in runs for point in run.points.itertuples()
+    ]  # fmt: skip
 
 
 def curve_caption(methods: Runs, score: str) -> str:
     """What lines and bands are, with the number of seeds."""
-    counts = sorted({len(runs) for runs in methods.values()})
-    numbers = " to ".join(dict.fromkeys(str(n) for n in (counts[0], counts[-1])))
-    seeds = "the only seed" if counts[-1] == 1 else f"{numbers} seeds"
+    counts = [len(runs) for runs in methods.values()]
+    least = f"{min(counts)} to " if min(counts) < max(counts) else ""
+    seeds = "the only seed" if max(counts) == 1 else f"{least}{max(counts)} seeds"
     settings = [run.run.settings for runs in methods.values() for run in runs]
     cpu = all(each.get("budget_clock") == "cpu" for each in settings)
     clock = " of the process's own time," if cpu else ""
@@ -172,32 +135,31 @@ def curve_caption(methods: Runs, score: str) -> str:
 
 
 def _line(
-    axes: Axes, name: str, look: Look, runs: Sequence[Summary], by_seconds: bool, score: str
+    axes: Axes, name: str, look: Look, runs: Sequence[Summary], horizontal: str, score: str
 ) -> None:
-    factor = 100.0 if score == "accuracy" else 1.0
-    curves = [_curve(run, by_seconds, factor) for run in runs]
+    curves = [(100 if score == "accuracy" else 1) * _curve(run, horizontal) for run in runs]
     joined = band(curves)
     style: dict[str, Any] = {"color": look.color, "linestyle": look.dashes, "marker": look.marker}
     style |= {"markersize": 4.5, "linewidth": 1.7}
-    if joined is None:
-        for number, (x, y) in enumerate(curves):
-            axes.plot(x, y, label="" if number else name, **style)
+    if joined.empty:
+        for number, curve in enumerate(curves):
+            axes.plot(curve.index, curve, label="" if number else name, **style)
     else:
-        every = max(1, len(joined.at) // 6)
-        axes.plot(joined.at, joined.mean, label=name, markevery=every, **style)
-        axes.fill_between(joined.at, joined.low, joined.high, color=look.color, alpha=0.15,
+        every = max(1, len(joined) // 6)
+        axes.plot(joined.index, joined["mean"], label=name, markevery=every, **style)
+        axes.fill_between(joined.index, joined["min"], joined["max"], color=look.color, alpha=0.15,
                           linewidth=0)  # fmt: skip
-    for run, (x, y) in zip(runs, curves, strict=True):
-        if run.diverged and x:
-            axes.plot(x[-1], y[-1], "x", color=look.color, markersize=9, markeredgewidth=2)
+    for run, curve in zip(runs, curves, strict=True):
+        if run.diverged and len(curve):
+            axes.plot(curve.index[-1], curve.iloc[-1], "x", color=look.color, markersize=9,
+                      markeredgewidth=2)  # fmt: skip
 
 
-def _curve(run: Summary, by_seconds: bool, factor: float) -> Curve:
-    points = [point for point in run.points if math.isfinite(point.score)]
-    if by_seconds:
-        points = [point for point in points if math.isfinite(point.seconds)]
-    x = [point.seconds if by_seconds else float(point.iteration) for point in points]
-    return x, [factor * point.score for point in points]
+def _curve(run: Summary, horizontal: str) -> pd.Series:
+    """Finite scores by iteration or seconds."""
+    points = run.points[[horizontal, "score"]].astype(float)
+    points = points[np.isfinite(points).all(axis=1)].drop_duplicates(horizontal)
+    return points.set_index(horizontal)["score"]
 
 
 def draw_accuracies(runs: Runs) -> Drawing:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
-from experiments.report.content import MIB
+from experiments.report.columns import MIB
 from experiments.report.figures import label
 from experiments.statistics import Mean
 
@@ -37,15 +37,10 @@ class Growth(NamedTuple):
 def memory_panel(
     axes: Axes, found: Mapping[str, Growth], what: str, floor: float | None = None
 ) -> None:
-    """One panel; solid: cached features, or iMAML; dashed: as published. One colour a method.
+    """One panel, of a field of `Point` by method; ``floor``: bytes of a supervised step.
 
-    Open markers, smaller from method to method, so that equal curves are all seen.
-
-    Args:
-        axes: empty.
-        found: by method.
-        what: a field of `Point`.
-        floor: bytes of a supervised step.
+    Solid: cached features, or iMAML; dashed: as published. One colour a method. Open markers,
+    smaller from method to method, so that equal curves are all seen.
     """
     looks: dict[str, dict[str, Any]] = {}
     for name, each in found.items():
@@ -123,22 +118,14 @@ class Floors(NamedTuple):
 
 
 class Findings(NamedTuple):
-    """What the picture shows; all values are squared hypergradient norms.
+    """What the picture shows; all values are squared hypergradient norms."""
 
-    Attributes:
-        averages, lasts: by problem, then by T.
-        slope: of the averages.
-        floors: by K.
-        undercut: by ``inner_steps`` or ``cg_steps``, start, and number of steps.
-        bounds: K_0 and N_0, by the same names.
-    """
-
-    averages: Sequence[Curve]
+    averages: Sequence[Curve]  # by problem, then by T
     lasts: Sequence[Curve]
-    slope: Mean
-    floors: Mapping[int, Floors]
-    undercut: Mapping[str, Mapping[str, Curve]]
-    bounds: Mapping[str, int]
+    slope: Mean  # of the averages
+    floors: Mapping[int, Floors]  # by K
+    undercut: Mapping[str, Mapping[str, Curve]]  # by "inner_steps" or "cg_steps", start, steps
+    bounds: Mapping[str, int]  # K_0 and N_0, by the same names
 
 
 def draw_convergence(found: Findings) -> Drawing:

@@ -1,181 +1,259 @@
-"""One training run in numbers, of which tables make means; and what a report is asked for."""
+"""Trainings in numbers, the cells of the sweeps that they fill, and what a report is asked for.
+
+All from the runs alone: nothing is chosen or written.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
-from typing import NamedTuple
+from datetime import datetime, timezone
+from typing import Any, NamedTuple
 
-from experiments.report.runs import Archive, Run
-from experiments.report.sweep_state import SweepState
+import numpy as np
+import pandas as pd
+
+from experiments.report.runs import Archive, Run, run_list
+from experiments.statistics import Mean, seeds_mean
+from experiments.sweeps.cells import (
+    COMPLETED,
+    FAILED,
+    INTERRUPTED,
+    PENDING,
+    RUNNING,
+    Cell,
+    Settings,
+    describe,
+    format_value,
+)
+from experiments.sweeps.definition import Sweep
+from experiments.sweeps.plan import Group, best, make_plan
 from experiments.tracking.records import RunId
 
 DROP = 0.10
 """A validation score that is by more than this below the best one before has collapsed."""
 
 SCORES = ("accuracy", "mse")
+VALIDATION = "validation/accuracy"
 METRICS = tuple(
     f"{when}/{what}"
     for when in ("validation", "test")
     for what in (*SCORES, "half_width", "training_seconds")
 )
+AVERAGED = {
+    "test": "test", "early_stopped": "early_stopped", "validation": "best",
+    "within_run": "test_half_width", "step_cpu_seconds": "step_cpu_seconds",
+    "step_seconds": "step_seconds", "iterations": "iterations",
+}  # fmt: skip
+"""What is averaged over seeds, and what it is in a `Summary`."""
+
+LARGEST = ("tensor_bytes", "process_bytes")
+NOT_CHOSEN = "its grid is not complete"
+LONG_AGO = datetime.min.replace(tzinfo=timezone.utc)
 
 
-class Point(NamedTuple):
-    """A validation.
-
-    Attributes:
-        seconds: of training until then.
-    """
-
-    iteration: int
-    seconds: float
-    score: float
-    half_width: float
-
-
-@dataclass(frozen=True)
 class Summary:
     """A complete run; scores are accuracies in [0, 1], or mean squared errors; nan: not recorded.
 
-    Attributes:
-        test, test_half_width: that count, with the 95 % interval over tasks.
-        early_stopped: the same of theta at the best validation.
-        iterations: outer ones, until the budget was spent if there is one.
-        step_cpu_seconds, step_seconds: median of an outer step.
-        tensor_bytes, process_bytes: peaks.
-        points: all validations.
-        within: those in the budget, the one at its end included; all without a budget.
-        best: score of `within`.
-        collapsed: whether they fell by more than `DROP` from their best.
-        collapsed_later: whether the validations after the budget did, and only they.
-        diverged: why it left the finite numbers; empty if it did not.
-        tests: test score by outer iteration, where recorded.
+    Its `points` are all validations: ``iteration``, ``seconds`` of training until then, ``score``,
+    ``half_width``; `within` are those in the budget, the one at its end included.
     """
 
-    run: Run
-    score: str
-    test: float
-    test_half_width: float
-    early_stopped: float
-    iterations: float
-    step_cpu_seconds: float
-    step_seconds: float
-    tensor_bytes: float
-    process_bytes: float
-    points: tuple[Point, ...]
-    within: tuple[Point, ...]
-    best: float
-    collapsed: bool
-    collapsed_later: bool
-    diverged: str
-    tests: dict[int, float]
+    def __init__(self, run: Run, archive: Archive) -> None:
+        self.run = run
+        self.score = next((name for name in SCORES if f"test_{name}" in run.result), SCORES[0])
+        self.test = run.number(f"result.test_{self.score}")
+        self.test_half_width = run.number("result.test_half_width")
+        # of theta at the best validation
+        self.early_stopped = run.number(f"result.early_stopped_{self.score}")
+        # medians of an outer step, and peaks
+        self.step_cpu_seconds = run.number("result.step_cpu_seconds")
+        self.step_seconds = run.number("result.step_seconds")
+        self.tensor_bytes = run.number("result.step_peak_bytes")
+        self.process_bytes = run.number("result.process_peak_bytes")
+        self.diverged = str(run.result.get("diverged") or "")  # why
+
+        def curve(name: str) -> dict[int, float]:
+            return dict(zip(*archive.series(run, name), strict=True))
+
+        budget = run.number("config.budget") or math.nan
+        steps, scores = archive.series(run, f"validation/{self.score}")
+        self.points = pd.DataFrame({"iteration": steps, "score": np.array(scores, dtype=float)})
+        for name, metric in (("seconds", "training_seconds"), ("half_width", "half_width")):
+            values = curve(f"validation/{metric}")
+            self.points[name] = [values.get(step, math.nan) for step in steps]
+        spent = (self.points["seconds"] >= budget).cummax()
+        self.within = self.points[~spent.shift(fill_value=False)]
+        finite = self.within["score"][np.isfinite(self.within["score"])]
+        self.best = float(finite.min() if self.score == "mse" else finite.max())
+        self.collapsed = self.score == "accuracy" and _fell(self.within)
+        self.collapsed_later = (
+            self.score == "accuracy" and _fell(self.points) and not self.collapsed
+        )
+        self.tests = curve(f"test/{self.score}")  # by outer iteration
+        # a run with test_at goes on after its budget
+        ends = [step for step, s in curve("test/training_seconds").items() if s >= budget]
+        self.iterations = float(min(ends)) if ends else run.number("result.iterations")
+        if math.isnan(self.iterations) and steps:
+            self.iterations = float(steps[-1])
 
 
-def load_trainings(archive: Archive, runs: Sequence[Run]) -> None:
-    """Fetch what `summarize` needs of all these runs at once."""
-    archive.load(runs, METRICS)
-    old = [run for run in runs if not archive.series(run, "validation/training_seconds").steps]
-    archive.load(old, ["train/seconds"])
+def mean_record(runs: Sequence[Summary], **more: Mean) -> dict[str, Any]:
+    """What is known of runs of equal code and settings together: means over seeds, and counts."""
+    largest = {name: [getattr(run, name) for run in runs] for name in LARGEST}
+    means = {name: seeds_mean([getattr(run, what) for run in runs])
+             for name, what in AVERAGED.items()} | more  # fmt: skip
+    return {
+        "seeds": len(runs),
+        "runs": run_list(run.run.id for run in runs),
+        "collapsed": sum(run.collapsed for run in runs),
+        "collapsed_after_budget": sum(run.collapsed_later for run in runs),
+        "diverged": sum(bool(run.diverged) for run in runs),
+        **{name: max(filter(math.isfinite, v), default=math.nan) for name, v in largest.items()},
+        **{f"{name}_mean": mean.mean for name, mean in means.items()},
+        **{f"{name}_half_width": mean.half_width for name, mean in means.items()},
+        **{f"{name}_seeds": mean.number for name, mean in means.items()},
+    }
 
 
-def summarize(run: Run, archive: Archive) -> Summary:
-    """The run in numbers; call `load_trainings` first."""
-    score = next((name for name in SCORES if f"test_{name}" in run.result), SCORES[0])
-    points = _points(run, archive, score)
-    budget = run.setting_number("budget")
-    within = _within(points, budget)
-    fell = score == "accuracy" and _fell(within)
-    return Summary(
-        run=run,
-        score=score,
-        test=run.result_number(f"test_{score}"),
-        test_half_width=run.result_number("test_half_width"),
-        early_stopped=run.result_number(f"early_stopped_{score}"),
-        iterations=_iterations(run, archive, points, budget),
-        step_cpu_seconds=run.result_number("step_cpu_seconds"),
-        step_seconds=run.result_number("step_seconds"),
-        tensor_bytes=run.result_number("step_peak_bytes"),
-        process_bytes=run.result_number("process_peak_bytes"),
-        points=points,
-        within=within,
-        best=_best([point.score for point in within], score),
-        collapsed=fell,
-        collapsed_later=score == "accuracy" and _fell(points) and not fell,
-        diverged=str(run.result.get("diverged") or ""),
-        tests=dict(zip(*archive.series(run, f"test/{score}"), strict=True)),
-    )
-
-
-def _points(run: Run, archive: Archive, score: str) -> tuple[Point, ...]:
-    halves = dict(zip(*archive.series(run, "validation/half_width"), strict=True))
-    seconds = _seconds(run, archive)
-    return tuple(
-        Point(step, seconds.get(step, math.nan), value, halves.get(step, math.nan))
-        for step, value in zip(*archive.series(run, f"validation/{score}"), strict=True)
-    )
-
-
-def _seconds(run: Run, archive: Archive) -> dict[int, float]:
-    """Seconds of training by outer iteration; older code recorded only those of each step."""
-    recorded = archive.series(run, "validation/training_seconds")
-    if recorded.steps:
-        return dict(zip(*recorded, strict=True))
-    steps, seconds = archive.series(run, "train/seconds")
-    return dict(zip(steps, accumulate(seconds), strict=True))
-
-
-def _within(points: tuple[Point, ...], budget: float) -> tuple[Point, ...]:
-    """Those up to the one that ends the budget; all without a budget (nan)."""
-    spent = [n for n, point in enumerate(points) if budget and point.seconds >= budget]
-    return points[: spent[0] + 1] if spent else points
-
-
-def _iterations(run: Run, archive: Archive, points: Sequence[Point], budget: float) -> float:
-    """A run with ``test_at`` goes on after its budget; its iterations are those before."""
-    seconds = archive.series(run, "test/training_seconds")
-    spent = [step for step, s in zip(*seconds, strict=True) if budget and s >= budget]
-    recorded = run.result_number("iterations")
-    if spent or math.isfinite(recorded) or not points:
-        return float(min(spent)) if spent else recorded
-    return float(points[-1].iteration)
-
-
-def _fell(points: Sequence[Point]) -> bool:
+def _fell(points: pd.DataFrame) -> bool:
     """Whether one of the scores is more than `DROP` below the best before it."""
-    bests = accumulate((point.score for point in points), _larger, initial=-math.inf)
-    return any(point.score < best - DROP for point, best in zip(points, bests, strict=False))
+    return bool((points["score"] < points["score"].cummax().ffill().shift() - DROP).any())
 
 
-def _larger(best: float, score: float) -> float:
-    return max(best, score)  # the first one where the other is nan
+class CellState(NamedTuple):
+    """One cell: all of its runs, and the one that counts."""
+
+    name: str  # METHOD/grid/N or METHOD/final/SEED
+    identity: str  # empty while the grid that decides its settings is incomplete
+    runs: Sequence[Run] = ()  # also killed ones, oldest first
+    run: Run | None = None  # the newest complete one
+    state: str = PENDING
+    why: str = ""  # it is not complete
 
 
-def _best(values: Sequence[float], score: str) -> float:
-    finite = [value for value in values if math.isfinite(value)]
-    if not finite:
-        return math.nan
-    return min(finite) if score == "mse" else max(finite)
+class MethodState(NamedTuple):
+    """One row of a sweep's table."""
+
+    name: str
+    candidates: Sequence[Settings]  # of its grid
+    grid: Sequence[CellState]
+    finals: Sequence[CellState]
+    chosen: int | None  # candidate of the final runs; None: not decided
+    remark: str  # how that was decided, where it was not by a complete grid
+
+    @property
+    def runs(self) -> list[Run]:
+        """The complete final runs that count, by seed."""
+        return [cell.run for cell in self.finals if cell.run is not None]
+
+    @property
+    def setting(self) -> str:
+        """The chosen candidate's settings; empty without a grid."""
+        return NOT_CHOSEN if self.chosen is None else describe(self.candidates[self.chosen])
+
+
+class SweepState:
+    """A sweep on one benchmark.
+
+    Args:
+        given: further KEY=VALUE of the sweep's command line.
+
+    Raises:
+        UserError: KEY=VALUE that the sweep does not take.
+    """
+
+    def __init__(
+        self, name: str, sweep: Sweep, benchmark: str, given: Settings, archive: Archive
+    ) -> None:
+        self.name, self.benchmark = name, benchmark
+        plan = make_plan(sweep, {**given, "benchmark": benchmark})
+        by_cell: dict[str, list[Run]] = {}
+        for run in archive.runs:
+            by_cell.setdefault(str(run.settings.get("cell")), []).append(run)
+        grid = [c.identity for group in plan.groups for c in group.grid.values()]
+        archive.load([run for c in grid for run in by_cell.get(c, ())], [VALIDATION])
+        self.methods = [_method(group, by_cell, archive) for group in plan.groups]
+        grids = [cell for method in self.methods for cell in method.grid]
+        self.cells = grids + [cell for method in self.methods for cell in method.finals]
+        self.attempts = [run for cell in self.cells for run in cell.runs]
+        self.runs = [run for method in self.methods for run in method.runs]  # that count
+        elsewhere = any("tasks.root=DATA" in run.command.split() for run in self.attempts)
+        shown = {"benchmark": benchmark} if len(sweep.benchmarks) > 1 else {}
+        shown |= {"tasks.root": "DATA"} if elsewhere else {}
+        shown |= {key: value for key, value in given.items() if key != "benchmark"}
+        self._words = [name, *(f"{key}={format_value(value)}" for key, value in shown.items())]
+
+    def command(self, *only: str) -> str:
+        """What runs the sweep, or with ``--cell``, NAME one cell of it."""
+        return shlex.join(["python", "-m", "experiments.sweep", *self._words, *only])
+
+
+Cells = Mapping[str, Sequence[Run]]
+"""Every run by the identity of its cell."""
+
+
+def _method(group: Group, by_cell: Cells, archive: Archive) -> MethodState:
+    grid = [_cell(name, cell, by_cell) for name, cell in group.grid.items()]
+    finals = [[_cell(name, cell, by_cell) for name, cell in cells.items()]
+              for cells in group.finals]  # fmt: skip
+    chosen, remark = _chosen(grid, finals, archive)
+    unknown = [CellState(name, "", why=NOT_CHOSEN) for name in group.final_names()]
+    own = unknown if chosen is None else finals[chosen]
+    return MethodState(group.name, group.candidates, grid, own, chosen, remark)
+
+
+def _cell(name: str, cell: Cell, by_cell: Cells) -> CellState:
+    runs = by_cell.get(cell.identity, ())
+    if complete := [run for run in runs if run.complete]:
+        newest = max(complete, key=lambda run: run.last_sign or LONG_AGO)
+        return CellState(name, cell.identity, runs, newest, COMPLETED)
+    if not runs:
+        return CellState(name, cell.identity)
+    last = next((run for run in runs if run.status == "RUNNING"), runs[-1])
+    if last.status == "RUNNING":
+        return CellState(name, cell.identity, runs, None, RUNNING, f"run {last.id}")
+    killed = last.status == "INTERRUPTED" or last.failure.startswith("killed:")
+    why = f"run {last.id} {last.status}: {last.failure or 'stopped'}"
+    return CellState(name, cell.identity, runs, None, INTERRUPTED if killed else FAILED, why)
+
+
+def _chosen(
+    grid: Sequence[CellState], finals: Sequence[Sequence[CellState]], archive: Archive
+) -> tuple[int | None, str]:
+    """As the sweep decides; where it cannot yet, the candidate that has final runs."""
+    if not grid:
+        return 0, ""
+    if all(cell.run for cell in grid):
+        return best([last_score(cell, archive) for cell in grid]), ""
+    counts = [sum(cell.run is not None for cell in cells) for cells in finals]
+    if max(counts) == 0:
+        return None, ""
+    return counts.index(max(counts)), "Final runs are there, but not all of the grid"
+
+
+def last_score(cell: CellState, archive: Archive) -> float:
+    """What a grid is decided by; minus infinity for a cell without a run, or a diverged one."""
+    if cell.run is None or cell.run.result.get("diverged"):
+        return -math.inf
+    values = archive.series(cell.run, VALIDATION).values
+    return values[-1] if values and math.isfinite(values[-1]) else -math.inf
 
 
 @dataclass(frozen=True)
 class Request:
-    """What every section gets.
-
-    Attributes:
-        sweeps: those asked for, on each benchmark.
-    """
+    """What every section gets."""
 
     archive: Archive
-    sweeps: tuple[SweepState, ...] = ()
+    sweeps: Sequence[SweepState] = ()  # those asked for, on each benchmark
     _summaries: dict[RunId, Summary] = field(default_factory=dict)
 
     def summaries(self, runs: Iterable[Run]) -> list[Summary]:
         """The complete ones of these runs in numbers."""
         runs = [run for run in runs if run.complete]
         new = [run for run in runs if run.id not in self._summaries]
-        load_trainings(self.archive, new)
-        self._summaries.update({run.id: summarize(run, self.archive) for run in new})
+        self.archive.load(new, METRICS)
+        self._summaries.update({run.id: Summary(run, self.archive) for run in new})
         return [self._summaries[run.id] for run in runs]

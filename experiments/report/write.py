@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,13 @@ import matplotlib
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from experiments.report.content import Figure, Record, Section, Source, Table
+from experiments.report.columns import Record
+from experiments.report.content import Figure, Section, Source, Table
 from experiments.report.runs import run_list
 
-PAGE = "index.html"
 TITLE = "l2l_implicit: what the runs show"
 TYPES = {"csv": "text/csv", "md": "text/markdown", "tex": "application/x-tex",
          "svg": "image/svg+xml"}  # fmt: skip
-PNG_DPI = 160
 STYLE: dict[Any, Any] = {
     "font.size": 10.5,
     "axes.spines.top": False,
@@ -51,10 +51,8 @@ def write(folder: Path, sections: Sequence[Section], about: str, command: str) -
         OSError: the folder cannot be written.
     """
     files: dict[str, bytes] = {}
-    named = [replace(section, items=tuple(_written(section.items, files))) for section in sections]
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
+    named = [replace(section, items=[_written(item, files) for item in section.items])
+             for section in sections]  # fmt: skip
 
     def data_uri(file: str) -> str:
         kind = TYPES[file.rpartition(".")[2]]
@@ -68,31 +66,29 @@ def write(folder: Path, sections: Sequence[Section], about: str, command: str) -
     page = templates.get_template("page.html.jinja").render(
         title=TITLE, sections=named, files=files, about=about, command=command
     )
-    path = folder / PAGE
-    path.write_text(page, encoding="utf-8")
-    return path
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in {**files, "index.html": page.encode()}.items():
+        (folder / name).write_bytes(content)
+    return folder / "index.html"
 
 
-def _written(items: Iterable[Table | Figure], files: dict[str, bytes]) -> Iterable[Table | Figure]:
-    """The items under names that nothing else has, their contents put into the files."""
-    for item in items:
-        taken = {file.rpartition(".")[0].lower() for file in files}
-        name, number = item.name, 1
-        while name.lower() in taken:
-            name, number = f"{item.name}_{(number := number + 1)}", number
-        files[f"{name}.csv"] = csv_text(item.records, item.source).encode()
-        if isinstance(item, Table):
-            files[f"{name}.md"] = markdown_text(item).encode()
-            files[f"{name}.tex"] = latex_text(item).encode()
-            yield replace(item, name=name)
-            continue
-        try:
-            files[f"{name}.png"], files[f"{name}.svg"] = pictures(item)
-            yield replace(item, name=name)
-        except Exception as error:  # whatever matplotlib raises on numbers that no one foresaw
-            why = f"{type(error).__name__}: {str(error)[:200]}"
-            told = f"Not drawn ({why}); the CSV file has the numbers."
-            yield replace(item, name=name, notes=(*item.notes, told))
+def _written(item: Table | Figure, files: dict[str, bytes]) -> Table | Figure:
+    """The item under a name that nothing else has, its contents put into the files."""
+    taken = {file.rpartition(".")[0].lower() for file in files}
+    tries = (item.name if n == 1 else f"{item.name}_{n}" for n in count(1))
+    name = next(name for name in tries if name.lower() not in taken)
+    notes = list(item.notes)
+    files[f"{name}.csv"] = csv_text(item.records, item.source).encode()
+    if isinstance(item, Table):
+        files[f"{name}.md"] = markdown_text(item).encode()
+        files[f"{name}.tex"] = latex_text(item).encode()
+        return replace(item, name=name)
+    try:
+        files[f"{name}.png"], files[f"{name}.svg"] = pictures(item)
+    except Exception as error:  # whatever matplotlib raises on numbers that no one foresaw
+        why = f"{type(error).__name__}: {str(error)[:200]}"
+        notes.append(f"Not drawn ({why}); the CSV file has the numbers.")
+    return replace(item, name=name, notes=notes)
 
 
 def pictures(figure: Figure) -> tuple[bytes, bytes]:
@@ -101,7 +97,7 @@ def pictures(figure: Figure) -> tuple[bytes, bytes]:
         warnings.simplefilter("ignore")  # a font lacks a letter of a name, a number is huge
         drawing = figure.draw()
         png, svg = io.BytesIO(), io.BytesIO()
-        drawing.savefig(png, format="png", dpi=PNG_DPI)
+        drawing.savefig(png, format="png", dpi=160)
         drawing.set_layout_engine("none")  # it is laid out by now, and doing so takes the most time
         drawing.savefig(svg, format="svg", metadata={"Date": None})
     return png.getvalue(), svg.getvalue()
@@ -110,15 +106,13 @@ def pictures(figure: Figure) -> tuple[bytes, bytes]:
 def csv_text(records: Sequence[Record], source: Source) -> str:
     """The raw values, a line a record; the command and the run ids are its last columns."""
     own = {"source_command": source.command, "source_runs": run_list(source.runs)}
-    rows = [{**record, **own} for record in records]
-    keys = dict.fromkeys(key for row in rows for key in row if key not in own)
-    frame = pd.DataFrame(rows, columns=[*keys, *own], dtype=object)
+    frame = pd.DataFrame(list(records), dtype=object).assign(**own)
     return frame.to_csv(index=False, na_rep="nan", lineterminator="\n")
 
 
 def markdown_text(table: Table) -> str:
     """A pipe table; caption above, notes, command and runs below."""
-    frame = _frame(table, "**{}**".format, lambda text: text.replace("|", r"\|"))
+    frame = _frame(table, "**{}**", lambda text: text.replace("|", r"\|"))
     sides = ["left" if column.text else "right" for column in table.columns]
     grid = frame.to_markdown(index=False, colalign=sides, disable_numparse=True)
     source = f"`{table.source.command}`; runs: {run_list(table.source.runs) or 'none'}"
@@ -127,17 +121,14 @@ def markdown_text(table: Table) -> str:
 
 def latex_text(table: Table) -> str:
     """A ``table`` environment with booktabs rules."""
-    text = _frame(table, r"\textbf{{{}}}".format, latex).to_latex(
-        index=False,
-        escape=False,
-        caption=latex(table.caption),
+    text = _frame(table, r"\textbf{{{}}}", latex).to_latex(
+        index=False, escape=False, caption=latex(table.caption),
         column_format="".join("l" if column.text else "r" for column in table.columns),
-    )
+    )  # fmt: skip
     notes = "".join(f"\\par\\footnotesize {latex(note)}\n" for note in table.notes)
-    return (
-        f"% command: {table.source.command}\n% runs: {run_list(table.source.runs) or 'none'}\n"
-        "% needs \\usepackage{booktabs}\n"
-    ) + text.replace("\\end{table}", f"{notes}\\end{{table}}")
+    runs = run_list(table.source.runs) or "none"
+    head = f"% command: {table.source.command}\n% runs: {runs}\n% needs \\usepackage{{booktabs}}\n"
+    return head + text.replace("\\end{table}", f"{notes}\\end{{table}}")
 
 
 def latex(text: str) -> str:
@@ -145,8 +136,8 @@ def latex(text: str) -> str:
     return text.translate(LATEX)
 
 
-def _frame(table: Table, bold: Any, escape: Any) -> pd.DataFrame:
-    rows = [[bold(escape(text)) if best else escape(text) for text, best in row]
+def _frame(table: Table, bold: str, escape: Callable[[str], str]) -> pd.DataFrame:
+    rows = [[bold.format(escape(text)) if best else escape(text) for text, best in row]
             for row in table.cells()]  # fmt: skip
     headers = [escape(column.header) for column in table.columns]
     return pd.DataFrame(rows, columns=headers, dtype=object)

@@ -14,6 +14,7 @@ from typing import Any
 
 from bson import ObjectId
 from gridfs import GridFS
+from sacred.utils import set_by_dotted_path
 
 from experiments.sweeps.cells import Cell
 from experiments.sweeps.plan import Plan
@@ -109,11 +110,7 @@ def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
     """{"algorithm": {"lr": 0.1}} from {"algorithm.lr": 0.1}."""
     tree: dict[str, Any] = {}
     for key, value in settings.items():
-        *groups, leaf = key.split(".")
-        place = tree
-        for group in groups:
-            place = place.setdefault(group, {})
-        place[leaf] = value
+        set_by_dotted_path(tree, key, value)
     return tree
 
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 
-import numpy as np
+import pandas as pd
 import pytest
 
 from experiments.report.figures import LOOKS, band, draw_curves, looks
 from experiments.report.runs import run_list
-from experiments.report.sections.sweeps import _first
-from experiments.report.summary import Point
-from experiments.report.write import latex
 from experiments.statistics import seeds_mean
 from experiments.sweeps.definitions import SWEEPS
 
@@ -40,28 +37,31 @@ def test_means_leave_out_what_is_not_finite() -> None:
 
 
 def test_a_band_is_over_where_all_curves_are() -> None:
-    found = band([([0, 2, 4], [0, 2, 4]), ([1, 3], [1, 5])])
-    assert found is not None
-    np.testing.assert_allclose(found.at, [1, 2, 3])
-    np.testing.assert_allclose(found.mean, [1, 2.5, 4])
-    np.testing.assert_allclose(found.low, [1, 2, 3])
-    np.testing.assert_allclose(found.high, [1, 3, 5])
-    assert band([([0, 1], [0, 1]), ([2, 3], [0, 1])]) is None
-    assert band([([0.0], [math.nan])]) is None and band([]) is None
+    found = band([pd.Series([0.0, 2, 4], [0, 2, 4]), pd.Series([1.0, 5], [1, 3])])
+    assert found.index.tolist() == [1, 2, 3]
+    assert found.to_dict("list") == {"mean": [1, 2.5, 4], "min": [1, 2, 3], "max": [1, 3, 5]}
+    assert band([pd.Series([0.0, 1], [0, 1]), pd.Series([0.0, 1], [2, 3])]).empty
+    assert band([pd.Series(dtype=float)]).empty and band([]).empty
+
+
+def test_a_cross_is_where_a_run_diverged() -> None:
+    points = pd.DataFrame({"iteration": [5, 9, 12], "seconds": [1.5, 2.5, 3.5],
+                           "score": [0.5, 0.4, math.nan]})  # fmt: skip
+    runs = [SimpleNamespace(points=points, diverged="at 12")]
+    drawing = draw_curves({"anil": runs}, "accuracy", math.nan)  # type: ignore[dict-item]
+    for axes, at in zip(drawing.axes, (9, 2.5), strict=True):
+        (cross,) = [line for line in axes.lines if line.get_marker() == "x"]
+        assert (list(cross.get_xdata()), list(cross.get_ydata())) == ([at], [40])
 
 
 def test_seeds_with_nothing_in_common_are_drawn_one_by_one() -> None:
-    runs = [SimpleNamespace(points=[Point(n, 60.0 + n, 0.4, 0.1)], diverged="") for n in (12, 13)]
+    runs = [SimpleNamespace(points=pd.DataFrame({"iteration": [n], "seconds": 60.0 + n,
+                                                 "score": 0.4}), diverged="") for n in (12, 13)]
     drawing = draw_curves({"imaml_hf": runs}, "accuracy", math.nan)  # type: ignore[dict-item]
     for axes, at in zip(drawing.axes, ([12, 13], [72, 73]), strict=True):
         assert [list(line.get_xdata()) for line in axes.lines] == [[x] for x in at]
     (legend,) = [axes.get_legend() for axes in drawing.axes if axes.get_legend()]
     assert [text.get_text() for text in legend.get_texts()] == ["imaml_hf"]
-
-
-def test_the_first_time_counts() -> None:
-    points = [Point(n, 10.0 * n, score, 0.1) for n, score in enumerate((0.1, math.nan, 0.5, 0.4))]
-    assert _first(points, 0.4) == points[2] and _first(points[:2], 0.4) is None
 
 
 def test_run_ids_are_short_and_in_order() -> None:
@@ -74,9 +74,3 @@ def test_every_method_of_the_comparison_has_a_colour_of_its_own() -> None:
     assert len({look.color for look in looks(names).values()}) == len(names)
     made = looks([*LOOKS, "a", "b"])
     assert made["a"] != made["b"]
-
-
-def test_latex_is_escaped() -> None:
-    assert latex("a_b 50 % ± ≤ {x} \\") == (
-        r"a\_b 50 \% $\pm$ $\leq$ \{x\} \textbackslash{}"
-    )

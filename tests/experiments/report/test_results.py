@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 from report_runs import Recorder
 
-from experiments.report import get_results, results
+import experiments.report
+from experiments.report import get_results
 from experiments.tracking import UserError
 
 pytest_plugins = ("report_fixtures",)
@@ -66,7 +67,7 @@ def test_a_file_or_a_database_that_is_not_there(tmp_path: Path) -> None:
 def test_the_documented_examples(monkeypatch: pytest.MonkeyPatch) -> None:
     """The docstring's, and that of docs/report.md, whose mean is recomputed."""
     monkeypatch.chdir(ROOT)
-    assert doctest.testmod(results) == (0, 2)
+    assert doctest.testmod(experiments.report) == (0, 2)
     text = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"^```python\n(from experiments.report import get_results\n.*?)^```",
                             text, re.MULTILINE | re.DOTALL)  # fmt: skip

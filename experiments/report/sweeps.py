@@ -1,0 +1,371 @@
+"""A sweep on a benchmark: accuracy (Yang et al. 2025, Table 1), curves (Fig. 1), seconds to an
+accuracy (Table 2), cost, how the settings were chosen, and what is missing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from experiments.report import columns
+from experiments.report.columns import Column, Record
+from experiments.report.content import Figure, Section, Source, Table, file_name
+from experiments.report.figures import curve_caption, curve_records, draw_accuracies, draw_curves
+from experiments.report.runs import Run, difference_lines, run_list
+from experiments.report.summary import (
+    DROP,
+    MethodState,
+    Request,
+    Summary,
+    SweepState,
+    last_score,
+    mean_record,
+)
+from experiments.statistics import Mean, seeds_mean
+from experiments.sweeps.cells import COMPLETED, describe
+
+SHARE = 0.90
+"""Of the best validation accuracy, for the time to it."""
+
+FOLDED_FROM = 13
+Found = Mapping[str, Sequence[Summary]]
+"""The complete final runs by method."""
+
+
+def sections(request: Request) -> list[Section]:
+    """One for each sweep and benchmark that has runs."""
+    return [_section(state, request) for state in request.sweeps if state.attempts]
+
+
+def _section(state: SweepState, request: Request) -> Section:
+    request.summaries(state.runs)  # all at once
+    found = {method.name: request.summaries(method.runs) for method in state.methods}
+    first = found[state.methods[0].name]
+    records = [_record(method, found[method.name], first) for method in state.methods]
+    items: list[Table | Figure] = [
+        _summary_table(state, records, found), *_accuracy_figure(state, found),
+        *_curves(state, found), *_time_table(state, found), *_details_table(state, records),
+        *_missing_table(state), *_grid_table(state, request),
+    ]  # fmt: skip
+    done = sum(cell.state == COMPLETED for cell in state.cells)
+    text = f"{done} of {len(state.cells)} cells are complete."
+    return Section(f"{state.benchmark}, sweep {state.name}", [text], items)
+
+
+def _source(state: SweepState, runs: Sequence[Run]) -> Source:
+    return Source(state.command(), [run.id for run in runs])
+
+
+def _named(what: str, state: SweepState) -> str:
+    return file_name(what, state.name, state.benchmark)
+
+
+# Means over seeds
+
+
+def _record(method: MethodState, runs: Sequence[Summary], first: Sequence[Summary]) -> Record:
+    """Raw means over a method's final runs, and how far the first method is ahead of it."""
+    differs = bool(difference_lines("", method.runs))
+    # the outer iteration that other methods were tested at too; 0: none
+    at = max((step for run in runs for step in run.run.counts("test_at")), default=0)
+    return {
+        "method": method.name,
+        "label": method.name + " †" * differs,
+        "setting": method.setting,
+        "seeds_planned": len(method.finals),
+        "differs": differs,
+        "equal_iterations": at,
+        **mean_record(
+            runs,
+            equal=seeds_mean([run.tests[at] for run in runs if at in run.tests]),
+            lead=_lead(runs, first, "test"),
+            early_stopped_lead=_lead(runs, first, "early_stopped"),
+        ),
+    }
+
+
+def _lead(runs: Sequence[Summary], first: Sequence[Summary], score: str) -> Mean:
+    """Their score minus that of these runs, seed by seed: equal seeds see equal tasks."""
+    theirs = {run.run.seed: getattr(run, score) for run in first if runs is not first}
+    return seeds_mean([theirs[run.run.seed] - getattr(run, score)
+                       for run in runs if run.run.seed in theirs])  # fmt: skip
+
+
+# Tables of them
+
+
+def _summary_table(state: SweepState, records: Sequence[Record], found: Found) -> Table:
+    """What the docs show: accuracy, who is ahead, cost, collapse."""
+    first = state.methods[0].name
+    equal = max((record["equal_iterations"] for record in records), default=0)
+    stopped = any(math.isfinite(record["early_stopped_mean"]) for record in records)
+    early = [
+        Column("early stopped, %", lambda r: columns.rounded(r["early_stopped_mean"], 100),
+               _best("early_stopped")),
+        columns.mean(f"{first} then leads by", "early_stopped_lead", 100),
+    ]  # fmt: skip
+    heads = [
+        columns.text("method", "label"),
+        columns.text("setting", "setting"),
+        Column("seeds", lambda r: f"{r['seeds']}/{r['seeds_planned']}"),
+        Column("test accuracy, %", _accuracy, _best("test")),
+        columns.number("95 % over seeds", "test_half_width", 100),
+        columns.mean(f"{first} leads by", "lead", 100),
+        *(early if stopped else ()),
+        *([columns.number(f"at {equal} iterations, %", "equal_mean", 100)] if equal else ()),
+        columns.number("outer iterations", "iterations_mean", digits=0),
+        columns.number("s an outer step", "step_cpu_seconds_mean", digits=3),
+        columns.number("peak, MiB", "tensor_bytes", 1 / columns.MIB),
+        Column("collapsed", _collapsed),
+    ]
+    tasks = sorted({str(run.run.settings.get("test_tasks")) for of in found.values() for run in of})
+    notes = [
+        "Test accuracy: at the end of a run's budget, mean over seeds; ±: 95 % over the"
+        f" {' or '.join(tasks)} test tasks of a run (mean over seeds). 95 % over seeds: half width"
+        " by Student's t. Leads by: points, with the 95 % interval of the differences seed by seed"
+        " (Student's t): methods see the same tasks where they have the same seed. Outer step: CPU"
+        " seconds, median. Peak: of live tensors in an outer step. Collapsed: validation fell by"
+        f" more than {100 * DROP:.0f} points from its best within the budget."
+    ]
+    if stopped:
+        notes.append("Early stopped: test accuracy of theta at a run's best validation within the"
+                     " budget, mean over seeds.")  # fmt: skip
+    return Table(
+        _named("summary", state),
+        f"Test accuracy and cost, {state.benchmark}, sweep {state.name}.", heads, records,
+        _source(state, state.runs), [*notes, *_missing_seeds(records), *_differences(state)],
+    )  # fmt: skip
+
+
+def _details_table(state: SweepState, records: Sequence[Record]) -> Iterator[Table]:
+    """What else is known of the same runs; nothing while there are none."""
+    if not state.runs:
+        return
+    heads = [
+        columns.text("method", "label"),
+        columns.mean("test accuracy, %", "test", 100),
+        columns.mean("early stopped, %", "early_stopped", 100),
+        columns.mean("best validation, %", "validation", 100, best=_best("validation")),
+        columns.number("outer step, ms of CPU", "step_cpu_seconds_mean", 1e3),
+        columns.number("outer step, ms of wall", "step_seconds_mean", 1e3),
+        columns.number("peak of the process, MiB", "process_bytes", 1 / columns.MIB, 0),
+        Column("collapsed later", lambda r: _count(r, "collapsed_after_budget")),
+        columns.text("runs", "runs"),
+    ]
+    note = (
+        "±: 95 % over seeds (Student's t). Best validation: within the budget. Outer step: mean"
+        " over seeds of the median over a run's steps, without loading of data and validation."
+        " Peak: the largest of the seeds. Collapsed later: only after the budget, where some"
+        " methods go on to an iteration at which all are compared."
+    )
+    caption = f"Intervals over seeds, and other costs, {state.benchmark}, sweep {state.name}."
+    yield Table(_named("details", state), caption, heads, records, _source(state, state.runs),
+                [note, *_differences(state)], folded=True)  # fmt: skip
+
+
+def _best(key: str) -> Callable[[Record], float]:
+    """Bold is for rows without missing seeds."""
+    return lambda r: float(r[f"{key}_mean"]) if r["seeds"] == r["seeds_planned"] else math.nan
+
+
+def _accuracy(record: Record) -> str:
+    shown = columns.plus_minus(record["test_mean"], record["within_run_mean"], 100)
+    return shown if record["seeds"] else "missing"
+
+
+def _collapsed(record: Record) -> str:
+    gone = f", {record['diverged']} diverged" if record["diverged"] else ""
+    return _count(record, "collapsed") + gone
+
+
+def _count(record: Record, what: str) -> str:
+    return f"{record[what]} of {record['seeds']}" if record["seeds"] else columns.MISSING
+
+
+def _missing_seeds(records: Sequence[Record]) -> list[str]:
+    """Which of the means are of fewer seeds than planned."""
+    missing = [r for r in records if r["seeds"] < r["seeds_planned"]]
+    told = ", ".join(f"{r['method']} {r['seeds_planned'] - r['seeds']}" for r in missing)
+    return [
+        *([f"Missing seeds: {told}; the commands are below."] if missing else []),
+        *(f"{r['method']}: only {r['test_seeds']} of {r['seeds']} seeds have a finite test accuracy"
+          for r in records if r["test_seeds"] < r["seeds"]),
+        *(f"{r['method']}: at {r['equal_iterations']} iterations only {r['equal_seeds']} of"
+          f" {r['seeds']} seeds have a test accuracy"
+          for r in records if r["equal_iterations"] and 0 < r["equal_seeds"] < r["seeds"]),
+    ]  # fmt: skip
+
+
+def _differences(state: SweepState) -> list[str]:
+    """Within each mean, and between the means."""
+    lines = [f"† {line}" for method in state.methods
+             for line in difference_lines(method.name, method.runs)]  # fmt: skip
+    for remark in dict.fromkeys(method.remark for method in state.methods if method.remark):
+        named = [method.name for method in state.methods if method.remark == remark]
+        lines.append(f"{remark}: {', '.join(named)}")
+    codes = {run.code.signature: str(run.code) for run in state.runs}
+    if len(codes) > 1:
+        lines.append(
+            f"The rows are of {len(codes)} versions of the code ({', '.join(codes.values())});"
+            " the list of runs has the version of each."
+        )
+    return lines
+
+
+# Figures
+
+
+def _accuracy_figure(state: SweepState, found: Found) -> Iterator[Figure]:
+    runs = {name: of for name, of in found.items() if any(math.isfinite(run.test) for run in of)}
+    if not runs:
+        return
+    records = [
+        {"method": name, "run": run.run.id, "seed": run.run.seed, "test_accuracy": run.test,
+         "half_width": run.test_half_width}
+        for name, of in runs.items() for run in of
+    ]  # fmt: skip
+    yield Figure(
+        _named("test", state),
+        f"{state.benchmark}. Test accuracy at the end of the budget. Large mark and bar: mean over"
+        " seeds with its 95 % interval (Student's t; none for one seed); small marks: the seeds.",
+        lambda: draw_accuracies(runs), records, _source(state, state.runs), _absent(found, runs),
+    )  # fmt: skip
+
+
+def _curves(state: SweepState, found: Found) -> Iterator[Figure]:
+    curves = {name: of for name, of in found.items() if any(len(run.points) for run in of)}
+    if not curves:
+        return
+    budgets = {run.run.number("config.budget") for of in curves.values() for run in of}
+    budget = budgets.pop() if len(budgets) == 1 else math.nan
+    dotted = " Dotted: the budget, where the test accuracy of the table is taken."
+    yield Figure(
+        _named("curves", state),
+        f"{state.benchmark}. {curve_caption(curves, 'accuracy')}{dotted if budget > 0 else ''}",
+        lambda: draw_curves(curves, "accuracy", budget), curve_records(curves),
+        _source(state, state.runs), _absent(found, curves),
+    )  # fmt: skip
+
+
+def _absent(found: Found, drawn: Found) -> list[str]:
+    """A note that names the methods that are not drawn; none if all are."""
+    absent = [name for name in found if name not in drawn]
+    return [f"Missing: {', '.join(absent)}."] if absent else []
+
+
+# Seconds to an accuracy
+
+
+def _time_table(state: SweepState, found: Found) -> Iterator[Table]:
+    """Nothing while no method has a validation."""
+    bests = {name: best for name, runs in found.items()
+             if math.isfinite(best := seeds_mean([run.best for run in runs]).mean)}  # fmt: skip
+    if not bests:
+        return
+    leader = max(bests, key=lambda name: bests[name])
+    highest = bests[leader]
+    missing = sum(len(method.finals) - len(method.runs) for method in state.methods)
+    so_far = f" so far ({missing} final runs are missing)" if missing else ""
+    note = (
+        f"The threshold is {100 * SHARE * highest:.1f} %: {SHARE} of {100 * highest:.1f} %, the"
+        f" best validation accuracy of {leader}, the highest mean over seeds of all methods here"
+        f"{so_far}. Means over the seeds that reach it, with the 95 % interval over seeds."
+        " Only validations within the budget count, and they are the resolution. ≤: at a run's"
+        " first validation already."
+    )
+    heads = (
+        columns.text("method", "method"),
+        Column("reached by", lambda r: f"{r['reached']} of {r['seeds']}"),
+        Column("seconds", lambda r: _shown_time(r, "seconds", 1), _speed),
+        Column("outer iterations", lambda r: _shown_time(r, "iterations", 0)),
+        columns.text("runs", "runs"),
+    )
+    caption = f"Seconds of training to {SHARE:.2f} of the best validation accuracy, "
+    records = [_time_record(name, of, SHARE * highest) for name, of in found.items() if of]
+    yield Table(_named("time", state), f"{caption}{state.benchmark}.", heads, records,
+                _source(state, state.runs), [note])  # fmt: skip
+
+
+def _time_record(name: str, runs: Sequence[Summary], threshold: float) -> Record:
+    at = [(run.within["score"] >= threshold).to_numpy().nonzero()[0] for run in runs]
+    firsts = [run.within.iloc[n[0]] for run, n in zip(runs, at, strict=True) if len(n)]
+    seconds = seeds_mean([point["seconds"] for point in firsts])
+    iterations = seeds_mean([float(point["iteration"]) for point in firsts])
+    return {
+        "method": name, "threshold": threshold, "seeds": len(runs), "reached": len(firsts),
+        "seconds": seconds.mean, "seconds_half_width": seconds.half_width,
+        "iterations": iterations.mean, "iterations_half_width": iterations.half_width,
+        "at_first_validation": any(n[0] == 0 for n in at if len(n)),
+        "runs": run_list(run.run.id for run in runs),
+    }  # fmt: skip
+
+
+def _shown_time(record: Record, key: str, digits: int) -> str:
+    text = columns.plus_minus(record[key], record[f"{key}_half_width"], digits=digits)
+    return f"≤ {text}" if record["at_first_validation"] and text != columns.MISSING else text
+
+
+def _speed(record: Record) -> float:
+    """The fastest is the best of those of which every seed reaches the threshold.
+
+    In whole seconds: a validation comes after the step in which it is due, and those who are there
+    at the same validation are equally fast.
+    """
+    if record["reached"] < record["seeds"] or not math.isfinite(record["seconds"]):
+        return math.nan
+    return -float(round(record["seconds"]))
+
+
+# The cells
+
+
+def _missing_table(state: SweepState) -> Iterator[Table]:
+    """Every incomplete cell with its command; nothing where all are done."""
+    cells = [cell for cell in state.cells if cell.state != COMPLETED]
+    if not cells:
+        return
+    records = [
+        {"cell": cell.name, "state": cell.state, "why": cell.why,
+         "attempts": run_list(run.id for run in cell.runs),
+         "command": state.command("--cell", cell.name)}
+        for cell in cells
+    ]  # fmt: skip
+    yield Table(
+        _named("missing", state),
+        f"Missing: {len(cells)} of {len(state.cells)} cells. One command fills all of them:"
+        f" {state.command()}",
+        columns.texts("cell", "state", "why", "attempts", "command"), records,
+        _source(state, [run for cell in cells for run in cell.runs]),
+        folded=len(cells) >= FOLDED_FROM,
+    )  # fmt: skip
+
+
+def _grid_table(state: SweepState, request: Request) -> Iterator[Table]:
+    """The last validation accuracy of every candidate; nothing for a sweep without grids."""
+    runs = [cell.run for method in state.methods for cell in method.grid if cell.run is not None]
+    records = [
+        {
+            "method": method.name,
+            "setting": describe(setting),
+            "validation_accuracy": last_score(cell, request.archive),
+            "chosen": "yes" if method.chosen == index else "",
+            "state": cell.state,
+            "run": "" if cell.run is None else cell.run.id,
+        }
+        for method in state.methods
+        for index, (setting, cell) in enumerate(zip(method.candidates, method.grid, strict=False))
+    ]
+    if not records:
+        return
+    method, setting, chosen, run = columns.texts("method", "setting", "chosen", "run")
+    yield Table(
+        _named("grid", state),
+        "How the settings were chosen: the last validation accuracy of each candidate, seed 0.",
+        (method, setting, Column("last validation, %", _shown_candidate), chosen, run), records,
+        _source(state, runs), folded=True,
+    )  # fmt: skip
+
+
+def _shown_candidate(record: Record) -> str:
+    if math.isfinite(record["validation_accuracy"]):
+        return columns.rounded(record["validation_accuracy"], 100)
+    return "diverged" if record["state"] == COMPLETED else str(record["state"])

@@ -28,7 +28,7 @@ from experiments import extra  # noqa: F401  (first: it says what to install)
 from pymongo.errors import PyMongoError
 
 from experiments.sweeps import listing
-from experiments.sweeps.cells import COMPLETED, parse_settings
+from experiments.sweeps.definition import COMPLETED, parse_settings
 from experiments.sweeps.definitions import SWEEPS
 from experiments.sweeps.plan import Plan, find_sweep, make_plan
 from experiments.sweeps.records import Board, Status

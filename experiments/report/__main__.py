@@ -29,7 +29,7 @@ from experiments.report.sections import SECTIONS
 from experiments.report.summary import Request
 from experiments.report.sweep_state import SweepState, read_sweep
 from experiments.report.write import write
-from experiments.sweeps.cells import parse_settings
+from experiments.sweeps.definition import parse_settings
 from experiments.sweeps.definitions import SWEEPS
 from experiments.sweeps.plan import find_sweep
 from experiments.tracking import UserError

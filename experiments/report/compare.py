@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from experiments.report.runs import CodeVersion, Run, run_list, setting_text
-from experiments.sweeps.cells import PLACES
+from experiments.sweeps.definition import PLACES
 
 INCIDENTAL = ("seed", "cell", "resume", "checkpoint_seconds", *PLACES)
 """Settings that may differ between runs of one mean."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any, TypeVar
 
-from experiments.sweeps.cells import format_value
+from experiments.sweeps.definition import format_value
 from experiments.tracking.records import Document, Records, RunId, Series
 
 COMPLETED = "COMPLETED"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 
 from experiments.report.runs import Archive, Run
-from experiments.sweeps.cells import (
+from experiments.sweeps.definition import (
     COMPLETED,
     FAILED,
     INTERRUPTED,
@@ -17,10 +17,10 @@ from experiments.sweeps.cells import (
     RUNNING,
     Cell,
     Settings,
+    Sweep,
     describe,
     format_value,
 )
-from experiments.sweeps.definition import Sweep
 from experiments.sweeps.plan import Group, best, make_plan
 
 VALIDATION = "validation/accuracy"

@@ -1,18 +1,28 @@
-"""What a sweep is made of: methods, each with its grid, on benchmarks, for seeds."""
+"""What a sweep is made of: methods, each with its grid, on benchmarks, for seeds; and one run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import ast
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
-from experiments.sweeps.cells import Settings
+from experiments.tracking import UserError
 
-Grid = tuple[Settings, ...]
-NO_GRID: Grid = ({},)
+Settings: TypeAlias = Mapping[str, Any]
+"""Dotted configuration entries and their values, such as {"algorithm.lr": 0.1}."""
+Grid: TypeAlias = tuple[Settings, ...]
+
+PLACES = ("tasks.root", "output")
+"""Where things lie: a run is the same run on a machine that keeps them elsewhere."""
+
+STATES = ("completed", "running", "pending", "interrupted", "failed")
+"""A cell's state: the words of Sacred's statuses, and pending where there is no run."""
+COMPLETED, RUNNING, PENDING, INTERRUPTED, FAILED = STATES
 
 
-@dataclass(frozen=True)
-class Method:
+class Method(NamedTuple):
     """One row of the table.
 
     Args:
@@ -24,14 +34,13 @@ class Method:
     """
 
     configs: tuple[str, ...]
-    grid: Grid = NO_GRID
-    grids: Mapping[str, Grid] = field(default_factory=dict)
-    settings: Settings = field(default_factory=dict)
-    final: Settings = field(default_factory=dict)
+    grid: Grid = ({},)
+    grids: Mapping[str, Grid] = {}
+    settings: Settings = {}
+    final: Settings = {}
 
 
-@dataclass(frozen=True)
-class Benchmark:
+class Benchmark(NamedTuple):
     """Where the methods are compared.
 
     Args:
@@ -44,15 +53,14 @@ class Benchmark:
     """
 
     configs: tuple[str, ...] = ()
-    settings: Settings = field(default_factory=dict)
+    settings: Settings = {}
     like: str = ""
-    stage1: Settings = field(default_factory=dict)
-    stage2: Settings = field(default_factory=dict)
-    methods: Mapping[str, Settings] = field(default_factory=dict)
+    stage1: Settings = {}
+    stage2: Settings = {}
+    methods: Mapping[str, Settings] = {}
 
 
-@dataclass(frozen=True)
-class Sweep:
+class Sweep(NamedTuple):
     """Stage 1: each method's grid with seed 0. Stage 2: its best candidate, several seeds.
 
     The best candidate is the one with the highest final ``validation/accuracy``, the first of
@@ -67,13 +75,78 @@ class Sweep:
         stage1: settings of the grid's runs.
         stage2: settings of the final runs.
         seeds: of the final runs, 0, 1, ...
-        module: the experiment.
+        module: the experiment, run as ``python -m MODULE with ...``.
     """
 
     methods: Mapping[str, Method]
     benchmarks: Mapping[str, Benchmark]
-    settings: Settings = field(default_factory=dict)
-    stage1: Settings = field(default_factory=dict)
-    stage2: Settings = field(default_factory=dict)
+    settings: Settings = {}
+    stage1: Settings = {}
+    stage2: Settings = {}
     seeds: int = 3
     module: str = "experiments.train"
+
+
+class Cell(NamedTuple):
+    """One run: the experiment, its named configs in their order, all that is set by key."""
+
+    module: str
+    configs: tuple[str, ...]
+    settings: Settings
+
+    @property
+    def identity(self) -> str:
+        """A hash of all that was asked for, `PLACES` excepted: ``c`` and 16 hexadecimal digits.
+
+        The letter keeps Sacred from reading a hash such as 12e45678 as a number.
+        """
+        kept = {key: _plain(v) for key, v in self.settings.items() if key not in PLACES}
+        text = json.dumps([self.module, self.configs, kept], sort_keys=True)
+        return "c" + hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def arguments(self) -> list[str]:
+        """What follows ``with``; the identity is recorded as the entry ``cell``."""
+        set_by_key = [f"{key}={format_value(v)}" for key, v in sorted(self.settings.items())]
+        return [*self.configs, *set_by_key, f"cell={self.identity}"]
+
+
+def parse_settings(words: Sequence[str]) -> dict[str, Any]:
+    """{"algorithm.lr": 0.1} from ["algorithm.lr=0.1"].
+
+    Raises:
+        UserError: a word that is not KEY=VALUE, or a key given twice.
+    """
+    settings: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not (key and equals):
+            raise UserError(f"expected KEY=VALUE, got {word!r}; options start with --")
+        if key in settings:
+            raise UserError(f"{key} is given twice; give it once")
+        settings[key] = parse_value(text)
+    return settings
+
+
+def parse_value(text: str) -> Any:
+    """A Python literal, else the text itself, as Sacred reads its command line."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
+
+
+def format_value(value: Any) -> str:
+    """The text that `parse_value` reads back."""
+    return value if isinstance(value, str) and parse_value(value) == value else repr(value)
+
+
+def describe(settings: Settings) -> str:
+    """``algorithm.lr=0.1 meta_lr=0.001``."""
+    return " ".join(f"{key}={format_value(value)}" for key, value in settings.items())
+
+
+def _plain(value: Any) -> Any:
+    """120.0 and 120 are one setting."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import mean
 
-from experiments.sweeps.cells import COMPLETED, PENDING, RUNNING, STATES, Settings, describe
+from experiments.sweeps.definition import COMPLETED, PENDING, RUNNING, STATES, Settings, describe
 from experiments.sweeps.records import Board, Status
 
 OVERHEAD = 45.0

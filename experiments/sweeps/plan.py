@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.sweeps.cells import Cell, Settings, describe
-from experiments.sweeps.definition import Grid, Sweep
+from experiments.sweeps.definition import Cell, Grid, Settings, Sweep, describe
 from experiments.sweeps.definitions import SWEEPS
 from experiments.tracking import UserError
 from experiments.tracking.errors import nearest

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from pymongo.errors import PyMongoError
 
-from experiments.sweeps.cells import COMPLETED, FAILED, INTERRUPTED, PENDING, RUNNING, Cell
+from experiments.sweeps.definition import COMPLETED, FAILED, INTERRUPTED, PENDING, RUNNING, Cell
 from experiments.sweeps.lock import LEASE, Watch
 from experiments.sweeps.plan import Group, Plan, best
 from experiments.tracking import UserError

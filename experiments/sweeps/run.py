@@ -24,7 +24,7 @@ from typing import Any
 from pymongo.errors import PyMongoError
 
 from experiments.sweeps import tied
-from experiments.sweeps.cells import COMPLETED, FAILED, INTERRUPTED, RUNNING, Cell
+from experiments.sweeps.definition import COMPLETED, FAILED, INTERRUPTED, RUNNING, Cell
 from experiments.sweeps.lock import LEASE, Lock, token_of
 from experiments.sweeps.records import counted, patiently, runs_of, state_of
 from experiments.tracking import UserError

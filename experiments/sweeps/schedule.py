@@ -20,7 +20,7 @@ from distributed import Client, Future, KilledWorker, LocalCluster
 from tqdm import tqdm
 
 from experiments.sweeps import listing, run
-from experiments.sweeps.cells import COMPLETED, INTERRUPTED, RUNNING
+from experiments.sweeps.definition import COMPLETED, INTERRUPTED, RUNNING
 from experiments.sweeps.lock import token_of
 from experiments.sweeps.records import Board, Status, patiently
 from experiments.sweeps.tied import STOPS

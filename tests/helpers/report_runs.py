@@ -15,7 +15,7 @@ from typing import Any
 from bson import ObjectId
 from gridfs import GridFS
 
-from experiments.sweeps.cells import Cell
+from experiments.sweeps.definition import Cell
 from experiments.sweeps.plan import Plan
 from experiments.tracking.uploader import index_metrics
 

@@ -31,7 +31,7 @@ from experiments.report.runs import run_list
 from experiments.report.summary import DROP, Point, Request, Summary
 from experiments.report.sweep_state import COMPLETED, MethodState, SweepState, last_validation
 from experiments.statistics import Mean, seeds_mean
-from experiments.sweeps.cells import describe
+from experiments.sweeps.definition import describe
 
 SHARE = 0.90
 """Of the best validation accuracy, for the time to it."""

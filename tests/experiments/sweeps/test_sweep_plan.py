@@ -12,8 +12,15 @@ import pytest
 
 from experiments import sweep
 from experiments.sweeps import lock as locks
-from experiments.sweeps.cells import Cell, format_value, parse_settings, parse_value
-from experiments.sweeps.definition import Benchmark, Method, Sweep
+from experiments.sweeps.definition import (
+    Benchmark,
+    Cell,
+    Method,
+    Sweep,
+    format_value,
+    parse_settings,
+    parse_value,
+)
 from experiments.sweeps.definitions import SWEEPS
 from experiments.sweeps.listing import duration
 from experiments.sweeps.lock import Lock, Watch, token_of

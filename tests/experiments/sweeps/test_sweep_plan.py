@@ -22,10 +22,9 @@ from experiments.sweeps.definition import (
     parse_value,
 )
 from experiments.sweeps.definitions import SWEEPS
-from experiments.sweeps.listing import duration
+from experiments.sweeps.listing import duration, state_of
 from experiments.sweeps.lock import Lock, Watch, token_of
 from experiments.sweeps.plan import best, find_sweep, make_plan
-from experiments.sweeps.records import state_of
 from experiments.sweeps.run import find_checkpoint
 from experiments.tracking import UserError
 from experiments.tracking.database import Choice, Database

@@ -23,41 +23,24 @@ COMPLETED, RUNNING, PENDING, INTERRUPTED, FAILED = STATES
 
 
 class Method(NamedTuple):
-    """One row of the table.
+    """One row of the table."""
 
-    Args:
-        configs: named configs of the experiment; ``{benchmark}`` stands for the benchmark's `like`.
-        grid: the candidates of stage 1; with a single one there is no stage 1.
-        grids: other grids by name, asked for with ``grid=NAME``.
-        settings: for all of its runs.
-        final: for its runs of stage 2.
-    """
-
-    configs: tuple[str, ...]
-    grid: Grid = ({},)
-    grids: Mapping[str, Grid] = {}
-    settings: Settings = {}
-    final: Settings = {}
+    configs: tuple[str, ...]  # named configs; ``{benchmark}`` stands for the benchmark's `like`
+    grid: Grid = ({},)  # the candidates of stage 1; with a single one there is no stage 1
+    grids: Mapping[str, Grid] = {}  # others by name, asked for with ``grid=NAME``
+    settings: Settings = {}  # for all of its runs
+    final: Settings = {}  # for its runs of stage 2
 
 
 class Benchmark(NamedTuple):
-    """Where the methods are compared.
+    """Where the methods are compared."""
 
-    Args:
-        configs: named configs of the experiment, before the method's.
-        settings: for all runs.
-        like: the benchmark in whose named configs the methods' settings are.
-        stage1: for the grid's runs, where this benchmark needs another budget.
-        stage2: for the final runs, likewise.
-        methods: for the runs of some methods, by their names.
-    """
-
-    configs: tuple[str, ...] = ()
-    settings: Settings = {}
-    like: str = ""
-    stage1: Settings = {}
-    stage2: Settings = {}
-    methods: Mapping[str, Settings] = {}
+    configs: tuple[str, ...] = ()  # named configs, before the method's
+    settings: Settings = {}  # for all runs
+    like: str = ""  # the benchmark in whose named configs the methods' settings are
+    stage1: Settings = {}  # for the grid's runs, where this benchmark needs another budget
+    stage2: Settings = {}  # for the final runs, likewise
+    methods: Mapping[str, Settings] = {}  # for the runs of some methods, by their names
 
 
 class Sweep(NamedTuple):
@@ -67,24 +50,15 @@ class Sweep(NamedTuple):
     equals. What is set later in this list wins: `settings`, the benchmark's, the method's, the
     stage's, the method's `final`, the benchmark's for the stage, its for the method, the candidate,
     the command line.
-
-    Args:
-        methods: by the name that the listing shows.
-        benchmarks: by the name that ``benchmark=NAME`` takes; the first is the default.
-        settings: for all runs.
-        stage1: settings of the grid's runs.
-        stage2: settings of the final runs.
-        seeds: of the final runs, 0, 1, ...
-        module: the experiment, run as ``python -m MODULE with ...``.
     """
 
-    methods: Mapping[str, Method]
-    benchmarks: Mapping[str, Benchmark]
-    settings: Settings = {}
-    stage1: Settings = {}
-    stage2: Settings = {}
-    seeds: int = 3
-    module: str = "experiments.train"
+    methods: Mapping[str, Method]  # by the name that the listing shows
+    benchmarks: Mapping[str, Benchmark]  # by what ``benchmark=NAME`` takes; the default is first
+    settings: Settings = {}  # for all runs
+    stage1: Settings = {}  # for the grid's runs
+    stage2: Settings = {}  # for the final runs
+    seeds: int = 3  # of the final runs: 0, 1, ...
+    module: str = "experiments.train"  # run as ``python -m MODULE with ...``
 
 
 class Cell(NamedTuple):

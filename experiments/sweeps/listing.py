@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from statistics import mean
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from pymongo.errors import PyMongoError
 
@@ -26,7 +26,7 @@ from experiments.sweeps.definition import (
     Cell,
     describe,
 )  # fmt: skip
-from experiments.sweeps.lock import LEASE, Watch
+from experiments.sweeps.lock import LEASE, Document, Watch
 from experiments.sweeps.plan import Group, Plan, best
 from experiments.tracking import UserError
 from experiments.tracking.database import Database
@@ -37,6 +37,8 @@ FIELDS = ("config.cell", "status", "start_time", "stop_time", "result", "fail_tr
 OVERHEAD = 45.0
 """Seconds beyond the budget: start, validation, meta-test; only until a like run is known."""
 
+Run: TypeAlias = dict[str, Any]
+"""A document of Sacred's ``runs``, besides ``changed``: whether its code is not that here."""
 Answer = TypeVar("Answer")
 
 
@@ -54,7 +56,7 @@ def patiently(database: Database, ask: Callable[[], Answer]) -> Answer:
                 database.revive()
 
 
-def state_of(run: Mapping[str, Any] | None) -> str:
+def state_of(run: Run | None) -> str:
     """The state of a cell whose newest run this is; a death from outside is no failure."""
     if run is None:
         return PENDING
@@ -64,80 +66,58 @@ def state_of(run: Mapping[str, Any] | None) -> str:
     return {"RUNNING": RUNNING, "COMPLETED": COMPLETED}.get(run["status"], INTERRUPTED)
 
 
-class Run(NamedTuple):
-    """A run of a cell: its document in Sacred's ``runs``, and whether its code is not that here."""
-
-    document: Mapping[str, Any]
-    changed: bool
-
-    @property
-    def seconds(self) -> float:
-        """From its start to its end."""
-        return float((self.document["stop_time"] - self.document["start_time"]).total_seconds())
-
-    def result(self, name: str) -> Any:
-        """An entry of its result, None without it."""
-        result = self.document.get("result")
-        return result.get(name) if isinstance(result, Mapping) else None
-
-
 def runs_of(database: Database, identities: Iterable[str]) -> dict[str, list[Run]]:
     """Every run of each of these cells that has one, oldest first."""
     wanted = {"config.cell": {"$in": list(identities)}}
     found = list(database.documents["runs"].find(wanted, dict.fromkeys(FIELDS, 1)))
-    sources = {run["_id"]: run["experiment"].get("sources", ()) for run in found}
-    recorded = {"_id": {"$in": list({file for pairs in sources.values() for _, file in pairs})}}
-    md5 = {f["_id"]: f.get("md5", "") for f in database.documents["fs.files"].find(recorded)}
-    here = {}
-    for name in {name for pairs in sources.values() for name, _ in pairs}:
-        path = REPOSITORY / name
-        here[name] = hashlib.md5(path.read_bytes()).hexdigest() if path.is_file() else ""
+    pairs = {(name, file) for run in found for name, file in _sources(run)}
+    files = database.documents["fs.files"].find({"_id": {"$in": [file for _, file in pairs]}})
+    md5 = {file["_id"]: file.get("md5", "") for file in files}
+    paths = {name: REPOSITORY / name for name, _ in pairs}
+    here = {name: hashlib.md5(path.read_bytes()).hexdigest() if path.is_file() else ""
+            for name, path in paths.items()}  # fmt: skip
     runs: dict[str, list[Run]] = {}
     for run in sorted(found, key=lambda run: (run["start_time"], str(run["_id"]))):
-        changed = any(md5.get(file) != here[name] for name, file in sources[run["_id"]])
-        runs.setdefault(run["config"]["cell"], []).append(Run(run, changed))
+        run["changed"] = any(md5.get(file) != here[name] for name, file in _sources(run))
+        runs.setdefault(run["config"]["cell"], []).append(run)
     return runs
+
+
+def _sources(run: Run) -> Sequence[Any]:
+    return run["experiment"].get("sources", ())
 
 
 def counted(runs: Iterable[Run], redo_changed: bool) -> Run | None:
     """The completed run that counts, the one that ended last."""
-    done = [run for run in runs if state_of(run.document) == COMPLETED]
-    newest = max(done, key=lambda run: run.document["stop_time"], default=None)
-    return None if newest is not None and newest.changed and redo_changed else newest
+    done = [run for run in runs if run["status"] == "COMPLETED"]
+    newest = max(done, key=lambda run: run["stop_time"], default=None)
+    return None if newest is not None and newest["changed"] and redo_changed else newest
 
 
 class Status(NamedTuple):
-    """One cell's state.
+    """One cell's state."""
 
-    Attributes:
-        name: METHOD/grid/N or METHOD/final/SEED.
-        cell: None while the grid that decides its settings is not complete.
-        state: one of `STATES`.
-        run: the completed run that counts.
-        note: where it runs, why it did not complete, what it waits for.
-        scheduler: of the holder of its lock, if RUNNING.
-    """
-
-    name: str
-    cell: Cell | None
-    state: str
-    run: Run | None = None
-    note: str = ""
-    scheduler: str = ""
+    name: str  # METHOD/grid/N or METHOD/final/SEED
+    cell: Cell | None  # None while the grid that decides its settings is not complete
+    state: str  # one of `STATES`
+    run: Run | None = None  # the completed run that counts
+    note: str = ""  # where it runs, why it did not complete, what it waits for
+    scheduler: str = ""  # of the holder of its lock, if running
 
     @property
     def kind(self) -> str:
         """METHOD/grid or METHOD/final, whose cells take as long as one another."""
         return self.name.rpartition("/")[0]
 
+    @property
+    def seconds(self) -> float:
+        """From the start to the end of the run that counts; NaN without one."""
+        run = self.run
+        return math.nan if run is None else (run["stop_time"] - run["start_time"]).total_seconds()
+
 
 class Board:
-    """The state of a plan.
-
-    Args:
-        plan: its cells.
-        database: where the runs are.
-        redo_changed: whether a run of other code counts as missing.
+    """The state of a plan; with `redo_changed`, a run of other code counts as missing.
 
     Attributes:
         ended: state and reason of what has ended in this call without completing, by identity.
@@ -179,10 +159,10 @@ class Board:
 
     def _score(self, run: Run) -> float:
         """The last ``validation/accuracy``; minus infinity without one, or for a diverged run."""
-        key = {"run_id": run.document["_id"], "name": "validation/accuracy"}
+        key = {"run_id": run["_id"], "name": "validation/accuracy"}
         series = self._database.documents["metrics"].find_one(key, {"values": {"$slice": -1}})
         value = float(series["values"][-1]) if series and series["values"] else -math.inf
-        return -math.inf if math.isnan(value) or run.result("diverged") else value
+        return -math.inf if math.isnan(value) or _result(run).get("diverged") else value
 
     def _statuses(self, cells: Mapping[str, Cell]) -> dict[str, Status]:
         identities = [cell.identity for cell in cells.values()]
@@ -193,9 +173,7 @@ class Board:
             for name, cell in cells.items()
         }
 
-    def _status(
-        self, name: str, cell: Cell, runs: list[Run], holder: Mapping[str, Any] | None
-    ) -> Status:
+    def _status(self, name: str, cell: Cell, runs: list[Run], holder: Document | None) -> Status:
         if (run := counted(runs, self.redo_changed)) is not None:
             return Status(name, cell, COMPLETED, run)
         if holder is not None:
@@ -204,12 +182,11 @@ class Board:
         if cell.identity in self.ended:
             state, reason = self.ended[cell.identity]
             return Status(name, cell, state, None, reason)
-        newest = runs[-1].document if runs else None
-        if newest is None or newest["status"] == "COMPLETED":  # by other code
+        if not runs or runs[-1]["status"] == "COMPLETED":  # by other code
             return Status(name, cell, PENDING)
-        state = FAILED if state_of(newest) == FAILED else INTERRUPTED
-        trace = newest.get("fail_trace") or ["stopped"]
-        return Status(name, cell, state, None, f"run {newest['_id']}: {str(trace[-1]).strip()}")
+        state = FAILED if state_of(runs[-1]) == FAILED else INTERRUPTED
+        trace = runs[-1].get("fail_trace") or ["stopped"]
+        return Status(name, cell, state, None, f"run {runs[-1]['_id']}: {str(trace[-1]).strip()}")
 
 
 def expected_seconds(statuses: Sequence[Status]) -> dict[str, float]:
@@ -217,7 +194,7 @@ def expected_seconds(statuses: Sequence[Status]) -> dict[str, float]:
     known: dict[str, list[float]] = {}
     for status in statuses:
         if status.run is not None:
-            known.setdefault(status.kind, []).append(status.run.seconds)
+            known.setdefault(status.kind, []).append(status.seconds)
 
     def expected(status: Status) -> float:
         budget = status.cell.settings.get("budget") if status.cell is not None else None
@@ -234,10 +211,10 @@ def remaining(statuses: Sequence[Status], workers: int) -> str:
     known = [seconds for seconds in left if not math.isnan(seconds)]
     if left and not known:
         return "of unknown length"
-    unknown = f", and {len(left) - len(known)} of unknown length" if len(known) < len(left) else ""
     # the longest cell is a bound too
-    about = duration(max([sum(known) / max(workers, 1), *known, 0]))
-    return f"about {about} with {workers} worker{'s' * (workers != 1)}{unknown}"
+    least = duration(max([sum(known) / max(workers, 1), *known, 0]))
+    about = "about" if len(known) == len(left) else "at least"
+    return f"{about} {least} with {workers} worker{'s' * (workers != 1)}"
 
 
 def duration(seconds: float) -> str:
@@ -259,7 +236,7 @@ def table(statuses: Sequence[Status]) -> list[str]:
     shared = {k: v for k, v in first if all(k in other and other[k] == v for other in known)}
     lines = [f"every run: {describe(shared)}"] if shared else []
     for status in statuses:
-        shown = duration(status.run.seconds if status.run else expected[status.name])
+        shown = duration(status.seconds if status.run else expected[status.name])
         own = ""
         if status.cell is not None and status.run is None:
             other = {k: v for k, v in sorted(status.cell.settings.items()) if k not in shared}
@@ -273,7 +250,7 @@ def summary(statuses: Sequence[Status], workers: int) -> str:
     """One line: how many cells are in which state, and the time left."""
     counts = Counter(status.state for status in statuses)
     parts = [f"{counts[state]} {state}" for state in STATES if counts[state] or state == COMPLETED]
-    if changed := sum(s.run is not None and s.run.changed for s in statuses):
+    if changed := sum(s.run is not None and s.run["changed"] for s in statuses):
         parts[0] += f" ({changed} by other code)"
     time = f": {remaining(statuses, workers)}" if counts[PENDING] + counts[RUNNING] else ""
     return f"{len(statuses)} cells: {', '.join(parts)}{time}"
@@ -288,10 +265,14 @@ def ended(status: Status) -> str:
 def _detail(status: Status) -> str:
     if (run := status.run) is None:
         return status.note
-    accuracy, half = run.result("test_accuracy"), run.result("test_half_width")
+    accuracy, half = (_result(run).get(f"test_{name}") for name in ("accuracy", "half_width"))
     told = "completed" if accuracy is None else f"test accuracy {100 * accuracy:.1f}"
     told += "" if accuracy is None else " %" if half is None else f" ± {100 * half:.1f} %"
-    repositories = run.document["experiment"].get("repositories") or [{}]
+    repositories = run["experiment"].get("repositories") or [{}]
     commit = repositories[0].get("commit", "")[:7] or "no commit"
-    other = f", other code ({commit})" if run.changed else ""
-    return f"{told}, {duration(run.seconds)}, run {run.document['_id']}{other}"
+    other = f", other code ({commit})" if run["changed"] else ""
+    return f"{told}, {duration(status.seconds)}, run {run['_id']}{other}"
+
+
+def _result(run: Run) -> Mapping[str, Any]:
+    return result if isinstance(result := run.get("result"), dict) else {}

@@ -46,13 +46,8 @@ def token_of(database: Database) -> str:
 class Lock:
     """The right to train one cell.
 
-    Args:
-        database: where the runs are.
-        identity: the cell's.
-        scheduler: never runs a cell on two of its workers, so what it gives again was lost.
-
-    Attributes:
-        descriptor: of the locked file, for the training to inherit; -1 without it.
+    A scheduler never runs a cell on two of its workers, so what it gives again was lost.
+    `descriptor` is of the locked file, for the training to inherit; -1 without it.
     """
 
     def __init__(self, database: Database, identity: str, scheduler: str) -> None:

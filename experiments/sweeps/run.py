@@ -14,12 +14,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from distributed.core import Status
+from distributed.worker import get_worker, thread_state
 from pymongo.errors import PyMongoError
 
 from experiments.sweeps import tied
@@ -44,22 +46,14 @@ CONFIG, STATE = "config.json", "checkpoint.pt"
 
 
 class Order(NamedTuple):
-    """What a worker is told; the same from two clients that want the same cell.
-
-    Attributes:
-        mongo: Sacred's -m, as each worker is to read it.
-        database: `token_of` the sweep's database.
-        scheduler: its id.
-        log: file for what the training prints, on the worker's machine.
-        redo: whether a run of other code does not count.
-    """
+    """What a worker is told; the same from two clients that want the same cell."""
 
     cell: Cell
-    mongo: str | None
-    database: str
-    scheduler: str
-    log: str
-    redo: bool
+    mongo: str | None  # Sacred's -m, as each worker is to read it
+    database: str  # `token_of` the sweep's database
+    scheduler: str  # its id
+    log: str  # file for what the training prints, on the worker's machine
+    redo: bool  # whether a run of other code does not count
 
 
 def run_cell(order: Order) -> tuple[str, str]:
@@ -67,7 +61,6 @@ def run_cell(order: Order) -> tuple[str, str]:
 
     RUNNING: somebody else has its lock.
     """
-    wanted = _asked_by_dask()
     try:
         with closing(Database(choose(order.mongo))) as database:
             if patiently(database, partial(token_of, database)) != order.database:
@@ -78,33 +71,19 @@ def run_cell(order: Order) -> tuple[str, str]:
             with closing(Lock(database, order.cell.identity, order.scheduler)) as lock:
                 if not patiently(database, lock.take):
                     return RUNNING, ""
-                ended = _Attempts(database, order, lock, wanted).run()
+                ended = _Attempts(database, order, lock).run()
                 patiently(database, lock.release)
                 return ended
     except (UserError, PyMongoError) as error:
         return INTERRUPTED, f"no database: {' '.join(str(error).split())}"
 
 
-def _asked_by_dask() -> Callable[[], bool]:
-    """Whether this task is still wanted: by a client, of a worker that goes on."""
-    from distributed.core import Status
-    from distributed.worker import get_worker, thread_state
-
-    worker, key = get_worker(), thread_state.key
-
-    def wanted() -> bool:
-        task = worker.state.tasks.get(key)
-        return worker.status == Status.running and task is not None and task.state != "cancelled"
-
-    return wanted
-
-
 class _Attempts:
     """A cell's trainings, one after the other, each in a process that dies with this one."""
 
-    def __init__(self, database: Database, order: Order, lock: Lock,
-                 wanted: Callable[[], bool]) -> None:  # fmt: skip
-        self._database, self._order, self._lock, self._wanted = database, order, lock, wanted
+    def __init__(self, database: Database, order: Order, lock: Lock) -> None:
+        self._database, self._order, self._lock = database, order, lock
+        self._worker, self._key = get_worker(), thread_state.key
         self._log = Path(order.log)
         self._log.parent.mkdir(parents=True, exist_ok=True)
         self._logger = logging.Logger("sweep")
@@ -139,13 +118,13 @@ class _Attempts:
         self._runs = patiently(self._database, ask)
         if counted(self._runs, self._order.redo) is not None:
             return COMPLETED
-        state = state_of(self._runs[-1].document if self._runs else None)
+        state = state_of(self._runs[-1] if self._runs else None)
         return INTERRUPTED if state == COMPLETED else state
 
     def _checkpoint(self) -> Path | None:
         """Where a run that was stopped, of the code that is here, may go on."""
-        stopped = [r for r in self._runs if not r.changed and state_of(r.document) != FAILED]
-        return find_checkpoint(self._order.cell, [run.document["_id"] for run in reversed(stopped)])
+        stopped = [r for r in self._runs if not r["changed"] and state_of(r) != FAILED]
+        return find_checkpoint(self._order.cell, [run["_id"] for run in reversed(stopped)])
 
     def _start(self, checkpoint: Path | None) -> tuple[subprocess.Popen[bytes], int]:
         """The process, from its start or a checkpoint, and where in the log its output begins."""
@@ -163,6 +142,12 @@ class _Attempts:
             )  # fmt: skip
             os.setpriority(os.PRIO_PROCESS, process.pid, NICENESS)
             return process, start
+
+    def _wanted(self) -> bool:
+        """Whether Dask still asks for this task: a client does, of a worker that goes on."""
+        task = self._worker.state.tasks.get(self._key)
+        going = self._worker.status == Status.running
+        return going and task is not None and task.state != "cancelled"
 
     def _watch(self, training: subprocess.Popen[bytes]) -> str:
         """Until the training ends, or is stopped; why it was stopped."""

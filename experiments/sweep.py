@@ -22,7 +22,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import CancelledError
 from contextlib import closing
-from functools import partial
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import NoReturn
@@ -31,6 +30,7 @@ from experiments import extra  # noqa: F401  (first: it says what to install)
 
 # isort: split
 import dask
+from dask.system import CPU_COUNT
 from distributed import Client, Future, KilledWorker
 from pymongo.errors import PyMongoError
 from tqdm import tqdm
@@ -38,7 +38,7 @@ from tqdm import tqdm
 from experiments.sweeps import listing, run
 from experiments.sweeps.definition import COMPLETED, INTERRUPTED, RUNNING, parse_settings
 from experiments.sweeps.definitions import SWEEPS
-from experiments.sweeps.listing import Board, Status, patiently
+from experiments.sweeps.listing import Board, Status
 from experiments.sweeps.lock import token_of
 from experiments.sweeps.plan import Plan, find_sweep, make_plan
 from experiments.tracking import Terminated, UserError, signals
@@ -102,11 +102,9 @@ def check_settings(plan: Plan) -> int:
     refused = 0
     stages = [cells for group in plan.groups for cells in (group.grid, group.finals[0])]
     for name, cell in [next(iter(cells.items())) for cells in stages if cells]:
-        command = [sys.executable, "-m", cell.module, "print_config", "with", *cell.arguments()]
-        answer = subprocess.run(command, env=run.environment(), capture_output=True, text=True)
-        lines = [line for line in (answer.stdout + answer.stderr).splitlines() if line.strip()]
-        reasons = [line for line in lines if line.startswith("error: ")] or lines[-1:]
-        wrong = f"{(reasons or ['it printed nothing'])[0]}: {shlex.join(command)}"
+        words = [sys.executable, "-m", cell.module, "print_config", "with", *cell.arguments()]
+        answer = subprocess.run(words, env=run.environment(), capture_output=True, text=True)
+        wrong = f"{run.last_line(answer.stdout + answer.stderr)}: {shlex.join(words)}"
         refused += answer.returncode != 0
         print(f"{name}: {wrong if answer.returncode else 'fine'}", flush=True)
     return 1 if refused else 0
@@ -127,13 +125,13 @@ def _sweep(plan: Plan, options: argparse.Namespace, database: Database) -> int:
             print(shlex.join([*line, "--workers", "1"]))
         return 0
     print("\n".join(listing.table(statuses)))
-    workers = max(1, min(options.workers or _cores(), len(missing)))
+    workers = max(1, min(options.workers or CPU_COUNT, len(missing)))
     folder = Path("runs") / "sweeps" / Path(options.name).stem
     if missing and not options.list:
         print(listing.summary(statuses, workers))
         with connected(options.scheduler, workers) as client:
             print(f"dashboard: {client.dashboard_link}", flush=True)
-            statuses = Schedule(board, database, client, options.mongo_db, folder).run()
+            statuses = Schedule(board, client, options.mongo_db, folder).run()
     print("\n".join([*board.choices.values(), listing.summary(statuses, workers)]))
     missing = [status for status in statuses if status.state != COMPLETED]
     if options.list or not missing:
@@ -141,12 +139,8 @@ def _sweep(plan: Plan, options: argparse.Namespace, database: Database) -> int:
     for status in missing:
         print(f"error: {listing.ended(status)}", file=sys.stderr)
     print(f"error: {len(missing)} of {len(statuses)} cells are missing; the same command runs"
-          f" them again; what they printed is in {folder}", file=sys.stderr)  # fmt: skip
+          f" them again; what they printed is in {folder}", file=sys.stderr)
     return 1
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def connected(address: str | None, workers: int) -> Client:
@@ -174,14 +168,9 @@ def connected(address: str | None, workers: int) -> Client:
     resource_tracker.ensure_running()  # its start, now or at the first worker, unblocks two
     signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)
     try:
-        return Client(
-            n_workers=workers,
-            threads_per_worker=1,
-            memory_limit=0,
-            security=True,  # else everybody on this machine could run code as this user
-            dashboard_address="127.0.0.1:0",
-            silence_logs=logging.CRITICAL,
-        )
+        # security: else everybody on this machine could run code as this user
+        return Client(n_workers=workers, threads_per_worker=1, memory_limit=0, security=True,
+                      dashboard_address="127.0.0.1:0", silence_logs=logging.CRITICAL)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -189,22 +178,14 @@ def connected(address: str | None, workers: int) -> Client:
 class Schedule:
     """What is missing on a board goes to Dask, a task a cell, until nothing is left.
 
-    Args:
-        board: the cells.
-        database: of the board.
-        client: of the scheduler that has the workers.
-        mongo: Sacred's -m, for the workers.
-        folder: for what the trainings print, on each worker's machine.
+    Workers read `mongo`, Sacred's -m, and keep what the trainings print in `folder`.
     """
 
-    def __init__(self, board: Board, database: Database, client: Client, mongo: str | None,
-                 folder: Path) -> None:  # fmt: skip
-        self._board, self._client, self._folder = board, client, folder
-        self._look = partial(patiently, database, board.look)
+    def __init__(self, board: Board, client: Client, mongo: str | None, folder: Path) -> None:
+        self._board, self._client, self._mongo, self._folder = board, client, mongo, folder
         info = client.scheduler_info()
         self._address, self._scheduler = info["address"], info["id"]
-        self._order = partial(run.Order, mongo=mongo, database=token_of(database),
-                              scheduler=self._scheduler, redo=board.redo_changed)  # fmt: skip
+        self._database = token_of(board.database)
         self._futures: dict[str, Future] = {}
         self._had_workers = True
 
@@ -216,7 +197,7 @@ class Schedule:
             UserError: the scheduler has gone.
         """
         form = "{n_fmt}/{total_fmt} cells |{bar:20}| {elapsed}{postfix}"
-        statuses = self._look()
+        statuses = self._board.look()
         told = {status.name: status.state for status in statuses}
         try:
             with tqdm(total=len(statuses), bar_format=form) as bar:
@@ -226,7 +207,7 @@ class Schedule:
                     if not self._futures and not any(s.state == RUNNING for s in statuses):
                         return statuses
                     self._wait()
-                    statuses = self._look()
+                    statuses = self._board.look()
         except (KeyboardInterrupt, Terminated):
             self._client.cancel(list(self._futures.values()))
             self._wait_for_trainings()
@@ -248,10 +229,11 @@ class Schedule:
                 continue
             if cell.identity in self._futures or cell.identity in self._board.ended:
                 continue
-            log = self._folder / f"{status.name.replace('/', '-')}.log"
-            self._futures[cell.identity] = self._client.submit(
-                run.run_cell, self._order(cell=cell, log=str(log)), key=f"cell-{cell.identity}"
-            )
+            log = str(self._folder / f"{status.name.replace('/', '-')}.log")
+            order = run.Order(cell, self._mongo, self._database, self._scheduler, log,
+                              self._board.redo_changed)
+            key = f"cell-{cell.identity}"
+            self._futures[cell.identity] = self._client.submit(run.run_cell, order, key=key)
 
     def _wait(self) -> None:
         """Until a cell ends, or for `LOOK` seconds; what has not completed goes to the board."""
@@ -277,7 +259,7 @@ class Schedule:
         workers = sum(self._client.nthreads().values())
         if not workers and self._had_workers:
             bar.write("no worker is connected; expected one that is started in the checkout:"
-                      f" python -m dask worker {self._address}", file=sys.stdout)  # fmt: skip
+                      f" python -m dask worker {self._address}", file=sys.stdout)
         self._had_workers = bool(workers)
         bar.set_postfix_str(listing.remaining(statuses, workers), refresh=False)
         if bar.n != before or sys.stderr.isatty():
@@ -287,21 +269,20 @@ class Schedule:
         """Workers of one's own end with this process: their trainings first bring records home."""
         deadline = time.monotonic() + 2 * run.GRACE
         while self._client.cluster is not None and time.monotonic() < deadline:
-            if not any(status.scheduler == self._scheduler for status in self._look()):
+            if not any(status.scheduler == self._scheduler for status in self._board.look()):
                 break
             time.sleep(POLL)
 
 
 def _outcome(future: Future) -> tuple[str, str]:
     if future.status == "finished":
-        state, reason = future.result()
-        return str(state), str(reason)
-    if future.status == "error":
-        error = future.exception()
-        if isinstance(error, KilledWorker):
-            return INTERRUPTED, f"its worker died {error.allowed_failures + 1} times"
-        return INTERRUPTED, f"its worker says {type(error).__name__}: {error}"
-    return RUNNING, ""
+        return future.result()
+    if future.status != "error":
+        return RUNNING, ""
+    error = future.exception()
+    if isinstance(error, KilledWorker):
+        return INTERRUPTED, f"its worker died {error.allowed_failures + 1} times"
+    return INTERRUPTED, f"its worker says {type(error).__name__}: {error}"
 
 
 if __name__ == "__main__":

@@ -38,18 +38,15 @@ DAMPED = {"algorithm.damping": 20.0}
 SELDOM = {"validate_seconds": 60, "validation_tasks": 50}
 
 
-def _beside(
-    config: str, settings: Settings, methods: Mapping[str, Settings], test_tasks: int = 200
-) -> Benchmark:
+def _beside(config: str, settings: Settings, methods: Mapping[str, Settings],
+            test_tasks: int = 200) -> Benchmark:
     """A benchmark beside the two main ones: a quarter of the budget, fewer test tasks.
 
     Theta of the best validation is tested too, which the two main ones were run without.
     """
     grid = {"budget": 30, "test_tasks": 10, "validate_seconds": 15}
     final = {"test_tasks": test_tasks, "test_at": [], "early_stopping": True}
-    return Benchmark(
-        (config,), settings, "", grid, {**grid, "budget": 60, **final}, methods=methods
-    )
+    return Benchmark((config,), settings, "", grid, {**grid, "budget": 60, **final}, methods)
 
 
 # With one validation, at the end, theta of the best one is the last.
@@ -68,20 +65,17 @@ ACCURACY = Sweep(
         "rm_metal": Method(("rm_metal",), _three(L2, 0.1, 0.3), final=HEAD_ONLY),
         "itd_bio": Method(("itd_bio",), _three(LR, 0.1, 0.03), final=HEAD_ONLY),
         "anil": Method(("anil",), _three(LR, 0.1, 0.03), {}, FASTER, HEAD_ONLY),
-        "rm_metal_paper": Method(
-            ("rm_metal", "paper"), _three(LR, 0.1, 0.03, 0.3), final=HEAD_ONLY
-        ),
-        "rm_metal_as_released": Method(
-            ("rm_metal", "as_released"), _three(LR, 0.1, 0.03), final=HEAD_ONLY
-        ),
+        "rm_metal_paper": Method(("rm_metal", "paper"), _three(LR, 0.1, 0.03, 0.3),
+                                 final=HEAD_ONLY),
+        "rm_metal_as_released": Method(("rm_metal", "as_released"), _three(LR, 0.1, 0.03),
+                                       final=HEAD_ONLY),
         "fo_anil": Method(("fo_anil",), _three(LR, 0.3, 0.1), {}, FASTER, HEAD_ONLY),
         "maml": Method(("maml",), _three(LR, 0.1, 0.5), settings={**FASTER, **OWN_LAYOUT}),
         "fomaml": Method(("fomaml",), _three(LR, 0.1, 0.5), settings=FASTER),
         "reptile": Method(("reptile",), _three(LR, 0.05, 0.1, 1.0)),
         "imaml_gd": Method(("imaml_gd",), _three(LR, 0.1, 0.05), settings=DAMPED),
-        "imaml_hf": Method(
-            ("imaml_hf",), _three(L2, 2.0, 0.5), settings={**SELDOM, **OWN_LAYOUT, **DAMPED}
-        ),
+        "imaml_hf": Method(("imaml_hf",), _three(L2, 2.0, 0.5),
+                           settings={**SELDOM, **OWN_LAYOUT, **DAMPED}),
     },
     benchmarks={
         "caltech101": Benchmark(("caltech101",), {"tasks.size": 32}),
@@ -90,9 +84,8 @@ ACCURACY = Sweep(
         # five alphabets as one folder of classes: docs/tasks.md
         "omniglot5": _beside("folder", {"tasks.size": 28}, FEW),
         # A task costs seven times what it does with 32 pixels.
-        "caltech101_84": _beside(
-            "caltech101", {"tasks.size": 84, "meta_batch": 2, "validation_tasks": 50}, FEWER, 100
-        ),
+        "caltech101_84": _beside("caltech101", {"tasks.size": 84, "meta_batch": 2,
+                                                "validation_tasks": 50}, FEWER, test_tasks=100),
     },
     settings={
         "model.hidden": 32, "tasks.ways": 5, "tasks.shots": 5, "meta_batch": 8,
@@ -101,7 +94,7 @@ ACCURACY = Sweep(
     },
     stage1={"budget": 120, "test_tasks": 100},
     stage2={"budget": 240},
-)  # fmt: skip
+)
 
 # Other regularisers of the inner problem, outside the comparison of `accuracy`, whose two rows at
 # the top are its runs: their grids chose these settings on Caltech-101. First-order ANIL gets the
@@ -148,7 +141,7 @@ YANG_TABLE1 = Sweep(
         # not in the paper: the settings of CIFAR-FS, whose images are as large
         "caltech101": Benchmark((), {"tasks.name": "caltech101", "tasks.size": 32}, "cifarfs"),
     },
-)  # fmt: skip
+)
 
 SWEEPS = {
     "accuracy": ACCURACY,

@@ -25,7 +25,7 @@ from experiments.sweeps.definition import (
     STATES,
     Cell,
     describe,
-)  # fmt: skip
+)
 from experiments.sweeps.lock import LEASE, Document, Watch
 from experiments.sweeps.plan import Group, Plan, best
 from experiments.tracking import UserError
@@ -33,7 +33,7 @@ from experiments.tracking.database import Database
 from experiments.tracking.ingredient import REPOSITORY
 
 FIELDS = ("config.cell", "status", "start_time", "stop_time", "result", "fail_trace",
-          "experiment.sources", "experiment.repositories")  # fmt: skip
+          "experiment.sources", "experiment.repositories")
 OVERHEAD = 45.0
 """Seconds beyond the budget: start, validation, meta-test; only until a like run is known."""
 
@@ -56,10 +56,8 @@ def patiently(database: Database, ask: Callable[[], Answer]) -> Answer:
                 database.revive()
 
 
-def state_of(run: Run | None) -> str:
+def state_of(run: Run) -> str:
     """The state of a cell whose newest run this is; a death from outside is no failure."""
-    if run is None:
-        return PENDING
     trace = run.get("fail_trace") or [""]
     if run["status"] == "FAILED" and not str(trace[0]).startswith("killed:"):
         return FAILED
@@ -73,9 +71,8 @@ def runs_of(database: Database, identities: Iterable[str]) -> dict[str, list[Run
     pairs = {(name, file) for run in found for name, file in _sources(run)}
     files = database.documents["fs.files"].find({"_id": {"$in": [file for _, file in pairs]}})
     md5 = {file["_id"]: file.get("md5", "") for file in files}
-    paths = {name: REPOSITORY / name for name, _ in pairs}
     here = {name: hashlib.md5(path.read_bytes()).hexdigest() if path.is_file() else ""
-            for name, path in paths.items()}  # fmt: skip
+            for path, name in {(REPOSITORY / name, name) for name, _ in pairs}}
     runs: dict[str, list[Run]] = {}
     for run in sorted(found, key=lambda run: (run["start_time"], str(run["_id"]))):
         run["changed"] = any(md5.get(file) != here[name] for name, file in _sources(run))
@@ -128,11 +125,14 @@ class Board:
         self.plan, self.redo_changed = plan, redo_changed
         self.ended: dict[str, tuple[str, str]] = {}
         self.choices: dict[str, str] = {}
-        self._database, self._watch = database, Watch(database)
+        self.database, self._watch = database, Watch(database)
         database.documents["runs"].create_index("config.cell")
 
     def look(self) -> list[Status]:
-        """The state of every cell now, grids first."""
+        """The state of every cell now, grids first; a database that is away is waited for."""
+        return patiently(self.database, self._look)
+
+    def _look(self) -> list[Status]:
         found = self._statuses({n: c for g in self.plan.groups for n, c in g.grid.items()})
         finals: dict[str, Cell] = {}
         for group in self.plan.groups:
@@ -142,7 +142,7 @@ class Board:
                 continue
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             note = ("nothing is chosen before its whole grid has completed; missing: "
-                    f"{', '.join(missing[:3])}{more}")  # fmt: skip
+                    f"{', '.join(missing[:3])}{more}")
             found |= {n: Status(n, None, PENDING, None, note) for n in group.final_names()}
         found |= self._statuses(finals)
         return [found[name] for name in self.plan.names()]
@@ -160,48 +160,45 @@ class Board:
     def _score(self, run: Run) -> float:
         """The last ``validation/accuracy``; minus infinity without one, or for a diverged run."""
         key = {"run_id": run["_id"], "name": "validation/accuracy"}
-        series = self._database.documents["metrics"].find_one(key, {"values": {"$slice": -1}})
+        series = self.database.documents["metrics"].find_one(key, {"values": {"$slice": -1}})
         value = float(series["values"][-1]) if series and series["values"] else -math.inf
         return -math.inf if math.isnan(value) or _result(run).get("diverged") else value
 
     def _statuses(self, cells: Mapping[str, Cell]) -> dict[str, Status]:
         identities = [cell.identity for cell in cells.values()]
         holders = self._watch.holders(identities)  # before the runs: a run completes while locked
-        runs = runs_of(self._database, identities)
+        runs = runs_of(self.database, identities)
         return {
-            name: self._status(name, cell, runs.get(cell.identity, []), holders.get(cell.identity))
-            for name, cell in cells.items()
+            name: Status(name, cell, *self._state(runs.get(own, []), holders.get(own), own))
+            for (name, cell), own in zip(cells.items(), identities, strict=True)
         }
 
-    def _status(self, name: str, cell: Cell, runs: list[Run], holder: Document | None) -> Status:
+    def _state(self, runs: list[Run], holder: Document | None, identity: str) -> tuple[Any, ...]:
+        """What follows name and cell in `Status`."""
         if (run := counted(runs, self.redo_changed)) is not None:
-            return Status(name, cell, COMPLETED, run)
+            return COMPLETED, run
         if holder is not None:
             where = f"on {holder['host']}, process {holder['process']}"
-            return Status(name, cell, RUNNING, None, where, holder["scheduler"])
-        if cell.identity in self.ended:
-            state, reason = self.ended[cell.identity]
-            return Status(name, cell, state, None, reason)
+            return RUNNING, None, where, holder["scheduler"]
+        if identity in self.ended:
+            state, reason = self.ended[identity]
+            return state, None, reason
         if not runs or runs[-1]["status"] == "COMPLETED":  # by other code
-            return Status(name, cell, PENDING)
+            return (PENDING,)
         state = FAILED if state_of(runs[-1]) == FAILED else INTERRUPTED
         trace = runs[-1].get("fail_trace") or ["stopped"]
-        return Status(name, cell, state, None, f"run {runs[-1]['_id']}: {str(trace[-1]).strip()}")
+        return state, None, f"run {runs[-1]['_id']}: {str(trace[-1]).strip()}"
 
 
 def expected_seconds(statuses: Sequence[Status]) -> dict[str, float]:
     """How long each cell takes: like its complete neighbours, else its budget; NaN: unknown."""
-    known: dict[str, list[float]] = {}
+    known: dict[str, list[float]] = {status.kind: [] for status in statuses}
     for status in statuses:
-        if status.run is not None:
-            known.setdefault(status.kind, []).append(status.seconds)
-
-    def expected(status: Status) -> float:
-        budget = status.cell.settings.get("budget") if status.cell is not None else None
-        budget = budget if isinstance(budget, (int, float)) else math.nan
-        return mean(known.get(status.kind, [budget + OVERHEAD]))
-
-    return {status.name: expected(status) for status in statuses}
+        known[status.kind] += [status.seconds] if status.run else []
+    budgets = {s.name: s.cell.settings.get("budget") if s.cell else None for s in statuses}
+    own = {name: budget + OVERHEAD if isinstance(budget, (int, float)) else math.nan
+           for name, budget in budgets.items()}
+    return {s.name: mean(known[s.kind] or [own[s.name]]) for s in statuses}
 
 
 def remaining(statuses: Sequence[Status], workers: int) -> str:

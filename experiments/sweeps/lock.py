@@ -54,7 +54,7 @@ class Lock:
         self._locks, self._path, self.descriptor = _locks(database), _path(identity), -1
         self._key = {"_id": identity, "token": uuid.uuid4().hex}
         self._holder = {"place": _place(), "scheduler": scheduler, "host": platform.node(),
-                        "process": os.getpid(), "beat": 0}  # fmt: skip
+                        "process": os.getpid(), "beat": 0}
 
     def take(self) -> bool:
         """Whether the lock is this one's now; asked again after a failure, it says the same."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -34,13 +35,11 @@ from experiments.tracking.embedded import data_folder
 from experiments.tracking.ingredient import REPOSITORY
 from experiments.tracking.uploader import upload_abandoned
 
-ATTEMPTS = 2
-POLL, BEAT = 0.2, 2.0
-NICENESS = 10
+ATTEMPTS, POLL, BEAT, NICENESS = 2, 0.2, 2.0, 10
 GRACE = 30.0
 """Seconds for a training that is told to stop: it brings its record into the database."""
 
-ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 CONFIG, STATE = "config.json", "checkpoint.pt"
 """In a run's folder: `experiments.training.checkpoint`, not imported since it needs torch."""
 
@@ -108,7 +107,7 @@ class _Attempts:
         return state, reason
 
     def _look(self) -> str:
-        """The cell's state in the database, killed runs of this machine included."""
+        """Completed, failed, or to go on, with the killed runs of this machine in the database."""
         identity = self._order.cell.identity
 
         def ask() -> list[Run]:
@@ -118,8 +117,8 @@ class _Attempts:
         self._runs = patiently(self._database, ask)
         if counted(self._runs, self._order.redo) is not None:
             return COMPLETED
-        state = state_of(self._runs[-1] if self._runs else None)
-        return INTERRUPTED if state == COMPLETED else state
+        newest = self._runs[-1] if self._runs else {"status": "none"}
+        return FAILED if state_of(newest) == FAILED else INTERRUPTED
 
     def _checkpoint(self) -> Path | None:
         """Where a run that was stopped, of the code that is here, may go on."""
@@ -139,7 +138,7 @@ class _Attempts:
             process = subprocess.Popen(
                 words, stdin=subprocess.PIPE, stdout=output, stderr=output, env=environment(),
                 pass_fds=(self._lock.descriptor,), start_new_session=True,
-            )  # fmt: skip
+            )
             os.setpriority(os.PRIO_PROCESS, process.pid, NICENESS)
             return process, start
 
@@ -162,7 +161,7 @@ class _Attempts:
                     with suppress(UserError):  # not yet
                         self._database.revive()
             reasons = {"stopped": not self._wanted(), "another machine has taken it": not held,
-                       "the database is away": now - beaten > 0.8 * LEASE}  # fmt: skip
+                       "the database is away": now - beaten > 0.8 * LEASE}
             if reason := next((why for why, so in reasons.items() if so), ""):
                 for number in (signal.SIGTERM, signal.SIGKILL):
                     with suppress(ProcessLookupError):
@@ -208,7 +207,12 @@ def how_it_ended(status: int, log: Path, start: int) -> tuple[str, str]:
         return FAILED, "it ended well, but no completed run of this cell is in the database"
     with open(log, "rb") as file:
         file.seek(max(start, log.stat().st_size - 20_000))
-        text = file.read().decode(errors="replace").replace("\r", "\n")
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
+        text = file.read().decode(errors="replace")
+    return FAILED, f"exit status {status}: {last_line(text)}"
+
+
+def last_line(text: str) -> str:
+    """The last error among a program's lines, else the last line."""
+    lines = [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
-    return FAILED, f"exit status {status}: {(errors or lines or ['it printed nothing'])[-1]}"
+    return (errors or lines or ["it printed nothing"])[-1]

@@ -20,11 +20,10 @@ from docs_blocks import blocks
 from sweep_process import Place, complete, parent
 from toy_process import ROOT, finish, free_port, is_alive, read_until, server_process, wait_for
 
-pytest_plugins = ("sweep_fixtures",)
+pytest_plugins = ("sweep_process",)
 pytestmark = pytest.mark.slow
 
 RESUMED = str(ROOT / "tests" / "helpers" / "resumed_sweep.py")
-
 
 # Pickled by value: a scheduler cannot import this file.
 WANTED = eval(
@@ -163,7 +162,7 @@ def test_a_sweep_killed_twice_loses_nothing_and_runs_nothing_twice(
     assert database["sweep_locks"].distinct("_id") == ["database"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_stopped_sweep_brings_its_trainings_home(
     place: Place, database: Any, number: signal.Signals
 ) -> None:

@@ -215,7 +215,6 @@ KILLED = ["killed: the process ended without a word (kill -9, out of memory, pow
 @pytest.mark.parametrize(
     ("run", "state"),
     [
-        (None, "pending"),
         ({"status": "RUNNING"}, "running"),
         ({"status": "COMPLETED"}, "completed"),
         ({"status": "INTERRUPTED"}, "interrupted"),
@@ -225,7 +224,7 @@ KILLED = ["killed: the process ended without a word (kill -9, out of memory, pow
         ({"status": "TIMEOUT"}, "interrupted"),
     ],
 )
-def test_states_are_those_of_sacred(run: dict[str, object] | None, state: str) -> None:
+def test_states_are_those_of_sacred(run: dict[str, object], state: str) -> None:
     assert state_of(run) == state
 
 

@@ -20,7 +20,7 @@ from docs_blocks import blocks
 from sweep_process import Place, complete, parent
 from toy_process import ROOT, finish, free_port, is_alive, read_until, server_process, wait_for
 
-pytest_plugins = ("sweep_process",)
+pytest_plugins = ("sweep_fixtures",)
 pytestmark = pytest.mark.slow
 
 RESUMED = str(ROOT / "tests" / "helpers" / "resumed_sweep.py")
@@ -162,13 +162,18 @@ def test_a_sweep_killed_twice_loses_nothing_and_runs_nothing_twice(
     assert database["sweep_locks"].distinct("_id") == ["database"]
 
 
+def not_by_nohup() -> None:
+    """What these tests may be run by, and a sweep respects."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_stopped_sweep_brings_its_trainings_home(
     place: Place, database: Any, number: signal.Signals
 ) -> None:
     """As from a terminal or a batch system: every process of the sweep's group gets the signal."""
     sweep = place.start("methods=plain", "seeds=2", "hold=True", "--workers", "2",
-                        start_new_session=True)  # fmt: skip
+                        start_new_session=True, preexec_fn=not_by_nohup)  # fmt: skip
     held(place, database, 2)
     wait_for(lambda: statuses(database) == ["RUNNING"] * 2)
     os.killpg(sweep.pid, number)

@@ -1,4 +1,4 @@
-"""Real sweeps for the tests, a plugin: processes in a folder of their own, what they have run."""
+"""Real sweeps for the tests: processes in a folder of their own, and what they have run."""
 
 from __future__ import annotations
 
@@ -6,14 +6,10 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 from toy_process import ROOT, environment, finish, wait_for
-
-from experiments.tracking import open_database
 
 TOY = str(ROOT / "tests" / "helpers" / "toy_sweep.py")
 
@@ -96,20 +92,3 @@ def parent(process: int) -> int:
 def complete(database: Any) -> list[str]:
     """The cells of the completed runs, one entry a run."""
     return [run["config"]["cell"] for run in database["runs"].find({"status": "COMPLETED"})]
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
-    """A place whose processes end with the test."""
-    made = Place(tmp_path)
-    yield made
-    made.clear()
-
-
-@pytest.fixture
-def database(place: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The runs' database of the place."""
-    monkeypatch.setenv("L2L_IMPLICIT_DATA", str(place.folder / "data"))
-    monkeypatch.delenv("L2L_IMPLICIT_MONGO_URL", raising=False)
-    with open_database() as documents:
-        yield documents

@@ -12,7 +12,7 @@ import pytest
 from sweep_process import TOY, Place, complete
 from toy_process import DEADLINE, ROOT, finish, is_alive, read_until, wait_for
 
-pytest_plugins = ("sweep_process",)
+pytest_plugins = ("sweep_fixtures",)
 
 TIED = ROOT / "experiments" / "sweeps" / "tied.py"
 

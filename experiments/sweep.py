@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import CancelledError
-from contextlib import closing
+from contextlib import closing, suppress
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import NoReturn
@@ -196,6 +196,17 @@ class Schedule:
             KeyboardInterrupt, Terminated: by a signal; the trainings have been told to stop.
             UserError: the scheduler has gone.
         """
+        try:
+            return self._until_done()
+        except BrokenPipeError:
+            raise
+        except (OSError, CancelledError):
+            raise UserError(
+                f"the scheduler at {self._address} has gone; what is in the database stays,"
+                " checkpoints too: start one, and the same command goes on"
+            ) from None
+
+    def _until_done(self) -> list[Status]:
         form = "{n_fmt}/{total_fmt} cells |{bar:20}| {elapsed}{postfix}"
         statuses = self._board.look()
         told = {status.name: status.state for status in statuses}
@@ -212,13 +223,6 @@ class Schedule:
             self._client.cancel(list(self._futures.values()))
             self._wait_for_trainings()
             raise
-        except BrokenPipeError:
-            raise
-        except (OSError, CancelledError):
-            raise UserError(
-                f"the scheduler at {self._address} has gone; what is in the database stays,"
-                " checkpoints too: start one, and the same command goes on"
-            ) from None
 
     def _submit(self, statuses: Sequence[Status]) -> None:
         """What is missing, no other scheduler runs, and has not ended here without completing."""
@@ -269,8 +273,9 @@ class Schedule:
         """Workers of one's own end with this process: their trainings first bring records home."""
         deadline = time.monotonic() + 2 * run.GRACE
         while self._client.cluster is not None and time.monotonic() < deadline:
-            if not any(status.scheduler == self._scheduler for status in self._board.look()):
-                break
+            with suppress(PyMongoError):  # away: trainings end without it too
+                if not any(s.scheduler == self._scheduler for s in self._board.look_once()):
+                    break
             time.sleep(POLL)
 
 

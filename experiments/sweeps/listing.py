@@ -130,9 +130,14 @@ class Board:
 
     def look(self) -> list[Status]:
         """The state of every cell now, grids first; a database that is away is waited for."""
-        return patiently(self.database, self._look)
+        return patiently(self.database, self.look_once)
 
-    def _look(self) -> list[Status]:
+    def look_once(self) -> list[Status]:
+        """The same.
+
+        Raises:
+            PyMongoError: the database is away.
+        """
         found = self._statuses({n: c for g in self.plan.groups for n, c in g.grid.items()})
         finals: dict[str, Cell] = {}
         for group in self.plan.groups:

@@ -6,7 +6,8 @@ import ast
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 from experiments.tracking import UserError
 
@@ -22,28 +23,31 @@ STATES = ("completed", "running", "pending", "interrupted", "failed")
 COMPLETED, RUNNING, PENDING, INTERRUPTED, FAILED = STATES
 
 
-class Method(NamedTuple):
+@dataclass(frozen=True)
+class Method:
     """One row of the table."""
 
     configs: tuple[str, ...]  # named configs; ``{benchmark}`` stands for the benchmark's `like`
     grid: Grid = ({},)  # the candidates of stage 1; with a single one there is no stage 1
-    grids: Mapping[str, Grid] = {}  # others by name, asked for with ``grid=NAME``
-    settings: Settings = {}  # for all of its runs
-    final: Settings = {}  # for its runs of stage 2
+    grids: Mapping[str, Grid] = field(default_factory=dict)  # others, for ``grid=NAME``
+    settings: Settings = field(default_factory=dict)  # for all of its runs
+    final: Settings = field(default_factory=dict)  # for its runs of stage 2
 
 
-class Benchmark(NamedTuple):
+@dataclass(frozen=True)
+class Benchmark:
     """Where the methods are compared."""
 
     configs: tuple[str, ...] = ()  # named configs, before the method's
-    settings: Settings = {}  # for all runs
+    settings: Settings = field(default_factory=dict)  # for all runs
     like: str = ""  # the benchmark in whose named configs the methods' settings are
-    stage1: Settings = {}  # for the grid's runs, where this benchmark needs another budget
-    stage2: Settings = {}  # for the final runs, likewise
-    methods: Mapping[str, Settings] = {}  # for the runs of some methods, by their names
+    stage1: Settings = field(default_factory=dict)  # for the grid's runs here
+    stage2: Settings = field(default_factory=dict)  # for the final runs here
+    methods: Mapping[str, Settings] = field(default_factory=dict)  # for some methods
 
 
-class Sweep(NamedTuple):
+@dataclass(frozen=True)
+class Sweep:
     """Stage 1: each method's grid with seed 0. Stage 2: its best candidate, several seeds.
 
     The best candidate is the one with the highest final ``validation/accuracy``, the first of
@@ -54,14 +58,15 @@ class Sweep(NamedTuple):
 
     methods: Mapping[str, Method]  # by the name that the listing shows
     benchmarks: Mapping[str, Benchmark]  # by what ``benchmark=NAME`` takes; the default is first
-    settings: Settings = {}  # for all runs
-    stage1: Settings = {}  # for the grid's runs
-    stage2: Settings = {}  # for the final runs
+    settings: Settings = field(default_factory=dict)  # for all runs
+    stage1: Settings = field(default_factory=dict)  # for the grid's runs
+    stage2: Settings = field(default_factory=dict)  # for the final runs
     seeds: int = 3  # of the final runs: 0, 1, ...
     module: str = "experiments.train"  # run as ``python -m MODULE with ...``
 
 
-class Cell(NamedTuple):
+@dataclass(frozen=True)
+class Cell:
     """One run: the experiment, its named configs in their order, all that is set by key."""
 
     module: str

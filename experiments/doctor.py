@@ -15,6 +15,7 @@ import platform
 import sys
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
@@ -23,24 +24,11 @@ from typing import Any, NamedTuple
 LIBRARY = "pip install -r requirements.txt"
 EXTRA = "pip install -r requirements-learn2learn.txt '.[{}]'"
 OK, MISSING, BROKEN = "", "missing", "BROKEN"
-# learn2learn and torchvision import only after l2l_implicit.
-PACKAGES = {  # module: distribution, extra
-    "torch": ("torch", None),
-    "numpy": ("numpy", None),
-    "l2l_implicit": ("l2l-implicit", None),
-    "torchvision": ("torchvision", None),
-    "learn2learn": ("learn2learn", None),
-    "higher": ("higher", "baselines"),
-    "pytorch_lightning": ("pytorch-lightning", "lightning"),
-    "sacred": ("sacred", "experiments"),
-    "pymongo": ("pymongo", "experiments"),
-    "matplotlib": ("matplotlib", "experiments"),
-    "tqdm": ("tqdm", "experiments"),
-    "pydantic": ("pydantic", "experiments"),
-    "distributed": ("distributed", "experiments"),
-    "pandas": ("pandas", "experiments"),
-    "jinja2": ("Jinja2", "experiments"),
-    "scipy": ("scipy", "experiments"),
+PACKAGES = {  # extra: modules; learn2learn and torchvision import only after l2l_implicit
+    "": "torch numpy l2l_implicit torchvision learn2learn",
+    "baselines": "higher",
+    "lightning": "pytorch_lightning",
+    "experiments": "sacred pymongo matplotlib tqdm pydantic distributed pandas jinja2 scipy",
 }
 
 
@@ -79,14 +67,14 @@ def main() -> int:
 def packages() -> Iterable[Finding]:
     """The versions of what the library and its extras stand on."""
     yield Finding("python", f"{platform.python_version()} ({sys.executable})")
-    for module, (distribution, extra) in PACKAGES.items():
-        found, problem = imported(module)
-        if found is not None:
-            yield Finding(distribution, version_of(found, distribution))
-        elif problem:
-            yield Finding(distribution, f"{problem}; {how_to_get(extra)}", BROKEN)
-        else:
-            yield Finding(distribution, how_to_get(extra), MISSING if extra else BROKEN)
+    for extra, modules in PACKAGES.items():
+        for module in modules.split():
+            (found, problem), name = imported(module), module.replace("_", "-")
+            if found is not None:
+                yield Finding(name, version_of(found, name))
+            else:
+                text = "; ".join(filter(None, (problem, how_to_get(extra))))
+                yield Finding(name, text, MISSING if extra and not problem else BROKEN)
     try:  # a program, and under the GPL: never imported
         yield Finding("SecantusDB", version("SecantusDB"))
     except PackageNotFoundError:
@@ -97,12 +85,9 @@ def imported(name: str) -> tuple[ModuleType | None, str]:
     """The module, or None and why it does not import; no reason where it is not installed."""
     try:
         return importlib.import_module(name), ""
-    except ModuleNotFoundError as error:
-        if error.name == name:
-            return None, ""
-        return None, _one_line(error)
     except Exception as error:
-        return None, _one_line(error)
+        absent = isinstance(error, ModuleNotFoundError) and error.name == name
+        return None, "" if absent else _one_line(error)
 
 
 def version_of(module: ModuleType, distribution: str) -> str:
@@ -116,7 +101,7 @@ def version_of(module: ModuleType, distribution: str) -> str:
         return "of unknown version"
 
 
-def how_to_get(extra: str | None) -> str:
+def how_to_get(extra: str) -> str:
     """The command that installs a missing package."""
     return EXTRA.format(extra) if extra else LIBRARY
 
@@ -126,15 +111,14 @@ def compute() -> Iterable[Finding]:
     torch, _ = imported("torch")
     if torch is None:
         return
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    for i, name in enumerate(names):
-        yield Finding(f"cuda:{i}", name)
-    if not names:
+    for i in range(torch.cuda.device_count()):
+        yield Finding(f"cuda:{i}", torch.cuda.get_device_name(i))
+    if not torch.cuda.device_count():
         yield Finding("device", f"cpu ({platform.machine()}); no CUDA device")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     limit = os.environ.get("OMP_NUM_THREADS", "unset")
-    threads = torch.get_num_threads()
-    yield Finding("threads", f"{threads} of torch, {cores} cores, OMP_NUM_THREADS {limit}")
+    text = f"{torch.get_num_threads()} of torch, {cores} cores, OMP_NUM_THREADS {limit}"
+    yield Finding("threads", text)
 
 
 def repairs() -> Iterable[Finding]:
@@ -144,11 +128,10 @@ def repairs() -> Iterable[Finding]:
     if compat is None or torchvision is None:
         yield Finding("repairs", "cannot tell before the packages above import")
         return
-    if torchvision.extension._has_ops():
-        yield Finding("operators", "torchvision's own are loaded; nothing was declared")
-    else:
-        text = "torchvision's do not load beside this torch, and are declared without kernels: "
-        yield Finding("operators", f"{text}transforms and data sets work, torchvision.ops do not")
+    own = "torchvision's own are loaded; nothing was declared"
+    declared = ("torchvision's do not load beside this torch, and are declared without kernels:"
+                " transforms and data sets work, torchvision.ops do not")  # fmt: skip
+    yield Finding("operators", own if torchvision.extension._has_ops() else declared)
     notices = sys.modules.get("gym_notices.notices")
     quiet = notices is None or not notices.notices
     yield Finding("gym's notice", "silenced" if quiet else "is printed")
@@ -167,9 +150,8 @@ def hypergradient() -> Iterable[Finding]:
     learner.adapt(lambda: 0.5 * (learner(theta) - 1.0).square().sum(), steps=10)
     learner.module.weight.sum().backward()
     found, expected = float(theta.grad), -3.0 / 25.0  # (1 - theta^2) / (1 + theta^2)^2
-    wrong = not abs(found - expected) < 1e-4
     text = f"{found:.6f}, in closed form {expected:.6f}"
-    yield Finding("check", text, BROKEN if wrong else OK)
+    yield Finding("check", text, OK if abs(found - expected) < 1e-4 else BROKEN)
 
 
 def database() -> Iterable[Finding]:
@@ -179,48 +161,30 @@ def database() -> Iterable[Finding]:
         text = f"none without {' and '.join(absent)}: {how_to_get('experiments')}"
         yield Finding("records", text, MISSING)
         return
-    from experiments.tracking import embedded
-    from experiments.tracking.database import choose
-    from experiments.tracking.errors import UserError
+    from pymongo.errors import PyMongoError
+
+    from experiments.tracking import UserError, embedded
+    from experiments.tracking.database import Database, choose
 
     try:
         choice = choose()
         yield Finding("chosen by", choice.source)
         if choice.url is None:
-            yield from _embedded_files(embedded.data_folder("mongodb"))
-        yield Finding("answer", _answer(choice))
+            folder = embedded.data_folder("mongodb")
+            mode = f"mode {folder.stat().st_mode & 0o777:04o}"
+            yield Finding("files", f"{folder} ({mode}; L2L_IMPLICIT_DATA names another)")
+        with closing(Database(choice)) as opened:
+            try:
+                runs = opened.documents["runs"].estimated_document_count()
+                probe = opened.documents["doctor"]
+                probe.delete_one({"_id": probe.insert_one({"by": "the doctor"}).inserted_id})
+                probe.drop()
+            except PyMongoError as error:
+                raise UserError(f"{opened.label} answers; {opened.explain(error)}") from None
+            yield Finding("answer", f"{opened.label}, {runs} runs, may be written to")
     except (UserError, OSError) as error:
         state = MISSING if str(error) == embedded.NOT_INSTALLED else BROKEN
         yield Finding("answer", _one_line(error), state)
-
-
-def _embedded_files(folder: Path) -> Iterable[Finding]:
-    mode = folder.stat().st_mode & 0o777
-    yield Finding("files", f"{folder} (mode {mode:04o}; L2L_IMPLICIT_DATA names another)")
-
-
-def _answer(choice: Any) -> str:
-    """The database's address and how many runs it holds, once a document could be written.
-
-    Raises:
-        UserError: it does not answer, or does not let this user write.
-    """
-    from pymongo.errors import PyMongoError
-
-    from experiments.tracking.database import Database
-    from experiments.tracking.errors import UserError
-
-    opened = Database(choice)
-    try:
-        runs = opened.documents["runs"].estimated_document_count()
-        probe = opened.documents["doctor"]
-        probe.delete_one({"_id": probe.insert_one({"by": "experiments.doctor"}).inserted_id})
-        probe.drop()
-        return f"{opened.label}, {runs} runs, may be written to"
-    except PyMongoError as error:
-        raise UserError(f"{opened.label} answers; {opened.explain(error)}") from None
-    finally:
-        opened.close()
 
 
 def datasets(root: Path) -> Iterable[Finding]:
@@ -238,14 +202,11 @@ def datasets(root: Path) -> Iterable[Finding]:
     there = not missing(root, [images])
     yield Finding("caltech101", "in place" if there else SOURCE, OK if there else MISSING)
     for name, needed in NEEDED.items():
-        absent = [item for item in missing(root, needed) if not _archived(root, item)]
+        # an archive is unpacked at first use
+        absent = [item for item in missing(root, needed)
+                  if item.archive is None or not (root / item.archive).is_file()]  # fmt: skip
         text = f"{remedy(root, absent)}, or let the first run download it" if absent else "in place"
         yield Finding(name, text, MISSING if absent else OK)
-
-
-def _archived(root: Path, item: Any) -> bool:
-    """Whether the archive is there, which is unpacked at first use."""
-    return item.archive is not None and (root / item.archive).is_file()
 
 
 def _one_line(error: Exception) -> str:

@@ -18,26 +18,36 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
-from contextlib import closing
+from concurrent.futures import CancelledError
+from contextlib import closing, suppress
+from multiprocessing import resource_tracker
 from pathlib import Path
+from typing import NoReturn
 
 from experiments import extra  # noqa: F401  (first: it says what to install)
 
 # isort: split
+import dask
+from dask.system import CPU_COUNT
+from distributed import Client, Future, KilledWorker
 from pymongo.errors import PyMongoError
+from tqdm import tqdm
 
-from experiments.sweeps import listing
-from experiments.sweeps.cells import COMPLETED, parse_settings
+from experiments.sweeps import listing, run
+from experiments.sweeps.definition import COMPLETED, INTERRUPTED, RUNNING, parse_settings
 from experiments.sweeps.definitions import SWEEPS
+from experiments.sweeps.listing import Board, Status
+from experiments.sweeps.lock import token_of
 from experiments.sweeps.plan import Plan, find_sweep, make_plan
-from experiments.sweeps.records import Board, Status
-from experiments.sweeps.run import environment
-from experiments.sweeps.schedule import Schedule, Stopped, connected, stoppable
-from experiments.tracking import UserError
+from experiments.tracking import Terminated, UserError, signals
 from experiments.tracking.database import Database, choose
 from experiments.tracking.embedded import data_folder
 from experiments.tracking.uploader import upload_abandoned
+
+LOGGERS = ("distributed", "distributed.client", "tornado", "tornado.application", "asyncio")
+POLL, LOOK, CONNECT = 0.2, 2.0, 10.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,16 +62,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.workers is not None and (options.scheduler or options.workers < 1):
             raise UserError(f"--workers: expected at least 1, and no --scheduler, whose workers are"
                             f" its own; got {options.workers}")
-        with closing(Database(choose(options.mongo_db))) as database, stoppable():
+        with closing(Database(choose(options.mongo_db))) as database, signals.handled():
             status = _sweep(plan, options, database)
             sys.stdout.flush()
             return status
     except (UserError, PyMongoError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 1
-    except Stopped as stopped:
-        print(f"stopped by {stopped}; the same command goes on", file=sys.stderr)
-        return 128 + stopped.signum
+    except (KeyboardInterrupt, Terminated) as stop:
+        number = signal.Signals(getattr(stop, "signum", signal.SIGINT))
+        print(f"stopped by {number.name}; the same command goes on", file=sys.stderr)
+        return 128 + number
     except BrokenPipeError:  # whoever read the list has seen enough: `--list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
@@ -86,6 +97,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
+def check_settings(plan: Plan) -> int:
+    """Have one cell of every method and stage print its configuration; 1 if one is refused."""
+    refused = 0
+    stages = [cells for group in plan.groups for cells in (group.grid, group.finals[0])]
+    for name, cell in [next(iter(cells.items())) for cells in stages if cells]:
+        words = [sys.executable, "-m", cell.module, "print_config", "with", *cell.arguments()]
+        answer = subprocess.run(words, env=run.environment(), capture_output=True, text=True)
+        wrong = f"{run.last_line(answer.stdout + answer.stderr)}: {shlex.join(words)}"
+        refused += answer.returncode != 0
+        print(f"{name}: {wrong if answer.returncode else 'fine'}", flush=True)
+    return 1 if refused else 0
+
+
 def _sweep(plan: Plan, options: argparse.Namespace, database: Database) -> int:
     """Show what there is to do, do it, show what has come of it."""
     upload_abandoned(database, data_folder("journals"), logging.getLogger("sweep"))
@@ -93,60 +117,177 @@ def _sweep(plan: Plan, options: argparse.Namespace, database: Database) -> int:
     statuses = board.look()
     missing = [status for status in statuses if status.state != COMPLETED]
     if options.print:
-        command = ["python", "-m", "experiments.sweep", *_same_plan(options), "--cell"]
-        lines = [shlex.join([*command, status.name, "--workers", "1"]) for status in missing]
-        print("\n".join(lines))
+        words = [options.name, *options.settings]
+        words += ["-m", options.mongo_db] if options.mongo_db else []
+        words += ["--redo-changed"] if options.redo_changed else []
+        for status in missing:
+            line = ["python", "-m", "experiments.sweep", *words, "--cell", status.name]
+            print(shlex.join([*line, "--workers", "1"]))
         return 0
     print("\n".join(listing.table(statuses)))
-    workers = max(1, min(options.workers or _cores(), len(missing)))
+    workers = max(1, min(options.workers or CPU_COUNT, len(missing)))
+    folder = Path("runs") / "sweeps" / Path(options.name).stem
     if missing and not options.list:
         print(listing.summary(statuses, workers))
         with connected(options.scheduler, workers) as client:
             print(f"dashboard: {client.dashboard_link}", flush=True)
-            mongo, folder = options.mongo_db, _folder(options)
-            statuses = Schedule(board, database, client, mongo, folder).run()
-    print("\n".join([*listing.choices(board), listing.summary(statuses, workers)]))
-    return 0 if options.list else _report_missing(statuses, _folder(options))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _report_missing(statuses: Sequence[Status], folder: Path) -> int:
+            statuses = Schedule(board, client, options.mongo_db, folder).run()
+    print("\n".join([*board.choices.values(), listing.summary(statuses, workers)]))
     missing = [status for status in statuses if status.state != COMPLETED]
+    if options.list or not missing:
+        return 0
     for status in missing:
         print(f"error: {listing.ended(status)}", file=sys.stderr)
-    if missing:
-        print(f"error: {len(missing)} of {len(statuses)} cells are missing; the same command runs"
-              f" them again; what they printed is in {folder}", file=sys.stderr)
-    return 1 if missing else 0
+    print(f"error: {len(missing)} of {len(statuses)} cells are missing; the same command runs"
+          f" them again; what they printed is in {folder}", file=sys.stderr)
+    return 1
 
 
-def _same_plan(options: argparse.Namespace) -> list[str]:
-    """The arguments that give another process this plan and database."""
-    words = [options.name, *options.settings]
-    words += ["-m", options.mongo_db] if options.mongo_db else []
-    return words + (["--redo-changed"] if options.redo_changed else [])
+def connected(address: str | None, workers: int) -> Client:
+    """A client of the scheduler at this address, or of workers of its own on this machine.
+
+    Raises:
+        UserError: nothing answers there.
+    """
+    for name in LOGGERS:  # what they know is told here, in one line
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if address is not None:
+        try:
+            where = "scheduler_file" if address.endswith(".json") else "address"
+            return Client(**{where: address}, timeout=CONNECT)
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(
+                f"--scheduler: expected the address that `dask scheduler` prints, such as"
+                f" tcp://HOST:8786, or its file, and a scheduler that answers; got {address!r}:"
+                f" {error}"
+            ) from None
+    # Else a place whose worker is killed twice, or is slow to start again, is given up after 15 s.
+    dask.config.set({"distributed.deploy.lost-worker-timeout": "1000 days"})
+    # Workers block what a terminal or a batch system sends to all: this process stops them.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)
+    resource_tracker.ensure_running()  # its start, now or at the first worker, unblocks two
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)
+    try:
+        # security: else everybody on this machine could run code as this user
+        return Client(n_workers=workers, threads_per_worker=1, memory_limit=0, security=True,
+                      dashboard_address="127.0.0.1:0", silence_logs=logging.CRITICAL)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _folder(options: argparse.Namespace) -> Path:
-    return Path("runs") / "sweeps" / Path(options.name).stem
+class Schedule:
+    """What is missing on a board goes to Dask, a task a cell, until nothing is left.
+
+    Workers read `mongo`, Sacred's -m, and keep what the trainings print in `folder`.
+    """
+
+    def __init__(self, board: Board, client: Client, mongo: str | None, folder: Path) -> None:
+        self._board, self._client, self._mongo, self._folder = board, client, mongo, folder
+        info = client.scheduler_info()
+        self._address, self._scheduler = info["address"], info["id"]
+        self._database = token_of(board.database)
+        self._futures: dict[str, Future] = {}
+        self._had_workers = True
+
+    def run(self) -> list[Status]:
+        """Until nothing can be run any more; the states at the end.
+
+        Raises:
+            KeyboardInterrupt, Terminated: by a signal; the trainings have been told to stop.
+            UserError: the scheduler has gone.
+        """
+        try:
+            return self._until_done()
+        except BrokenPipeError:
+            raise
+        except (OSError, CancelledError):
+            raise UserError(
+                f"the scheduler at {self._address} has gone; what is in the database stays,"
+                " checkpoints too: start one, and the same command goes on"
+            ) from None
+
+    def _until_done(self) -> list[Status]:
+        form = "{n_fmt}/{total_fmt} cells |{bar:20}| {elapsed}{postfix}"
+        statuses = self._board.look()
+        told = {status.name: status.state for status in statuses}
+        try:
+            with tqdm(total=len(statuses), bar_format=form) as bar:
+                while True:
+                    self._submit(statuses)
+                    self._show(bar, statuses, told)
+                    if not self._futures and not any(s.state == RUNNING for s in statuses):
+                        return statuses
+                    self._wait()
+                    statuses = self._board.look()
+        except (KeyboardInterrupt, Terminated):
+            self._client.cancel(list(self._futures.values()))
+            self._wait_for_trainings()
+            raise
+
+    def _submit(self, statuses: Sequence[Status]) -> None:
+        """What is missing, no other scheduler runs, and has not ended here without completing."""
+        for status in statuses:
+            cell = status.cell
+            elsewhere = status.state == RUNNING and status.scheduler != self._scheduler
+            if cell is None or status.state == COMPLETED or elsewhere:
+                continue
+            if cell.identity in self._futures or cell.identity in self._board.ended:
+                continue
+            log = str(self._folder / f"{status.name.replace('/', '-')}.log")
+            order = run.Order(cell, self._mongo, self._database, self._scheduler, log,
+                              self._board.redo_changed)
+            key = f"cell-{cell.identity}"
+            self._futures[cell.identity] = self._client.submit(run.run_cell, order, key=key)
+
+    def _wait(self) -> None:
+        """Until a cell ends, or for `LOOK` seconds; what has not completed goes to the board."""
+        deadline, ended = time.monotonic() + LOOK, []
+        while not ended and time.monotonic() < deadline:
+            time.sleep(POLL)
+            if self._client.status != "running":
+                raise CancelledError
+            ended = [identity for identity, f in self._futures.items() if f.done()]
+        for identity in ended:
+            state, reason = _outcome(self._futures.pop(identity))
+            if state not in (COMPLETED, RUNNING):
+                self._board.ended[identity] = state, reason
+
+    def _show(self, bar: tqdm[NoReturn], statuses: Sequence[Status], told: dict[str, str]) -> None:
+        """A line for each cell that has ended since the last look, and the time left."""
+        for status in statuses:
+            over = status.cell is not None and status.cell.identity in self._board.ended
+            if (over or status.run is not None) and told[status.name] != status.state:
+                bar.write(listing.ended(status), file=sys.stdout)
+                told[status.name] = status.state
+        before, bar.n = bar.n, sum(status.state == COMPLETED for status in statuses)
+        workers = sum(self._client.nthreads().values())
+        if not workers and self._had_workers:
+            bar.write("no worker is connected; expected one that is started in the checkout:"
+                      f" python -m dask worker {self._address}", file=sys.stdout)
+        self._had_workers = bool(workers)
+        bar.set_postfix_str(listing.remaining(statuses, workers), refresh=False)
+        if bar.n != before or sys.stderr.isatty():
+            bar.refresh()
+
+    def _wait_for_trainings(self) -> None:
+        """Workers of one's own end with this process: their trainings first bring records home."""
+        deadline = time.monotonic() + 2 * run.GRACE
+        while self._client.cluster is not None and time.monotonic() < deadline:
+            with suppress(PyMongoError):  # away: trainings end without it too
+                if not any(s.scheduler == self._scheduler for s in self._board.look_once()):
+                    break
+            time.sleep(POLL)
 
 
-def check_settings(plan: Plan) -> int:
-    """Have one cell of every method and stage print its configuration; 1 if one is refused."""
-    refused = 0
-    stages = [cells for group in plan.groups for cells in (group.grid, group.finals[0])]
-    for name, cell in [next(iter(cells.items())) for cells in stages if cells]:
-        command = [sys.executable, "-m", cell.module, "print_config", "with", *cell.arguments()]
-        answer = subprocess.run(command, env=environment(), capture_output=True, text=True)
-        lines = [line for line in (answer.stdout + answer.stderr).splitlines() if line.strip()]
-        reasons = [line for line in lines if line.startswith("error: ")] or lines[-1:]
-        wrong = f"{(reasons or ['it printed nothing'])[0]}: {shlex.join(command)}"
-        refused += answer.returncode != 0
-        print(f"{name}: {wrong if answer.returncode else 'fine'}", flush=True)
-    return 1 if refused else 0
+def _outcome(future: Future) -> tuple[str, str]:
+    if future.status == "finished":
+        return future.result()
+    if future.status != "error":
+        return RUNNING, ""
+    error = future.exception()
+    if isinstance(error, KilledWorker):
+        return INTERRUPTED, f"its worker died {error.allowed_failures + 1} times"
+    return INTERRUPTED, f"its worker says {type(error).__name__}: {error}"
 
 
 if __name__ == "__main__":

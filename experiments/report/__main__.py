@@ -27,7 +27,7 @@ from experiments.report.content import Section
 from experiments.report.runs import Archive
 from experiments.report.summary import Request, SweepState
 from experiments.report.write import write
-from experiments.sweeps.cells import parse_settings
+from experiments.sweeps.definition import parse_settings
 from experiments.sweeps.definitions import SWEEPS
 from experiments.sweeps.plan import find_sweep
 from experiments.tracking import UserError

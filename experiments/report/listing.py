@@ -14,7 +14,7 @@ from experiments.report.content import Figure, Section, Source, Table, file_name
 from experiments.report.figures import curve_caption, curve_records, draw_curves
 from experiments.report.runs import Run, command_of, is_number, run_list, setting_text, unequal
 from experiments.report.summary import Request, Summary, mean_record
-from experiments.sweeps.cells import COMPLETED, FAILED, INTERRUPTED, RUNNING
+from experiments.sweeps.definition import COMPLETED, FAILED, INTERRUPTED, RUNNING
 from experiments.sweeps.listing import duration
 
 SILENT = 600.0

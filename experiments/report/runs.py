@@ -14,7 +14,7 @@ from functools import cached_property
 from itertools import count, groupby
 from typing import Any, NamedTuple, TypeVar
 
-from experiments.sweeps.cells import PLACES, format_value
+from experiments.sweeps.definition import PLACES, format_value
 from experiments.tracking.records import Document, Records, RunId, Series
 
 COMPLETED = "COMPLETED"

@@ -17,7 +17,7 @@ import pandas as pd
 
 from experiments.report.runs import Archive, Run, run_list
 from experiments.statistics import Mean, seeds_mean
-from experiments.sweeps.cells import (
+from experiments.sweeps.definition import (
     COMPLETED,
     FAILED,
     INTERRUPTED,
@@ -25,10 +25,10 @@ from experiments.sweeps.cells import (
     RUNNING,
     Cell,
     Settings,
+    Sweep,
     describe,
     format_value,
 )
-from experiments.sweeps.definition import Sweep
 from experiments.sweeps.plan import Group, best, make_plan
 from experiments.tracking.records import RunId
 

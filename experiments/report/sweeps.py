@@ -21,7 +21,7 @@ from experiments.report.summary import (
     mean_record,
 )
 from experiments.statistics import Mean, seeds_mean
-from experiments.sweeps.cells import COMPLETED, describe
+from experiments.sweeps.definition import COMPLETED, describe
 
 SHARE = 0.90
 """Of the best validation accuracy, for the time to it."""

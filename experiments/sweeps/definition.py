@@ -1,54 +1,49 @@
-"""What a sweep is made of: methods, each with its grid, on benchmarks, for seeds."""
+"""What a sweep is made of: methods, each with its grid, on benchmarks, for seeds; and one run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ast
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
-from experiments.sweeps.cells import Settings
+from experiments.tracking import UserError
 
-Grid = tuple[Settings, ...]
-NO_GRID: Grid = ({},)
+Settings: TypeAlias = Mapping[str, Any]
+"""Dotted configuration entries and their values, such as {"algorithm.lr": 0.1}."""
+Grid: TypeAlias = tuple[Settings, ...]
+
+PLACES = ("tasks.root", "output")
+"""Where things lie: a run is the same run on a machine that keeps them elsewhere."""
+
+STATES = ("completed", "running", "pending", "interrupted", "failed")
+"""A cell's state: the words of Sacred's statuses, and pending where there is no run."""
+COMPLETED, RUNNING, PENDING, INTERRUPTED, FAILED = STATES
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table.
+    """One row of the table."""
 
-    Args:
-        configs: named configs of the experiment; ``{benchmark}`` stands for the benchmark's `like`.
-        grid: the candidates of stage 1; with a single one there is no stage 1.
-        grids: other grids by name, asked for with ``grid=NAME``.
-        settings: for all of its runs.
-        final: for its runs of stage 2.
-    """
-
-    configs: tuple[str, ...]
-    grid: Grid = NO_GRID
-    grids: Mapping[str, Grid] = field(default_factory=dict)
-    settings: Settings = field(default_factory=dict)
-    final: Settings = field(default_factory=dict)
+    configs: tuple[str, ...]  # named configs; ``{benchmark}`` stands for the benchmark's `like`
+    grid: Grid = ({},)  # the candidates of stage 1; with a single one there is no stage 1
+    grids: Mapping[str, Grid] = field(default_factory=dict)  # others, for ``grid=NAME``
+    settings: Settings = field(default_factory=dict)  # for all of its runs
+    final: Settings = field(default_factory=dict)  # for its runs of stage 2
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Where the methods are compared.
+    """Where the methods are compared."""
 
-    Args:
-        configs: named configs of the experiment, before the method's.
-        settings: for all runs.
-        like: the benchmark in whose named configs the methods' settings are.
-        stage1: for the grid's runs, where this benchmark needs another budget.
-        stage2: for the final runs, likewise.
-        methods: for the runs of some methods, by their names.
-    """
-
-    configs: tuple[str, ...] = ()
-    settings: Settings = field(default_factory=dict)
-    like: str = ""
-    stage1: Settings = field(default_factory=dict)
-    stage2: Settings = field(default_factory=dict)
-    methods: Mapping[str, Settings] = field(default_factory=dict)
+    configs: tuple[str, ...] = ()  # named configs, before the method's
+    settings: Settings = field(default_factory=dict)  # for all runs
+    like: str = ""  # the benchmark in whose named configs the methods' settings are
+    stage1: Settings = field(default_factory=dict)  # for the grid's runs here
+    stage2: Settings = field(default_factory=dict)  # for the final runs here
+    methods: Mapping[str, Settings] = field(default_factory=dict)  # for some methods
 
 
 @dataclass(frozen=True)
@@ -59,21 +54,78 @@ class Sweep:
     equals. What is set later in this list wins: `settings`, the benchmark's, the method's, the
     stage's, the method's `final`, the benchmark's for the stage, its for the method, the candidate,
     the command line.
-
-    Args:
-        methods: by the name that the listing shows.
-        benchmarks: by the name that ``benchmark=NAME`` takes; the first is the default.
-        settings: for all runs.
-        stage1: settings of the grid's runs.
-        stage2: settings of the final runs.
-        seeds: of the final runs, 0, 1, ...
-        module: the experiment.
     """
 
-    methods: Mapping[str, Method]
-    benchmarks: Mapping[str, Benchmark]
-    settings: Settings = field(default_factory=dict)
-    stage1: Settings = field(default_factory=dict)
-    stage2: Settings = field(default_factory=dict)
-    seeds: int = 3
-    module: str = "experiments.train"
+    methods: Mapping[str, Method]  # by the name that the listing shows
+    benchmarks: Mapping[str, Benchmark]  # by what ``benchmark=NAME`` takes; the default is first
+    settings: Settings = field(default_factory=dict)  # for all runs
+    stage1: Settings = field(default_factory=dict)  # for the grid's runs
+    stage2: Settings = field(default_factory=dict)  # for the final runs
+    seeds: int = 3  # of the final runs: 0, 1, ...
+    module: str = "experiments.train"  # run as ``python -m MODULE with ...``
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: the experiment, its named configs in their order, all that is set by key."""
+
+    module: str
+    configs: tuple[str, ...]
+    settings: Settings
+
+    @property
+    def identity(self) -> str:
+        """A hash of all that was asked for, `PLACES` excepted: ``c`` and 16 hexadecimal digits.
+
+        The letter keeps Sacred from reading a hash such as 12e45678 as a number.
+        """
+        kept = {key: _plain(v) for key, v in self.settings.items() if key not in PLACES}
+        text = json.dumps([self.module, self.configs, kept], sort_keys=True)
+        return "c" + hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def arguments(self) -> list[str]:
+        """What follows ``with``; the identity is recorded as the entry ``cell``."""
+        set_by_key = [f"{key}={format_value(v)}" for key, v in sorted(self.settings.items())]
+        return [*self.configs, *set_by_key, f"cell={self.identity}"]
+
+
+def parse_settings(words: Sequence[str]) -> dict[str, Any]:
+    """{"algorithm.lr": 0.1} from ["algorithm.lr=0.1"].
+
+    Raises:
+        UserError: a word that is not KEY=VALUE, or a key given twice.
+    """
+    settings: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not (key and equals):
+            raise UserError(f"expected KEY=VALUE, got {word!r}; options start with --")
+        if key in settings:
+            raise UserError(f"{key} is given twice; give it once")
+        settings[key] = parse_value(text)
+    return settings
+
+
+def parse_value(text: str) -> Any:
+    """A Python literal, else the text itself, as Sacred reads its command line."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
+
+
+def format_value(value: Any) -> str:
+    """The text that `parse_value` reads back."""
+    return value if isinstance(value, str) and parse_value(value) == value else repr(value)
+
+
+def describe(settings: Settings) -> str:
+    """``algorithm.lr=0.1 meta_lr=0.001``."""
+    return " ".join(f"{key}={format_value(value)}" for key, value in settings.items())
+
+
+def _plain(value: Any) -> Any:
+    """120.0 and 120 are one setting."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

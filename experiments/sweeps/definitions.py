@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import product
 
-from experiments.sweeps.cells import Settings
-from experiments.sweeps.definition import Benchmark, Grid, Method, Sweep
+from experiments.sweeps.definition import Benchmark, Grid, Method, Settings, Sweep
 
 
 def _three(key: str, usual: float, other: float, meta_lr: float = 0.003) -> Grid:
@@ -38,80 +37,60 @@ DAMPED = {"algorithm.damping": 20.0}
 # A task costs it a second, and validations are not part of the budget.
 SELDOM = {"validate_seconds": 60, "validation_tasks": 50}
 
-WHOLE_NETWORK = ("maml", "fomaml", "reptile", "imaml_gd")
 
-
-def _beside(
-    config: str, settings: Settings, methods: Mapping[str, Settings], test_tasks: int = 200
-) -> Benchmark:
+def _beside(config: str, settings: Settings, methods: Mapping[str, Settings],
+            test_tasks: int = 200) -> Benchmark:
     """A benchmark beside the two main ones: a quarter of the budget, fewer test tasks.
 
     Theta of the best validation is tested too, which the two main ones were run without.
     """
-    final = {"budget": 60, "test_tasks": test_tasks, "test_at": [], "early_stopping": True}
-    return Benchmark(
-        (config,),
-        settings,
-        stage1={"budget": 30, "test_tasks": 10, "validate_seconds": 15},
-        stage2={**final, "validate_seconds": 15},
-        methods=methods,
-    )
+    grid = {"budget": 30, "test_tasks": 10, "validate_seconds": 15}
+    final = {"test_tasks": test_tasks, "test_at": [], "early_stopping": True}
+    return Benchmark((config,), settings, "", grid, {**grid, "budget": 60, **final}, methods)
 
 
 # With one validation, at the end, theta of the best one is the last.
 ONCE = {**SELDOM, "validation_tasks": 25, "early_stopping": False}
 FEW = {"imaml_hf": {**ONCE, "test_tasks": 50}}
+RARE = {"validate_seconds": 30, "validation_tasks": 25, "test_tasks": 50}
 FEWER = {
-    **dict.fromkeys(
-        WHOLE_NETWORK, {"validate_seconds": 30, "validation_tasks": 25, "test_tasks": 50}
-    ),
+    **dict.fromkeys(("maml", "fomaml", "reptile"), RARE),
     "imaml_gd": {**ONCE, "test_tasks": 25},
     "imaml_hf": {**ONCE, "validation_tasks": 10, "test_tasks": 10},
 }
 
+MEDIUM = {"tasks.level": "medium"}
 ACCURACY = Sweep(
     methods={
         "rm_metal": Method(("rm_metal",), _three(L2, 0.1, 0.3), final=HEAD_ONLY),
         "itd_bio": Method(("itd_bio",), _three(LR, 0.1, 0.03), final=HEAD_ONLY),
-        "anil": Method(("anil",), _three(LR, 0.1, 0.03), settings=FASTER, final=HEAD_ONLY),
-        "rm_metal_paper": Method(
-            ("rm_metal", "paper"), _three(LR, 0.1, 0.03, 0.3), final=HEAD_ONLY
-        ),
-        "rm_metal_as_released": Method(
-            ("rm_metal", "as_released"), _three(LR, 0.1, 0.03), final=HEAD_ONLY
-        ),
-        "fo_anil": Method(("fo_anil",), _three(LR, 0.3, 0.1), settings=FASTER, final=HEAD_ONLY),
+        "anil": Method(("anil",), _three(LR, 0.1, 0.03), {}, FASTER, HEAD_ONLY),
+        "rm_metal_paper": Method(("rm_metal", "paper"), _three(LR, 0.1, 0.03, 0.3),
+                                 final=HEAD_ONLY),
+        "rm_metal_as_released": Method(("rm_metal", "as_released"), _three(LR, 0.1, 0.03),
+                                       final=HEAD_ONLY),
+        "fo_anil": Method(("fo_anil",), _three(LR, 0.3, 0.1), {}, FASTER, HEAD_ONLY),
         "maml": Method(("maml",), _three(LR, 0.1, 0.5), settings={**FASTER, **OWN_LAYOUT}),
         "fomaml": Method(("fomaml",), _three(LR, 0.1, 0.5), settings=FASTER),
         "reptile": Method(("reptile",), _three(LR, 0.05, 0.1, 1.0)),
         "imaml_gd": Method(("imaml_gd",), _three(LR, 0.1, 0.05), settings=DAMPED),
-        "imaml_hf": Method(
-            ("imaml_hf",), _three(L2, 2.0, 0.5), settings={**SELDOM, **OWN_LAYOUT, **DAMPED}
-        ),
+        "imaml_hf": Method(("imaml_hf",), _three(L2, 2.0, 0.5),
+                           settings={**SELDOM, **OWN_LAYOUT, **DAMPED}),
     },
     benchmarks={
         "caltech101": Benchmark(("caltech101",), {"tasks.size": 32}),
-        "glyphs": Benchmark(("glyphs",), {"tasks.level": "medium", "tasks.split": "random"}),
-        "glyphs_script": _beside("glyphs", {"tasks.level": "medium", "tasks.split": "script"}, FEW),
+        "glyphs": Benchmark(("glyphs",), {**MEDIUM, "tasks.split": "random"}),
+        "glyphs_script": _beside("glyphs", {**MEDIUM, "tasks.split": "script"}, FEW),
         # five alphabets as one folder of classes: docs/tasks.md
         "omniglot5": _beside("folder", {"tasks.size": 28}, FEW),
         # A task costs seven times what it does with 32 pixels.
-        "caltech101_84": _beside(
-            "caltech101",
-            {"tasks.size": 84, "meta_batch": 2, "validation_tasks": 50},
-            FEWER,
-            test_tasks=100,
-        ),
+        "caltech101_84": _beside("caltech101", {"tasks.size": 84, "meta_batch": 2,
+                                                "validation_tasks": 50}, FEWER, test_tasks=100),
     },
     settings={
-        "model.hidden": 32,
-        "tasks.ways": 5,
-        "tasks.shots": 5,
-        "meta_batch": 8,
+        "model.hidden": 32, "tasks.ways": 5, "tasks.shots": 5, "meta_batch": 8,
         "iterations": 100_000,  # the budget ends the run
-        "budget_clock": "cpu",
-        "validate_seconds": 30,
-        "threads": 1,
+        "budget_clock": "cpu", "validate_seconds": 30, "threads": 1,
     },
     stage1={"budget": 120, "test_tasks": 100},
     stage2={"budget": 240},
@@ -123,9 +102,7 @@ ACCURACY = Sweep(
 REGULARISERS = Sweep(
     methods={
         "rm_metal": Method(("rm_metal",), ({L2: 0.1, "meta_lr": 0.003},), final=HEAD_ONLY),
-        "fo_anil": Method(
-            ("fo_anil",), ({LR: 0.3, "meta_lr": 0.003},), settings=FASTER, final=HEAD_ONLY
-        ),
+        "fo_anil": Method(("fo_anil",), ({LR: 0.3, "meta_lr": 0.003},), {}, FASTER, HEAD_ONLY),
         "slower": Method(("rm_metal",), ({L2: 0.1, "meta_lr": 0.001},)),
         "stronger": Method(("rm_metal",), ({L2: 0.3, "meta_lr": 0.001},)),
         "strongest": Method(("rm_metal",), ({L2: 1.0, "meta_lr": 0.001},)),
@@ -159,24 +136,16 @@ YANG_TABLE1 = Sweep(
         "maml": Method(("yang_{benchmark}_maml",)),
     },
     benchmarks={
-        "cifarfs": Benchmark(like="cifarfs"),
-        "fc100": Benchmark(like="fc100"),
-        "mini_imagenet": Benchmark(like="mini_imagenet"),
-        "tiered_imagenet": Benchmark(like="tiered_imagenet"),
+        **{name: Benchmark(like=name)
+           for name in ("cifarfs", "fc100", "mini_imagenet", "tiered_imagenet")},
         # not in the paper: the settings of CIFAR-FS, whose images are as large
         "caltech101": Benchmark((), {"tasks.name": "caltech101", "tasks.size": 32}, "cifarfs"),
     },
-)
-
-SMOKE = Sweep(
-    methods={"rm_metal": Method(())},
-    benchmarks={"glyphs": Benchmark(("smoke",))},
-    seeds=2,
 )
 
 SWEEPS = {
     "accuracy": ACCURACY,
     "regularisers": REGULARISERS,
     "yang_table1": YANG_TABLE1,
-    "smoke": SMOKE,
+    "smoke": Sweep({"rm_metal": Method(())}, {"glyphs": Benchmark(("smoke",))}, seeds=2),
 }

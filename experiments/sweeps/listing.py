@@ -1,50 +1,231 @@
-"""What a sweep says: the list of its cells, a line for each that ends, and the summary."""
+"""Where each cell of a plan stands, and how a sweep says it.
+
+What counts is what the database has, the locks, and what has ended in this call.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from statistics import mean
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-from experiments.sweeps.cells import COMPLETED, PENDING, RUNNING, STATES, Settings, describe
-from experiments.sweeps.records import Board, Status
+from pymongo.errors import PyMongoError
 
+from experiments.sweeps.definition import (
+    COMPLETED,
+    FAILED,
+    INTERRUPTED,
+    PENDING,
+    RUNNING,
+    STATES,
+    Cell,
+    describe,
+)
+from experiments.sweeps.lock import LEASE, Document, Watch
+from experiments.sweeps.plan import Group, Plan, best
+from experiments.tracking import UserError
+from experiments.tracking.database import Database
+from experiments.tracking.ingredient import REPOSITORY
+
+FIELDS = ("config.cell", "status", "start_time", "stop_time", "result", "fail_trace",
+          "experiment.sources", "experiment.repositories")
 OVERHEAD = 45.0
 """Seconds beyond the budget: start, validation, meta-test; only until a like run is known."""
 
+Run: TypeAlias = dict[str, Any]
+"""A document of Sacred's ``runs``, besides ``changed``: whether its code is not that here."""
+Answer = TypeVar("Answer")
 
-def expected_seconds(statuses: Sequence[Status]) -> dict[str, float | None]:
-    """How long each cell takes: like its complete neighbours, else its budget; None: unknown."""
-    known: dict[str, list[float]] = {}
+
+def patiently(database: Database, ask: Callable[[], Answer]) -> Answer:
+    """The answer, also from a database that is away for less than a lease."""
+    deadline = time.monotonic() + LEASE
+    while True:
+        try:
+            return ask()
+        except PyMongoError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
+            with suppress(UserError):  # not yet
+                database.revive()
+
+
+def state_of(run: Run) -> str:
+    """The state of a cell whose newest run this is; a death from outside is no failure."""
+    trace = run.get("fail_trace") or [""]
+    if run["status"] == "FAILED" and not str(trace[0]).startswith("killed:"):
+        return FAILED
+    return {"RUNNING": RUNNING, "COMPLETED": COMPLETED}.get(run["status"], INTERRUPTED)
+
+
+def runs_of(database: Database, identities: Iterable[str]) -> dict[str, list[Run]]:
+    """Every run of each of these cells that has one, oldest first."""
+    wanted = {"config.cell": {"$in": list(identities)}}
+    found = list(database.documents["runs"].find(wanted, dict.fromkeys(FIELDS, 1)))
+    pairs = {(name, file) for run in found for name, file in _sources(run)}
+    files = database.documents["fs.files"].find({"_id": {"$in": [file for _, file in pairs]}})
+    md5 = {file["_id"]: file.get("md5", "") for file in files}
+    here = {name: hashlib.md5(path.read_bytes()).hexdigest() if path.is_file() else ""
+            for path, name in {(REPOSITORY / name, name) for name, _ in pairs}}
+    runs: dict[str, list[Run]] = {}
+    for run in sorted(found, key=lambda run: (run["start_time"], str(run["_id"]))):
+        run["changed"] = any(md5.get(file) != here[name] for name, file in _sources(run))
+        runs.setdefault(run["config"]["cell"], []).append(run)
+    return runs
+
+
+def _sources(run: Run) -> Sequence[Any]:
+    return run["experiment"].get("sources", ())
+
+
+def counted(runs: Iterable[Run], redo_changed: bool) -> Run | None:
+    """The completed run that counts, the one that ended last."""
+    done = [run for run in runs if run["status"] == "COMPLETED"]
+    newest = max(done, key=lambda run: run["stop_time"], default=None)
+    return None if newest is not None and newest["changed"] and redo_changed else newest
+
+
+class Status(NamedTuple):
+    """One cell's state."""
+
+    name: str  # METHOD/grid/N or METHOD/final/SEED
+    cell: Cell | None  # None while the grid that decides its settings is not complete
+    state: str  # one of `STATES`
+    run: Run | None = None  # the completed run that counts
+    note: str = ""  # where it runs, why it did not complete, what it waits for
+    scheduler: str = ""  # of the holder of its lock, if running
+
+    @property
+    def kind(self) -> str:
+        """METHOD/grid or METHOD/final, whose cells take as long as one another."""
+        return self.name.rpartition("/")[0]
+
+    @property
+    def seconds(self) -> float:
+        """From the start to the end of the run that counts; NaN without one."""
+        run = self.run
+        return math.nan if run is None else (run["stop_time"] - run["start_time"]).total_seconds()
+
+
+class Board:
+    """The state of a plan; with `redo_changed`, a run of other code counts as missing.
+
+    Attributes:
+        ended: state and reason of what has ended in this call without completing, by identity.
+        choices: a line a method whose grid is complete: what was chosen, of which accuracies.
+    """
+
+    def __init__(self, plan: Plan, database: Database, redo_changed: bool) -> None:
+        self.plan, self.redo_changed = plan, redo_changed
+        self.ended: dict[str, tuple[str, str]] = {}
+        self.choices: dict[str, str] = {}
+        self.database, self._watch = database, Watch(database)
+        database.documents["runs"].create_index("config.cell")
+
+    def look(self) -> list[Status]:
+        """The state of every cell now, grids first; a database that is away is waited for."""
+        return patiently(self.database, self.look_once)
+
+    def look_once(self) -> list[Status]:
+        """The same.
+
+        Raises:
+            PyMongoError: the database is away.
+        """
+        found = self._statuses({n: c for g in self.plan.groups for n, c in g.grid.items()})
+        finals: dict[str, Cell] = {}
+        for group in self.plan.groups:
+            missing = [name for name in group.grid if found[name].run is None]
+            if not missing or not group.final_names():
+                finals |= group.finals[self._choose(group, found)]
+                continue
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            note = ("nothing is chosen before its whole grid has completed; missing: "
+                    f"{', '.join(missing[:3])}{more}")
+            found |= {n: Status(n, None, PENDING, None, note) for n in group.final_names()}
+        found |= self._statuses(finals)
+        return [found[name] for name in self.plan.names()]
+
+    def _choose(self, group: Group, found: Mapping[str, Status]) -> int:
+        if not group.grid or not group.final_names():
+            return 0
+        scores = [self._score(run) for name in group.grid if (run := found[name].run)]
+        self.choices[group.name] = (
+            f"{group.name}: {describe(group.candidates[best(scores)])}, of validation accuracies "
+            + " ".join(f"{100 * score:.1f}" for score in scores)
+        )
+        return best(scores)
+
+    def _score(self, run: Run) -> float:
+        """The last ``validation/accuracy``; minus infinity without one, or for a diverged run."""
+        key = {"run_id": run["_id"], "name": "validation/accuracy"}
+        series = self.database.documents["metrics"].find_one(key, {"values": {"$slice": -1}})
+        value = float(series["values"][-1]) if series and series["values"] else -math.inf
+        return -math.inf if math.isnan(value) or _result(run).get("diverged") else value
+
+    def _statuses(self, cells: Mapping[str, Cell]) -> dict[str, Status]:
+        identities = [cell.identity for cell in cells.values()]
+        holders = self._watch.holders(identities)  # before the runs: a run completes while locked
+        runs = runs_of(self.database, identities)
+        return {
+            name: Status(name, cell, *self._state(runs.get(own, []), holders.get(own), own))
+            for (name, cell), own in zip(cells.items(), identities, strict=True)
+        }
+
+    def _state(self, runs: list[Run], holder: Document | None, identity: str) -> tuple[Any, ...]:
+        """What follows name and cell in `Status`."""
+        if (run := counted(runs, self.redo_changed)) is not None:
+            return COMPLETED, run
+        if holder is not None:
+            where = f"on {holder['host']}, process {holder['process']}"
+            return RUNNING, None, where, holder["scheduler"]
+        if identity in self.ended:
+            state, reason = self.ended[identity]
+            return state, None, reason
+        if not runs or runs[-1]["status"] == "COMPLETED":  # by other code
+            return (PENDING,)
+        state = FAILED if state_of(runs[-1]) == FAILED else INTERRUPTED
+        trace = runs[-1].get("fail_trace") or ["stopped"]
+        return state, None, f"run {runs[-1]['_id']}: {str(trace[-1]).strip()}"
+
+
+def expected_seconds(statuses: Sequence[Status]) -> dict[str, float]:
+    """How long each cell takes: like its complete neighbours, else its budget; NaN: unknown."""
+    known: dict[str, list[float]] = {status.kind: [] for status in statuses}
     for status in statuses:
-        if status.run is not None:
-            known.setdefault(_kind(status.name), []).append(status.run.seconds)
-    answer: dict[str, float | None] = {}
-    for status in statuses:
-        budget = status.cell.settings.get("budget") if status.cell is not None else None
-        like = known.get(_kind(status.name), [])
-        like = like or ([budget + OVERHEAD] if isinstance(budget, (int, float)) else [])
-        answer[status.name] = mean(like) if like else None
-    return answer
+        known[status.kind] += [status.seconds] if status.run else []
+    budgets = {s.name: s.cell.settings.get("budget") if s.cell else None for s in statuses}
+    own = {name: budget + OVERHEAD if isinstance(budget, (int, float)) else math.nan
+           for name, budget in budgets.items()}
+    return {s.name: mean(known[s.kind] or [own[s.name]]) for s in statuses}
 
 
 def remaining(statuses: Sequence[Status], workers: int) -> str:
     """``about 1 h 20 min with 2 workers`` for what is pending or runs."""
     expected = expected_seconds(statuses)
     left = [expected[s.name] for s in statuses if s.state in (PENDING, RUNNING)]
-    known = [seconds for seconds in left if seconds is not None]
+    known = [seconds for seconds in left if not math.isnan(seconds)]
     if left and not known:
         return "of unknown length"
-    unknown = f", and {len(left) - len(known)} of unknown length" if len(known) < len(left) else ""
     # the longest cell is a bound too
-    about = duration(max([sum(known) / max(workers, 1), *known, 0]))
-    return f"about {about} with {workers} worker{'s' * (workers != 1)}{unknown}"
+    least = duration(max([sum(known) / max(workers, 1), *known, 0]))
+    about = "about" if len(known) == len(left) else "at least"
+    return f"{about} {least} with {workers} worker{'s' * (workers != 1)}"
 
 
 def duration(seconds: float) -> str:
-    """``45 s``, ``12 min``, ``3 h 05 min``."""
+    """``45 s``, ``12 min``, ``3 h 05 min``, ``?``."""
+    if math.isnan(seconds):
+        return "?"
+    minutes = round(seconds / 60)
     if seconds < 90:
         return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
@@ -52,11 +233,12 @@ def table(statuses: Sequence[Status]) -> list[str]:
     """A line a cell: state, expected time, name, and its result or its settings."""
     expected = expected_seconds(statuses)
     width = max(len(status.name) for status in statuses)
-    shared = _shared(statuses)
+    known = [status.cell.settings for status in statuses if status.cell is not None]
+    first = sorted(known[0].items()) if len(known) > 1 else []
+    shared = {k: v for k, v in first if all(k in other and other[k] == v for other in known)}
     lines = [f"every run: {describe(shared)}"] if shared else []
     for status in statuses:
-        seconds = status.run.seconds if status.run else expected[status.name]
-        shown = "?" if seconds is None else duration(seconds)
+        shown = duration(status.seconds if status.run else expected[status.name])
         own = ""
         if status.cell is not None and status.run is None:
             other = {k: v for k, v in sorted(status.cell.settings.items()) if k not in shared}
@@ -66,33 +248,13 @@ def table(statuses: Sequence[Status]) -> list[str]:
     return lines
 
 
-def _shared(statuses: Sequence[Status]) -> Settings:
-    """What all cells known so far have in common, if there are several."""
-    cells = [status.cell.settings for status in statuses if status.cell is not None]
-    first = sorted(cells[0].items()) if len(cells) > 1 else []
-    return {k: v for k, v in first if all(k in other and other[k] == v for other in cells)}
-
-
-def choices(board: Board) -> list[str]:
-    """A line a method: what was chosen, and the accuracies it was chosen by."""
-    candidates = {group.name: group.candidates for group in board.plan.groups}
-    return [
-        f"{method}: {describe(candidates[method][index])}, of validation accuracies "
-        + " ".join(f"{100 * accuracy:.1f}" for accuracy in accuracies)
-        for method, (index, accuracies) in board.choices.items()
-    ]
-
-
 def summary(statuses: Sequence[Status], workers: int) -> str:
     """One line: how many cells are in which state, and the time left."""
-    changed = sum(s.run is not None and s.run.changed for s in statuses)
-    parts = []
-    for state in STATES:
-        count = sum(s.state == state for s in statuses)
-        other = f" ({changed} by other code)" if changed and state == COMPLETED else ""
-        parts += [f"{count} {state}{other}"] if count or state == COMPLETED else []
-    left = any(s.state in (PENDING, RUNNING) for s in statuses)
-    time = f": {remaining(statuses, workers)}" if left else ""
+    counts = Counter(status.state for status in statuses)
+    parts = [f"{counts[state]} {state}" for state in STATES if counts[state] or state == COMPLETED]
+    if changed := sum(s.run is not None and s.run["changed"] for s in statuses):
+        parts[0] += f" ({changed} by other code)"
+    time = f": {remaining(statuses, workers)}" if counts[PENDING] + counts[RUNNING] else ""
     return f"{len(statuses)} cells: {', '.join(parts)}{time}"
 
 
@@ -105,15 +267,14 @@ def ended(status: Status) -> str:
 def _detail(status: Status) -> str:
     if (run := status.run) is None:
         return status.note
-    accuracy, half = run.result("test_accuracy"), run.result("test_half_width")
+    accuracy, half = (_result(run).get(f"test_{name}") for name in ("accuracy", "half_width"))
     told = "completed" if accuracy is None else f"test accuracy {100 * accuracy:.1f}"
     told += "" if accuracy is None else " %" if half is None else f" ± {100 * half:.1f} %"
-    repositories = run.document["experiment"].get("repositories") or [{}]
+    repositories = run["experiment"].get("repositories") or [{}]
     commit = repositories[0].get("commit", "")[:7] or "no commit"
-    other = f", other code ({commit})" if run.changed else ""
-    return f"{told}, {duration(run.seconds)}, run {run.document['_id']}{other}"
+    other = f", other code ({commit})" if run["changed"] else ""
+    return f"{told}, {duration(status.seconds)}, run {run['_id']}{other}"
 
 
-def _kind(name: str) -> str:
-    """METHOD/grid or METHOD/final."""
-    return name.rpartition("/")[0]
+def _result(run: Run) -> Mapping[str, Any]:
+    return result if isinstance(result := run.get("result"), dict) else {}

@@ -1,10 +1,10 @@
 """No cell runs twice at a time, on any number of machines and schedulers that share a database.
 
 Invariant: a cell is trained by the process whose token its document in `sweep_locks` holds. The
-document is inserted, replaced and deleted by single atomic updates, each on the token that was
-seen. Besides, holder and training keep a file locked: on one machine a free file says at once that
-both have ended. Elsewhere a holder counts ``beat`` up, and has died when the same number has been
-seen for a whole lease by the watcher's own clock; clocks of two machines are never compared.
+document is replaced and deleted by single atomic updates. Besides, holder and training keep a file
+locked: on one machine a free file says at once that both have ended. Elsewhere a holder counts
+``beat`` up, and has died when the same number has been seen for a whole lease by the watcher's own
+clock; clocks of two machines are never compared.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import platform
 import time
 import uuid
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,68 +46,44 @@ def token_of(database: Database) -> str:
 class Lock:
     """The right to train one cell.
 
-    Args:
-        database: where the runs are.
-        identity: the cell's.
-        scheduler: never runs a cell on two of its workers, so what it gives again was lost.
-
-    Attributes:
-        descriptor: of the locked file, for the training to inherit.
+    A scheduler never runs a cell on two of its workers, so what it gives again was lost.
+    `descriptor` is of the locked file, for the training to inherit; -1 without it.
     """
 
     def __init__(self, database: Database, identity: str, scheduler: str) -> None:
-        self._database, self._path = database, _path(identity)
-        own = {"host": platform.node(), "process": os.getpid(), "beat": 0}
-        self._document = {"_id": identity, "token": uuid.uuid4().hex, "place": _place(),
-                          "scheduler": scheduler, **own}  # fmt: skip
-        self._key = {"_id": identity, "token": self._document["token"]}
-        self.descriptor = -1
+        self._locks, self._path, self.descriptor = _locks(database), _path(identity), -1
+        self._key = {"_id": identity, "token": uuid.uuid4().hex}
+        self._holder = {"place": _place(), "scheduler": scheduler, "host": platform.node(),
+                        "process": os.getpid(), "beat": 0}
 
     def take(self) -> bool:
         """Whether the lock is this one's now; asked again after a failure, it says the same."""
-        if self.descriptor < 0 and not self._take_file():
+        if self.descriptor < 0:
+            self.descriptor = _locked_file(self._path)
+        if self.descriptor < 0:
             return False
-        locks, new = _locks(self._database), self._document
-        there = locks.find_one({"_id": new["_id"]})
-        if there is None:
-            with suppress(DuplicateKeyError):
-                locks.insert_one(new)
-                return True
-            there = locks.find_one({"_id": new["_id"]})
-        if there is not None and any(there[k] == new[k] for k in ("token", "place", "scheduler")):
-            if locks.replace_one({"_id": new["_id"], "token": there["token"]}, new).matched_count:
-                return True
-        self.close()
-        return False
-
-    def _take_file(self) -> bool:
-        while True:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(descriptor), os.stat(self._path)):
-                    self.descriptor = descriptor
-                    return True
-            except BlockingIOError:
-                os.close(descriptor)
-                return False
-            except FileNotFoundError:  # removed by its last holder between the two lines
-                pass
-            os.close(descriptor)
+        # Nobody has it, this one, or one that has died: its file is free, its scheduler gives again
+        own = {"token": self._key["token"], **self._holder}
+        may = [{key: own[key]} for key in ("token", "place", "scheduler")]
+        try:
+            self._locks.replace_one({"_id": self._key["_id"], "$or": may}, own, upsert=True)
+            return True
+        except DuplicateKeyError:
+            self.close()
+            return False
 
     def beat(self) -> bool:
         """Say that this process lives; False if the lock has been taken from it."""
-        return _locks(self._database).update_one(self._key, {"$inc": {"beat": 1}}).matched_count > 0
+        return self._locks.update_one(self._key, {"$inc": {"beat": 1}}).matched_count > 0
 
     def release(self) -> None:
         """Give the lock up, unless it has been taken; then `close` the file."""
-        _locks(self._database).delete_one(self._key)
+        self._locks.delete_one(self._key)
 
     def close(self) -> None:
         """Give the file up, whatever the database has said."""
         if self.descriptor >= 0:
-            self._path.unlink(missing_ok=True)
-            os.close(self.descriptor)
+            _give_up(self._path, self.descriptor)
             self.descriptor = -1
 
 
@@ -116,23 +91,24 @@ class Watch:
     """Who holds which locks, seen from a process that holds none."""
 
     def __init__(self, database: Database) -> None:
-        self._database = database
+        self._locks = _locks(database)
         self._seen: dict[str, tuple[Any, float, float]] = {}
 
     def holders(self, identities: Iterable[str]) -> dict[str, Document]:
         """The locks of these cells; one whose holder has died is removed."""
         found = {}
-        for lock in _locks(self._database).find({"_id": {"$in": list(identities)}}):
+        for lock in self._locks.find({"_id": {"$in": list(identities)}}):
             if self._has_died(lock):
-                key = {name: lock[name] for name in ("_id", "token", "beat")}
-                _locks(self._database).delete_one(key)
+                self._locks.delete_one({name: lock[name] for name in ("_id", "token", "beat")})
             else:
                 found[lock["_id"]] = lock
         return found
 
     def _has_died(self, lock: Document) -> bool:
         if lock["place"] == _place():
-            return _is_free(_path(lock["_id"]))
+            if (descriptor := _locked_file(path := _path(lock["_id"]))) >= 0:
+                _give_up(path, descriptor)
+            return descriptor >= 0
         now, sign = time.monotonic(), (lock["token"], lock["beat"])
         last, since, looked = self._seen.get(lock["_id"], (None, now, now))
         if sign != last or now - looked > LEASE / 4:
@@ -150,10 +126,22 @@ def _path(identity: str) -> Path:
     return data_folder("sweeps") / f"{identity}.lock"
 
 
-def _is_free(path: Path) -> bool:
-    try:
-        with open(path, "rb") as file:
-            fcntl.flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except (BlockingIOError, FileNotFoundError) as error:
-        return isinstance(error, FileNotFoundError)
-    return True
+def _locked_file(path: Path) -> int:
+    """A descriptor that has the file locked; -1 if another process has."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            return -1
+        except FileNotFoundError:  # removed by its last holder between the two lines
+            pass
+        os.close(descriptor)
+
+
+def _give_up(path: Path, descriptor: int) -> None:
+    path.unlink(missing_ok=True)
+    os.close(descriptor)

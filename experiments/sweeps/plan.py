@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import runpy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from experiments.sweeps.cells import Cell, Settings, describe
-from experiments.sweeps.definition import Grid, Sweep
+from experiments.sweeps.definition import Cell, Grid, Settings, Sweep, describe
 from experiments.sweeps.definitions import SWEEPS
 from experiments.tracking import UserError
 from experiments.tracking.errors import nearest
 
 OPTIONS = ("benchmark", "seeds", "grid", "methods")
-GRID_SEED = 0
 
 
 def find_sweep(name: str) -> Sweep:
@@ -24,20 +21,19 @@ def find_sweep(name: str) -> Sweep:
     Raises:
         UserError: there is none.
     """
-    if name.endswith(".py"):
-        if not Path(name).is_file():
-            raise UserError(f"no file {name} that defines a SWEEP")
-        found = runpy.run_path(name).get("SWEEP")
-        if not isinstance(found, Sweep):
-            raise UserError(f"{name} must define SWEEP, an experiments.sweeps.definition.Sweep")
-        return found
-    _known("sweep", name, SWEEPS)
-    return SWEEPS[name]
+    if not name.endswith(".py"):
+        _known("sweep", name, SWEEPS)
+        return SWEEPS[name]
+    if not Path(name).is_file():
+        raise UserError(f"no file {name} that defines a SWEEP")
+    found = runpy.run_path(name).get("SWEEP")
+    if not isinstance(found, Sweep):
+        raise UserError(f"{name} must define SWEEP, an experiments.sweeps.definition.Sweep")
+    return found
 
 
-@dataclass(frozen=True)
-class Group:
-    """One method: the cells of its grid, and those of the final runs of a candidate.
+class Group(NamedTuple):
+    """One method: the cells of its grid, and those of the final runs of each candidate.
 
     Attributes:
         candidates: the grid's settings; their cells are `grid`, empty with one candidate only.
@@ -53,8 +49,7 @@ class Group:
         return list(self.finals[0])
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """All groups of a sweep; the names of cells are METHOD/grid/N and METHOD/final/SEED."""
 
     groups: tuple[Group, ...]
@@ -71,13 +66,10 @@ class Plan:
             UserError: no such cell.
         """
         _known("cell", name, self.names())
-        for group in self.groups:
-            if name in group.grid:
-                return Plan((Group(group.name, (), {name: group.grid[name]}, ({},)),))
-            if name in group.final_names():
-                finals = tuple({name: cells[name]} for cells in group.finals)
-                return Plan((Group(group.name, group.candidates, group.grid, finals),))
-        raise UserError(f"no cell {name!r}")
+        group = next(g for g in self.groups if name in (*g.grid, *g.final_names()))
+        if name in group.grid:
+            return Plan((group._replace(grid={name: group.grid[name]}, finals=({},)),))
+        return Plan((group._replace(finals=tuple({name: f[name]} for f in group.finals)),))
 
 
 def best(accuracies: Sequence[float]) -> int:
@@ -99,21 +91,26 @@ def make_plan(sweep: Sweep, given: Settings) -> Plan:
     Raises:
         UserError: an unknown name, or a setting that a grid searches.
     """
-    options = {key: given[key] for key in OPTIONS if key in given}
     overrides = {key: value for key, value in given.items() if key not in OPTIONS}
-    benchmark = str(options.get("benchmark", next(iter(sweep.benchmarks))))
+    for key in overrides:
+        if key in ("seed", "cell"):
+            raise UserError(f"{key} is set by the sweep; the number of seeds is seeds=N")
+        if "." not in key and (near := nearest(key, OPTIONS)):
+            raise UserError(f"no option {key!r} of a sweep{near}")
+    benchmark = str(given.get("benchmark", next(iter(sweep.benchmarks))))
     _known("benchmark", benchmark, sweep.benchmarks)
-    seeds = options.get("seeds", sweep.seeds)
+    here = sweep.benchmarks[benchmark]
+    seeds = given.get("seeds", sweep.seeds)
     if type(seeds) is not int or seeds < 1:
         raise UserError(f"seeds: expected a number of seeds of at least 1, got {seeds!r}")
-    _check_overrides(overrides)
-    chosen = _methods(sweep, options.get("methods"))
-    grid_name = options.get("grid")
-    if grid_name is not None:
-        _known("grid", str(grid_name), {name for m in sweep.methods.values() for name in m.grids})
-    here = sweep.benchmarks[benchmark]
+    chosen = str(given.get("methods", ",".join(sweep.methods))).replace(" ", "").split(",")
+    for name in chosen:
+        _known("method", name, sweep.methods)
+    grid_name = str(given.get("grid", ""))
+    if "grid" in given:
+        _known("grid", grid_name, {name for m in sweep.methods.values() for name in m.grids})
 
-    def cell(name: str, stage: Settings, candidate: Settings, seed: int = GRID_SEED) -> Cell:
+    def cell(name: str, stage: Settings, candidate: Settings, seed: int = 0) -> Cell:
         method = sweep.methods[name]
         layers = [sweep.settings, here.settings, method.settings, stage]
         layers += [here.methods.get(name, {}), candidate, overrides]
@@ -123,8 +120,12 @@ def make_plan(sweep: Sweep, given: Settings) -> Plan:
 
     def group(name: str) -> Group:
         method = sweep.methods[name]
-        candidates = method.grids.get(grid_name, method.grid) if grid_name else method.grid
-        _check_searched(name, candidates, overrides)
+        candidates = method.grids.get(grid_name, method.grid)
+        for key in {key for candidate in candidates for key in candidate} & overrides.keys():
+            raise UserError(
+                f"{key} is what the grid of {name} searches ({describe(candidates[0])}, ...);"
+                " leave it out, or choose other methods with methods=A,B"
+            )
         first = {**sweep.stage1, **here.stage1}
         final = {**sweep.stage2, **method.final, **here.stage2}
         grid = {f"{name}/grid/{n}": cell(name, first, c) for n, c in enumerate(candidates)}
@@ -134,32 +135,7 @@ def make_plan(sweep: Sweep, given: Settings) -> Plan:
         )
         return Group(name, candidates, grid if len(candidates) > 1 else {}, finals)
 
-    return Plan(tuple(group(name) for name in chosen))
-
-
-def _check_searched(name: str, candidates: Grid, overrides: Settings) -> None:
-    for key in {key for candidate in candidates for key in candidate} & overrides.keys():
-        raise UserError(
-            f"{key} is what the grid of {name} searches ({describe(candidates[0])}, ...);"
-            " leave it out, or choose other methods with methods=A,B"
-        )
-
-
-def _check_overrides(overrides: Settings) -> None:
-    for key in overrides:
-        if key in ("seed", "cell"):
-            raise UserError(f"{key} is set by the sweep; the number of seeds is seeds=N")
-        if "." not in key and (near := nearest(key, OPTIONS)):
-            raise UserError(f"no option {key!r} of a sweep{near}")
-
-
-def _methods(sweep: Sweep, asked: Any) -> list[str]:
-    if asked is None:
-        return list(sweep.methods)
-    names = [name.strip() for name in str(asked).split(",")]
-    for name in names:
-        _known("method", name, sweep.methods)
-    return [name for name in sweep.methods if name in names]
+    return Plan(tuple(group(name) for name in sweep.methods if name in chosen))
 
 
 def _known(kind: str, name: str, known: Iterable[str]) -> None:

@@ -9,62 +9,50 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from distributed.core import Status
+from distributed.worker import get_worker, thread_state
 from pymongo.errors import PyMongoError
 
 from experiments.sweeps import tied
-from experiments.sweeps.cells import COMPLETED, FAILED, INTERRUPTED, RUNNING, Cell
+from experiments.sweeps.definition import COMPLETED, FAILED, INTERRUPTED, RUNNING, Cell
+from experiments.sweeps.listing import Run, counted, patiently, runs_of, state_of
 from experiments.sweeps.lock import LEASE, Lock, token_of
-from experiments.sweeps.records import counted, patiently, runs_of, state_of
 from experiments.tracking import UserError
 from experiments.tracking.database import Database, choose
 from experiments.tracking.embedded import data_folder
 from experiments.tracking.ingredient import REPOSITORY
 from experiments.tracking.uploader import upload_abandoned
 
-ATTEMPTS = 2
-POLL, BEAT = 0.2, 2.0
-NICENESS = 10
+ATTEMPTS, POLL, BEAT, NICENESS = 2, 0.2, 2.0, 10
 GRACE = 30.0
 """Seconds for a training that is told to stop: it brings its record into the database."""
 
-ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 CONFIG, STATE = "config.json", "checkpoint.pt"
 """In a run's folder: `experiments.training.checkpoint`, not imported since it needs torch."""
 
-TAIL = 20_000
-_locked_here: set[str] = set()
 
-
-@dataclass(frozen=True)
-class Order:
-    """What a worker is told; the same from two clients that want the same cell.
-
-    Attributes:
-        mongo: Sacred's -m, as each worker is to read it.
-        database: `token_of` the sweep's database.
-        scheduler: its id.
-        log: file for what the training prints, on the worker's machine.
-        redo: whether a run of other code does not count.
-    """
+class Order(NamedTuple):
+    """What a worker is told; the same from two clients that want the same cell."""
 
     cell: Cell
-    mongo: str | None
-    database: str
-    scheduler: str
-    log: str
-    redo: bool
+    mongo: str | None  # Sacred's -m, as each worker is to read it
+    database: str  # `token_of` the sweep's database
+    scheduler: str  # its id
+    log: str  # file for what the training prints, on the worker's machine
+    redo: bool  # whether a run of other code does not count
 
 
 def run_cell(order: Order) -> tuple[str, str]:
@@ -72,7 +60,6 @@ def run_cell(order: Order) -> tuple[str, str]:
 
     RUNNING: somebody else has its lock.
     """
-    wanted = _asked_by_dask()
     try:
         with closing(Database(choose(order.mongo))) as database:
             if patiently(database, partial(token_of, database)) != order.database:
@@ -80,95 +67,91 @@ def run_cell(order: Order) -> tuple[str, str]:
                     f"this worker's database is {database.label}, not the sweep's; expected one"
                     " MongoDB for all machines: set L2L_IMPLICIT_MONGO_URL, or give -m"
                 )
-            with _locked(database, order) as lock:
-                return (RUNNING, "") if lock is None else _Attempts(database, order, lock, wanted)()
+            with closing(Lock(database, order.cell.identity, order.scheduler)) as lock:
+                if not patiently(database, lock.take):
+                    return RUNNING, ""
+                ended = _Attempts(database, order, lock).run()
+                patiently(database, lock.release)
+                return ended
     except (UserError, PyMongoError) as error:
         return INTERRUPTED, f"no database: {' '.join(str(error).split())}"
 
 
-def trains_here() -> bool:
-    """Whether this process has a cell in its hands."""
-    return bool(_locked_here)
-
-
-def _asked_by_dask() -> Callable[[], bool]:
-    """Whether this task is still wanted: by a client, of a worker that goes on."""
-    from distributed.core import Status
-    from distributed.worker import get_worker, thread_state
-
-    worker, key = get_worker(), thread_state.key
-
-    def wanted() -> bool:
-        task = worker.state.tasks.get(key)
-        return worker.status == Status.running and task is not None and task.state != "cancelled"
-
-    return wanted
-
-
-@contextmanager
-def _locked(database: Database, order: Order) -> Iterator[Lock | None]:
-    lock = Lock(database, order.cell.identity, order.scheduler)
-    try:
-        if not patiently(database, lock.take):
-            yield None
-            return
-        _locked_here.add(order.cell.identity)
-        yield lock
-        patiently(database, lock.release)
-    finally:
-        lock.close()
-        _locked_here.discard(order.cell.identity)
-
-
 class _Attempts:
-    def __init__(self, database: Database, order: Order, lock: Lock,
-                 wanted: Callable[[], bool]) -> None:
-        self._database, self._order, self._lock, self._wanted = database, order, lock, wanted
+    """A cell's trainings, one after the other, each in a process that dies with this one."""
+
+    def __init__(self, database: Database, order: Order, lock: Lock) -> None:
+        self._database, self._order, self._lock = database, order, lock
+        self._worker, self._key = get_worker(), thread_state.key
         self._log = Path(order.log)
         self._log.parent.mkdir(parents=True, exist_ok=True)
         self._logger = logging.Logger("sweep")
         self._logger.addHandler(logging.FileHandler(self._log, delay=True))
 
-    def __call__(self) -> tuple[str, str]:
-        state, reason = patiently(self._database, self._look), ""
-        anew = state == FAILED  # after an error of its own
+    def run(self) -> tuple[str, str]:
+        """Until the cell is completed, or is not to be tried again: its state, and why."""
+        state, reason = self._look(), ""
         for _ in range(ATTEMPTS):
             if state == COMPLETED:
                 break
-            checkpoint = None if anew else self._checkpoint()
-            training = _Training(command(self._order.cell, self._order.mongo, checkpoint),
-                                 self._log, self._lock.descriptor)  # fmt: skip
+            checkpoint = None if state == FAILED else self._checkpoint()
+            training, start = self._start(checkpoint)
             stopped = self._watch(training)
-            state = patiently(self._database, self._look)
-            if state == COMPLETED:
-                break
+            if self._look() == COMPLETED:
+                return COMPLETED, ""
             if stopped:
                 return INTERRUPTED, stopped
-            state, reason = training.explain()
-            if state == FAILED and (checkpoint is None or anew):
+            state, reason = how_it_ended(training.returncode, self._log, start)
+            if state == FAILED and checkpoint is None:
                 break
-            anew = state == FAILED
-        return state, "" if state == COMPLETED else reason
+        return state, reason
 
     def _look(self) -> str:
-        """The cell's state in the database, killed runs of this machine included."""
-        upload_abandoned(self._database, data_folder("journals"), self._logger)
+        """Completed, failed, or to go on, with the killed runs of this machine in the database."""
         identity = self._order.cell.identity
-        self._runs = runs_of(self._database, [identity]).get(identity, [])
+
+        def ask() -> list[Run]:
+            upload_abandoned(self._database, data_folder("journals"), self._logger)
+            return runs_of(self._database, [identity]).get(identity, [])
+
+        self._runs = patiently(self._database, ask)
         if counted(self._runs, self._order.redo) is not None:
             return COMPLETED
-        state = state_of(self._runs[-1].document if self._runs else None)
-        return INTERRUPTED if state == COMPLETED else state
+        newest = self._runs[-1] if self._runs else {"status": "none"}
+        return FAILED if state_of(newest) == FAILED else INTERRUPTED
 
     def _checkpoint(self) -> Path | None:
         """Where a run that was stopped, of the code that is here, may go on."""
-        stopped = [r for r in self._runs if not r.changed and state_of(r.document) != FAILED]
-        return find_checkpoint(self._order.cell, [run.document["_id"] for run in reversed(stopped)])
+        stopped = [r for r in self._runs if not r["changed"] and state_of(r) != FAILED]
+        return find_checkpoint(self._order.cell, [run["_id"] for run in reversed(stopped)])
 
-    def _watch(self, training: _Training) -> str:
+    def _start(self, checkpoint: Path | None) -> tuple[subprocess.Popen[bytes], int]:
+        """The process, from its start or a checkpoint, and where in the log its output begins."""
+        cell, mongo = self._order.cell, self._order.mongo
+        option = [] if mongo is None else ["-m", mongo]
+        words = [sys.executable, tied.__file__, cell.module, *option]
+        words += ["with", *cell.arguments()] if checkpoint is None else [f"resume={checkpoint}"]
+        with open(self._log, "ab") as output:
+            output.write(f"$ {shlex.join(words)}\n".encode())
+            output.flush()
+            start = output.tell()
+            process = subprocess.Popen(
+                words, stdin=subprocess.PIPE, stdout=output, stderr=output, env=environment(),
+                pass_fds=(self._lock.descriptor,), start_new_session=True,
+            )
+            os.setpriority(os.PRIO_PROCESS, process.pid, NICENESS)
+            return process, start
+
+    def _wanted(self) -> bool:
+        """Whether Dask still asks for this task: a client does, of a worker that goes on."""
+        task = self._worker.state.tasks.get(self._key)
+        going = self._worker.status == Status.running
+        return going and task is not None and task.state != "cancelled"
+
+    def _watch(self, training: subprocess.Popen[bytes]) -> str:
         """Until the training ends, or is stopped; why it was stopped."""
         beaten = tried = time.monotonic()
-        while training.wait(POLL) is None:
+        while not _ends(training, POLL):
             now, held = time.monotonic(), True
             if now - tried > BEAT:
                 tried = now
@@ -178,11 +161,22 @@ class _Attempts:
                     with suppress(UserError):  # not yet
                         self._database.revive()
             reasons = {"stopped": not self._wanted(), "another machine has taken it": not held,
-                       "the database is away": now - beaten > 0.8 * LEASE}  # fmt: skip
-            if stopped := next((why for why, so in reasons.items() if so), ""):
-                training.stop()
-                return stopped
+                       "the database is away": now - beaten > 0.8 * LEASE}
+            if reason := next((why for why, so in reasons.items() if so), ""):
+                for number in (signal.SIGTERM, signal.SIGKILL):
+                    with suppress(ProcessLookupError):
+                        os.killpg(training.pid, number)
+                    if _ends(training, GRACE):
+                        break
+                return reason
         return ""
+
+
+def _ends(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Whether it does within this time."""
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    return process.returncode is not None
 
 
 def environment() -> dict[str, str]:
@@ -190,13 +184,6 @@ def environment() -> dict[str, str]:
     path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
     own = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "30"}
     return {**os.environ, **ONE_THREAD, **own}
-
-
-def command(cell: Cell, mongo: str | None, checkpoint: Path | None) -> list[str]:
-    """The cell's run, from its start or a checkpoint, recorded in the sweep's database."""
-    option = [] if mongo is None else ["-m", mongo]
-    what = ["with", *cell.arguments()] if checkpoint is None else [f"resume={checkpoint}"]
-    return [sys.executable, tied.__file__, cell.module, *option, *what]
 
 
 def find_checkpoint(cell: Cell, run_ids: Sequence[Any]) -> Path | None:
@@ -211,54 +198,21 @@ def find_checkpoint(cell: Cell, run_ids: Sequence[Any]) -> Path | None:
     return None
 
 
-class _Training:
-    """The process of one cell; it dies with this one.
+def how_it_ended(status: int, log: Path, start: int) -> tuple[str, str]:
+    """State and reason of what did not complete: a signal is a death from outside, no failure."""
+    number = -status if status < 0 else status - 128
+    if number in set(signal.Signals):
+        return INTERRUPTED, f"killed by {signal.Signals(number).name}"
+    if status == 0:
+        return FAILED, "it ended well, but no completed run of this cell is in the database"
+    with open(log, "rb") as file:
+        file.seek(max(start, log.stat().st_size - 20_000))
+        text = file.read().decode(errors="replace")
+    return FAILED, f"exit status {status}: {last_line(text)}"
 
-    Args:
-        lock: descriptor of the lock's file, which counts as held while this lives.
-    """
 
-    def __init__(self, words: Sequence[str], log: Path, lock: int) -> None:
-        self._log = log
-        with open(log, "ab") as output:
-            output.write(f"$ {shlex.join(words)}\n".encode())
-            output.flush()
-            self._start = output.tell()
-            self._process = subprocess.Popen(
-                words, stdin=subprocess.PIPE, stdout=output, stderr=output, env=environment(),
-                pass_fds=(lock,), start_new_session=True,
-            )  # fmt: skip
-        os.setpriority(os.PRIO_PROCESS, self._process.pid, NICENESS)
-
-    def wait(self, seconds: float) -> int | None:
-        """The exit status, None if it still runs after this time."""
-        try:
-            return self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return None
-
-    def stop(self) -> None:
-        """SIGTERM, SIGKILL to what has not ended after `GRACE`."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, number)
-            if self.wait(GRACE) is not None:
-                return
-
-    def explain(self) -> tuple[str, str]:
-        """How it ended without completing: a signal is a death from outside, no failure."""
-        status = self._process.returncode
-        number = -status if status < 0 else status - 128
-        if number in set(signal.Signals):
-            return INTERRUPTED, f"killed by {signal.Signals(number).name}"
-        if status == 0:
-            return FAILED, "it ended well, but no completed run of this cell is in the database"
-        return FAILED, f"exit status {status}: {self._last_line()}"
-
-    def _last_line(self) -> str:
-        with open(self._log, "rb") as file:
-            file.seek(max(self._start, self._log.stat().st_size - TAIL))
-            text = file.read().decode(errors="replace")
-        lines = [line.strip() for line in text.replace("\r", "\n").split("\n") if line.strip()]
-        errors = [line for line in lines if line.startswith("error: ")]
-        return (errors or lines or ["it printed nothing"])[-1]
+def last_line(text: str) -> str:
+    """The last error among a program's lines, else the last line."""
+    lines = [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    return (errors or lines or ["it printed nothing"])[-1]

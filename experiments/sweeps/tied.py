@@ -16,7 +16,6 @@ import sys
 import threading
 
 PR_SET_PDEATHSIG = 1
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def _die_with_starter() -> None:
@@ -27,7 +26,7 @@ def _die_with_starter() -> None:
 
 
 if __name__ == "__main__":
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # a worker blocks them, and this inherits
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # a worker blocks some, and this inherits
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     threading.Thread(target=_die_with_starter, daemon=True).start()

@@ -18,16 +18,12 @@ from distributed import Client
 from distributed.comm import connect
 from docs_blocks import blocks
 from sweep_process import Place, complete, parent
-from toy_process import ROOT, finish, is_alive, read_until, wait_for
-
-from experiments.tracking import supervisor
-from experiments.tracking.supervisor import free_port
+from toy_process import ROOT, finish, free_port, is_alive, read_until, server_process, wait_for
 
 pytest_plugins = ("sweep_fixtures",)
 pytestmark = pytest.mark.slow
 
 RESUMED = str(ROOT / "tests" / "helpers" / "resumed_sweep.py")
-
 
 # Pickled by value: a scheduler cannot import this file.
 WANTED = eval(
@@ -166,13 +162,18 @@ def test_a_sweep_killed_twice_loses_nothing_and_runs_nothing_twice(
     assert database["sweep_locks"].distinct("_id") == ["database"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def not_by_nohup() -> None:
+    """What these tests may be run by, and a sweep respects."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_stopped_sweep_brings_its_trainings_home(
     place: Place, database: Any, number: signal.Signals
 ) -> None:
     """As from a terminal or a batch system: every process of the sweep's group gets the signal."""
     sweep = place.start("methods=plain", "seeds=2", "hold=True", "--workers", "2",
-                        start_new_session=True)  # fmt: skip
+                        start_new_session=True, preexec_fn=not_by_nohup)  # fmt: skip
     held(place, database, 2)
     wait_for(lambda: statuses(database) == ["RUNNING"] * 2)
     os.killpg(sweep.pid, number)
@@ -320,8 +321,7 @@ def test_a_sweep_waits_for_its_first_worker(place: Place, database: Any) -> None
 def test_a_database_that_goes_away_costs_nothing(place: Place, database: Any) -> None:
     sweep = place.start("methods=plain", "seeds=2", "hold=True", "--workers", "1")
     held(place, database, 1)
-    server = supervisor.read_server_file(place.folder / "data" / "mongodb")["server"]
-    os.kill(server, signal.SIGKILL)
+    os.kill(server_process(place.folder / "data"), signal.SIGKILL)
     place.let_end(2)
     code, output = finish(sweep)
     assert code == 0, output
@@ -358,7 +358,7 @@ QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 
 def test_the_two_machines_of_the_docs(place: Place, database: Any) -> None:
-    port = str(free_port(None))
+    port = str(free_port())
     lines = of_the_docs(place, 0, HOST="127.0.0.1", **{"8786": port})
     for line in lines[:2]:
         place.popen(line, **QUIET)

@@ -16,7 +16,7 @@ from bson import ObjectId
 from gridfs import GridFS
 from sacred.utils import set_by_dotted_path
 
-from experiments.sweeps.cells import Cell
+from experiments.sweeps.definition import Cell
 from experiments.sweeps.plan import Plan
 from experiments.tracking.uploader import index_metrics
 

@@ -17,10 +17,10 @@ TOY = str(ROOT / "tests" / "helpers" / "toy_sweep.py")
 class Place:
     """A working folder with the database below it; sweeps of the toy training run in it."""
 
-    def __init__(self, folder: Path, **variables: str) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.env = environment(folder / "data", **variables)
-        self.env["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests' / 'helpers'}"
+        path = f"{ROOT}:{ROOT / 'tests' / 'helpers'}"
+        self.env = environment(folder / "data", PYTHONPATH=path)
         self._started: list[subprocess.Popen[str]] = []
 
     def start(self, *arguments: str, sweep: str = TOY, **options: Any) -> subprocess.Popen[str]:

@@ -17,7 +17,7 @@ from docs_blocks import ROOT, blocks, commands, pages
 
 import experiments.sweep
 from experiments.benchmark.cases import select
-from experiments.sweeps.cells import parse_settings
+from experiments.sweeps.definition import parse_settings
 from experiments.sweeps.plan import find_sweep, make_plan
 from experiments.tracking import UserError
 

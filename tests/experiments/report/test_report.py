@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from report_runs import CURVE, WORDS, Recorder, finals, grid, markdown, row, rows
 
-from experiments.sweeps.cells import Cell
+from experiments.sweeps.definition import Cell
 from experiments.sweeps.plan import Plan
 
 pytest_plugins = ("report_fixtures",)

@@ -12,13 +12,19 @@ import pytest
 
 from experiments import sweep
 from experiments.sweeps import lock as locks
-from experiments.sweeps.cells import Cell, format_value, parse_settings, parse_value
-from experiments.sweeps.definition import Benchmark, Method, Sweep
+from experiments.sweeps.definition import (
+    Benchmark,
+    Cell,
+    Method,
+    Sweep,
+    format_value,
+    parse_settings,
+    parse_value,
+)
 from experiments.sweeps.definitions import SWEEPS
-from experiments.sweeps.listing import duration
+from experiments.sweeps.listing import duration, state_of
 from experiments.sweeps.lock import Lock, Watch, token_of
-from experiments.sweeps.plan import best, find_sweep, make_plan
-from experiments.sweeps.records import state_of
+from experiments.sweeps.plan import Plan, best, find_sweep, make_plan
 from experiments.sweeps.run import find_checkpoint
 from experiments.tracking import UserError
 from experiments.tracking.database import Choice, Database
@@ -26,6 +32,12 @@ from experiments.tracking.database import Choice, Database
 
 def cell(**settings: object) -> Cell:
     return Cell("experiments.train", ("glyphs", "anil"), settings)
+
+
+def cells_of(plan: Plan) -> tuple[list[Cell], list[Cell]]:
+    """Those of the grids, and those of the final runs of every candidate."""
+    grids = [c for group in plan.groups for c in group.grid.values()]
+    return grids, [c for group in plan.groups for part in group.finals for c in part.values()]
 
 
 def test_the_identity_is_of_what_is_run_not_of_where() -> None:
@@ -49,8 +61,7 @@ def test_every_definition_gives_different_cells(name: str) -> None:
     for benchmark in SWEEPS[name].benchmarks:
         for grid in ({}, {"grid": "paper"}) if name == "yang_table1" else ({},):
             plan = make_plan(SWEEPS[name], {"benchmark": benchmark, **grid})
-            grids = [c for g in plan.groups for c in g.grid.values()]
-            finals = [c for g in plan.groups for part in g.finals for c in part.values()]
+            grids, finals = cells_of(plan)
             for cells in (grids, finals):
                 assert len({c.identity for c in cells}) == len(cells)
             assert all(type(c.settings["seed"]) is int for c in grids + finals)
@@ -64,8 +75,7 @@ def test_the_comparison_is_fair(benchmark: str) -> None:
     for method in SWEEPS["accuracy"].methods.values():
         assert [len(c) for c in method.grid] == [1, 1, 2]
         assert [c for c in method.grid if "meta_lr" in c] == [method.grid[2]]
-    grids = [cell for group in plan.groups for cell in group.grid.values()]
-    finals = [c for g in plan.groups for part in g.finals for c in part.values()]
+    grids, finals = cells_of(plan)
     for cells in (grids, finals):
         assert len({(c.settings["budget"], c.settings["meta_batch"]) for c in cells}) == 1
     assert finals[0].settings["budget"] == 2 * grids[0].settings["budget"]
@@ -87,11 +97,10 @@ def test_a_benchmark_may_have_budgets_of_its_own() -> None:
 
 def test_settings_of_the_command_line_reach_every_cell() -> None:
     plan = make_plan(SWEEPS["accuracy"], {"methods": "anil", "budget": 9, "tasks.root": "data"})
-    (group,) = plan.groups
-    cells = [*group.grid.values(), *(c for part in group.finals for c in part.values())]
-    assert {(c.settings["budget"], c.settings["tasks.root"]) for c in cells} == {(9, "data")}
-    inner = [c.settings.get("algorithm.lr") for c in group.grid.values()]
-    assert inner == [0.1, 0.03, 0.1]
+    grid, finals = cells_of(plan)
+    set_here = {(c.settings["budget"], c.settings["tasks.root"]) for c in grid + finals}
+    assert set_here == {(9, "data")}
+    assert [c.settings["algorithm.lr"] for c in grid] == [0.1, 0.03, 0.1]
 
 
 TOP_LEVEL = ("iterations", "meta_batch", "meta_lr", "budget", "validate_every", "test_tasks",
@@ -134,6 +143,16 @@ def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Databa
     database.close()
 
 
+def taken_elsewhere(database: Database, monkeypatch: pytest.MonkeyPatch) -> Lock:
+    """The lock of cell c1, held by scheduler s on another machine, where its file is too."""
+    monkeypatch.setattr(locks, "_place", lambda: "elsewhere")
+    holder = Lock(database, "c1", "s")
+    assert holder.take()
+    monkeypatch.setattr(locks, "_place", lambda: "here")
+    os.close(holder.descriptor)
+    return holder
+
+
 def test_a_lock_has_one_holder(database: Database) -> None:
     first, second = Lock(database, "c1", "s"), Lock(database, "c1", "s")
     assert first.take() and not second.take()
@@ -160,11 +179,7 @@ def test_a_silent_holder_elsewhere_loses_its_lock_after_a_whole_lease(
 ) -> None:
     now = [0.0]
     monkeypatch.setattr(locks, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(locks, "_place", lambda: "elsewhere")
-    holder = Lock(database, "c1", "s")
-    assert holder.take()
-    monkeypatch.setattr(locks, "_place", lambda: "here")
-    os.close(holder.descriptor)  # its file is on the other machine
+    holder = taken_elsewhere(database, monkeypatch)
     other, watch = Lock(database, "c1", "another"), Watch(database)
     for _ in range(12):
         now[0] += locks.LEASE / 5
@@ -185,11 +200,7 @@ def test_a_silent_holder_elsewhere_loses_its_lock_after_a_whole_lease(
 def test_a_scheduler_gives_again_what_its_lost_worker_held(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(locks, "_place", lambda: "elsewhere")
-    lost = Lock(database, "c1", "s")
-    assert lost.take()
-    monkeypatch.setattr(locks, "_place", lambda: "here")
-    os.close(lost.descriptor)
+    lost = taken_elsewhere(database, monkeypatch)
     assert not Lock(database, "c1", "another").take()
     assert Lock(database, "c1", "s").take() and not lost.beat()
 
@@ -209,7 +220,6 @@ KILLED = ["killed: the process ended without a word (kill -9, out of memory, pow
 @pytest.mark.parametrize(
     ("run", "state"),
     [
-        (None, "pending"),
         ({"status": "RUNNING"}, "running"),
         ({"status": "COMPLETED"}, "completed"),
         ({"status": "INTERRUPTED"}, "interrupted"),
@@ -219,13 +229,8 @@ KILLED = ["killed: the process ended without a word (kill -9, out of memory, pow
         ({"status": "TIMEOUT"}, "interrupted"),
     ],
 )
-def test_states_are_those_of_sacred(run: dict[str, object] | None, state: str) -> None:
+def test_states_are_those_of_sacred(run: dict[str, object], state: str) -> None:
     assert state_of(run) == state
-
-
-def test_the_first_of_the_best_is_chosen() -> None:
-    assert best([0.5, 0.7, 0.7]) == 1
-    assert best([-math.inf, 0.2]) == 1, "a diverged setting never wins"
 
 
 def test_a_checkpoint_is_found_by_its_cell(tmp_path: Path) -> None:
@@ -241,6 +246,8 @@ def test_a_checkpoint_is_found_by_its_cell(tmp_path: Path) -> None:
 
 
 def test_small_things() -> None:
+    assert best([0.5, 0.7, 0.7]) == 1
+    assert best([-math.inf, 0.2]) == 1, "a diverged setting never wins"
     assert [duration(s) for s in (3.2, 600, 11100)] == ["3 s", "10 min", "3 h 05 min"]
     with pytest.raises(UserError, match="must define SWEEP"):
         find_sweep(__file__)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from experiments.papers.hypergradient.problems import Classification, Problem, Regression, methods
+from experiments.papers.hypergradient import Classification, Problem, Regression, methods
 from experiments.tracking import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
@@ -116,7 +116,7 @@ def test_methods_by_name() -> None:
 def test_the_command_records_every_curve(
     tmp_path: Path, points: dict[tuple[str, int], float]
 ) -> None:
-    from experiments.papers.hypergradient.__main__ import ex
+    from experiments.papers.hypergradient import ex
 
     changes = {"inner_steps": [1, 30], "regression_sizes": [4], "output": str(tmp_path)}
     options = {"--unobserved": True, "--loglevel": "ERROR"}
@@ -141,7 +141,7 @@ def test_the_command_records_every_curve(
     ],
 )
 def test_a_wrong_setting_is_one_line(changes: dict[str, object], message: str) -> None:
-    from experiments.papers.hypergradient.__main__ import ex
+    from experiments.papers.hypergradient import ex
 
     with pytest.raises(UserError, match=message):
         ex.run(config_updates=changes, options={"--unobserved": True, "--loglevel": "ERROR"})

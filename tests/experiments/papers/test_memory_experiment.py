@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from experiments.papers.memory.measure import (
+from experiments.papers.memory import (
     RAJESWARAN,
     YANG,
     Effort,
@@ -74,9 +74,9 @@ def test_every_method_learns(name: str) -> None:
 def test_methods_are_those_of_the_papers() -> None:
     assert {name.split("/")[0] for name in YANG} == {"rm_metal", "maml", "anil", "itd_bio"}
     for name in ("rm_metal", "anil", "itd_bio"):
-        assert YANG[f"{name}/as_published"].changes["features"] == "as_published"
-        assert "features" not in YANG[f"{name}/cached"].changes
-    assert {method.name for method in RAJESWARAN.values()} == {"imaml_gd", "maml", "fomaml"}
+        assert YANG[f"{name}/as_published"]["features"] == "as_published"
+        assert "features" not in YANG[f"{name}/cached"]
+    assert {method["name"] for method in RAJESWARAN.values()} == {"imaml_gd", "maml", "fomaml"}
 
 
 def test_what_does_not_fit_is_left_out() -> None:
@@ -98,7 +98,7 @@ def test_the_forecast_is_a_straight_line() -> None:
 def test_the_command_records_every_curve(
     tmp_path: Path, points: dict[tuple[str, int], float]
 ) -> None:
-    from experiments.papers.memory.__main__ import ex
+    from experiments.papers.memory import ex
 
     changes = {
         "hidden": 8, "pixels": 16, "ways": 3, "shots": 2, "queries": 2, "inner_steps": [1, 5],
@@ -129,7 +129,7 @@ def test_the_command_records_every_curve(
     ],
 )
 def test_a_wrong_setting_is_one_line(changes: dict[str, object], message: str) -> None:
-    from experiments.papers.memory.__main__ import ex
+    from experiments.papers.memory import ex
 
     with pytest.raises(UserError, match=message):
         ex.run(config_updates=changes, options={"--unobserved": True, "--loglevel": "ERROR"})

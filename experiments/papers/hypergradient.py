@@ -1,28 +1,77 @@
-r"""Two tasks with an exact hypergradient, and the learners that approximate it.
+r"""The error of the hypergradient over inner steps: Rajeswaran et al. (2019), Figure 2a.
+
+    python -m experiments.papers.hypergradient
+    python -m experiments.papers.hypergradient with quick
+
+On an ill-conditioned linear regression iMAML against MAML, as in the paper; on a logistic head
+Algorithm 1 of Yang et al. (2025) against iterative differentiation.
 
 The inner objective of both is :math:`\text{loss}(\theta, \phi) + \tfrac{l_2}{2} \|\phi - a\|^2`,
 in float64. In the regression theta is the initial value of phi and the anchor a; in the
 classification it is the feature extractor, and a = 0.
 """
 
+# ruff: noqa: F841  (Sacred reads a config function's local variables)
+
 from __future__ import annotations
 
 import copy
+import math
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.func import grad, hessian, jacrev
-from torch.nn.functional import cross_entropy, mse_loss, one_hot
+from torch.nn.functional import cross_entropy, mse_loss
+from tqdm import tqdm
 
 from experiments.ingredients.algorithm import solvers
-from l2l_implicit import ImplicitCGHead, ImplicitMAML
+from experiments.ingredients.model import use_threads, within_limits
+from experiments.report.paper_figures import Curve, draw_errors
+from experiments.tracking import TrackedExperiment, record
+from experiments.tracking.config import Count, Counts, Positive, RunSettings, Seed, Text, Threads
+from experiments.training.outcome import new_folder
+from l2l_implicit import ImplicitCGHead, ImplicitMAML, UnsolvedWarning
 from l2l_implicit.baselines import UnrolledMAML
 
 CG_TOL = 1e-14  # all conjugate gradient steps are taken
 IGNORED = 1e300  # error above which a learner would warn: here it is what is measured
+LEAST = 1e-17  # below rounding: an error that is zero has a logarithm too
+
+
+class HypergradientSettings(RunSettings):
+    """The settings of this experiment."""
+
+    problems: Count = 3  # drawn anew; errors are their geometric mean
+    inner_steps: Counts = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]  # K
+    cg_steps: Counts = [2, 5, 10]  # N of iMAML
+    head_cg_steps: Counts = [2, 5, 10, 20]  # N of Algorithm 1
+    # parameters; conjugate gradient is exact after as many steps
+    regression_sizes: Counts = [5, 20]
+    # largest over smallest eigenvalue of the regression, without regulariser
+    spread: Annotated[float, Field(ge=1)] = 1000.0
+    regression_l2: Positive = 0.01  # iMAML's lambda
+    ways: Count = 5  # of the classification
+    shots: Count = 5  # of the classification
+    width: Count = 16  # features
+    classification_l2: Positive = 0.01  # of the heads
+    threads: Threads = 1  # of torch; 0 leaves torch's own choice
+    seed: Seed = 0  # of the problems
+    output: Text = "runs"  # the folder of the picture
+
+
+ex = TrackedExperiment("hypergradient", settings=HypergradientSettings)
+
+
+@ex.named_config
+def quick() -> None:
+    """One problem of each kind, at most 200 inner steps: seconds."""
+    problems = 1
+    inner_steps = [1, 5, 20, 50, 200]
 
 
 class Problem(ABC):
@@ -60,6 +109,10 @@ class Problem(ABC):
             penalty: the regulariser is in the loss (an unrolled learner has none of its own).
         """
 
+    def _learner(self, kind: type, module: nn.Module, cg_steps: int) -> Any:
+        found = solvers(step="gradient", cg_steps=cg_steps, cg_tol=CG_TOL)
+        return kind(module, self.lr, l2=self.l2, max_error=IGNORED, **found)
+
 
 class Regression(Problem):
     r"""Ill-conditioned linear regression with one output, anchored at theta as in iMAML.
@@ -89,9 +142,7 @@ class Regression(Problem):
         self.theta = draw(size)
 
     def implicit(self, cg_steps: int) -> Any:
-        return ImplicitMAML(
-            self._module(), self.lr, l2=self.l2, max_error=IGNORED, **_gradient_steps(cg_steps)
-        )
+        return self._learner(ImplicitMAML, self._module(), cg_steps)
 
     def unrolled(self) -> Any:
         return UnrolledMAML(self._module(), self.lr)
@@ -101,8 +152,7 @@ class Regression(Problem):
         m, n = self.support.shape
         curvature = self.support.T @ self.support / m + self.l2 * torch.eye(n).double()
         right = self.support.T @ self.targets / m + self.l2 * self.theta
-        solution = torch.linalg.solve(curvature, right)
-        residual = self.query @ solution - self.query_targets
+        residual = self.query @ torch.linalg.solve(curvature, right) - self.query_targets
         slope = self.query.T @ residual / len(self.query)
         return self.l2 * torch.linalg.solve(curvature, slope)
 
@@ -112,15 +162,14 @@ class Regression(Problem):
 
         def inner() -> Tensor:
             loss = 0.5 * mse_loss(clone(self.support)[:, 0], self.targets)
-            if not penalty:
-                return loss
-            (phi,) = clone.module.parameters()
-            return loss + 0.5 * self.l2 * (phi - theta).square().sum()
+            if penalty:
+                (phi,) = clone.module.parameters()
+                loss = loss + 0.5 * self.l2 * (phi - theta).square().sum()
+            return loss
 
         clone.adapt(inner, steps=steps)
         outer = 0.5 * mse_loss(clone(self.query)[:, 0], self.query_targets)
-        (hypergradient,) = torch.autograd.grad(outer, [theta])
-        return hypergradient[0]
+        return torch.autograd.grad(outer, [theta])[0][0]
 
     def _module(self) -> nn.Linear:
         module = nn.Linear(len(self.theta), 1, bias=False, dtype=torch.float64)
@@ -152,10 +201,7 @@ class Classification(Problem):
         self.lr, self.condition = 1.0 / largest, largest / l2
 
     def implicit(self, cg_steps: int) -> Any:
-        return ImplicitCGHead(
-            copy.deepcopy(self.head), self.lr, l2=self.l2, max_error=IGNORED,
-            **_gradient_steps(cg_steps),
-        )  # fmt: skip
+        return self._learner(ImplicitCGHead, copy.deepcopy(self.head), cg_steps)
 
     def unrolled(self) -> Any:
         return UnrolledMAML(copy.deepcopy(self.head), self.lr, learn_init=False)
@@ -175,48 +221,40 @@ class Classification(Problem):
 
         def inner() -> Tensor:
             loss = cross_entropy(clone(support), self.labels)
-            if not penalty:
-                return loss
-            return loss + 0.5 * self.l2 * clone.module.weight.square().sum()
+            if penalty:
+                loss = loss + 0.5 * self.l2 * clone.module.weight.square().sum()
+            return loss
 
         clone.adapt(inner, steps=steps)
         outer = cross_entropy(clone(query), self.labels)
-        (hypergradient,) = torch.autograd.grad(outer, [self.layer])
-        return hypergradient.reshape(-1)
+        return torch.autograd.grad(outer, [self.layer])[0].reshape(-1)
 
     def _solve(self, layer: Tensor) -> Tensor:
-        """The inner solution by Newton's method from zero, to rounding; the problem is convex."""
+        """The inner solution by Newton's method from zero, to rounding; the problem is convex.
+
+        A step is halved until the objective does not rise beyond rounding.
+        """
         phi = torch.zeros(self.head.weight.numel()).double()
         for _ in range(50):
             slope = grad(self._inner)(phi, layer)
             if slope.norm() < 1e-14:
                 break
-            direction = torch.linalg.solve(hessian(self._inner)(phi, layer), slope)
-            phi = phi - self._length(phi, direction, layer) * direction
+            step, here = torch.linalg.solve(hessian(self._inner)(phi, layer), slope), phi
+            limit, phi = float(self._inner(here, layer)) + 1e-13, here - step
+            while float(self._inner(phi, layer)) > limit and step.norm() > 1e-12:
+                step = 0.5 * step
+                phi = here - step
         return phi
 
-    def _length(self, phi: Tensor, direction: Tensor, layer: Tensor) -> float:
-        """1, halved until the objective does not rise beyond rounding."""
-        here, length = float(self._inner(phi, layer)), 1.0
-        while float(self._inner(phi - length * direction, layer)) > here + 1e-13 and length > 1e-6:
-            length *= 0.5
-        return length
-
     def _inner(self, phi: Tensor, layer: Tensor) -> Tensor:
-        loss = self._loss(phi, torch.tanh(self.inputs[0] @ layer))
-        return loss + 0.5 * self.l2 * phi.square().sum()
+        return self._loss(phi, layer, self.inputs[0]) + 0.5 * self.l2 * phi.square().sum()
 
     def _outer(self, phi: Tensor, layer: Tensor) -> Tensor:
-        return self._loss(phi, torch.tanh(self.inputs[1] @ layer))
+        return self._loss(phi, layer, self.inputs[1])
 
-    def _loss(self, phi: Tensor, features: Tensor) -> Tensor:
-        logits = features @ phi.view(self.head.weight.shape).T
-        targets = one_hot(self.labels, logits.shape[1]).double()
-        return -(targets * logits.log_softmax(1)).sum(1).mean()
-
-
-def _gradient_steps(cg_steps: int) -> dict[str, Any]:
-    return solvers(step="gradient", cg_steps=cg_steps, cg_tol=CG_TOL)
+    def _loss(self, phi: Tensor, layer: Tensor, inputs: Tensor) -> Tensor:
+        logits = torch.tanh(inputs @ layer) @ phi.view(self.head.weight.shape).T
+        return cross_entropy(logits, self.labels)
 
 
 def _draw(seed: int) -> Callable[..., Tensor]:
@@ -243,3 +281,67 @@ def methods(names: tuple[str, str], cg_steps: Sequence[int]) -> dict[str, Method
     found[unrolled] = Method(lambda problem: problem.unrolled(), True)
     found[f"{unrolled}_unregularised"] = Method(lambda problem: problem.unrolled(), False)
     return found
+
+
+def _problems(c: HypergradientSettings) -> dict[str, tuple[list[Problem], dict[str, Method]]]:
+    """The problems of every kind, and the methods they are for."""
+    seeds = [1000 * c.seed + i for i in range(c.problems)]
+    imaml = methods(("imaml", "maml"), c.cg_steps)
+    made: dict[str, tuple[list[Problem], dict[str, Method]]] = {
+        f"regression_{n}": ([Regression(n, c.spread, c.regression_l2, s) for s in seeds], imaml)
+        for n in c.regression_sizes
+    }
+    shape = (c.ways, c.shots, c.width, c.classification_l2)
+    heads = methods(("rm_metal", "itd_bio"), c.head_cg_steps)
+    return made | {"logistic": ([Classification(*shape, s) for s in seeds], heads)}
+
+
+def _curves(
+    tasks: Sequence[Problem], by_name: Mapping[str, Method], inner_steps: Sequence[int],
+    tick: Callable[[int], object],
+) -> dict[str, dict[int, float]]:  # fmt: skip
+    """Geometric means over the problems of the relative errors, by method and K."""
+    exact = [task.exact() for task in tasks]
+    curves: dict[str, dict[int, float]] = {name: {} for name in by_name}
+    for name, method in by_name.items():
+        for steps in inner_steps:
+            logs = []
+            for task, truth in zip(tasks, exact, strict=True):
+                found = task.estimate(method.make(task), steps, method.penalty)
+                logs.append(math.log(max(float((found - truth).norm() / truth.norm()), LEAST)))
+                tick(steps)
+            curves[name][steps] = math.exp(math.fsum(logs) / len(logs))
+    return curves
+
+
+def _text(title: str, condition: float, steps: Sequence[int], curves: Mapping[str, Curve]) -> str:
+    lines = ["", f"{title}, condition number {condition:.0f}: relative error against K"]
+    lines.append(f"{'':28}" + " ".join(f"{k:8d}" for k in steps))
+    lines += [f"{name:28}" + " ".join(f"{value:8.1e}" for value in by_steps.values())
+              for name, by_steps in curves.items()]  # fmt: skip
+    return "\n".join(lines)
+
+
+@ex.automain
+@within_limits()
+def hypergradient(_run: Any, output: str) -> dict[str, float]:
+    """Print the errors; returns those at the largest K."""
+    c = HypergradientSettings.of(_run.config)
+    use_threads(c.threads)
+    picture = new_folder(_run, output) / "hypergradient.png"
+    inner_steps, kinds = sorted(set(c.inner_steps)), _problems(c)
+    total = c.problems * sum(inner_steps) * sum(len(by_name) for _, by_name in kinds.values())
+    found: dict[str, Mapping[str, Curve]] = {}
+    with warnings.catch_warnings(), tqdm(total=total, desc="inner steps", mininterval=1.0) as bar:
+        warnings.simplefilter("ignore", UnsolvedWarning)  # too few steps is what is measured
+        for title, (tasks, by_name) in kinds.items():
+            found[title] = _curves(tasks, by_name, inner_steps, bar.update)
+            for name, by_steps in found[title].items():
+                for steps, error in by_steps.items():
+                    record(_run, {f"hypergradient/{title}/{name}": error}, steps)
+            tqdm.write(_text(title, tasks[0].condition, inner_steps, found[title]))
+    draw_errors(found).savefig(picture, dpi=120)
+    _run.add_artifact(picture)
+    print(f"\npicture: {picture}")
+    return {f"{title}/{name}": by_steps[inner_steps[-1]]
+            for title, curves in found.items() for name, by_steps in curves.items()}  # fmt: skip

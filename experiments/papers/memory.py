@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from experiments.benchmark.measure import seconds_of, short_collections, warm_peak
-from experiments.benchmark.problem import Shape
+from experiments.benchmark.steps import Shape
 from experiments.ingredients.algorithm import make_algorithms
 from experiments.ingredients.algorithm_table import AlgorithmSettings
 from experiments.ingredients.model import (

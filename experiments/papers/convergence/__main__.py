@@ -87,7 +87,7 @@ def _text(
         )
     floors = {f"K = {e.inner_steps}": [v.mean for v in e.floors.by_batch.values()] for e in batches}
     lines += ["", "floor of the squared hypergradient norm"]
-    lines += [_row("|B|", batches[0].floors.by_batch), *(_row(name, row) for name, row in floors.items())]
+    lines += [_row("|B|", batches[0].floors.by_batch), *(_row(*row) for row in floors.items())]
     for what, found in undercut.items():
         lines += ["", f"last squared hypergradient norm against {what}", _row("", found["warm"])]
         lines += [_row(f"{start} start", row.values()) for start, row in found.items()]

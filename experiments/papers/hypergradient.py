@@ -74,6 +74,19 @@ def quick() -> None:
     inner_steps = [1, 5, 20, 50, 200]
 
 
+class Method(NamedTuple):
+    """How the hypergradient is approximated.
+
+    Attributes:
+        cg_steps: N of the implicit learner, with gradient steps inside; None: back-propagation
+            through the inner loop.
+        penalty: the regulariser is in the loss (an unrolled learner has none of its own).
+    """
+
+    cg_steps: int | None
+    penalty: bool = False
+
+
 class Problem(ABC):
     """One task.
 
@@ -81,37 +94,30 @@ class Problem(ABC):
         l2: strength of the regulariser.
         lr: inner step size, 1 over the largest curvature.
         condition: the inner problem's condition number.
+        module: what is adapted.
+        kind: its implicit learner; `ImplicitMAML` is anchored at theta, which it meta-learns.
     """
 
     l2: float
     lr: float
     condition: float
-
-    @abstractmethod
-    def implicit(self, cg_steps: int) -> Any:
-        """The implicit learner with gradient steps inside and N steps of conjugate gradient."""
-
-    @abstractmethod
-    def unrolled(self) -> Any:
-        """Back-propagation through the inner loop."""
+    module: nn.Linear
+    kind: type[ImplicitCGHead] | type[ImplicitMAML]
 
     @abstractmethod
     def exact(self) -> Tensor:
         """The hypergradient as one vector, by dense matrices at the exact inner solution."""
 
     @abstractmethod
-    def estimate(self, learner: Any, steps: int, penalty: bool) -> Tensor:
-        """What the learner makes of it with K = ``steps``, as one vector.
+    def estimate(self, method: Method, steps: int) -> Tensor:
+        """What a method makes of it with K = ``steps``, as one vector."""
 
-        Args:
-            learner: `implicit` or `unrolled`.
-            steps: inner steps.
-            penalty: the regulariser is in the loss (an unrolled learner has none of its own).
-        """
-
-    def _learner(self, kind: type, module: nn.Module, cg_steps: int) -> Any:
-        found = solvers(step="gradient", cg_steps=cg_steps, cg_tol=CG_TOL)
-        return kind(module, self.lr, l2=self.l2, max_error=IGNORED, **found)
+    def learner(self, method: Method) -> Any:
+        module = copy.deepcopy(self.module)
+        if method.cg_steps is None:
+            return UnrolledMAML(module, self.lr, learn_init=self.kind is ImplicitMAML)
+        found = solvers(step="gradient", cg_steps=method.cg_steps, cg_tol=CG_TOL)
+        return self.kind(module, self.lr, l2=self.l2, max_error=IGNORED, **found)
 
 
 class Regression(Problem):
@@ -127,6 +133,8 @@ class Regression(Problem):
         seed: of the data.
     """
 
+    kind = ImplicitMAML
+
     def __init__(self, size: int, spread: float, l2: float, seed: int) -> None:
         draw = _draw(seed)
         rotation, _ = torch.linalg.qr(draw(size, size))
@@ -140,12 +148,8 @@ class Regression(Problem):
         self.l2, self.lr = l2, 1.0 / (1.0 + l2)
         self.condition = (1.0 + l2) / (float(eigenvalues[-1]) + l2)
         self.theta = draw(size)
-
-    def implicit(self, cg_steps: int) -> Any:
-        return self._learner(ImplicitMAML, self._module(), cg_steps)
-
-    def unrolled(self) -> Any:
-        return UnrolledMAML(self._module(), self.lr)
+        self.module = nn.Linear(size, 1, bias=False, dtype=torch.float64)
+        self.module.weight.data.copy_(self.theta)
 
     def exact(self) -> Tensor:
         r""":math:`l_2 H^{-1} \nabla f(\phi^*)` with H the inner Hessian."""
@@ -156,13 +160,13 @@ class Regression(Problem):
         slope = self.query.T @ residual / len(self.query)
         return self.l2 * torch.linalg.solve(curvature, slope)
 
-    def estimate(self, learner: Any, steps: int, penalty: bool) -> Tensor:
-        (theta,) = learner.module.parameters()
-        clone = learner.clone()
+    def estimate(self, method: Method, steps: int) -> Tensor:
+        learner = self.learner(method)
+        (theta,), clone = learner.module.parameters(), learner.clone()
 
         def inner() -> Tensor:
             loss = 0.5 * mse_loss(clone(self.support)[:, 0], self.targets)
-            if penalty:
+            if method.penalty:
                 (phi,) = clone.module.parameters()
                 loss = loss + 0.5 * self.l2 * (phi - theta).square().sum()
             return loss
@@ -170,11 +174,6 @@ class Regression(Problem):
         clone.adapt(inner, steps=steps)
         outer = 0.5 * mse_loss(clone(self.query)[:, 0], self.query_targets)
         return torch.autograd.grad(outer, [theta])[0][0]
-
-    def _module(self) -> nn.Linear:
-        module = nn.Linear(len(self.theta), 1, bias=False, dtype=torch.float64)
-        module.weight.data.copy_(self.theta)
-        return module
 
 
 class Classification(Problem):
@@ -186,25 +185,21 @@ class Classification(Problem):
         seed: of the data and the layer.
     """
 
+    kind = ImplicitCGHead
+
     def __init__(self, ways: int, shots: int, width: int, l2: float, seed: int) -> None:
         draw = _draw(seed)
         centers, raw = draw(ways, 2 * width), 2 * width
         self.labels = torch.arange(ways).repeat_interleave(shots)
         self.inputs = [centers[self.labels] + 1.5 * draw(ways * shots, raw) for _ in range(2)]
         self.layer = (1.5 / raw**0.5 * draw(raw, width)).requires_grad_()
-        self.head = nn.Linear(width, ways, bias=False, dtype=torch.float64)
-        self.head.weight.data.copy_(draw(ways, width) / width**0.5)
+        self.module = nn.Linear(width, ways, bias=False, dtype=torch.float64)
+        self.module.weight.data.copy_(draw(ways, width) / width**0.5)
         self.l2 = l2
         features = torch.tanh(self.inputs[0] @ self.layer.detach())
         # The Hessian of the softmax is at most 1/2.
         largest = 0.5 * float(torch.linalg.matrix_norm(features, 2).square()) / len(features) + l2
         self.lr, self.condition = 1.0 / largest, largest / l2
-
-    def implicit(self, cg_steps: int) -> Any:
-        return self._learner(ImplicitCGHead, copy.deepcopy(self.head), cg_steps)
-
-    def unrolled(self) -> Any:
-        return UnrolledMAML(copy.deepcopy(self.head), self.lr, learn_init=False)
 
     def exact(self) -> Tensor:
         """Eq. (4) of Yang et al."""
@@ -215,13 +210,13 @@ class Classification(Problem):
         direct = grad(self._outer, argnums=1)(phi, layer)
         return (direct - torch.tensordot(v, mixed, dims=1)).reshape(-1)
 
-    def estimate(self, learner: Any, steps: int, penalty: bool) -> Tensor:
-        clone = learner.clone()
+    def estimate(self, method: Method, steps: int) -> Tensor:
+        clone = self.learner(method).clone()
         support, query = (torch.tanh(x @ self.layer) for x in self.inputs)
 
         def inner() -> Tensor:
             loss = cross_entropy(clone(support), self.labels)
-            if penalty:
+            if method.penalty:
                 loss = loss + 0.5 * self.l2 * clone.module.weight.square().sum()
             return loss
 
@@ -234,7 +229,7 @@ class Classification(Problem):
 
         A step is halved until the objective does not rise beyond rounding.
         """
-        phi = torch.zeros(self.head.weight.numel()).double()
+        phi = torch.zeros(self.module.weight.numel()).double()
         for _ in range(50):
             slope = grad(self._inner)(phi, layer)
             if slope.norm() < 1e-14:
@@ -253,20 +248,13 @@ class Classification(Problem):
         return self._loss(phi, layer, self.inputs[1])
 
     def _loss(self, phi: Tensor, layer: Tensor, inputs: Tensor) -> Tensor:
-        logits = torch.tanh(inputs @ layer) @ phi.view(self.head.weight.shape).T
+        logits = torch.tanh(inputs @ layer) @ phi.view(self.module.weight.shape).T
         return cross_entropy(logits, self.labels)
 
 
 def _draw(seed: int) -> Callable[..., Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-class Method(NamedTuple):
-    """How a problem's learner is made, and whether its loss carries the regulariser."""
-
-    make: Callable[[Problem], Any]
-    penalty: bool
 
 
 def methods(names: tuple[str, str], cg_steps: Sequence[int]) -> dict[str, Method]:
@@ -277,10 +265,8 @@ def methods(names: tuple[str, str], cg_steps: Sequence[int]) -> dict[str, Method
         cg_steps: the numbers N of conjugate gradient steps.
     """
     implicit, unrolled = names
-    found = {f"{implicit}_cg{n}": Method(lambda p, n=n: p.implicit(n), False) for n in cg_steps}
-    found[unrolled] = Method(lambda problem: problem.unrolled(), True)
-    found[f"{unrolled}_unregularised"] = Method(lambda problem: problem.unrolled(), False)
-    return found
+    found = {f"{implicit}_cg{n}": Method(n) for n in cg_steps}
+    return found | {unrolled: Method(None, True), f"{unrolled}_unregularised": Method(None)}
 
 
 def _problems(c: HypergradientSettings) -> dict[str, tuple[list[Problem], dict[str, Method]]]:
@@ -307,7 +293,7 @@ def _curves(
         for steps in inner_steps:
             logs = []
             for task, truth in zip(tasks, exact, strict=True):
-                found = task.estimate(method.make(task), steps, method.penalty)
+                found = task.estimate(method, steps)
                 logs.append(math.log(max(float((found - truth).norm() / truth.norm()), LEAST)))
                 tick(steps)
             curves[name][steps] = math.exp(math.fsum(logs) / len(logs))

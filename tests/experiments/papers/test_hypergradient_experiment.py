@@ -1,6 +1,6 @@
 """The exact hypergradients of the experiment, and that its learners approach them."""
 
-from pathlib import Path
+from collections.abc import Callable
 
 import oracles
 import pytest
@@ -15,7 +15,6 @@ from experiments.papers.hypergradient import (
     Regression,
     methods,
 )
-from experiments.tracking import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
 
@@ -30,6 +29,18 @@ def classification() -> Classification:
 
 def error(task: Problem, method: Method, steps: int) -> float:
     return oracles.relative_error([task.estimate(method, steps)], [task.exact()])
+
+
+def objectives(task: Classification) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """The inner and the outer one of phi and the layer."""
+
+    def loss(phi: Tensor, layer: Tensor, inputs: Tensor) -> Tensor:
+        return cross_entropy(torch.tanh(inputs @ layer) @ phi.view(3, 5).T, task.labels)
+
+    def inner(phi: Tensor, layer: Tensor) -> Tensor:
+        return loss(phi, layer, task.inputs[0]) + 0.5 * task.l2 * phi.square().sum()
+
+    return inner, lambda phi, layer: loss(phi, layer, task.inputs[1])
 
 
 def test_exact_regression() -> None:
@@ -49,16 +60,7 @@ def test_exact_regression() -> None:
 
 def test_exact_classification() -> None:
     task = classification()
-
-    def loss(phi: Tensor, layer: Tensor, inputs: Tensor) -> Tensor:
-        return cross_entropy(torch.tanh(inputs @ layer) @ phi.view(3, 5).T, task.labels)
-
-    def inner(phi: Tensor, layer: Tensor) -> Tensor:
-        return loss(phi, layer, task.inputs[0]) + 0.5 * task.l2 * phi.square().sum()
-
-    def outer(phi: Tensor, layer: Tensor) -> Tensor:
-        return loss(phi, layer, task.inputs[1])
-
+    inner, outer = objectives(task)
     layer = task.layer.detach()
     phi = oracles.minimize(inner, torch.zeros(15, dtype=torch.float64), [layer], task.lr)
     expected = [t.reshape(-1) for t in oracles.implicit(inner, outer, [layer], phi)]
@@ -84,14 +86,7 @@ def test_both_ways_end_at_the_exact_hypergradient(make: type[Problem]) -> None:
 def test_unrolling_is_back_propagation() -> None:
     """ITD-BiO on the head after seven steps, against a loop by hand."""
     task = classification()
-
-    def inner(phi: Tensor, layer: Tensor) -> Tensor:
-        logits = torch.tanh(task.inputs[0] @ layer) @ phi.view(3, 5).T
-        return cross_entropy(logits, task.labels) + 0.5 * task.l2 * phi.square().sum()
-
-    def outer(phi: Tensor, layer: Tensor) -> Tensor:
-        return cross_entropy(torch.tanh(task.inputs[1] @ layer) @ phi.view(3, 5).T, task.labels)
-
+    inner, outer = objectives(task)
     start = task.module.weight.detach().reshape(-1)
     (expected,) = oracles.unrolled(inner, outer, [task.layer], start, task.lr, 7)
     found = task.estimate(Method(None, True), 7)
@@ -117,37 +112,3 @@ def test_methods_by_name() -> None:
     assert list(by_name) == ["imaml_cg2", "imaml_cg5", "maml", "maml_unregularised"]
     exact = error(task, by_name["imaml_cg5"], 500)
     assert exact < 1e-6 < error(task, by_name["imaml_cg2"], 500)
-
-
-def test_the_command_records_every_curve(
-    tmp_path: Path, points: dict[tuple[str, int], float]
-) -> None:
-    from experiments.papers.hypergradient import ex
-
-    changes = {"inner_steps": [1, 30], "regression_sizes": [4], "output": str(tmp_path)}
-    options = {"--unobserved": True, "--loglevel": "ERROR"}
-    run = ex.run(config_updates=changes, named_configs=["quick"], options=options)
-    for name in ("regression_4/imaml_cg5", "regression_4/maml", "logistic/rm_metal_cg20",
-                 "logistic/itd_bio"):  # fmt: skip
-        first, last = (points[f"hypergradient/{name}", k] for k in (1, 30))
-        assert 0 < last < first
-        assert run.result[name] == last
-    (picture,) = tmp_path.glob("*/hypergradient.png")
-    assert picture.stat().st_size > 20_000
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"inner_steps": []}, "inner_steps: expected a list of at least one, each a whole"),
-        ({"spread": 0.5}, "spread: expected a finite number of at least 1, got 0.5; try 1000.0"),
-        ({"spread": 1e308}, "numbers: expected finite ones, got .*; choose less extreme"),
-        ({"output": "/dev/null/runs"}, "/dev/null/runs: expected to be able to read and write it, got Not a dir"),
-        ({"regression_l2": -1.0}, "regression_l2: expected a finite number above 0"),
-    ],
-)
-def test_a_wrong_setting_is_one_line(changes: dict[str, object], message: str) -> None:
-    from experiments.papers.hypergradient import ex
-
-    with pytest.raises(UserError, match=message):
-        ex.run(config_updates=changes, options={"--unobserved": True, "--loglevel": "ERROR"})

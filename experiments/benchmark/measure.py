@@ -8,8 +8,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,12 +42,16 @@ def measure(
         seconds: see above.
         device: on which they run.
     """
-    with short_collections():
+    gc.collect()
+    gc.freeze()  # collections are short: they leave out what is there already
+    try:
         for step in steps.values():
             step()  # caches, and compilation where there is one
         times = _interleaved(steps, repetitions, seconds, device)
         # Last: torch.compile gives up on what it has seen under a dispatch mode.
         peaks = {name: _peak(step, device) for name, step in steps.items()}
+    finally:
+        gc.unfreeze()
     floor = next(iter(steps))
     return {
         name: Cost(
@@ -89,17 +92,6 @@ def seconds_of(step: Step, device: str = "cpu") -> float:
         return time.perf_counter() - start
     finally:
         gc.enable()
-
-
-@contextmanager
-def short_collections() -> Iterator[None]:
-    """Garbage collections that leave out what is there already."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _wait(device: str) -> None:

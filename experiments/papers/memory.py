@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+import timeit
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
@@ -23,8 +24,6 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from experiments.benchmark.measure import seconds_of, short_collections, warm_peak
-from experiments.benchmark.steps import Shape
 from experiments.ingredients.algorithm import make_algorithms
 from experiments.ingredients.algorithm_table import AlgorithmSettings
 from experiments.ingredients.model import (
@@ -104,6 +103,24 @@ RAJESWARAN: dict[str, Method] = {
 }
 
 
+class Shape(NamedTuple):
+    """What a task looks like: ``ways * (shots + queries)`` square images; filters of its CNN4."""
+
+    ways: int
+    shots: int
+    queries: int
+    pixels: int
+    hidden: int
+    channels: int = 3
+
+    @property
+    def title(self) -> str:
+        return (
+            f"{self.ways}-way {self.shots}-shot, {self.queries} queries a class, "
+            f"CNN4-{self.hidden}, {self.pixels} x {self.pixels}"
+        )
+
+
 class Effort(NamedTuple):
     """How much memory a step may take, in bytes, and how often it is timed after that."""
 
@@ -144,7 +161,13 @@ def floor(shape: Shape, device: torch.device) -> float:
     network = nn.Sequential(backbone, nn.Linear(width, shape.ways)).to(device)
     task = episode(shape, device)
     labels = torch.cat([task.support_targets, task.query_targets])
-    return warm_peak(lambda: cross_entropy(network(task.inputs), labels).backward(), str(device))
+
+    def step() -> None:
+        cross_entropy(network(task.inputs), labels).backward()
+
+    step()  # leaves the gradients' own memory behind
+    gc.collect()
+    return peak_memory(step, device)
 
 
 def growth(
@@ -157,19 +180,20 @@ def growth(
 
     def step() -> None:
         algorithm.learn([task], lambda predictions, targets: 0.0)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
     step()  # leaves the gradients' own memory behind
     found = Growth({}, [])
-    with short_collections():
-        for algorithm.steps in steps:
-            if found.left_out or forecast(found.points, algorithm.steps) > effort.limit:
-                found.left_out.append(algorithm.steps)
-            else:
-                gc.collect()
-                peak = peak_memory(step, device)
-                times = [seconds_of(step, str(device)) for _ in range(effort.repetitions)]
-                found.points[algorithm.steps] = Point(peak, statistics.median(times))
-            tick(1)
+    for algorithm.steps in steps:
+        if found.left_out or forecast(found.points, algorithm.steps) > effort.limit:
+            found.left_out.append(algorithm.steps)
+        else:
+            gc.collect()
+            peak = peak_memory(step, device)
+            times = timeit.repeat(step, repeat=effort.repetitions, number=1)
+            found.points[algorithm.steps] = Point(peak, statistics.median(times))
+        tick(1)
     return found
 
 
@@ -243,8 +267,8 @@ def memory(_run: Any, output: str) -> dict[str, float]:
     picture = new_folder(_run, output) / "memory.png"
     effort = Effort(c.limit_gib * 2**30, c.repetitions)
     shapes = (
-        Shape("cnn4", c.hidden, c.pixels, c.ways, c.shots, c.queries),
-        Shape("cnn4", c.hidden, c.imaml_pixels, c.imaml_ways, c.imaml_shots, c.imaml_queries, 1),
+        Shape(c.ways, c.shots, c.queries, c.pixels, c.hidden),
+        Shape(c.imaml_ways, c.imaml_shots, c.imaml_queries, c.imaml_pixels, c.hidden, 1),
     )
     steps = [sorted(set(k)) for k in (c.inner_steps, c.imaml_inner_steps)]
     found: list[dict[str, Growth]] = []

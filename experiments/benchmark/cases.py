@@ -1,9 +1,10 @@
-"""What is measured, case by case, and the bars. A case is a function of the `Plan` -> rows."""
+"""What is measured, case by case, and the bars. A case is a function of the settings -> rows."""
 
 from __future__ import annotations
 
 import copy
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,224 +15,238 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from experiments.benchmark import steps as outer
-from experiments.benchmark.measure import Cost, Effort, growth, measure, seconds_of, warm_peak
-from experiments.benchmark.problem import STEP_SIZE, Problem, Setting, Shape, build
-from experiments.benchmark.steps import Adapt, Step, closure, head_of, implicit, loss_tensors
-from experiments.benchmark.table import Bar, Row
+from experiments.benchmark.measure import Bar, Cost, Row, measure, seconds_of, warm_peak
+from experiments.benchmark.steps import (
+    STEP_SIZE,
+    Adapt,
+    Problem,
+    Shape,
+    Step,
+    build,
+    closure,
+    head_of,
+    implicit,
+    loss_tensors,
+)
 from experiments.ingredients.algorithm import make_algorithms, solvers
 from experiments.ingredients.algorithm_table import AlgorithmSettings
 from experiments.tracking import UserError
+from experiments.tracking.config import Count, Counts, Positive, RunSettings, Seed, Text, Threads
 from experiments.training.episodes import Episode
 from experiments.training.meta_learner import MEASURES, MetaLearner
 from l2l_implicit import ImplicitCGHead, ImplicitMAML, LinearSolution, checks
+from l2l_implicit.chunked import Chunked
 
 GROWTH, FLAT = 1.10, 1.01  # over all K or N: of time, of memory
-CHUNKED_TIME, CHUNKED_MEMORY = 1.4, 0.25
-TASKS, BATCH_TIME = 8, 1.02
-ONE_HEAD, HEAD_TOGETHER = 0.5, 0.15
+TASKS = 8  # of a meta batch
 RELEASED, NEVER_SLOWER, NEVER_LARGER = 5.0, 1.01, 1.01
 GRADIENTS, HVP = 2.5, 2.2  # memory of an iMAML step and time of a product, in gradients
 
 
 class Limits(NamedTuple):
-    """Of time by ``adapt(closure)`` and by ``adapt(loss)``, and of memory, over the floor's."""
+    """Of time and memory over the floor's."""
 
-    closure: float
-    tensors: float
+    time: float | None = None
     memory: float | None = None
 
+    def bars(self, cost: Cost) -> tuple[Bar, ...]:
+        found = zip(self._fields, (cost.time_ratio, cost.memory_ratio), self, strict=True)
+        return tuple(Bar(what, value, limit) for what, value, limit in found if limit is not None)
 
-FLOOR, OTHER, WIDE = Limits(1.05, 1.08, 1.01), Limits(1.10, 1.10), Limits(1.05, 1.10)
+
+# By adapt(closure) and by adapt(loss).
+FLOOR = {"adapt(closure)": Limits(1.05, 1.01), "adapt(loss)": Limits(1.08, 1.01)}
+OTHER = {"adapt(closure)": Limits(1.10), "adapt(loss)": Limits(1.10)}
+WIDE = {"adapt(closure)": Limits(1.05), "adapt(loss)": Limits(1.10)}
 
 
-class Plan(NamedTuple):
-    """The configuration, as the cases read it."""
+class BenchmarkSettings(RunSettings):
+    """The settings of this experiment."""
 
-    setting: Setting = Setting()
-    effort: Effort = Effort()
-    hidden: int = 64
-    steps: int = 20
-    cg_steps: int = 20
-    peer_steps: Sequence[int] = (1, 5, 20, 100)
-    sweep_steps: Sequence[int] = (5, 20, 50, 100, 200)
-    sweep_cg_steps: Sequence[int] = (5, 10, 20, 50, 100)
-    memory_steps: Sequence[int] = (1, 10, 100, 1000, 10000)
-    network_steps: Sequence[int] = (1, 5, 20)
-    chunk_size: int = 25
+    cases: Text = "all"  # names with commas: see experiments/benchmark/cases.py
+    repetitions: Count = 30  # of each method
+    # a method that took this long in all is repeated no further (but 3 times)
+    seconds: Positive = 20.0
+    steps: Count = 20  # inner steps K
+    cg_steps: Count = 20  # conjugate gradient steps N
+    peer_steps: Counts = [1, 5, 20, 100]  # K (and N) of the comparison with other methods
+    sweep_steps: Counts = [5, 20, 50, 100, 200]  # K, at N = cg_steps
+    sweep_cg_steps: Counts = [5, 10, 20, 50, 100]  # N, at K = steps
+    memory_steps: Counts = [1, 10, 100, 1000, 10000]  # K at which memory is measured
+    network_steps: Counts = [1, 5, 20]  # K (and N) of iMAML on the whole network
+    hidden: Count = 64  # filters a layer of cnn4 (at 84 pixels: 32 at most)
+    chunk_size: Count = 25  # images
+    channels_last: bool = True  # for every method
+    device: Text = "cpu"  # cpu, cuda, cuda:1, ...; auto: a GPU if there is one
+    threads: Threads = 1  # of torch; 0 leaves torch's own choice
+    seed: Seed = 0  # of all random numbers
+    output: Text = "runs"  # the folder of the table and the picture
 
-    def problem(self, network: str = "cnn4", **shape: int) -> tuple[str, Problem]:
+    def problem(
+        self, network: str = "cnn4", channels_last: bool | None = None, **shape: int
+    ) -> tuple[str, Problem]:
         """A task's title, and the task."""
         wanted = Shape(network, **{"hidden": self.hidden, **shape})
-        return wanted.title, build(wanted, self.setting)
+        last = self.channels_last if channels_last is None else channels_last
+        return wanted.title, build(wanted, self.device, last, self.seed)
+
+    def costs(self, steps: Mapping[str, Step]) -> dict[str, Cost]:
+        """Of each step; the first is the floor."""
+        return measure(steps, self.repetitions, self.seconds, self.device)
+
+    def compared(
+        self, case: str, steps: Mapping[str, Step], limits: Mapping[str, Limits] | None = None
+    ) -> list[Row]:
+        """One row a method, the floor first; ours with K and N. ``limits`` are by method."""
+        costs, own = self.costs(steps), {"steps": self.steps, "cg_steps": self.cg_steps}
+        rows = [Row(case, name, cost=cost, bars=(limits or {}).get(name, Limits()).bars(cost))
+                for name, cost in costs.items()]  # fmt: skip
+        return [row._replace(**own) if row.method.startswith("implicit") else row for row in rows]
 
 
-Case = Callable[[Plan], list[Row]]
-Bars = Callable[[str, Mapping[str, Cost]], tuple[Bar, ...]]
-
-
-def compared(
-    case: str, plan: Plan, steps: Mapping[str, Step], bars: Bars = lambda name, costs: ()
-) -> list[Row]:
-    """One row a method, the floor first; ours with the plan's K and N."""
-    costs = measure(steps, plan.effort, plan.setting.device)
-    rows = [Row(case, name, cost=cost, bars=bars(name, costs)) for name, cost in costs.items()]
-    counts = {"steps": plan.steps, "cg_steps": plan.cg_steps}
-    return [row._replace(**counts) if row.method.startswith("implicit") else row for row in rows]
+Case = Callable[[BenchmarkSettings], list[Row]]
+CALLS = {"adapt(closure)": closure, "adapt(loss)": loss_tensors}
 
 
 # Against the floor, one supervised step
 
 
 def against_floor(
-    plan: Plan, limits: Limits, network: str = "cnn4", tensors: bool = True, note: str = "",
-    **shape: int,
+    c: BenchmarkSettings, limits: Mapping[str, Limits], network: str = "cnn4",
+    tensors: bool = True, note: str = "", **shape: int,
 ) -> list[Row]:  # fmt: skip
     """The implicit head in its ways to step and (with ``tensors``) to be called."""
-    title, problem = plan.problem(network, **shape)
-    calls = {"adapt(closure)": closure(plan.steps)}
-    if tensors:
-        calls["adapt(loss)"] = loss_tensors(plan.steps)
-    steps = {"supervised": outer.supervised(problem)}
+    title, problem = c.problem(network, **shape)
+    steps, asked = {"supervised": outer.supervised(problem)}, {}
     for step in ("newton", "gradient"):
-        for call, adapt in calls.items():
-            steps[f"implicit, {step}, {call}"] = implicit(problem, step, adapt, plan.cg_steps)
-
-    def bars(name: str, costs: Mapping[str, Cost]) -> tuple[Bar, ...]:
-        if not name.startswith("implicit"):
-            return ()
-        time = limits.tensors if name.endswith("adapt(loss)") else limits.closure
-        return over_floor(costs[name], time, limits.memory)
-
-    width = problem.head.in_features
-    return compared(f"{title}, {width} features{note}", plan, steps, bars)
+        for call, adapt in list(CALLS.items())[: 1 + tensors]:
+            name = f"implicit, {step}, {call}"
+            steps[name] = implicit(problem, step, adapt(c.steps), c.cg_steps)
+            asked[name] = limits[call]
+    return c.compared(f"{title}, {problem.head.in_features} features{note}", steps, asked)
 
 
-def over_floor(cost: Cost, time: float, memory: float | None = None) -> tuple[Bar, ...]:
-    bar = Bar("time", cost.time_ratio, time)
-    return (bar,) if memory is None else (bar, Bar("memory", cost.memory_ratio, memory))
-
-
-def two_threads(plan: Plan) -> list[Row]:
+def two_threads(c: BenchmarkSettings) -> list[Row]:
     """The same with two threads of torch, the floor too."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        return against_floor(plan, FLOOR, note=", two threads")
+        return against_floor(c, FLOOR, note=", two threads")
     finally:
         torch.set_num_threads(before)
 
 
-def fifty_shot_chunked(plan: Plan) -> list[Row]:
+def fifty_shot_chunked(c: BenchmarkSettings) -> list[Row]:
     """Chunks need a backbone without batch statistics: GroupNorm, for the floor too."""
-    title, problem = plan.problem("cnn4, GroupNorm", shots=50)
-    adapt, chunks = closure(plan.steps), f"implicit, newton, chunks of {plan.chunk_size} images"
-    head = head_of(problem, "newton", plan.cg_steps)
+    title, problem = c.problem("cnn4, GroupNorm", shots=50)
+    head, adapt = head_of(problem, "newton", c.cg_steps), closure(c.steps)
+    chunks = f"implicit, newton, chunks of {c.chunk_size} images"
     steps = {
         "supervised": outer.supervised(problem),
-        "implicit, newton": implicit(problem, "newton", adapt, plan.cg_steps),
-        chunks: outer.chunked(problem, head, adapt, plan.chunk_size),
+        "implicit, newton": outer.cached(problem, head, adapt),
+        chunks: outer.cached(problem, head, adapt, Chunked(problem.backbone, c.chunk_size)),
     }
-
-    def bars(name: str, costs: Mapping[str, Cost]) -> tuple[Bar, ...]:
-        return over_floor(costs[name], CHUNKED_TIME, CHUNKED_MEMORY) if name == chunks else ()
-
-    return compared(title, plan, steps, bars)
+    return c.compared(title, steps, {chunks: Limits(1.4, 0.25)})
 
 
-def layouts(plan: Plan, compile: bool = False) -> list[Row]:
+def layouts(c: BenchmarkSettings, compile: bool = False) -> list[Row]:
     """The floor in ``channels_last`` and in torch's default layout: is it the lowest there is?
 
     Args:
-        plan: the configuration.
+        c: the configuration.
         compile: also by ``torch.compile``, which needs a C++ compiler and half a minute.
     """
     steps = {}
     for name, channels_last in (("channels_last", True), ("contiguous", False)):
-        setting = plan.setting._replace(channels_last=channels_last)
-        title, problem = plan._replace(setting=setting).problem()
+        title, problem = c.problem(channels_last=channels_last)
         steps[f"supervised, {name}"] = outer.supervised(problem)
         if compile:
             compiled = problem._replace(backbone=torch.compile(problem.backbone))
             steps[f"supervised, {name}, compiled"] = outer.supervised(compiled)
-    return compared(f"layouts: {title}", plan, steps)
+    return c.compared(f"layouts: {title}", steps)
 
 
 # Growth with K and N
 
 
-def steps_sweep(plan: Plan) -> list[Row]:
+def steps_sweep(c: BenchmarkSettings) -> list[Row]:
     """Time over K at N = 20."""
-    return _sweep("K", [plan._replace(steps=k) for k in plan.sweep_steps])
+    return _sweep(c, "K", [(k, c.cg_steps) for k in c.sweep_steps])
 
 
-def cg_steps_sweep(plan: Plan) -> list[Row]:
+def cg_steps_sweep(c: BenchmarkSettings) -> list[Row]:
     """Time over N at K = 20; once as it is used, once with a tolerance that is never reached.
 
     Newton's backward pass uses the factor of its inner solve: it takes no such step.
     """
-    plans = [plan._replace(cg_steps=n) for n in plan.sweep_cg_steps]
-    return _sweep("N", plans) + _sweep("N, all of them (cg_tol = 1e-12)", plans, cg_tol=1e-12)
+    pairs = [(c.steps, n) for n in c.sweep_cg_steps]
+    return _sweep(c, "N", pairs) + _sweep(c, "N, all of them (cg_tol = 1e-12)", pairs, cg_tol=1e-12)
 
 
-def _sweep(what: str, plans: Sequence[Plan], **settings: float) -> list[Row]:
-    title, problem = plans[0].problem()
+def _sweep(
+    c: BenchmarkSettings, what: str, pairs: Sequence[tuple[int, int]], **settings: float
+) -> list[Row]:
+    title, problem = c.problem()
     case, steps = f"growth with {what}: {title}", {"supervised": outer.supervised(problem)}
-    names = {
-        (step, each): f"implicit, {step}, K = {each.steps}, N = {each.cg_steps}"
-        for step in ("newton", "gradient")
-        for each in plans
-    }
-    for (step, each), name in names.items():
-        steps[name] = implicit(problem, step, closure(each.steps), each.cg_steps, **settings)
-    costs = measure(steps, plans[0].effort, plans[0].setting.device)
-    rows = [Row(case, "supervised", cost=costs["supervised"])]
     for step in ("newton", "gradient"):
-        group = {each: costs[names[step, each]] for each in plans}
-        rows += [Row(case, f"implicit, {step}", each.steps, each.cg_steps, cost)
-                 for each, cost in group.items()]  # fmt: skip
-        bar = Bar("time, largest over smallest", growth(group.values()), GROWTH)
-        rows.append(Row(case, f"implicit, {step}, whole range", bars=(bar,)))
+        for k, n in pairs:
+            name = f"implicit, {step}, K = {k}, N = {n}"
+            steps[name] = implicit(problem, step, closure(k), n, **settings)
+    costs = c.costs(steps)
+    rows = [Row(case, "supervised", cost=costs["supervised"])]
+    for name in ("implicit, newton", "implicit, gradient"):
+        own = {(k, n): costs[f"{name}, K = {k}, N = {n}"] for k, n in pairs}
+        rows += [Row(case, name, k, n, cost) for (k, n), cost in own.items()]
+        ratios = [cost.time_ratio for cost in own.values()]
+        rows.append(Row(case, f"{name}, whole range", bars=(_range("time", ratios, GROWTH),)))
     return rows
 
 
-def steps_memory(plan: Plan) -> list[Row]:
+def _range(what: str, values: Sequence[float], limit: float) -> Bar:
+    return Bar(f"{what}, largest over smallest", max(values) / min(values), limit)
+
+
+def steps_memory(c: BenchmarkSettings) -> list[Row]:
     """Peak memory over K: gradient steps, which are all taken, by closure and by loss tensors."""
-    title, problem = plan.problem()
-    case, device = f"memory over K: {title}", plan.setting.device
-    floor = warm_peak(outer.supervised(problem), device)
-    rows = [Row(case, "supervised", cost=Cost.of_memory(floor, floor))]
-    for call, adapt in (("adapt(closure)", closure), ("adapt(loss)", loss_tensors)):
+    title, problem = c.problem()
+    case, floor = f"memory over K: {title}", warm_peak(outer.supervised(problem), c.device)
+
+    def of_memory(peak: float) -> Cost:
+        return Cost(math.nan, peak, math.nan, peak / floor)
+
+    rows = [Row(case, "supervised", cost=of_memory(floor))]
+    for call, adapt in CALLS.items():
         name, peaks = f"implicit, gradient, {call}", []
-        for k in plan.memory_steps:
-            step = implicit(problem, "gradient", adapt(k), plan.cg_steps)
-            peaks.append(warm_peak(step, device))
-            rows.append(Row(case, name, k, plan.cg_steps, Cost.of_memory(peaks[-1], floor)))
-        rows.append(Row(case, f"{name}, whole range", bars=(_flat(peaks),)))
+        for k in c.memory_steps:
+            peaks.append(warm_peak(implicit(problem, "gradient", adapt(k), c.cg_steps), c.device))
+            rows.append(Row(case, name, k, c.cg_steps, of_memory(peaks[-1])))
+        rows.append(Row(case, f"{name}, whole range", bars=(_range("memory", peaks, FLAT),)))
     return rows
-
-
-def _flat(peaks: Sequence[float]) -> Bar:
-    return Bar("memory, largest over smallest", max(peaks) / min(peaks), FLAT)
 
 
 # Many tasks together, and the head alone
 
 
-def meta_batch(plan: Plan) -> list[Row]:
+def meta_batch(c: BenchmarkSettings) -> list[Row]:
     """The mean hypergradient of 8 tasks, in the engine of `experiments.train`.
 
     Over as many supervised steps, one after the other.
     """
-    title, problem = plan.problem()
+    title, problem = c.problem()
     episodes = [_episode(problem, seed) for seed in range(TASKS)]
-    steps: dict[str, Step] = {f"{TASKS} supervised steps": _supervised(problem, episodes)}
+    backbone, head = copy.deepcopy(problem.backbone), problem.new_head()
+
+    def supervised() -> None:
+        for parameter in (*backbone.parameters(), *head.parameters()):
+            parameter.grad = None
+        for episode in episodes:
+            cross_entropy(head(backbone(episode.inputs)), problem.labels).backward()
+
+    steps: dict[str, Step] = {f"{TASKS} supervised steps": supervised}
     for together, name in (("auto", "heads together"), (False, "one task at a time")):
-        steps[f"implicit, newton, {name}"] = _engine(problem, episodes, together, plan)
-
-    def bars(name: str, costs: Mapping[str, Cost]) -> tuple[Bar, ...]:
-        return over_floor(costs[name], BATCH_TIME) if name.endswith("together") else ()
-
-    return compared(f"meta batch of {TASKS}: {title}", plan, steps, bars)
+        steps[f"implicit, newton, {name}"] = _engine(problem, episodes, together, c)
+    asked = {"implicit, newton, heads together": Limits(1.02)}
+    return c.compared(f"meta batch of {TASKS}: {title}", steps, asked)
 
 
 def _episode(problem: Problem, seed: int) -> Episode:
@@ -241,67 +256,47 @@ def _episode(problem: Problem, seed: int) -> Episode:
     return Episode(images, problem.support[1], problem.query[1])
 
 
-def _supervised(problem: Problem, episodes: Sequence[Episode]) -> Step:
-    backbone, head = copy.deepcopy(problem.backbone), problem.new_head()
-    parameters = [*backbone.parameters(), *head.parameters()]
-
-    def step() -> None:
-        for parameter in parameters:
-            parameter.grad = None
-        for episode in episodes:
-            cross_entropy(head(backbone(episode.inputs)), problem.labels).backward()
-
-    return step
-
-
-def _engine(problem: Problem, episodes: Sequence[Episode], together: object, plan: Plan) -> Step:
+def _engine(
+    problem: Problem, episodes: Sequence[Episode], together: object, c: BenchmarkSettings
+) -> Step:
     settings = AlgorithmSettings.of(
-        {"lr": STEP_SIZE, "together": together, "steps": plan.steps, "cg_steps": plan.cg_steps}
+        {"lr": STEP_SIZE, "together": together, "steps": c.steps, "cg_steps": c.cg_steps}
     )
     measure_of, ways = MEASURES["classification"], problem.head.out_features
     algorithms = make_algorithms(
         settings, copy.deepcopy(problem.backbone), problem.head.in_features, ways, ways,
         measure_of.loss, torch.device(problem.device),
     )  # fmt: skip
-    learner = MetaLearner(algorithms, measure_of, "adam", 1e-3, plan.setting.channels_last)
+    learner = MetaLearner(algorithms, measure_of, "adam", 1e-3, c.channels_last)
     return lambda: learner.hypergradient(episodes) and None
 
 
-def head_alone(plan: Plan) -> list[Row]:
+def head_alone(c: BenchmarkSettings) -> list[Row]:
     """What follows the features: inner loop, query loss, and the gradient in the features."""
-    title, problem = plan.problem()
+    title, problem = c.problem()
     with torch.no_grad():
         many = torch.stack([problem.backbone(_episode(problem, t).inputs) for t in range(TASKS)])
-    given, k = many[0], plan.steps
-    floor, anil = "ANIL (learn2learn), features given", MAML(problem.new_head(), STEP_SIZE)
-    steps: dict[str, Step] = {floor: _on_features(problem, anil, given, loss_tensors(k))}
+
+    def one(head: MAML | ImplicitCGHead, adapt: Adapt) -> Step:
+        return outer.cached(problem, head, adapt, lambda _: many[0].clone().requires_grad_())
+
+    floor, k = "ANIL (learn2learn), features given", c.steps
+    steps = {floor: one(MAML(problem.new_head(), STEP_SIZE), loss_tensors(k))}
     for kind in ("newton", "gradient"):
-        head = head_of(problem, kind, plan.cg_steps)
-        for name, adapt in (("adapt(closure)", closure(k)), ("adapt(loss)", loss_tensors(k))):
-            steps[f"implicit, {kind}, {name}"] = _on_features(problem, head, given, adapt)
+        head = head_of(problem, kind, c.cg_steps)
+        for call, adapt in CALLS.items():
+            steps[f"implicit, {kind}, {call}"] = one(head, adapt(k))
         steps[f"implicit, {kind}, a task of {TASKS} together"] = _together(problem, head, many, k)
-    rows = compared(f"head alone, {given.shape[1]} features given: {title}", plan, steps)
+    rows = c.compared(f"head alone, {many.shape[2]} features given: {title}", steps)
     rows[0] = rows[0]._replace(steps=k)
-    return [_of_one_task(row) for row in rows]
-
-
-def _of_one_task(row: Row) -> Row:
-    cost, limit = row.cost, ONE_HEAD if row.method == "implicit, newton, adapt(closure)" else None
-    if row.method.endswith("together"):  # time and memory are those of all of them
-        cost = Cost(*(value / TASKS for value in cost))
-        limit = HEAD_TOGETHER if "newton" in row.method else None
-    return row._replace(cost=cost, bars=() if limit is None else over_floor(cost, limit))
-
-
-def _on_features(
-    problem: Problem, head: MAML | ImplicitCGHead, given: Tensor, adapt: Adapt
-) -> Step:
-    def step() -> None:
-        features, learner = given.clone().requires_grad_(), head.clone()
-        adapt(learner, features[: problem.split], problem.support[1])
-        cross_entropy(learner(features[problem.split :]), problem.query[1]).backward()
-
-    return step
+    limits = {"implicit, newton, adapt(closure)": Limits(0.5),
+              f"implicit, newton, a task of {TASKS} together": Limits(0.15)}  # fmt: skip
+    for number, row in enumerate(rows):
+        if row.method.endswith("together"):  # time and memory are those of all of them
+            row = row._replace(cost=Cost(*(value / TASKS for value in row.cost)))
+        bars = limits.get(row.method, Limits()).bars(row.cost)
+        rows[number] = row._replace(bars=bars)
+    return rows
 
 
 def _together(problem: Problem, head: ImplicitCGHead, given: Tensor, steps: int) -> Step:
@@ -331,14 +326,14 @@ PEERS: dict[str, Callable[[Problem, int], Step]] = {
 RELEASED_STEPS = {"released step": False, "released step, CG through the backbone": True}
 
 
-def against_peers(plan: Plan) -> list[Row]:
+def against_peers(c: BenchmarkSettings) -> list[Row]:
     """Ours and every peer, at each K with N = K.
 
     A peer that runs support and query apart is held against our step that does so too.
     """
-    title, problem = plan.problem()
+    title, problem = c.problem()
     rows = []
-    for k in plan.peer_steps:
+    for k in c.peer_steps:
         steps = {"supervised": outer.supervised(problem)}
         for step in ("newton", "gradient"):
             steps[f"implicit, {step}"] = implicit(problem, step, closure(k), k)
@@ -346,10 +341,11 @@ def against_peers(plan: Plan) -> list[Row]:
         steps |= {name: peer(problem, k) for name, peer in PEERS.items()}
         for name, everything in RELEASED_STEPS.items():
             steps[name] = outer.released(problem, k, k, everything)
-        same, case = plan._replace(steps=k, cg_steps=k), f"peers at K = {k}: {title}"
-        for row in compared(case, same, steps, partial(_duel, k)):
-            counts = {"steps": k, "cg_steps": k if row.method in RELEASED_STEPS else row.cg_steps}
-            rows.append(row if row.method == "supervised" else row._replace(**counts))
+        costs = c.costs(steps)
+        for name, cost in costs.items():
+            row = Row(f"peers at K = {k}: {title}", name, cost=cost, bars=_duel(k, name, costs))
+            counts = {"steps": k, "cg_steps": None if name in PEERS else k}
+            rows.append(row if name == "supervised" else row._replace(**counts))
     return rows
 
 
@@ -386,28 +382,29 @@ class TimedSolve(ImplicitMAML):
         return super().linear_solve(timed, b, start)
 
 
-def whole_network(plan: Plan) -> list[Row]:
+def whole_network(c: BenchmarkSettings) -> list[Row]:
     """iMAML in units of one gradient of the support loss.
 
     In torch's default layout: the second derivatives of batch norm are slow in ``channels_last``,
     a Hessian-vector product in all.
     """
-    setting = plan.setting._replace(channels_last=False)
-    title, problem = plan._replace(setting=setting).problem()
+    title, problem = c.problem(channels_last=False)
     case, network = f"iMAML, whole network, in gradients: {title}", problem.whole()
-    least, most = min(plan.network_steps), max(plan.network_steps)
-    steps: dict[str, Step] = {"one gradient, support set": _gradient(problem, network)}
-    for k, n in [(k, least) for k in plan.network_steps] + [(least, most)]:
+    least, most = min(c.network_steps), max(c.network_steps)
+
+    def gradient() -> None:
+        cross_entropy(network(problem.support[0]), problem.support[1]).backward()
+
+    steps: dict[str, Step] = {"one gradient, support set": gradient}
+    for k, n in [(k, least) for k in c.network_steps] + [(least, most)]:
         learner = ImplicitMAML(network, 0.01, **_all_products(n))
-        steps[f"iMAML, K = {k}, N = {n}"] = outer.whole(problem, learner, closure(k))
-
-    def bars(name: str, costs: Mapping[str, Cost]) -> tuple[Bar, ...]:
-        bar = Bar("gradients' memory", costs[name].memory_ratio, GRADIENTS)
-        return (bar,) if name.startswith("iMAML") else ()
-
-    rows = compared(case, plan, steps, bars)
-    flat = _flat([row.cost.peak_bytes for row in rows[1:]])
-    return [*rows, Row(case, "all K and N", bars=(flat,)), _products(case, problem, network)]
+        steps[f"iMAML, K = {k}, N = {n}"] = outer.apart(problem, learner, closure(k), whole=True)
+    floor, *rows = c.compared(case, steps)
+    bars = [Bar("gradients' memory", row.cost.memory_ratio, GRADIENTS) for row in rows]
+    rows = [floor, *(row._replace(bars=(bar,)) for row, bar in zip(rows, bars, strict=True))]
+    flat = _range("memory", [row.cost.peak_bytes for row in rows[1:]], FLAT)
+    product = _products(case, problem, network, gradient)
+    return [*rows, Row(case, "all K and N", bars=(flat,)), product]
 
 
 def _all_products(cg_steps: int) -> dict[str, Any]:
@@ -415,16 +412,11 @@ def _all_products(cg_steps: int) -> dict[str, Any]:
     return solvers(step="gradient", cg_steps=cg_steps, cg_tol=1e-12)
 
 
-def _gradient(problem: Problem, network: nn.Module) -> Step:
-    images, labels = problem.support
-    return lambda: cross_entropy(network(images), labels).backward()
-
-
-def _products(case: str, problem: Problem, network: nn.Module) -> Row:
-    """A Hessian-vector product's time, each next to a gradient's."""
+def _products(case: str, problem: Problem, network: nn.Module, gradient: Step) -> Row:
+    """A Hessian-vector product's time, each next to a gradient's: medians of three."""
     parent = TimedSolve(network, 0.01, **_all_products(5))
     parent.seconds = []  # clones share it
-    step, gradient = outer.whole(problem, parent, closure(1)), _gradient(problem, network)
+    step = outer.apart(problem, parent, closure(1), whole=True)
     step()
     ratios, products = [], []
     for _ in range(3):
@@ -433,8 +425,8 @@ def _products(case: str, problem: Problem, network: nn.Module) -> Row:
         step()
         products.append(min(parent.seconds))
         ratios.append(products[-1] / alone)
-    ratio = sorted(ratios)[1]
-    cost = Cost(sorted(products)[1], math.nan, ratio, math.nan)
+    ratio = statistics.median(ratios)
+    cost = Cost(statistics.median(products), math.nan, ratio, math.nan)
     bars = (Bar("gradients' time", ratio, HVP),)
     return Row(case, "one Hessian-vector product", cost=cost, bars=bars)
 
@@ -442,24 +434,20 @@ def _products(case: str, problem: Problem, network: nn.Module) -> Row:
 # By name
 
 
-def small_images(plan: Plan) -> list[Row]:
-    return against_floor(plan, FLOOR, pixels=84, hidden=min(32, plan.hidden))
+def _floor(limits: Limits, **more: Any) -> Case:
+    return partial(against_floor, limits=limits, **more)
 
 
-POOLED_ONCE = "cnn4, pooled once"
+_WIDE = {"network": "cnn4, pooled once", "limits": WIDE}
 CASES: dict[str, Case] = {
-    "cnn4-32px": partial(against_floor, limits=FLOOR),
+    "cnn4-32px": _floor(FLOOR),
     "two-threads": two_threads,
-    "cnn4-84px": small_images,
-    "20-way": partial(against_floor, limits=OTHER, ways=20),
-    "20-shot": partial(against_floor, limits=OTHER, shots=20),
-    "wide": partial(against_floor, limits=WIDE, network=POOLED_ONCE),
-    "wide-20-way-1-shot": partial(
-        against_floor, limits=WIDE, network=POOLED_ONCE, tensors=False, ways=20, shots=1
-    ),
-    "wide-20-way-5-shot": partial(
-        against_floor, limits=WIDE, network=POOLED_ONCE, tensors=False, ways=20
-    ),
+    "cnn4-84px": lambda c: against_floor(c, FLOOR, pixels=84, hidden=min(32, c.hidden)),
+    "20-way": _floor(OTHER, ways=20),
+    "20-shot": _floor(OTHER, shots=20),
+    "wide": _floor(**_WIDE),
+    "wide-20-way-1-shot": _floor(**_WIDE, tensors=False, ways=20, shots=1),
+    "wide-20-way-5-shot": _floor(**_WIDE, tensors=False, ways=20),
     "meta-batch": meta_batch,
     "head": head_alone,
     "chunked": fifty_shot_chunked,
@@ -469,14 +457,9 @@ CASES: dict[str, Case] = {
     "peers": against_peers,
     "imaml": whole_network,
     "layouts": layouts,
-    "resnet12": partial(
-        against_floor, limits=FLOOR, network="resnet12", tensors=False, pixels=84
-    ),
-    "resnet12-wide": partial(
-        against_floor, limits=OTHER, network="resnet12, 16,000 features", tensors=False,
-        pixels=84,
-    ),
-}  # fmt: skip
+    "resnet12": _floor(FLOOR, network="resnet12", tensors=False, pixels=84),
+    "resnet12-wide": _floor(OTHER, network="resnet12, 16,000 features", tensors=False, pixels=84),
+}
 OPTIONAL: dict[str, Case] = {"compile": partial(layouts, compile=True)}
 
 

@@ -1,4 +1,5 @@
-"""Time and memory of several steps, side by side."""
+"""Time and memory of several steps, side by side, and the table they make: as text, as Markdown and
+as a picture."""
 
 from __future__ import annotations
 
@@ -7,11 +8,12 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+from matplotlib.figure import Figure
+from tabulate import tabulate
 
 from experiments.benchmark.steps import Step
 from experiments.training.peak_memory import peak_memory
@@ -28,26 +30,28 @@ class Cost(NamedTuple):
     time_ratio: float
     memory_ratio: float
 
-    @classmethod
-    def of_memory(cls, peak_bytes: int, floor: int) -> Cost:
-        return cls(math.nan, peak_bytes, math.nan, peak_bytes / floor)
 
+def measure(
+    steps: Mapping[str, Step], repetitions: int, seconds: float = 20.0, device: str = "cpu"
+) -> dict[str, Cost]:
+    """The cost of each step; the first is the floor.
 
-class Effort(NamedTuple):
-    """How often a step is timed: ``repetitions``, fewer once it took ``seconds`` in all (but 3)."""
-
-    repetitions: int = 30
-    seconds: float = 20.0
-
-
-def measure(steps: Mapping[str, Step], effort: Effort, device: str = "cpu") -> dict[str, Cost]:
-    """The cost of each step; the first is the floor."""
-    with short_collections():
+    Args:
+        steps: by name.
+        repetitions: of each; fewer once one took ``seconds`` in all, but 3.
+        seconds: see above.
+        device: on which they run.
+    """
+    gc.collect()
+    gc.freeze()  # collections are short: they leave out what is there already
+    try:
         for step in steps.values():
             step()  # caches, and compilation where there is one
-        times = _interleaved(steps, effort, device)
+        times = _interleaved(steps, repetitions, seconds, device)
         # Last: torch.compile gives up on what it has seen under a dispatch mode.
         peaks = {name: _peak(step, device) for name, step in steps.items()}
+    finally:
+        gc.unfreeze()
     floor = next(iter(steps))
     return {
         name: Cost(
@@ -60,21 +64,15 @@ def measure(steps: Mapping[str, Step], effort: Effort, device: str = "cpu") -> d
     }
 
 
-def growth(costs: Iterable[Cost]) -> float:
-    """Largest over smallest time ratio."""
-    ratios = [cost.time_ratio for cost in costs]
-    return max(ratios) / min(ratios)
-
-
 def _interleaved(
-    steps: Mapping[str, Step], effort: Effort, device: str
+    steps: Mapping[str, Step], repetitions: int, seconds: float, device: str
 ) -> dict[str, list[float]]:
     """Seconds of each repetition; the floor, the first, takes part in all of them."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     order, floor, shuffle = list(steps), next(iter(steps)), random.Random(0).shuffle
-    for repetition in range(effort.repetitions):
+    for repetition in range(repetitions):
         shuffle(order)
-        alive = [n for n in order if repetition < 3 or sum(times[n]) < effort.seconds]
+        alive = [n for n in order if repetition < 3 or sum(times[n]) < seconds]
         if not set(alive) - {floor}:
             break
         for name in alive if floor in alive else [floor, *alive]:
@@ -96,17 +94,6 @@ def seconds_of(step: Step, device: str = "cpu") -> float:
         gc.enable()
 
 
-@contextmanager
-def short_collections() -> Iterator[None]:
-    """Garbage collections that leave out what is there already."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
 def _wait(device: str) -> None:
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
@@ -121,3 +108,102 @@ def warm_peak(step: Step, device: str) -> float:
 def _peak(step: Step, device: str) -> float:
     gc.collect()
     return peak_memory(step, device)
+
+
+# The table
+
+
+class Bar(NamedTuple):
+    """What was asked of a figure: at most ``limit``, or at least."""
+
+    quantity: str
+    value: float
+    limit: float
+    at_least: bool = False
+
+    @property
+    def met(self) -> bool:
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+    def __str__(self) -> str:
+        sign, verdict = ">=" if self.at_least else "<=", "met" if self.met else "MISSED"
+        return f"{self.quantity} {self.value:.4f} {sign} {self.limit:g} {verdict}"
+
+
+class Row(NamedTuple):
+    """One line of the table; ``cost`` is None where a bar alone is the result."""
+
+    case: str
+    method: str
+    steps: int | None = None
+    cg_steps: int | None = None
+    cost: Cost | None = None
+    bars: tuple[Bar, ...] = ()
+
+    @property
+    def cells(self) -> list[str]:
+        """Without the case: method, K, N, ms, time, MiB, memory, bars."""
+        seconds, peak, time, memory = self.cost or [math.nan] * 4
+        figures = ((1000 * seconds, 1), (time, 3), (peak / 2**20, 1), (memory, 3))
+        numbers = [f"{x:.{digits}f}" if math.isfinite(x) else "" for x, digits in figures]
+        counts = ["" if n is None else str(n) for n in (self.steps, self.cg_steps)]
+        return [self.method, *counts, *numbers, "; ".join(map(str, self.bars))]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """All figures by name."""
+        values = self.cost._asdict() if self.cost else {}
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
+        return values | {f"bar: {bar.quantity}": bar.value for bar in self.bars}
+
+
+HEADER = ["", "K", "N", "ms", "time", "MiB", "memory", "bars"]
+MARKERS = "os^vD<>pPX*"
+
+
+def summary(rows: Iterable[Row]) -> list[str]:
+    """How many bars are met, and which are not, a line each."""
+    bars = [(row, bar) for row in rows for bar in row.bars]
+    missed = [f"{row.case}: {row.method}: {bar}" for row, bar in bars if not bar.met]
+    return [f"{len(bars) - len(missed)} of {len(bars)} bars met", *(f"missed: {x}" for x in missed)]
+
+
+def as_text(rows: Sequence[Row], heading: str = "\n{}\n", style: str = "plain") -> str:
+    """One aligned block of lines a case, under its name."""
+    blocks = []
+    for case in dict.fromkeys(row.case for row in rows):
+        cells = [row.cells for row in rows if row.case == case]
+        align = ["left", *["right"] * 6, "left"]
+        table = tabulate(cells, HEADER, style, colalign=align, disable_numparse=True)
+        blocks.append(heading.format(case) + table)
+    return "\n".join(blocks)
+
+
+def as_markdown(rows: Sequence[Row]) -> str:
+    """One table a case, under a heading."""
+    return as_text(rows, "\n### {}\n\n", "github").strip()
+
+
+def draw(title: str, rows: Iterable[Row]) -> Figure:
+    """Time and memory over those of the supervised step against K, log-log, one line a method.
+
+    Args:
+        title: what was run.
+        rows: of the case ``peers``.
+    """
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    both = figure.subplots(1, 2)
+    measured = [row for row in rows if row.cost is not None and row.steps is not None]
+    for axes, what in zip(both, ("time", "memory"), strict=True):
+        for number, name in enumerate(dict.fromkeys(row.method for row in measured)):
+            of = [row for row in measured if row.method == name]
+            style = "-" if name.startswith("implicit") else "--"
+            ratios = [getattr(row.cost, f"{what}_ratio") for row in of]
+            look = {"marker": MARKERS[number % len(MARKERS)], "color": f"C{number % 10}"}
+            axes.loglog([row.steps for row in of], ratios, style, label=name, alpha=0.8, **look)
+        axes.axhline(1.0, color="0.7", label="supervised")
+        axes.set(xlabel="inner steps K (and N = K)", ylabel=f"{what} over the supervised step's")
+        axes.grid(alpha=0.3, which="both")
+    figure.legend(*both[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.suptitle(title)
+    return figure

@@ -1,27 +1,132 @@
-"""One outer step: the floor's, the implicit head's, its peers'. It leaves gradients on theta.
+"""One few-shot task, and one outer step on it: the floor's, the implicit head's, its peers'.
 
-``as published`` means: the backbone is run again at every inner step, with its graph.
+A step leaves gradients on theta. ``as published`` means: the backbone is run again at every inner
+step, with its graph.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import higher
+import learn2learn as l2l
 import torch
 from learn2learn.algorithms import MAML
+from learn2learn.vision.models.cnn4 import ConvBlock
 from torch import Tensor, nn
 from torch.autograd import grad
 from torch.nn.functional import cross_entropy, linear
 
-from experiments.benchmark.problem import STEP_SIZE, Problem
 from experiments.ingredients.algorithm import solvers
 from l2l_implicit import ImplicitCGHead
 from l2l_implicit.baselines import UnrolledMAML
-from l2l_implicit.chunked import Chunked
 
+STEP_SIZE = 0.1
 L2 = 0.1  # of the peers that carry a regulariser of their own
+
+
+class Shape(NamedTuple):
+    """What a task looks like: ``ways * (shots + queries)`` square images, a network for them.
+
+    ``network`` is a key of `NETWORKS`, which see three channels; ``hidden`` its number of filters,
+    where it has a choice.
+    """
+
+    network: str = "cnn4"
+    hidden: int = 64
+    pixels: int = 32
+    ways: int = 5
+    shots: int = 5
+    queries: int = 5
+    channels: int = 3
+
+    @property
+    def title(self) -> str:
+        network = self.network.replace("cnn4", f"CNN4-{self.hidden}").replace("resnet", "ResNet")
+        return (
+            f"{self.ways}-way {self.shots}-shot, {self.queries} queries a class, "
+            f"{network}, {self.pixels} x {self.pixels}"
+        )
+
+
+class Problem(NamedTuple):
+    """A task with its backbone; every method takes a copy of ``head``, equal at the start."""
+
+    backbone: nn.Module
+    head: nn.Linear
+    images: Tensor
+    labels: Tensor
+    split: int
+    device: str
+
+    @property
+    def support(self) -> tuple[Tensor, Tensor]:
+        return self.images[: self.split], self.labels[: self.split]
+
+    @property
+    def query(self) -> tuple[Tensor, Tensor]:
+        return self.images[self.split :], self.labels[self.split :]
+
+    def new_head(self) -> nn.Linear:
+        return copy.deepcopy(self.head)
+
+    def whole(self) -> nn.Sequential:
+        return nn.Sequential(self.backbone, self.new_head())
+
+
+def _group_norm(hidden: int) -> nn.Module:
+    """CNN4 whose normalisation does not look at other images."""
+    network = l2l.vision.models.CNN4Backbone(hidden_size=hidden)
+    for block in network:
+        block.normalize = nn.GroupNorm(max(1, hidden // 8), hidden)
+    return network
+
+
+def _wide(hidden: int) -> nn.Module:
+    """CNN4 that pools once: ``hidden * (pixels / 2) ** 2`` features, 16,384 for 64 and 32."""
+    blocks = [ConvBlock(3, hidden, (3, 3), max_pool=True)]
+    for _ in range(3):
+        blocks.append(ConvBlock(hidden, hidden, (3, 3), max_pool=False, max_pool_factor=0.5))
+    return nn.Sequential(*blocks, nn.Flatten())
+
+
+def _resnet12_wide(_: int) -> nn.Module:
+    """ResNet12 without its last pooling: 16,000 features at 84 pixels."""
+    network = l2l.vision.models.ResNet12Backbone(avg_pool=False)
+    network.flatten = nn.Flatten()  # learn2learn's refuses channels_last
+    return network
+
+
+NETWORKS: dict[str, Callable[[int], nn.Module]] = {
+    "cnn4": lambda hidden: l2l.vision.models.CNN4Backbone(hidden_size=hidden),
+    "cnn4, GroupNorm": _group_norm,
+    "cnn4, pooled once": _wide,
+    "resnet12": lambda _: l2l.vision.models.ResNet12Backbone(),
+    "resnet12, 16,000 features": _resnet12_wide,
+}
+
+
+def build(
+    shape: Shape, device: str = "cpu", channels_last: bool = True, seed: int = 0
+) -> Problem:
+    """Random images and a network in training mode, the same for a seed."""
+    torch.manual_seed(seed)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    number = shape.ways * (shape.shots + shape.queries)
+    images = torch.randn(number, shape.channels, shape.pixels, shape.pixels, device=device)
+    images = images.contiguous(memory_format=layout)
+    backbone = NETWORKS[shape.network](shape.hidden).to(device, memory_format=layout)
+    with torch.no_grad():
+        width = backbone.eval()(images[:2]).shape[1]
+    classes = torch.arange(shape.ways, device=device)
+    labels = torch.cat([classes.repeat_interleave(n) for n in (shape.shots, shape.queries)])
+    head = nn.Linear(width, shape.ways, device=device)
+    return Problem(backbone.train(), head, images, labels, shape.ways * shape.shots, device)
+
+
+# The floor, and ours
 
 Step = Callable[[], None]
 Adapt = Callable[[Any, Tensor, Tensor], None]
@@ -31,11 +136,7 @@ Adapt = Callable[[Any, Tensor, Tensor], None]
 def supervised(problem: Problem) -> Step:
     """The floor: forward and backward over all images of the task."""
     head = problem.new_head()
-
-    def step() -> None:
-        cross_entropy(head(problem.backbone(problem.images)), problem.labels).backward()
-
-    return step
+    return lambda: cross_entropy(head(problem.backbone(problem.images)), problem.labels).backward()
 
 
 def closure(steps: int) -> Adapt:
@@ -58,29 +159,28 @@ def loss_tensors(steps: int) -> Adapt:
 
 
 def cached(
-    problem: Problem, head: Any, adapt: Adapt, backbone: nn.Module | None = None
+    problem: Problem, head: Any, adapt: Adapt, extract: Callable[[Tensor], Tensor] | None = None
 ) -> Step:
-    """An outer step on features that are computed once, support and query together."""
-    extract = backbone or problem.backbone
-    _, support_labels = problem.support
-    _, query_labels = problem.query
+    """An outer step on features that are computed once, support and query together.
+
+    ``extract`` gives them; by default the backbone.
+    """
 
     def step() -> None:
-        features, learner = extract(problem.images), head.clone()
-        adapt(learner, features[: problem.split], support_labels)
-        cross_entropy(learner(features[problem.split :]), query_labels).backward()
+        features, learner = (extract or problem.backbone)(problem.images), head.clone()
+        adapt(learner, features[: problem.split], problem.support[1])
+        cross_entropy(learner(features[problem.split :]), problem.query[1]).backward()
 
     return step
 
 
-def apart(
-    problem: Problem, parent: Any, adapt: Adapt, backbone: nn.Module | None = None
-) -> Step:
+def apart(problem: Problem, parent: Any, adapt: Adapt, whole: bool = False) -> Step:
     """The same with support and query through the backbone one after the other.
 
     Each then has batch statistics of its own, as in the methods that run the backbone again.
+    ``whole``: the learner adapts the whole network, and sees the images.
     """
-    extract = backbone or problem.backbone
+    extract = nn.Identity() if whole else problem.backbone
     (images, labels), (query, query_labels) = problem.support, problem.query
 
     def step() -> None:
@@ -89,11 +189,6 @@ def apart(
         cross_entropy(learner(extract(query)), query_labels).backward()
 
     return step
-
-
-def whole(problem: Problem, parent: Any, adapt: Adapt) -> Step:
-    """An outer step of a learner that adapts the whole network."""
-    return apart(problem, parent, adapt, nn.Identity())
 
 
 def head_of(problem: Problem, step: str, cg_steps: int, **settings: Any) -> ImplicitCGHead:
@@ -105,11 +200,6 @@ def head_of(problem: Problem, step: str, cg_steps: int, **settings: Any) -> Impl
 def implicit(problem: Problem, step: str, adapt: Adapt, cg_steps: int, **settings: Any) -> Step:
     """The implicit head's outer step; settings as in `head_of`."""
     return cached(problem, head_of(problem, step, cg_steps, **settings), adapt)
-
-
-def chunked(problem: Problem, head: Any, adapt: Adapt, size: int) -> Step:
-    """The same as `cached` with the backbone run in chunks of ``size`` images."""
-    return cached(problem, head, adapt, Chunked(problem.backbone, size))
 
 
 # The peers
@@ -145,8 +235,7 @@ def higher_head(problem: Problem, steps: int) -> Step:
 def anil_as_published(problem: Problem, steps: int) -> Step:
     """learn2learn's MAML on the head, the backbone run again at every inner step."""
     head = MAML(problem.new_head(), STEP_SIZE)
-    images, labels = problem.support
-    query, query_labels = problem.query
+    (images, labels), (query, query_labels) = problem.support, problem.query
 
     def step() -> None:
         learner = head.clone()
@@ -160,21 +249,20 @@ def anil_as_published(problem: Problem, steps: int) -> Step:
 def itd_bio_as_published(problem: Problem, steps: int) -> Step:
     """Ji et al. (2020): unrolled gradient steps of a regularised head from a constant start."""
     initial = [p.detach() for p in problem.new_head().parameters()]
-    query, query_labels = problem.query
 
     def step() -> None:
         phi = [p.clone().requires_grad_() for p in initial]
         for _ in range(steps):
             gradients = grad(_inner_objective(problem, phi), phi, create_graph=True)
             phi = [p - STEP_SIZE * g for p, g in zip(phi, gradients, strict=True)]
-        cross_entropy(linear(problem.backbone(query), *phi), query_labels).backward()
+        _query_loss(problem, phi).backward()
 
     return step
 
 
 def maml(problem: Problem, steps: int) -> Step:
     """learn2learn's MAML, whole network."""
-    return whole(problem, MAML(problem.whole(), 0.01), loss_tensors(steps))
+    return apart(problem, MAML(problem.whole(), 0.01), loss_tensors(steps), whole=True)
 
 
 def released(problem: Problem, steps: int, cg_steps: int, everything: bool) -> Step:
@@ -189,7 +277,6 @@ def released(problem: Problem, steps: int, cg_steps: int, everything: bool) -> S
     """
     initial = [p.detach() for p in problem.new_head().parameters()]
     theta = list(problem.backbone.parameters())
-    query, query_labels = problem.query
 
     def step() -> None:
         phi = [p.clone().requires_grad_() for p in initial]
@@ -198,8 +285,7 @@ def released(problem: Problem, steps: int, cg_steps: int, everything: bool) -> S
             new = [p - STEP_SIZE * g for p, g in zip(phi, gradients, strict=True)]
             phi = [p.detach().requires_grad_() for p in new]
         inner = grad(_inner_objective(problem, phi), phi, create_graph=True)
-        outer = cross_entropy(linear(problem.backbone(query), *phi), query_labels)
-        direct = grad(outer, [*theta, *phi])
+        direct = grad(_query_loss(problem, phi), [*theta, *phi])
         b = [g.detach() for g in direct[len(theta) :]]
         v = _conjugate_gradient(inner, [*phi, *theta] if everything else phi, b, cg_steps)
         mixed = grad(inner, theta, v)
@@ -213,6 +299,11 @@ def _inner_objective(problem: Problem, phi: Sequence[Tensor]) -> Tensor:
     images, labels = problem.support
     squares = sum((p.square().sum() for p in phi), torch.zeros((), device=images.device))
     return cross_entropy(linear(problem.backbone(images), *phi), labels) + 0.5 * L2 * squares
+
+
+def _query_loss(problem: Problem, phi: Sequence[Tensor]) -> Tensor:
+    images, labels = problem.query
+    return cross_entropy(linear(problem.backbone(images), *phi), labels)
 
 
 def _conjugate_gradient(

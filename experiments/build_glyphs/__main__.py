@@ -14,8 +14,7 @@ from experiments.build_glyphs.classes import (
     script_of,
     script_split,
 )
-from experiments.build_glyphs.faces import Face, all_faces
-from experiments.build_glyphs.rendering import Renderings, render_all
+from experiments.build_glyphs.drawings import Face, all_faces, render_all
 
 TASKS = Path(__file__).parents[2] / "l2l_implicit" / "tasks"
 DIGEST_COMMAND = (  # run where the package is installed: this environment has no torch
@@ -47,46 +46,32 @@ def build() -> tuple[dict[str, NDArray], list[Face]]:
     rows = np.concatenate([sorted(chosen[point]) for point in points])
     used, face = np.unique(drawn.faces[rows], return_inverse=True)
     faces = [faces[index] for index in used]
-    arrays = _image_arrays(drawn, rows, points) | _face_arrays(faces) | _split_arrays(points)
-    return arrays | {"faces": face.astype(np.int16)}, faces
-
-
-def _image_arrays(drawn: Renderings, rows: NDArray, points: list[int]) -> dict[str, NDArray]:
-    return {
+    scripts = [script_of(point) for point in points]
+    arrays = {
         "images": drawn.images[rows],
         "labels": np.searchsorted(points, drawn.codepoints[rows]).astype(np.int16),
         "codepoints": np.array(points, np.int32),
-        "scripts": np.array([script_of(point) for point in points]),
+        "scripts": np.array(scripts),
+        "faces": face.astype(np.int16),
+        "face_families": np.array([face.family for face in faces]),
+        "face_styles": np.array([f"{face.style} {face.weight}" for face in faces]),
+        "face_packages": np.array([f"{face.package} {face.version}" for face in faces]),
+        "face_licences": np.array([face.licence for face in faces]),
     }
-
-
-def _face_arrays(faces: list[Face]) -> dict[str, NDArray]:
-    columns = {
-        "face_families": [face.family for face in faces],
-        "face_styles": [f"{face.style} {face.weight}" for face in faces],
-        "face_packages": [f"{face.package} {face.version}" for face in faces],
-        "face_licences": [face.licence for face in faces],
-    }
-    return {name: np.array(values) for name, values in columns.items()}
-
-
-def _split_arrays(points: list[int]) -> dict[str, NDArray]:
-    scripts = [script_of(point) for point in points]
     splits = {"random": random_split(len(points)), "script": script_split(scripts)}
-    return {
-        f"split_{split}_{mode}": np.array(classes, np.int16)
-        for split, modes in splits.items()
-        for mode, classes in modes.items()
-    }
+    for split, modes in splits.items():
+        for mode, classes in modes.items():
+            arrays[f"split_{split}_{mode}"] = np.array(classes, np.int16)
+    return arrays, faces
 
 
 def attribution(faces: list[Face]) -> str:
     """GLYPHS_ATTRIBUTION.md as Markdown, one row a family, in alphabetical order."""
-    families: dict[tuple[str, ...], int] = {}
-    for face in faces:
-        package = f"{face.package} {face.version}"
-        row = (face.family, package, face.licence, face.copyright.replace("|", "/"))
-        families[row] = families.get(row, 0) + 1
+    families = Counter(
+        (face.family, f"{face.package} {face.version}", face.licence,
+         face.copyright.replace("|", "/"))
+        for face in faces
+    )  # fmt: skip
     rows = [
         f"| {family} | {count} | {package} | {licence} | {owner or '(none in the font)'} |"
         for (family, package, licence, owner), count in sorted(families.items())
@@ -94,39 +79,10 @@ def attribution(faces: list[Face]) -> str:
     return HEADER + "\n".join(rows) + "\n"
 
 
-def closeness(ours: dict[str, NDArray], theirs: dict[str, NDArray]) -> str:
-    """Says how many classes two builds share and how near their images of one class are.
-
-    By closeness: FreeType versions move pixels, so no hash can.
-    For each image of ours: the smallest mean absolute difference, in grey values of 255, to an
-    image of the same character in the other build.
-    """
-    mine = {int(point): index for index, point in enumerate(ours["codepoints"])}
-    other = {int(point): index for index, point in enumerate(theirs["codepoints"])}
-    shared = sorted(mine.keys() & other.keys())
-    gaps = np.concatenate([
-        _nearest(ours["images"][ours["labels"] == mine[point]],
-                 theirs["images"][theirs["labels"] == other[point]])
-        for point in shared
-    ])
-    same, close = (gaps == 0).mean(), (gaps < 3).mean()
-    return (
-        f"{len(shared)} classes in both, {len(mine) - len(shared)} only here, "
-        f"{len(other) - len(shared)} only there; of {len(gaps)} images {same:.1%} identical, "
-        f"{close:.1%} within 3 grey values, median {np.median(gaps):.2f}, mean {gaps.mean():.2f}"
-    )
-
-
-def _nearest(images: NDArray[np.uint8], others: NDArray[np.uint8]) -> NDArray[np.float64]:
-    differences = np.abs(images[:, None].astype(np.int16) - others[None].astype(np.int16))
-    return differences.mean((2, 3)).min(1)
-
-
 def main() -> None:
     """Command line: writes the array and its attribution, and reports what they hold."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=TASKS / "glyphs.npz", help="array to write")
-    parser.add_argument("--against", type=Path, help="another build to compare this one with")
     options = parser.parse_args()
     arrays, faces = build()
     np.savez_compressed(options.out, **arrays)
@@ -137,9 +93,6 @@ def main() -> None:
           f"{np.bincount(arrays['labels']).min()} to {np.bincount(arrays['labels']).max()} a class")
     print(f"{options.out}: {options.out.stat().st_size / 1e6:.2f} MB")
     print("record its digest in l2l_implicit/tasks/glyphs.py:", DIGEST_COMMAND)
-    if options.against:
-        with np.load(options.against) as other:
-            print(closeness(arrays, dict(other)))
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@ two fixed splits into train, validation and test."""
 
 import unicodedata
 from collections import defaultdict
-from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.build_glyphs.faces import Face
-from experiments.build_glyphs.rendering import SIDE, Renderings
+from experiments.build_glyphs.drawings import SIDE, Face, Renderings
 
 MIN_IMAGES = 20  # distinct bitmaps a class needs: 5 shots and 15 queries
 MAX_IMAGES = 40
@@ -35,15 +35,15 @@ def eligible_classes(drawn: Renderings, faces: list[Face]) -> dict[int, list[int
     chosen = {}
     for point, rows in sorted(rows_of.items()):
         families = _distinct_by_family(rows, drawn, faces)
-        picked = _take_turns(families)
+        picked = [
+            families[name][turn]
+            for turn in range(MAX_PER_FAMILY)
+            for name in sorted(families)
+            if turn < len(families[name])
+        ]
         if len(families) >= MIN_FAMILIES and len(picked) >= MIN_IMAGES:
             chosen[point] = picked[:MAX_IMAGES]
     return chosen
-
-
-def families_of(rows: list[int], drawn: Renderings, faces: list[Face]) -> set[str]:
-    """Names of the families among these rows."""
-    return {faces[index].family for index in drawn.faces[np.array(rows)]}
 
 
 def _distinct_by_family(
@@ -60,17 +60,7 @@ def _distinct_by_family(
     return families
 
 
-def _take_turns(families: dict[str, list[int]]) -> list[int]:
-    return [
-        families[name][turn]
-        for turn in range(MAX_PER_FAMILY)
-        for name in sorted(families)
-        if turn < len(families[name])
-    ]
-
-
-@dataclass(frozen=True)
-class Similarity:
+class Similarity(NamedTuple):
     """For every pair of classes [m, m]: mean cosine, faces shared, families that draw both alike.
     """
 
@@ -88,48 +78,39 @@ def merge(chosen: dict[int, list[int]], drawn: Renderings, faces: list[Face]) ->
     """
     points = sorted(chosen)
     alike = _confusable(similarity(points, drawn, faces), points)
-    coverage = [len(families_of(chosen[point], drawn, faces)) for point in points]
-    groups = connected(alike)
-    return sorted(points[min(group, key=lambda a: (-coverage[a], a))] for group in groups)
+    families = [{faces[index].family for index in drawn.faces[chosen[point]]} for point in points]
+    return sorted(points[min(group, key=lambda a: (-len(families[a]), a))]
+                  for group in connected(alike))  # fmt: skip
 
 
 def similarity(points: list[int], drawn: Renderings, faces: list[Face]) -> Similarity:
     """Compares the classes within each face: cosine of the bitmaps as vectors of 784 pixels."""
     m = len(points)
-    total, shared = np.zeros((m, m), np.float32), np.zeros((m, m), np.int32)
-    identical = np.zeros((m, m), np.int32)
-    family_identical = np.zeros((m, m), bool)
-    by_family = sorted(range(len(faces)), key=lambda index: (faces[index].family, index))
-    for position, index in enumerate(by_family):
-        rows = np.flatnonzero((drawn.faces == index) & np.isin(drawn.codepoints, points))
-        cells = np.ix_(*2 * (np.searchsorted(points, drawn.codepoints[rows]),))
-        cosine = _cosines(drawn.images[rows])
-        total[cells] += cosine
-        shared[cells] += 1
-        family_identical[cells] |= cosine > IDENTICAL
-        last = position + 1 == len(by_family)
-        if last or faces[by_family[position + 1]].family != faces[index].family:
-            identical += family_identical
-            family_identical[:] = False
+    total, shared, identical = (np.zeros((m, m), t) for t in (np.float32, np.int32, np.int32))
+    for _, family in groupby(sorted(enumerate(faces), key=_family_of), _family_of):
+        in_family = np.zeros((m, m), bool)
+        for index, _ in family:
+            rows = np.flatnonzero((drawn.faces == index) & np.isin(drawn.codepoints, points))
+            cells = np.ix_(*2 * (np.searchsorted(points, drawn.codepoints[rows]),))
+            cosine = _cosines(drawn.images[rows])
+            total[cells] += cosine
+            shared[cells] += 1
+            in_family[cells] |= cosine > IDENTICAL
+        identical += in_family
     return Similarity(total / np.maximum(shared, 1), shared, identical)
 
 
+def _family_of(numbered: tuple[int, Face]) -> str:
+    return numbered[1].family
+
+
 def connected(linked: NDArray[np.bool_]) -> list[list[int]]:
-    """Connected sets of a symmetric relation [m, m], by union-find."""
-    parent = list(range(len(linked)))
-
-    def root(member: int) -> int:
-        while parent[member] != member:
-            parent[member] = parent[parent[member]]
-            member = parent[member]
-        return member
-
-    for a, b in np.argwhere(np.triu(linked, 1)).tolist():
-        parent[max(root(a), root(b))] = min(root(a), root(b))
-    groups: dict[int, list[int]] = {}
-    for member in range(len(linked)):
-        groups.setdefault(root(member), []).append(member)
-    return list(groups.values())
+    """Connected sets of a symmetric relation [m, m]; paths double in length until none is new."""
+    reach = linked | np.eye(len(linked), dtype=bool)
+    while ((wider := reach @ reach.astype(np.float32) > 0) != reach).any():
+        reach = wider
+    first = reach.argmax(1)
+    return [np.flatnonzero(first == member).tolist() for member in np.unique(first)]
 
 
 def _confusable(found: Similarity, points: list[int]) -> NDArray[np.bool_]:

@@ -1,58 +1,78 @@
-"""The four parts of the experiment: trajectories of the exact squared hypergradient norm, and what
-is fitted to them."""
+"""The settings, the four parts of the experiment, and what is fitted to their trajectories."""
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
-import torch
+from pydantic import Field, model_validator
 
-from experiments.papers.convergence.algorithm_1 import Algorithm1, Settings
-from experiments.papers.convergence.problem import Tasks
+from experiments.papers.convergence.problem import Settings, Tasks, make_tasks, trajectory
 from experiments.papers.convergence.theory import (
-    ProblemConstants,
     hypergradient_lipschitz,
     inner_lr,
     least_inner_steps,
     least_linear_steps,
 )
+from experiments.report.paper_figures import Floors
 from experiments.statistics import Mean, seeds_mean
-from l2l_implicit import UnsolvedWarning
+from experiments.tracking.config import (
+    MOST,
+    Count,
+    Counts,
+    NotNegative,
+    Positive,
+    RunSettings,
+    Seed,
+    Text,
+    Threads,
+)
 
 Tick = Callable[[int], object]
+Length = Annotated[int, Field(ge=20, le=MOST)]  # for a slope
 
 
-def trajectory(
-    tasks: Tasks, settings: Settings, steps: int, batch: int | None, seed: int, tick: Tick
-) -> list[float]:
-    r""":math:`\|\nabla F(\theta_t)\|^2` for t = 0 to T - 1, exact.
+class ConvergenceSettings(RunSettings):
+    """The settings of this experiment."""
 
-    Args:
-        tasks: the population.
-        settings: of Algorithm 1, started from theta = 0.
-        steps: outer iterations T.
-        batch: tasks drawn with replacement at every iteration; None: all, as in Theorem 2.
-        seed: of the draws.
-        tick: told of every iteration done.
-    """
-    number, p, q = len(tasks.y), tasks.c.shape[2], tasks.y.shape[1]
-    generator = torch.Generator().manual_seed(seed)
-    algorithm = Algorithm1(batch or number, q, settings, torch.zeros(p, dtype=torch.float64))
-    norms = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UnsolvedWarning)  # too few steps is what is measured
-        for _ in range(steps):
-            norms.append(float(tasks.exact(algorithm.theta.detach()).hypergradient.square().sum()))
-            drawn = tasks
-            if batch is not None:
-                drawn = tasks.subset(torch.randint(number, (batch,), generator=generator))
-            algorithm.step(drawn)
-            tick(1)
-    return norms
+    # drawn anew, for the confidence of the slopes
+    problems: Annotated[int, Field(ge=2, le=MOST)] = 3
+    tasks: Count = 32  # of the population
+    theta_size: Count = 5  # dimensions of theta
+    phi_size: Count = 20  # dimensions of phi
+    # of the quadratic part of the inner problem
+    condition: Annotated[float, Field(ge=1)] = 10.0
+    bend: Positive = 0.5  # coefficient of its log-cosh part
+    strength: Positive = 4.0  # by which theta acts on the inner problem
+    spread: NotNegative = 1.0  # of the tasks
+    meta_lr: Positive = 1.0  # outer step size
+    iterations: Length = 400  # T with all tasks
+    stochastic_iterations: Length = 200  # T with batches
+    bound_iterations: Length = 60  # T around K_0 and N_0
+    batches: Counts = [1, 4, 16, 64, 256]  # |B|
+    # K with batches, times K_0
+    stochastic_inner: Annotated[list[Positive], Field(strict=False, min_length=1)] = [
+        0.25, 1.0, 3.0,
+    ]  # fmt: skip
+    threads: Threads = 1  # of torch; 0 leaves torch's own choice
+    seed: Seed = 0  # of the problems
+    output: Text = "runs"  # the folder of the picture
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> ConvergenceSettings:
+        if len(set(self.batches)) < 2:
+            raise ValueError(
+                f"batches: expected two different ones at least, got {self.batches}; one has no "
+                "slope"
+            )
+        if self.theta_size > self.phi_size:
+            raise ValueError(
+                f"theta_size: expected at most phi_size={self.phi_size}, got {self.theta_size}; "
+                "raise phi_size"
+            )
+        return self
 
 
 def averages(norms: Sequence[float]) -> list[float]:
@@ -70,17 +90,15 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
+def log_spaced(first: int, last: int, points: int) -> list[int]:
+    """Whole numbers, both ends included."""
+    return sorted({round(t) for t in np.geomspace(first, last, points)})
+
+
 def last_decade(curve: Sequence[float]) -> float:
     """The slope of ``curve`` against T from a tenth of its length on."""
-    first, number = max(1, len(curve) // 10), len(curve)
-    at = sorted({round(t) for t in np.geomspace(first, number, 40)})
+    at = log_spaced(max(1, len(curve) // 10), len(curve), 40)
     return slope(at, [curve[t - 1] for t in at])
-
-
-def log_spaced(number: int) -> list[int]:
-    """1 to ``number``, about ten points a decade, both ends included."""
-    points = max(2, round(10 * math.log10(number)) + 1)
-    return sorted({round(t) for t in np.geomspace(1, number, points)})
 
 
 def evaluations(settings: Settings, tasks: int) -> int:
@@ -97,91 +115,77 @@ def first_below(curve: Sequence[float], epsilon: float) -> int | None:
     return next((t for t, value in enumerate(curve, 1) if value <= epsilon), None)
 
 
-class Cost(NamedTuple):
-    """Evaluations up to an epsilon-solution, and the batch size that needed the fewest."""
-
-    epsilon: float
-    evaluations: int
-    batch: int
-
-
 def cheapest(
-    curves: Mapping[int, Sequence[float]], settings: Settings, epsilons: Sequence[float]
-) -> list[Cost]:
-    """For every epsilon that some batch size reaches, the cheapest of them.
+    curves: Mapping[int, Sequence[float]], settings: Settings, high: float, low: float
+) -> dict[float, int]:
+    """Evaluations up to an epsilon-solution, by the batch size that needs the fewest.
 
     Args:
         curves: averages by batch size.
         settings: with which they were run.
-        epsilons: largest first.
+        high, low: the first and the last of ten epsilons; what nothing reaches is left out.
     """
-    found = []
-    for epsilon in epsilons:
+    found = {}
+    for epsilon in map(float, np.geomspace(high, low, 10)):
         reached = {batch: first_below(curve, epsilon) for batch, curve in curves.items()}
-        costs = [
-            Cost(epsilon, t * evaluations(settings, batch), batch)
-            for batch, t in reached.items()
-            if t is not None
-        ]
+        costs = [t * evaluations(settings, batch) for batch, t in reached.items() if t]
         if costs:
-            found.append(min(costs, key=lambda cost: cost.evaluations))
+            found[epsilon] = min(costs)
     return found
 
 
-class Bounds(NamedTuple):
-    """The largest over the problems of what theory asks for, and the smallest step sizes."""
-
-    inner_steps: int
-    cg_steps: int
-    inner_lr: float
-    meta_lr: float
+def costs_slope(costs: Mapping[float, int]) -> float:
+    """Of evaluations against 1/epsilon."""
+    return -slope(list(costs), list(costs.values())) if len(costs) > 1 else math.nan
 
 
 class Plan(NamedTuple):
-    """The configuration, as the parts read it."""
+    """The problems, and what theory asks for on all of them alike.
 
+    Attributes:
+        c: the configuration.
+        problems: drawn by it.
+        bounds: K_0, N_0 and the smallest inner step size, with the configured outer one.
+        inverse_l_f: the smallest 1 / L_F.
+    """
+
+    c: ConvergenceSettings
     problems: Sequence[Tasks]
-    bounds: Bounds
-    meta_lr: float
-    iterations: int
-    stochastic_iterations: int
-    bound_iterations: int
-    batches: Sequence[int]
-    multiples: Sequence[float]
+    bounds: Settings
+    inverse_l_f: float
 
-    @property
-    def settings(self) -> Settings:
-        """K_0 and N_0."""
-        return Settings(
-            self.bounds.inner_steps, self.bounds.cg_steps, self.bounds.inner_lr, self.meta_lr
+    @classmethod
+    def of(cls, c: ConvergenceSettings) -> Plan:
+        sizes = (c.tasks, c.theta_size, c.phi_size)
+        shape = (c.condition, c.bend, c.strength, c.spread)
+        problems = [make_tasks(*sizes, *shape, 1000 * c.seed + i) for i in range(c.problems)]
+        constants = [tasks.constants() for tasks in problems]
+        lr = min(inner_lr(each) for each in constants)
+        bounds = Settings(
+            max(least_inner_steps(each, lr) for each in constants),
+            max(least_linear_steps(each, c.phi_size) for each in constants),
+            lr,
+            c.meta_lr,
         )
-
-    def stochastic_inner_steps(self) -> list[int]:
-        """K with batches."""
-        return [max(1, round(m * self.bounds.inner_steps)) for m in self.multiples]
+        return cls(c, problems, bounds, min(1 / hypergradient_lipschitz(x) for x in constants))
 
     def total(self) -> int:
         """Outer iterations in all."""
-        stochastic = len(self.multiples) * len(self.batches) * self.stochastic_iterations
-        undercut = 2 * sum(len(grid(n)) for n in self.bounds[:2]) * self.bound_iterations
-        return len(self.problems) * (self.iterations + stochastic + undercut)
+        c, points = self.c, sum(len(grid(bound)) for bound in self.bounds[:2])
+        stochastic = len(c.stochastic_inner) * len(c.batches) * c.stochastic_iterations
+        return c.problems * (c.iterations + stochastic + 2 * points * c.bound_iterations)
 
-
-def bounds_of(constants: Sequence[ProblemConstants], unknowns: int) -> Bounds:
-    """What holds for all problems alike."""
-    lr = min(inner_lr(c) for c in constants)
-    return Bounds(
-        max(least_inner_steps(c, lr) for c in constants),
-        max(least_linear_steps(c, unknowns) for c in constants),
-        lr,
-        min(1.0 / hypergradient_lipschitz(c) for c in constants),
-    )
+    def run(
+        self, settings: Settings, steps: int, tick: Tick, batch: int | None = None
+    ) -> list[list[float]]:
+        """`trajectory` on every problem."""
+        return [trajectory(tasks, settings, steps, batch, seed, tick)
+                for seed, tasks in enumerate(self.problems)]  # fmt: skip
 
 
 def grid(bound: int) -> list[int]:
     """Below, at and above a bound."""
-    below = [n for n in (1, 2, 5, bound // 2) if 0 < n < bound]
-    return sorted({*below, bound, 2 * bound})
+    return sorted({n for n in (1, 2, 5, bound // 2) if 0 < n < bound} | {bound, 2 * bound})
 
 
 class Deterministic(NamedTuple):
@@ -190,77 +194,49 @@ class Deterministic(NamedTuple):
     norms: list[list[float]]
     averages: list[list[float]]
     slope: Mean
-    evaluations: list[Cost]
-    evaluations_slope: Mean
+    costs: dict[float, int]
+    costs_slope: Mean
 
 
 def deterministic(plan: Plan, tick: Tick) -> Deterministic:
-    """All tasks at every iteration."""
-    norms = [
-        trajectory(tasks, plan.settings, plan.iterations, None, 0, tick) for tasks in plan.problems
-    ]
+    """All tasks at every iteration; accuracies are those of the last decade of T."""
+    norms = plan.run(plan.bounds, plan.c.iterations, tick)
     curves = [averages(n) for n in norms]
-    number = len(plan.problems[0].y)
-    costs = [_costs(curve, plan.settings, number) for curve in curves]
-    slopes = [slope([1 / c.epsilon for c in cost], [c.evaluations for c in cost]) for cost in costs]
-    found = seeds_mean([last_decade(curve) for curve in curves])
-    return Deterministic(norms, curves, found, costs[0], seeds_mean(slopes))
-
-
-def _costs(curve: Sequence[float], settings: Settings, number: int) -> list[Cost]:
-    """At ten accuracies, down to the last that is reached, over the last decade of T."""
-    each = evaluations(settings, number)
-    epsilons = np.geomspace(curve[max(1, len(curve) // 10) - 1], curve[-1] * 1.0000001, 10)
-    pairs = [(e, first_below(curve, e)) for e in map(float, epsilons)]
-    return [Cost(e, t * each, number) for e, t in pairs if t is not None]
+    costs = [
+        cheapest({plan.c.tasks: curve}, plan.bounds, curve[len(curve) // 10 - 1],
+                 curve[-1] * 1.0000001)
+        for curve in curves
+    ]  # fmt: skip
+    slopes = seeds_mean([last_decade(curve) for curve in curves])
+    return Deterministic(norms, curves, slopes, costs[0], seeds_mean(list(map(costs_slope, costs))))
 
 
 class Stochastic(NamedTuple):
-    """Theorem 1 at one K: the floor by batch size, its slopes, the cheapest batch by epsilon."""
+    """Theorem 1 at one K: the floor by batch size with its slope; evaluations by epsilon."""
 
     inner_steps: int
-    floors: dict[int, Mean]
-    slope: Mean
-    costs: list[Cost]
-    costs_slope: float
+    floors: Floors
+    costs: dict[float, int]
 
 
 def stochastic(plan: Plan, inner_steps: int, tick: Tick) -> Stochastic:
-    """Fresh tasks at every iteration; a slot starts where it was, as Algorithm 1 says."""
-    settings = plan.settings._replace(inner_steps=inner_steps)
-    norms = {
-        batch: [
-            trajectory(tasks, settings, plan.stochastic_iterations, batch, seed, tick)
-            for seed, tasks in enumerate(plan.problems)
-        ]
-        for batch in plan.batches
-    }
+    """Fresh tasks at every iteration; a slot starts where it was, as Algorithm 1 says.
+
+    Accuracies go from what the first tenth of the run reaches to what its end does.
+    """
+    settings, length = plan.bounds._replace(inner_steps=inner_steps), plan.c.stochastic_iterations
+    norms = {b: plan.run(settings, length, tick, b) for b in plan.c.batches}
     floors = {batch: [floor(n) for n in each] for batch, each in norms.items()}
-    slopes = [
-        slope(plan.batches, [floors[b][i] for b in plan.batches])
-        for i in range(len(plan.problems))
-    ]
+    slopes = [slope(list(floors), of_problem) for of_problem in zip(*floors.values(), strict=True)]
     curves = {b: np.mean([averages(n) for n in each], axis=0) for b, each in norms.items()}
-    costs = cheapest(curves, settings, _epsilons(curves))
-    ends = [c.epsilon for c in costs], [c.evaluations for c in costs]
-    return Stochastic(
-        inner_steps,
-        {batch: seeds_mean(values) for batch, values in floors.items()},
-        seeds_mean(slopes),
-        costs,
-        -slope(*ends) if len(costs) > 1 else float("nan"),
-    )
+    high, low = (min(curve[at] for curve in curves.values()) for at in (length // 10, -1))
+    by_batch = {batch: seeds_mean(values) for batch, values in floors.items()}
+    return Stochastic(inner_steps, Floors(by_batch, seeds_mean(slopes)),
+                      cheapest(curves, settings, high, 1.02 * low))  # fmt: skip
 
 
-def _epsilons(curves: Mapping[int, Sequence[float]]) -> list[float]:
-    """From what the first tenth of the run reaches down to what its end does."""
-    length = len(next(iter(curves.values())))
-    high = min(curve[length // 10] for curve in curves.values())
-    low = min(curve[-1] for curve in curves.values())
-    return [float(e) for e in np.geomspace(high, 1.02 * low, 10)]
-
-
-Undercut = dict[str, dict[int, Mean]]
+Undercut = dict[str, dict[int, float]]
+"""By start (``warm``: from the last outer iteration; ``cold``: from zero) and steps."""
 
 
 def around_bounds(plan: Plan, what: str, tick: Tick) -> Undercut:
@@ -270,17 +246,11 @@ def around_bounds(plan: Plan, what: str, tick: Tick) -> Undercut:
         plan: the configuration.
         what: ``inner_steps`` (K, at N_0) or ``cg_steps`` (N, at K_0).
         tick: told of every iteration done.
-
-    Returns:
-        By start (``warm``: from the last outer iteration; ``cold``: from zero) and steps.
     """
     found: Undercut = {"warm": {}, "cold": {}}
     for start, by_steps in found.items():
         for steps in grid(getattr(plan.bounds, what)):
-            settings = plan.settings._replace(warm=start == "warm", **{what: steps})
-            ends = [
-                trajectory(tasks, settings, plan.bound_iterations, None, 0, tick)[-1]
-                for tasks in plan.problems
-            ]
-            by_steps[steps] = seeds_mean(ends)
+            settings = plan.bounds._replace(warm=start == "warm", **{what: steps})
+            runs = plan.run(settings, plan.c.bound_iterations, tick)
+            by_steps[steps] = seeds_mean([norms[-1] for norms in runs]).mean
     return found

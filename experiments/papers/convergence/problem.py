@@ -1,4 +1,4 @@
-r"""A meta-learning problem with known constants, non-convex in theta.
+r"""A meta-learning problem with known constants, non-convex in theta, and Algorithm 1 on it.
 
 .. math::
     g_i(\theta, \phi) &= \tfrac12 \phi^\top A_i \phi + c \sum_j \log\cosh \phi_j
@@ -11,23 +11,19 @@ for tasks i of a finite set, whose mean is the population: theta is in R^p, phi 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from experiments.ingredients.algorithm import solvers
 from experiments.papers.convergence.theory import ProblemConstants
+from l2l_implicit import ImplicitCGHead, LinearSolution, UnsolvedWarning
 
 LARGEST_TANH_CURVATURE = 4.0 / (3.0 * math.sqrt(3.0))  # of (tanh x)'' over all x
-
-
-class Exact(NamedTuple):
-    """The population's outer objective, its hypergradient ``[p]``, and the solutions ``[M, q]``."""
-
-    objective: float
-    hypergradient: Tensor
-    solutions: Tensor
 
 
 class Tasks(NamedTuple):
@@ -82,16 +78,15 @@ class Tasks(NamedTuple):
             "Newton steps; use a smaller bend"
         )
 
-    def exact(self, theta: Tensor) -> Exact:
-        """Eq. (4), with dense matrices."""
+    def exact(self, theta: Tensor) -> Tensor:
+        """The hypergradient ``[p]`` of eq. (4), with dense matrices."""
         phi = self.solve(theta)
         residual = phi - self.y
         slope = residual / torch.sqrt(1.0 + residual.square()) / math.sqrt(phi.shape[1])
         v = torch.linalg.solve(self.curvature(phi), slope)
         waves = torch.cos(torch.einsum("ijk,k->ij", self.c, theta))
         moved = torch.einsum("ijk,ij->ik", self.b, v) * waves
-        hypergradient = torch.einsum("ijk,ij->k", self.c, moved) / len(phi)
-        return Exact(float(self.outer(phi)), hypergradient, phi)
+        return torch.einsum("ijk,ij->k", self.c, moved) / len(phi)
 
     def curvature(self, phi: Tensor) -> Tensor:
         """The Hessians of g_i in phi, ``[M, q, q]``."""
@@ -99,8 +94,7 @@ class Tasks(NamedTuple):
 
     def subset(self, chosen: Tensor) -> Tasks:
         """Those of some indices, which may repeat."""
-        tensors = (tensor[chosen] for tensor in self[:5])
-        return Tasks(*tensors, self.bend)
+        return Tasks(*(tensor[chosen] for tensor in self[:5]), self.bend)
 
     def constants(self) -> ProblemConstants:
         """Of Assumptions 1 to 3, for all theta and phi."""
@@ -136,12 +130,16 @@ def make_tasks(
         spread: of the tasks, relative to what they share; 0: they differ in ``a`` and ``d`` alone.
         seed: of everything.
     """
-    draw = _Draw(seed)
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
     rotation, _ = torch.linalg.qr(draw(number, q, q))
     eigenvalues = torch.logspace(0, math.log10(condition), q, dtype=torch.float64)
     a = rotation @ torch.diag(eigenvalues) @ rotation.mT
-    b = strength * _unit(_orthonormal(draw(1, q, p)) + 0.1 * spread * draw(number, q, p))
-    c = _unit(_orthonormal(draw(1, p, p)) + 0.1 * spread * draw(number, p, p))
+    b = strength * _unit(torch.linalg.qr(draw(1, q, p))[0] + 0.1 * spread * draw(number, q, p))
+    c = _unit(torch.linalg.qr(draw(1, p, p))[0] + 0.1 * spread * draw(number, p, p))
     tasks = Tasks(0.5 * (a + a.mT), b, c, 0.5 * draw(number, q), torch.zeros(number, q), bend)
     center = 0.5 * draw(p)
     own = [tasks.subset(torch.tensor([i])) for i in range(number)]
@@ -149,18 +147,112 @@ def make_tasks(
     return tasks._replace(y=torch.stack(y))
 
 
-def _orthonormal(matrix: Tensor) -> Tensor:
-    return torch.linalg.qr(matrix)[0]
-
-
 def _unit(matrices: Tensor) -> Tensor:
     """Of spectral norm 1."""
     return matrices / torch.linalg.matrix_norm(matrices, 2)[:, None, None]
 
 
-class _Draw:
-    def __init__(self, seed: int) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
+class Settings(NamedTuple):
+    """K, N, both step sizes, and whether a slot of the batch starts where it was before."""
 
-    def __call__(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self._generator, dtype=torch.float64)
+    inner_steps: int
+    cg_steps: int
+    inner_lr: float
+    meta_lr: float
+    warm: bool = True
+
+
+class Parameters(nn.Module):
+    """Phi of every slot of the batch, ``[B, q]``, zero at first."""
+
+    def __init__(self, slots: int, q: int) -> None:
+        super().__init__()
+        self.phi = nn.Parameter(torch.zeros(slots, q, dtype=torch.float64))
+
+    def forward(self) -> Tensor:
+        return self.phi
+
+
+class Slots(ImplicitCGHead):
+    """Its Hessian is block diagonal: Subroutine 1 runs in every slot with steps of its own."""
+
+    slots: tuple[int, int]
+
+    def linear_solve(
+        self, hvp: Callable[[Tensor], Tensor], b: Tensor, start: Tensor | None
+    ) -> LinearSolution:
+        shape = self.slots
+        answer = self.linear.solve(
+            lambda p: hvp(p.view(1, -1)).view(shape),
+            b.view(shape),
+            None if start is None else start.view(shape),
+        )
+        norms = answer.relative_residual * b.view(shape).norm(dim=1)
+        relative = norms.norm() / b.norm().clamp_min(torch.finfo(b.dtype).tiny)
+        worst = answer.reason[int(answer.relative_residual.argmax())]
+        steps = answer.steps.amax(0, keepdim=True)
+        return LinearSolution(answer.solution.view(1, -1), steps, relative.view(1), [worst])
+
+
+class Algorithm1:
+    """Theta and the learner of its batch.
+
+    Args:
+        slots: the batch size B.
+        p, q: dimensions of theta and phi.
+        settings: K, N and the step sizes.
+        theta: where to begin.
+    """
+
+    def __init__(self, slots: int, q: int, settings: Settings, theta: Tensor) -> None:
+        self.settings, self.theta = settings, theta.clone().requires_grad_()
+        self._learner: Any = Slots(
+            Parameters(slots, q),
+            settings.inner_lr,
+            l2=0.0,
+            warm_start=settings.warm,
+            max_error=1e300,  # K_0 and N_0 are there to be undercut
+            **solvers(step="gradient", cg_steps=settings.cg_steps, cg_tol=1e-13),
+        )
+        self._learner.slots = slots, q
+
+    def hypergradient(self, tasks: Tasks) -> Tensor:
+        """Eq. (8) at the present theta, ``[p]``."""
+        learner = self._learner.clone(task="slots" if self.settings.warm else None)
+        pull = tasks.pull(self.theta)  # once a task: theta acts through nothing else
+        learner.adapt(lambda: tasks.inner(learner(), pull), steps=self.settings.inner_steps)
+        return torch.autograd.grad(tasks.outer(learner()), self.theta)[0]
+
+    def step(self, tasks: Tasks) -> None:
+        """One outer iteration."""
+        self.theta.data -= self.settings.meta_lr * self.hypergradient(tasks)
+
+
+def trajectory(
+    tasks: Tasks, settings: Settings, steps: int, batch: int | None, seed: int,
+    tick: Callable[[int], object],
+) -> list[float]:
+    r""":math:`\|\nabla F(\theta_t)\|^2` for t = 0 to T - 1, exact.
+
+    Args:
+        tasks: the population.
+        settings: of Algorithm 1, started from theta = 0.
+        steps: outer iterations T.
+        batch: tasks drawn with replacement at every iteration; None: all, as in Theorem 2.
+        seed: of the draws.
+        tick: told of every iteration done.
+    """
+    number, p, q = len(tasks.y), tasks.c.shape[2], tasks.y.shape[1]
+    generator = torch.Generator().manual_seed(seed)
+    algorithm = Algorithm1(batch or number, q, settings, torch.zeros(p, dtype=torch.float64))
+    norms = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnsolvedWarning)  # too few steps is what is measured
+        for _ in range(steps):
+            norms.append(float(tasks.exact(algorithm.theta.detach()).square().sum()))
+            drawn = tasks
+            if batch is not None:
+                drawn = tasks.subset(torch.randint(number, (batch,), generator=generator))
+            algorithm.step(drawn)
+            tick(1)
+    return norms

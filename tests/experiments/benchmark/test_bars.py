@@ -2,14 +2,13 @@
 
 import pytest
 
-from experiments.benchmark.cases import CASES, Plan
-from experiments.benchmark.measure import Effort
-from experiments.benchmark.table import Bar
+from experiments.benchmark.cases import CASES, BenchmarkSettings
+from experiments.benchmark.measure import Bar
 
 # All cases but those of the large networks, and of the ranges the ends.
-PLAN = Plan(
-    effort=Effort(5, 10.0), peer_steps=(5, 20), sweep_steps=(5, 200), sweep_cg_steps=(5, 100),
-    memory_steps=(1, 1000), network_steps=(1, 5),
+SETTINGS = BenchmarkSettings(
+    repetitions=5, seconds=10.0, peer_steps=[5, 20], sweep_steps=[5, 200], sweep_cg_steps=[5, 100],
+    memory_steps=[1, 1000], network_steps=[1, 5],
 )  # fmt: skip
 SMALL = [name for name in CASES if not name.startswith("resnet12")]
 # Which time is met exactly is the processor's to say (docs/cost.md has one's); what doubles is not.
@@ -42,7 +41,7 @@ def test_the_bars_hold() -> None:
 def missed_by(name: str) -> list[str]:
     """The bars of a case that were missed at every try, as they were at the last."""
     for _ in range(TRIES):
-        rows = CASES[name](PLAN)
+        rows = CASES[name](SETTINGS)
         assert name == "layouts" or any(row.bars for row in rows)
         found = [f"{row.method}: {bar}" for row in rows for bar in row.bars if not holds(bar)]
         if not found:

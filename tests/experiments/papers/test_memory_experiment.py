@@ -1,12 +1,10 @@
 """Peak memory against inner steps: what grows, what does not, and what is left out."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from experiments.papers.memory.measure import (
+from experiments.papers.memory import (
     RAJESWARAN,
     YANG,
     Effort,
@@ -19,7 +17,6 @@ from experiments.papers.memory.measure import (
     forecast,
     growth,
 )
-from experiments.tracking import UserError
 
 SMALL = Shape(ways=3, shots=2, queries=2, channels=3, pixels=16, hidden=8)
 CPU = torch.device("cpu")
@@ -71,14 +68,6 @@ def test_every_method_learns(name: str) -> None:
     assert all(p.grad is not None for p in algorithm.theta()[:4])
 
 
-def test_methods_are_those_of_the_papers() -> None:
-    assert {name.split("/")[0] for name in YANG} == {"rm_metal", "maml", "anil", "itd_bio"}
-    for name in ("rm_metal", "anil", "itd_bio"):
-        assert YANG[f"{name}/as_published"].changes["features"] == "as_published"
-        assert "features" not in YANG[f"{name}/cached"].changes
-    assert {method.name for method in RAJESWARAN.values()} == {"imaml_gd", "maml", "fomaml"}
-
-
 def test_what_does_not_fit_is_left_out() -> None:
     method = YANG["itd_bio/as_published"]
     whole = growth(method, SMALL, (1, 2, 4), FREE, CPU, lambda n: None)
@@ -93,43 +82,3 @@ def test_the_forecast_is_a_straight_line() -> None:
     points = {1: Point(10.0, 0.0), 3: Point(14.0, 0.0)}
     assert forecast(points, 10) == 28.0
     assert forecast({1: Point(10.0, 0.0)}, 10) == 0.0
-
-
-def test_the_command_records_every_curve(
-    tmp_path: Path, points: dict[tuple[str, int], float]
-) -> None:
-    from experiments.papers.memory.__main__ import ex
-
-    changes = {
-        "hidden": 8, "pixels": 16, "ways": 3, "shots": 2, "queries": 2, "inner_steps": [1, 5],
-        "imaml_ways": 3, "imaml_pixels": 16, "imaml_inner_steps": [1, 2], "output": str(tmp_path),
-    }  # fmt: skip
-    options = {"--unobserved": True, "--loglevel": "ERROR"}
-    run = ex.run(config_updates=changes, named_configs=["quick"], options=options)
-    for name in YANG:
-        assert points[f"memory/{name}", 5] > 0 and points[f"seconds/{name}", 5] > 0
-    for name in RAJESWARAN:
-        assert points[f"imaml_memory/{name}", 2] > 0 and points[f"imaml_seconds/{name}", 2] > 0
-    assert points["memory/supervised", 0] > 0
-    saved = run.result["anil/as_published over rm_metal/cached at K = 5"]
-    expected = points["memory/anil/as_published", 5] / points["memory/rm_metal/cached", 5]
-    assert saved == pytest.approx(expected) and saved > 2
-    (picture,) = tmp_path.glob("*/memory.png")
-    assert picture.stat().st_size > 20_000
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"inner_steps": []}, "inner_steps: expected a list of at least one, each a whole"),
-        ({"imaml_pixels": 8}, "imaml_pixels: expected a whole number from 16 to"),
-        ({"limit_gib": 0.0}, "limit_gib: expected a finite number above 0"),
-        ({"device": "cuba"}, "device: expected auto, cpu or a GPU that is there"),
-        ({"device": "meta"}, "device: expected auto, cpu or a GPU that is there"),
-    ],
-)
-def test_a_wrong_setting_is_one_line(changes: dict[str, object], message: str) -> None:
-    from experiments.papers.memory.__main__ import ex
-
-    with pytest.raises(UserError, match=message):
-        ex.run(config_updates=changes, options={"--unobserved": True, "--loglevel": "ERROR"})

@@ -1,0 +1,333 @@
+r"""The error of the hypergradient over inner steps: Rajeswaran et al. (2019), Figure 2a.
+
+    python -m experiments.papers.hypergradient
+    python -m experiments.papers.hypergradient with quick
+
+On an ill-conditioned linear regression iMAML against MAML, as in the paper; on a logistic head
+Algorithm 1 of Yang et al. (2025) against iterative differentiation.
+
+The inner objective of both is :math:`\text{loss}(\theta, \phi) + \tfrac{l_2}{2} \|\phi - a\|^2`,
+in float64. In the regression theta is the initial value of phi and the anchor a; in the
+classification it is the feature extractor, and a = 0.
+"""
+
+# ruff: noqa: F841  (Sacred reads a config function's local variables)
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.func import grad, hessian, jacrev
+from torch.nn.functional import cross_entropy, mse_loss
+from tqdm import tqdm
+
+from experiments.ingredients.algorithm import solvers
+from experiments.ingredients.model import use_threads, within_limits
+from experiments.report.paper_figures import Curve, draw_errors
+from experiments.tracking import TrackedExperiment, record
+from experiments.tracking.config import Count, Counts, Positive, RunSettings, Seed, Text, Threads
+from experiments.training.outcome import new_folder
+from l2l_implicit import ImplicitCGHead, ImplicitMAML, UnsolvedWarning
+from l2l_implicit.baselines import UnrolledMAML
+
+CG_TOL = 1e-14  # all conjugate gradient steps are taken
+IGNORED = 1e300  # error above which a learner would warn: here it is what is measured
+LEAST = 1e-17  # below rounding: an error that is zero has a logarithm too
+
+
+class HypergradientSettings(RunSettings):
+    """The settings of this experiment."""
+
+    problems: Count = 3  # drawn anew; errors are their geometric mean
+    inner_steps: Counts = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]  # K
+    cg_steps: Counts = [2, 5, 10]  # N of iMAML
+    head_cg_steps: Counts = [2, 5, 10, 20]  # N of Algorithm 1
+    # parameters; conjugate gradient is exact after as many steps
+    regression_sizes: Counts = [5, 20]
+    # largest over smallest eigenvalue of the regression, without regulariser
+    spread: Annotated[float, Field(ge=1)] = 1000.0
+    regression_l2: Positive = 0.01  # iMAML's lambda
+    ways: Count = 5  # of the classification
+    shots: Count = 5  # of the classification
+    width: Count = 16  # features
+    classification_l2: Positive = 0.01  # of the heads
+    threads: Threads = 1  # of torch; 0 leaves torch's own choice
+    seed: Seed = 0  # of the problems
+    output: Text = "runs"  # the folder of the picture
+
+
+ex = TrackedExperiment("hypergradient", settings=HypergradientSettings)
+
+
+@ex.named_config
+def quick() -> None:
+    """One problem of each kind, at most 200 inner steps: seconds."""
+    problems = 1
+    inner_steps = [1, 5, 20, 50, 200]
+
+
+class Method(NamedTuple):
+    """How the hypergradient is approximated.
+
+    Attributes:
+        cg_steps: N of the implicit learner, with gradient steps inside; None: back-propagation
+            through the inner loop.
+        penalty: the regulariser is in the loss (an unrolled learner has none of its own).
+    """
+
+    cg_steps: int | None
+    penalty: bool = False
+
+
+class Problem(ABC):
+    """One task.
+
+    Attributes:
+        l2: strength of the regulariser.
+        lr: inner step size, 1 over the largest curvature.
+        condition: the inner problem's condition number.
+        module: what is adapted.
+        kind: its implicit learner; `ImplicitMAML` is anchored at theta, which it meta-learns.
+    """
+
+    l2: float
+    lr: float
+    condition: float
+    module: nn.Linear
+    kind: type[ImplicitCGHead] | type[ImplicitMAML]
+
+    @abstractmethod
+    def exact(self) -> Tensor:
+        """The hypergradient as one vector, by dense matrices at the exact inner solution."""
+
+    @abstractmethod
+    def estimate(self, method: Method, steps: int) -> Tensor:
+        """What a method makes of it with K = ``steps``, as one vector."""
+
+    def learner(self, method: Method) -> Any:
+        module = copy.deepcopy(self.module)
+        if method.cg_steps is None:
+            return UnrolledMAML(module, self.lr, learn_init=self.kind is ImplicitMAML)
+        found = solvers(step="gradient", cg_steps=method.cg_steps, cg_tol=CG_TOL)
+        return self.kind(module, self.lr, l2=self.l2, max_error=IGNORED, **found)
+
+
+class Regression(Problem):
+    r"""Ill-conditioned linear regression with one output, anchored at theta as in iMAML.
+
+    The support loss is :math:`\tfrac{1}{2m} \|X \phi - y\|^2`; eigenvalues of
+    :math:`X^\top X / m` fall from 1 to ``1 / spread``, evenly on a logarithmic scale.
+
+    Args:
+        size: dimension of phi.
+        spread: largest over smallest eigenvalue, before ``l2`` is added.
+        l2: the paper's lambda.
+        seed: of the data.
+    """
+
+    kind = ImplicitMAML
+
+    def __init__(self, size: int, spread: float, l2: float, seed: int) -> None:
+        draw = _draw(seed)
+        rotation, _ = torch.linalg.qr(draw(size, size))
+        left, _ = torch.linalg.qr(draw(2 * size, size))
+        eigenvalues = torch.logspace(0, -torch.log10(torch.tensor(spread)), size).double()
+        self.support = (2 * size) ** 0.5 * left @ torch.diag(eigenvalues.sqrt()) @ rotation.T
+        self.query = draw(2 * size, size)
+        truth = draw(size)
+        self.targets = self.support @ truth + 0.1 * draw(2 * size)
+        self.query_targets = self.query @ truth
+        self.l2, self.lr = l2, 1.0 / (1.0 + l2)
+        self.condition = (1.0 + l2) / (float(eigenvalues[-1]) + l2)
+        self.theta = draw(size)
+        self.module = nn.Linear(size, 1, bias=False, dtype=torch.float64)
+        self.module.weight.data.copy_(self.theta)
+
+    def exact(self) -> Tensor:
+        r""":math:`l_2 H^{-1} \nabla f(\phi^*)` with H the inner Hessian."""
+        m, n = self.support.shape
+        curvature = self.support.T @ self.support / m + self.l2 * torch.eye(n).double()
+        right = self.support.T @ self.targets / m + self.l2 * self.theta
+        residual = self.query @ torch.linalg.solve(curvature, right) - self.query_targets
+        slope = self.query.T @ residual / len(self.query)
+        return self.l2 * torch.linalg.solve(curvature, slope)
+
+    def estimate(self, method: Method, steps: int) -> Tensor:
+        learner = self.learner(method)
+        (theta,), clone = learner.module.parameters(), learner.clone()
+
+        def inner() -> Tensor:
+            loss = 0.5 * mse_loss(clone(self.support)[:, 0], self.targets)
+            if method.penalty:
+                (phi,) = clone.module.parameters()
+                loss = loss + 0.5 * self.l2 * (phi - theta).square().sum()
+            return loss
+
+        clone.adapt(inner, steps=steps)
+        outer = 0.5 * mse_loss(clone(self.query)[:, 0], self.query_targets)
+        return torch.autograd.grad(outer, [theta])[0][0]
+
+
+class Classification(Problem):
+    """A logistic head on the features of one dense layer, which is theta.
+
+    Args:
+        ways, shots, width: classes, support and query samples of each, features.
+        l2: of the head.
+        seed: of the data and the layer.
+    """
+
+    kind = ImplicitCGHead
+
+    def __init__(self, ways: int, shots: int, width: int, l2: float, seed: int) -> None:
+        draw = _draw(seed)
+        centers, raw = draw(ways, 2 * width), 2 * width
+        self.labels = torch.arange(ways).repeat_interleave(shots)
+        self.inputs = [centers[self.labels] + 1.5 * draw(ways * shots, raw) for _ in range(2)]
+        self.layer = (1.5 / raw**0.5 * draw(raw, width)).requires_grad_()
+        self.module = nn.Linear(width, ways, bias=False, dtype=torch.float64)
+        self.module.weight.data.copy_(draw(ways, width) / width**0.5)
+        self.l2 = l2
+        features = torch.tanh(self.inputs[0] @ self.layer.detach())
+        # The Hessian of the softmax is at most 1/2.
+        largest = 0.5 * float(torch.linalg.matrix_norm(features, 2).square()) / len(features) + l2
+        self.lr, self.condition = 1.0 / largest, largest / l2
+
+    def exact(self) -> Tensor:
+        """Eq. (4) of Yang et al."""
+        layer = self.layer.detach()
+        phi = self._solve(layer)
+        v = torch.linalg.solve(hessian(self._inner)(phi, layer), grad(self._outer)(phi, layer))
+        mixed = jacrev(grad(self._inner), argnums=1)(phi, layer)
+        direct = grad(self._outer, argnums=1)(phi, layer)
+        return (direct - torch.tensordot(v, mixed, dims=1)).reshape(-1)
+
+    def estimate(self, method: Method, steps: int) -> Tensor:
+        clone = self.learner(method).clone()
+        support, query = (torch.tanh(x @ self.layer) for x in self.inputs)
+
+        def inner() -> Tensor:
+            loss = cross_entropy(clone(support), self.labels)
+            if method.penalty:
+                loss = loss + 0.5 * self.l2 * clone.module.weight.square().sum()
+            return loss
+
+        clone.adapt(inner, steps=steps)
+        outer = cross_entropy(clone(query), self.labels)
+        return torch.autograd.grad(outer, [self.layer])[0].reshape(-1)
+
+    def _solve(self, layer: Tensor) -> Tensor:
+        """The inner solution by Newton's method from zero, to rounding; the problem is convex.
+
+        A step is halved until the objective does not rise beyond rounding.
+        """
+        phi = torch.zeros(self.module.weight.numel()).double()
+        for _ in range(50):
+            slope = grad(self._inner)(phi, layer)
+            if slope.norm() < 1e-14:
+                break
+            step, here = torch.linalg.solve(hessian(self._inner)(phi, layer), slope), phi
+            limit, phi = float(self._inner(here, layer)) + 1e-13, here - step
+            while float(self._inner(phi, layer)) > limit and step.norm() > 1e-12:
+                step = 0.5 * step
+                phi = here - step
+        return phi
+
+    def _inner(self, phi: Tensor, layer: Tensor) -> Tensor:
+        return self._loss(phi, layer, self.inputs[0]) + 0.5 * self.l2 * phi.square().sum()
+
+    def _outer(self, phi: Tensor, layer: Tensor) -> Tensor:
+        return self._loss(phi, layer, self.inputs[1])
+
+    def _loss(self, phi: Tensor, layer: Tensor, inputs: Tensor) -> Tensor:
+        logits = torch.tanh(inputs @ layer) @ phi.view(self.module.weight.shape).T
+        return cross_entropy(logits, self.labels)
+
+
+def _draw(seed: int) -> Callable[..., Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def methods(names: tuple[str, str], cg_steps: Sequence[int]) -> dict[str, Method]:
+    """Every method by the name under which it is recorded.
+
+    Args:
+        names: of the implicit and of the unrolled algorithm.
+        cg_steps: the numbers N of conjugate gradient steps.
+    """
+    implicit, unrolled = names
+    found = {f"{implicit}_cg{n}": Method(n) for n in cg_steps}
+    return found | {unrolled: Method(None, True), f"{unrolled}_unregularised": Method(None)}
+
+
+def _problems(c: HypergradientSettings) -> dict[str, tuple[list[Problem], dict[str, Method]]]:
+    """The problems of every kind, and the methods they are for."""
+    seeds = [1000 * c.seed + i for i in range(c.problems)]
+    imaml = methods(("imaml", "maml"), c.cg_steps)
+    made: dict[str, tuple[list[Problem], dict[str, Method]]] = {
+        f"regression_{n}": ([Regression(n, c.spread, c.regression_l2, s) for s in seeds], imaml)
+        for n in c.regression_sizes
+    }
+    shape = (c.ways, c.shots, c.width, c.classification_l2)
+    heads = methods(("rm_metal", "itd_bio"), c.head_cg_steps)
+    return made | {"logistic": ([Classification(*shape, s) for s in seeds], heads)}
+
+
+def _curves(
+    tasks: Sequence[Problem], by_name: Mapping[str, Method], inner_steps: Sequence[int],
+    tick: Callable[[int], object],
+) -> dict[str, dict[int, float]]:  # fmt: skip
+    """Geometric means over the problems of the relative errors, by method and K."""
+    exact = [task.exact() for task in tasks]
+    curves: dict[str, dict[int, float]] = {name: {} for name in by_name}
+    for name, method in by_name.items():
+        for steps in inner_steps:
+            logs = []
+            for task, truth in zip(tasks, exact, strict=True):
+                found = task.estimate(method, steps)
+                logs.append(math.log(max(float((found - truth).norm() / truth.norm()), LEAST)))
+                tick(steps)
+            curves[name][steps] = math.exp(math.fsum(logs) / len(logs))
+    return curves
+
+
+def _text(title: str, condition: float, steps: Sequence[int], curves: Mapping[str, Curve]) -> str:
+    lines = ["", f"{title}, condition number {condition:.0f}: relative error against K"]
+    lines.append(f"{'':28}" + " ".join(f"{k:8d}" for k in steps))
+    lines += [f"{name:28}" + " ".join(f"{value:8.1e}" for value in by_steps.values())
+              for name, by_steps in curves.items()]  # fmt: skip
+    return "\n".join(lines)
+
+
+@ex.automain
+@within_limits()
+def hypergradient(_run: Any, output: str) -> dict[str, float]:
+    """Print the errors; returns those at the largest K."""
+    c = HypergradientSettings.of(_run.config)
+    use_threads(c.threads)
+    picture = new_folder(_run, output) / "hypergradient.png"
+    inner_steps, kinds = sorted(set(c.inner_steps)), _problems(c)
+    total = c.problems * sum(inner_steps) * sum(len(by_name) for _, by_name in kinds.values())
+    found: dict[str, Mapping[str, Curve]] = {}
+    with warnings.catch_warnings(), tqdm(total=total, desc="inner steps", mininterval=1.0) as bar:
+        warnings.simplefilter("ignore", UnsolvedWarning)  # too few steps is what is measured
+        for title, (tasks, by_name) in kinds.items():
+            found[title] = _curves(tasks, by_name, inner_steps, bar.update)
+            for name, by_steps in found[title].items():
+                for steps, error in by_steps.items():
+                    record(_run, {f"hypergradient/{title}/{name}": error}, steps)
+            tqdm.write(_text(title, tasks[0].condition, inner_steps, found[title]))
+    draw_errors(found).savefig(picture, dpi=120)
+    _run.add_artifact(picture)
+    print(f"\npicture: {picture}")
+    return {f"{title}/{name}": by_steps[inner_steps[-1]]
+            for title, curves in found.items() for name, by_steps in curves.items()}  # fmt: skip

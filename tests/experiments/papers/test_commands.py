@@ -1,0 +1,109 @@
+"""The papers' commands: what they record, draw and return, and what they refuse in one line."""
+
+import importlib
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.papers.memory import RAJESWARAN, YANG
+from experiments.tracking import UserError
+from experiments.tracking.values import CheckedMetrics
+
+Points = dict[tuple[str, int], float]
+SMALL: dict[str, dict[str, Any]] = {
+    "memory": {
+        "hidden": 8, "pixels": 16, "ways": 3, "shots": 2, "queries": 2, "inner_steps": [1, 5],
+        "imaml_ways": 3, "imaml_pixels": 16, "imaml_inner_steps": [1, 2], "repetitions": 1,
+    },
+    "hypergradient": {"inner_steps": [1, 30], "regression_sizes": [4], "problems": 1},
+    "convergence": {
+        "problems": 2, "tasks": 4, "theta_size": 3, "phi_size": 6, "condition": 3.0,
+        "iterations": 20, "stochastic_iterations": 20, "bound_iterations": 20,
+        "batches": [1, 16], "stochastic_inner": [1.0],
+    },
+}  # fmt: skip
+
+
+def run(name: str, **changes: Any) -> dict[str, float]:
+    module = f"experiments.papers.{name}" + ".__main__" * (name == "convergence")
+    options = {"--unobserved": True, "--loglevel": "ERROR"}
+    ex = importlib.import_module(module).ex
+    return ex.run(config_updates=changes, named_configs=["quick"], options=options).result
+
+
+def check_memory(points: Points, result: dict[str, float]) -> None:
+    for prefix, methods, k in (("", YANG, 5), ("imaml_", RAJESWARAN, 2)):
+        for name in methods:
+            assert points[f"{prefix}memory/{name}", k] > 0 < points[f"{prefix}seconds/{name}", k]
+        assert points[f"{prefix}memory/supervised", 0] > 0
+    saved = result["anil/as_published over rm_metal/cached at K = 5"]
+    expected = points["memory/anil/as_published", 5] / points["memory/rm_metal/cached", 5]
+    assert saved == pytest.approx(expected) and saved > 2
+
+
+def check_hypergradient(points: Points, result: dict[str, float]) -> None:
+    for name in ("regression_4/imaml_cg5", "regression_4/maml", "logistic/rm_metal_cg20",
+                 "logistic/itd_bio"):  # fmt: skip
+        first, last = (points[f"hypergradient/{name}", k] for k in (1, 30))
+        assert 0 < last < first
+        assert result[name] == last
+
+
+def check_convergence(points: Points, result: dict[str, float]) -> None:
+    k_0, n_0 = result["K_0"], result["N_0"]
+    assert k_0 > 1 and math.isfinite(result["slope_average_against_T"])
+    assert points["convergence/all_tasks/1/average", 20] > 0
+    assert points[f"convergence/floor/{k_0}", 1] > points[f"convergence/floor/{k_0}", 16] > 0
+    assert {("convergence/inner_steps/cold", 1), ("convergence/cg_steps/warm", n_0)} <= set(points)
+    assert any(name == "convergence/evaluations/all_tasks" for name, _ in points)
+
+
+CHECKS = {"memory": check_memory, "hypergradient": check_hypergradient,
+          "convergence": check_convergence}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_command_records_every_curve(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points: Points = {}
+    keep = staticmethod(lambda name, value, step, now: points.update({(name, step): value}))
+    monkeypatch.setattr(CheckedMetrics, "sink", keep)
+    result = run(name, **SMALL[name], output=str(tmp_path))
+    CHECKS[name](points, result)
+    (picture,) = tmp_path.glob(f"*/{name}.png")
+    assert picture.stat().st_size > 20_000
+
+
+COUNTS = "inner_steps: expected a list of at least one, each a whole"
+DEVICE = "device: expected auto, cpu or a GPU that is there"
+NOT_FINITE = "numbers: expected finite ones, got .*; choose less extreme"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("memory", {"inner_steps": []}, COUNTS),
+        ("memory", {"imaml_pixels": 8}, "imaml_pixels: expected a whole number from 16 to"),
+        ("memory", {"limit_gib": 0.0}, "limit_gib: expected a finite number above 0"),
+        ("memory", {"device": "cuba"}, DEVICE),
+        ("memory", {"device": "meta"}, DEVICE),
+        ("hypergradient", {"inner_steps": []}, COUNTS),
+        ("hypergradient", {"spread": 0.5}, "spread: .* at least 1, got 0.5; try 1000.0"),
+        ("hypergradient", {"spread": 1e308}, NOT_FINITE),
+        ("hypergradient", {"output": "/dev/null/runs"}, "/dev/null/runs: .* got Not a directory"),
+        ("hypergradient", {"regression_l2": -1.0}, "regression_l2: expected a finite number above"),
+        ("convergence", {"problems": 1}, "problems: expected a whole number from 2 .*, got 1"),
+        ("convergence", {"batches": [0, 2]}, "batches: expected a list of at least one, each a"),
+        ("convergence", {"batches": [2, 2]}, "batches: expected two different ones at least"),
+        ("convergence", {"iterations": 5}, "iterations: expected a whole number from 20 "),
+        ("convergence", {"condition": 1e308}, NOT_FINITE),
+        ("convergence", {"theta_size": 40}, "theta_size: expected at most phi_size=12, got 40"),
+        ("convergence", {"condition": 0.5}, "condition: .* of at least 1, got 0.5"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(name: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run(name, **changes)

@@ -7,11 +7,11 @@ that has it, its words. An algorithm's own defaults stand in `ALGORITHMS`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from experiments.tracking.config import Count, NotNegative, OneOf, Positive, Settings
+from experiments.tracking.config import Count, NotNegative, Positive, Settings
 
 _HEAD, _NETWORK = ("head", "implicit"), ("network", "implicit")
 _UNROLLED_HEAD, _UNROLLED = ("head", "unrolled"), ("network", "unrolled")
@@ -59,9 +59,9 @@ def own(**families: Any) -> Any:
 class AlgorithmSettings(Settings):
     """The settings of all algorithms; None where an algorithm has no such setting."""
 
-    name: Annotated[str, OneOf(ALGORITHMS)] = "rm_metal"  # one of docs/algorithms.md
+    name: Literal[tuple(ALGORITHMS)] = "rm_metal"  # one of docs/algorithms.md
     # rm_metal: None (the learner's own defaults), paper or as_released
-    variant: Annotated[str, OneOf(VARIANTS)] | None = None
+    variant: Literal[tuple(VARIANTS)] | None = None
     # what is adapted: head or network
     scope: Literal["head", "network"] = own(head="head", network="network")
     # inner step size; auto: from the largest curvature (step=gradient)

@@ -15,7 +15,14 @@ from experiments.ingredients.algorithm_table import ALGORITHMS, AlgorithmSetting
 from experiments.tracking import UserError
 from experiments.training.algorithms import HeadOnly, HeadsTogether
 from experiments.training.episodes import Episode
-from experiments.training.meta_learner import LEAST_L2, MEASURES, Diverged, MetaLearner
+from experiments.training.meta_learner import (
+    COUNTS,
+    LEAST_L2,
+    MEASURES,
+    Diverged,
+    MetaLearner,
+    laid_out,
+)
 
 WAYS, SHOTS, SIDE = 3, 2, 8
 HEAD_ONLY = [name for name in ALGORITHMS if AlgorithmSettings.of({"name": name}).scope == "head"]
@@ -214,28 +221,17 @@ def test_heads_are_learnt_together_unless_that_gains_nothing() -> None:
     assert not together(features="as_published")
 
 
-def test_all_tasks_at_once_report_each_task() -> None:
-    batch = [episode(seed) for seed in range(3)]
-    results = meta_learner(config("rm_metal", together=True)).hypergradient(batch)
-    one_by_one = meta_learner(config("rm_metal", together=False)).hypergradient(batch)
-    for found, expected in zip(results, one_by_one, strict=True):
-        assert found.loss == pytest.approx(expected.loss, rel=1e-9)
-        assert found.score == expected.score
-        assert 0 < found.diagnostics.hypergradient_error < 1e-3
-
-
-def test_a_step_reports_what_was_not_solved() -> None:
-    step = meta_learner(config("rm_metal")).step([episode(seed) for seed in range(3)])
-    assert (step.unsolved, step.unsolved_inner, step.unsolved_linear) == (0, 0, 0)
-    assert 0 < step.hypergradient_error < 1e-3
-    assert meta_learner(config("anil")).step([episode()]).hypergradient_error is None
-
-
 @pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
-def test_a_step_counts_what_was_not_solved() -> None:
+def test_a_step_reports_what_was_solved_and_what_was_not() -> None:
+    step = meta_learner(config("rm_metal")).step([episode(seed) for seed in range(3)])
+    assert [step[name] for name in COUNTS] == [0, 0, 0]
+    assert 0 < step["hypergradient_error"] < 1e-3
+    plain = meta_learner(config("anil")).step([episode()])
+    assert set(plain) == {"query_loss", "query_accuracy", "hypergradient_norm", "seconds",
+                          "cpu_seconds"}  # fmt: skip
     settings = config("rm_metal", step="gradient", steps=1, cg_steps=1)
     step = meta_learner(settings).step([episode(seed) for seed in range(3)])
-    assert (step.unsolved, step.unsolved_inner, step.unsolved_linear) == (3, 3, 3)
+    assert [step[name] for name in COUNTS] == [3, 3, 3]
 
 
 @pytest.mark.parametrize("engine", ["higher", "learn2learn"])
@@ -326,6 +322,23 @@ def test_a_diverging_inner_loop_is_said_before_theta_moves(name: str) -> None:
         learner.step([episode()])
     for p, value in zip(learner.parameters, before, strict=True):
         assert torch.equal(p, value)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_convolutions_follow_the_layout_and_no_pixel_moves(
+    channels: int, channels_last: bool
+) -> None:
+    images = torch.randn(5, channels, 6, 4)
+    for given in (images, images[::2], images.to(memory_format=torch.channels_last)):
+        shown = laid_out(given, channels_last)
+        assert torch.equal(shown, given)
+        convolution = nn.Conv2d(channels, 8, 3, padding=1)
+        if channels_last:
+            convolution = convolution.to(memory_format=torch.channels_last)
+        made = convolution(shown)
+        assert made.is_contiguous(memory_format=torch.channels_last) == channels_last
+        torch.testing.assert_close(made, convolution(given.contiguous()))
 
 
 REFUSED = {

@@ -101,6 +101,7 @@ def test_eval_leaves_the_running_statistics_alone() -> None:
         assert torch.equal(buffer, before[name])
 
 
+@pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_batch_leaves_the_mean_over_its_tasks(name: str) -> None:
     first, second = gradients(config(name), episode(0)), gradients(config(name), episode(1))
@@ -240,17 +241,11 @@ def test_engines_agree(name: str, engine: str) -> None:
     assert distance(gradients(config(name, engine=engine)), gradients(config(name))) < 1e-12
 
 
-@pytest.mark.parametrize("name", ["rm_metal", "itd_bio"])
-def test_an_initial_head_that_is_not_learned_gets_no_gradient(name: str) -> None:
-    learner = meta_learner(config(name))
-    learner.hypergradient([episode()])
-    for parameter in learner.algorithms.training.learner.parameters():
-        assert parameter.grad is None or not parameter.grad.any()
-
-
-@pytest.mark.parametrize("name", ["anil", "fo_anil", "maml", "fomaml", "imaml_gd", "reptile"])
-def test_an_initial_value_that_is_learned_gets_one(name: str) -> None:
-    assert all(bool(g.any()) for g in gradients(config(name))[-2:])
+@pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_initial_head_gets_a_gradient_if_it_is_learned(name: str) -> None:
+    head = gradients(config(name))[-2:]
+    assert [bool(g.any()) for g in head] == 2 * [name not in ("rm_metal", "itd_bio")]
 
 
 def test_reptile_moves_towards_the_adapted_parameters() -> None:
@@ -339,31 +334,3 @@ def test_convolutions_follow_the_layout_and_no_pixel_moves(
         made = convolution(shown)
         assert made.is_contiguous(memory_format=torch.channels_last) == channels_last
         torch.testing.assert_close(made, convolution(given.contiguous()))
-
-
-REFUSED = {
-    "no such setting": (config("maml", l2=0.1), "l2: expected no such setting for maml, got 0.1"),
-    "whole network together": (
-        config("maml", batch_norm="together"),
-        "batch_norm: expected separately or eval for maml, got 'together'",
-    ),
-    "scope": (config("maml", scope="head"), "scope: expected 'network' for maml, got 'head'"),
-    "variant": (config("anil", "paper"), "expected none for anil"),
-    "engine": (config("itd_bio", engine="learn2learn"), "engine: expected higher for itd_bio"),
-    "as published at once": (
-        config("rm_metal", features="as_published", together=True),
-        "together: expected False with features='as_published'",
-    ),
-    "step": (config("rm_metal", step="neuton"), "step: expected one of 'newton', 'lbfgs', "),
-    "solver": (config("rm_metal", solver="gc"), "solver: expected one of 'cg', 'neumann', "),
-    "cg_steps": (config("imaml_gd", cg_steps=0), "cg_steps: expected a whole number from 1"),
-    "misspelt": (config("anil", features="cashed"), "did you mean 'cached'?"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_settings_that_do_not_fit(case: str) -> None:
-    settings, expected = REFUSED[case]
-    with pytest.raises(UserError) as refused:
-        AlgorithmSettings.of(settings, "algorithm")
-    assert expected in str(refused.value) and "\n" not in str(refused.value)

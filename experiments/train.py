@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -31,11 +31,11 @@ from experiments.ingredients import algorithm, model, named_configs, tasks
 from experiments.ingredients.algorithm_table import AlgorithmSettings, defaults_of
 from experiments.ingredients.model import ModelSettings
 from experiments.tracking import TrackedExperiment, UserError
-from experiments.tracking.config import Positive, Seed, Text, Threads
+from experiments.tracking.config import Positive, Seed, Text, Threads, Values
 from experiments.training import checkpoint, outcome
 from experiments.training.episodes import Tasks
 from experiments.training.loop import Schedule, Training
-from experiments.training.meta_learner import MEASURES, Interval, Measure, MetaLearner
+from experiments.training.meta_learner import MEASURES, Interval, MetaLearner
 from experiments.training.peak_memory import keep_freed_memory
 from l2l_implicit import Chunked
 from l2l_implicit.distributed import RankLost, Ranks, connect
@@ -60,9 +60,7 @@ class TrainSettings(Schedule):
     cell: Text | None = None  # of a sweep (python -m experiments.sweep)
 
     @classmethod
-    def own_defaults(
-        cls, given: Mapping[str, Any], others: Mapping[str, Any]
-    ) -> Mapping[str, Any]:
+    def own_defaults(cls, given: Values, others: Values) -> Values:
         its = others.get("algorithm", {})
         return defaults_of(its.get("name"), its.get("variant"))
 
@@ -71,8 +69,8 @@ class ResumableExperiment(TrackedExperiment):
     """An experiment that takes the settings of the run which ``resume=`` names."""
 
     def _create_run(self, command_name: str | None = None,
-                    config_updates: Mapping[str, Any] | None = None,
-                    named_configs: Sequence[str] = (), *more: Any, **options: Any) -> Any:
+                    config_updates: Values | None = None, named_configs: Sequence[str] = (),
+                    *more: Any, **options: Any) -> Any:  # fmt: skip
         updates = dict(config_updates or {})
         if updates.get("resume") is not None:
             output = Path(str(updates.get("output", "runs")))
@@ -93,52 +91,33 @@ ex = ResumableExperiment(
 named_configs.register(ex)
 
 
-def _learner(config: Mapping[str, Any], given: Tasks, ranks: Ranks) -> MetaLearner:
+def _learner(config: Values, given: Tasks, ranks: Ranks) -> MetaLearner:
     """Theta with its algorithm, on the tasks' inputs and outputs."""
-    measure, device = _measure(given, config["score"]), model.device_of(config["device"])
+    measure, device = MEASURES[given.kind], model.device_of(config["device"])
+    if config["score"] not in (None, measure.name):
+        raise UserError(
+            f"score: expected {measure.name!r} for {given.name}, a {given.kind}, got "
+            f"{config['score']!r}; leave it out"
+        )
     network, method = ModelSettings.of(config["model"]), AlgorithmSettings.of(config["algorithm"])
     backbone, width = model.build_backbone(given.input_shape(), network)
     backbone.to(device)
     if isinstance(backbone, Chunked):
         _check_chunks(backbone, given, method.batch_norm == "together")
-    algorithms = algorithm.make_algorithms(
-        method,
-        backbone,
-        width,
-        given.outputs("train"),
-        given.outputs("test"),
-        measure.loss,
-        device,
-    )
+    outputs = given.outputs("train"), given.outputs("test")
+    algorithms = algorithm.make_algorithms(method, backbone, width, *outputs, measure.loss, device)
     return MetaLearner(
-        algorithms,
-        measure,
-        config["meta_optimizer"],
-        config["meta_lr"],
-        network.channels_last,
-        ranks,
-        config["on_bad_task"] == "skip",
-        tqdm.write,
-    )
-
-
-def _measure(given: Tasks, score: str | None) -> Measure:
-    """How tasks of this kind are learnt and judged."""
-    measure = MEASURES[given.kind]
-    if score not in (None, measure.name):
-        raise UserError(
-            f"score: expected {measure.name!r} for {given.name}, a {given.kind}, got {score!r}; "
-            "leave it out"
-        )
-    return measure
+        algorithms, measure, config["meta_optimizer"], config["meta_lr"], network.channels_last,
+        ranks, config["on_bad_task"] == "skip", tqdm.write,
+    )  # fmt: skip
 
 
 def _check_chunks(backbone: Chunked, given: Tasks, together: bool) -> None:
-    for ways, shots, queries in (given.sizes("train"), given.sizes("test")):
-        try:
+    try:
+        for ways, shots, queries in (given.sizes("train"), given.sizes("test")):
             backbone.check_batch(ways * (shots + queries if together else max(shots, queries)))
-        except ValueError as error:
-            raise UserError(f"model.{error}") from error
+    except ValueError as error:
+        raise UserError(f"model.{error}") from error
 
 
 def _centroid(given: Tasks, number: int) -> Interval | None:
@@ -151,17 +130,12 @@ def _centroid(given: Tasks, number: int) -> Interval | None:
         return Interval(*nearest_centroid_accuracy(stream.taskset, *sizes, max(2, number)))
 
 
-def _folder(run: Any, output: str, ranks: Ranks) -> Path:
-    """The run's own folder, which rank 0 makes and writes to."""
-    return outcome.new_folder(run, output) if ranks.first else Path(output)
-
-
 def _first() -> bool:
     """Whether this is the process that records and speaks for all."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def _resume(run: Any, training: Training, folder: Path, state: Mapping[str, Any]) -> None:
+def _resume(run: Any, training: Training, folder: Path, state: Values) -> None:
     """Go on where a killed run left its checkpoint, and let each of the two name the other."""
     ranks, iterations = training.learner.ranks, training.schedule.iterations
     with checkpoint.in_one_line(folder / checkpoint.STATE):
@@ -186,21 +160,19 @@ def _resume(run: Any, training: Training, folder: Path, state: Mapping[str, Any]
 
 
 @ex.main
-def train(_run: Any, _config: Mapping[str, Any], output: str, seed: int) -> dict[str, Any]:
+def train(_run: Any, _config: Values) -> dict[str, Any]:
     """The whole run; returns the test score with its interval.
 
     Under torchrun every rank does it with its share of the tasks, and rank 0 records it.
     """
     try:
         with model.within_limits(), connect() as ranks:
-            return _train(_run, _config, output, seed, ranks)
+            return _train(_run, _config, ranks)
     except RankLost as error:
         raise UserError(str(error)) from error
 
 
-def _train(
-    run: Any, config: Mapping[str, Any], output: str, seed: int, ranks: Ranks
-) -> dict[str, Any]:
+def _train(run: Any, config: Values, ranks: Ranks) -> dict[str, Any]:
     model.use_threads(config["threads"])
     old = None if config["resume"] is None else Path(config["resume"])
     if old is not None:
@@ -209,14 +181,16 @@ def _train(
         state = checkpoint.load(old)
         checkpoint.check_settings(state["settings"], config)
     run.info["keeps_freed_memory"] = keep_freed_memory()
-    torch.manual_seed(seed)
+    torch.manual_seed(config["seed"])
     given = tasks.make_tasks(**config["tasks"])
     run.info["tasks"] = given.describe()
-    learner, folder = _learner(config, given, ranks), _folder(run, output, ranks)
+    learner, folder = _learner(config, given, ranks), Path(config["output"])
     if ranks.first:
-        checkpoint.write_config(folder, config)
+        folder = outcome.new_folder(run, config["output"])
+        text = checkpoint.settings_text(config).encode()
+        checkpoint.replace(folder / checkpoint.CONFIG, lambda file: file.write(text))
     schedule = Schedule.of({name: config[name] for name in Schedule.model_fields})
-    training = Training(run, learner, given, schedule, seed, folder)
+    training = Training(run, learner, given, schedule, config["seed"], folder)
     if old is not None:
         _resume(run, training, old, state)
     training.loop()
@@ -239,10 +213,9 @@ def main(argv: Sequence[str]) -> None:
     arguments = list(argv)
     if "with" not in arguments and any(word.startswith("resume=") for word in arguments):
         arguments.insert(1, "with")
-    if not _first():
-        quiet = {"-u": ["-u"], "-l": ["-l", "ERROR"]}
-        own = [w for option, words in quiet.items() if option not in arguments for w in words]
-        arguments = [arguments[0], *own, *arguments[1:]]
+    for option in () if _first() else ("-lERROR", "-u"):
+        if option[:2] not in arguments:
+            arguments.insert(1, option)
     ex.run_commandline(arguments)
 
 

@@ -66,44 +66,37 @@ def _build(
     s: AlgorithmSettings, backbone: nn.Module, head: nn.Linear, test_outputs: int, loss: Loss
 ) -> Algorithms:
     learn, test_steps, initial = _learner(s), s.test_steps or s.steps, head
-    if s.batch_norm == "eval":
-        _freeze_statistics(backbone)
+    if s.batch_norm == "eval":  # running statistics, from now on
+        for module in backbone.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+    if (trained := head.out_features) != test_outputs:
+        if s.scope == "network" or s.name in LEARNED_INITIAL_HEAD:
+            raise ValueError(
+                f"name={s.name}: expected test_ways={trained} as in training, got {test_outputs}; "
+                "the initial head is meta-learned and has that many outputs: use rm_metal or "
+                "itd_bio, or equal ways"
+            )
+        head = nn.Linear(head.in_features, test_outputs).to(head.weight.device)
     if s.scope == "head":
         how = {"together": s.batch_norm == "together", "cached": s.features == "cached"}
-        arguments = (backbone, learn(head), s.steps, loss)
-        training: Algorithm = HeadOnly(*arguments, **how)
-        if _together(s):
-            most = MOST_BYTES if s.together == "auto" else math.inf
-            training = HeadsTogether(*arguments, **how, most_bytes=most)
-        if test_outputs != head.out_features:
-            if s.name in LEARNED_INITIAL_HEAD:
-                raise ValueError(_other_ways(s.name, head.out_features, test_outputs))
-            head = nn.Linear(head.in_features, test_outputs).to(head.weight.device)
+        arguments = (backbone, learn(initial), s.steps, loss)
+        together = s.together  # by default where that is faster
+        if together == "auto":
+            together = s.features == "cached" and s.step != "lbfgs"
+        most = MOST_BYTES if s.together == "auto" else math.inf
+        training: Algorithm = (
+            HeadsTogether(*arguments, **how, most_bytes=most) if together
+            else HeadOnly(*arguments, **how)
+        )  # fmt: skip
         evaluation: Algorithm = HeadOnly(backbone, learn(head), test_steps, loss, **how)
         return Algorithms(training, evaluation, backbone, initial)
-    if test_outputs != head.out_features:
-        raise ValueError(_other_ways(s.name, head.out_features, test_outputs))
     learner = learn(nn.Sequential(backbone, head))
     whole = ReptileNetwork if s.name == "reptile" else WholeNetwork
-    training = whole(learner, s.steps, loss)
     evaluation = WholeNetwork(learner, test_steps, loss)
     if s.test_scope == "head":
         evaluation = HeadOnly(backbone, learn(head), test_steps, loss, together=False)
-    return Algorithms(training, evaluation, backbone, head)
-
-
-def _together(s: AlgorithmSettings) -> bool:
-    """Whether the heads of a batch are learnt together: by default where that is faster."""
-    if s.together == "auto":
-        return s.features == "cached" and s.step != "lbfgs"
-    return bool(s.together)
-
-
-def _other_ways(name: str, trained: int, tested: int) -> str:
-    return (
-        f"name={name}: expected test_ways={trained} as in training, got {tested}; the initial "
-        "head is meta-learned and has that many outputs: use rm_metal or itd_bio, or equal ways"
-    )
+    return Algorithms(whole(learner, s.steps, loss), evaluation, backbone, head)
 
 
 def _learner(s: AlgorithmSettings) -> Callable[[nn.Module], Any]:
@@ -146,9 +139,9 @@ def _inner(s: AlgorithmSettings) -> InnerSolver:
     """Newton and L-BFGS go on until their error is small beside the linear solver's."""
     if s.step == "newton":
         return Newton(cg_steps=s.cg_steps, tol=0.1 * s.cg_tol)
-    return LBFGS(tol=0.1 * s.cg_tol) if s.step == "lbfgs" else GradientDescent(
-        adaptive=s.lr == "auto"
-    )
+    if s.step == "lbfgs":
+        return LBFGS(tol=0.1 * s.cg_tol)
+    return GradientDescent(adaptive=s.lr == "auto")
 
 
 def _linear(s: AlgorithmSettings) -> LinearSolver:
@@ -156,10 +149,3 @@ def _linear(s: AlgorithmSettings) -> LinearSolver:
         return Direct(damping=s.damping)
     kind = CG if s.solver == "cg" else Neumann
     return kind(steps=s.cg_steps, tol=s.cg_tol, damping=s.damping)
-
-
-def _freeze_statistics(backbone: nn.Module) -> None:
-    """Batch normalisation by running statistics, from now on."""
-    for module in backbone.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()

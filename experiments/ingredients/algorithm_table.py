@@ -6,12 +6,12 @@ that has it, its words. An algorithm's own defaults stand in `ALGORITHMS`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from experiments.tracking.config import Count, NotNegative, OneOf, Positive, Settings
+from experiments.tracking.config import Count, NotNegative, Positive, Settings, Values
 
 _HEAD, _NETWORK = ("head", "implicit"), ("network", "implicit")
 _UNROLLED_HEAD, _UNROLLED = ("head", "unrolled"), ("network", "unrolled")
@@ -59,9 +59,9 @@ def own(**families: Any) -> Any:
 class AlgorithmSettings(Settings):
     """The settings of all algorithms; None where an algorithm has no such setting."""
 
-    name: Annotated[str, OneOf(ALGORITHMS)] = "rm_metal"  # one of docs/algorithms.md
+    name: Literal[tuple(ALGORITHMS)] = "rm_metal"  # one of docs/algorithms.md
     # rm_metal: None (the learner's own defaults), paper or as_released
-    variant: Annotated[str, OneOf(VARIANTS)] | None = None
+    variant: Literal[tuple(VARIANTS)] | None = None
     # what is adapted: head or network
     scope: Literal["head", "network"] = own(head="head", network="network")
     # inner step size; auto: from the largest curvature (step=gradient)
@@ -92,13 +92,11 @@ class AlgorithmSettings(Settings):
     )
 
     @classmethod
-    def own_defaults(
-        cls, given: Mapping[str, Any], others: Mapping[str, Any]
-    ) -> Mapping[str, Any]:
+    def own_defaults(cls, given: Values, others: Values) -> Values:
         return defaults_of(given.get("name"), given.get("variant"))
 
     @classmethod
-    def read(cls, values: Mapping[str, Any]) -> list[str]:
+    def read(cls, values: Values) -> list[str]:
         has = defaults_of(values.get("name"), values.get("variant"))
         return [name for name in cls.model_fields if has.get(name, "") is not None]
 
@@ -109,64 +107,42 @@ class AlgorithmSettings(Settings):
 
     @model_validator(mode="after")
     def _fit_together(self) -> AlgorithmSettings:
-        for key, default in defaults_of(self.name, self.variant).items():
-            value = getattr(self, key, default)
-            if default is None and value is not None:
-                raise ValueError(
-                    f"{key}: expected no such setting for {self.name}, got {value!r}; leave it out"
-                )
-            if default is not None and value is None:
-                raise ValueError(
-                    f"{key}: expected a value for {self.name}, got None; try {default!r}"
-                )
-        for wrong in (self._wrong_scope(), self._wrong_solver(), self._wrong_engine()):
-            if wrong:
-                raise ValueError(wrong)
+        for wrong in self._wrong():
+            raise ValueError(wrong)
         return self
 
-    def _wrong_scope(self) -> str:
-        usual = defaults_of(self.name, None)["scope"]
-        if self.variant is not None and self.name != "rm_metal":
-            return f"variant: expected none for {self.name}, got {self.variant!r}; leave it out"
-        if self.scope != usual and self.name != "unrolled":
-            return (
-                f"scope: expected {usual!r} for {self.name}, got {self.scope!r}; use unrolled, or "
-                "an algorithm of that scope"
-            )
+    def _wrong(self) -> Iterator[str]:
+        name, variant = self.name, self.variant
+        for key, default in defaults_of(name, variant).items():
+            value = getattr(self, key, default)
+            if default is None and value is not None:
+                yield f"{key}: expected no such setting for {name}, got {value!r}; leave it out"
+            if default is not None and value is None:
+                yield f"{key}: expected a value for {name}, got None; try {default!r}"
+        if variant is not None and name != "rm_metal":
+            yield f"variant: expected none for {name}, got {variant!r}; leave it out"
+        usual = defaults_of(name, None)["scope"]
+        if self.scope != usual and name != "unrolled":
+            yield (f"scope: expected {usual!r} for {name}, got {self.scope!r}; use unrolled, or an "
+                   "algorithm of that scope")
         if self.scope == "network" and self.batch_norm == "together":
-            return (
-                f"batch_norm: expected separately or eval for {self.name}, got 'together'; a "
-                "network that is adapted sees the query set only after the inner loop"
-            )
+            yield (f"batch_norm: expected separately or eval for {name}, got 'together'; a network "
+                   "that is adapted sees the query set only after the inner loop")
         if self.scope == "network" and self.features == "as_published":
-            return (
-                "features: expected 'cached' with scope='network', got 'as_published'; a network "
-                "that is adapted has no features to keep"
-            )
+            yield ("features: expected 'cached' with scope='network', got 'as_published'; a "
+                   "network that is adapted has no features to keep")
         if self.scope == "head" and self.test_scope is not None:
-            return f"test_scope: expected none for {self.name}, got 'head'; leave it out"
-        return ""
-
-    def _wrong_solver(self) -> str:
+            yield f"test_scope: expected none for {name}, got 'head'; leave it out"
         if self.lr == "auto" and self.step != "gradient":
-            return "lr: expected a number without step=gradient, got 'auto'; try 0.1"
+            yield "lr: expected a number without step=gradient, got 'auto'; try 0.1"
         if self.together is True and self.features == "as_published":
-            return (
-                "together: expected False with features='as_published', got True; the backbone "
-                "cannot run again at every inner step of all tasks at once"
-            )
-        return ""
-
-    def _wrong_engine(self) -> str:
-        if self.engine != "learn2learn":
-            return ""
-        if self.name in ("itd_bio", "unrolled") or self.optimizer != "sgd" or self.learn_lr:
-            return (
-                f"engine: expected higher for {self.name} with optimizer={self.optimizer}, "
-                f"learn_lr={self.learn_lr}, got 'learn2learn', whose MAML has none of these; "
-                "use engine=higher"
-            )
-        return ""
+            yield ("together: expected False with features='as_published', got True; the backbone "
+                   "cannot run again at every inner step of all tasks at once")
+        others = name in ("itd_bio", "unrolled") or self.optimizer != "sgd" or self.learn_lr
+        if self.engine == "learn2learn" and others:
+            yield (f"engine: expected higher for {name} with optimizer={self.optimizer}, learn_lr="
+                   f"{self.learn_lr}, got 'learn2learn', whose MAML has none of these; use "
+                   "engine=higher")
 
 
 _OWN: dict[str, Any] = {

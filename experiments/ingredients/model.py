@@ -66,10 +66,8 @@ def build_backbone(input_shape: Sequence[int], settings: ModelSettings) -> tuple
             f"model.name: expected a network that leaves features of images of shape {shape}, got "
             f"{name!r}, which leaves none; use larger images"
         )
-    backbone.train()
-    if settings.chunk_size is None:
-        return backbone, width
-    return Chunked(backbone, settings.chunk_size), width
+    chunk = settings.chunk_size
+    return backbone.train() if chunk is None else Chunked(backbone.train(), chunk), width
 
 
 def _build(name: str, hidden: int, channels: int) -> nn.Module:
@@ -79,22 +77,20 @@ def _build(name: str, hidden: int, channels: int) -> nn.Module:
         return l2l.vision.models.ResNet12Backbone(channels=channels)
     if name == "wrn28":
         return l2l.vision.models.WRN28Backbone()
-    return nn.Sequential(
-        nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
-    )
+    layers = nn.Linear(channels, hidden), nn.Linear(hidden, hidden)
+    return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU())
 
 
-def _check(name: str, hidden: int | None, input_shape: Sequence[int]) -> None:
+def _check(name: str, hidden: int | None, shape: Sequence[int]) -> None:
     if hidden is not None and name not in HIDDEN:
         raise UserError(f"model.hidden: expected none for {name}, got {hidden}; leave it out")
-    if (name == "mlp") == (len(input_shape) == 3):
-        kind = "images" if len(input_shape) == 3 else "vectors"
-        right = "cnn4, resnet12 or wrn28" if kind == "images" else "mlp"
-        raise UserError(f"model.name: expected {right} for {kind}, got {name!r}; leave it out")
-    if name == "wrn28" and input_shape[0] != 3:
+    if (name == "mlp") == (len(shape) == 3):
+        right = "cnn4, resnet12 or wrn28 for images" if name == "mlp" else "mlp for vectors"
+        raise UserError(f"model.name: expected {right}, got {name!r}; leave it out")
+    if name == "wrn28" and shape[0] != 3:
         raise UserError(
-            f"model.name: expected cnn4 or resnet12 for {input_shape[0]}-channel images, got "
-            "'wrn28', which takes 3 channels; leave it out"
+            f"model.name: expected cnn4 or resnet12 for {shape[0]}-channel images, got 'wrn28', "
+            "which takes 3 channels; leave it out"
         )
 
 

@@ -33,19 +33,13 @@ _METHODS: dict[str, Config] = {
 
 # A run of seconds, to see that everything works.
 _SMOKE: Config = {
-    "tasks": {"name": "glyphs", "level": "easy"},
-    "model": {"hidden": 8},
-    "iterations": 4,
-    "validate_every": 2,
-    "validation_tasks": 4,
-    "test_tasks": 8,
-}
+    "tasks": {"name": "glyphs", "level": "easy"}, "model": {"hidden": 8}, "iterations": 4,
+    "validate_every": 2, "validation_tasks": 4, "test_tasks": 8,
+}  # fmt: skip
 
 
 def _yang() -> dict[str, Config]:
     """Yang et al. (2025), section 5 and appendix C.2: ``yang_<benchmark>_<algorithm>``."""
-    outer = {"iterations": 2000, "meta_batch": 32}
-    five = {"ways": 5, "shots": 5, "queries": 5}
     small = {"rm_metal": (1e-4, 0.1, 20), "itd_bio": (1e-4, 0.1, 20),
              "maml": (1e-3, 0.5, 3), "anil": (1e-4, 0.1, 10)}
     large = {"rm_metal": (1e-3, 0.05, 20), "itd_bio": (1e-3, 0.05, 20),
@@ -60,12 +54,11 @@ def _yang() -> dict[str, Config]:
             if name == "maml":
                 algorithm |= {"test_scope": "head"}
             found[f"yang_{benchmark}_{name}"] = {
-                "tasks": {"name": benchmark, **five},
+                "tasks": {"name": benchmark, "ways": 5, "shots": 5, "queries": 5},
                 "model": {"name": "cnn4", "hidden": hidden},
                 "algorithm": algorithm,
-                "meta_lr": meta_lr,
-                **outer,
-            }
+                "meta_lr": meta_lr, "iterations": 2000, "meta_batch": 32,
+            }  # fmt: skip
     return found
 
 
@@ -76,25 +69,24 @@ def _rajeswaran() -> dict[str, Config]:
     of Finn et al. (2017), which it refers to. Its outer step size, meta-batch, number of outer
     iterations and query images are not in the text: ours.
     """
-    found = {}
-    for ways, steps in ((5, 16), (20, 25)):
-        for shots in (1, 5):
-            for kind in ("gd", "hf"):
-                algorithm = {"name": f"imaml_{kind}", "l2": 2.0, "cg_steps": 5,
-                             "steps": steps if kind == "gd" else 5}
-                found[f"rajeswaran_omniglot_{ways}way_{shots}shot_{kind}"] = {
-                    "tasks": {"name": "omniglot", "ways": ways, "shots": shots, "queries": shots},
-                    "model": {"name": "cnn4", "hidden": 64},
-                    "algorithm": algorithm,
-                }
-    for kind in ("gd", "hf"):
-        found[f"rajeswaran_mini_imagenet_{kind}"] = {
-            "tasks": {"name": "mini_imagenet", "ways": 5, "shots": 1, "queries": 15},
-            "model": {"name": "cnn4", "hidden": 32},
-            "algorithm": {"name": f"imaml_{kind}", "l2": 0.5, "cg_steps": 5,
-                          "steps": 10 if kind == "gd" else 5},
-        }
-    return found
+    def config(name: str, ways: int, shots: int, queries: int, hidden: int, kind: str, l2: float,
+               steps: int) -> Config:  # fmt: skip
+        return {
+            "tasks": {"name": name, "ways": ways, "shots": shots, "queries": queries},
+            "model": {"name": "cnn4", "hidden": hidden},
+            "algorithm": {"name": f"imaml_{kind}", "l2": l2, "cg_steps": 5,
+                          "steps": steps if kind == "gd" else 5},
+        }  # fmt: skip
+
+    omniglot = [(ways, shots, kind, steps) for ways, steps in ((5, 16), (20, 25))
+                for shots in (1, 5) for kind in ("gd", "hf")]  # fmt: skip
+    return {
+        **{f"rajeswaran_omniglot_{ways}way_{shots}shot_{kind}":
+           config("omniglot", ways, shots, shots, 64, kind, 2.0, steps)
+           for ways, shots, kind, steps in omniglot},
+        **{f"rajeswaran_mini_imagenet_{kind}":
+           config("mini_imagenet", 5, 1, 15, 32, kind, 0.5, 10) for kind in ("gd", "hf")},
+    }  # fmt: skip
 
 
 def all_configs() -> dict[str, Config]:

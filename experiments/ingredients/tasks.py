@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
 from experiments.tracking import TrackedIngredient, UserError
-from experiments.tracking.config import Settings, Text
+from experiments.tracking.config import Settings, Text, Values
 from experiments.training.episodes import Sizes, Tasks
 from l2l_implicit.tasks import canonical, get_tasksets
 from l2l_implicit.tasks.registry import LEARN2LEARN, TASKSETS
@@ -46,7 +45,7 @@ class TaskSettings(Settings):
     skip_unreadable: bool = of("folder", default=False)
 
     @classmethod
-    def read(cls, values: Mapping[str, Any]) -> list[str]:
+    def read(cls, values: Values) -> list[str]:
         return [key for key in cls.model_fields if cls._has(str(values.get("name")), key)]
 
     @classmethod
@@ -79,10 +78,7 @@ WORDS = {
 
 
 def make_tasks(**settings: Any) -> Tasks:
-    """The configured task sets.
-
-    Args:
-        settings: of this ingredient.
+    """The task sets that the settings of this ingredient name.
 
     Raises:
         UserError: what the data set cannot give, in one line.
@@ -96,16 +92,10 @@ def make_tasks(**settings: Any) -> Tasks:
         del options["skip_unreadable"]
     if s.augmentation is not None:
         options["data_augmentation"] = options.pop("augmentation")
+    samples = {"train_samples": s.shots + s.queries, "test_samples": test.shots + test.queries}
     try:
-        sets = get_tasksets(
-            s.name,
-            train_ways=train.ways,
-            train_samples=train.shots + train.queries,
-            test_ways=test.ways,
-            test_samples=test.shots + test.queries,
-            root=s.root,
-            **options,
-        )
+        sets = get_tasksets(s.name, train_ways=train.ways, test_ways=test.ways, root=s.root,
+                            **samples, **options)  # fmt: skip
         return Tasks(sets, s.name, train, test, options)
     except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
         text = str(error) or type(error).__name__

@@ -2,8 +2,7 @@
 
 Its type and limits are the check, its default is the configuration's, and its comment is what
 `print_config` shows. What is wrong is one line: what was expected, what came, what to do. An
-explicit `key=value` beats a named config, whatever their order on the command line: that is
-Sacred's habit, and it is kept.
+explicit `key=value` beats a named config, whatever their order: that is Sacred's habit.
 
 Example:
     >>> from experiments.tracking.config import Count, Settings
@@ -28,10 +27,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import sacred.experiment
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
-from pydantic_core import CoreSchema, core_schema
+import sacred.initialize
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sacred import Experiment
-from sacred.config import config_files
 from sacred.config.config_dict import ConfigDict as SacredConfig
 from sacred.config.config_summary import ConfigSummary
 from sacred.utils import iterate_flattened, set_by_dotted_path
@@ -39,11 +38,8 @@ from typing_extensions import Self
 
 from experiments.tracking.errors import UserError, nearest
 
-DESCRIPTION = "__doc__"
-"""Sacred hands on a named config's docstring under this name."""
-
-MOST = 10**9
-MOST_GROUPS = 20  # that a name may have
+DESCRIPTION = "__doc__"  # Sacred hands on a named config's docstring under this name
+MOST, MOST_GROUPS = 10**9, 20  # of a count; that a name may have
 Count = Annotated[int, Field(ge=1, le=MOST)]
 Counts = Annotated[list[Count], Field(strict=False, min_length=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -51,18 +47,10 @@ NotNegative = Annotated[float, Field(ge=0)]
 Threads = Annotated[int, Field(ge=0, le=1024)]
 Text = Annotated[str, Field(pattern=r"^[^\x00]*$", min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Values = Mapping[str, Any]
 
-
-class OneOf:
-    """Names that come from a table: ``Annotated[str, OneOf(TABLE)]``."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        self._names = list(names)
-
-    def __get_pydantic_core_schema__(
-        self, source: Any, handler: GetCoreSchemaHandler
-    ) -> CoreSchema:
-        return core_schema.literal_schema(self._names)
+# A field of a model, with the comment above it or behind it.
+_FIELD = re.compile(r"((?:^    # .*\n)*)^    (\w+): [^\n]*?(?:  # (.*))?$", re.M)
 
 
 class Settings(BaseModel):
@@ -75,24 +63,19 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
     @classmethod
-    def own_defaults(
-        cls, given: Mapping[str, Any], others: Mapping[str, Any]
-    ) -> Mapping[str, Any]:
+    def own_defaults(cls, given: Values, others: Values) -> Values:
         """Defaults that depend on settings that are given, or on those of other ingredients."""
         return {}
 
     @classmethod
-    def defaults(
-        cls, given: Mapping[str, Any] | None = None, others: Mapping[str, Any] | None = None
-    ) -> dict[str, Any]:
+    def defaults(cls, given: Values | None = None, others: Values | None = None) -> dict[str, Any]:
         """Every setting with its default."""
         own = cls.own_defaults(given or {}, others or {})
-        fields = cls.model_fields.items()
-        usual = {name: field.get_default(call_default_factory=True) for name, field in fields}
-        return usual | {name: value for name, value in own.items() if name in usual}
+        return {name: own.get(name, field.get_default(call_default_factory=True))
+                for name, field in cls.model_fields.items()}  # fmt: skip
 
     @classmethod
-    def of(cls, given: Mapping[str, Any], group: str = "") -> Self:
+    def of(cls, given: Values, group: str = "") -> Self:
         """These settings, the others at their defaults.
 
         Raises:
@@ -102,10 +85,10 @@ class Settings(BaseModel):
         try:
             return cls.model_validate({**cls.defaults(given), **given})
         except ValidationError as error:
-            raise UserError(cls._line(error, given, group)) from None
+            raise UserError(cls._line(error, given, f"{group}." if group else "")) from None
 
     @classmethod
-    def read(cls, values: Mapping[str, Any]) -> Iterable[str]:
+    def read(cls, values: Values) -> Iterable[str]:
         """The settings that are read, beside ``values``: those that a hint may name."""
         return cls.model_fields
 
@@ -119,20 +102,19 @@ class Settings(BaseModel):
         return {name: words for name, words in found.items() if name in cls.model_fields and words}
 
     @classmethod
-    def _line(cls, error: ValidationError, given: Mapping[str, Any], group: str) -> str:
+    def _line(cls, error: ValidationError, given: Values, prefix: str) -> str:
         """The first of its errors."""
-        prefix, first = f"{group}." if group else "", error.errors(include_url=False)[0]
+        first = error.errors(include_url=False)[0]
         if not first["loc"]:
             return f"{prefix}{first.get('ctx', {}).get('error', first['msg'])}"
         field, value = str(first["loc"][0]), given.get(str(first["loc"][0]))
         if field not in cls.model_fields or (isinstance(value, dict) and value):
-            known = [f"{prefix}{name}" for name in cls.read({})]
-            return _unknown(f"{prefix}{_leaf(field, value)}", known)
+            return _unknown(prefix + _leaf(field, value), [prefix + name for name in cls.read({})])
         schema = cls.model_json_schema()["properties"][field]
-        choices, default = _choices(schema), cls.defaults(given)[field]
-        near = get_close_matches(str(value), choices, n=1, cutoff=0.3)
+        words, default = list(map(str, _choices(schema))), cls.defaults(given)[field]
         todo = "leave it out" if default is None else f"try {default!r}"
-        todo = f"did you mean {near[0]!r}?" if near and isinstance(value, str) else todo
+        if isinstance(value, str) and (near := get_close_matches(value, words, n=1, cutoff=0.3)):
+            todo = f"did you mean {near[0]!r}?"
         return f"{prefix}{field}: expected {_expected(schema)}, got {_short(value)}; {todo}"
 
 
@@ -142,62 +124,47 @@ class RunSettings(Settings):
     seed: Seed | None = None  # of all random numbers; None: drawn, and recorded
 
 
-# A field of a model, with the comment above it or behind it.
-_FIELD = re.compile(r"((?:^    # .*\n)*)^    (\w+): [^\n]*?(?:  # (.*))?$", re.M)
-
-
 class ModelConfig:
     """A model's defaults and words, as Sacred takes them from a function of its ``@ex.config``."""
 
     def __init__(self, model: type[Settings]) -> None:
         self._model, self._words = model, model.words()
 
-    def __call__(
-        self,
-        fixed: Mapping[str, Any] | None = None,
-        preset: Mapping[str, Any] | None = None,
-        fallback: Mapping[str, Any] | None = None,
-    ) -> ConfigSummary:
+    def __call__(self, fixed: Values | None = None, preset: Values | None = None,
+                 fallback: Values | None = None) -> ConfigSummary:  # fmt: skip
         summary = SacredConfig(self._model.defaults(fixed, fallback))(fixed, preset, fallback)
         summary.docs = self._words
         return summary
 
 
-def check_config(experiment: Experiment, config: Mapping[str, Any]) -> None:
+def check_config(experiment: Experiment, config: Values) -> None:
     """Raise UserError for what is wrong in an experiment's whole configuration."""
-    groups: dict[str, tuple[type[Settings], dict[str, Any]]] = {}
+    rest, groups = dict(config), dict[str, tuple[type[Settings], dict[str, Any]]]()
     for ingredient, _ in list(experiment.traverse_ingredients()):  # an error would break it off
-        group = "" if ingredient is experiment else ingredient.path
-        values = dict(config if ingredient is experiment else config.get(group, {}))
+        model, group = ingredient.settings, "" if ingredient is experiment else ingredient.path
+        values = dict(rest.pop(group, {})) if group else rest
         if "" in values:  # where Sacred puts it
             raise UserError(
                 f"{group}: expected a group of settings, got {_short(values[''])}; set one as "
-                f"{group}.{next(iter(ingredient.settings.model_fields))}=VALUE"
+                f"{group}.{next(iter(model.model_fields))}=VALUE"
             )
-        groups[group] = ingredient.settings, values
-    root = groups[""][1]
-    for name in {DESCRIPTION, *groups}:
-        root.pop(name, None)
-    known = [
-        f"{group}.{name}" if group else name
-        for group, (model, values) in groups.items()
-        for name in model.read(values)
-    ]
-    for group, (model, values) in groups.items():
+        groups[f"{group}." if group else ""] = model, values
         values.pop(DESCRIPTION, None)
+    known = [prefix + name for prefix, (model, values) in groups.items()
+             for name in model.read(values)]  # fmt: skip
+    for prefix, (model, values) in groups.items():
         for name in sorted(values.keys() - model.model_fields.keys(), key=str):
-            leaf = _leaf(name, values[name])
-            raise UserError(_unknown(f"{group}.{leaf}" if group else leaf, known))
-    for group, (model, values) in groups.items():
-        model.of(values, group)
+            raise UserError(_unknown(prefix + _leaf(name, values[name]), known))
+    for prefix, (model, values) in groups.items():
+        model.of(values, prefix.rstrip("."))
 
 
 def check_named_configs(experiment: Experiment, names: Iterable[str]) -> None:
-    """Raise UserError for a named config that does not exist, or a file that is not plain JSON."""
+    """Raise UserError for a named config that there is not, or a file that is not plain data."""
     known = [name for name, _ in experiment.gather_named_configs()]
     for name in names:
         if os.path.isfile(name):
-            _check_plain_file(name)
+            settings_in(name)
         elif name not in known:
             raise UserError(
                 f"no named config {name!r}{nearest(name, known)}"
@@ -240,13 +207,6 @@ def words_as_updates(words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
     return nested((n.strip(), _plain_value(v)) for n, eq, v in pairs if eq), named_configs
 
 
-# Sacred reads a command line's values, and files of settings, by readers that can run code.
-sacred.experiment.get_config_updates = words_as_updates
-config_files.HANDLER_BY_EXT[".json"].load = json.load
-for _extension in [name for name in config_files.HANDLER_BY_EXT if name != ".json"]:
-    del config_files.HANDLER_BY_EXT[_extension]
-
-
 def _plain_value(text: str) -> Any:
     try:
         return ast.literal_eval(text.strip())
@@ -254,21 +214,35 @@ def _plain_value(text: str) -> Any:
         return text.strip()
 
 
-def _check_plain_file(path: str) -> None:
-    """Raise UserError unless the file holds settings as plain JSON."""
+def settings_in(path: str) -> dict[str, Any]:
+    """The settings of a file of plain data, JSON or YAML.
+
+    Raises:
+        UserError: it is another kind of file, or damaged, in one line.
+    """
     try:
-        if not path.endswith(".json"):
-            raise ValueError("another kind of file")
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        read = {".json": json.loads, ".yaml": _yaml, ".yml": _yaml}[Path(path).suffix]
+        found = read(Path(path).read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError(f"{type(found).__name__} at the top")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"{path}: expected settings as a JSON object in a file named *.json, got "
+            f"{path}: expected settings by name in a file *.json, *.yaml or *.yml, got "
             f"{_short(reason)}; `save_config` writes one"
         ) from None
-    nested(found.items())
+    return nested(found.items())
+
+
+def _yaml(text: str) -> Any:
+    if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+        raise ValueError("an alias")  # a few make a file of any size
+    return yaml.safe_load(text)
+
+
+# Sacred reads a command line's values, and files of settings, by readers that can run code.
+sacred.experiment.get_config_updates = words_as_updates
+sacred.initialize.load_config_file = settings_in
 
 
 def _check_names(name: object, value: Any, depth: int = 0) -> None:
@@ -276,20 +250,19 @@ def _check_names(name: object, value: Any, depth: int = 0) -> None:
     right = all(part.isidentifier() and not part.startswith("__") for part in parts)
     if not right or depth > MOST_GROUPS:
         raise UserError(_unknown(name, ()))
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            _check_names(key, inner, depth + 1)
+    for key, inner in value.items() if isinstance(value, Mapping) else ():
+        _check_names(key, inner, depth + 1)
 
 
 def _unknown(name: object, known: Iterable[str]) -> str:
-    hint = nearest(str(name), list(known)) or "; `print_config` lists them"
+    hint = nearest(str(name), known) or "; `print_config` lists them"
     return f"no configuration entry {_short(name)}{hint}"
 
 
 def _leaf(name: object, value: Any) -> str:
     """The dotted name of the first entry below an unknown one."""
-    below = next(iterate_flattened(value), (None,)) if isinstance(value, dict) else (None,)
-    return f"{name}" if below[0] is None else f"{name}.{below[0]}"
+    below = next(iterate_flattened(value), None) if isinstance(value, dict) else None
+    return f"{name}" if below is None else f"{name}.{below[0]}"
 
 
 def _short(value: Any) -> str:
@@ -301,35 +274,31 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:60]} ... ({len(text)} characters)"
 
 
-def _choices(schema: Mapping[str, Any]) -> list[str]:
-    """The words that a setting may be."""
+def _choices(schema: Values) -> list[Any]:
+    """The values that a setting may be, where they are counted out."""
     own = schema.get("enum", [schema["const"]] if "const" in schema else [])
-    return [*map(str, own), *(c for one in schema.get("anyOf", ()) for c in _choices(one))]
+    return [*own, *(choice for one in schema.get("anyOf", ()) for choice in _choices(one))]
 
 
-def _expected(schema: Mapping[str, Any]) -> str:
+def _expected(schema: Values) -> str:
     """A setting's JSON schema in words."""
     if "anyOf" in schema:
         return " or ".join(map(_expected, schema["anyOf"]))
-    if "enum" in schema or "const" in schema:
-        values = [repr(value) for value in schema.get("enum", [schema.get("const")])]
+    if values := list(map(repr, _choices(schema))):
         return values[0] if len(values) == 1 else "one of " + ", ".join(values)
-    kind = schema.get("type")
-    if kind in ("integer", "number"):
-        return {"integer": "a whole number", "number": "a finite number"}[kind] + _limits(schema)
-    if kind == "array":
+    if (kind := schema.get("type")) == "array":
         least = " of at least one" if schema.get("minItems") else ""
         return f"a list{least}, each {_expected(schema['items'])}"
-    words = {"boolean": "True or False", "string": "text", "null": "None"}
-    return words.get(str(kind), "another value")
+    words = {"integer": "a whole number", "number": "a finite number", "string": "text",
+             "boolean": "True or False", "null": "None"}  # fmt: skip
+    return words.get(str(kind), "another value") + _limits(schema)
 
 
-def _limits(schema: Mapping[str, Any]) -> str:
+def _limits(schema: Values) -> str:
     least, most = schema.get("minimum"), schema.get("maximum", schema.get("exclusiveMaximum"))
-    if least is None and most is not None:
-        return f" of at most {most}"
-    if most is not None:
-        return f" from {least} to {most - ('exclusiveMaximum' in schema)}"
     if "exclusiveMinimum" in schema:
         return f" above {schema['exclusiveMinimum']:g}"
-    return "" if least is None else f" of at least {least:g}"
+    if most is None:
+        return "" if least is None else f" of at least {least:g}"
+    most -= "exclusiveMaximum" in schema
+    return f" of at most {most}" if least is None else f" from {least} to {most}"

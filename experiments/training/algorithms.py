@@ -1,5 +1,5 @@
-"""What an outer step asks of every algorithm: learn one task, predict its query set, and leave
-the outer gradient on theta."""
+"""An algorithm as an outer step sees it: learn a task, predict its query set, leave the outer
+gradient on theta."""
 
 from __future__ import annotations
 
@@ -37,10 +37,8 @@ class Adapted(NamedTuple):
 class Algorithm(ABC):
     """theta, and how a task is learnt from it.
 
-    Args:
-        learner: behind learn2learn's ``clone``/``adapt``; its module holds phi.
-        steps: inner steps K.
-        loss: of predictions and targets, a scalar.
+    The learner is behind learn2learn's ``clone``/``adapt``, its module holds phi; ``steps`` are the
+    inner steps K, ``loss`` is of predictions and targets.
     """
 
     def __init__(self, learner: Any, steps: int, loss: Loss) -> None:
@@ -71,32 +69,25 @@ class Algorithm(ABC):
 
     def theta(self) -> list[nn.Parameter]:
         """What the outer optimiser moves: the network, and what the learner learns besides."""
-        scalars = [getattr(self.learner, name, None) for name in ("lr", "l2")]
-        more = [s for s in scalars if isinstance(s, nn.Parameter)]
-        known = {id(p): p for p in (*self.network().parameters(), *more)}
-        return list(known.values())
+        both = (getattr(self.learner, name, None) for name in ("lr", "l2"))
+        scalars = (scalar for scalar in both if isinstance(scalar, nn.Parameter))
+        return list({id(p): p for p in (*self.network().parameters(), *scalars)}.values())
 
 
 class HeadOnly(Algorithm):
     """The head alone is adapted, on the backbone's features.
 
     Args:
-        backbone: inputs to features ``[n, d]``.
-        learner, steps, loss: as in `Algorithm`; the learner's module is the head.
+        backbone: inputs to features ``[n, d]``; the learner's module is the head.
         together: support and query pass the backbone as one batch (one set of batch statistics).
         cached: compute the features once a task; else the backbone runs again at every inner
             step, as in the released code of Yang et al.
     """
 
     def __init__(
-        self,
-        backbone: nn.Module,
-        learner: Any,
-        steps: int,
-        loss: Loss,
-        together: bool = True,
-        cached: bool = True,
-    ) -> None:
+        self, backbone: nn.Module, learner: Any, steps: int, loss: Loss,
+        together: bool = True, cached: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__(learner, steps, loss)
         self.backbone, self._together, self._cached = backbone, together, cached
 
@@ -108,30 +99,25 @@ class HeadOnly(Algorithm):
         if self._cached:
             support, query = self._both(episode)
             learner.adapt(lambda: self.loss(learner(support), targets), steps=self.steps)
-        else:
-            learner.adapt(
-                lambda: self.loss(learner(self._support(episode)), targets), steps=self.steps
-            )
-            query = self._query(episode)
-        return Adapted(learner, learner(query))
+            return Adapted(learner, learner(query))
+        m = len(targets)
+        learner.adapt(
+            lambda: self.loss(learner(self._features(episode, slice(m))), targets),
+            steps=self.steps,
+        )
+        return Adapted(learner, learner(self._features(episode, slice(m, None))))
 
     def _both(self, episode: Episode) -> tuple[Tensor, Tensor]:
+        m = len(episode.support_targets)
         if not self._together:
-            return self._support(episode), self._query(episode)
-        features, m = self.backbone(episode.inputs), len(episode.support_targets)
+            return self._features(episode, slice(m)), self._features(episode, slice(m, None))
+        features = self.backbone(episode.inputs)
         return features[:m], features[m:]
 
-    def _support(self, episode: Episode) -> Tensor:
-        m = len(episode.support_targets)
+    def _features(self, episode: Episode, which: slice) -> Tensor:
         if self._together:
-            return self.backbone(episode.inputs)[:m]
-        return self.backbone(episode.inputs[:m])
-
-    def _query(self, episode: Episode) -> Tensor:
-        m = len(episode.support_targets)
-        if self._together:
-            return self.backbone(episode.inputs)[m:]
-        return self.backbone(episode.inputs[m:])
+            return self.backbone(episode.inputs)[which]
+        return self.backbone(episode.inputs[which])
 
 
 class HeadsTogether(HeadOnly):
@@ -156,17 +142,15 @@ class HeadsTogether(HeadOnly):
         if batch[0].inputs.is_cuda:
             return self._learn_heads(*self._in_one_pass(batch), batch, 1.0, score)
         results: list[QueryResult] = []
-        while len(results) < len(batch):
-            results += self._learn_group(batch[len(results) :], len(batch), score)
+        while left := batch[len(results) :]:
+            sets, size = [self._first(left[0])], left[0].inputs.shape
+            most = min(len(left), self._most_bytes / max(1, self._bytes[size]))
+            group = left[: max(1, int(most))]
+            sets += [self._both(episode) for episode in group[1:]]
+            support, query = (torch.stack(features) for features in zip(*sets, strict=True))
+            weight = len(group) / len(batch)
+            results += self._learn_heads(support, query, group, weight, score)
         return results
-
-    def _learn_group(self, left: Sequence[Episode], tasks: int, score: Score) -> list[QueryResult]:
-        """As many of the tasks that are ``left`` as may be kept at once."""
-        sets, size = [self._first(left[0])], left[0].inputs.shape
-        group = left[: max(1, int(min(tasks, self._most_bytes / max(1, self._bytes[size]))))]
-        sets += [self._both(episode) for episode in group[1:]]
-        support, query = (torch.stack(features) for features in zip(*sets, strict=True))
-        return self._learn_heads(support, query, group, len(group) / tasks, score)
 
     def _first(self, episode: Episode) -> tuple[Tensor, Tensor]:
         """Its features; the bytes of their graph are counted where they are not known."""

@@ -40,9 +40,6 @@ _CHECKSUM = hashlib.sha256().digest_size
 _held: dict[Path, IO[str]] = {}
 
 
-# ---- a run's folder ----
-
-
 def new_folder(output: Path, name: str) -> Path:
     """``output/name``, locked; ``name-2`` and so on where a run of another database has that."""
     try:
@@ -88,11 +85,6 @@ def lock(folder: Path) -> None:
     _held[folder.resolve()] = file
 
 
-def write_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """What the run is, for people and other programs; nothing is resumed from it."""
-    replace(folder / CONFIG, lambda file: file.write(settings_text(config).encode()))
-
-
 def settings_text(config: Mapping[str, Any]) -> str:
     """A run's settings as JSON, but for what it resumes."""
     return json.dumps({k: v for k, v in config.items() if k != "resume"}, indent=1)
@@ -105,9 +97,6 @@ def remove(folder: Path) -> None:
             path.unlink(missing_ok=True)
     if file := _held.pop(folder.resolve(), None):
         file.close()
-
-
-# ---- the checkpoint ----
 
 
 def save(folder: Path, state: Mapping[str, Any]) -> None:
@@ -130,22 +119,18 @@ def load(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: there is none, or it is damaged or another version's.
     """
-    path = folder / STATE
-    if not path.is_file():
+    if not (path := folder / STATE).is_file():
         raise UserError(
             f"resume: expected a checkpoint {path}, got none; the run ended, or was killed before "
             "its first: start it anew"
         )
     with in_one_line(path):
         content = path.read_bytes()
-        whole, checksum = content[:-_CHECKSUM], content[-_CHECKSUM:]
-        if hashlib.sha256(whole).digest() != checksum:
+        if hashlib.sha256(content[:-_CHECKSUM]).digest() != content[-_CHECKSUM:]:
             raise ValueError("its checksum does not fit, so that it is damaged")
-        state = torch.load(io.BytesIO(whole), weights_only=True, map_location="cpu")
+        whole = io.BytesIO(content[:-_CHECKSUM])
+        state = torch.load(whole, weights_only=True, map_location="cpu")
         return {**state, "settings": dict(json.loads(state["settings"]))}
-
-
-# ---- resuming ----
 
 
 def find(output: Path, which: str) -> Path:
@@ -176,16 +161,12 @@ def check_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """
     old, new = (dict(iterate_flattened(settings))
                 for settings in (before, json.loads(settings_text(now))))  # fmt: skip
-    differ = [f"{key}={new.get(key)!r} (it has {old.get(key)!r})" for key in {**old, **new}
-              if old.get(key) != new.get(key) and key not in MAY_DIFFER]
+    differ = ", ".join(f"{key}={new.get(key)!r} (it has {old.get(key)!r})" for key in {**old, **new}
+                       if old.get(key) != new.get(key) and key not in MAY_DIFFER)
     if differ:
         raise UserError(
-            f"resume: expected the run's own settings, got {', '.join(differ)}; leave that out, or "
-            "start anew"
+            f"resume: expected the run's own settings, got {differ}; leave that out, or start anew"
         )
-
-
-# ---- random numbers ----
 
 
 def generators() -> dict[str, Any]:
@@ -206,9 +187,6 @@ def restore_generators(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     for device, its in zip(range(torch.cuda.device_count()), state.get("cuda", ()), strict=False):
         torch.cuda.set_rng_state(its, device)
-
-
-# ---- files ----
 
 
 def replace(path: Path, write: Callable[[io.BytesIO], object]) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -46,10 +47,7 @@ class Episode(NamedTuple):
 class TaskStream:
     """Tasks in an order that depends on the seed alone, whatever else draws random numbers.
 
-    Args:
-        taskset: learn2learn's; its transforms draw from Python's ``random``.
-        shots: support samples a class.
-        seed: of this stream's own state of ``random``.
+    learn2learn's ``taskset`` draws from Python's ``random``, of which a stream has its own state.
     """
 
     def __init__(self, taskset: Any, shots: int, seed: int) -> None:
@@ -83,82 +81,49 @@ def fault(episode: Episode, outputs: int) -> str | None:
     Args:
         outputs: classes a label may have, 0 to ``outputs - 1``; not looked at for a regression.
     """
-    for name, tensor in (("inputs", episode.inputs), ("support targets", episode.support_targets),
-                         ("query targets", episode.query_targets)):
-        if tensor.is_floating_point():
-            if not bool(torch.isfinite(tensor.sum())):  # one pass; the slow look only if need be
-                wrong = ~torch.isfinite(tensor)
-                if bool(wrong.any()):
-                    return _not_finite(name, tensor, wrong)
-        elif name != "inputs" and not _in_range(tensor, outputs):
-            return (f"{name}: expected labels 0 to {outputs - 1}, got {int(tensor.min())} to "
-                    f"{int(tensor.max())}")  # fmt: skip
+    names = ("inputs", "support targets", "query targets")
+    for name, tensor in zip(names, episode, strict=True):
+        if not tensor.is_floating_point():
+            least, most = (0, 0) if name == "inputs" else map(int, tensor.aminmax())
+            if least < 0 or most >= outputs:
+                return f"{name}: expected labels 0 to {outputs - 1}, got {least} to {most}"
+        elif not bool(torch.isfinite(tensor.sum())):  # one pass; the slow look only if need be
+            wrong = ~torch.isfinite(tensor)
+            if bool(wrong.any()):
+                where, value = int(wrong.flatten(1).any(1).nonzero()[0]), float(tensor[wrong][0])
+                return f"{name}: expected finite numbers, got {value} (sample {where})"
     return None
 
 
-def _not_finite(name: str, tensor: Tensor, wrong: Tensor) -> str:
-    where = int(wrong.flatten(1).any(1).nonzero()[0])
-    value = float(tensor[wrong][0])
-    return f"{name}: expected finite numbers, got {value} (sample {where})"
-
-
-def _in_range(labels: Tensor, outputs: int) -> bool:
-    return int(labels.min()) >= 0 and int(labels.max()) < outputs
-
-
+@dataclass
 class CheckedStream:
-    """A stream whose tasks have data that can be learnt.
+    """A stream whose tasks have data that can be learnt."""
 
-    Args:
-        stream: the tasks.
-        outputs: as in `fault`.
-        skip: whether the next task stands in for a bad one.
-        say: told which were skipped.
-        name: of the stream, in messages.
-
-    Attributes:
-        skipped: tasks that were, so far.
-    """
-
-    def __init__(self, stream: TaskStream, outputs: int, skip: bool,
-                 say: Callable[[str], None], name: str) -> None:
-        self.skipped = self._drawn = 0
-        self._stream, self._outputs, self._skip = stream, outputs, skip
-        self._say, self._name = say, name
-
-    @property
-    def state(self) -> Any:
-        """As of `TaskStream`."""
-        return self._stream.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self._stream.state = state
-
-    def own_random(self) -> AbstractContextManager[None]:
-        """As of `TaskStream`."""
-        return self._stream.own_random()
+    stream: TaskStream
+    outputs: int  # as in `fault`
+    skip: bool  # the next task stands in for a bad one
+    say: Callable[[str], None]  # which were skipped
+    name: str  # in messages
+    skipped: int = 0  # tasks so far
+    _drawn: int = 0
 
     def sample(self, where: str | None = None) -> Episode:
-        """The next good task.
-
-        Args:
-            where: which one, for messages; by default its number in this stream.
+        """The next good task; ``where`` names it in messages, by default by its number.
 
         Raises:
             UserError: a task's data are wrong, and none is to be skipped, or too many in a row.
         """
         self._drawn += 1
-        where = where or f"{self._name} task {self._drawn}"
+        where = where or f"{self.name} task {self._drawn}"
         for _ in range(MOST_IN_A_ROW):
-            episode = self._stream.sample()
-            reason = fault(episode, self._outputs)
+            episode = self.stream.sample()
+            reason = fault(episode, self.outputs)
             if reason is None:
                 return episode
-            if not self._skip:
+            if not self.skip:
                 raise UserError(f"{where}: {reason}; repair the data, or set on_bad_task=skip")
             self.skipped += 1
-            self._say(f"skipped {where}: {reason}")
+            self.say(f"skipped {where}: {reason}")
         raise UserError(
             f"{where}: expected a task that can be learnt, got {MOST_IN_A_ROW} bad ones in a row "
             f"({reason}); repair the data"
@@ -166,17 +131,11 @@ class CheckedStream:
 
 
 class Tasks:
-    """The three task sets of one data set; a stream of tasks is started with a seed.
+    """The task sets train, validation and test of one data set, of a kind of `Measure`.
 
     Args:
-        sets: task sets train, validation and test.
-        name: of the data set.
-        train: sizes of training tasks.
-        test: sizes of validation and test tasks.
-        options: what the data set was made with.
-
-    Attributes:
-        kind: ``"classification"`` or ``"regression"``.
+        sets, name, options: the data set, and what it was made with.
+        train, test: sizes of training tasks, and of validation and test tasks.
     """
 
     def __init__(
@@ -209,10 +168,8 @@ class Tasks:
     def describe(self) -> dict[str, Any]:
         """What was resolved, fit for JSON: data set, options, sizes, classes and images a split."""
         return {
-            "name": self.name,
-            "kind": self.kind,
-            "options": dict(self._options),
+            "name": self.name, "kind": self.kind, "options": dict(self._options),
             "sizes": {mode: self.sizes(mode)._asdict() for mode in self._sizes},
             "input_shape": list(self.input_shape()),
             **describe_tasksets(self.sets),
-        }
+        }  # fmt: skip

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +19,7 @@ from experiments.training.peak_memory import peak_memory, process_peak
 from experiments.training.scores import History, Scores
 
 _SKIPPING = ("train", "validation", "test", "early_stopped")
+_PARTS = ("scores", "history", "learner")
 _STATE = ("steps", "seconds", "_validated_at", "_looked", "diverged", "peak")
 
 
@@ -51,10 +51,6 @@ class Schedule(RunSettings):
             )
         return self
 
-    def tasks_of(self, mode: str) -> int:
-        """How many tasks a score on ``validation`` or ``test`` is the mean of."""
-        return {"validation": self.validation_tasks, "test": self.test_tasks}[mode]
-
     def bar(self, silent: bool) -> tqdm:  # type: ignore[type-arg]
         """In outer iterations, or in seconds of training where a budget ends the run."""
         if self.budget is None:
@@ -70,31 +66,19 @@ class Training:
     """One run: the outer loop with what it records.
 
     Args:
-        run: Sacred's.
-        learner: theta and its steps.
-        tasks: the task sets.
-        schedule: what to do when.
         seed: of the stream of training tasks; validation and test tasks are always the same.
         folder: where checkpoints go.
 
     Attributes:
-        steps: outer iterations so far.
-        history: all that was recorded.
-        scores: the validations and tests.
-        seconds: of training so far, by the schedule's clock.
+        steps, seconds: outer iterations, and seconds of training by the schedule's clock, so far.
         diverged: the reason, if the run left the finite numbers.
         peak: bytes of live tensors, at most, in the measured steps.
     """
 
     def __init__(
-        self,
-        run: Any,
-        learner: MetaLearner,
-        tasks: Tasks,
-        schedule: Schedule,
-        seed: int,
+        self, run: Any, learner: MetaLearner, tasks: Tasks, schedule: Schedule, seed: int,
         folder: Path,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.folder = folder
         self.run, self.learner, self.tasks, self.schedule = run, learner, tasks, schedule
         self._stream = self._checked("train", seed)
@@ -134,13 +118,14 @@ class Training:
     def _loop(self) -> None:
         with self.schedule.bar(silent=not self.learner.ranks.first) as bar:
             bar.update(self._progress())
-            while not self._ended():
+            while self.diverged is None and not (self._finished() and self._looked):
                 try:
                     self._advance(bar)
                 except Diverged as reason:
                     self._note_divergence(f"at outer iteration {self.steps + 1}: {reason}")
                 bar.update(self._progress() - bar.n)
-                self._save_if_due()
+                if time.monotonic() - self._saved_at >= self.schedule.checkpoint_seconds:
+                    self._save()
         if self.scores.result is None:
             self._save()  # a test that is broken off begins anew
             self.scores.result = self._test()
@@ -170,49 +155,39 @@ class Training:
         budget = self.schedule.budget
         return self.steps if budget is None else min(self.seconds, budget)
 
-    def _ended(self) -> bool:
-        return self.diverged is not None or (self._finished() and self._looked)
-
-    def _finished(self) -> bool:
-        schedule = self.schedule
-        if self.steps >= schedule.iterations:
-            return True
-        return self._spent() and self.steps >= max(schedule.test_at, default=0)
-
     def _spent(self) -> bool:
         return self.schedule.budget is not None and self.seconds >= self.schedule.budget
 
+    def _finished(self) -> bool:
+        last = max(self.schedule.test_at, default=0) if self._spent() else self.schedule.iterations
+        return self.steps >= last
+
     def _iterate(self) -> None:
         start, schedule, iteration = time.perf_counter(), self.schedule, self.steps + 1
-        skipped = self._stream.skipped
-        batch = schedule.meta_batch
-        names = (f"task {task} of {batch}" for task in range(1, batch + 1))
-        episodes = [self._stream.sample(f"outer iteration {iteration}, {name}") for name in names]
+        skipped, batch = self._stream.skipped, schedule.meta_batch
+        episodes = [self._stream.sample(f"outer iteration {iteration}, task {task} of {batch}")
+                    for task in range(1, batch + 1)]  # fmt: skip
         loading = time.perf_counter() - start
         if iteration % schedule.validate_every == 1 or schedule.validate_every == 1:
             self._measure_memory(iteration, episodes)
         step = self.learner.step(episodes)
         self.steps = iteration
-        self.seconds += step.cpu_seconds if schedule.budget_clock == "cpu" else step.seconds
-        noted = {key: value for key, value in step._asdict().items() if value is not None}
-        noted[f"query_{self.learner.measure.name}"] = noted.pop("query_score")
-        if step.skipped_tasks is not None:
-            noted["skipped_tasks"] += self._stream.skipped - skipped
-        values = {f"train/{name}": value for name, value in noted.items()}
-        values["train/loading_seconds"] = loading
-        values["train/process_peak_bytes"] = process_peak()
-        self._record(values, iteration)
+        self.seconds += step["cpu_seconds" if schedule.budget_clock == "cpu" else "seconds"]
+        if "skipped_tasks" in step:
+            step["skipped_tasks"] += self._stream.skipped - skipped
+        step |= {"loading_seconds": loading, "process_peak_bytes": process_peak()}
+        self._record({f"train/{name}": value for name, value in step.items()}, iteration)
 
     def _measure_memory(self, iteration: int, episodes: list[Any]) -> None:
         """On a repetition of the step's gradient that is not timed: counting slows it down."""
-        network = self.learner.algorithms.training.network()
-        state = {name: buffer.clone() for name, buffer in network.named_buffers()}
-        device = self.learner.device
-        with self.learner.ranks.together(Diverged):
-            peak = peak_memory(lambda: self.learner.hypergradient(episodes), device)
+        learner = self.learner
+        buffers = list(learner.algorithms.training.network().buffers())
+        before = [buffer.clone() for buffer in buffers]
+        with learner.ranks.together(Diverged):
+            peak = peak_memory(lambda: learner.hypergradient(episodes), learner.device)
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
         self.peak = max(self.peak, peak)
-        for name, buffer in network.named_buffers():
-            buffer.copy_(state[name])
         self._record({"train/step_peak_bytes": peak}, iteration)
 
     def _look(self, bar: Any) -> None:
@@ -222,7 +197,7 @@ class Training:
         if schedule.validate_seconds is not None:
             due = self.seconds - self._validated_at >= schedule.validate_seconds
         ends = self._spent() and self.scores.result is None
-        due = (due or ends or self._finished()) and not self.scores.validated(done)
+        due = (due or ends or self._finished()) and done not in dict(self.scores.validations)
         if due or ends or done in schedule.test_at:
             self._save()  # what is broken off begins anew
         if due:
@@ -241,8 +216,14 @@ class Training:
         """The score on tasks of ``mode``, the seconds it took, the tasks skipped if any may be."""
         stream, learner, start = self._checked(mode, 0), self.learner, time.perf_counter()
         silent = mode != "test" or not learner.ranks.first
-        bar = partial(tqdm, unit="task", desc="meta-testing", leave=False, disable=silent)
-        score = learner.evaluate(stream, self.schedule.tasks_of(mode), _breakable(bar))
+
+        def breakable(numbers: Iterable[int]) -> Iterator[int]:
+            for number in tqdm(numbers, "meta-testing", unit="task", leave=False, disable=silent):
+                signals.check()  # between two tasks
+                yield number
+
+        number = {"validation": self.schedule.validation_tasks, "test": self.schedule.test_tasks}
+        score = learner.evaluate(stream, number[mode], breakable)
         more: dict[str, float] = {"seconds": time.perf_counter() - start}
         if learner.skip:
             more["skipped_tasks"] = stream.skipped + learner.skipped
@@ -258,10 +239,6 @@ class Training:
         self.history.add(values, iteration)
         record(self.run, values, iteration)
 
-    def _save_if_due(self) -> None:
-        if time.monotonic() - self._saved_at >= self.schedule.checkpoint_seconds:
-            self._save()
-
     def _save(self) -> None:
         if self.learner.ranks.first:
             checkpoint.save(self.folder, self.state_dict())
@@ -272,10 +249,8 @@ class Training:
         journal = getattr(self.run, "journal", None)
         return {
             **{name: getattr(self, name) for name in _STATE},
-            "scores": self.scores.state_dict(),
-            "history": self.history.state_dict(),
-            "learner": self.learner.state_dict(),
-            "stream": self._stream.state,
+            **{name: getattr(self, name).state_dict() for name in _PARTS},
+            "stream": self._stream.stream.state,
             "token": None if journal is None else journal.token,
             "settings": checkpoint.settings_text(getattr(self.run, "config", {})),
         }
@@ -291,22 +266,9 @@ class Training:
                 f"resume: expected a checkpoint of this version, got one without {missing}; resume "
                 "with the version that wrote it, or start anew"
             )
-        for name in _STATE:
-            setattr(self, name, state[name])
-        self.scores.load_state_dict(state["scores"])
-        self.history.load_state_dict(state["history"])
-        self.learner.load_state_dict(state["learner"])
-        self._stream.state = state["stream"]
+        vars(self).update({name: state[name] for name in _STATE})
+        for name in _PARTS:
+            getattr(self, name).load_state_dict(state[name])
+        self._stream.stream.state = state["stream"]
         for name, iteration, value in self.history.points():
             self.run.log_scalar(name, value, iteration)
-
-
-def _breakable(bar: Callable[[Iterable[int]], Iterable[int]]) -> Callable[..., Iterator[int]]:
-    """The same, ended between two tasks by a signal."""
-
-    def items(numbers: Iterable[int]) -> Iterator[int]:
-        for number in bar(numbers):
-            signals.check()
-            yield number
-
-    return items

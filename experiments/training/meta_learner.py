@@ -21,28 +21,22 @@ from l2l_implicit.distributed import ALONE, Ranks
 
 Item = TypeVar("Item")
 
+MEANS = ("hypergradient_error", "cg_residual", "cg_steps")
+COUNTS = ("unsolved", "unsolved_inner", "unsolved_linear")
 LEAST_L2 = 1e-4  # of a meta-learned one: below it the inner problem is not strongly convex
 
 
-class Diverged(ArithmeticError):
+class Diverged(FloatingPointError):
     """The outer or an inner loop has left the finite numbers; theta is still finite."""
 
 
 class Measure(NamedTuple):
-    """How a kind of tasks is learnt and judged.
+    """How a kind of tasks is learnt (loss) and judged (score), of predictions and targets."""
 
-    Attributes:
-        name: of the score, as it is recorded.
-        loss: of predictions and targets, a scalar.
-        score: the same, a number.
-        unit, factor: for people: "%" and 100 for an accuracy in [0, 1].
-        larger_is_better: or the smaller one.
-    """
-
-    name: str
+    name: str  # of the score, as it is recorded
     loss: Loss
     score: Score
-    unit: str
+    unit: str  # for people: "%", and a factor of 100, for an accuracy in [0, 1]
     factor: float
     larger_is_better: bool
 
@@ -68,72 +62,30 @@ def _accuracy(predictions: Tensor, targets: Tensor) -> float:
     return (predictions.argmax(1) == targets).double().mean().item()
 
 
-def _squared_error(predictions: Tensor, targets: Tensor) -> float:
-    return nn.functional.mse_loss(predictions, targets).item()
-
-
 MEASURES = {
-    "classification": Measure(
-        "accuracy", nn.CrossEntropyLoss(), _accuracy, "%", 100.0, True
+    "classification": Measure("accuracy", nn.CrossEntropyLoss(), _accuracy, "%", 100.0, True),
+    "regression": Measure(
+        "mse", nn.MSELoss(), lambda p, t: nn.functional.mse_loss(p, t).item(), "", 1.0, False
     ),
-    "regression": Measure("mse", nn.MSELoss(), _squared_error, "", 1.0, False),
 }
-
-
-class OuterStep(NamedTuple):
-    """What one outer iteration did; means over its tasks, seconds without data loading.
-
-    Attributes:
-        query_loss, query_score: on the query sets.
-        hypergradient_norm: of the mean over tasks.
-        hypergradient_error, cg_residual, cg_steps, unsolved, unsolved_inner, unsolved_linear: of
-            the implicit learners' diagnostics; None for algorithms that solve nothing.
-        seconds, cpu_seconds: wall time, and the process's own on all its threads.
-        skipped_tasks: left out because their numbers went wrong; None where none may be.
-    """
-
-    query_loss: float
-    query_score: float
-    hypergradient_norm: float
-    hypergradient_error: float | None
-    cg_residual: float | None
-    cg_steps: float | None
-    unsolved: int | None
-    unsolved_inner: int | None
-    unsolved_linear: int | None
-    seconds: float
-    cpu_seconds: float
-    skipped_tasks: int | None = None
 
 
 class MetaLearner:
     """Theta (the backbone and what the algorithm meta-learns), its optimiser, and the steps.
 
     Args:
-        algorithms: how tasks are learnt in training and in evaluation.
-        measure: how they are judged.
-        optimizer: "adam" or "sgd", of the outer problem.
-        meta_lr: its step size.
+        optimizer, meta_lr: "adam" or "sgd", of the outer problem, and its step size.
         channels_last: memory layout of images.
         ranks: the processes that share the tasks of a batch out.
-        skip: leave tasks out whose numbers go wrong, instead of raising `Diverged`.
-        say: told which were left out.
-
-    Attributes:
-        skipped: tasks that the last step or evaluation left out.
+        skip: leave tasks out whose numbers go wrong, and ``say`` which, instead of raising
+            `Diverged`; ``skipped`` of them the last time.
     """
 
     def __init__(
-        self,
-        algorithms: Algorithms,
-        measure: Measure,
-        optimizer: str,
-        meta_lr: float,
-        channels_last: bool,
-        ranks: Ranks = ALONE,
-        skip: bool = False,
+        self, algorithms: Algorithms, measure: Measure, optimizer: str, meta_lr: float,
+        channels_last: bool, ranks: Ranks = ALONE, skip: bool = False,
         say: Callable[[str], None] = print,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.ranks, self.skip, self._say, self.skipped = ranks, skip, say, 0
         self.algorithms, self.measure = algorithms, measure
         self.parameters = algorithms.training.theta()
@@ -152,33 +104,60 @@ class MetaLearner:
         Raises:
             Diverged: where a number is not finite, and tasks are not to be skipped.
         """
-        numbered = [(f"task {i + 1} of {len(batch)}", task) for i, task in enumerate(batch)]
-        tasks = [(name, self._laid_out(task)) for name, task in self.ranks.share(numbered)]
-        network = self.algorithms.training.network()
-        results, faults = learn(self._attempt, tasks, network, self.skip)
-        for text in faults:
+        numbered = [(f"task {i} of {len(batch)}", task) for i, task in enumerate(batch, 1)]
+        tasks = {name: self._laid_out(task) for name, task in self.ranks.share(numbered)}
+        buffers = list(self.algorithms.training.network().buffers())
+        before, faults = [buffer.clone() for buffer in buffers], dict[str, str]()
+
+        def put_back() -> None:
+            with torch.no_grad():
+                for buffer, value in zip(buffers, before, strict=True):
+                    buffer.copy_(value)
+
+        try:
+            return list(self._attempt([*tasks.values()]))
+        except FloatingPointError as error:
+            whole = str(error)
+        for name, episode in tasks.items():
+            put_back()
+            try:
+                self._attempt([episode])
+            except FloatingPointError as error:
+                faults[name] = f"{name}: {error}"
+                if not self.skip:
+                    break
+        put_back()
+        if not self.skip or not faults:
+            raise Diverged(next(iter(faults.values()), whole))
+        results = iter(self._attempt([task for name, task in tasks.items() if name not in faults]))
+        for text in faults.values():
             self._say(f"skipped {text}")
-        return results
+        return [None if name in faults else next(results) for name in tasks]
 
     def _attempt(self, episodes: Sequence[Episode]) -> list[QueryResult]:
+        """Leave the mean gradient of these alone on theta."""
         self.optimizer.zero_grad()
-        if not episodes:
-            return []
-        results = self.algorithms.training.learn(episodes, self.measure.score)
-        norm = self._norm()
-        if not math.isfinite(norm):
-            raise FloatingPointError(
-                f"expected a finite hypergradient, got norm {norm}; try a smaller lr"
-            )
+        results = self.algorithms.training.learn(episodes, self.measure.score) if episodes else []
+        if episodes:
+            self._norm()
         return results
 
     def _norm(self) -> float:
         """Of the hypergradient on theta."""
         norms = [p.grad.norm() for p in self.parameters if p.grad is not None]
-        return float(torch.stack(norms).norm())
+        norm = float(torch.stack(norms).norm())
+        if not math.isfinite(norm):
+            raise Diverged(f"expected a finite hypergradient, got norm {norm}; try a smaller lr")
+        return norm
 
-    def step(self, batch: Sequence[Episode]) -> OuterStep:
+    def step(self, batch: Sequence[Episode]) -> dict[str, float]:
         """One outer iteration (Yang et al. 2025, Algorithm 1, lines 3 to 14).
+
+        Returns:
+            By name, means over the tasks of loss and score on the query set; the norm of the mean
+            hypergradient; the implicit learners' diagnostics (their means, and how many were
+            unsolved); wall seconds without data loading, and the process's own on all its threads;
+            the tasks left out, where they may be.
 
         Raises:
             Diverged: before theta is touched, where a number is not finite; where tasks may be
@@ -191,27 +170,20 @@ class MetaLearner:
         good = sum(result is not None for result in shared)
         self.ranks.average(self.parameters, good / len(results))
         norm = self._norm()
-        if not math.isfinite(norm):
-            raise Diverged(f"expected a finite hypergradient, got norm {norm}; try a smaller lr")
         self.optimizer.step()
         self._project()
         noted = [r.diagnostics for r in results if r.diagnostics is not None]
+        means = {name: [getattr(d, name) for d in noted] for name in MEANS if noted}
+        means |= {"query_loss": [r.loss for r in results],
+                  f"query_{self.measure.name}": [r.score for r in results]}  # fmt: skip
         spent = (time.perf_counter() - start, time.process_time() - cpu)
         seconds, cpu_seconds = map(max, zip(*self.ranks.gather(spent), strict=True))
-        return OuterStep(
-            query_loss=_mean(result.loss for result in results),
-            query_score=_mean(result.score for result in results),
-            hypergradient_norm=norm,
-            hypergradient_error=_mean(d.hypergradient_error for d in noted) if noted else None,
-            cg_residual=_mean(d.cg_residual for d in noted) if noted else None,
-            cg_steps=_mean(d.cg_steps for d in noted) if noted else None,
-            unsolved=sum(d.unsolved for d in noted) if noted else None,
-            unsolved_inner=sum(d.unsolved_inner for d in noted) if noted else None,
-            unsolved_linear=sum(d.unsolved_linear for d in noted) if noted else None,
-            seconds=seconds,
-            cpu_seconds=cpu_seconds,
-            skipped_tasks=self.skipped if self.skip else None,
-        )
+        return {
+            **{name: sum(values) / len(values) for name, values in means.items()},
+            **{name: sum(getattr(d, name) for d in noted) for name in COUNTS if noted},
+            **({"skipped_tasks": self.skipped} if self.skip else {}),
+            "hypergradient_norm": norm, "seconds": seconds, "cpu_seconds": cpu_seconds,
+        }  # fmt: skip
 
     def _left(self, all_of_them: Sequence[Item | None]) -> list[Item]:
         """Those that were not skipped, which are counted."""
@@ -223,11 +195,9 @@ class MetaLearner:
 
     @torch.no_grad()
     def evaluate(
-        self,
-        tasks: TaskStream | CheckedStream,
-        number: int,
+        self, tasks: TaskStream | CheckedStream, number: int,
         progress: Callable[[Iterable[int]], Iterable[int]],
-    ) -> Interval:
+    ) -> Interval:  # fmt: skip
         """Mean score over ``number`` tasks; nothing is kept for a backward pass.
 
         Raises:
@@ -297,67 +267,6 @@ def interval(values: Sequence[float]) -> Interval:
     sample = torch.tensor(values, dtype=torch.float64)
     spread = sample.std().item() if len(values) > 1 else math.inf
     return Interval(sample.mean().item(), 1.96 * spread / math.sqrt(len(values)))
-
-
-def _mean(values: Iterable[float]) -> float:
-    numbers = list(values)
-    return sum(numbers) / len(numbers)
-
-
-def learn(
-    attempt: Callable[[Sequence[Episode]], list[Any]],
-    tasks: Sequence[tuple[str, Episode]],
-    network: nn.Module,
-    skip: bool,
-) -> tuple[list[Any], list[str]]:
-    """Learn tasks; those whose numbers go wrong are left out, or named.
-
-    Args:
-        attempt: learns tasks, and leaves the gradient of those alone on theta; called again with
-            fewer where it raises ``FloatingPointError``.
-        tasks: each with a name for messages.
-        network: whose buffers are put back before another attempt.
-        skip: whether the bad ones are left out.
-
-    Returns:
-        A result for each task, None for one left out; and what was wrong with those.
-
-    Raises:
-        Diverged: one goes wrong and none is to be skipped.
-    """
-    before = [buffer.clone() for buffer in network.buffers()]
-    try:
-        return list(attempt([episode for _, episode in tasks])), []
-    except FloatingPointError as error:
-        whole = str(error)
-    faults = []
-    for name, episode in tasks:
-        _put_back(network, before)
-        faults.append(_fault_of(attempt, name, episode))
-        if faults[-1] and not skip:
-            break
-    _put_back(network, before)
-    found = [text for text in faults if text is not None]
-    if not skip or not found:
-        raise Diverged(found[0] if found else whole)
-    good = [episode for (_, episode), text in zip(tasks, faults, strict=True) if text is None]
-    results = iter(attempt(good))
-    return [next(results) if text is None else None for text in faults], found
-
-
-def _fault_of(attempt: Callable[[Sequence[Episode]], Any], name: str, episode: Episode
-              ) -> str | None:  # fmt: skip
-    try:
-        attempt([episode])
-    except FloatingPointError as error:
-        return f"{name}: {error}"
-    return None
-
-
-@torch.no_grad()
-def _put_back(network: nn.Module, before: Sequence[Tensor]) -> None:
-    for buffer, value in zip(network.buffers(), before, strict=True):
-        buffer.copy_(value)
 
 
 def laid_out(images: Tensor, channels_last: bool) -> Tensor:

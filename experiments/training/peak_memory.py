@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import sys
 import weakref
 from collections.abc import Callable
@@ -32,9 +33,8 @@ class LiveStorages(TorchDispatchMode):
         self.live = self.peak = 0
         self._known: set[int] = set()
 
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+                           ) -> Any:  # fmt: skip
         given = {_address(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
@@ -95,19 +95,12 @@ def peak_memory(function: Callable[[], object], device: torch.device | str = "cp
 
 
 def process_peak() -> int:
-    """The largest resident memory of this process so far, in bytes; 0 where nobody counts it."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
+    """The largest resident memory of this process so far, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-# glibc's malloc.h
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_NEVER = 2**30  # bytes
-
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _NEVER = -1, -3, 2**30  # glibc's malloc.h; bytes
 # A user who has set one of these wants it so.
 VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 

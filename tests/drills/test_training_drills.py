@@ -7,18 +7,19 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import bson
 import pytest
+from scipy.stats import linregress
 from train_process import Bench, same_parameters, same_record
 
 from experiments.tracking import open_database
 from experiments.training import checkpoint
 
+pytest_plugins = ("train_process",)
 SETTINGS = ("with", "smoke", "anil", "iterations=60", "validate_every=3", "checkpoint_seconds=0.05")
 STARTING = 0.2
 """The share of kills while a run starts, before its own first checkpoint."""
@@ -28,16 +29,6 @@ TINY = ("with", "sine", "rm_metal", "tasks.shots=5", "tasks.queries=5", "meta_ba
         "model.hidden=8", "validate_every=500", "checkpoint_seconds=5")  # fmt: skip
 WARM = 0.2
 """The share of a long run before which memory is not looked at: caches fill, modules load."""
-
-
-@pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    monkeypatch.setenv("L2L_IMPLICIT_DATA", str(tmp_path / "data"))
-    monkeypatch.delenv("L2L_IMPLICIT_MONGO_URL", raising=False)
-    return Bench(tmp_path)
-
-
-# ---- killed ----
 
 
 @pytest.mark.slow
@@ -91,9 +82,6 @@ def assert_marked(database: Any, last: int) -> None:
     assert before["info"]["resumed_by"] == last
 
 
-# ---- long ----
-
-
 @pytest.mark.slow
 def test_five_thousand_iterations_do_not_grow(bench: Bench, iterations: int = 5000) -> None:
     """By less than 1 MB (10**6 bytes) in 1,000; no document reaches MongoDB's 16 MB."""
@@ -105,9 +93,10 @@ def test_five_thousand_iterations_do_not_grow(bench: Bench, iterations: int = 50
         (run,) = database["runs"].find()
         sizes = {name: max(len(bson.encode(d)) for d in database[name].find())
                  for name in ("runs", "metrics")}  # fmt: skip
-    print(f"slope {slope(warm) / 1e6:+.3f} MB per 1,000 iterations, largest documents {sizes}")
+    slope = 1000 * linregress(*zip(*warm, strict=True)).slope
+    print(f"slope {slope / 1e6:+.3f} MB per 1,000 iterations, largest documents {sizes}")
     assert run["status"] == "COMPLETED" and max(sizes.values()) < 16 * 2**20
-    assert slope(warm) < 1e6
+    assert slope < 1e6
 
 
 def watch(bench: Bench, iterations: int) -> list[tuple[int, int]]:
@@ -131,15 +120,3 @@ def resident(process: int) -> int:
         pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
     return 0
-
-
-def slope(points: Sequence[tuple[int, int]]) -> float:
-    """Least squares: bytes for each 1,000 iterations."""
-    n = len(points)
-    x, y = (sum(column) / n for column in zip(*points, strict=True))
-    above = sum((i - x) * (size - y) for i, size in points)
-    return 1000 * above / sum((i - x) ** 2 for i, _ in points)
-
-
-def test_the_slope_is_that_of_the_line() -> None:
-    assert slope([(i, 100 + 3 * i) for i in range(0, 50, 7)]) == pytest.approx(3000.0)

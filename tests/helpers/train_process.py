@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +34,14 @@ SMALL = ("with", "glyphs", "tasks.level=easy", "model.hidden=8", "meta_batch=2",
          "validation_tasks=4", "test_tasks=8")  # fmt: skip
 LONG = (*SMALL, "iterations=40", "validate_every=20", "checkpoint_seconds=1e-6")
 ENDLESS = (*SMALL, "iterations=1000000", "validate_every=1000000", "checkpoint_seconds=1e-6")
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """A folder for runs, and its embedded database for this process too."""
+    monkeypatch.setenv("L2L_IMPLICIT_DATA", str(tmp_path / "data"))
+    monkeypatch.delenv("L2L_IMPLICIT_MONGO_URL", raising=False)
+    return Bench(tmp_path)
 
 
 class Bench:
@@ -137,76 +146,54 @@ def same_parameters(bench: Bench, one: int, other: int) -> dict[str, bool]:
     return {f"its {len(both[0])} parameters are, to the last bit": equal}
 
 
-# ---- the process in which something happens ----
-
-
 def environment(**happens: Any) -> dict[str, str]:
     """The variables that make it happen."""
     return {"HAPPENS": json.dumps(happens)}
 
 
-def signal_at(step: int, signum: int) -> None:
-    from experiments.training.meta_learner import MetaLearner
-
-    whole, begun = MetaLearner.step, []
-
-    def signalled(self: MetaLearner, *arguments: Any) -> Any:
-        begun.append(None)
-        if len(begun) == step:
-            os.kill(os.getpid(), signum)
-        return whole(self, *arguments)
-
-    MetaLearner.step = signalled  # type: ignore[method-assign]
+def replaced(owner: type, name: str, function: Any) -> None:
+    """A method, which gets the original one first."""
+    whole = getattr(owner, name)
+    setattr(owner, name, lambda self, *arguments: function(whole, self, *arguments))
 
 
-def signal_in_test(signum: int) -> None:
-    from experiments.training.loop import Training
-
-    whole = Training._evaluate
-
-    def evaluate(self: Training, mode: str) -> Any:
-        if mode == "test":
-            torch.rand(3)  # nothing of a test that is broken off is to be seen later
-            os.kill(os.getpid(), signum)
-        return whole(self, mode)
-
-    Training._evaluate = evaluate  # type: ignore[method-assign]
-
-
-def checkpoint_at(step: int) -> None:
+def let_it_happen(happens: dict[str, Any]) -> None:
     from experiments.tracking import signals
     from experiments.training.loop import Training
-
-    whole = Training._save
-
-    def save(self: Training) -> None:
-        if self.steps == step or signals.asked():
-            whole(self)
-
-    Training._save = save  # type: ignore[method-assign]
-
-
-def validations_are(scores: list[float]) -> None:
+    from experiments.training.meta_learner import MetaLearner
     from experiments.training.scores import BestTheta
 
-    offer = BestTheta.offer
+    begun = []
 
-    def offered(self: BestTheta, iteration: int, seconds: float, score: float) -> None:
-        offer(self, iteration, seconds, scores[iteration - 1])
+    def step(whole: Any, self: MetaLearner, *arguments: Any) -> Any:
+        begun.append(None)
+        if len(begun) == happens["signal"][0]:
+            os.kill(os.getpid(), happens["signal"][1])
+        return whole(self, *arguments)
 
-    BestTheta.offer = offered  # type: ignore[method-assign]
+    def evaluate(whole: Any, self: Training, mode: str) -> Any:
+        if mode == "test":
+            torch.rand(3)  # nothing of a test that is broken off is to be seen later
+            os.kill(os.getpid(), happens["testing"])
+        return whole(self, mode)
+
+    def save(whole: Any, self: Training) -> None:
+        if self.steps == happens["checkpoint"] or signals.asked():
+            whole(self)
+
+    def offer(whole: Any, self: BestTheta, iteration: int, seconds: float, score: float) -> None:
+        whole(self, iteration, seconds, happens["validations"][iteration - 1])
+
+    for key, owner, name, function in (
+        ("signal", MetaLearner, "step", step), ("testing", Training, "_evaluate", evaluate),
+        ("checkpoint", Training, "_save", save), ("validations", BestTheta, "offer", offer),
+    ):  # fmt: skip
+        if key in happens:
+            replaced(owner, name, function)
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.path[0] = str(ROOT)
-    happens = json.loads(os.environ["HAPPENS"])
-    if "signal" in happens:
-        signal_at(*happens["signal"])
-    if "checkpoint" in happens:
-        checkpoint_at(happens["checkpoint"])
-    if "testing" in happens:
-        signal_in_test(happens["testing"])
-    if "validations" in happens:
-        validations_are(happens["validations"])
+    let_it_happen(json.loads(os.environ["HAPPENS"]))
     runpy.run_module("experiments.train", run_name="__main__", alter_sys=True)

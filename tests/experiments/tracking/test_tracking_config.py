@@ -94,11 +94,21 @@ FILES = {
     "unknown.json": ('{"data": {"wayz": 7}}', "did you mean 'data.ways'?"),
     "call.json": ('{"say": {"py/reduce": [{"py/function": "os.getcwd"}, {}]}}', "'py/reduce'"),
     "deep.json": ('{"a":' * 900 + "1" + "}" * 900, "no configuration entry 'a'"),
-    "deeper.json": ('{"a":' * 90_000 + "1" + "}" * 90_000, "expected settings as a JSON object"),
-    "list.json": ("[1]", "expected settings as a JSON object in a file named *.json, got"),
-    "broken.json": ('{"steps": 7', "expected settings as a JSON object"),
-    "settings.pickle": ("cos\ngetcwd\n(tR.", "expected settings as a JSON object"),
-    "settings.yaml": ("steps: 7", "expected settings as a JSON object"),
+    "deeper.json": ('{"a":' * 90_000 + "1" + "}" * 90_000, "expected settings by name in a file"),
+    "list.json": ("[1]", "expected settings by name in a file *.json, *.yaml or *.yml, got"),
+    "broken.json": ('{"steps": 7', "expected settings by name in a file"),
+    "settings.pickle": ("cos\ngetcwd\n(tR.", "expected settings by name in a file"),
+    "settings.yaml": ("# dotted names too\nsteps: 7\ndata.ways: 2", ""),
+    "settings.yml": ("steps: 7\ndata:\n  ways: 2", ""),
+    "wrong.yaml": ("lr: 1e-4", "lr: expected a finite number, got '1e-4'; try 0.1"),
+    "date.yaml": ("lr: 2020-01-01", "lr: expected a finite number, got datetime.date"),
+    "number.yaml": ("1: 2", "no configuration entry 1"),
+    "call.yaml": ("say: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
+    "alias.yaml": ("anything: &a {x: *a}", "got 'an alias'"),
+    "text.yaml": ("steps", "got 'str at the top'"),
+    "two.yaml": ("steps: 1\n---\nsteps: 2", "expected a single document"),
+    "broken.yaml": ("steps: [7", "expected settings by name in a file"),
+    "deeper.yaml": ("{a: " * 9_000 + "1" + "}" * 9_000, "expected settings by name in a file"),
 }
 
 
@@ -107,7 +117,8 @@ def test_a_file_of_settings_is_plain_data(tmp_path: Path, name: str) -> None:
     text, expected = FILES[name]
     (tmp_path / name).write_text(text)
     if not expected:
-        assert configure(str(tmp_path / name))["steps"] == 7
+        config = configure(str(tmp_path / name))
+        assert (config["steps"], config["data"]["ways"]) == (7, 2)
         return
     with pytest.raises(UserError) as caught:
         configure(str(tmp_path / name))

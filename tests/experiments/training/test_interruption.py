@@ -18,6 +18,8 @@ from experiments.tracking import Terminated, UserError, open_database, signals
 from experiments.training import checkpoint
 from experiments.training.loop import Training
 
+pytest_plugins = ("train_process",)
+
 
 class Signalled(Learner):
     """Sends signals to this process in the middle of its third step, or of a test.
@@ -195,25 +197,13 @@ def test_a_hangup_that_is_ignored_stays_so(tmp_path: Path) -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-# ---- real runs ----
-
-
-@pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    monkeypatch.setenv("L2L_IMPLICIT_DATA", str(tmp_path / "data"))
-    monkeypatch.delenv("L2L_IMPLICIT_MONGO_URL", raising=False)
-    return Bench(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("signum", "times"),
     [
         (signal.SIGINT, 1),
         (signal.SIGALRM, 1),
-        pytest.param(signal.SIGINT, 2, marks=pytest.mark.slow),
-        pytest.param(signal.SIGUSR1, 1, marks=pytest.mark.slow),
-        pytest.param(signal.SIGHUP, 1, marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, 2, marks=pytest.mark.slow),
+        *(pytest.param(signum, times, marks=pytest.mark.slow) for signum, times in (
+            (signal.SIGINT, 2), (signal.SIGUSR1, 1), (signal.SIGHUP, 1), (signal.SIGTERM, 2))),
     ],
 )
 def test_a_signal_ends_a_run(bench: Bench, signum: int, times: int) -> None:

@@ -1,8 +1,18 @@
-"""The counter of live tensor bytes against allocations whose size is known."""
+"""Live tensor bytes against allocations of known size; freed memory against page faults."""
 
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 import torch
 
 from experiments.training.peak_memory import KeptBytes, peak_memory, process_peak
+
+ROOT = Path(__file__).parents[3]
 
 
 def allocate() -> None:
@@ -13,25 +23,23 @@ def allocate() -> None:
     del second, third
 
 
-def test_a_known_allocation() -> None:
-    assert peak_memory(allocate) == (1 << 20) + (1 << 21)
-
-
-def test_views_and_tensors_that_were_there_do_not_count() -> None:
+def test_a_known_allocation_counts_and_what_was_there_does_not() -> None:
     before = torch.zeros(1 << 20)
+    assert peak_memory(allocate) == (1 << 20) + (1 << 21)
     assert peak_memory(lambda: before.view(2, -1)[0].mul_(2)) == 0
+    assert process_peak() > 50 * 2**20
 
 
 def test_what_autograd_saves_counts_until_it_is_freed() -> None:
     x = torch.ones(1000, requires_grad=True)
 
-    def both() -> None:
+    def thrice() -> None:
         for _ in range(3):
-            (x.exp().exp().sum()).backward()
+            x.exp().exp().sum().backward()
 
     once = peak_memory(lambda: x.exp().exp().sum().backward())
     assert once >= 3 * 4000
-    assert peak_memory(both) <= once + 4000 + 16
+    assert peak_memory(thrice) <= once + 4000 + 16
 
 
 def test_what_a_graph_keeps_is_counted_once() -> None:
@@ -41,9 +49,34 @@ def test_what_a_graph_keeps_is_counted_once() -> None:
         total = (y * y).sum() + y.sin().sum()  # y again, twice
     assert kept.total == 4000
     total.backward()
-    expected = (2 * y * y + y.cos() * y).detach()
-    torch.testing.assert_close(x.grad, expected)
+    torch.testing.assert_close(x.grad, (2 * y * y + y.cos() * y).detach())
 
 
-def test_the_process_is_larger_than_its_tensors() -> None:
-    assert process_peak() > 50 * 2**20
+# 20 times 64 MiB, written to and freed: 16,384 pages of 4 KiB each, if the system maps them anew.
+FAULTS = """
+import resource, sys, torch
+from experiments.training.peak_memory import keep_freed_memory
+kept = "keep" in sys.argv and keep_freed_memory()
+for _ in range(20):
+    torch.ones(2**24)  # the heap grows at first
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    torch.ones(2**24)
+print(int(kept), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(word: str, **environment: str) -> tuple[int, int]:
+    command = [sys.executable, "-c", FAULTS, word]
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    kept, number = ran.stdout.split()
+    return int(kept), int(number)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's mallopt")
+def test_freed_memory_is_used_again_unless_the_user_has_set_it() -> None:
+    kept, number = faults("keep")
+    assert kept == 1
+    assert number < 1_000 < 10_000 < faults("default")[1]
+    assert faults("keep", MALLOC_TRIM_THRESHOLD_="131072")[0] == 0

@@ -26,15 +26,9 @@ from train_process import ENDLESS, LONG, Bench
 from experiments.tracking import UserError, open_database
 from experiments.training import checkpoint
 
+pytest_plugins = ("train_process",)
 SETTINGS = ("with", "smoke", "anil", "iterations=24", "validate_every=5", "checkpoint_seconds=1e-6")
 STATE: dict[str, Any] = {"value": 1, "settings": "{}"}
-
-
-@pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    monkeypatch.setenv("L2L_IMPLICIT_DATA", str(tmp_path / "data"))
-    monkeypatch.delenv("L2L_IMPLICIT_MONGO_URL", raising=False)
-    return Bench(tmp_path)
 
 
 def refusal(*words: str) -> str:
@@ -80,9 +74,6 @@ def test_a_killed_run_ends_as_an_undisturbed_one(bench: Bench) -> None:
     assert resumed["status"] == "COMPLETED" and resumed["info"]["resumes"] == "2"
     assert not bench.checkpoints()
     assert [path.name for path in left.parent.iterdir()] == ["config.json"]
-
-
-# ---- settings ----
 
 
 def test_settings_are_the_run_s_own(
@@ -137,9 +128,6 @@ def test_nothing_to_resume_is_one_line(tmp_path: Path, which: str) -> None:
     assert "\n" not in str(refused.value)
 
 
-# ---- damage ----
-
-
 def assert_refused(folder: Path) -> None:
     with pytest.raises(UserError, match="resume: expected a checkpoint") as refused:
         checkpoint.load(folder)
@@ -161,6 +149,11 @@ def test_damage_anywhere_is_one_line(tmp_path: Path) -> None:
         assert_refused(tmp_path)
     path.write_bytes(whole + b"\0")
     assert_refused(tmp_path)
+    for make in (None, os.mkdir, os.mkfifo):  # what is no file
+        path.unlink() if path.is_file() else path.rmdir() if path.is_dir() else None
+        if make is not None:
+            make(path)
+        assert_refused(tmp_path)
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"settings": "[1]"}, {"settings": "{"}, {}, None])
@@ -170,18 +163,6 @@ def test_a_whole_file_of_another_kind_is_one_line(tmp_path: Path, content: Any) 
     checksum = hashlib.sha256(file.getvalue()).digest()
     (tmp_path / checkpoint.STATE).write_bytes(file.getvalue() + checksum)
     assert_refused(tmp_path)
-
-
-def test_what_is_no_file_is_one_line(tmp_path: Path) -> None:
-    assert_refused(tmp_path)
-    (tmp_path / checkpoint.STATE).mkdir()
-    assert_refused(tmp_path)
-    (tmp_path / checkpoint.STATE).rmdir()
-    os.mkfifo(tmp_path / checkpoint.STATE)
-    assert_refused(tmp_path)
-
-
-# ---- what the file system refuses ----
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(bench: Bench) -> None:
@@ -202,36 +183,24 @@ def test_no_folder_can_be_made_is_one_line(tmp_path: Path, output: str) -> None:
         checkpoint.new_folder(tmp_path / output, "1")
 
 
-@pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO])
+@pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO, None])
 def test_a_save_that_fails_leaves_the_old_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: int | None
 ) -> None:
+    """By an error, or by other bytes on the disk than were written."""
     checkpoint.save(tmp_path, STATE)
 
     def fails(descriptor: int) -> None:
-        raise OSError(reason, os.strerror(reason))
+        if reason is not None:
+            raise OSError(reason, os.strerror(reason))
+        os.truncate(tmp_path / "checkpoint.new", 100)
 
     monkeypatch.setattr(os, "fsync", fails)
-    with pytest.raises(UserError, match=os.strerror(reason)):
+    said = "other bytes than were written" if reason is None else os.strerror(reason)
+    with pytest.raises(UserError, match=said):
         checkpoint.save(tmp_path, {**STATE, "value": 2})
     assert checkpoint.load(tmp_path)["value"] == 1
     assert [path.name for path in tmp_path.iterdir()] == [checkpoint.STATE]
-
-
-def test_what_reads_back_otherwise_does_not_replace_the_old_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checkpoint.save(tmp_path, STATE)
-    fsync = os.fsync
-
-    def loses(descriptor: int) -> None:
-        fsync(descriptor)
-        os.truncate(tmp_path / "checkpoint.new", 100)
-
-    monkeypatch.setattr(os, "fsync", loses)
-    with pytest.raises(UserError, match="other bytes than were written"):
-        checkpoint.save(tmp_path, {**STATE, "value": 2})
-    assert checkpoint.load(tmp_path)["value"] == 1
 
 
 def test_global_generators_go_on_where_they_were(tmp_path: Path) -> None:
@@ -247,9 +216,6 @@ def test_global_generators_go_on_where_they_were(tmp_path: Path) -> None:
     assert drawn() == expected
 
 
-# ---- a folder belongs to the process that works in it ----
-
-
 @pytest.mark.parametrize("options", [(), ("-u",)], ids=["recorded", "unobserved"])
 def test_a_live_run_is_not_resumed(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
@@ -261,7 +227,7 @@ def test_a_live_run_is_not_resumed(
         if stop:
             live.send_signal(signal.SIGSTOP)
         for which in ("latest", str(folder)):
-            assert f"process {live.pid} on" in refusal(f"resume={which}")
+            assert f"where process {live.pid} on " in refusal(f"resume={which}")
     assert live.poll() is None
     if not options:
         found = document(1)
@@ -270,7 +236,7 @@ def test_a_live_run_is_not_resumed(
     live.wait()
     if options:
         second, new = bench.started("-u", f"resume={folder}", "output=second")
-        assert f"process {second.pid} on" in refusal(f"resume={new}")
+        assert f"where process {second.pid} on " in refusal(f"resume={new}")
         assert "expected a checkpoint" in refusal(f"resume={folder}")
         second.kill()
         second.wait()

@@ -19,18 +19,9 @@ from experiments.tracking import open_database
 
 ROOT = Path(__file__).parents[3]
 PER_ITERATION = (
-    "train/query_loss",
-    "train/query_accuracy",
-    "train/hypergradient_norm",
-    "train/hypergradient_error",
-    "train/cg_residual",
-    "train/cg_steps",
-    "train/unsolved",
-    "train/unsolved_inner",
-    "train/unsolved_linear",
-    "train/seconds",
-    "train/process_peak_bytes",
-)
+    "query_loss", "query_accuracy", "hypergradient_norm", "hypergradient_error", "cg_residual",
+    "cg_steps", "unsolved", "unsolved_inner", "unsolved_linear", "seconds", "process_peak_bytes",
+)  # fmt: skip
 
 
 def run(module: str, *arguments: str, cwd: Path, **environment: str) -> Any:
@@ -86,8 +77,8 @@ def test_every_iteration_is_recorded(document: Any) -> None:
     _, database = document
     series = {metric["name"]: metric for metric in database["metrics"].find({"run_id": 1})}
     for name in PER_ITERATION:
-        assert series[name]["steps"] == [1, 2, 3, 4], name
-        assert all(isinstance(value, int | float) for value in series[name]["values"])
+        assert series[f"train/{name}"]["steps"] == [1, 2, 3, 4], name
+        assert all(isinstance(value, int | float) for value in series[f"train/{name}"]["values"])
     assert series["validation/accuracy"]["steps"] == [2, 4]
     assert series["train/step_peak_bytes"]["values"][0] > 1e6
 
@@ -155,6 +146,15 @@ BAD = {
     "algorithm.lr=None": "algorithm.lr: expected a value for rm_metal, got None; try 0.1",
     "algorithm=anil": "algorithm: expected a group of settings, got 'anil'",
     "algorithm.name=[]": "algorithm.name: expected one of 'rm_metal', ",
+    "algorithm.name=maml algorithm.batch_norm=together": "batch_norm: expected separately or eval",
+    "algorithm.name=maml algorithm.scope=head": "scope: expected 'network' for maml, got 'head'",
+    "algorithm.name=anil algorithm.variant=paper": "algorithm.variant: expected none for anil",
+    "algorithm.name=itd_bio algorithm.engine=learn2learn": "engine: expected higher for itd_bio",
+    "algorithm.features=as_published algorithm.together=True": "together: expected False with",
+    "algorithm.name=unrolled algorithm.scope=network algorithm.batch_norm=eval "
+    "algorithm.features=as_published": "features: expected 'cached' with scope='network'",
+    "algorithm.solver=gc": "algorithm.solver: expected one of 'cg', 'neumann', 'direct', got 'gc'",
+    "algorithm.features=cashed": "did you mean 'cached'?",
     "algorithm.test_scope=head": "algorithm.test_scope: expected none for rm_metal",
     "test_at=[5]": "test_at: expected outer iterations up to iterations=4, got 5",
     "tasks.ways=True": "tasks.ways: expected a whole number from 2",
@@ -162,11 +162,11 @@ BAD = {
     "algorithm.steps=1000000000000": "algorithm.steps: expected a whole number from 1",
     "threads=1000000": "threads: expected a whole number from 0 to 1024",
     "model.name=resnet12 model.hidden=None": "for inputs of shape (1, 28, 28) that fits",
-    "output=/dev/null/runs": "output: expected a folder to write to, got '/dev/null/runs'",
-    "output=/proc/runs": "output: expected a folder to write to, got '/proc/runs'",
+    "output=/dev/null/runs": "/dev/null/runs: expected to be able to read and write it, got Not a",
+    "output=/proc/runs": "/proc/runs: expected to be able to read and write it, got No such",
     "output=a\0b": "output: expected text, got 'a\\x00b'; try 'runs'",
     "output=a\udcff": "output: expected text, got 'a\\udcff'; try 'runs'",
-    f"output={'a' * 300}": "output: expected a folder to write to",
+    f"output={'a' * 300}": "aaa: expected to be able to read and write it, got File name too long",
     "device=meta": "device: expected auto, cpu or a GPU that is there, got 'meta'",
     "device=xla": "device: expected auto, cpu or a GPU that is there, got 'xla'",
     "tasks.name=folder tasks.level=None tasks.root=~nobody-of-this-name/x": "tasks.name=folder: ",
@@ -222,12 +222,8 @@ def test_a_missing_data_set_says_what_to_fetch(folder: Path) -> None:
 
 def test_no_database_at_the_url_is_said_at_once(folder: Path) -> None:
     url = "mongodb://somebody:hush-hush@127.0.0.1:9/l2l"
-    answer = run(
-        "train",
-        cwd=folder,
-        L2L_IMPLICIT_MONGO_URL=url,
-        L2L_IMPLICIT_MONGO_TIMEOUT="0.5",
-    )
+    timeout = {"L2L_IMPLICIT_MONGO_TIMEOUT": "0.5"}
+    answer = run("train", cwd=folder, L2L_IMPLICIT_MONGO_URL=url, **timeout)
     assert answer.returncode == 1
     assert "error: no database answers" in answer.stdout
     assert "meta-training" not in answer.stderr

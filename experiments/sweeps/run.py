@@ -30,7 +30,7 @@ from experiments.sweeps.records import counted, patiently, runs_of, state_of
 from experiments.tracking import UserError
 from experiments.tracking.database import Database, choose
 from experiments.tracking.embedded import data_folder
-from experiments.tracking.ingredient import REPOSITORY
+from experiments.tracking.experiment import REPOSITORY
 from experiments.tracking.uploader import upload_abandoned
 
 ATTEMPTS = 2

@@ -237,7 +237,7 @@ def words_as_updates(words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
     """
     pairs = [word.partition("=") for word in words or () if word]
     named_configs = [name for name, equals, _ in pairs if not equals]
-    return nested((n.strip(), _plain_value(v)) for n, eq, v in pairs if eq), named_configs
+    return nested((n.strip(), plain_value(v)) for n, eq, v in pairs if eq), named_configs
 
 
 # Sacred reads a command line's values, and files of settings, by readers that can run code.
@@ -247,7 +247,8 @@ for _extension in [name for name in config_files.HANDLER_BY_EXT if name != ".jso
     del config_files.HANDLER_BY_EXT[_extension]
 
 
-def _plain_value(text: str) -> Any:
+def plain_value(text: str) -> Any:
+    """The number, list, ... that a word of a command line writes; else the text itself."""
     try:
         return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):

@@ -13,9 +13,8 @@ import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 from urllib.parse import quote
 
 import pymongo
@@ -25,14 +24,13 @@ from sacred.observers.mongo import get_pattern, parse_mongo_db_arg
 
 from experiments.tracking.embedded import EmbeddedServer
 from experiments.tracking.errors import UserError
-from experiments.tracking.redact import Redactor, secrets_of
+from experiments.tracking.values import redacted, secrets_of
 
 URL_VARIABLE = "L2L_IMPLICIT_MONGO_URL"
 FILE_VARIABLE = "L2L_IMPLICIT_MONGO_URL_FILE"
 TIMEOUT_VARIABLE = "L2L_IMPLICIT_MONGO_TIMEOUT"
 DEFAULT_FILE = "~/.config/l2l_implicit/mongo_url"
 DEFAULT_NAME = "l2l_implicit"
-SCHEMES = ("mongodb://", "mongodb+srv://")
 
 UNRECORDED = "-u records nothing"
 WRONG_PASSWORD, NOT_ALLOWED, ATLAS = 18, 13, 8000
@@ -42,8 +40,7 @@ FULL = (14031, 12501)
 Documents: TypeAlias = MongoDatabase[dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """A database's URL, or None for the embedded server, and where the URL was found."""
 
     url: str | None
@@ -58,12 +55,16 @@ def choose(option: str | None = None) -> Choice:
     """
     if option is not None:
         return Choice(_url_of_option(option), "-m")
-    if url := os.environ.get(URL_VARIABLE, "").strip():
-        return Choice(_checked(url, URL_VARIABLE), URL_VARIABLE)
-    path = Path(os.environ.get(FILE_VARIABLE) or DEFAULT_FILE).expanduser()
-    if os.environ.get(FILE_VARIABLE) or path.exists():
-        return Choice(_checked(_read_private(path), str(path)), str(path))
-    return Choice(None, "embedded")
+    named = os.environ.get(FILE_VARIABLE)
+    path = Path(named or DEFAULT_FILE).expanduser()
+    url, source = os.environ.get(URL_VARIABLE, "").strip(), URL_VARIABLE
+    if not url and not named and not path.exists():
+        return Choice(None, "embedded")
+    if not url:
+        url, source = _read_private(path), str(path)
+    if not url.startswith(("mongodb://", "mongodb+srv://")):
+        raise UserError(f"{source} must hold a URL that starts with mongodb:// or mongodb+srv://")
+    return Choice(url, source)
 
 
 def _url_of_option(option: str) -> str:
@@ -76,12 +77,6 @@ def _url_of_option(option: str) -> str:
         )
     host = parts.get("url", "localhost:27017")
     return f"mongodb://{host}/{parts.get('db_name', DEFAULT_NAME)}"
-
-
-def _checked(url: str, source: str) -> str:
-    if not url.startswith(SCHEMES):
-        raise UserError(f"{source} must hold a URL that starts with mongodb:// or mongodb+srv://")
-    return url
 
 
 def _read_private(path: Path) -> str:
@@ -104,7 +99,6 @@ class Database:
     Attributes:
         address: its URL without passwords.
         label: the same, or `embedded`.
-        redactor: hides this database's password.
 
     Raises:
         UserError: nothing answers at the address, the password is wrong, or the embedded
@@ -112,8 +106,7 @@ class Database:
     """
 
     def __init__(self, choice: Choice) -> None:
-        self._choice = choice
-        self.redactor = Redactor(secrets_of(choice.url or ""))
+        self._choice, self._secrets = choice, secrets_of(choice.url or "")
         self._server = EmbeddedServer() if choice.url is None else None
         try:
             self.client, self.documents = self._connect()
@@ -132,12 +125,9 @@ class Database:
         limit = max(1, int(1000 * seconds(TIMEOUT_VARIABLE, 5.0)))
         try:
             client = pymongo.MongoClient(
-                self._choice.url or own,
-                serverSelectionTimeoutMS=limit,
-                connectTimeoutMS=limit,
-                socketTimeoutMS=4 * limit,
-                appname="l2l_implicit",
-            )
+                self._choice.url or own, serverSelectionTimeoutMS=limit,
+                connectTimeoutMS=limit, socketTimeoutMS=4 * limit, appname="l2l_implicit",
+            )  # fmt: skip
             documents: Documents = client.get_default_database(DEFAULT_NAME)
             documents["runs"].find_one({}, {"_id": 1})  # a ping would not check the password
         except Exception as error:  # whatever answers there may answer nonsense
@@ -146,9 +136,13 @@ class Database:
             raise UserError(self.explain(error)) from None
         return client, documents
 
+    def redacted(self, value: Any) -> Any:
+        """Text, or nested data, without this database's password."""
+        return redacted(value, self._secrets)
+
     def explain(self, error: Exception) -> str:
         """One line on what the database refuses, without its password."""
-        return self.redactor.text(_explain(error, self._choice.source))
+        return str(self.redacted(_explain(error, self._choice.source)))
 
     def revive(self) -> None:
         """Start the embedded server if it is not up; its supervisor may have died too."""

@@ -39,9 +39,8 @@ def data_folder(name: str) -> Path:
     Raises:
         UserError: it belongs to somebody else, or cannot be made.
     """
-    default = "~/.local/share/l2l_implicit"
-    root = Path(os.environ.get(DATA_VARIABLE) or default).expanduser().absolute()
-    return _private(root / name)
+    root = os.environ.get(DATA_VARIABLE) or "~/.local/share/l2l_implicit"
+    return _private(Path(root).expanduser().absolute() / name)
 
 
 def _private(folder: Path) -> Path:
@@ -69,22 +68,24 @@ def _socket(folder: Path) -> Path:
 class EmbeddedServer:
     """A share in the embedded server: it stays up at least until `release`.
 
+    Attributes:
+        host: the server's address as it stands in a URL.
+
     Raises:
         UserError: the server is not installed, or does not start.
     """
 
     def __init__(self) -> None:
         self.folder = data_folder("mongodb")
-        self._socket, self._executable = _socket(self.folder), _executable()
-        self._share = os.open(
-            self.folder / supervisor.CLIENTS_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
-        )
+        self._socket = _socket(self.folder)
+        self.host = quote(str(self._socket), safe="")
+        beside = shutil.which(EXECUTABLE, path=str(Path(sys.executable).parent))
+        self._program = beside or shutil.which(EXECUTABLE)
+        if self._program is None:
+            raise UserError(NOT_INSTALLED)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        self._share = os.open(self.folder / supervisor.CLIENTS_LOCK, flags, 0o600)
         fcntl.flock(self._share, fcntl.LOCK_SH)  # waits while a supervisor is stopping
-
-    @property
-    def host(self) -> str:
-        """The server's address as it stands in a URL."""
-        return quote(str(self._socket), safe="")
 
     def start(self) -> None:
         """Return when the server answers; it is started first where it is not up."""
@@ -93,9 +94,11 @@ class EmbeddedServer:
         while not supervisor.answers(self._socket):
             failed = started is not None and started.poll() not in (None, 0)
             if failed or time.monotonic() > deadline:
+                logs = [self.folder / name for name in ("supervisor.log", "server.log")]
+                texts = [path.read_text(errors="replace") for path in logs if path.exists()]
+                last = ("\n".join(texts).strip() or "no message").splitlines()[-1]
                 raise UserError(
-                    f"the embedded MongoDB server does not start: {_last_line(self.folder)};"
-                    f" its log is {self.folder / 'server.log'}"
+                    f"the embedded MongoDB server does not start: {last}; its log is {logs[1]}"
                 )
             if (started is None or started.poll() == 0) and not self._is_supervised():
                 started = self._start_supervisor()
@@ -107,35 +110,15 @@ class EmbeddedServer:
 
     def _start_supervisor(self) -> subprocess.Popen[bytes]:
         """Its own session, so that Ctrl-C at the terminal stops the run and not the database."""
-        command = [sys.executable, "-I", supervisor.__file__]
-        command += [str(self.folder), str(self._socket), self._executable]
+        words = [supervisor.__file__, str(self.folder), str(self._socket), str(self._program)]
         with open(self.folder / "supervisor.log", "ab") as log:
             return subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=self.folder,
-                start_new_session=True,
-            )
+                [sys.executable, "-I", *words], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                cwd=self.folder, start_new_session=True,
+            )  # fmt: skip
 
     def release(self) -> None:
         """Give up the share; the server stops when it was the last one."""
         if self._share >= 0:
             os.close(self._share)
             self._share = -1
-
-
-def _executable() -> str:
-    """The server's program: beside this Python, else on the PATH."""
-    beside = shutil.which(EXECUTABLE, path=str(Path(sys.executable).parent))
-    found = beside or shutil.which(EXECUTABLE)
-    if found is None:
-        raise UserError(NOT_INSTALLED)
-    return found
-
-
-def _last_line(folder: Path) -> str:
-    logs = [folder / name for name in ("supervisor.log", "server.log")]
-    texts = [path.read_text(errors="replace") for path in logs if path.exists()]
-    return ("\n".join(texts).strip() or "no message").splitlines()[-1]

@@ -6,8 +6,6 @@ Ctrl-C ends it; the embedded server stops when no run needs it either. The addre
 only you can reach: for `mongosh`, pymongo, and `omniboard --mu`.
 """
 
-from __future__ import annotations
-
 import signal
 import sys
 import threading
@@ -15,9 +13,7 @@ import threading
 from experiments.tracking.database import Database, choose
 from experiments.tracking.errors import UserError
 
-
-def main() -> None:
-    """Print the address, then wait for Ctrl-C or SIGTERM."""
+if __name__ == "__main__":
     try:
         database = Database(choose())
     except UserError as error:
@@ -28,7 +24,3 @@ def main() -> None:
     print(database.address, flush=True)
     done.wait()
     database.close()
-
-
-if __name__ == "__main__":
-    main()

@@ -57,13 +57,11 @@ def try_lock(descriptor: int, seconds: float = 0.0) -> bool:
 
 def answers(path: Path) -> bool:
     """Whether a server accepts connections on this socket."""
-    try:
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.settimeout(1.0)
-            probe.connect(str(path))
-    except OSError:
-        return False
-    return True
+    with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
+        probe.settimeout(1.0)
+        probe.connect(str(path))
+        return True
+    return False
 
 
 def start_server(folder: Path, path: Path, program: str) -> subprocess.Popen[bytes]:
@@ -75,14 +73,9 @@ def start_server(folder: Path, path: Path, program: str) -> subprocess.Popen[byt
     command = [sys.executable, listener, str(path), program, "--config", str(config)]
     command += ["--storage-path", str(folder / "data"), "--standalone", "--cache-size", "256M"]
     command += ["--log-level", "WARNING"]
-    with open(folder / "server.log", "ab") as log:
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,  # it ends when this process does
-            stdout=log,
-            stderr=log,
-            cwd=folder,
-        )
+    with open(folder / "server.log", "ab") as log:  # its input is a pipe: it ends when we do
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, stdin=pipe, stdout=log, stderr=log, cwd=folder)
 
 
 def stop_server(server: subprocess.Popen[bytes]) -> None:
@@ -128,16 +121,14 @@ def supervise(folder: Path, path: Path, program: str, clients: int) -> int:
     return 1
 
 
-def main(folder: Path, path: Path, program: str) -> int:
-    """Supervise, unless another supervisor already does."""
+if __name__ == "__main__":
+    own_folder = Path(sys.argv[1])
     os.umask(0o077)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with open_lock(folder / CLIENTS_LOCK) as clients, open_lock(folder / SUPERVISOR_LOCK) as own:
-        if try_lock(own, seconds=1.0):  # a client asks by taking it for a moment
-            with contextlib.suppress(KeyboardInterrupt):
-                return supervise(folder, path, program, clients)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]))
+    with (
+        open_lock(own_folder / CLIENTS_LOCK) as clients_lock,
+        open_lock(own_folder / SUPERVISOR_LOCK) as own_lock,
+        contextlib.suppress(KeyboardInterrupt),
+    ):
+        if try_lock(own_lock, seconds=1.0):  # another supervises; a client asks for a moment
+            sys.exit(supervise(own_folder, Path(sys.argv[2]), sys.argv[3], clients_lock))

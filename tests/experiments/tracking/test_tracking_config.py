@@ -13,7 +13,7 @@ from toy_process import environment, run
 from experiments.tracking import UserError
 from experiments.tracking.config import words_as_updates
 from experiments.tracking.errors import nearest
-from experiments.tracking.host import repository_info
+from experiments.tracking.experiment import repository_info
 
 
 def configure(*words: str) -> dict[str, Any]:

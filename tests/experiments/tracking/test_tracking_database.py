@@ -16,8 +16,8 @@ from toy_process import finish as wait
 
 from experiments.tracking import UserError, embedded
 from experiments.tracking.database import Choice, choose
-from experiments.tracking.host import repository_info
-from experiments.tracking.redact import Redactor, secrets_of
+from experiments.tracking.experiment import repository_info
+from experiments.tracking.values import redacted, secrets_of
 
 PASSWORD = "s3cret/w0rd"
 QUOTED = "s3cret%2Fw0rd"
@@ -261,9 +261,7 @@ def test_the_token_of_a_git_remote_is_hidden(tmp_path: Path) -> None:
     ],
 )
 def test_redaction(text: str, hidden: str) -> None:
-    redactor = Redactor(["abcdef", "a"])
-    assert redactor.text(text) == hidden
-    assert redactor.tree({text: [text, 1]}) == {hidden: [hidden, 1]}
+    assert redacted({text: [text, 1]}, ["abcdef", "a"]) == {hidden: [hidden, 1]}
 
 
 def test_both_forms_of_a_password_are_secret() -> None:

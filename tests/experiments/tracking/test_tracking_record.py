@@ -32,9 +32,18 @@ from toy_process import (
 
 from experiments.tracking import TrackedExperiment, TrackingError, open_database, uploader
 from experiments.tracking.journal import Journal, JournalReader
-from experiments.tracking.output import CUT, HEAD, TAIL, Tape, keep_output
 from experiments.tracking.uploader import Uploader, upload_journal
-from experiments.tracking.values import as_number, as_step, check_name, storable
+from experiments.tracking.values import (
+    CUT,
+    HEAD,
+    TAIL,
+    Tape,
+    as_number,
+    as_step,
+    check_name,
+    keep_output,
+    storable,
+)
 
 
 @pytest.fixture(scope="module")

@@ -7,22 +7,26 @@ POSIX system (flock).
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 from urllib.parse import quote
 
-from experiments.tracking import supervisor
+from experiments.tracking import socket_server
 from experiments.tracking.errors import UserError
 
 EXECUTABLE = "secantusd-py"
 DATA_VARIABLE = "L2L_IMPLICIT_DATA"
-START_TIMEOUT = 40.0
+START_TIMEOUT, STARTS = 40.0, 3
+"""Seconds until it must answer, and how often it may end before it does."""
+
 LONGEST_PATH = 100
 """Bytes: a socket's path has at most 103 on macOS, 107 on Linux."""
 
@@ -83,38 +87,51 @@ class EmbeddedServer:
         self._program = beside or shutil.which(EXECUTABLE)
         if self._program is None:
             raise UserError(NOT_INSTALLED)
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-        self._share = os.open(self.folder / supervisor.CLIENTS_LOCK, flags, 0o600)
-        fcntl.flock(self._share, fcntl.LOCK_SH)  # waits while a supervisor is stopping
+        self._share = socket_server.open_lock(self.folder / socket_server.CLIENTS_LOCK)
+        fcntl.flock(self._share, fcntl.LOCK_SH)  # waits while a server is stopping
 
     def start(self) -> None:
         """Return when the server answers; it is started first where it is not up."""
-        deadline = time.monotonic() + START_TIMEOUT
+        deadline, failures, log = time.monotonic() + START_TIMEOUT, 0, self.folder / "server.log"
         started: subprocess.Popen[bytes] | None = None
-        while not supervisor.answers(self._socket):
-            failed = started is not None and started.poll() not in (None, 0)
-            if failed or time.monotonic() > deadline:
-                logs = [self.folder / name for name in ("supervisor.log", "server.log")]
-                texts = [path.read_text(errors="replace") for path in logs if path.exists()]
-                last = ("\n".join(texts).strip() or "no message").splitlines()[-1]
+        while not self._answers():
+            if started is not None and (ended := started.poll()) is not None:
+                started, failures = None, failures + (ended != 0)  # 0: another one was quicker
+            if failures == STARTS or time.monotonic() > deadline:
+                text = log.read_text(errors="replace") if log.exists() else ""
+                last = (text.strip() or "no message").splitlines()[-1]
                 raise UserError(
-                    f"the embedded MongoDB server does not start: {last}; its log is {logs[1]}"
+                    f"the embedded MongoDB server does not start: {last}; its log is {log}"
                 )
-            if (started is None or started.poll() == 0) and not self._is_supervised():
-                started = self._start_supervisor()
+            if started is None and not self._is_started():
+                started = self._start_server(log)
             time.sleep(0.02)
 
-    def _is_supervised(self) -> bool:
-        with supervisor.open_lock(self.folder / supervisor.SUPERVISOR_LOCK) as descriptor:
-            return not supervisor.try_lock(descriptor)
+    def _answers(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
+            probe.settimeout(1.0)
+            probe.connect(str(self._socket))
+            return True
+        return False
 
-    def _start_supervisor(self) -> subprocess.Popen[bytes]:
+    def _is_started(self) -> bool:
+        lock = socket_server.open_lock(self.folder / socket_server.SERVER_LOCK)
+        try:
+            return not socket_server.try_lock(lock)
+        finally:
+            os.close(lock)
+
+    def _start_server(self, log: Path) -> subprocess.Popen[bytes]:
         """Its own session, so that Ctrl-C at the terminal stops the run and not the database."""
-        words = [supervisor.__file__, str(self.folder), str(self._socket), str(self._program)]
-        with open(self.folder / "supervisor.log", "ab") as log:
+        config = self.folder / "empty.toml"  # keeps a stray ./secantusd.toml from being read
+        config.write_text("")
+        command = [sys.executable, socket_server.__file__, str(self.folder), str(self._socket)]
+        command += [str(self._program), "--config", str(config), "--standalone"]
+        command += ["--storage-path", str(self.folder / "data"), "--cache-size", "256M"]
+        with open(log, "ab") as file:
             return subprocess.Popen(
-                [sys.executable, "-I", *words], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                cwd=self.folder, start_new_session=True,
+                [*command, "--log-level", "WARNING"], stdin=subprocess.DEVNULL, stdout=file,
+                stderr=file, cwd=self.folder, start_new_session=True,
             )  # fmt: skip
 
     def release(self) -> None:

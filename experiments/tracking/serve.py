@@ -6,6 +6,7 @@ Ctrl-C ends it; the embedded server stops when no run needs it either. The addre
 only you can reach: for `mongosh`, pymongo, and `omniboard --mu`.
 """
 
+import contextlib
 import signal
 import sys
 import threading
@@ -22,5 +23,7 @@ if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: done.set())
     print(database.address, flush=True)
-    done.wait()
+    while not done.wait(1.0):
+        with contextlib.suppress(UserError):
+            database.revive()
     database.close()

@@ -18,10 +18,7 @@ from distributed import Client
 from distributed.comm import connect
 from docs_blocks import blocks
 from sweep_process import Place, complete, parent
-from toy_process import ROOT, finish, is_alive, read_until, wait_for
-
-from experiments.tracking import supervisor
-from experiments.tracking.supervisor import free_port
+from toy_process import ROOT, finish, free_port, is_alive, read_until, server_process, wait_for
 
 pytest_plugins = ("sweep_fixtures",)
 pytestmark = pytest.mark.slow
@@ -320,8 +317,7 @@ def test_a_sweep_waits_for_its_first_worker(place: Place, database: Any) -> None
 def test_a_database_that_goes_away_costs_nothing(place: Place, database: Any) -> None:
     sweep = place.start("methods=plain", "seeds=2", "hold=True", "--workers", "1")
     held(place, database, 1)
-    server = supervisor.read_server_file(place.folder / "data" / "mongodb")["server"]
-    os.kill(server, signal.SIGKILL)
+    os.kill(server_process(place.folder / "data"), signal.SIGKILL)
     place.let_end(2)
     code, output = finish(sweep)
     assert code == 0, output
@@ -358,7 +354,7 @@ QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 
 def test_the_two_machines_of_the_docs(place: Place, database: Any) -> None:
-    port = str(free_port(None))
+    port = str(free_port())
     lines = of_the_docs(place, 0, HOST="127.0.0.1", **{"8786": port})
     for line in lines[:2]:
         place.popen(line, **QUIET)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from toy_process import environment, finish, server_process, server_processes, start, wait_for
 
-from experiments.tracking import open_database, supervisor
+from experiments.tracking import open_database, socket_server
 
 LOSS, TRAIN = "train/query_loss", {"name": "train/loss"}
 SMOKE = ("with", "smoke", "iterations=6")
@@ -80,9 +80,9 @@ def test_three_runs_at_once_and_one_while_another_ends(data: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_that_starts_in_the_servers_last_moments(data: Path) -> None:
-    """The supervisor waits `LINGER` seconds for the next run, then stops; starts fall around it."""
+    """The server waits `LINGER` seconds for the next run, then stops; starts fall around it."""
     env, before = environment(data), 0
-    for pause in (supervisor.LINGER - 0.3, supervisor.LINGER, supervisor.LINGER + 0.2):
+    for pause in (socket_server.LINGER - 0.3, socket_server.LINGER, socket_server.LINGER + 0.2):
         code, output = finish(start(env, "with", "steps=1"))
         assert code == 0, output
         before += 1
@@ -93,7 +93,7 @@ def test_a_run_that_starts_in_the_servers_last_moments(data: Path) -> None:
 
 @pytest.mark.slow
 def test_a_crash_of_everything_loses_the_last_seconds_at_most(data: Path) -> None:
-    """SIGKILL to the run, its server and the server's supervisor, all at once."""
+    """SIGKILL to the run and its server, both at once."""
     process = start(environment(data), "-b", "0.2", "with", "steps=100000", "pause=0.02")
 
     def recorded() -> int:
@@ -104,8 +104,7 @@ def test_a_crash_of_everything_loses_the_last_seconds_at_most(data: Path) -> Non
     wait_for(lambda: recorded() > 20)
     seen = recorded()
     pid = server_process(data)
-    keeper = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    for victim in (process.pid, keeper, pid):
+    for victim in (process.pid, pid):
         os.kill(victim, signal.SIGKILL)
     process.wait()
     assert process.stdout is not None

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import sacred.experiment
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import CoreSchema, core_schema
 from sacred import Experiment
 from sacred.config import config_files
@@ -37,10 +37,7 @@ from sacred.config.config_summary import ConfigSummary
 from sacred.utils import iterate_flattened, set_by_dotted_path
 from typing_extensions import Self
 
-from experiments.tracking.errors import UserError, nearest
-
-DESCRIPTION = "__doc__"
-"""Sacred hands on a named config's docstring under this name."""
+from experiments.tracking.errors import UserError, nearest, one_line
 
 MOST = 10**9
 MOST_GROUPS = 20  # that a name may have
@@ -59,9 +56,7 @@ class OneOf:
     def __init__(self, names: Iterable[str]) -> None:
         self._names = list(names)
 
-    def __get_pydantic_core_schema__(
-        self, source: Any, handler: GetCoreSchemaHandler
-    ) -> CoreSchema:
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
         return core_schema.literal_schema(self._names)
 
 
@@ -75,9 +70,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
     @classmethod
-    def own_defaults(
-        cls, given: Mapping[str, Any], others: Mapping[str, Any]
-    ) -> Mapping[str, Any]:
+    def own_defaults(cls, given: Mapping[str, Any], others: Mapping[str, Any]) -> Mapping[str, Any]:
         """Defaults that depend on settings that are given, or on those of other ingredients."""
         return {}
 
@@ -88,8 +81,8 @@ class Settings(BaseModel):
         """Every setting with its default."""
         own = cls.own_defaults(given or {}, others or {})
         fields = cls.model_fields.items()
-        usual = {name: field.get_default(call_default_factory=True) for name, field in fields}
-        return usual | {name: value for name, value in own.items() if name in usual}
+        return {name: own[name] if name in own else field.get_default(call_default_factory=True)
+                for name, field in fields}  # fmt: skip
 
     @classmethod
     def of(cls, given: Mapping[str, Any], group: str = "") -> Self:
@@ -130,7 +123,7 @@ class Settings(BaseModel):
             return _unknown(f"{prefix}{_leaf(field, value)}", known)
         schema = cls.model_json_schema()["properties"][field]
         choices, default = _choices(schema), cls.defaults(given)[field]
-        near = get_close_matches(str(value), choices, n=1, cutoff=0.3)
+        near = get_close_matches(str(value), map(str, choices), n=1, cutoff=0.3)
         todo = "leave it out" if default is None else f"try {default!r}"
         todo = f"did you mean {near[0]!r}?" if near and isinstance(value, str) else todo
         return f"{prefix}{field}: expected {_expected(schema)}, got {_short(value)}; {todo}"
@@ -152,18 +145,15 @@ class ModelConfig:
     def __init__(self, model: type[Settings]) -> None:
         self._model, self._words = model, model.words()
 
-    def __call__(
-        self,
-        fixed: Mapping[str, Any] | None = None,
-        preset: Mapping[str, Any] | None = None,
-        fallback: Mapping[str, Any] | None = None,
-    ) -> ConfigSummary:
+    def __call__(self, fixed: Mapping[str, Any] | None = None,
+                 preset: Mapping[str, Any] | None = None,
+                 fallback: Mapping[str, Any] | None = None) -> ConfigSummary:
         summary = SacredConfig(self._model.defaults(fixed, fallback))(fixed, preset, fallback)
         summary.docs = self._words
         return summary
 
 
-def check_config(experiment: Experiment, config: Mapping[str, Any]) -> None:
+def check_config(experiment: Experiment, config: dict[str, Any]) -> None:
     """Raise UserError for what is wrong in an experiment's whole configuration."""
     groups: dict[str, tuple[type[Settings], dict[str, Any]]] = {}
     for ingredient, _ in list(experiment.traverse_ingredients()):  # an error would break it off
@@ -174,20 +164,18 @@ def check_config(experiment: Experiment, config: Mapping[str, Any]) -> None:
                 f"{group}: expected a group of settings, got {_short(values[''])}; set one as "
                 f"{group}.{next(iter(ingredient.settings.model_fields))}=VALUE"
             )
+        values.pop("__doc__", None)  # of a named config
         groups[group] = ingredient.settings, values
-    root = groups[""][1]
-    for name in {DESCRIPTION, *groups}:
-        root.pop(name, None)
+    for group in groups.keys() - {""}:
+        groups[""][1].pop(group, None)
+    prefixes = {group: f"{group}." if group else "" for group in groups}
     known = [
-        f"{group}.{name}" if group else name
-        for group, (model, values) in groups.items()
-        for name in model.read(values)
-    ]
+        prefixes[group] + name
+        for group, (model, values) in groups.items() for name in model.read(values)
+    ]  # fmt: skip
     for group, (model, values) in groups.items():
-        values.pop(DESCRIPTION, None)
         for name in sorted(values.keys() - model.model_fields.keys(), key=str):
-            leaf = _leaf(name, values[name])
-            raise UserError(_unknown(f"{group}.{leaf}" if group else leaf, known))
+            raise UserError(_unknown(prefixes[group] + _leaf(name, values[name]), known))
     for group, (model, values) in groups.items():
         model.of(values, group)
 
@@ -203,14 +191,6 @@ def check_named_configs(experiment: Experiment, names: Iterable[str]) -> None:
                 f"no named config {name!r}{nearest(name, known)}"
                 " (a value is set as KEY=VALUE, `print_named_configs` lists the names)"
             )
-
-
-def drop_descriptions(config: dict[str, Any]) -> None:
-    """Remove, at every depth, the docstrings of named configs from a configuration."""
-    config.pop(DESCRIPTION, None)
-    for value in config.values():
-        if isinstance(value, dict):
-            drop_descriptions(value)
 
 
 def nested(updates: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -264,10 +244,9 @@ def _check_plain_file(path: str) -> None:
         if not isinstance(found, dict):
             raise ValueError(f"{type(found).__name__} at the top")
     except (OSError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"{path}: expected settings as a JSON object in a file named *.json, got "
-            f"{_short(reason)}; `save_config` writes one"
+            f"{_short(one_line(error))}; `save_config` writes one"
         ) from None
     nested(found.items())
 
@@ -289,8 +268,8 @@ def _unknown(name: object, known: Iterable[str]) -> str:
 
 def _leaf(name: object, value: Any) -> str:
     """The dotted name of the first entry below an unknown one."""
-    below = next(iterate_flattened(value), (None,)) if isinstance(value, dict) else (None,)
-    return f"{name}" if below[0] is None else f"{name}.{below[0]}"
+    below = next(iterate_flattened(value), None) if isinstance(value, dict) else None
+    return f"{name}" if below is None else f"{name}.{below[0]}"
 
 
 def _short(value: Any) -> str:
@@ -302,35 +281,31 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:60]} ... ({len(text)} characters)"
 
 
-def _choices(schema: Mapping[str, Any]) -> list[str]:
-    """The words that a setting may be."""
+def _choices(schema: Mapping[str, Any]) -> list[Any]:
+    """The values that a setting may be, where they are listed."""
     own = schema.get("enum", [schema["const"]] if "const" in schema else [])
-    return [*map(str, own), *(c for one in schema.get("anyOf", ()) for c in _choices(one))]
+    return [*own, *(choice for one in schema.get("anyOf", ()) for choice in _choices(one))]
 
 
 def _expected(schema: Mapping[str, Any]) -> str:
     """A setting's JSON schema in words."""
     if "anyOf" in schema:
         return " or ".join(map(_expected, schema["anyOf"]))
-    if "enum" in schema or "const" in schema:
-        values = [repr(value) for value in schema.get("enum", [schema.get("const")])]
-        return values[0] if len(values) == 1 else "one of " + ", ".join(values)
-    kind = schema.get("type")
-    if kind in ("integer", "number"):
-        return {"integer": "a whole number", "number": "a finite number"}[kind] + _limits(schema)
-    if kind == "array":
+    if values := _choices(schema):
+        return ("one of " if len(values) > 1 else "") + ", ".join(map(repr, values))
+    if schema.get("type") == "array":
         least = " of at least one" if schema.get("minItems") else ""
         return f"a list{least}, each {_expected(schema['items'])}"
-    words = {"boolean": "True or False", "string": "text", "null": "None"}
-    return words.get(str(kind), "another value")
+    words = {"integer": "a whole number", "number": "a finite number", "null": "None",
+             "boolean": "True or False", "string": "text"}  # fmt: skip
+    return words.get(str(schema.get("type")), "another value") + _limits(schema)
 
 
 def _limits(schema: Mapping[str, Any]) -> str:
     least, most = schema.get("minimum"), schema.get("maximum", schema.get("exclusiveMaximum"))
-    if least is None and most is not None:
-        return f" of at most {most}"
     if most is not None:
-        return f" from {least} to {most - ('exclusiveMaximum' in schema)}"
+        most -= "exclusiveMaximum" in schema
+        return f" of at most {most}" if least is None else f" from {least} to {most}"
     if "exclusiveMinimum" in schema:
         return f" above {schema['exclusiveMinimum']:g}"
     return "" if least is None else f" of at least {least:g}"

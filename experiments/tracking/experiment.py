@@ -23,7 +23,6 @@ from experiments.tracking.config import (
     Settings,
     check_config,
     check_named_configs,
-    drop_descriptions,
     nested,
 )
 from experiments.tracking.database import Database, choose
@@ -192,7 +191,9 @@ class TrackedExperiment(Experiment):
         )
         plain.__class__ = TrackedRun  # Sacred builds its own Run and takes no other class
         run = cast(TrackedRun, plain)
-        drop_descriptions(run.config)
+        for group in (run.config, *run.config.values()):
+            if isinstance(group, dict):
+                group.pop("__doc__", None)  # a named config's docstring, where Sacred puts it
         run.meta_info["options"].update(asked)
         run.host_info["gpus"] = None if run.unobserved else gpu_info()
         run._metrics = CheckedMetrics()

@@ -69,21 +69,13 @@ class TrackedRun(Run):
     def add_artifact(self, filename: Any, name: str | None = None,
                      metadata: dict[str, Any] | None = None,
                      content_type: str | None = None) -> None:
-        """Store a file of at most 16 MiB with the run.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is larger.
-        """
-        path = Path(filename)
-        if not path.is_file():
-            raise FileNotFoundError(f"no file {str(path)!r} to add as an artifact")
-        if (size := path.stat().st_size) > LARGEST_ARTIFACT:
+        """Store a file with the run; ValueError if it has more than 16 MiB."""
+        if (size := Path(filename).stat().st_size) > LARGEST_ARTIFACT:
             raise ValueError(
-                f"artifact {str(path)!r} has {size} bytes, more than {LARGEST_ARTIFACT}:"
+                f"artifact {str(filename)!r} has {size} bytes, more than {LARGEST_ARTIFACT}:"
                 " record its path and sha256 in the run's info instead"
             )
-        super().add_artifact(str(path), name, metadata, content_type)
+        super().add_artifact(str(filename), name, metadata, content_type)
 
     def log_scalar(self, metric_name: str, value: Any, step: int | None = None) -> None:
         """Record one value of a metric; it is in the run's journal when this returns.
@@ -107,10 +99,7 @@ class TrackedRun(Run):
 class TrackedExperiment(Experiment):
     """`sacred.Experiment` with strict configuration and a record that survives failures.
 
-    Args:
-        name: the experiment's name.
-        ingredients: as in Sacred.
-        settings: the model of the configuration's entries; each ingredient has its own.
+    ``settings`` is the model of the configuration's entries; each ingredient has its own.
     """
 
     def __init__(self, name: str, ingredients: Sequence[Ingredient] = (),
@@ -129,8 +118,6 @@ class TrackedExperiment(Experiment):
         self.mainfile, sources, self.dependencies = found
         self.sources = {source for source in sources if "site-packages" not in source.filename}
         self._on_command_line = False
-
-    # ---- running ----
 
     def run_commandline(self, argv: Any = None) -> Run | None:
         """Sacred's command line; expected errors are one line, without a traceback.

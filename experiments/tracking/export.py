@@ -25,7 +25,7 @@ from bson.errors import BSONError
 from pymongo.errors import PyMongoError
 
 from experiments.tracking.config import plain_value
-from experiments.tracking.database import Database, choose
+from experiments.tracking.database import open_database
 from experiments.tracking.errors import UserError, one_line
 from experiments.tracking.records import DatabaseRecords, Document, RunId, printable
 
@@ -51,14 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(argv)
     try:
         re.compile(options.without)
-        database = Database(choose(options.mongo_db))
-        try:
-            records = DatabaseRecords(database.documents, _question(options.words))
+        with open_database(options.mongo_db) as documents:
+            records = DatabaseRecords(documents, _question(options.words))
             if not records.runs:
                 raise UserError("no run that has ended fits; nothing is written")
             _write(options.file, records, options.without)
-        finally:
-            database.close()
     except (UserError, PyMongoError, BSONError, OverflowError, OSError, re.error) as error:
         print("error: " + printable(one_line(error)), file=sys.stderr)
         return 1

@@ -76,10 +76,8 @@ class JournalObserver(MongoObserver):
         header = {"token": self.token, "database": self.label, "host": platform.node()}
         self._journal = Journal(folder / f"run-{self.token}.jsonl", header)
 
-    # ---- the run's start: written to the database at once, which gives the run's number ----
-
     def started_event(self, **event: Any) -> Any:
-        """Insert the run's document, without secrets; every later event goes to the journal."""
+        """Insert the run's document, which gives its number; later events go to the journal."""
         event = self._clean(event)
         event["meta_info"]["journal"] = self.token
         if isinstance(event["_id"], str) and event["_id"].isdecimal():  # Sacred's -i 7
@@ -98,7 +96,6 @@ class JournalObserver(MongoObserver):
         return run_id
 
     def queued_event(self, **event: Any) -> Any:
-        """Insert the queued run's document, without secrets."""
         return super().queued_event(**self._clean(event))
 
     def _clean(self, value: Any) -> Any:
@@ -143,7 +140,7 @@ class JournalObserver(MongoObserver):
     # ---- events of the run: journal only ----
 
     def _set(self, **fields: Any) -> None:
-        """Fields of the run's document, as far as they have changed."""
+        """Write down fields of the run's document, as far as they have changed."""
         clean = {key: self._clean(value) for key, value in fields.items()}
         new = {k: v for k, v in clean.items() if k not in self._known or self._known[k] != v}
         if "captured_out" in new:
@@ -160,42 +157,34 @@ class JournalObserver(MongoObserver):
         self._journal.append({"metric": name, "step": step, "value": value, "time": when})
 
     def log_metrics(self, metrics_by_name: Any, info: Any) -> None:
-        """Nothing: `record` has written the points when they were logged."""
+        pass  # `record` has written the points when they were logged
 
     def heartbeat_event(self, info: Any, captured_out: str, beat_time: datetime,
                         result: Any) -> None:
-        """The run's state that has changed since the last heartbeat."""
         self._set(captured_out=captured_out, info=info, result=result, heartbeat=beat_time)
         self._journal.sync()
 
     def completed_event(self, stop_time: datetime, result: Any) -> None:
-        """The run's end."""
         self._set(stop_time=stop_time, result=result, status="COMPLETED")
 
     def interrupted_event(self, interrupt_time: datetime, status: str) -> None:
-        """The run's end by a signal, Ctrl-C or a time limit."""
         self._set(stop_time=interrupt_time, status=status)
 
     def failed_event(self, fail_time: datetime, fail_trace: list[str]) -> None:
-        """The run's end by an error."""
         self._set(stop_time=fail_time, fail_trace=fail_trace, status="FAILED")
 
     def resource_event(self, filename: str) -> None:
-        """The name and md5 of a file that the run reads."""
         listed = self._known.get("resources", [])
         if (resource := [filename, get_digest(filename)]) not in listed:
             self._set(resources=[*listed, resource])
 
     def artifact_event(self, name: str, filename: str, metadata: Any = None,
                        content_type: str | None = None) -> None:
-        """The content of a file that the run has made."""
         self._journal.append({
             "artifact": self._clean(name), "id": ObjectId(),
             "data": Binary(Path(filename).read_bytes()), "metadata": self._clean(metadata),
             "content_type": content_type or mimetypes.guess_type(filename)[0],
         })  # fmt: skip
-
-    # ---- the upload ----
 
     def _work(self) -> None:
         """Upload every few seconds; at the run's end until all is read back, or it is too late."""

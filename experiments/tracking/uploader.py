@@ -19,7 +19,7 @@ from typing import Any
 import bson
 import gridfs
 from gridfs.errors import GridFSError
-from pymongo import ASCENDING, DESCENDING, WriteConcern
+from pymongo import WriteConcern
 from pymongo.collection import Collection
 
 from experiments.tracking.database import Database, Documents
@@ -36,13 +36,13 @@ COLUMNS = ("steps", "values", "timestamps")
 
 def next_run_id(runs: Collection[dict[str, Any]]) -> int:
     """One more than the largest number in use; runs may have names instead (Sacred's -i)."""
-    last = runs.find_one({"_id": {"$gte": 0}}, {"_id": 1}, sort=[("_id", DESCENDING)])
+    last = runs.find_one({"_id": {"$gte": 0}}, {"_id": 1}, sort=[("_id", -1)])
     return int(last["_id"]) + 1 if last else 1
 
 
 def index_metrics(documents: Documents) -> None:
     """Without this index every look-up of a run's metrics reads the metrics of all runs."""
-    documents["metrics"].create_index([("run_id", ASCENDING), ("name", ASCENDING)])
+    documents["metrics"].create_index([("run_id", 1), ("name", 1)])
 
 
 class Series:
@@ -100,11 +100,8 @@ class Uploader:
     def upload(self, abandoned: bool = False) -> None:
         """Write what is new in the journal; the run's own document last, and to the disk.
 
-        Args:
-            abandoned: the run's process has ended; a run that has not is marked as killed.
-
-        Raises:
-            PyMongoError: the database failed; call again later.
+        A run that has not ended although its process has, ``abandoned``, is marked as killed.
+        After PyMongoError, the database failed, call it again later.
         """
         self._documents.command("ping")  # read nothing into memory while nobody answers
         if self._again:
@@ -215,10 +212,9 @@ class Uploader:
         return {**self.document, "_id": self.run_id, "info": info}
 
     def verify(self) -> None:
-        """Read back what has been uploaded: whatever an answer says, this is what is stored.
+        """Read back what is stored, whatever an answer said; TrackingError if it is not right.
 
-        Raises:
-            TrackingError: something is not there as it should be; the next `upload` writes it.
+        The next `upload` then writes it again.
         """
         if self.run_id is None or self.reader.damage:
             return
@@ -244,12 +240,8 @@ def _digest(content: bytes) -> bytes:
 def upload_journal(path: Path, documents: Documents) -> Uploader | None:
     """Upload the journal of a process that has ended, read it back, and remove the file.
 
-    Returns:
-        The uploader; None if there is nothing to do because its process still runs.
-
-    Raises:
-        TrackingError: the file is damaged, or no journal: it is kept.
-        PyMongoError: the database failed; the file is kept.
+    None is returned if its process still runs. The file is kept after TrackingError, it is damaged
+    or no journal, and PyMongoError, the database failed.
     """
     with closing(JournalReader(path)) as reader:
         if not reader.is_abandoned():

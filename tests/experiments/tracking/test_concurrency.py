@@ -24,38 +24,29 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "data"
 
 
-def assert_all_recorded(data: Path, number: int, points: int) -> None:
-    with open_database() as database:
-        runs = list(database["runs"].find().sort("_id", 1))
-        assert [run["_id"] for run in runs] == list(range(1, number + 1))
-        assert {run["status"] for run in runs} == {"COMPLETED"}
-        for run in runs:
-            (loss,) = database["metrics"].find({"run_id": run["_id"], "name": LOSS})
-            assert len(loss["steps"]) == points
-    assert not list((data / "journals").glob("*"))
-
-
 def assert_the_server_stops(data: Path) -> None:
     wait_for(lambda: not server_processes(data))
     time.sleep(0.5)
     assert not server_processes(data)
 
 
-def run_at_once(data: Path, number: int) -> None:
+@pytest.mark.slow
+def test_eight_runs_at_once(data: Path) -> None:
     processes = [
         start(environment(data), *SMOKE, f"seed={seed}", module="experiments.train",
               folder=data.parent)
-        for seed in range(number)
+        for seed in range(8)
     ]  # fmt: skip
     ended = [finish(process) for process in processes]
-    assert [code for code, _ in ended] == [0] * number, ended
-    assert_all_recorded(data, number, 6)
+    assert [code for code, _ in ended] == [0] * 8, ended
+    with open_database() as database:
+        runs = list(database["runs"].find().sort("_id", 1))
+        assert [run["_id"] for run in runs] == list(range(1, 9))
+        assert {run["status"] for run in runs} == {"COMPLETED"}
+        found = [m["steps"] for m in database["metrics"].find({"name": LOSS})]
+        assert list(map(len, found)) == [6] * 8
+    assert not list((data / "journals").glob("*"))
     assert_the_server_stops(data)
-
-
-@pytest.mark.slow
-def test_eight_runs_at_once(data: Path) -> None:
-    run_at_once(data, 8)
 
 
 def test_three_runs_at_once_and_one_while_another_ends(data: Path) -> None:

@@ -151,7 +151,7 @@ def test_an_error_the_user_made_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("artifact", "FileNotFoundError: no file 'no/such/file.txt' to add as an artifact"),
+        ("artifact", "FileNotFoundError: [Errno 2] No such file or directory: 'no/such/file.txt'"),
         ("value", "TypeError: metric 'loss' must be a number or a one-element tensor"),
         ("name", "ValueError: a metric's name is a string such as 'train/loss'"),
     ],

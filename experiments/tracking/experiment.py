@@ -6,14 +6,17 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from docopt import DocoptExit
 from sacred import SETTINGS, Experiment, Ingredient, stdout_capturing
-from sacred.dependencies import gather_sources_and_dependencies
+from sacred.dependencies import (
+    get_dependencies_from_pkg,
+    get_main_file,
+    get_sources_from_sys_modules,
+)
 from sacred.run import Run
 
 from experiments.tracking import signals
@@ -38,6 +41,7 @@ GPU_QUERY = ["--query-gpu=driver_version,memory.total,name", "--format=csv,nohea
 
 SETTINGS.CAPTURE_MODE = "sys"  # `fd` loses last lines
 stdout_capturing.StringIO = Tape  # the original grows as long as the run prints
+SETTINGS.DISCOVER_SOURCES = SETTINGS.DISCOVER_DEPENDENCIES = "none"  # `TrackedExperiment` does
 SETTINGS.HOST_INFO.INCLUDE_GPU_INFO = False  # calls nvidia-smi without a time limit
 
 
@@ -80,10 +84,8 @@ class TrackedRun(Run):
     def log_scalar(self, metric_name: str, value: Any, step: int | None = None) -> None:
         """Record one value of a metric; it is in the run's journal when this returns.
 
-        Args:
-            metric_name: groups separated by `/`, as in "train/loss".
-            value: a number, or a one-element array or tensor; NaN is recorded as NaN.
-            step: a whole number; the metric's own counter if None.
+        Groups of names are separated by `/`, as in "train/loss". The value is a number, or a
+        one-element array or tensor; NaN is recorded as NaN. Without a step the metric counts.
         """
         self._metrics.log_scalar_metric(metric_name, value, step)
 
@@ -105,18 +107,18 @@ class TrackedExperiment(Experiment):
     def __init__(self, name: str, ingredients: Sequence[Ingredient] = (),
                  settings: type[RunSettings] = RunSettings) -> None:
         caller = sys._getframe(1).f_globals
-        with _discovering("none", "none"):  # Sacred would take this module for the main file
-            super().__init__(name, ingredients=ingredients, save_git_info=False,
-                             base_dir=str(REPOSITORY))  # fmt: skip
+        super().__init__(name, ingredients=ingredients, save_git_info=False,
+                         base_dir=str(REPOSITORY))  # fmt: skip
         self.settings = settings
         self.configurations.append(ModelConfig(settings))
         self.config_hook(lambda config, command_name, logger: check_config(self, config))
         self.doc = caller.get("__doc__") or ""
         self.captured_out_filter = keep_output  # type: ignore[assignment]  # inferred as None
-        with _discovering("sys", "pkg"):
-            found = gather_sources_and_dependencies(caller, False, self.base_dir)
-        self.mainfile, sources, self.dependencies = found
-        self.sources = {source for source in sources if "site-packages" not in source.filename}
+        self.mainfile = get_main_file(caller, False)[1]  # Sacred takes this module for it
+        self.dependencies = get_dependencies_from_pkg(caller, self.base_dir)
+        sources = get_sources_from_sys_modules(caller, self.base_dir, False)
+        self.sources = {source for source in {*sources, self.mainfile}
+                        if source and "site-packages" not in source.filename}  # fmt: skip
         self._on_command_line = False
 
     def run_commandline(self, argv: Any = None) -> Run | None:
@@ -237,17 +239,6 @@ def _exit(error: BaseException) -> NoReturn:
     print(f"interrupted{by}", flush=True)
     sys.stderr.flush()
     os._exit(128 + signum)  # without taking torch down piece by piece, which can take seconds
-
-
-@contextmanager
-def _discovering(sources: str, dependencies: str) -> Iterator[None]:
-    """Sacred's settings for what it records; restored afterwards."""
-    before = SETTINGS.DISCOVER_SOURCES, SETTINGS.DISCOVER_DEPENDENCIES
-    SETTINGS.DISCOVER_SOURCES, SETTINGS.DISCOVER_DEPENDENCIES = sources, dependencies
-    try:
-        yield
-    finally:
-        SETTINGS.DISCOVER_SOURCES, SETTINGS.DISCOVER_DEPENDENCIES = before
 
 
 # ---- the machine and the commit, asked so that no strange answer stops the run ----

@@ -48,12 +48,7 @@ INTERRUPTED, HURRIED = 1.5, 0.5
 
 
 class JournalObserver(MongoObserver):
-    """Record one run in a journal, and from there in MongoDB.
-
-    Args:
-        database: where the run is recorded; closed by `finish`.
-        log: told when the database goes away and comes back.
-        interval: seconds between two uploads.
+    """Record one run in a journal, and from there every ``interval`` seconds in MongoDB.
 
     Attributes:
         token: the name of this run's journal, recorded as ``meta.journal``: unique to the run.
@@ -220,8 +215,7 @@ class JournalObserver(MongoObserver):
     def finish(self) -> None:
         """Bring everything into the database, remove the journal, close the connection.
 
-        Raises:
-            TrackingError: the database did not take everything; the journal is kept.
+        The journal is kept after TrackingError: the database did not take everything.
         """
         path = self._journal.path
         try:

@@ -33,13 +33,10 @@ SECRET_OPTIONS = ("tlscertificatekeyfilepassword", "ssl_pem_passphrase", "authme
 
 
 class CheckedMetrics(MetricsLogger):
-    """Sacred's metrics logger with the checks made at the call, not in the observer.
-
-    Attributes:
-        sink: called with name, value, step and time of every point as it is logged.
-    """
+    """Sacred's metrics logger with the checks made at the call, not in the observer."""
 
     sink: Callable[[str, float, int, datetime], None] | None = None
+    """Called with name, value, step and time of every point as it is logged."""
 
     def log_scalar_metric(self, metric_name: str, value: Any, step: int | None = None) -> None:
         """Log one value; see `check_name`, `as_number` and `as_step` for what is refused."""
@@ -52,11 +49,9 @@ class CheckedMetrics(MetricsLogger):
 
 
 def check_name(name: Any) -> str:
-    """The metric's name; groups are separated by `/`.
+    """The metric's name; ValueError if it is empty or unprintable, or has a `$` or a dot.
 
-    Raises:
-        ValueError: an empty name, one with a dot (reports split names at dots) or a `$`, or one
-            that cannot be printed.
+    Reports split names at dots.
     """
     fits = isinstance(name, str) and name and name.isprintable()
     if not fits or "." in name or name.startswith("$"):

@@ -27,6 +27,7 @@ EXTRAS = {
         "matplotlib>=3.7",
         "tqdm>=4.60",
         "pydantic>=2.5",
+        "pyyaml>=6.0",
         "distributed>=2024.2",  # sweeps
         "bokeh>=3.3",  # its dashboard
         "cryptography>=41",  # TLS between its processes

@@ -30,7 +30,7 @@ from experiments.sweeps.lock import LEASE, Document, Watch
 from experiments.sweeps.plan import Group, Plan, best
 from experiments.tracking import UserError
 from experiments.tracking.database import Database
-from experiments.tracking.ingredient import REPOSITORY
+from experiments.tracking.experiment import REPOSITORY
 
 FIELDS = ("config.cell", "status", "start_time", "stop_time", "result", "fail_trace",
           "experiment.sources", "experiment.repositories")

@@ -32,7 +32,7 @@ from experiments.sweeps.lock import LEASE, Lock, token_of
 from experiments.tracking import UserError
 from experiments.tracking.database import Database, choose
 from experiments.tracking.embedded import data_folder
-from experiments.tracking.ingredient import REPOSITORY
+from experiments.tracking.experiment import REPOSITORY
 from experiments.tracking.uploader import upload_abandoned
 
 ATTEMPTS, POLL, BEAT, NICENESS = 2, 0.2, 2.0, 10

@@ -29,10 +29,11 @@ from typing import Annotated, Any
 import sacred.experiment
 import sacred.initialize
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from sacred import Experiment
 from sacred.config.config_dict import ConfigDict as SacredConfig
 from sacred.config.config_summary import ConfigSummary
+from sacred.run import Run
 from sacred.utils import iterate_flattened, set_by_dotted_path
 from typing_extensions import Self
 
@@ -141,8 +142,11 @@ def check_config(experiment: Experiment, config: Values) -> None:
     """Raise UserError for what is wrong in an experiment's whole configuration."""
     rest, groups = dict(config), dict[str, tuple[type[Settings], dict[str, Any]]]()
     for ingredient, _ in list(experiment.traverse_ingredients()):  # an error would break it off
-        model, group = ingredient.settings, "" if ingredient is experiment else ingredient.path
+        model = getattr(ingredient, "settings", None)
+        group = "" if ingredient is experiment else ingredient.path
         values = dict(rest.pop(group, {})) if group else rest
+        if model is None:
+            continue
         if "" in values:  # where Sacred puts it
             raise UserError(
                 f"{group}: expected a group of settings, got {_short(values[''])}; set one as "
@@ -172,12 +176,27 @@ def check_named_configs(experiment: Experiment, names: Iterable[str]) -> None:
             )
 
 
-def drop_descriptions(config: dict[str, Any]) -> None:
-    """Remove, at every depth, the docstrings of named configs from a configuration."""
-    config.pop(DESCRIPTION, None)
-    for value in config.values():
-        if isinstance(value, dict):
-            drop_descriptions(value)
+def check_like_defaults(run: Run, types: Values) -> None:
+    """Raise UserError for an entry that is not there, or of another type than its default.
+
+    For experiments whose defaults stand in Sacred's own ``@ex.config``. ``types`` declares entries
+    by dotted name, such as ``{"inner.step": float | None}``; a default of None takes anything.
+    """
+    changes, settings = run.config_modifications, dict(iterate_flattened(run.config))
+    known = settings.keys() - changes.added
+    for name in sorted(name for name in changes.added if not name.endswith(DESCRIPTION)):
+        raise UserError(_unknown(name, known))
+    usual = {name: list | tuple if old in (list, tuple) else old
+             for name, (old, _) in changes.typechanged.items() if old is not type(None)}
+    for name, wanted in {**usual, "seed": Seed, **types}.items():
+        strict = ConfigDict(strict=True, arbitrary_types_allowed=True)
+        try:
+            TypeAdapter(wanted, config=strict).validate_python(settings.get(name))
+        except ValidationError:
+            kind = getattr(wanted, "__name__", str(wanted))
+            raise UserError(
+                f"{name}: expected {kind}, got {_short(settings.get(name))}; try another value"
+            ) from None
 
 
 def nested(updates: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -204,10 +223,10 @@ def words_as_updates(words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
     """
     pairs = [word.partition("=") for word in words or () if word]
     named_configs = [name for name, equals, _ in pairs if not equals]
-    return nested((n.strip(), _plain_value(v)) for n, eq, v in pairs if eq), named_configs
+    return nested((n.strip(), plain_value(v)) for n, eq, v in pairs if eq), named_configs
 
 
-def _plain_value(text: str) -> Any:
+def plain_value(text: str) -> Any:
     try:
         return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):

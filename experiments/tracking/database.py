@@ -12,10 +12,9 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 from urllib.parse import quote
 
 import pymongo
@@ -25,14 +24,13 @@ from sacred.observers.mongo import get_pattern, parse_mongo_db_arg
 
 from experiments.tracking.embedded import EmbeddedServer
 from experiments.tracking.errors import UserError
-from experiments.tracking.redact import Redactor, secrets_of
+from experiments.tracking.values import redacted, secrets_of
 
 URL_VARIABLE = "L2L_IMPLICIT_MONGO_URL"
 FILE_VARIABLE = "L2L_IMPLICIT_MONGO_URL_FILE"
 TIMEOUT_VARIABLE = "L2L_IMPLICIT_MONGO_TIMEOUT"
 DEFAULT_FILE = "~/.config/l2l_implicit/mongo_url"
 DEFAULT_NAME = "l2l_implicit"
-SCHEMES = ("mongodb://", "mongodb+srv://")
 
 UNRECORDED = "-u records nothing"
 WRONG_PASSWORD, NOT_ALLOWED, ATLAS = 18, 13, 8000
@@ -42,8 +40,7 @@ FULL = (14031, 12501)
 Documents: TypeAlias = MongoDatabase[dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """A database's URL, or None for the embedded server, and where the URL was found."""
 
     url: str | None
@@ -58,12 +55,16 @@ def choose(option: str | None = None) -> Choice:
     """
     if option is not None:
         return Choice(_url_of_option(option), "-m")
-    if url := os.environ.get(URL_VARIABLE, "").strip():
-        return Choice(_checked(url, URL_VARIABLE), URL_VARIABLE)
-    path = Path(os.environ.get(FILE_VARIABLE) or DEFAULT_FILE).expanduser()
-    if os.environ.get(FILE_VARIABLE) or path.exists():
-        return Choice(_checked(_read_private(path), str(path)), str(path))
-    return Choice(None, "embedded")
+    named = os.environ.get(FILE_VARIABLE)
+    path = Path(named or DEFAULT_FILE).expanduser()
+    url, source = os.environ.get(URL_VARIABLE, "").strip(), URL_VARIABLE
+    if not url and not named and not path.exists():
+        return Choice(None, "embedded")
+    if not url:
+        url, source = _read_private(path), str(path)
+    if not url.startswith(("mongodb://", "mongodb+srv://")):
+        raise UserError(f"{source} must hold a URL that starts with mongodb:// or mongodb+srv://")
+    return Choice(url, source)
 
 
 def _url_of_option(option: str) -> str:
@@ -76,12 +77,6 @@ def _url_of_option(option: str) -> str:
         )
     host = parts.get("url", "localhost:27017")
     return f"mongodb://{host}/{parts.get('db_name', DEFAULT_NAME)}"
-
-
-def _checked(url: str, source: str) -> str:
-    if not url.startswith(SCHEMES):
-        raise UserError(f"{source} must hold a URL that starts with mongodb:// or mongodb+srv://")
-    return url
 
 
 def _read_private(path: Path) -> str:
@@ -98,13 +93,9 @@ def _read_private(path: Path) -> str:
 class Database:
     """An open connection; `documents` is the pymongo database.
 
-    Args:
-        choice: what `choose` returned.
-
     Attributes:
         address: its URL without passwords.
         label: the same, or `embedded`.
-        redactor: hides this database's password.
 
     Raises:
         UserError: nothing answers at the address, the password is wrong, or the embedded
@@ -112,78 +103,61 @@ class Database:
     """
 
     def __init__(self, choice: Choice) -> None:
-        self._choice = choice
-        self.redactor = Redactor(secrets_of(choice.url or ""))
-        self._server = EmbeddedServer() if choice.url is None else None
-        try:
-            self.client, self.documents = self._connect()
-        except BaseException:
-            self._release()
-            raise
+        self._choice, self._secrets = choice, secrets_of(choice.url or "")
+        self._server = None
+        with ExitStack() as resources:
+            if choice.url is None:
+                self._server = EmbeddedServer()
+                resources.callback(self._server.release)
+            self.revive()
+            limit = max(1, int(1000 * seconds(TIMEOUT_VARIABLE, 5.0)))
+            own = f"mongodb://{self._server.host}/{DEFAULT_NAME}" if self._server else ""
+            try:
+                self.client: pymongo.MongoClient[dict[str, Any]] = pymongo.MongoClient(
+                    choice.url or own, serverSelectionTimeoutMS=limit, connectTimeoutMS=limit,
+                    socketTimeoutMS=4 * limit, appname="l2l_implicit",
+                )  # fmt: skip
+                resources.callback(self.client.close)  # before the share in the server
+                self.documents: Documents = self.client.get_default_database(DEFAULT_NAME)
+                self.documents["runs"].find_one({}, {"_id": 1})  # a ping checks no password
+            except Exception as error:  # whatever answers there may answer nonsense
+                raise UserError(self.explain(error)) from None
+            self.close = resources.pop_all().close
         nodes = self.client.nodes or ()  # of a socket the port is None
         hosts = sorted(quote(h, safe="") if port is None else f"{h}:{port}" for h, port in nodes)
         self.address = f"mongodb://{','.join(hosts)}/{self.documents.name}"
         self.label = self.address if self._server is None else "embedded"
 
-    def _connect(self) -> tuple[pymongo.MongoClient[dict[str, Any]], Documents]:
-        self.revive()
-        own = "" if self._server is None else f"mongodb://{self._server.host}/{DEFAULT_NAME}"
-        client: pymongo.MongoClient[dict[str, Any]] | None = None
-        limit = max(1, int(1000 * seconds(TIMEOUT_VARIABLE, 5.0)))
-        try:
-            client = pymongo.MongoClient(
-                self._choice.url or own,
-                serverSelectionTimeoutMS=limit,
-                connectTimeoutMS=limit,
-                socketTimeoutMS=4 * limit,
-                appname="l2l_implicit",
-            )
-            documents: Documents = client.get_default_database(DEFAULT_NAME)
-            documents["runs"].find_one({}, {"_id": 1})  # a ping would not check the password
-        except Exception as error:  # whatever answers there may answer nonsense
-            if client is not None:
-                client.close()
-            raise UserError(self.explain(error)) from None
-        return client, documents
-
-    def explain(self, error: Exception) -> str:
-        """One line on what the database refuses, without its password."""
-        return self.redactor.text(_explain(error, self._choice.source))
+    def redacted(self, value: Any) -> Any:
+        """Text, or nested data, without this database's password."""
+        return redacted(value, self._secrets)
 
     def revive(self) -> None:
-        """Start the embedded server if it is not up; its supervisor may have died too."""
+        """Start the embedded server if it is not up."""
         if self._server is not None:
             self._server.start()
 
-    def close(self) -> None:
-        """Close the client, then give up the share in the embedded server, in this order."""
-        self.client.close()
-        self._release()
-
-    def _release(self) -> None:
-        if self._server is not None:
-            self._server.release()
-
-
-def _explain(error: Exception, source: str) -> str:
-    """What went wrong, and what to do; the text may still hold passwords."""
-    told = str(error).split(", Timeout:")[0].split(" (config")[0].split(", full error:")[0]
-    reason = " ".join(told.split())  # without the driver's description of servers and settings
-    if isinstance(error, OperationFailure):
-        return f"the database of {source} {_refusal(error, reason)}"
-    if isinstance(error, ConnectionFailure):
-        return f"no database answers ({source}): {reason}{_tls(reason)}; {UNRECORDED}"
-    if isinstance(error, (ConfigurationError, ValueError)):
-        return (
-            f"the URL in {source} is not valid; name and password must be"
-            " percent-encoded, as in mongodb://NAME:PASSWORD@HOST:PORT/DB"
-        )
-    return f"the database of {source} cannot be used: {reason}"
+    def explain(self, error: Exception) -> str:
+        """One line on what the database refuses, without its password."""
+        told = str(error).split(", Timeout:")[0].split(" (config")[0].split(", full error:")[0]
+        reason = " ".join(told.split())  # without the driver's description of servers
+        source = self._choice.source
+        if isinstance(error, OperationFailure):
+            text = f"the database of {source} {_refusal(error, reason)}"
+        elif isinstance(error, ConnectionFailure):
+            text = f"no database answers ({source}): {reason}{_tls(reason)}; {UNRECORDED}"
+        elif isinstance(error, (ConfigurationError, ValueError)):
+            text = (
+                f"the URL in {source} is not valid; name and password must be"
+                " percent-encoded, as in mongodb://NAME:PASSWORD@HOST:PORT/DB"
+            )
+        else:
+            text = f"the database of {source} cannot be used: {reason}"
+        return str(self.redacted(text))
 
 
 def _refusal(error: OperationFailure, reason: str) -> str:
-    details: dict[str, Any] = dict(error.details or {})
-    written = details.get("writeErrors") or [details.get("writeConcernError") or {}]
+    written = (error.details or {}).get("writeErrors") or [{}]
     code = error.code if error.code is not None else written[0].get("code")
     told = reason.lower()
     if code in FULL or "quota" in told or "disk space" in told:
@@ -204,11 +178,7 @@ def _tls(reason: str) -> str:
 
 
 def seconds(variable: str, default: float) -> float:
-    """A time limit from the environment.
-
-    Raises:
-        UserError: it is no number of seconds.
-    """
+    """A time limit from the environment; UserError if it is none."""
     text = os.environ.get(variable) or str(default)
     try:
         if 0 <= float(text) < math.inf:
@@ -226,8 +196,5 @@ def open_database(option: str | None = None) -> Iterator[Documents]:
         >>> with open_database() as database:  # doctest: +SKIP
         ...     database["runs"].count_documents({"status": "COMPLETED"})
     """
-    database = Database(choose(option))
-    try:
+    with closing(Database(choose(option))) as database:
         yield database.documents
-    finally:
-        database.close()

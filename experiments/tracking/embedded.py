@@ -7,22 +7,26 @@ POSIX system (flock).
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 from urllib.parse import quote
 
-from experiments.tracking import supervisor
+from experiments.tracking import socket_server
 from experiments.tracking.errors import UserError
 
 EXECUTABLE = "secantusd-py"
 DATA_VARIABLE = "L2L_IMPLICIT_DATA"
-START_TIMEOUT = 40.0
+START_TIMEOUT, STARTS = 40.0, 3
+"""Seconds until it must answer, and how often it may end before it does."""
+
 LONGEST_PATH = 100
 """Bytes: a socket's path has at most 103 on macOS, 107 on Linux."""
 
@@ -39,9 +43,8 @@ def data_folder(name: str) -> Path:
     Raises:
         UserError: it belongs to somebody else, or cannot be made.
     """
-    default = "~/.local/share/l2l_implicit"
-    root = Path(os.environ.get(DATA_VARIABLE) or default).expanduser().absolute()
-    return _private(root / name)
+    root = os.environ.get(DATA_VARIABLE) or "~/.local/share/l2l_implicit"
+    return _private(Path(root).expanduser().absolute() / name)
 
 
 def _private(folder: Path) -> Path:
@@ -69,73 +72,70 @@ def _socket(folder: Path) -> Path:
 class EmbeddedServer:
     """A share in the embedded server: it stays up at least until `release`.
 
+    Attributes:
+        host: the server's address as it stands in a URL.
+
     Raises:
         UserError: the server is not installed, or does not start.
     """
 
     def __init__(self) -> None:
         self.folder = data_folder("mongodb")
-        self._socket, self._executable = _socket(self.folder), _executable()
-        self._share = os.open(
-            self.folder / supervisor.CLIENTS_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
-        )
-        fcntl.flock(self._share, fcntl.LOCK_SH)  # waits while a supervisor is stopping
-
-    @property
-    def host(self) -> str:
-        """The server's address as it stands in a URL."""
-        return quote(str(self._socket), safe="")
+        self._socket = _socket(self.folder)
+        self.host = quote(str(self._socket), safe="")
+        beside = shutil.which(EXECUTABLE, path=str(Path(sys.executable).parent))
+        self._program = beside or shutil.which(EXECUTABLE)
+        if self._program is None:
+            raise UserError(NOT_INSTALLED)
+        self._share = socket_server.open_lock(self.folder / socket_server.CLIENTS_LOCK)
+        fcntl.flock(self._share, fcntl.LOCK_SH)  # waits while a server is stopping
 
     def start(self) -> None:
         """Return when the server answers; it is started first where it is not up."""
-        deadline = time.monotonic() + START_TIMEOUT
+        deadline, failures, log = time.monotonic() + START_TIMEOUT, 0, self.folder / "server.log"
         started: subprocess.Popen[bytes] | None = None
-        while not supervisor.answers(self._socket):
-            failed = started is not None and started.poll() not in (None, 0)
-            if failed or time.monotonic() > deadline:
+        while not self._answers():
+            if started is not None and (ended := started.poll()) is not None:
+                started, failures = None, failures + (ended != 0)  # 0: another one was quicker
+            if failures == STARTS or time.monotonic() > deadline:
+                text = log.read_text(errors="replace") if log.exists() else ""
+                last = (text.strip() or "no message").splitlines()[-1]
                 raise UserError(
-                    f"the embedded MongoDB server does not start: {_last_line(self.folder)};"
-                    f" its log is {self.folder / 'server.log'}"
+                    f"the embedded MongoDB server does not start: {last}; its log is {log}"
                 )
-            if (started is None or started.poll() == 0) and not self._is_supervised():
-                started = self._start_supervisor()
+            if started is None and not self._is_started():
+                started = self._start_server(log)
             time.sleep(0.02)
 
-    def _is_supervised(self) -> bool:
-        with supervisor.open_lock(self.folder / supervisor.SUPERVISOR_LOCK) as descriptor:
-            return not supervisor.try_lock(descriptor)
+    def _answers(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
+            probe.settimeout(1.0)
+            probe.connect(str(self._socket))
+            return True
+        return False
 
-    def _start_supervisor(self) -> subprocess.Popen[bytes]:
+    def _is_started(self) -> bool:
+        lock = socket_server.open_lock(self.folder / socket_server.SERVER_LOCK)
+        try:
+            return not socket_server.try_lock(lock)
+        finally:
+            os.close(lock)
+
+    def _start_server(self, log: Path) -> subprocess.Popen[bytes]:
         """Its own session, so that Ctrl-C at the terminal stops the run and not the database."""
-        command = [sys.executable, "-I", supervisor.__file__]
-        command += [str(self.folder), str(self._socket), self._executable]
-        with open(self.folder / "supervisor.log", "ab") as log:
+        config = self.folder / "empty.toml"  # keeps a stray ./secantusd.toml from being read
+        config.write_text("")
+        command = [sys.executable, socket_server.__file__, str(self.folder), str(self._socket)]
+        command += [str(self._program), "--config", str(config), "--standalone"]
+        command += ["--storage-path", str(self.folder / "data"), "--cache-size", "256M"]
+        with open(log, "ab") as file:
             return subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=self.folder,
-                start_new_session=True,
-            )
+                [*command, "--log-level", "WARNING"], stdin=subprocess.DEVNULL, stdout=file,
+                stderr=file, cwd=self.folder, start_new_session=True,
+            )  # fmt: skip
 
     def release(self) -> None:
         """Give up the share; the server stops when it was the last one."""
         if self._share >= 0:
             os.close(self._share)
             self._share = -1
-
-
-def _executable() -> str:
-    """The server's program: beside this Python, else on the PATH."""
-    beside = shutil.which(EXECUTABLE, path=str(Path(sys.executable).parent))
-    found = beside or shutil.which(EXECUTABLE)
-    if found is None:
-        raise UserError(NOT_INSTALLED)
-    return found
-
-
-def _last_line(folder: Path) -> str:
-    logs = [folder / name for name in ("supervisor.log", "server.log")]
-    texts = [path.read_text(errors="replace") for path in logs if path.exists()]
-    return ("\n".join(texts).strip() or "no message").splitlines()[-1]

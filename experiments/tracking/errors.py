@@ -17,11 +17,7 @@ class TrackingError(RuntimeError):
 
 
 class Terminated(SacredInterrupt):
-    """A signal but Ctrl-C: Sacred records the run as INTERRUPTED.
-
-    Args:
-        signum: the signal's number; the process exits with 128 + signum.
-    """
+    """Signal ``signum``, not Ctrl-C: Sacred records INTERRUPTED; exit status 128 + signum."""
 
     STATUS = "INTERRUPTED"
 
@@ -42,3 +38,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     same = [key for key, its in zip(known, leaves, strict=True) if its in leaf]
     found = get_close_matches(name, same or known, n=1, cutoff=0.0 if same else 0.6)
     return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def one_line(error: BaseException) -> str:
+    """Its message, or else its kind, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,44 +1,63 @@
-"""A Sacred experiment that refuses wrong configurations and loses no record."""
+"""Sacred's experiment and ingredient, which refuse wrong configurations and lose no record."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from docopt import DocoptExit
 from sacred import SETTINGS, Experiment, Ingredient, stdout_capturing
-from sacred.dependencies import gather_sources_and_dependencies
+from sacred.dependencies import (
+    get_dependencies_from_pkg,
+    get_main_file,
+    get_sources_from_sys_modules,
+)
 from sacred.run import Run
 
 from experiments.tracking import signals
 from experiments.tracking.config import (
     ModelConfig,
     RunSettings,
+    Settings,
     check_config,
+    check_like_defaults,
     check_named_configs,
-    drop_descriptions,
     nested,
 )
 from experiments.tracking.database import Database, choose
-from experiments.tracking.errors import Terminated, TrackingError, UserError
-from experiments.tracking.host import gpu_info, repository_info
-from experiments.tracking.ingredient import REPOSITORY
+from experiments.tracking.errors import Terminated, TrackingError, UserError, one_line
 from experiments.tracking.observer import JournalObserver
-from experiments.tracking.output import Tape, keep_output
-from experiments.tracking.values import CheckedMetrics
+from experiments.tracking.values import CheckedMetrics, Tape, keep_output, redacted
 
+REPOSITORY = Path(__file__).parents[2]
 MONGO_OPTION = "--mongo_db"
-FORCE_OPTION = "--force"
 LARGEST_ARTIFACT = 16 * 2**20
+TIMEOUT = 5.0
+GPU_QUERY = ["--query-gpu=driver_version,memory.total,name", "--format=csv,noheader,nounits"]
 
 SETTINGS.CAPTURE_MODE = "sys"  # `fd` loses last lines
 stdout_capturing.StringIO = Tape  # the original grows as long as the run prints
+SETTINGS.DISCOVER_SOURCES = SETTINGS.DISCOVER_DEPENDENCIES = "none"  # `TrackedExperiment` does
 SETTINGS.HOST_INFO.INCLUDE_GPU_INFO = False  # calls nvidia-smi without a time limit
+
+
+class TrackedIngredient(Ingredient):
+    """`sacred.Ingredient` with ``settings``, the model of its configuration's entries.
+
+    `TrackedExperiment` records sources and commit.
+    """
+
+    def __init__(self, name: str, settings: type[Settings]) -> None:
+        caller = sys._getframe(1).f_globals
+        super().__init__(name, base_dir=str(REPOSITORY), _caller_globals=caller,
+                         save_git_info=False)  # fmt: skip
+        self.settings = settings
+        self.configurations.append(ModelConfig(settings))
 
 
 class TrackedRun(Run):
@@ -55,38 +74,25 @@ class TrackedRun(Run):
     def add_artifact(self, filename: Any, name: str | None = None,
                      metadata: dict[str, Any] | None = None,
                      content_type: str | None = None) -> None:
-        """Store a file of at most 16 MiB with the run.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is larger.
-        """
-        path = Path(filename)
-        if not path.is_file():
-            raise FileNotFoundError(f"no file {str(path)!r} to add as an artifact")
-        if (size := path.stat().st_size) > LARGEST_ARTIFACT:
+        """Store a file with the run; ValueError if it has more than 16 MiB."""
+        if (size := Path(filename).stat().st_size) > LARGEST_ARTIFACT:
             raise ValueError(
-                f"artifact {str(path)!r} has {size} bytes, more than {LARGEST_ARTIFACT}:"
+                f"artifact {str(filename)!r} has {size} bytes, more than {LARGEST_ARTIFACT}:"
                 " record its path and sha256 in the run's info instead"
             )
-        super().add_artifact(str(path), name, metadata, content_type)
+        super().add_artifact(str(filename), name, metadata, content_type)
 
     def log_scalar(self, metric_name: str, value: Any, step: int | None = None) -> None:
         """Record one value of a metric; it is in the run's journal when this returns.
 
-        Args:
-            metric_name: groups separated by `/`, as in "train/loss".
-            value: a number, or a one-element array or tensor; NaN is recorded as NaN.
-            step: a whole number; the metric's own counter if None.
+        Groups of names are separated by `/`, as in "train/loss". The value is a number, or a
+        one-element array or tensor; NaN is recorded as NaN. Without a step the metric counts.
         """
         self._metrics.log_scalar_metric(metric_name, value, step)
 
-    def _emit_artifact_added(self, name: str, filename: str, metadata: Any,
-                             content_type: Any) -> None:
+    def _emit_artifact_added(self, *event: Any) -> None:
         for observer in self.observers:
-            observer.artifact_event(
-                name=name, filename=filename, metadata=metadata, content_type=content_type
-            )
+            observer.artifact_event(*event)
 
     def _emit_resource_added(self, filename: str) -> None:
         for observer in self.observers:
@@ -97,32 +103,30 @@ class TrackedExperiment(Experiment):
     """`sacred.Experiment` with strict configuration and a record that survives failures.
 
     Args:
-        name: the experiment's name.
-        ingredients: as in Sacred.
-        settings: the model of the configuration's entries; each ingredient has its own.
-        base_dir: sources below it are recorded; by default this repository.
-        options: further arguments of `sacred.Experiment`.
+        name, ingredients, options: as in Sacred.
+        settings: the model of the configuration's entries; each ingredient has its own. Without it
+            the defaults stand in ``@ex.config``, and an entry is checked against its default.
+        types: of such entries, by dotted name: ``{"inner.step": float | None}``.
     """
 
     def __init__(self, name: str, ingredients: Sequence[Ingredient] = (),
-                 settings: type[RunSettings] = RunSettings, base_dir: Path | str = REPOSITORY,
-                 **options: Any) -> None:
+                 settings: type[RunSettings] | None = None,
+                 types: Mapping[str, Any] | None = None, **options: Any) -> None:
         caller = sys._getframe(1).f_globals
-        options = {"save_git_info": False, "base_dir": str(base_dir), **options}
-        with _discovering("none", "none"):  # Sacred would take this module for the main file
-            super().__init__(name, ingredients=ingredients, **options)
-        self.settings = settings
-        self.configurations.append(ModelConfig(settings))
-        self.config_hook(lambda config, command_name, logger: check_config(self, config))
+        options = {"save_git_info": False, "base_dir": str(REPOSITORY), **options}
+        super().__init__(name, ingredients=ingredients, **options)
+        self.settings, self.types = settings, types
+        if settings is not None:
+            self.configurations.append(ModelConfig(settings))
+            self.config_hook(lambda config, command_name, logger: check_config(self, config))
         self.doc = caller.get("__doc__") or ""
         self.captured_out_filter = keep_output  # type: ignore[assignment]  # inferred as None
-        with _discovering("sys", "pkg"):
-            found = gather_sources_and_dependencies(caller, self.save_git_info, self.base_dir)
-        self.mainfile, sources, self.dependencies = found
-        self.sources = {source for source in sources if "site-packages" not in source.filename}
+        self.mainfile = get_main_file(caller, False)[1]  # Sacred takes this module for it
+        self.dependencies = get_dependencies_from_pkg(caller, self.base_dir)
+        sources = get_sources_from_sys_modules(caller, self.base_dir, False)
+        self.sources = {source for source in {*sources, self.mainfile}
+                        if source and "site-packages" not in source.filename}  # fmt: skip
         self._on_command_line = False
-
-    # ---- running ----
 
     def run_commandline(self, argv: Any = None) -> Run | None:
         """Sacred's command line; expected errors are one line, without a traceback.
@@ -151,56 +155,57 @@ class TrackedExperiment(Experiment):
             UserError: a wrong configuration or database address.
             TrackingError: the database did not take everything.
         """
-        arguments = (command_name, config_updates, named_configs, info, meta_info, options)
         try:
             with signals.handled():
-                return self._run(*arguments)
+                run = self._create_run(
+                    command_name, config_updates, named_configs, info, meta_info, options
+                )
+                _run_to_its_end(run)
+                return run
         except (UserError, TrackingError, Terminated, KeyboardInterrupt) as error:
             if not self._on_command_line or (options or {}).get("--debug"):
                 raise
             _exit(error)
 
-    def _run(self, *arguments: Any) -> TrackedRun:
-        run = self._create_run(*arguments)
-        try:
-            run()
-        except BaseException:
-            try:
-                _finish(run)
-            except TrackingError as error:
-                print(f"error: {error}", flush=True)
-            raise
-        try:
-            _finish(run)
-        finally:
-            for action in run.afterwards:
-                action()
-        return run
-
-    # ---- making the run ----
-
     def get_experiment_info(self) -> dict[str, Any]:
         """As in Sacred, with the commit of this repository."""
-        repositories = repository_info(str(self.base_dir))
-        return {**super().get_experiment_info(), "repositories": repositories}
+        return {**super().get_experiment_info(), "repositories": repository_info(self.base_dir)}
 
     def _create_run(self, command_name: str | None = None,
                     config_updates: dict[str, Any] | None = None,
                     named_configs: Sequence[str] = (), info: dict[str, Any] | None = None,
                     meta_info: dict[str, Any] | None = None,
                     options: dict[str, Any] | None = None) -> TrackedRun:
+        """Sacred's run with its checks, and its observer unless it is unobserved."""
         asked = dict(options or {})
         updates = nested((config_updates or {}).items())
         check_named_configs(self, named_configs)
         # Sacred would add its own observer, and only warn of what is an error here
-        handed = {**asked, MONGO_OPTION: None, FORCE_OPTION: True}
-        run = super()._create_run(
+        handed = {**asked, MONGO_OPTION: None, "--force": True}
+        plain = super()._create_run(
             command_name, updates, named_configs, info, meta_info, handed
         )
-        drop_descriptions(run.config)
+        if self.settings is None:
+            check_like_defaults(plain, self.types or {})
+        plain.__class__ = TrackedRun  # Sacred builds its own Run and takes no other class
+        run = cast(TrackedRun, plain)
+        for group in (run.config, *run.config.values()):
+            if isinstance(group, dict):
+                group.pop("__doc__", None)  # a named config's docstring, where Sacred puts it
         run.meta_info["options"].update(asked)
         run.host_info["gpus"] = None if run.unobserved else gpu_info()
-        return _track(run, asked.get(MONGO_OPTION))
+        run._metrics = CheckedMetrics()
+        run.journal, run.afterwards = None, []
+        if not run.unobserved:
+            database = Database(choose(asked.get(MONGO_OPTION)))
+            try:
+                run.journal = JournalObserver(database, run.run_logger, run.beat_interval)
+            except BaseException:
+                database.close()
+                raise
+            run._metrics.sink = run.journal.record
+            run.observers.append(run.journal)
+        return run
 
 
 def record(run: Run, values: Mapping[str, Any], step: int | None = None) -> None:
@@ -209,22 +214,20 @@ def record(run: Run, values: Mapping[str, Any], step: int | None = None) -> None
         run.log_scalar(name, value, step)
 
 
-def _track(plain: Run, mongo: str | None) -> TrackedRun:
-    """Give the run its checks, and its observer unless it is unobserved."""
-    plain.__class__ = TrackedRun  # Sacred builds its own Run and takes no other class
-    run = cast(TrackedRun, plain)
-    run._metrics = CheckedMetrics()
-    run.journal, run.afterwards = None, []
-    if not run.unobserved:
-        database = Database(choose(mongo))
+def _run_to_its_end(run: TrackedRun) -> None:
+    try:
+        run()
+    except BaseException:
         try:
-            run.journal = JournalObserver(database, run.run_logger, run.beat_interval)
-        except BaseException:
-            database.close()
-            raise
-        run._metrics.sink = run.journal.record
-        run.observers.append(run.journal)
-    return run
+            _finish(run)
+        except TrackingError as error:
+            print(f"error: {error}", flush=True)
+        raise
+    try:
+        _finish(run)
+    finally:
+        for action in run.afterwards:
+            action()
 
 
 def _finish(run: TrackedRun) -> None:
@@ -237,27 +240,44 @@ def _finish(run: TrackedRun) -> None:
 
 def _exit(error: BaseException) -> NoReturn:
     """One line, and the exit status."""
-    if isinstance(error, Terminated):
-        _exit_at_once(f"interrupted by {signal.Signals(error.signum).name}", error.signum)
-    if isinstance(error, KeyboardInterrupt):
-        _exit_at_once("interrupted", signal.SIGINT)
-    print("error: " + " ".join(str(error).split()), flush=True)
-    sys.exit(1)
-
-
-@contextmanager
-def _discovering(sources: str, dependencies: str) -> Iterator[None]:
-    """Sacred's settings for what it records; restored afterwards."""
-    before = SETTINGS.DISCOVER_SOURCES, SETTINGS.DISCOVER_DEPENDENCIES
-    SETTINGS.DISCOVER_SOURCES, SETTINGS.DISCOVER_DEPENDENCIES = sources, dependencies
-    try:
-        yield
-    finally:
-        SETTINGS.DISCOVER_SOURCES, SETTINGS.DISCOVER_DEPENDENCIES = before
-
-
-def _exit_at_once(text: str, signum: int) -> NoReturn:
-    """Without taking torch down piece by piece, which can take seconds."""
-    print(text, flush=True)
+    if not isinstance(error, (Terminated, KeyboardInterrupt)):
+        print(f"error: {one_line(error)}", flush=True)
+        sys.exit(1)
+    signum = error.signum if isinstance(error, Terminated) else signal.SIGINT
+    by = f" by {signal.Signals(signum).name}" if isinstance(error, Terminated) else ""
+    print(f"interrupted{by}", flush=True)
     sys.stderr.flush()
-    os._exit(128 + signum)
+    os._exit(128 + signum)  # without taking torch down piece by piece, which can take seconds
+
+
+# ---- the machine and the commit, asked so that no strange answer stops the run ----
+
+
+def gpu_info() -> dict[str, Any] | None:
+    """{"driver_version": ..., "gpus": [{"model": ..., "total_memory": MiB}]}, None without any."""
+    rows = [line.split(", ", 2) for line in (_ask("nvidia-smi", *GPU_QUERY) or "").splitlines()]
+    gpus = [{"model": row[2], "total_memory": int(row[1])}
+            for row in rows if len(row) == 3 and row[1].isdigit()]  # fmt: skip
+    return {"driver_version": rows[0][0], "gpus": gpus} if gpus else None
+
+
+def repository_info(folder: Path | str) -> list[dict[str, Any]]:
+    """[{"url", "commit", "dirty"}] of the repository around `folder`, [] without a commit.
+
+    The URL carries no password or token; `dirty` counts changes of tracked files.
+    """
+    git = ("git", "-C", str(folder))
+    if (commit := _ask(*git, "rev-parse", "--verify", "HEAD")) is None:
+        return []
+    url = _ask(*git, "remote", "get-url", "origin") or _ask(*git, "rev-parse", "--show-toplevel")
+    changes = _ask(*git, "status", "--porcelain", "--untracked-files=no")
+    return [{"url": redacted(url or ""), "commit": commit, "dirty": changes != ""}]
+
+
+def _ask(*command: str) -> str | None:
+    """The command's output, None if there is no such command or it fails or hangs."""
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None

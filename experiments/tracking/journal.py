@@ -18,6 +18,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,13 @@ from experiments.tracking.errors import TrackingError
 
 Entry = dict[str, Any]
 LINES, WIDTH = "lines", 12
+LINE = re.compile(
+    rb'\{"line": (0|[1-9]\d{0,15}), "check": "(\w{24})", "entry": (.*)\}\n', re.DOTALL
+)
 
 
 class Journal:
-    """Append entries to a new file.
-
-    Args:
-        path: where the file is created (0600); it must not exist.
-        header: the first entry.
-    """
+    """Append entries to a new file (0600); ``header`` is the first. TrackingError: disk full."""
 
     def __init__(self, path: Path, header: Entry) -> None:
         self.path = path
@@ -51,45 +50,37 @@ class Journal:
             raise
 
     def append(self, entry: Entry) -> None:
-        """Write one line; it outlives this process, and after `sync` the machine.
-
-        Raises:
-            TrackingError: it cannot be written whole; nothing of it is left.
-        """
-        with self._guard:
+        """Write one line, or nothing; it outlives this process, and after `sync` the machine."""
+        with self._guard, self._writing():
             line = _line(self._lines, entry)
-            try:
-                if os.pwrite(self._descriptor, line, self._size) != len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError as error:
-                os.ftruncate(self._descriptor, self._size)
-                raise self._full(error) from None
+            if os.pwrite(self._descriptor, line, self._size) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._lines, self._size = self._lines + 1, self._size + len(line)
 
     def seal(self) -> None:
         """Say in the first line how many there are, and force all to the disk."""
         line = _line(0, {**self._header, LINES: f"{self._lines:{WIDTH}}"})
-        try:
+        with self._writing():
             os.pwrite(self._descriptor, line, 0)  # as long as the one it replaces
-        except OSError as error:
-            raise self._full(error) from None
         self.sync()
 
     def sync(self) -> None:
         """Force what was written to the disk."""
-        try:
+        with self._writing():
             os.fsync(self._descriptor)
-        except OSError as error:
-            raise self._full(error) from None
 
-    def _full(self, error: OSError) -> TrackingError:
-        return TrackingError(f"{self.path}: the record cannot be written ({error.strerror})")
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            os.ftruncate(self._descriptor, self._size)
+            reason = f"the record cannot be written ({error.strerror})"
+            raise TrackingError(f"{self.path}: {reason}") from None
 
     def close(self) -> None:
         """Release the file."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        os.close(self._descriptor)
 
 
 class JournalReader:
@@ -100,32 +91,33 @@ class JournalReader:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         self._file = open(path, "r+b")  # a lock over NFS needs write access
+        self.close = self._file.close
         self.rewind()
 
     def rewind(self) -> None:
         """Go back to the first entry after the header."""
         self._file.seek(0)
         self._next, self._damage = 0, ""
-        self.header: Entry = next(self.entries(limit=1), {})
+        self.header: Entry = next(self.entries(), {})
         if self._damage:  # of the header, so that another line may have been taken for it
             self._file.seek(0)
             self._next, self.header = 0, {}
 
-    def entries(self, limit: int = -1) -> Iterator[Entry]:
+    def entries(self) -> Iterator[Entry]:
         """The complete lines not read yet, without those that are damaged."""
-        while limit and (line := self._file.readline()):
+        while line := self._file.readline():
             if not line.endswith(b"\n"):
                 self._file.seek(-len(line), os.SEEK_CUR)
                 return
-            limit -= 1
-            number, entry = _parse(line)
+            found = LINE.fullmatch(line)
+            whole = found and _checksum(int(found[1]), found[3]).encode() == found[2]
+            number = int(found[1]) if found and whole else -1
             if number != self._next and not self._damage:
                 self._damage = f"line {self._next + 1} is damaged or missing"
-            if number >= self._next:
+            if found and number >= self._next:
                 self._next = number + 1
-                yield entry
+                yield json.loads(found[3], object_hook=json_util.object_hook)
 
     @property
     def damage(self) -> str:
@@ -142,15 +134,6 @@ class JournalReader:
             return False
         return True
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
-LINE = re.compile(
-    rb'\{"line": (0|[1-9]\d{0,15}), "check": "(\w{24})", "entry": (.*)\}\n', re.DOTALL
-)
-
 
 def _line(number: int, entry: Entry) -> bytes:
     text = json.dumps(entry, default=json_util.default).encode()
@@ -160,11 +143,3 @@ def _line(number: int, entry: Entry) -> bytes:
 
 def _checksum(number: int, text: bytes) -> str:
     return hashlib.blake2b(b"%d %s" % (number, text), digest_size=12).hexdigest()
-
-
-def _parse(line: bytes) -> tuple[int, Entry]:
-    """The line's number and entry; -1 if it is not as it was written."""
-    found = LINE.fullmatch(line)
-    if found is None or _checksum(int(found[1]), found[3]).encode() != found[2]:
-        return -1, {}
-    return int(found[1]), json.loads(found[3], object_hook=json_util.object_hook)

@@ -27,7 +27,7 @@ from sacred.utils import SacredInterrupt
 from experiments.tracking import signals
 from experiments.tracking.database import Database, seconds
 from experiments.tracking.embedded import data_folder
-from experiments.tracking.errors import TrackingError, UserError
+from experiments.tracking.errors import TrackingError, UserError, one_line
 from experiments.tracking.journal import Journal, JournalReader
 from experiments.tracking.uploader import (
     COMMAND,
@@ -48,12 +48,7 @@ INTERRUPTED, HURRIED = 1.5, 0.5
 
 
 class JournalObserver(MongoObserver):
-    """Record one run in a journal, and from there in MongoDB.
-
-    Args:
-        database: where the run is recorded; closed by `finish`.
-        log: told when the database goes away and comes back.
-        interval: seconds between two uploads.
+    """Record one run in a journal, and from there every ``interval`` seconds in MongoDB.
 
     Attributes:
         token: the name of this run's journal, recorded as ``meta.journal``: unique to the run.
@@ -63,8 +58,7 @@ class JournalObserver(MongoObserver):
     def __init__(self, database: Database, log: logging.Logger, interval: float) -> None:
         super().__init__(client=database.client, db_name=database.documents.name)
         self.token, self.label = uuid.uuid4().hex, database.label
-        self._database = database
-        self._log = log
+        self._database, self._log = database, log
         self._interval = interval or DEFAULT_INTERVAL
         self._patience = seconds(PATIENCE_VARIABLE, PATIENCE)
         self._known: dict[str, Any] = {}
@@ -77,19 +71,15 @@ class JournalObserver(MongoObserver):
         header = {"token": self.token, "database": self.label, "host": platform.node()}
         self._journal = Journal(folder / f"run-{self.token}.jsonl", header)
 
-    # ---- the run's start: written to the database at once, which gives the run's number ----
-
-    def started_event(self, ex_info: Any, command: str, host_info: Any, start_time: datetime,
-                      config: Any, meta_info: Any, _id: Any) -> Any:
-        """Insert the run's document, without secrets; every later event goes to the journal."""
-        meta_info = {**meta_info, "journal": self.token}
-        _id = int(_id) if isinstance(_id, str) and _id.isdecimal() else _id  # Sacred's -i 7
-        clean = [self._clean(part) for part in (ex_info, host_info, config, meta_info)]
+    def started_event(self, **event: Any) -> Any:
+        """Insert the run's document, which gives its number; later events go to the journal."""
+        event = self._clean(event)
+        event["meta_info"]["journal"] = self.token
+        if isinstance(event["_id"], str) and event["_id"].isdecimal():  # Sacred's -i 7
+            event["_id"] = int(event["_id"])
         try:
             index_metrics(self._database.documents)
-            run_id = super().started_event(
-                clean[0], command, clean[1], start_time, clean[2], clean[3], _id
-            )
+            run_id = super().started_event(**event)
         except UserError:
             raise
         except Exception as error:
@@ -100,16 +90,11 @@ class JournalObserver(MongoObserver):
         self._thread.start()
         return run_id
 
-    def queued_event(self, ex_info: Any, command: str, host_info: Any, queue_time: datetime,
-                     config: Any, meta_info: Any, _id: Any) -> Any:
-        """Insert the queued run's document, without secrets."""
-        clean = [self._clean(part) for part in (ex_info, host_info, config, meta_info)]
-        return super().queued_event(
-            clean[0], command, clean[1], queue_time, clean[2], clean[3], _id
-        )
+    def queued_event(self, **event: Any) -> Any:
+        return super().queued_event(**self._clean(event))
 
     def _clean(self, value: Any) -> Any:
-        return self._database.redactor.tree(storable(value))
+        return self._database.redacted(storable(value))
 
     def insert(self) -> None:
         """Insert the run's document under the next free number."""
@@ -150,14 +135,13 @@ class JournalObserver(MongoObserver):
     # ---- events of the run: journal only ----
 
     def _set(self, **fields: Any) -> None:
-        """Fields of the run's document, as far as they have changed."""
+        """Write down fields of the run's document, as far as they have changed."""
         clean = {key: self._clean(value) for key, value in fields.items()}
         new = {k: v for k, v in clean.items() if k not in self._known or self._known[k] != v}
         if "captured_out" in new:
             before, text = self._known.get("captured_out", ""), new["captured_out"]
-            kept = len(before)
-            if not text.startswith(before):  # a progress bar has redrawn its line
-                kept = len(os.path.commonprefix([before, text]))
+            same = text.startswith(before)  # unless a progress bar has redrawn its line
+            kept = len(before if same else os.path.commonprefix([before, text]))
             self._journal.append({"output": [kept, text[kept:]]})
         if rest := {key: value for key, value in new.items() if key != "captured_out"}:
             self._journal.append({"set": rest})
@@ -168,44 +152,34 @@ class JournalObserver(MongoObserver):
         self._journal.append({"metric": name, "step": step, "value": value, "time": when})
 
     def log_metrics(self, metrics_by_name: Any, info: Any) -> None:
-        """Nothing: `record` has written the points when they were logged."""
+        pass  # `record` has written the points when they were logged
 
     def heartbeat_event(self, info: Any, captured_out: str, beat_time: datetime,
                         result: Any) -> None:
-        """The run's state that has changed since the last heartbeat."""
         self._set(captured_out=captured_out, info=info, result=result, heartbeat=beat_time)
         self._journal.sync()
 
     def completed_event(self, stop_time: datetime, result: Any) -> None:
-        """The run's end."""
         self._set(stop_time=stop_time, result=result, status="COMPLETED")
 
     def interrupted_event(self, interrupt_time: datetime, status: str) -> None:
-        """The run's end by a signal, Ctrl-C or a time limit."""
         self._set(stop_time=interrupt_time, status=status)
 
     def failed_event(self, fail_time: datetime, fail_trace: list[str]) -> None:
-        """The run's end by an error."""
         self._set(stop_time=fail_time, fail_trace=fail_trace, status="FAILED")
 
     def resource_event(self, filename: str) -> None:
-        """The name and md5 of a file that the run reads."""
         listed = self._known.get("resources", [])
         if (resource := [filename, get_digest(filename)]) not in listed:
             self._set(resources=[*listed, resource])
 
     def artifact_event(self, name: str, filename: str, metadata: Any = None,
                        content_type: str | None = None) -> None:
-        """The content of a file that the run has made."""
         self._journal.append({
-            "artifact": self._clean(name),
-            "id": ObjectId(),
-            "data": Binary(Path(filename).read_bytes()),
-            "metadata": self._clean(metadata),
+            "artifact": self._clean(name), "id": ObjectId(),
+            "data": Binary(Path(filename).read_bytes()), "metadata": self._clean(metadata),
             "content_type": content_type or mimetypes.guess_type(filename)[0],
         })  # fmt: skip
-
-    # ---- the upload ----
 
     def _work(self) -> None:
         """Upload every few seconds; at the run's end until all is read back, or it is too late."""
@@ -241,20 +215,24 @@ class JournalObserver(MongoObserver):
     def finish(self) -> None:
         """Bring everything into the database, remove the journal, close the connection.
 
-        Raises:
-            TrackingError: the database did not take everything; the journal is kept.
+        The journal is kept after TrackingError: the database did not take everything.
         """
+        path = self._journal.path
         try:
-            if self._uploader is not None:
-                self._finish(self._uploader)
-            else:  # it has not started: there is nothing that the journal could tell of
-                self._journal.path.unlink()
+            if self._uploader is not None and (error := self._last_upload(self._uploader)):
+                self._journal.seal()
+                raise TrackingError(
+                    f"run {self.run_entry['_id']} is not wholly in the database ({error}); its"
+                    f" record is {path}: the next run uploads it, or python -m {COMMAND} {path}"
+                )
+            path.unlink()  # while locked, so that no other run takes it for abandoned
         finally:
             self._journal.close()
             if not self._thread.is_alive():  # else the end of the process closes all
                 self._database.close()
 
-    def _finish(self, uploader: Uploader) -> None:
+    def _last_upload(self, uploader: Uploader) -> str:
+        """Wait for it; what is wrong."""
         limit = None
         if signals.asked():
             limit = HURRIED if signals.urgent() else INTERRUPTED
@@ -262,23 +240,13 @@ class JournalObserver(MongoObserver):
         self._stop.set()
         try:
             self._thread.join(limit)
-            late = self._thread.is_alive()
-            error = "no answer in time" if late else uploader.damage or self._error
         except (KeyboardInterrupt, SacredInterrupt) as interrupt:
-            error = self._reason(interrupt)
-        if not self._thread.is_alive():
-            uploader.close()
-        if not error and "status" not in self._known:
-            error = "its end was not recorded"
-        if error:
-            self._journal.seal()
-            path = self._journal.path
-            raise TrackingError(
-                f"run {self.run_entry['_id']} is not wholly in the database ({error}); its record"
-                f" is {path}: the next run uploads it, or python -m {COMMAND} {path}"
-            )
-        self._journal.path.unlink()  # while locked, so that no other run takes it for abandoned
+            return self._reason(interrupt)
+        if self._thread.is_alive():
+            return "no answer in time"
+        uploader.reader.close()
+        no_end = "" if "status" in self._known else "its end was not recorded"
+        return uploader.reader.damage or self._error or no_end
 
     def _reason(self, error: BaseException) -> str:
-        text = self._database.redactor.text(str(error).split(", Timeout:")[0])
-        return text or type(error).__name__
+        return str(self._database.redacted(one_line(error).split(", Timeout:")[0]))

@@ -33,9 +33,6 @@ FIELDS = (
 )  # fmt: skip
 """Of a run's document; the printed output and the artifacts are left in the database."""
 
-EVERY_STEP = r"^train/"
-"""Metrics with a point at every outer iteration, as a pattern of their names."""
-
 LENIENT: CodecOptions[Document] = CodecOptions(
     datetime_conversion=DatetimeConversion.DATETIME_AUTO, unicode_decode_error_handler="replace"
 )
@@ -86,37 +83,32 @@ class DatabaseRecords:
         self.label = f"the database {label}"
         self._documents = documents.with_options(codec_options=LENIENT)
         self._ids: dict[RunId, Any] = {}
-        self._md5 = self._read_md5()
-        found = self._documents["runs"].find(question or {}, dict.fromkeys(FIELDS, 1))
-        self.runs = sorted((self._run(document) for document in found), key=_order)
-
-    def _read_md5(self) -> dict[str, str]:
         files = self._documents["fs.files"].find({"md5": {"$exists": True}}, {"md5": 1})
-        return {str(file["_id"]): plain(file["md5"]) for file in files}
+        md5 = {str(file["_id"]): plain(file["md5"]) for file in files}
+        found = self._documents["runs"].find(question or {}, dict.fromkeys(FIELDS, 1))
+        self.runs = sorted((self._run(document, md5) for document in found), key=_order)
 
-    def _run(self, document: Document) -> Document:
-        number = _free(run_id(document["_id"]), self._ids)
+    def _run(self, document: Document, md5: Mapping[str, Any]) -> Document:
+        number = _free(document["_id"], self._ids)
         self._ids[number] = document["_id"]
         run = {**plain(document), "_id": number}
-        sources = _at(run, "experiment", "sources")
-        if isinstance(sources, list):
-            run["experiment"]["sources"] = [self._source(source) for source in sources]
-        if isinstance(run.get("info"), dict):
-            run["info"].pop("metrics", None)  # a list of the metrics' numbers in this database
+        experiment, info = run.get("experiment"), run.get("info")
+        if isinstance(experiment, dict) and isinstance(experiment.get("sources"), list):
+            experiment["sources"] = [  # a file's md5 instead of its number in the database
+                [source[0], md5.get(str(source[1]), str(source[1]))]
+                if isinstance(source, list) and len(source) == 2 else source
+                for source in experiment["sources"]
+            ]  # fmt: skip
+        if isinstance(info, dict):
+            info.pop("metrics", None)  # a list of the metrics' numbers in this database
         return run
-
-    def _source(self, source: Any) -> Any:
-        """A file's name and md5, instead of its number in the database."""
-        if isinstance(source, list) and len(source) == 2:
-            return [source[0], self._md5.get(str(source[1]), str(source[1]))]
-        return source
 
     def metrics(
         self, runs: Iterable[RunId], names: Sequence[str] | None = None, without: str = ""
     ) -> Iterator[Metric]:
         """Those of some runs: of these names, or all but those that fit a regular expression."""
-        numbers = {_key(self._ids[run]): run for run in runs}
-        raw = [self._ids[run] for run in numbers.values()]
+        raw = [self._ids[run] for run in runs]
+        numbers = {_key(self._ids[run]): run for run in self._ids}
         chosen: Document = {} if names is None else {"name": {"$in": list(names)}}
         if without:
             chosen = {"name": {"$not": {"$regex": without}}}
@@ -125,16 +117,13 @@ class DatabaseRecords:
             of_some = {"run_id": {"$in": raw[first : first + BATCH]}, **chosen}
             found = self._documents["metrics"].find(of_some, fields)
             for metric in sorted(found, key=lambda metric: str(metric["_id"])):  # as recorded
-                run, name = numbers.get(_key(metric.get("run_id"))), metric.get("name")
+                run, name = numbers.get(_key(metric["run_id"])), metric.get("name")
                 if run is not None and isinstance(name, str):
                     yield _metric(run, printable(name), metric)
 
 
 class FileRecords:
     """The runs of files that `export` wrote; a run that is in several counts once.
-
-    Args:
-        paths: of the files.
 
     Attributes:
         runs: plain documents by number; of two runs with one number the later one gets another.
@@ -146,19 +135,17 @@ class FileRecords:
     def __init__(self, paths: Iterable[Path | str]) -> None:
         files = [Path(path) for path in paths]
         self.label = ", ".join(path.name for path in files)
-        self._metrics: dict[RunId, dict[str, Any]] = {}
-        found: dict[RunId, Document] = {}
+        self._metrics: dict[RunId, Any] = {}
+        self.runs: list[Document] = []
         seen: set[bytes] = set()
-        budget = _Budget()
-        for path in files:
-            for document, metrics in _read(path, budget):
-                content = json.dumps([document, metrics], sort_keys=True).encode()
-                if (digest := hashlib.sha256(content).digest()) not in seen:
-                    seen.add(digest)
-                    number = _free(run_id(document.get("_id")), found)
-                    found[number] = {**document, "_id": number}
-                    self._metrics[number] = metrics
-        self.runs = sorted(found.values(), key=_order)
+        for entry in _read(files):
+            digest = hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).digest()
+            if digest not in seen:
+                seen.add(digest)
+                number, metrics = _free(entry["runs"].get("_id"), self._metrics), entry["metrics"]
+                self.runs.append({**entry["runs"], "_id": number})
+                self._metrics[number] = metrics if isinstance(metrics, dict) else {}
+        self.runs.sort(key=_order)
 
     def metrics(
         self, runs: Iterable[RunId], names: Sequence[str] | None = None
@@ -171,26 +158,6 @@ class FileRecords:
 
 
 Records = DatabaseRecords | FileRecords
-
-
-def write_records(path: Path, records: DatabaseRecords, without: str = EVERY_STEP) -> int:
-    """Write the file; its size in bytes. The same records make the same file.
-
-    Args:
-        path: of the file.
-        records: written with all their metrics,
-        without: but for those whose names fit this regular expression; empty: none.
-    """
-    metrics: dict[RunId, dict[str, Any]] = {run["_id"]: {} for run in records.runs}
-    for run, name, series, fault in records.metrics(list(metrics), without=without):
-        if fault:
-            raise UserError(f"run {run}: {fault}; mend the run's record, or export the others")
-        metrics[run][name] = series._asdict()
-    with open(path, "wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as file:
-        for document in records.runs:
-            entry = {"runs": document, "metrics": metrics[document["_id"]]}
-            file.write(json.dumps(entry).encode() + b"\n")
-    return path.stat().st_size
 
 
 def plain(value: Any, depth: int = DEPTH) -> Any:
@@ -220,110 +187,70 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def run_id(value: Any) -> RunId:
-    """How a run is called: its number, or text."""
-    number = isinstance(value, int) and not isinstance(value, bool)
-    return int(value) if number else printable(str(value))
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _key(value: Any) -> tuple[str, Any]:
+def _key(value: Any) -> Any:
     """Equal for what is one number or text to a database, and hashable."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return "number", value
-    return ("text", str(value)) if isinstance(value, str) else ("other", repr(value))
+    return value if _is_number(value) else f"{type(value).__name__} {value!r}"
 
 
-def _free(number: RunId, taken: Mapping[RunId, Any]) -> RunId:
-    """The number, or one that nothing else has."""
-    if number not in taken:
-        return number
-    return next(name for n in range(2, len(taken) + 3) if (name := f"{number} ({n})") not in taken)
+def _free(identity: Any, taken: Mapping[RunId, Any]) -> RunId:
+    """How a run is called: its number, or text; or with a number behind it, if that is taken."""
+    whole = isinstance(identity, int) and not isinstance(identity, bool)
+    name: RunId = int(identity) if whole else printable(str(identity))
+    others = (f"{name} ({n})" for n in range(2, len(taken) + 3))
+    return name if name not in taken else next(other for other in others if other not in taken)
 
 
-def _order(run: Document) -> tuple[bool, int, str]:
-    number = run["_id"]
-    return not isinstance(number, int), number if isinstance(number, int) else 0, str(number)
-
-
-def _at(document: Any, *path: str) -> Any:
-    for name in path:
-        document = document.get(name) if isinstance(document, dict) else None
-    return document
+def _order(run: Document) -> tuple[bool, RunId]:
+    return isinstance(run["_id"], str), run["_id"]
 
 
 def _metric(run: RunId, name: str, metric: Any) -> Metric:
-    steps, values = plain(_at(metric, "steps")), plain(_at(metric, "values"))
+    metric = plain(metric) if isinstance(metric, Mapping) else {}
+    steps, values = metric.get("steps"), metric.get("values")
     if not isinstance(steps, list) or not isinstance(values, list):
         return Metric(run, name, Series([], []), f"{name}: steps or values are no list")
-    pairs = [(_step(s), _value(v)) for s, v in zip(steps, values, strict=False)]
-    right = [(s, v) for s, v in pairs if s is not None and v is not None]
+    pairs = [(step, math.nan if value is None else value)  # a number that is missing is nan
+             for step, value in zip(steps, values, strict=False)]  # fmt: skip
+    right = [(int(s), v) for s, v in pairs if _is_number(s) and s % 1 == 0 and _is_number(v)]
     number = max(len(steps), len(values))
     wrong = number - len(right)
     fault = f"{name}: {wrong} of {number} points are no numbers at steps" if wrong else ""
     return Metric(run, name, Series([s for s, _ in right], [v for _, v in right]), fault)
 
 
-def _step(value: Any) -> int | None:
-    whole = isinstance(value, (int, float)) and not isinstance(value, bool) and value % 1 == 0
-    return int(value) if whole else None
-
-
-def _value(value: Any) -> float | None:
-    """None for what is no number; a number that is missing is nan."""
-    if value is None:
-        return math.nan
-    try:
-        wrong = isinstance(value, bool) or not isinstance(value, (int, float))
-        return None if wrong else value if isinstance(value, float) else float(value) and value
-    except OverflowError:
-        return None
-
-
-class _Budget:
-    """What the files of one reading may still become."""
-
-    def __init__(self) -> None:
-        self._bytes, self._values = FILE_LIMIT, VALUES_LIMIT
-
-    def spend(self, line: bytes, path: Path) -> None:
-        """Count a line, before anything is made of it."""
-        self._bytes -= len(line)
-        self._values -= sum(map(line.count, (b"[", b"{", b",", b":")))
-        if len(line) > LINE_LIMIT or self._bytes < 0 or self._values < 0:
-            raise UserError(
-                f"{path}: expected lines of at most {LINE_LIMIT >> 20} MiB, and at most"
-                f" {FILE_LIMIT >> 20} MiB and {VALUES_LIMIT} values in all, got more; read fewer"
-                " files, or export fewer runs into one"
-            )
-
-
-def _read(path: Path, budget: _Budget) -> Iterator[tuple[Document, dict[str, Any]]]:
-    try:
-        with gzip.open(path, "rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(LINE_LIMIT + 1), b""), 1):
-                budget.spend(line, path)
-                entry = _plain_line(line)
-                run, metrics = _at(entry, "runs"), _at(entry, "metrics")
-                if not isinstance(run, dict):
-                    raise UserError(
-                        f"{path}, line {number}: expected a run as experiments.tracking.export"
-                        " writes it, got something else"
-                    )
-                yield run, metrics if isinstance(metrics, dict) else {}
-    except (gzip.BadGzipFile, EOFError, zlib.error, ValueError) as error:
-        if isinstance(error, UserError):
+def _read(paths: Iterable[Path]) -> Iterator[Document]:
+    """The lines of the files, all together within the limits."""
+    size = values = 0
+    for path in paths:
+        try:
+            with gzip.open(path, "rb") as file:
+                for number, line in enumerate(iter(lambda: file.readline(LINE_LIMIT + 1), b""), 1):
+                    size += len(line)  # counted before anything is made of it
+                    values += sum(map(line.count, (b"[", b"{", b",", b":")))
+                    if max(len(line) / LINE_LIMIT, size / FILE_LIMIT, values / VALUES_LIMIT) > 1:
+                        raise UserError(
+                            f"{path}: expected lines of at most {LINE_LIMIT >> 20} MiB, and at most"
+                            f" {FILE_LIMIT >> 20} MiB and {VALUES_LIMIT} values in all, got more;"
+                            " read fewer files, or export fewer runs into one"
+                        )
+                    entry = plain(json.loads(line))
+                    if not isinstance(entry, dict) or not isinstance(entry.get("runs"), dict):
+                        raise UserError(
+                            f"{path}, line {number}: expected a run as experiments.tracking.export"
+                            " writes it, got something else"
+                        )
+                    yield {"metrics": {}, **entry}
+        except UserError:
             raise
-        raise UserError(
-            f"{path}: expected gzip'ed JSON lines, got a damaged file, or another kind; fetch it"
-            " again"
-        ) from None
-    except OSError as error:
-        why = error.strerror or error
-        raise UserError(f"{path}: {why}; give a file of exported runs") from None
-
-
-def _plain_line(line: bytes) -> Any:
-    try:
-        return plain(json.loads(line))
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+        except (gzip.BadGzipFile, EOFError, zlib.error, ValueError, RecursionError):
+            raise UserError(
+                f"{path}: expected gzip'ed JSON lines, got a damaged file, or another kind; fetch"
+                " it again"
+            ) from None
+        except OSError as error:
+            why = error.strerror or error
+            raise UserError(f"{path}: {why}; give a file of exported runs") from None

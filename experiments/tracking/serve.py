@@ -6,8 +6,7 @@ Ctrl-C ends it; the embedded server stops when no run needs it either. The addre
 only you can reach: for `mongosh`, pymongo, and `omniboard --mu`.
 """
 
-from __future__ import annotations
-
+import contextlib
 import signal
 import sys
 import threading
@@ -15,9 +14,7 @@ import threading
 from experiments.tracking.database import Database, choose
 from experiments.tracking.errors import UserError
 
-
-def main() -> None:
-    """Print the address, then wait for Ctrl-C or SIGTERM."""
+if __name__ == "__main__":
     try:
         database = Database(choose())
     except UserError as error:
@@ -26,9 +23,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: done.set())
     print(database.address, flush=True)
-    done.wait()
+    while not done.wait(1.0):
+        with contextlib.suppress(UserError):
+            database.revive()
     database.close()
-
-
-if __name__ == "__main__":
-    main()

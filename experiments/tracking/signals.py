@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 
 from experiments.tracking.errors import Terminated
 
@@ -41,11 +40,7 @@ def urgent() -> bool:
 
 
 def check() -> None:
-    """End the run here if a signal has asked for it.
-
-    Raises:
-        KeyboardInterrupt, Terminated: it has.
-    """
+    """End the run here, by KeyboardInterrupt or Terminated, if a signal has asked for it."""
     if _request.signum == signal.SIGINT:
         raise KeyboardInterrupt
     if asked():
@@ -80,10 +75,9 @@ def deferred() -> Iterator[None]:
         _request.deferring = outer
 
 
-def _on_signal(signum: int, frame: FrameType | None) -> None:
+def _on_signal(signum: int, frame: object) -> None:
     now, first = time.monotonic(), not asked()
-    if not first and now - _request.at < SAME:
-        return
-    _request.signum, _request.at, _request.urgent = signum, now, not first
-    if _request.urgent or not _request.deferring:
-        check()
+    if first or now - _request.at >= SAME:
+        _request.signum, _request.at, _request.urgent = signum, now, not first
+        if _request.urgent or not _request.deferring:
+            check()

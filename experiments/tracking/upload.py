@@ -2,44 +2,21 @@
 
     python -m experiments.tracking.upload FILE...
 
-The database is the one a run would use; `-m HOST:PORT:DB` names another.
+The database is the one a run would use; `-m HOST:PORT:DB` names another. A file is removed when
+everything is in the database.
 """
-
-from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
 
 from experiments.tracking.database import Database, choose
-from experiments.tracking.errors import UserError
+from experiments.tracking.errors import UserError, one_line
 from experiments.tracking.uploader import upload_journal
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Upload each file; it is removed when everything is in the database."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.tracking.upload", description=
-                                     "Upload the records of runs whose database had gone away.")
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    parser.add_argument("-m", "--mongo_db", metavar="HOST:PORT:DB")
-    arguments = parser.parse_args(argv)
-    try:
-        database = Database(choose(arguments.mongo_db))
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    failed = False
-    for path in arguments.files:
-        try:
-            print(_upload(path, database), flush=True)
-        except Exception as error:  # whatever a database answers; the file is kept
-            text = database.redactor.text(str(error) or type(error).__name__)
-            print("error: " + " ".join(text.split()), file=sys.stderr)
-            failed = True
-    database.close()
-    sys.exit(int(failed))
-
-
-def _upload(path: Path, database: Database) -> str:
+def upload(path: Path, database: Database) -> str:
+    """What is said of the run that is uploaded."""
     try:
         uploader = upload_journal(path, database.documents)
     except FileNotFoundError:
@@ -51,4 +28,23 @@ def _upload(path: Path, database: Database) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.tracking.upload",
+        description="Upload the records of runs whose database had gone away.",
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("-m", "--mongo_db", metavar="HOST:PORT:DB")
+    arguments = parser.parse_args()
+    try:
+        opened = Database(choose(arguments.mongo_db))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    failed = False
+    for file in arguments.files:
+        try:
+            print(upload(file, opened), flush=True)
+        except Exception as error:  # whatever a database answers; the file is kept
+            print("error: " + opened.redacted(one_line(error)), file=sys.stderr)
+            failed = True
+    opened.close()
+    sys.exit(failed)

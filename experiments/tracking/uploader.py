@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import platform
+from collections import Counter
 from contextlib import closing
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,11 +19,11 @@ from typing import Any
 import bson
 import gridfs
 from gridfs.errors import GridFSError
-from pymongo import ASCENDING, DESCENDING, WriteConcern
+from pymongo import WriteConcern
 from pymongo.collection import Collection
 
 from experiments.tracking.database import Database, Documents
-from experiments.tracking.errors import TrackingError
+from experiments.tracking.errors import TrackingError, one_line
 from experiments.tracking.journal import Entry, JournalReader
 
 POINTS_PER_DOCUMENT = 100_000
@@ -35,13 +36,13 @@ COLUMNS = ("steps", "values", "timestamps")
 
 def next_run_id(runs: Collection[dict[str, Any]]) -> int:
     """One more than the largest number in use; runs may have names instead (Sacred's -i)."""
-    last = runs.find_one({"_id": {"$gte": 0}}, {"_id": 1}, sort=[("_id", DESCENDING)])
+    last = runs.find_one({"_id": {"$gte": 0}}, {"_id": 1}, sort=[("_id", -1)])
     return int(last["_id"]) + 1 if last else 1
 
 
 def index_metrics(documents: Documents) -> None:
     """Without this index every look-up of a run's metrics reads the metrics of all runs."""
-    documents["metrics"].create_index([("run_id", ASCENDING), ("name", ASCENDING)])
+    documents["metrics"].create_index([("run_id", 1), ("name", 1)])
 
 
 class Series:
@@ -66,10 +67,6 @@ def _text(step: Any, value: Any, time: datetime | None) -> bytes:
 class Uploader:
     """Bring the database to the state that a journal describes.
 
-    Args:
-        reader: the journal.
-        documents: the database.
-
     Attributes:
         run_id: the run's number in the database: the journal's own, or a new one where
             another run has taken it meanwhile.
@@ -77,7 +74,7 @@ class Uploader:
     """
 
     def __init__(self, reader: JournalReader, documents: Documents) -> None:
-        self._reader, self._documents = reader, documents
+        self.reader, self._documents = reader, documents
         self._runs = documents.get_collection("runs", write_concern=WriteConcern(w=1, j=True))
         self._metrics, self._files = documents["metrics"], gridfs.GridFS(documents)
         self.run_id: Any = None
@@ -86,31 +83,25 @@ class Uploader:
 
     def how_it_ended(self) -> str:
         """Nothing, or that the run's end is missing because it was killed."""
-        trace = self.document.get("fail_trace") or [""]
-        return f"; its end is missing: {KILLED}" if trace == [KILLED] else ""
+        return f"; its end is missing: {KILLED}" if self._was_killed() else ""
+
+    def _was_killed(self) -> bool:
+        return bool(self.document.get("fail_trace") == [KILLED])
 
     def _forget(self) -> None:
         self.document: Entry = {}
         self._changed: set[str] = set()
         self._series: dict[str, Series] = {}
-        self._counts: dict[str, int] = {}
+        self._counts: Counter[str] = Counter()
         self._artifacts: dict[Any, Entry] = {}
         self._stored: dict[Any, bytes] = {}  # the digest of each artifact, by file
-        self._reader.rewind()
-
-    @property
-    def damage(self) -> str:
-        """What is wrong with the journal, in words; empty if nothing is."""
-        return self._reader.damage
+        self.reader.rewind()
 
     def upload(self, abandoned: bool = False) -> None:
         """Write what is new in the journal; the run's own document last, and to the disk.
 
-        Args:
-            abandoned: the run's process has ended; a run that has not is marked as killed.
-
-        Raises:
-            PyMongoError: the database failed; call again later.
+        A run that has not ended although its process has, ``abandoned``, is marked as killed.
+        After PyMongoError, the database failed, call it again later.
         """
         self._documents.command("ping")  # read nothing into memory while nobody answers
         if self._again:
@@ -120,12 +111,12 @@ class Uploader:
             return
         again, self._again = self._again, True  # until everything is written
         status = self._claim_id()
-        if self.damage and status != "RUNNING":
+        if self.reader.damage and status != "RUNNING":
             self.document["status"] = status
             return  # the database has it from before the damage
         ended = self.document["status"] != "RUNNING"
-        if self.damage and (ended or abandoned):
-            self._mark(f"a part of the record is lost: {self.damage}", status)
+        if self.reader.damage and (ended or abandoned):
+            self._mark(f"a part of the record is lost: {self.reader.damage}", status)
         elif not ended and abandoned:
             self._mark(KILLED, status)
         for file_id in list(self._artifacts):
@@ -140,12 +131,12 @@ class Uploader:
         self._again = False
 
     def _read(self) -> None:
-        for entry in self._reader.entries():
+        for entry in self.reader.entries():
             if "metric" in entry:
                 name = entry["metric"]
-                count = self._counts[name] = self._counts.get(name, 0) + 1
-                if count > POINTS_PER_DOCUMENT:
-                    name = f"{name} ({1 + (count - 1) // POINTS_PER_DOCUMENT})"
+                if (part := self._counts[name] // POINTS_PER_DOCUMENT) > 0:
+                    name = f"{name} ({part + 1})"
+                self._counts[entry["metric"]] += 1
                 point = entry["step"], entry["value"], entry["time"]
                 self._series.setdefault(name, Series()).add(*point)
             elif "artifact" in entry:
@@ -182,14 +173,10 @@ class Uploader:
         if self._content(file_id) != self._stored[file_id]:
             self._files.delete(file_id)  # what an interrupted attempt has left
             self._files.put(
-                artifact["data"],
-                _id=file_id,
-                filename=f"artifact://runs/{self.run_id}/{name}",
-                metadata=artifact["metadata"],
-                contentType=artifact["content_type"],
-            )
-        listed = [*self.document["artifacts"], {"name": name, "file_id": file_id}]
-        self._set({"artifacts": listed})
+                artifact["data"], _id=file_id, filename=f"artifact://runs/{self.run_id}/{name}",
+                metadata=artifact["metadata"], contentType=artifact["content_type"],
+            )  # fmt: skip
+        self._set({"artifacts": [*self.document["artifacts"], {"name": name, "file_id": file_id}]})
 
     def _content(self, file_id: Any) -> bytes:
         """The digest of what is stored; of nothing where that is missing or damaged."""
@@ -209,7 +196,7 @@ class Uploader:
 
     def _has_been_cut(self) -> bool:
         """Whether the journal may hold less than it once did: damaged, or without an end."""
-        return bool(self.damage) or self.document.get("fail_trace") == [KILLED]
+        return bool(self.reader.damage) or self._was_killed()
 
     def _rows(self, name: str) -> list[Any]:
         """The points that are stored."""
@@ -225,12 +212,11 @@ class Uploader:
         return {**self.document, "_id": self.run_id, "info": info}
 
     def verify(self) -> None:
-        """Read back what has been uploaded: whatever an answer says, this is what is stored.
+        """Read back what is stored, whatever an answer said; TrackingError if it is not right.
 
-        Raises:
-            TrackingError: something is not there as it should be; the next `upload` writes it.
+        The next `upload` then writes it again.
         """
-        if self.run_id is None or self.damage:
+        if self.run_id is None or self.reader.damage:
             return
         self._again = True
         found = self._runs.find_one({"_id": self.run_id}) or {}
@@ -246,10 +232,6 @@ class Uploader:
             raise TrackingError(f"the database has lost {wrong[0]}")
         self._again = False
 
-    def close(self) -> None:
-        """Close the journal."""
-        self._reader.close()
-
 
 def _digest(content: bytes) -> bytes:
     return hashlib.sha256(content).digest()
@@ -258,12 +240,8 @@ def _digest(content: bytes) -> bytes:
 def upload_journal(path: Path, documents: Documents) -> Uploader | None:
     """Upload the journal of a process that has ended, read it back, and remove the file.
 
-    Returns:
-        The uploader; None if there is nothing to do because its process still runs.
-
-    Raises:
-        TrackingError: the file is damaged, or no journal: it is kept.
-        PyMongoError: the database failed; the file is kept.
+    None is returned if its process still runs. The file is kept after TrackingError, it is damaged
+    or no journal, and PyMongoError, the database failed.
     """
     with closing(JournalReader(path)) as reader:
         if not reader.is_abandoned():
@@ -282,21 +260,16 @@ def upload_journal(path: Path, documents: Documents) -> Uploader | None:
         if uploader.run_id is None and reader.damage:
             what = "is not the journal of a run, or its beginning is damaged"
             raise TrackingError(f"{path} {what}; it is kept")
-        if reader.damage:
-            raise TrackingError(_kept(path, reader, uploader))
-        path.unlink(missing_ok=True)
-        return uploader
-
-
-def _kept(path: Path, reader: JournalReader, uploader: Uploader) -> str:
-    """Put a damaged journal aside, and say so; by its new name it can be uploaded again."""
-    kept = path if path.suffix == ".damaged" else path.with_name(path.name + ".damaged")
-    path.rename(kept)
-    status = uploader.document["status"]
-    return (
-        f"a part of run {uploader.run_id} is lost: of its journal {reader.damage}; the rest is in"
-        f" the database, as {status}; the journal is kept: {kept}"
-    )
+        if not reader.damage:
+            path.unlink(missing_ok=True)
+            return uploader
+        # by its new name it can be uploaded again, and no run looks at it
+        kept = path if path.suffix == ".damaged" else path.with_name(path.name + ".damaged")
+        path.rename(kept)
+        raise TrackingError(
+            f"a part of run {uploader.run_id} is lost: of its journal {reader.damage}; the rest is"
+            f" in the database, as {uploader.document['status']}; the journal is kept: {kept}"
+        )
 
 
 def upload_abandoned(database: Database, folder: Path, log: logging.Logger) -> None:
@@ -308,12 +281,10 @@ def upload_abandoned(database: Database, folder: Path, log: logging.Logger) -> N
                 if not reader.header and reader.is_abandoned():
                     raise TrackingError(f"its beginning is damaged; python -m {COMMAND} reads on")
             if owner == (database.label, platform.node()):
-                uploader = upload_journal(path, database.documents)
-                if uploader is not None:
+                if uploader := upload_journal(path, database.documents):
                     text = "Uploaded the record that run %s left%s"
                     log.warning(text, uploader.run_id, uploader.how_it_ended())
         except FileNotFoundError:
             continue  # another run has just uploaded it
         except Exception as error:  # whatever a database answers; the file is kept
-            text = database.redactor.text(str(error) or type(error).__name__)
-            log.warning("Cannot upload %s: %s", path.name, text)
+            log.warning("Cannot upload %s: %s", path.name, database.redacted(one_line(error)))

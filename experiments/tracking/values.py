@@ -1,25 +1,57 @@
-"""What may be recorded: numbers for metrics, anything else as plain data MongoDB can hold."""
+"""What may be recorded: numbers for metrics, plain data without passwords, output that fits."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Set
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Set
 from datetime import datetime, timezone
 from typing import Any
+from urllib.parse import unquote
 
 from bson import Binary, ObjectId
 from sacred.metrics_logger import MetricsLogger
 from sacred.serializer import flatten
+from sacred.utils import apply_backspaces_and_linefeeds
 
 INT64 = 2**63
+HEAD, TAIL = 200_000, 800_000
+"""Characters kept of a longer output: its beginning, and its end with the results or errors.
+Sacred stops recording a run whose output exceeds the 16 MB of a document."""
+
+CUT = f"\n[... output cut here: the first {HEAD} and the last {TAIL} characters are kept ...]\n"
+HIDDEN = "***"
+USERINFO = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)[^/\s@'\"]*(?:@[^/\s@'\"]*)*@")
+"""Whatever stands before the last `@` of a URL's host: a name and password, or a token."""
+
+SHORTEST_SECRET = 6
+"""Shorter passwords are hidden inside URLs only: masking every `a` would ruin the record."""
+
+SECRET_OPTIONS = ("tlscertificatekeyfilepassword", "ssl_pem_passphrase", "authmechanismproperties")
+"""Options of a URL that are passwords, or hold a session's token."""
+
+
+class CheckedMetrics(MetricsLogger):
+    """Sacred's metrics logger with the checks made at the call, not in the observer."""
+
+    sink: Callable[[str, float, int, datetime], None] | None = None
+    """Called with name, value, step and time of every point as it is logged."""
+
+    def log_scalar_metric(self, metric_name: str, value: Any, step: int | None = None) -> None:
+        """Log one value; see `check_name`, `as_number` and `as_step` for what is refused."""
+        name = check_name(metric_name)
+        number, whole = as_number(name, value), as_step(name, step)
+        super().log_scalar_metric(name, number, whole)
+        if self.sink is not None:
+            now = datetime.now(timezone.utc)
+            self.sink(name, number, self._metric_step_counter[name], now)
 
 
 def check_name(name: Any) -> str:
-    """The metric's name; groups are separated by `/`.
+    """The metric's name; ValueError if it is empty or unprintable, or has a `$` or a dot.
 
-    Raises:
-        ValueError: an empty name, one with a dot (reports split names at dots) or a `$`, or one
-            that cannot be printed.
+    Reports split names at dots.
     """
     fits = isinstance(name, str) and name and name.isprintable()
     if not fits or "." in name or name.startswith("$"):
@@ -28,13 +60,9 @@ def check_name(name: Any) -> str:
 
 
 def as_number(name: str, value: Any) -> float | int:
-    """A Python number from a number or a one-element array or tensor; NaN stays NaN.
-
-    Raises:
-        TypeError: anything else.
-    """
+    """A Python number from a number or a one-element array or tensor; else TypeError."""
     number = _item(value)
-    if isinstance(number, (bool, int)):
+    if isinstance(number, int):
         return int(number) if abs(number) < INT64 else float(number)
     if isinstance(number, float):
         return number
@@ -45,11 +73,7 @@ def as_number(name: str, value: Any) -> float | int:
 
 
 def as_step(name: str, step: Any) -> int | None:
-    """A Python int, or None for the metric's own counter.
-
-    Raises:
-        TypeError: a step that is no whole number, or has more than 64 bits.
-    """
+    """A Python int, or None for the metric's own counter; else TypeError."""
     try:
         whole = None if step is None else operator.index(_item(step))
         if whole is None or abs(whole) < INT64:
@@ -83,25 +107,64 @@ def storable(value: Any) -> Any:
         return {storable(str(k)).replace("\0", "\\0"): storable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, Set)):
         return [storable(item) for item in value]
-    if hasattr(value, "tolist"):
-        return storable(value.tolist())
-    return flatten(value)
+    return storable(value.tolist()) if hasattr(value, "tolist") else flatten(value)
 
 
-class CheckedMetrics(MetricsLogger):
-    """Sacred's metrics logger with the checks made at the call, not in the observer.
+def secrets_of(url: str) -> set[str]:
+    """The strings of `url` that nobody else may read: passwords, as written and decoded."""
+    match = USERINFO.match(url)
+    userinfo = "" if match is None else match.group()[len(match["scheme"]) : -1]
+    options = [option.partition("=") for option in url.partition("?")[2].split("&")]
+    named = [value for name, _, value in options if name.lower() in SECRET_OPTIONS]
+    written = {userinfo.partition(":")[2], *named, *(v.partition(":")[2] for v in named)}
+    return {form for text in written for form in (text, unquote(text)) if form}
 
-    Attributes:
-        sink: called with name, value, step and time of every point as it is logged.
+
+def redacted(value: Any, secrets: Iterable[str] = ()) -> Any:
+    """A copy of nested data in which `***` stands for the secrets and the user of every URL.
+
+    Secrets below `SHORTEST_SECRET` characters are hidden only where they stand in a URL.
+    """
+    if isinstance(value, str):
+        for secret in sorted(secrets, reverse=True):
+            value = value if len(secret) < SHORTEST_SECRET else value.replace(secret, HIDDEN)
+        return USERINFO.sub(rf"\g<scheme>{HIDDEN}@", value) if "@" in value else value
+    if isinstance(value, Mapping):
+        return {redacted(k, secrets): redacted(item, secrets) for k, item in value.items()}
+    return [redacted(v, secrets) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def keep_output(text: str) -> str:
+    """Draw progress bars as a terminal would, and cut the middle out of a very long output.
+
+    Sacred passes all that was kept before with what is new; a second cut removes the first mark.
+    """
+    if "\r" in text or "\b" in text:
+        text = "\n".join(
+            str(apply_backspaces_and_linefeeds(line)) if "\r" in line or "\b" in line else line
+            for line in text.split("\n")
+        )
+    return text if len(text) <= HEAD + len(CUT) + TAIL else text[:HEAD] + CUT + text[-TAIL:]
+
+
+class Tape:
+    """What is printed until it is read: stands in for Sacred's StringIO, which keeps it for good.
+
+    One thread reads what others write, and nothing is lost between the two.
     """
 
-    sink: Callable[[str, float, int, datetime], None] | None = None
+    closed = False
 
-    def log_scalar_metric(self, metric_name: str, value: Any, step: int | None = None) -> None:
-        """Log one value; see `check_name`, `as_number` and `as_step` for what is refused."""
-        name = check_name(metric_name)
-        number, whole = as_number(name, value), as_step(name, step)
-        super().log_scalar_metric(name, number, whole)
-        if self.sink is not None:
-            now = datetime.now(timezone.utc)
-            self.sink(name, number, self._metric_step_counter[name], now)
+    def __init__(self) -> None:
+        self._parts: deque[str] = deque()  # whose ends are safe among threads
+
+    def write(self, text: str) -> int:
+        """Keep the text."""
+        self._parts.append(text)
+        return len(text)
+
+    def read(self) -> str:
+        """All that has been written since the last call."""
+        return "".join(self._parts.popleft() for _ in range(len(self._parts)))
+
+    seek = tell = flush = close = lambda self, position=0: 0

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from toy_process import environment, finish, server_process, server_processes, start, wait_for
 
-from experiments.tracking import open_database, supervisor
+from experiments.tracking import open_database, socket_server
 
 LOSS, TRAIN = "train/query_loss", {"name": "train/loss"}
 SMOKE = ("with", "smoke", "iterations=6")
@@ -24,38 +24,29 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "data"
 
 
-def assert_all_recorded(data: Path, number: int, points: int) -> None:
-    with open_database() as database:
-        runs = list(database["runs"].find().sort("_id", 1))
-        assert [run["_id"] for run in runs] == list(range(1, number + 1))
-        assert {run["status"] for run in runs} == {"COMPLETED"}
-        for run in runs:
-            (loss,) = database["metrics"].find({"run_id": run["_id"], "name": LOSS})
-            assert len(loss["steps"]) == points
-    assert not list((data / "journals").glob("*"))
-
-
 def assert_the_server_stops(data: Path) -> None:
     wait_for(lambda: not server_processes(data))
     time.sleep(0.5)
     assert not server_processes(data)
 
 
-def run_at_once(data: Path, number: int) -> None:
+@pytest.mark.slow
+def test_eight_runs_at_once(data: Path) -> None:
     processes = [
         start(environment(data), *SMOKE, f"seed={seed}", module="experiments.train",
               folder=data.parent)
-        for seed in range(number)
+        for seed in range(8)
     ]  # fmt: skip
     ended = [finish(process) for process in processes]
-    assert [code for code, _ in ended] == [0] * number, ended
-    assert_all_recorded(data, number, 6)
+    assert [code for code, _ in ended] == [0] * 8, ended
+    with open_database() as database:
+        runs = list(database["runs"].find().sort("_id", 1))
+        assert [run["_id"] for run in runs] == list(range(1, 9))
+        assert {run["status"] for run in runs} == {"COMPLETED"}
+        found = [m["steps"] for m in database["metrics"].find({"name": LOSS})]
+        assert list(map(len, found)) == [6] * 8
+    assert not list((data / "journals").glob("*"))
     assert_the_server_stops(data)
-
-
-@pytest.mark.slow
-def test_eight_runs_at_once(data: Path) -> None:
-    run_at_once(data, 8)
 
 
 def test_three_runs_at_once_and_one_while_another_ends(data: Path) -> None:
@@ -80,9 +71,9 @@ def test_three_runs_at_once_and_one_while_another_ends(data: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_that_starts_in_the_servers_last_moments(data: Path) -> None:
-    """The supervisor waits `LINGER` seconds for the next run, then stops; starts fall around it."""
+    """The server waits `LINGER` seconds for the next run, then stops; starts fall around it."""
     env, before = environment(data), 0
-    for pause in (supervisor.LINGER - 0.3, supervisor.LINGER, supervisor.LINGER + 0.2):
+    for pause in (socket_server.LINGER - 0.3, socket_server.LINGER, socket_server.LINGER + 0.2):
         code, output = finish(start(env, "with", "steps=1"))
         assert code == 0, output
         before += 1
@@ -93,7 +84,7 @@ def test_a_run_that_starts_in_the_servers_last_moments(data: Path) -> None:
 
 @pytest.mark.slow
 def test_a_crash_of_everything_loses_the_last_seconds_at_most(data: Path) -> None:
-    """SIGKILL to the run, its server and the server's supervisor, all at once."""
+    """SIGKILL to the run and its server, both at once."""
     process = start(environment(data), "-b", "0.2", "with", "steps=100000", "pause=0.02")
 
     def recorded() -> int:
@@ -104,8 +95,7 @@ def test_a_crash_of_everything_loses_the_last_seconds_at_most(data: Path) -> Non
     wait_for(lambda: recorded() > 20)
     seen = recorded()
     pid = server_process(data)
-    keeper = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    for victim in (process.pid, keeper, pid):
+    for victim in (process.pid, pid):
         os.kill(victim, signal.SIGKILL)
     process.wait()
     assert process.stdout is not None

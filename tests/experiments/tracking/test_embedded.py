@@ -103,8 +103,8 @@ def test_nonsense_in_every_file_of_the_folder(data: Path) -> None:
 
 
 def server_is_up(folder: Path) -> bool:
-    """Whether its supervisor holds the lock."""
-    with open(folder / "supervisor.lock") as file:
+    """Whether it holds its lock."""
+    with open(folder / "server.lock") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:

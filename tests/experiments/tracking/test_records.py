@@ -183,79 +183,56 @@ def test_a_line_of_any_shape_costs_itself(line: Any, tmp_path: Path) -> None:
     assert len(runs) == 2 and 7 in set(runs["_id"])
 
 
-def _plain(path: Path) -> None:
-    path.write_text("runs")
-
-
-def _cut(path: Path) -> None:
-    write(path, [LINE]).write_bytes(path.read_bytes()[:-20])
-
-
-def _flipped(path: Path) -> None:
-    content = bytearray(write(path, [LINE] * 50).read_bytes())
-    content[len(content) // 2] ^= 255
-    path.write_bytes(content)
-
-
-def _no_json(path: Path) -> None:
-    path.write_bytes(gzip.compress(b"{runs\n"))
-
-
-def _brackets(path: Path) -> None:
-    path.write_bytes(gzip.compress(b"[" * 100_000 + b"\n"))
-
-
-def _other(path: Path) -> None:
-    write(path, [{"format": "l2l_implicit records", "version": 1}])
-
-
-def _digits(path: Path) -> None:
-    path.write_bytes(gzip.compress(b'{"runs": ' + b"1" * 100_000 + b"}\n"))
-
-
-FILES: dict[Callable[[Path], None], str] = {
-    _plain: "got a damaged file", _cut: "got a damaged file", _flipped: "got a damaged file",
-    _no_json: "got a damaged file", _brackets: "got a damaged file", _digits: "got a damaged file",
-    _other: "line 1: expected a run as experiments.tracking.export writes it",
-    lambda path: None: "No such file", lambda path: path.mkdir(): "Is a directory",
+WHOLE = gzip.compress("".join(json.dumps(LINE) + "\n" for _ in range(50)).encode())
+HALF = len(WHOLE) // 2
+DAMAGED = "got a damaged file"
+FILES: dict[str, tuple[bytes | None, str]] = {
+    "plain text": (b"runs", DAMAGED), "cut off": (WHOLE[:-20], DAMAGED),
+    "a flipped byte": (WHOLE[:HALF] + bytes([WHOLE[HALF] ^ 255]) + WHOLE[HALF + 1 :], DAMAGED),
+    "no JSON": (gzip.compress(b"{runs\n"), DAMAGED),
+    "brackets": (gzip.compress(b"[" * 100_000 + b"\n"), DAMAGED),
+    "digits": (gzip.compress(b'{"runs": ' + b"1" * 100_000 + b"}\n"), DAMAGED),
+    "another format": (gzip.compress(b'{"format": "l2l_implicit records", "version": 1}'),
+                       "line 1: expected a run as experiments.tracking.export writes it"),
+    "nothing": (None, "No such file"), "a folder": (None, "Is a directory"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("make", list(FILES), ids=lambda make: make.__name__)
+@pytest.mark.parametrize("name", FILES)
 def test_a_file_that_is_none_is_refused_in_one_line(
-    make: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make(tmp_path / "f")
-    words = ["--records", str(tmp_path / "f"), "--output", str(tmp_path / "report")]
+    content, message = FILES[name]
+    path = tmp_path / "f"
+    if content is not None:
+        path.write_bytes(content)
+    elif name == "a folder":
+        path.mkdir()
+    words = ["--records", str(path), "--output", str(tmp_path / "report")]
     assert report_main(words) == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and FILES[make] in error
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert not (tmp_path / "report").exists()
 
 
-def _bombs() -> dict[str, bytes]:
-    """Files of a few kB or MB that would take gigabytes."""
-    start, end = b'{"runs": {"_id": 1, "config": {"a": ', b"}}}\n"
-    return {
-        "blank": b" " * 2**26,
-        "a line of lists": start + b"[" + b"[]," * 2**24 + b"[]]" + end,
-        "lines of lists": (start + b"[" + b"[]," * 2**17 + b"[]]" + end) * 20,
-        "lines of objects": (start + b"[" + b'{"":1},' * 2**16 + b"1]" + end) * 20,
-        "a long text": start + b'"' + b"a" * 2**26 + b'"' + end,
-        "texts": (start + b'"' + b"a" * 2**21 + "\U0001f600".encode() + b'"' + end) * 20,
-        "numbers": (start + b"[" + b"0," * 2**20 + b"0]" + end) * 10,
-    }
-
-
-BOMBS = ("blank", "a line of lists", "lines of lists", "lines of objects", "a long text", "texts",
-         "numbers")  # fmt: skip
+START, END = b'{"runs": {"_id": 1, "config": {"a": ', b"}}}\n"
+BOMBS: dict[str, Callable[[], bytes]] = {
+    "blank": lambda: b" " * 2**26,
+    "a line of lists": lambda: START + b"[" + b"[]," * 2**24 + b"[]]" + END,
+    "lines of lists": lambda: (START + b"[" + b"[]," * 2**17 + b"[]]" + END) * 20,
+    "lines of objects": lambda: (START + b"[" + b'{"":1},' * 2**16 + b"1]" + END) * 20,
+    "a long text": lambda: START + b'"' + b"a" * 2**26 + b'"' + END,
+    "texts": lambda: (START + b'"' + b"a" * 2**21 + "\U0001f600".encode() + b'"' + END) * 20,
+    "numbers": lambda: (START + b"[" + b"0," * 2**20 + b"0]" + END) * 10,
+}
+"""Files of a few kB or MB that would take gigabytes."""
 
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_file_that_would_become_large_is_refused_before(name: str, tmp_path: Path) -> None:
     """In a process of its own, which takes less than 300 MiB for it."""
     path = tmp_path / "bomb.gz"
-    path.write_bytes(gzip.compress(_bombs()[name], 1))
+    path.write_bytes(gzip.compress(BOMBS[name](), 1))
     program = (
         "import resource, sys\n"
         "from experiments.tracking.records import FileRecords, UserError\n"

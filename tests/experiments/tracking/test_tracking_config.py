@@ -10,10 +10,10 @@ import pytest
 from toy_experiment import ex
 from toy_process import environment, run
 
-from experiments.tracking import UserError
+from experiments.tracking import TrackedExperiment, UserError
 from experiments.tracking.config import words_as_updates
 from experiments.tracking.errors import nearest
-from experiments.tracking.host import repository_info
+from experiments.tracking.experiment import repository_info
 
 
 def configure(*words: str) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def test_an_error_the_user_made_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("artifact", "FileNotFoundError: no file 'no/such/file.txt' to add as an artifact"),
+        ("artifact", "FileNotFoundError: [Errno 2] No such file or directory: 'no/such/file.txt'"),
         ("value", "TypeError: metric 'loss' must be a number or a one-element tensor"),
         ("name", "ValueError: a metric's name is a string such as 'train/loss'"),
     ],
@@ -176,3 +176,35 @@ def test_a_wrong_record_is_an_error_at_the_call(
 
 def test_a_folder_without_a_commit_has_no_repository(tmp_path: Path) -> None:
     assert repository_info(tmp_path) == []
+
+
+PLAIN = {
+    "rate=1": None, "sizes=(1,2,3)": None, "cell=c12": None, "seed=4": None,
+    "ratee=1": "no configuration entry 'ratee'; did you mean 'rate'?",
+    "rate=abc": "rate: expected float, got 'abc'",
+    "cell=5": "cell: expected str | None, got 5",
+    "sizes=3": "sizes: expected list | tuple, got 3",
+    "on=1": "on: expected bool, got 1",
+    "seed=-1": "seed: expected",
+}  # fmt: skip
+"""Words for an experiment with Sacred's own defaults, and the error of each that is wrong."""
+
+
+@pytest.mark.parametrize("words", PLAIN)
+def test_defaults_in_sacreds_own_config_are_checked(words: str) -> None:
+    ex = TrackedExperiment("plain", types={"cell": str | None})
+
+    @ex.config
+    def defaults() -> None:
+        cell, rate, sizes, on = None, 0.5, [1, 2], False  # noqa: F841
+
+    @ex.main
+    def main(rate: float) -> float:
+        return rate
+
+    updates, _ = words_as_updates([words])
+    if (message := PLAIN[words]) is None:
+        ex.run(config_updates=updates, options={"--unobserved": True})
+    else:
+        with pytest.raises(UserError, match=re.escape(message)):
+            ex.run(config_updates=updates, options={"--unobserved": True})

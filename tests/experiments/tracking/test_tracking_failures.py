@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,11 @@ from toy_process import (
     read_until,
     run,
     server_process,
-    server_processes,
     start,
     wait_for,
     write_journal,
 )
 
-from experiments.tracking import open_database
 from experiments.tracking.uploader import upload_journal
 
 STEPS = 40
@@ -80,44 +77,14 @@ def latest(database: Any) -> dict[str, Any]:
     return database["runs"].find_one({}, sort=[("_id", -1)]) or {"_id": 0}
 
 
-def parent(process: int) -> int:
-    return int(subprocess.check_output(["ps", "-o", "ppid=", "-p", str(process)]))
-
-
-def test_overlapping_runs_share_one_server(data: Path, embedded: Any, gate: Path) -> None:
-    before, server = embedded["runs"].count_documents({}), server_process(data)
-    processes = [start(environment(data), *SLOW, f"hold={gate}") for _ in range(2)]
-    wait_for(lambda: all(half_done(embedded, before + number) for number in (1, 2)))
-    gate.touch()
-    assert [finish(process)[0] for process in processes] == [0, 0]
-    new = list(embedded["runs"].find().sort("_id", -1).limit(2))
-    assert {entry["_id"] for entry in new} == {before + 1, before + 2}
-    assert new[0]["start_time"] < new[1]["stop_time"] and new[1]["start_time"] < new[0]["stop_time"]
-    assert all(points(embedded, entry["_id"])["train/loss"] == LOSSES for entry in new)
-    assert server_process(data) == server
-
-
-def test_the_server_starts_and_stops_with_the_runs_and_keeps_their_data(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("L2L_IMPLICIT_DATA", str(tmp_path))
-    monkeypatch.delenv("L2L_IMPLICIT_MONGO_URL", raising=False)
-    assert run(environment(tmp_path), "with", "quick")[0] == 0
-    wait_for(lambda: not server_processes(tmp_path))
-    assert run(environment(tmp_path), "with", "quick")[0] == 0
-    with open_database() as db:  # which may have stopped again by now
-        assert db["runs"].distinct("_id") == [1, 2]
-
-
-@pytest.mark.parametrize("victim", ["server", "supervisor"])
 def test_killing_the_embedded_server_costs_nothing(
-    data: Path, embedded: Any, gate: Path, victim: str
+    data: Path, embedded: Any, gate: Path
 ) -> None:
     before = latest(embedded)["_id"]
     process = start(environment(data), *SLOW, f"hold={gate}")
     wait_for(lambda: latest(embedded)["_id"] > before and half_done(embedded, before + 1))
     old = server_process(data)
-    os.kill(old if victim == "server" else parent(old), signal.SIGKILL)
+    os.kill(old, signal.SIGKILL)
     gate.touch()
     code, output = finish(process)
     assert code == 0, output

@@ -32,9 +32,18 @@ from toy_process import (
 
 from experiments.tracking import TrackedExperiment, TrackingError, open_database, uploader
 from experiments.tracking.journal import Journal, JournalReader
-from experiments.tracking.output import CUT, HEAD, TAIL, Tape, keep_output
 from experiments.tracking.uploader import Uploader, upload_journal
-from experiments.tracking.values import as_number, as_step, check_name, storable
+from experiments.tracking.values import (
+    CUT,
+    HEAD,
+    TAIL,
+    Tape,
+    as_number,
+    as_step,
+    check_name,
+    keep_output,
+    storable,
+)
 
 
 @pytest.fixture(scope="module")
@@ -70,29 +79,21 @@ def test_an_upload_may_be_repeated(tmp_path: Path, database: Any) -> None:
     assert database["metrics"].find_one({"_id": ObjectId(metric["id"])})["name"] == "loss"
 
 
-@pytest.mark.parametrize("left", [0, 1, 2])
-def test_what_the_database_has_lost_is_written_again(
-    tmp_path: Path, database: Any, left: int
-) -> None:
-    number = 1100 + left
-    reader = JournalReader(write_journal(tmp_path / f"r{left}", number, [1.0, 2.0, math.nan]))
-    upload = Uploader(reader, database)
-    upload.upload()
-    upload.verify()
-    lost = {key: {"$each": [], "$slice": left} for key in ("steps", "values", "timestamps")}
-    database["metrics"].update_one({"run_id": number}, {"$push": lost})
-    database["runs"].delete_one({"_id": number})
-    with pytest.raises(TrackingError, match="the database has lost '_id' of the run"):
-        upload.verify()
-    upload.upload()
-    upload.verify()
-    ((first, second, third),) = points(database, number).values()
-    assert (first, second) == (1.0, 2.0) and math.isnan(third)
-    assert database["runs"].find_one({"_id": number})["status"] == "COMPLETED"
-
-
 def change_status(database: Any) -> None:
     database["runs"].update_one({"_id": 1400}, {"$set": {"status": "FAILED"}})
+
+
+def lose_the_run(database: Any) -> None:
+    database["runs"].delete_one({"_id": 1400})
+
+
+def lose_points(database: Any, left: int = 1) -> None:
+    lost = {key: {"$each": [], "$slice": left} for key in ("steps", "values", "timestamps")}
+    database["metrics"].update_one({"run_id": 1400}, {"$push": lost})
+
+
+def lose_all_points(database: Any) -> None:
+    lose_points(database, 0)
 
 
 def change_a_value(database: Any) -> None:
@@ -109,18 +110,19 @@ def shorten_an_artifact(database: Any) -> None:
     database["fs.chunks"].update_one({"files_id": file["_id"]}, {"$set": {"data": b"0"}})
 
 
-@pytest.mark.parametrize(
-    "change", [change_status, change_a_value, add_a_point, shorten_an_artifact]
-)
+@pytest.mark.parametrize("change", [change_status, lose_the_run, lose_points, lose_all_points,
+                                    change_a_value, add_a_point, shorten_an_artifact])  # fmt: skip
 def test_what_is_stored_is_read_back(tmp_path: Path, database: Any, change: Any) -> None:
-    upload = Uploader(JournalReader(write_journal(tmp_path / "r", 1400, [1.0, 2.0])), database)
+    losses = [1.0, 2.0, math.nan]
+    upload = Uploader(JournalReader(write_journal(tmp_path / "r", 1400, losses)), database)
     upload.upload()
+    upload.verify()
     change(database)
     with pytest.raises(TrackingError, match="the database has lost"):
         upload.verify()
     upload.upload()
     upload.verify()
-    assert points(database, 1400) == {"loss": [1.0, 2.0]}
+    assert str(points(database, 1400)) == "{'loss': [1.0, 2.0, nan]}"
     assert database["runs"].find_one({"_id": 1400})["status"] == "COMPLETED"
     for name in ("runs", "metrics", "fs.files", "fs.chunks"):
         database[name].delete_many({})
@@ -396,26 +398,22 @@ def test_what_is_printed_is_read_once_and_not_kept() -> None:
     assert sum(map(len, read)) == 20_000 and tape.read() == ""
 
 
-def test_a_run_with_awkward_information_completes(data: Path, database: Any) -> None:
-    code, output = run(environment(data), "with", "quick", "fault=info")
-    assert code == 0, output
+@pytest.mark.parametrize("fault", ["info", "long", "user"])
+def test_what_a_run_leaves(data: Path, database: Any, fault: str) -> None:
+    code, output = run(environment(data), "with", "quick", f"fault={fault}")
+    assert code == (fault == "user"), output
     stored = database["runs"].find_one({}, sort=[("start_time", -1)])
-    info = stored["info"]
-    assert (info["huge"], info["scalar"], info["array"]) == (str(2**80), 0.5, [0, 1, 2])
-    assert stored["result"] == 0.5
-
-
-def test_a_long_output_is_cut_and_the_run_completes(data: Path, database: Any) -> None:
-    assert run(environment(data), "with", "quick", "fault=long")[0] == 0
-    kept = database["runs"].find_one({}, sort=[("start_time", -1)])["captured_out"]
-    assert len(kept) == HEAD + len(CUT) + TAIL
-    assert kept.startswith("begin") and kept.endswith("end\n")
-
-
-def test_an_expected_error_is_recorded_as_failed(data: Path, database: Any) -> None:
-    assert run(environment(data), "with", "fault=user")[0] == 1
-    stored = database["runs"].find_one({}, sort=[("start_time", -1)])
-    assert stored["status"] == "FAILED" and "told to fail" in "".join(stored["fail_trace"])
+    assert stored["status"] == ("FAILED" if code else "COMPLETED")
+    if fault == "info":
+        info = stored["info"]
+        assert (info["huge"], info["scalar"], info["array"]) == (str(2**80), 0.5, [0, 1, 2])
+        assert stored["result"] == 0.5
+    elif fault == "long":
+        kept = stored["captured_out"]
+        assert len(kept) == HEAD + len(CUT) + TAIL
+        assert kept.startswith("begin") and kept.endswith("end\n")
+    else:
+        assert "told to fail" in "".join(stored["fail_trace"])
 
 
 def test_hostport_option(data: Path, tmp_path: Path) -> None:

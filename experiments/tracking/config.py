@@ -188,7 +188,7 @@ def check_like_defaults(run: Run, types: Values) -> None:
         raise UserError(_unknown(name, known))
     usual = {name: list | tuple if old in (list, tuple) else old
              for name, (old, _) in changes.typechanged.items() if old is not type(None)}
-    for name, wanted in {**usual, "seed": Seed, **types}.items():
+    for name, wanted in {**usual, **types}.items():
         strict = ConfigDict(strict=True, arbitrary_types_allowed=True)
         try:
             TypeAdapter(wanted, config=strict).validate_python(settings.get(name))

@@ -180,6 +180,8 @@ class TrackedExperiment(Experiment):
         asked = dict(options or {})
         updates = nested((config_updates or {}).items())
         check_named_configs(self, named_configs)
+        if self.settings is None and "seed" in updates:
+            RunSettings.of({"seed": updates["seed"]})
         # Sacred would add its own observer, and only warn of what is an error here
         handed = {**asked, MONGO_OPTION: None, "--force": True}
         plain = super()._create_run(

@@ -33,7 +33,7 @@ from experiments.ingredients.model import (
     use_threads,
     within_limits,
 )
-from experiments.report.content import MIB
+from experiments.report.columns import MIB
 from experiments.report.paper_figures import Growth, Point, memory_panel
 from experiments.tracking import TrackedExperiment, record
 from experiments.tracking.config import Count, Counts, Positive, RunSettings, Seed, Text, Threads

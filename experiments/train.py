@@ -14,7 +14,6 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -186,7 +185,7 @@ def _train(run: Any, config: Values, ranks: Ranks) -> dict[str, Any]:
     run.info["tasks"] = given.describe()
     learner, folder = _learner(config, given, ranks), Path(config["output"])
     if ranks.first:
-        folder = outcome.new_folder(run, config["output"])
+        folder = outcome.folder_of(run, config["output"])
         text = checkpoint.settings_text(config).encode()
         checkpoint.replace(folder / checkpoint.CONFIG, lambda file: file.write(text))
     schedule = Schedule.of({name: config[name] for name in Schedule.model_fields})
@@ -204,7 +203,6 @@ def _train(run: Any, config: Values, ranks: Ranks) -> dict[str, Any]:
     result = outcome.summary(training, centroid)
     run.info["result"] = result
     outcome.announce(run, training, result, centroid)
-    run.afterwards.append(partial(checkpoint.remove, folder))
     return result
 
 

@@ -17,7 +17,7 @@ from experiments.benchmark.cases import BenchmarkSettings, select
 from experiments.benchmark.measure import Row, as_markdown, as_text, draw, summary
 from experiments.ingredients.model import device_of, use_threads, within_limits
 from experiments.tracking import TrackedExperiment, record
-from experiments.training.outcome import new_folder
+from experiments.training.outcome import folder_of
 from experiments.training.peak_memory import keep_freed_memory
 from l2l_implicit import UnsolvedWarning
 
@@ -65,7 +65,7 @@ def benchmark(_run: Any, cases: str, threads: int, output: str) -> dict[str, int
     chosen, settings = select(cases), BenchmarkSettings.of(_run.config)
     settings = settings.model_copy(update={"device": str(device_of(settings.device))})
     use_threads(threads)
-    folder = new_folder(_run, output)
+    folder = folder_of(_run, output)
     keep_freed_memory()  # as experiments.train does; every method is faster for it
     rows: dict[str, list[Row]] = {}
     with warnings.catch_warnings():

@@ -34,7 +34,7 @@ from experiments.ingredients.model import use_threads, within_limits
 from experiments.report.paper_figures import Curve, draw_errors
 from experiments.tracking import TrackedExperiment, record
 from experiments.tracking.config import Count, Counts, Positive, RunSettings, Seed, Text, Threads
-from experiments.training.outcome import new_folder
+from experiments.training.outcome import folder_of
 from l2l_implicit import ImplicitCGHead, ImplicitMAML, UnsolvedWarning
 from l2l_implicit.baselines import UnrolledMAML
 
@@ -314,7 +314,7 @@ def hypergradient(_run: Any, output: str) -> dict[str, float]:
     """Print the errors; returns those at the largest K."""
     c = HypergradientSettings.of(_run.config)
     use_threads(c.threads)
-    picture = new_folder(_run, output) / "hypergradient.png"
+    picture = folder_of(_run, output) / "hypergradient.png"
     inner_steps, kinds = sorted(set(c.inner_steps)), _problems(c)
     total = c.problems * sum(inner_steps) * sum(len(by_name) for _, by_name in kinds.values())
     found: dict[str, Mapping[str, Curve]] = {}

@@ -39,7 +39,7 @@ from experiments.tracking import TrackedExperiment, record
 from experiments.tracking.config import Count, Counts, Positive, RunSettings, Seed, Text, Threads
 from experiments.training.algorithms import Algorithm
 from experiments.training.episodes import Episode
-from experiments.training.outcome import new_folder
+from experiments.training.outcome import folder_of
 from experiments.training.peak_memory import peak_memory, process_peak
 from l2l_implicit import UnsolvedWarning
 
@@ -264,7 +264,7 @@ def memory(_run: Any, output: str) -> dict[str, float]:
     c = MemorySettings.of(_run.config)
     device = device_of(c.device)
     use_threads(c.threads)
-    picture = new_folder(_run, output) / "memory.png"
+    picture = folder_of(_run, output) / "memory.png"
     effort = Effort(c.limit_gib * 2**30, c.repetitions)
     shapes = (
         Shape(c.ways, c.shots, c.queries, c.pixels, c.hidden),

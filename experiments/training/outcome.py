@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median_high
 from typing import Any
@@ -25,10 +26,12 @@ from experiments.training.peak_memory import process_peak  # noqa: E402
 from experiments.training.scores import History  # noqa: E402
 
 
-def new_folder(run: Any, output: str) -> Path:
-    """The run's own folder in ``output``; an error of one line if it cannot be made."""
+def folder_of(run: Any, output: str) -> Path:
+    """The run's own folder in ``output``, locked until the run has completed."""
     name = str(run._id) if run._id is not None else time.strftime("unobserved-%Y%m%d-%H%M%S")
-    return checkpoint.new_folder(Path(output), name)
+    folder = checkpoint.new_folder(Path(output), name)
+    run.afterwards.append(partial(checkpoint.remove, folder))
+    return folder
 
 
 def save(run: Any, training: Training, centroid: Interval | None) -> None:

@@ -26,7 +26,7 @@ from experiments.papers.convergence.parts import (
 from experiments.report.paper_figures import Findings, draw_convergence
 from experiments.report.paper_figures import show_mean as show
 from experiments.tracking import TrackedExperiment, record
-from experiments.training.outcome import new_folder
+from experiments.training.outcome import folder_of
 
 ex = TrackedExperiment("convergence", settings=ConvergenceSettings)
 
@@ -124,7 +124,7 @@ def convergence(_run: Any, output: str) -> dict[str, Any]:
     """Print the slopes; returns them with their half widths of 95 % intervals."""
     c = ConvergenceSettings.of(_run.config)
     use_threads(c.threads)
-    picture = new_folder(_run, output) / "convergence.png"
+    picture = folder_of(_run, output) / "convergence.png"
     plan = Plan.of(c)
     with tqdm(total=plan.total(), desc="outer iterations", mininterval=1.0) as bar:
         all_tasks = deterministic(plan, bar.update)

@@ -107,3 +107,11 @@ NOT_FINITE = "numbers: expected finite ones, got .*; choose less extreme"
 def test_a_wrong_setting_is_one_line(name: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         run(name, **changes)
+
+
+def test_a_run_that_has_completed_leaves_no_lock(tmp_path: Path) -> None:
+    from experiments.papers.hypergradient import ex
+
+    small = {"problems": 1, "inner_steps": [1], "output": str(tmp_path)}
+    ex.run(config_updates=small, named_configs=["quick"], options={"--unobserved": True})
+    assert [path.name for path in tmp_path.glob("*/*")] == ["hypergradient.png"]

@@ -126,10 +126,23 @@ def test_a_source_file_of_any_shape(
     assert len(rows(report("smoke"), "runs_train")) == 1 + len(WRONG)
 
 
-def test_numbers_of_runs_may_be_anything(recorder: Recorder, report: Callable[..., Path]) -> None:
+@pytest.fixture
+def outside(tmp_path: Path) -> Iterator[Path]:
+    """A folder that nothing is to be written to, nor beside the report by way of ``..``."""
+    folder = tmp_path / "outside"
+    folder.mkdir()
+    yield folder
+    assert not list(folder.iterdir())
+    assert not [path for above in (tmp_path, tmp_path.parent) for path in above.glob("up*")]
+
+
+def test_numbers_of_runs_may_be_anything(
+    recorder: Recorder, report: Callable[..., Path], outside: Path
+) -> None:
     """No two are one, and none of them becomes a path."""
     good = training(recorder)
-    ids = ["1", "../../up", "/tmp/x", 1.5, True, {"a": 1}, ObjectId(), b"\xff", None, "\x1b"]
+    paths = ["../up", "../../up", f"{outside}/x"]
+    ids = ["1", *paths, 1.5, True, {"a": 1}, ObjectId(), b"\xff", None, "\x1b"]
     recorder.documents["runs"].insert_many([{**good, "_id": number} for number in ids])
     folder = report("smoke")
     listed = [r["run"] for r in rows(folder, "runs_train")]
@@ -150,9 +163,10 @@ def test_a_time_or_a_text_that_python_cannot_hold() -> None:
 
 
 def test_names_become_files_of_their_own_in_the_folder(
-    recorder: Recorder, report: Callable[..., Path]
+    recorder: Recorder, report: Callable[..., Path], outside: Path
 ) -> None:
-    names = ["../../up", "/tmp/x", "a b", "a_b", "A_B", "x" * 3000, "\x00\x1b]0;t\x07", "", "con"]
+    paths = ["../up", "../../up", f"{outside}/x"]
+    names = [*paths, "a b", "a_b", "A_B", "x" * 3000, "\x00\x1b]0;t\x07", "", "con"]
     for name in names:
         config = {**CONFIG, "tasks.name": name, "algorithm.name": "$\\frac{$" + name}
         recorder.run(config, validations(CURVE), result=RESULT)

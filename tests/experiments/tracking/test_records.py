@@ -169,7 +169,7 @@ for _ in range(90):
 
 
 @pytest.mark.parametrize("line", [
-    {"runs": {}}, {"runs": {"_id": {"a": 1}}}, {"runs": {"_id": "/tmp/x"}}, {"runs": RUN},
+    {"runs": {}}, {"runs": {"_id": {"a": 1}}}, {"runs": {"_id": "/absolute/x"}}, {"runs": RUN},
     {"runs": {**RUN, "config": DEEP}}, {"runs": {**RUN, "config": {"\x1b": "\ud800"}}},
     {"runs": RUN, "metrics": [1]}, {"runs": RUN, "metrics": {"m": 1}},
     {"runs": RUN, "metrics": {"m": {"steps": [10**400], "values": [10**400]}}},

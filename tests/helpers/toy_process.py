@@ -82,8 +82,12 @@ def read_until(process: subprocess.Popen[str], text: str) -> str:
 
 
 def is_alive(process: int) -> bool:
-    """Whether there is a process of this number."""
-    return Path(f"/proc/{process}").exists()
+    """Whether a process of this number runs; one that only its parent has yet to see does not."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
 
 
 def server_processes(data: Path) -> list[int]:

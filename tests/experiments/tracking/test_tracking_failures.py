@@ -88,7 +88,7 @@ def test_killing_the_embedded_server_costs_nothing(
     gate.touch()
     code, output = finish(process)
     assert code == 0, output
-    wait_for(lambda: not is_alive(old))
+    assert not is_alive(old) and server_process(data) != old
     assert latest(embedded)["status"] == "COMPLETED"
     assert points(embedded, before + 1)["train/loss"] == LOSSES
     assert not journals(data)

@@ -6,9 +6,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from experiments.report import columns
-from experiments.report.columns import Column, Record
-from experiments.report.content import Figure, Section, Source, Table, file_name
+from experiments.report.content import (
+    MIB,
+    MISSING,
+    Column,
+    Figure,
+    Record,
+    Section,
+    Source,
+    Table,
+    file_name,
+    mean,
+    number,
+    plus_minus,
+    rounded,
+    texts,
+)
 from experiments.report.figures import curve_caption, curve_records, draw_accuracies, draw_curves
 from experiments.report.runs import Run, difference_lines, run_list
 from experiments.report.summary import (
@@ -99,22 +112,21 @@ def _summary_table(state: SweepState, records: Sequence[Record], found: Found) -
     equal = max((record["equal_iterations"] for record in records), default=0)
     stopped = any(math.isfinite(record["early_stopped_mean"]) for record in records)
     early = [
-        Column("early stopped, %", lambda r: columns.rounded(r["early_stopped_mean"], 100),
+        Column("early stopped, %", lambda r: rounded(r["early_stopped_mean"], 100),
                _best("early_stopped")),
-        columns.mean(f"{first} then leads by", "early_stopped_lead", 100),
+        mean(f"{first} then leads by", "early_stopped_lead", 100),
     ]  # fmt: skip
     heads = [
-        columns.text("method", "label"),
-        columns.text("setting", "setting"),
+        *texts(label="method", setting="setting"),
         Column("seeds", lambda r: f"{r['seeds']}/{r['seeds_planned']}"),
         Column("test accuracy, %", _accuracy, _best("test")),
-        columns.number("95 % over seeds", "test_half_width", 100),
-        columns.mean(f"{first} leads by", "lead", 100),
+        number("95 % over seeds", "test_half_width", 100),
+        mean(f"{first} leads by", "lead", 100),
         *(early if stopped else ()),
-        *([columns.number(f"at {equal} iterations, %", "equal_mean", 100)] if equal else ()),
-        columns.number("outer iterations", "iterations_mean", digits=0),
-        columns.number("s an outer step", "step_cpu_seconds_mean", digits=3),
-        columns.number("peak, MiB", "tensor_bytes", 1 / columns.MIB),
+        *([number(f"at {equal} iterations, %", "equal_mean", 100)] if equal else ()),
+        number("outer iterations", "iterations_mean", digits=0),
+        number("s an outer step", "step_cpu_seconds_mean", digits=3),
+        number("peak, MiB", "tensor_bytes", 1 / MIB),
         Column("collapsed", _collapsed),
     ]
     tasks = sorted({str(run.run.settings.get("test_tasks")) for of in found.values() for run in of})
@@ -141,15 +153,15 @@ def _details_table(state: SweepState, records: Sequence[Record]) -> Iterator[Tab
     if not state.runs:
         return
     heads = [
-        columns.text("method", "label"),
-        columns.mean("test accuracy, %", "test", 100),
-        columns.mean("early stopped, %", "early_stopped", 100),
-        columns.mean("best validation, %", "validation", 100, best=_best("validation")),
-        columns.number("outer step, ms of CPU", "step_cpu_seconds_mean", 1e3),
-        columns.number("outer step, ms of wall", "step_seconds_mean", 1e3),
-        columns.number("peak of the process, MiB", "process_bytes", 1 / columns.MIB, 0),
+        *texts(label="method"),
+        mean("test accuracy, %", "test", 100),
+        mean("early stopped, %", "early_stopped", 100),
+        mean("best validation, %", "validation", 100, best=_best("validation")),
+        number("outer step, ms of CPU", "step_cpu_seconds_mean", 1e3),
+        number("outer step, ms of wall", "step_seconds_mean", 1e3),
+        number("peak of the process, MiB", "process_bytes", 1 / MIB, 0),
         Column("collapsed later", lambda r: _count(r, "collapsed_after_budget")),
-        columns.text("runs", "runs"),
+        *texts("runs"),
     ]
     note = (
         "±: 95 % over seeds (Student's t). Best validation: within the budget. Outer step: mean"
@@ -168,7 +180,7 @@ def _best(key: str) -> Callable[[Record], float]:
 
 
 def _accuracy(record: Record) -> str:
-    shown = columns.plus_minus(record["test_mean"], record["within_run_mean"], 100)
+    shown = plus_minus(record["test_mean"], record["within_run_mean"], 100)
     return shown if record["seeds"] else "missing"
 
 
@@ -178,7 +190,7 @@ def _collapsed(record: Record) -> str:
 
 
 def _count(record: Record, what: str) -> str:
-    return f"{record[what]} of {record['seeds']}" if record["seeds"] else columns.MISSING
+    return f"{record[what]} of {record['seeds']}" if record["seeds"] else MISSING
 
 
 def _missing_seeds(records: Sequence[Record]) -> list[str]:
@@ -273,11 +285,11 @@ def _time_table(state: SweepState, found: Found) -> Iterator[Table]:
         " first validation already."
     )
     heads = (
-        columns.text("method", "method"),
+        *texts("method"),
         Column("reached by", lambda r: f"{r['reached']} of {r['seeds']}"),
         Column("seconds", lambda r: _shown_time(r, "seconds", 1), _speed),
         Column("outer iterations", lambda r: _shown_time(r, "iterations", 0)),
-        columns.text("runs", "runs"),
+        *texts("runs"),
     )
     caption = f"Seconds of training to {SHARE:.2f} of the best validation accuracy, "
     records = [_time_record(name, of, SHARE * highest) for name, of in found.items() if of]
@@ -300,8 +312,8 @@ def _time_record(name: str, runs: Sequence[Summary], threshold: float) -> Record
 
 
 def _shown_time(record: Record, key: str, digits: int) -> str:
-    text = columns.plus_minus(record[key], record[f"{key}_half_width"], digits=digits)
-    return f"≤ {text}" if record["at_first_validation"] and text != columns.MISSING else text
+    text = plus_minus(record[key], record[f"{key}_half_width"], digits=digits)
+    return f"≤ {text}" if record["at_first_validation"] and text != MISSING else text
 
 
 def _speed(record: Record) -> float:
@@ -333,7 +345,7 @@ def _missing_table(state: SweepState) -> Iterator[Table]:
         _named("missing", state),
         f"Missing: {len(cells)} of {len(state.cells)} cells. One command fills all of them:"
         f" {state.command()}",
-        columns.texts("cell", "state", "why", "attempts", "command"), records,
+        texts("cell", "state", "why", "attempts", "command"), records,
         _source(state, [run for cell in cells for run in cell.runs]),
         folded=len(cells) >= FOLDED_FROM,
     )  # fmt: skip
@@ -356,7 +368,7 @@ def _grid_table(state: SweepState, request: Request) -> Iterator[Table]:
     ]
     if not records:
         return
-    method, setting, chosen, run = columns.texts("method", "setting", "chosen", "run")
+    method, setting, chosen, run = texts("method", "setting", "chosen", "run")
     yield Table(
         _named("grid", state),
         "How the settings were chosen: the last validation accuracy of each candidate, seed 0.",
@@ -367,5 +379,5 @@ def _grid_table(state: SweepState, request: Request) -> Iterator[Table]:
 
 def _shown_candidate(record: Record) -> str:
     if math.isfinite(record["validation_accuracy"]):
-        return columns.rounded(record["validation_accuracy"], 100)
+        return rounded(record["validation_accuracy"], 100)
     return "diverged" if record["state"] == COMPLETED else str(record["state"])

@@ -54,6 +54,7 @@ class Shape(NamedTuple):
 class Problem(NamedTuple):
     """A task with its backbone; every method takes a copy of ``head``, equal at the start."""
 
+    title: str
     backbone: nn.Module
     head: nn.Linear
     images: Tensor
@@ -108,9 +109,7 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-def build(
-    shape: Shape, device: str = "cpu", channels_last: bool = True, seed: int = 0
-) -> Problem:
+def build(shape: Shape, device: str = "cpu", channels_last: bool = True, seed: int = 0) -> Problem:
     """Random images and a network in training mode, the same for a seed."""
     torch.manual_seed(seed)
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -123,7 +122,8 @@ def build(
     classes = torch.arange(shape.ways, device=device)
     labels = torch.cat([classes.repeat_interleave(n) for n in (shape.shots, shape.queries)])
     head = nn.Linear(width, shape.ways, device=device)
-    return Problem(backbone.train(), head, images, labels, shape.ways * shape.shots, device)
+    return Problem(shape.title, backbone.train(), head, images, labels, shape.ways * shape.shots,
+                   device)  # fmt: skip
 
 
 # The floor, and ours

@@ -34,7 +34,7 @@ from experiments.ingredients.model import (
     within_limits,
 )
 from experiments.papers import Points
-from experiments.report.content import MIB
+from experiments.report.columns import MIB
 from experiments.report.paper_figures import draw_memory, named
 from experiments.tracking import TrackedExperiment
 from experiments.tracking.config import Count, Counts, Positive, RunSettings, Seed, Text, Threads

@@ -11,7 +11,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
 
-from experiments.report.content import Record, shortened
+from experiments.report.columns import Record
+from experiments.report.content import shortened
 from experiments.report.summary import Summary
 from experiments.statistics import seeds_mean
 

@@ -8,19 +8,9 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from datetime import datetime, timezone
 
-from experiments.report.content import (
-    Column,
-    Figure,
-    Record,
-    Section,
-    Source,
-    Table,
-    file_name,
-    number,
-    plus_minus,
-    rounded,
-    texts,
-)
+from experiments.report import columns
+from experiments.report.columns import Column, Record
+from experiments.report.content import Figure, Section, Source, Table, file_name
 from experiments.report.figures import curve_caption, curve_records, draw_curves
 from experiments.report.runs import Run, command_of, is_number, run_list, setting_text, unequal
 from experiments.report.summary import Request, Summary, mean_record
@@ -71,8 +61,8 @@ def _sweeps(request: Request) -> Table:
     runs = [run.id for state in request.sweeps for run in state.attempts]
     return Table(
         "sweeps", "The sweeps, and how many of their cells there are.",
-        texts("sweep", "benchmark", "completed", RUNNING, INTERRUPTED, FAILED,
-              command="command that fills it"),
+        columns.texts("sweep", "benchmark", "completed", RUNNING, INTERRUPTED, FAILED,
+                      command="command that fills it"),
         records, Source("python -m experiments.sweep SWEEP benchmark=NAME", runs),
     )  # fmt: skip
 
@@ -83,10 +73,11 @@ def _sweeps(request: Request) -> Table:
 def trainings(request: Request) -> list[Section]:
     """A table and a figure for each benchmark; nothing without such runs."""
     in_sweeps = {run.id for state in request.sweeps for run in state.attempts}
-    trainings = request.archive.of_experiment("train")
     by_benchmark: dict[str, list[Summary]] = {}
-    for summary in request.summaries(run for run in trainings if run.id not in in_sweeps):
-        by_benchmark.setdefault(str(summary.run.settings.get("tasks.name")), []).append(summary)
+    for run in request.archive.of_experiment("train"):
+        if run.complete and run.id not in in_sweeps:
+            benchmark = str(run.settings.get("tasks.name"))
+            by_benchmark.setdefault(benchmark, []).append(Summary(run))
     return [_benchmark(name, own) for name, own in sorted(by_benchmark.items())]
 
 
@@ -98,14 +89,14 @@ def _benchmark(benchmark: str, runs: Sequence[Summary]) -> Section:
     groups = [list(seeds.values()) for seeds in by_kind.values()]
     varied = list(unequal(of[0].run.compared for of in groups))
     heads = (
-        *texts("method", "setting", "code"),
+        *columns.texts("method", "setting", "code"),
         Column("seeds", lambda r: f"{r['seeds']}"),
         Column("test score", _score),
-        Column("± within a run", lambda r: rounded(r["within_run_mean"], *_scale(r))),
-        Column("best validation", lambda r: rounded(r["validation_mean"], *_scale(r))),
-        number("outer iterations", "iterations_mean", digits=0),
+        Column("± within a run", lambda r: columns.rounded(r["within_run_mean"], *_scale(r))),
+        Column("best validation", lambda r: columns.rounded(r["validation_mean"], *_scale(r))),
+        columns.number("outer iterations", "iterations_mean", digits=0),
         Column("collapsed", lambda r: f"{r['collapsed']} of {r['seeds']}"),
-        *texts("runs", command="command of the last"),
+        *columns.texts("runs", command="command of the last"),
     )
     table = Table(
         file_name("other", benchmark), f"Trainings on {benchmark} outside the sweeps above.",
@@ -169,7 +160,7 @@ def _scale(record: Record) -> tuple[float, int]:
 
 
 def _score(record: Record) -> str:
-    text = plus_minus(record["test_mean"], record["test_half_width"], *_scale(record))
+    text = columns.plus_minus(record["test_mean"], record["test_half_width"], *_scale(record))
     return f"{text} %" if record["score"] == "accuracy" else f"{text} {record['score']}"
 
 
@@ -181,8 +172,8 @@ def all_runs(request: Request) -> list[Section]:
     cells = {cell.identity: f"{state.name} {state.benchmark} {cell.name}"
              for state in request.sweeps for cell in state.cells if cell.identity}  # fmt: skip
     heads = (
-        *texts("run", "status", "what", started="started (UTC)", took="took", shown="result",
-               code="code", remarks="remarks"),
+        *columns.texts("run", "status", "what", started="started (UTC)", took="took",
+                       shown="result", code="code", remarks="remarks"),
         Column("command", lambda r: "" if r["cell"] else r["command"], text=True),
     )  # fmt: skip
     tables = []
@@ -230,7 +221,7 @@ def _result(run: Run) -> str:
     for score, factor, digits, unit in (("accuracy", 100.0, 1, " %"), ("mse", 1.0, 3, " mse")):
         if run.result.get(f"test_{score}") is not None:
             mean, half = run.number(f"result.test_{score}"), run.number("result.test_half_width")
-            return plus_minus(mean, half, factor, digits) + unit
+            return columns.plus_minus(mean, half, factor, digits) + unit
     numbers = [f"{key} {value:.4g}" for key, value in run.result.items() if is_number(value)]
     return ", ".join(numbers[:3])
 

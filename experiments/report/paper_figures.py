@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
-from experiments.report.content import MIB
+from experiments.report.columns import MIB
 from experiments.report.figures import label
 
 Metrics: TypeAlias = Mapping[str, pd.Series]

@@ -8,28 +8,16 @@ B.2): from the metrics and results that `experiments.papers` records.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pandas as pd
 
-from experiments.report.content import (
-    MIB,
-    Column,
-    Figure,
-    Record,
-    Section,
-    Source,
-    Table,
-    file_name,
-    number,
-    plus_minus,
-    rounded,
-    significant,
-    texts,
-)
+from experiments.report import columns
+from experiments.report.columns import Column, Record
+from experiments.report.content import Figure, Items, Section, Source, Table, file_name
 from experiments.report.paper_figures import (
     BOUNDS,
     STEPS,
@@ -46,8 +34,6 @@ from experiments.report.summary import Request
 MOST = 4
 """Runs drawn of one experiment, each of other settings."""
 
-SOURCE = Source("")  # what makes an item does not know its run's command
-Items = Iterator[Table | Figure]
 
 
 def sections(request: Request) -> list[Section]:
@@ -71,7 +57,7 @@ def _section(request: Request, experiment: str) -> Section:
         run, notes = group[-1], _notes(group, n > 0)
         request.archive.load([run])
         metrics = {name: pd.Series(dict(zip(*series, strict=True))).sort_index()
-                   for name, series in request.archive.all_series(run).items() if series.steps}
+                   for name, series in run.metrics.items() if series.steps}
         made += [replace(item, name=item.name + (f"_{n}" if n else ""), notes=[*notes, *item.notes],
                          source=Source(run.command, [run.id])) for item in items(run, metrics)]
     left = run_list(run.id for group in order[MOST:] for run in group)
@@ -100,13 +86,13 @@ def _missing(experiment: str, what: str, runs: Sequence[Run]) -> Table:
         record |= {"state": last.status.lower(), "why": why}
     return Table(
         f"missing_{experiment}", f"Missing: no complete run of experiments.papers.{experiment}.",
-        texts(*record), [record], Source(record["command"], [run.id for run in runs]),
+        columns.texts(*record), [record], Source(record["command"], [run.id for run in runs]),
     )  # fmt: skip
 
 
 def _curves(
     name: str, caption: str, rows: Sequence[tuple[Record, pd.Series]], header: str,
-    key: str = "K_", show: Callable[[Any], str] = significant, also: Sequence[int] = (),
+    key: str = "K_", show: Callable[[Any], str] = columns.significant, also: Sequence[int] = (),
     last: Sequence[Column] = (), notes: Sequence[str] = (),
 ) -> Table:  # fmt: skip
     """A row a curve, a column a step (and ``also``); ``header`` and ``key`` name a step's."""
@@ -116,7 +102,7 @@ def _curves(
                for n in steps]  # fmt: skip
     records = [{**{f"{key}{n}": curve.get(n, math.nan) for n in steps}, **row}
                for row, curve in rows]  # fmt: skip
-    return Table(name, caption, [*texts(*heads), *between, *last], records, SOURCE, notes)
+    return Table(name, caption, [*columns.texts(*heads), *between, *last], records, notes=notes)
 
 
 # Memory and time against inner steps
@@ -147,7 +133,7 @@ def _memory(run: Run, metrics: Metrics) -> Items:
             f" against the inner steps K. {task}, random images.",
             partial(draw_memory, metrics, prefix),
             [{"method": name, "K": k, "peak_bytes": peak, "seconds": times[name][k]}
-             for name, curve in peaks.items() for k, peak in curve.items()], SOURCE,
+             for name, curve in peaks.items() for k, peak in curve.items()],
         )  # fmt: skip
         asked = run.counts(f"{prefix}inner_steps")
         left = {name: [str(k) for k in asked if k not in curve] for name, curve in peaks.items()}
@@ -155,18 +141,17 @@ def _memory(run: Run, metrics: Metrics) -> Items:
         notes = [f"Missing: {told}: the forecast was above limit_gib="
                  f"{run.settings.get('limit_gib')}; a larger one fills them."] if told else []
         rows = [(_saved(name, curve, peaks), curve) for name, curve in peaks.items()]
-        saved = [number(f"rm_metal below it at K = {CLAIM_AT}, %", "saved", 100, 0)]
-        if claimed := OURS in peaks and CLAIM_AT in peaks[OURS]:
+        last, claim = [], []
+        if OURS in peaks and CLAIM_AT in peaks[OURS]:
+            last = [columns.number(f"rm_metal below it at K = {CLAIM_AT}, %", "saved", 100, 0)]
             claim = ["rm_metal below it: rm_metal with cached features, the package's default."]
+        about = f"against inner steps K. {title}; {task}."
         yield _curves(
-            f"memory_{paper}_peak",
-            f"Peak of live tensors, MiB, against inner steps K. {title}; {task}.", rows, "K = ",
-            "K_", lambda value: rounded(value, 1 / MIB), asked, saved if claimed else (),
-            [*notes, *(claim if claimed else ())],
+            f"memory_{paper}_peak", f"Peak of live tensors, MiB, {about}", rows, "K = ", "K_",
+            lambda value: columns.rounded(value, 1 / columns.MIB), asked, last, notes + claim,
         )  # fmt: skip
         yield _curves(
-            f"memory_{paper}_seconds",
-            f"Seconds of one task's outer step, against inner steps K. {title}; {task}.",
+            f"memory_{paper}_seconds", f"Seconds of one task's outer step, {about}",
             [(_method(name), curve) for name, curve in times.items()], "K = ", also=asked,
             notes=notes,
         )  # fmt: skip
@@ -198,7 +183,7 @@ def _errors(run: Run, metrics: Metrics) -> Items:
         partial(draw_errors, metrics),
         [{"problem": problem, "method": method, "K": k, "relative_error": error}
          for problem, methods in errors.items() for method, curve in methods.items()
-         for k, error in curve.items()], SOURCE,
+         for k, error in curve.items()],
     )  # fmt: skip
     for problem, methods in errors.items():
         yield _curves(
@@ -243,15 +228,15 @@ def _convergence(run: Run, metrics: Metrics) -> Items:
         " and more steps than K_0 and N_0.",
         partial(draw_convergence, metrics, result),
         [{"part": part, "at": at, "squared_norm": value}
-         for part, curve in parts.items() for at, value in curve.items()], SOURCE,
+         for part, curve in parts.items() for at, value in curve.items()],
     )  # fmt: skip
     yield Table(
         "convergence_slopes", "Slopes on logarithmic scales, and what the paper claims.",
-        [*texts("what"), Column("claimed", lambda r: str(r["claimed"])),
+        [*columns.texts("what"), Column("claimed", lambda r: str(r["claimed"])),
          Column("slope", _shown_slope)],
         [_slope(name[6:], result) for name in result
          if name.startswith("slope_") and not name.endswith("_half_width")],
-        SOURCE, ["±: 95 % over the problems (Student's t)."],
+        notes=["±: 95 % over the problems (Student's t)."],
     )  # fmt: skip
     yield _curves(
         "convergence_floors",
@@ -265,7 +250,7 @@ def _convergence(run: Run, metrics: Metrics) -> Items:
         yield _curves(
             f"convergence_{what}",
             f"Last squared norm against {STEPS[what]}; {bound} ="
-            f" {rounded(result.get(bound), digits=0)}.",
+            f" {columns.rounded(result.get(bound), digits=0)}.",
             [({"start": start}, curve) for start, curve in starts.items()], "", "at_",
         )  # fmt: skip
 
@@ -281,8 +266,8 @@ def _slope(name: str, result: dict[str, float]) -> Record:
 
 def _shown_slope(record: Record) -> str:
     if record["half_width"] < SMALLEST:
-        return f"{rounded(record['slope'], digits=3)} ± less than {SMALLEST}"
-    return plus_minus(record["slope"], record["half_width"], digits=3)
+        return f"{columns.rounded(record['slope'], digits=3)} ± less than {SMALLEST}"
+    return columns.plus_minus(record["slope"], record["half_width"], digits=3)
 
 
 PARTS: dict[str, tuple[str, str, Callable[[Run, Metrics], Items]]] = {

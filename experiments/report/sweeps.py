@@ -4,26 +4,14 @@ accuracy (Table 2), cost, how the settings were chosen, and what is missing."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
-from experiments.report.content import (
-    MIB,
-    MISSING,
-    Column,
-    Figure,
-    Record,
-    Section,
-    Source,
-    Table,
-    file_name,
-    mean,
-    number,
-    plus_minus,
-    rounded,
-    texts,
-)
+from experiments.report import columns
+from experiments.report.columns import Column, Record
+from experiments.report.content import UNTOLD, Figure, Items, Section, Source, Table, file_name
 from experiments.report.figures import curve_caption, curve_records, draw_accuracies, draw_curves
-from experiments.report.runs import Run, difference_lines, run_list
+from experiments.report.runs import difference_lines, run_list
 from experiments.report.summary import (
     DROP,
     MethodState,
@@ -46,30 +34,24 @@ Found = Mapping[str, Sequence[Summary]]
 
 def sections(request: Request) -> list[Section]:
     """One for each sweep and benchmark that has runs."""
-    return [_section(state, request) for state in request.sweeps if state.attempts]
+    return [_section(state) for state in request.sweeps if state.attempts]
 
 
-def _section(state: SweepState, request: Request) -> Section:
-    request.summaries(state.runs)  # all at once
-    found = {method.name: request.summaries(method.runs) for method in state.methods}
+def _section(state: SweepState) -> Section:
+    found = {method.name: list(map(Summary, method.runs)) for method in state.methods}
     first = found[state.methods[0].name]
     records = [_record(method, found[method.name], first) for method in state.methods]
     items: list[Table | Figure] = [
         _summary_table(state, records, found), *_accuracy_figure(state, found),
         *_curves(state, found), *_time_table(state, found), *_details_table(state, records),
-        *_missing_table(state), *_grid_table(state, request),
+        *_missing_table(state), *_grid_table(state),
     ]  # fmt: skip
+    source = Source(state.command(), [run.id for run in state.runs])
+    items = [replace(item, name=file_name(item.name, state.name, state.benchmark),
+                     source=source if item.source is UNTOLD else item.source) for item in items]
     done = sum(cell.state == COMPLETED for cell in state.cells)
     text = f"{done} of {len(state.cells)} cells are complete."
-    return Section(f"{state.benchmark}, sweep {state.name}", [text], items)
-
-
-def _source(state: SweepState, runs: Sequence[Run]) -> Source:
-    return Source(state.command(), [run.id for run in runs])
-
-
-def _named(what: str, state: SweepState) -> str:
-    return file_name(what, state.name, state.benchmark)
+    return Section(f"{state.benchmark}, sweep {state.name}", [text], items)  # fmt: skip
 
 
 # Means over seeds
@@ -112,21 +94,21 @@ def _summary_table(state: SweepState, records: Sequence[Record], found: Found) -
     equal = max((record["equal_iterations"] for record in records), default=0)
     stopped = any(math.isfinite(record["early_stopped_mean"]) for record in records)
     early = [
-        Column("early stopped, %", lambda r: rounded(r["early_stopped_mean"], 100),
+        Column("early stopped, %", lambda r: columns.rounded(r["early_stopped_mean"], 100),
                _best("early_stopped")),
-        mean(f"{first} then leads by", "early_stopped_lead", 100),
+        columns.mean(f"{first} then leads by", "early_stopped_lead", 100),
     ]  # fmt: skip
     heads = [
-        *texts(label="method", setting="setting"),
+        *columns.texts(label="method", setting="setting"),
         Column("seeds", lambda r: f"{r['seeds']}/{r['seeds_planned']}"),
         Column("test accuracy, %", _accuracy, _best("test")),
-        number("95 % over seeds", "test_half_width", 100),
-        mean(f"{first} leads by", "lead", 100),
+        columns.number("95 % over seeds", "test_half_width", 100),
+        columns.mean(f"{first} leads by", "lead", 100),
         *(early if stopped else ()),
-        *([number(f"at {equal} iterations, %", "equal_mean", 100)] if equal else ()),
-        number("outer iterations", "iterations_mean", digits=0),
-        number("s an outer step", "step_cpu_seconds_mean", digits=3),
-        number("peak, MiB", "tensor_bytes", 1 / MIB),
+        *([columns.number(f"at {equal} iterations, %", "equal_mean", 100)] if equal else ()),
+        columns.number("outer iterations", "iterations_mean", digits=0),
+        columns.number("s an outer step", "step_cpu_seconds_mean", digits=3),
+        columns.number("peak, MiB", "tensor_bytes", 1 / columns.MIB),
         Column("collapsed", _collapsed),
     ]
     tasks = sorted({str(run.run.settings.get("test_tasks")) for of in found.values() for run in of})
@@ -142,26 +124,26 @@ def _summary_table(state: SweepState, records: Sequence[Record], found: Found) -
         notes.append("Early stopped: test accuracy of theta at a run's best validation within the"
                      " budget, mean over seeds.")  # fmt: skip
     return Table(
-        _named("summary", state),
+        "summary",
         f"Test accuracy and cost, {state.benchmark}, sweep {state.name}.", heads, records,
-        _source(state, state.runs), [*notes, *_missing_seeds(records), *_differences(state)],
+        notes=[*notes, *_missing_seeds(records), *_differences(state)],
     )  # fmt: skip
 
 
-def _details_table(state: SweepState, records: Sequence[Record]) -> Iterator[Table]:
+def _details_table(state: SweepState, records: Sequence[Record]) -> Items:
     """What else is known of the same runs; nothing while there are none."""
     if not state.runs:
         return
     heads = [
-        *texts(label="method"),
-        mean("test accuracy, %", "test", 100),
-        mean("early stopped, %", "early_stopped", 100),
-        mean("best validation, %", "validation", 100, best=_best("validation")),
-        number("outer step, ms of CPU", "step_cpu_seconds_mean", 1e3),
-        number("outer step, ms of wall", "step_seconds_mean", 1e3),
-        number("peak of the process, MiB", "process_bytes", 1 / MIB, 0),
+        *columns.texts(label="method"),
+        columns.mean("test accuracy, %", "test", 100),
+        columns.mean("early stopped, %", "early_stopped", 100),
+        columns.mean("best validation, %", "validation", 100, best=_best("validation")),
+        columns.number("outer step, ms of CPU", "step_cpu_seconds_mean", 1e3),
+        columns.number("outer step, ms of wall", "step_seconds_mean", 1e3),
+        columns.number("peak of the process, MiB", "process_bytes", 1 / columns.MIB, 0),
         Column("collapsed later", lambda r: _count(r, "collapsed_after_budget")),
-        *texts("runs"),
+        *columns.texts("runs"),
     ]
     note = (
         "±: 95 % over seeds (Student's t). Best validation: within the budget. Outer step: mean"
@@ -170,8 +152,8 @@ def _details_table(state: SweepState, records: Sequence[Record]) -> Iterator[Tab
         " methods go on to an iteration at which all are compared."
     )
     caption = f"Intervals over seeds, and other costs, {state.benchmark}, sweep {state.name}."
-    yield Table(_named("details", state), caption, heads, records, _source(state, state.runs),
-                [note, *_differences(state)], folded=True)  # fmt: skip
+    notes = [note, *_differences(state)]
+    yield Table("details", caption, heads, records, notes=notes, folded=True)
 
 
 def _best(key: str) -> Callable[[Record], float]:
@@ -180,7 +162,7 @@ def _best(key: str) -> Callable[[Record], float]:
 
 
 def _accuracy(record: Record) -> str:
-    shown = plus_minus(record["test_mean"], record["within_run_mean"], 100)
+    shown = columns.plus_minus(record["test_mean"], record["within_run_mean"], 100)
     return shown if record["seeds"] else "missing"
 
 
@@ -190,7 +172,7 @@ def _collapsed(record: Record) -> str:
 
 
 def _count(record: Record, what: str) -> str:
-    return f"{record[what]} of {record['seeds']}" if record["seeds"] else MISSING
+    return f"{record[what]} of {record['seeds']}" if record["seeds"] else columns.MISSING
 
 
 def _missing_seeds(records: Sequence[Record]) -> list[str]:
@@ -226,7 +208,7 @@ def _differences(state: SweepState) -> list[str]:
 # Figures
 
 
-def _accuracy_figure(state: SweepState, found: Found) -> Iterator[Figure]:
+def _accuracy_figure(state: SweepState, found: Found) -> Items:
     runs = {name: of for name, of in found.items() if any(math.isfinite(run.test) for run in of)}
     if not runs:
         return
@@ -236,14 +218,14 @@ def _accuracy_figure(state: SweepState, found: Found) -> Iterator[Figure]:
         for name, of in runs.items() for run in of
     ]  # fmt: skip
     yield Figure(
-        _named("test", state),
+        "test",
         f"{state.benchmark}. Test accuracy at the end of the budget. Large mark and bar: mean over"
         " seeds with its 95 % interval (Student's t; none for one seed); small marks: the seeds.",
-        lambda: draw_accuracies(runs), records, _source(state, state.runs), _absent(found, runs),
+        lambda: draw_accuracies(runs), records, notes=_absent(found, runs),
     )  # fmt: skip
 
 
-def _curves(state: SweepState, found: Found) -> Iterator[Figure]:
+def _curves(state: SweepState, found: Found) -> Items:
     curves = {name: of for name, of in found.items() if any(len(run.points) for run in of)}
     if not curves:
         return
@@ -251,10 +233,10 @@ def _curves(state: SweepState, found: Found) -> Iterator[Figure]:
     budget = budgets.pop() if len(budgets) == 1 else math.nan
     dotted = " Dotted: the budget, where the test accuracy of the table is taken."
     yield Figure(
-        _named("curves", state),
+        "curves",
         f"{state.benchmark}. {curve_caption(curves, 'accuracy')}{dotted if budget > 0 else ''}",
         lambda: draw_curves(curves, "accuracy", budget), curve_records(curves),
-        _source(state, state.runs), _absent(found, curves),
+        notes=_absent(found, curves),
     )  # fmt: skip
 
 
@@ -267,7 +249,7 @@ def _absent(found: Found, drawn: Found) -> list[str]:
 # Seconds to an accuracy
 
 
-def _time_table(state: SweepState, found: Found) -> Iterator[Table]:
+def _time_table(state: SweepState, found: Found) -> Items:
     """Nothing while no method has a validation."""
     bests = {name: best for name, runs in found.items()
              if math.isfinite(best := seeds_mean([run.best for run in runs]).mean)}  # fmt: skip
@@ -285,16 +267,15 @@ def _time_table(state: SweepState, found: Found) -> Iterator[Table]:
         " first validation already."
     )
     heads = (
-        *texts("method"),
+        *columns.texts("method"),
         Column("reached by", lambda r: f"{r['reached']} of {r['seeds']}"),
         Column("seconds", lambda r: _shown_time(r, "seconds", 1), _speed),
         Column("outer iterations", lambda r: _shown_time(r, "iterations", 0)),
-        *texts("runs"),
+        *columns.texts("runs"),
     )
     caption = f"Seconds of training to {SHARE:.2f} of the best validation accuracy, "
     records = [_time_record(name, of, SHARE * highest) for name, of in found.items() if of]
-    yield Table(_named("time", state), f"{caption}{state.benchmark}.", heads, records,
-                _source(state, state.runs), [note])  # fmt: skip
+    yield Table("time", f"{caption}{state.benchmark}.", heads, records, notes=[note])
 
 
 def _time_record(name: str, runs: Sequence[Summary], threshold: float) -> Record:
@@ -312,8 +293,8 @@ def _time_record(name: str, runs: Sequence[Summary], threshold: float) -> Record
 
 
 def _shown_time(record: Record, key: str, digits: int) -> str:
-    text = plus_minus(record[key], record[f"{key}_half_width"], digits=digits)
-    return f"≤ {text}" if record["at_first_validation"] and text != MISSING else text
+    text = columns.plus_minus(record[key], record[f"{key}_half_width"], digits=digits)
+    return f"≤ {text}" if record["at_first_validation"] and text != columns.MISSING else text
 
 
 def _speed(record: Record) -> float:
@@ -330,7 +311,7 @@ def _speed(record: Record) -> float:
 # The cells
 
 
-def _missing_table(state: SweepState) -> Iterator[Table]:
+def _missing_table(state: SweepState) -> Items:
     """Every incomplete cell with its command; nothing where all are done."""
     cells = [cell for cell in state.cells if cell.state != COMPLETED]
     if not cells:
@@ -342,23 +323,23 @@ def _missing_table(state: SweepState) -> Iterator[Table]:
         for cell in cells
     ]  # fmt: skip
     yield Table(
-        _named("missing", state),
+        "missing",
         f"Missing: {len(cells)} of {len(state.cells)} cells. One command fills all of them:"
         f" {state.command()}",
-        texts("cell", "state", "why", "attempts", "command"), records,
-        _source(state, [run for cell in cells for run in cell.runs]),
+        columns.texts("cell", "state", "why", "attempts", "command"), records,
+        Source(state.command(), [run.id for cell in cells for run in cell.runs]),
         folded=len(cells) >= FOLDED_FROM,
     )  # fmt: skip
 
 
-def _grid_table(state: SweepState, request: Request) -> Iterator[Table]:
+def _grid_table(state: SweepState) -> Items:
     """The last validation accuracy of every candidate; nothing for a sweep without grids."""
     runs = [cell.run for method in state.methods for cell in method.grid if cell.run is not None]
     records = [
         {
             "method": method.name,
             "setting": describe(setting),
-            "validation_accuracy": last_score(cell, request.archive),
+            "validation_accuracy": last_score(cell),
             "chosen": "yes" if method.chosen == index else "",
             "state": cell.state,
             "run": "" if cell.run is None else cell.run.id,
@@ -368,16 +349,16 @@ def _grid_table(state: SweepState, request: Request) -> Iterator[Table]:
     ]
     if not records:
         return
-    method, setting, chosen, run = texts("method", "setting", "chosen", "run")
+    method, setting, chosen, run = columns.texts("method", "setting", "chosen", "run")
     yield Table(
-        _named("grid", state),
+        "grid",
         "How the settings were chosen: the last validation accuracy of each candidate, seed 0.",
         (method, setting, Column("last validation, %", _shown_candidate), chosen, run), records,
-        _source(state, runs), folded=True,
+        Source(state.command(), [run.id for run in runs]), folded=True,
     )  # fmt: skip
 
 
 def _shown_candidate(record: Record) -> str:
     if math.isfinite(record["validation_accuracy"]):
-        return rounded(record["validation_accuracy"], 100)
+        return columns.rounded(record["validation_accuracy"], 100)
     return "diverged" if record["state"] == COMPLETED else str(record["state"])

@@ -15,7 +15,8 @@ import matplotlib
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from experiments.report.content import Figure, Record, Section, Source, Table
+from experiments.report.columns import Record
+from experiments.report.content import Figure, Section, Source, Table
 from experiments.report.runs import run_list
 
 TITLE = "l2l_implicit: what the runs show"

@@ -23,8 +23,10 @@ from itertools import product
 from statistics import geometric_mean
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import torch
 from pydantic import Field
+from scipy.optimize import root
 from torch import Tensor, nn
 from torch.func import grad, hessian, jacrev
 from torch.nn.functional import cross_entropy, mse_loss
@@ -213,21 +215,13 @@ class Classification(Problem):
         return torch.autograd.grad(outer, [self.layer])[0].reshape(-1)
 
     def _solve(self, layer: Tensor) -> Tensor:
-        """The inner solution by Newton's method from zero, to rounding; the problem is convex.
-
-        A step is halved until the objective does not rise beyond rounding.
-        """
-        phi = torch.zeros(self.module.weight.numel()).double()
-        for _ in range(50):
-            slope = grad(self._inner)(phi, layer)
-            if slope.norm() < 1e-14:
-                break
-            step, here = torch.linalg.solve(hessian(self._inner)(phi, layer), slope), phi
-            limit, phi = float(self._inner(here, layer)) + 1e-13, here - step
-            while float(self._inner(phi, layer)) > limit and step.norm() > 1e-12:
-                step = 0.5 * step
-                phi = here - step
-        return phi
+        """The inner solution; the problem is convex."""
+        start = np.zeros(self.module.weight.numel())
+        found = root(
+            lambda phi: grad(self._inner)(torch.from_numpy(phi), layer).numpy(), start,
+            jac=lambda phi: hessian(self._inner)(torch.from_numpy(phi), layer).numpy(), tol=1e-15,
+        )  # fmt: skip
+        return torch.from_numpy(found.x)
 
     def _inner(self, phi: Tensor, layer: Tensor) -> Tensor:
         return self._loss(phi, layer, self.inputs[0]) + 0.5 * self.l2 * phi.square().sum()

@@ -11,13 +11,8 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from experiments.papers import Points
+from experiments.papers.convergence import theory
 from experiments.papers.convergence.problem import Settings, Tasks, make_tasks, trajectory
-from experiments.papers.convergence.theory import (
-    hypergradient_lipschitz,
-    inner_lr,
-    least_inner_steps,
-    least_linear_steps,
-)
 from experiments.statistics import Mean, seeds_mean
 from experiments.tracking.config import (
     MOST,
@@ -141,19 +136,12 @@ def costs_slope(costs: Mapping[float, int]) -> float:
 
 
 class Plan(NamedTuple):
-    """The problems, and what theory asks for on all of them alike.
-
-    Attributes:
-        c: the configuration.
-        problems: drawn by it.
-        bounds: K_0, N_0 and the smallest inner step size, with the configured outer one.
-        inverse_l_f: the smallest 1 / L_F.
-    """
+    """The problems, and what theory asks for on all of them alike."""
 
     c: ConvergenceSettings
     problems: Sequence[Tasks]
-    bounds: Settings
-    inverse_l_f: float
+    bounds: Settings  # K_0, N_0 and the smallest inner step size, with the configured outer one
+    inverse_l_f: float  # the smallest 1 / L_F
 
     @classmethod
     def of(cls, c: ConvergenceSettings) -> Plan:
@@ -161,14 +149,15 @@ class Plan(NamedTuple):
         shape = (c.condition, c.bend, c.strength, c.spread)
         problems = [make_tasks(*sizes, *shape, 1000 * c.seed + i) for i in range(c.problems)]
         constants = [tasks.constants() for tasks in problems]
-        lr = min(inner_lr(each) for each in constants)
+        lr = min(theory.inner_lr(each) for each in constants)
         bounds = Settings(
-            max(least_inner_steps(each, lr) for each in constants),
-            max(least_linear_steps(each, c.phi_size) for each in constants),
+            max(theory.least_inner_steps(each, lr) for each in constants),
+            max(theory.least_linear_steps(each, c.phi_size) for each in constants),
             lr,
             c.meta_lr,
         )
-        return cls(c, problems, bounds, min(1 / hypergradient_lipschitz(x) for x in constants))
+        inverses = [1 / theory.hypergradient_lipschitz(each) for each in constants]
+        return cls(c, problems, bounds, min(inverses))
 
     def total(self) -> int:
         """Outer iterations in all."""

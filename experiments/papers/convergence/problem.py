@@ -27,21 +27,14 @@ LARGEST_TANH_CURVATURE = 4.0 / (3.0 * math.sqrt(3.0))  # of (tanh x)'' over all 
 
 
 class Tasks(NamedTuple):
-    """M tasks.
+    """M tasks."""
 
-    Attributes:
-        a: ``[M, q, q]``, symmetric, eigenvalues from 1 to the largest curvature.
-        b, c: ``[M, q, p]`` and ``[M, p, p]``.
-        d, y: ``[M, q]``.
-        bend: the coefficient c of the log-cosh term.
-    """
-
-    a: Tensor
-    b: Tensor
-    c: Tensor
-    d: Tensor
-    y: Tensor
-    bend: float
+    a: Tensor  # [M, q, q], symmetric, eigenvalues from 1 to the largest curvature
+    b: Tensor  # [M, q, p]
+    c: Tensor  # [M, p, p]
+    d: Tensor  # [M, q]
+    y: Tensor  # [M, q]
+    bend: float  # the coefficient c of the log-cosh term
 
     def inner(self, phi: Tensor, pull: Tensor) -> Tensor:
         """The sum of all g_i at ``phi [M, q]``; ``pull`` is `pull` of theta."""
@@ -195,14 +188,7 @@ class Slots(ImplicitCGHead):
 
 
 class Algorithm1:
-    """Theta and the learner of its batch.
-
-    Args:
-        slots: the batch size B.
-        p, q: dimensions of theta and phi.
-        settings: K, N and the step sizes.
-        theta: where to begin.
-    """
+    """Theta, ``[p]``, and the learner of its batch of so many slots, each with a phi, ``[q]``."""
 
     def __init__(self, slots: int, q: int, settings: Settings, theta: Tensor) -> None:
         self.settings, self.theta = settings, theta.clone().requires_grad_()

@@ -264,11 +264,8 @@ def released(problem: Problem, steps: int, cg_steps: int, everything: bool) -> S
     """The released step of Yang et al., rebuilt from the paper (Algorithm 1, Subroutine 1).
 
     The backbone is run again at every inner step, without history; then conjugate gradient, each
-    product a double backward pass of the inner gradient's graph.
-
-    Args:
-        everything: the double backward passes go through the backbone too (as a call of
-            ``backward()`` makes them); else they are asked for the head's parameters alone.
+    product a double backward pass of the inner gradient's graph: with ``everything`` through the
+    backbone too (as a call of ``backward()`` makes it), else of the head's parameters alone.
     """
     head, theta = problem.new_head(), list(problem.backbone.parameters())
 

@@ -114,13 +114,8 @@ class Regression(Problem):
     r"""Ill-conditioned linear regression with one output, anchored at theta as in iMAML.
 
     The support loss is :math:`\tfrac{1}{2m} \|X \phi - y\|^2`; eigenvalues of
-    :math:`X^\top X / m` fall from 1 to ``1 / spread``, evenly on a logarithmic scale.
-
-    Args:
-        size: dimension of phi.
-        spread: largest over smallest eigenvalue, before ``l2`` is added.
-        l2: the paper's lambda.
-        seed: of the data.
+    :math:`X^\top X / m` fall from 1 to ``1 / spread``, evenly on a logarithmic scale; ``l2``, the
+    paper's lambda, is added to them.
     """
 
     kind = ImplicitMAML
@@ -167,13 +162,7 @@ class Regression(Problem):
 
 
 class Classification(Problem):
-    """A logistic head on the features of one dense layer, which is theta.
-
-    Args:
-        ways, shots, width: classes, support and query samples of each, features.
-        l2: of the head.
-        seed: of the data and the layer.
-    """
+    """A logistic head on the features (``width``) of one dense layer, which is theta."""
 
     kind = ImplicitCGHead
 
@@ -240,12 +229,7 @@ def _draw(seed: int) -> Callable[..., Tensor]:
 
 
 def methods(names: tuple[str, str], cg_steps: Sequence[int]) -> dict[str, Method]:
-    """Every method by the name under which it is recorded.
-
-    Args:
-        names: of the implicit and of the unrolled algorithm.
-        cg_steps: the numbers N of conjugate gradient steps.
-    """
+    """Every method by its name in the records, from those of an implicit and an unrolled one."""
     implicit, unrolled = names
     found = {f"{implicit}_cg{n}": Method(n) for n in cg_steps}
     return found | {unrolled: Method(None, True), f"{unrolled}_unregularised": Method(None)}

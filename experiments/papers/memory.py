@@ -24,15 +24,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from experiments.ingredients import model
 from experiments.ingredients.algorithm import make_algorithms
 from experiments.ingredients.algorithm_table import AlgorithmSettings
-from experiments.ingredients.model import (
-    ModelSettings,
-    build_backbone,
-    device_of,
-    use_threads,
-    within_limits,
-)
+from experiments.ingredients.model import ModelSettings, within_limits
 from experiments.papers import Points
 from experiments.report.columns import MIB
 from experiments.report.paper_figures import draw_memory, named
@@ -152,7 +147,7 @@ def build(method: Method, shape: Shape, device: torch.device) -> Algorithm:
 def _backbone(shape: Shape, channels_last: bool) -> tuple[nn.Module, int]:
     settings = {"name": "cnn4", "hidden": shape.hidden, "channels_last": channels_last}
     images = (shape.channels, shape.pixels, shape.pixels)
-    return build_backbone(images, ModelSettings.of(settings, "model"))
+    return model.build_backbone(images, ModelSettings.of(settings, "model"))
 
 
 def floor(shape: Shape, device: torch.device) -> float:
@@ -233,8 +228,8 @@ def _result(points: Points) -> dict[str, float]:
 def memory(_run: Any, output: str) -> dict[str, float]:
     """Print the tables; returns how much each method grows, and what rm_metal saves."""
     c = MemorySettings.of(_run.config)
-    device = device_of(c.device)
-    use_threads(c.threads)
+    device = model.device_of(c.device)
+    model.use_threads(c.threads)
     picture = folder_of(_run, output) / "memory.png"
     papers = {
         "": ("Yang et al., Fig. 2", YANG, c.inner_steps,

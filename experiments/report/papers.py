@@ -15,19 +15,10 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.report import columns
+from experiments.report import columns, paper_figures
 from experiments.report.columns import Column, Record
 from experiments.report.content import Figure, Items, Section, Source, Table, file_name
-from experiments.report.paper_figures import (
-    BOUNDS,
-    STEPS,
-    Metrics,
-    by_problem,
-    draw_convergence,
-    draw_errors,
-    draw_memory,
-    named,
-)
+from experiments.report.paper_figures import BOUNDS, STEPS, Metrics, by_problem, named
 from experiments.report.runs import Run, command_of, difference_lines, run_list
 from experiments.report.summary import Request
 
@@ -131,7 +122,7 @@ def _memory(run: Run, metrics: Metrics) -> Items:
             f"memory_{paper}",
             f"{title}: peak of live tensors (left) and median time (right) of one task's outer step"
             f" against the inner steps K. {task}, random images.",
-            partial(draw_memory, metrics, prefix),
+            partial(paper_figures.draw_memory, metrics, prefix),
             [{"method": name, "K": k, "peak_bytes": peak, "seconds": times[name][k]}
              for name, curve in peaks.items() for k, peak in curve.items()],
         )  # fmt: skip
@@ -180,7 +171,7 @@ def _errors(run: Run, metrics: Metrics) -> Items:
         "Relative error of the hypergradient against the exact one, over the inner steps K;"
         f" geometric mean over {run.settings.get('problems')} problems. Solid: implicit, with"
         " the number of conjugate gradient steps; dashed: unrolled.",
-        partial(draw_errors, metrics),
+        partial(paper_figures.draw_errors, metrics),
         [{"problem": problem, "method": method, "K": k, "relative_error": error}
          for problem, methods in errors.items() for method, curve in methods.items()
          for k, error in curve.items()],
@@ -226,7 +217,7 @@ def _convergence(run: Run, metrics: Metrics) -> Items:
         " (Theorem 2), its floor against the tasks in a batch with 95 % intervals over"
         f" {run.settings.get('problems')} problems (Theorem 1), and its last value with fewer"
         " and more steps than K_0 and N_0.",
-        partial(draw_convergence, metrics, result),
+        partial(paper_figures.draw_convergence, metrics, result),
         [{"part": part, "at": at, "squared_norm": value}
          for part, curve in parts.items() for at, value in curve.items()],
     )  # fmt: skip

@@ -16,18 +16,8 @@ import pandas as pd
 
 from experiments.report.runs import Archive, Run, run_list
 from experiments.statistics import Mean, seeds_mean
-from experiments.sweeps.definition import (
-    COMPLETED,
-    FAILED,
-    INTERRUPTED,
-    PENDING,
-    RUNNING,
-    Cell,
-    Settings,
-    Sweep,
-    describe,
-    format_value,
-)
+from experiments.sweeps import definition
+from experiments.sweeps.definition import Cell, Settings, Sweep, describe, format_value
 from experiments.sweeps.plan import Group, best, make_plan
 
 DROP = 0.10
@@ -129,8 +119,16 @@ class CellState(NamedTuple):
     identity: str  # empty while the grid that decides its settings is incomplete
     runs: Sequence[Run] = ()  # also killed ones, oldest first
     run: Run | None = None  # the newest complete one
-    state: str = PENDING
+    state: str = definition.PENDING
     why: str = ""  # it is not complete
+
+    @property
+    def score(self) -> float:
+        """What a grid is decided by; minus infinity without a run, or for a diverged one."""
+        if self.run is None or self.run.result.get("diverged"):
+            return -math.inf
+        values = self.run.series(VALIDATION).values
+        return values[-1] if values and math.isfinite(values[-1]) else -math.inf
 
 
 class MethodState:
@@ -154,7 +152,7 @@ class MethodState:
         self.chosen: int | None = counts.index(max(counts)) if max(counts) else None
         self.remark = "Final runs are there, but not all of the grid" if max(counts) else ""
         if all(cell.run for cell in self.grid):
-            self.chosen = best(list(map(last_score, self.grid))) if self.grid else 0
+            self.chosen = best([cell.score for cell in self.grid]) if self.grid else 0
             self.remark = ""
         unknown = [CellState(name, "", why=NOT_CHOSEN) for name in group.final_names()]
         self.finals = unknown if self.chosen is None else finals[self.chosen]
@@ -164,10 +162,7 @@ class MethodState:
 
 
 class SweepState:
-    """A sweep on one benchmark.
-
-    Args:
-        given: further KEY=VALUE of the sweep's command line.
+    """A sweep on one benchmark, with further KEY=VALUE of its command line.
 
     Raises:
         UserError: KEY=VALUE that the sweep does not take.
@@ -198,23 +193,16 @@ def _cell(name: str, cell: Cell, by_cell: Cells) -> CellState:
     runs = by_cell.get(cell.identity, ())
     if complete := [run for run in runs if run.complete]:
         newest = max(complete, key=lambda run: run.last_sign or LONG_AGO)
-        return CellState(name, cell.identity, runs, newest, COMPLETED)
+        return CellState(name, cell.identity, runs, newest, definition.COMPLETED)
     if not runs:
         return CellState(name, cell.identity)
     last = next((run for run in runs if run.status == "RUNNING"), runs[-1])
     if last.status == "RUNNING":
-        return CellState(name, cell.identity, runs, None, RUNNING, f"run {last.id}")
+        return CellState(name, cell.identity, runs, None, definition.RUNNING, f"run {last.id}")
     killed = last.status == "INTERRUPTED" or last.failure.startswith("killed:")
     why = f"run {last.id} {last.status}: {last.failure or 'stopped'}"
-    return CellState(name, cell.identity, runs, None, INTERRUPTED if killed else FAILED, why)
-
-
-def last_score(cell: CellState) -> float:
-    """What a grid is decided by; minus infinity for a cell without a run, or a diverged one."""
-    if cell.run is None or cell.run.result.get("diverged"):
-        return -math.inf
-    values = cell.run.series(VALIDATION).values
-    return values[-1] if values and math.isfinite(values[-1]) else -math.inf
+    state = definition.INTERRUPTED if killed else definition.FAILED
+    return CellState(name, cell.identity, runs, None, state, why)
 
 
 class Request(NamedTuple):

@@ -12,15 +12,7 @@ from experiments.report.columns import Column, Record
 from experiments.report.content import UNTOLD, Figure, Items, Section, Source, Table, file_name
 from experiments.report.figures import curve_caption, curve_records, draw_accuracies, draw_curves
 from experiments.report.runs import difference_lines, run_list
-from experiments.report.summary import (
-    DROP,
-    MethodState,
-    Request,
-    Summary,
-    SweepState,
-    last_score,
-    mean_record,
-)
+from experiments.report.summary import DROP, MethodState, Request, Summary, SweepState, mean_record
 from experiments.statistics import Mean, seeds_mean
 from experiments.sweeps.definition import COMPLETED, describe
 
@@ -339,7 +331,7 @@ def _grid_table(state: SweepState) -> Items:
         {
             "method": method.name,
             "setting": describe(setting),
-            "validation_accuracy": last_score(cell),
+            "validation_accuracy": cell.score,
             "chosen": "yes" if method.chosen == index else "",
             "state": cell.state,
             "run": "" if cell.run is None else cell.run.id,

@@ -116,10 +116,8 @@ def cheapest(
 ) -> dict[float, int]:
     """Evaluations up to an epsilon-solution, by the batch size that needs the fewest.
 
-    Args:
-        curves: averages by batch size.
-        settings: with which they were run.
-        high, low: the first and the last of ten epsilons; what nothing reaches is left out.
+    The averages are given by batch size. Of ten epsilons, from high to low, those that nothing
+    reaches are left out.
     """
     found = {}
     for epsilon in map(float, np.geomspace(high, low, 10)):

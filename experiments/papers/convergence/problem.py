@@ -112,16 +112,13 @@ def make_tasks(
     number: int, p: int, q: int, condition: float, bend: float, strength: float, spread: float,
     seed: int,
 ) -> Tasks:  # fmt: skip
-    """Random tasks whose targets are solutions for a theta of their own, around a common one.
+    """M random tasks whose targets are solutions for a theta of their own, around a common one.
 
     Args:
-        number: M.
         p, q: dimensions of theta and phi, p <= q.
         condition: largest over smallest eigenvalue of every ``a``.
-        bend: of the log-cosh term.
         strength: spectral norm of every ``b``, by which theta acts.
         spread: of the tasks, relative to what they share; 0: they differ in ``a`` and ``d`` alone.
-        seed: of everything.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -218,15 +215,9 @@ def trajectory(
     tasks: Tasks, settings: Settings, steps: int, batch: int | None, seed: int,
     tick: Callable[[int], object],
 ) -> list[float]:
-    r""":math:`\|\nabla F(\theta_t)\|^2` for t = 0 to T - 1, exact.
+    r""":math:`\|\nabla F(\theta_t)\|^2` for t = 0 to T - 1, exact, of Algorithm 1 from theta = 0.
 
-    Args:
-        tasks: the population.
-        settings: of Algorithm 1, started from theta = 0.
-        steps: outer iterations T.
-        batch: tasks drawn with replacement at every iteration; None: all, as in Theorem 2.
-        seed: of the draws.
-        tick: told of every iteration done.
+    ``batch`` tasks are drawn with replacement at every iteration; None: all, as in Theorem 2.
     """
     number, p, q = len(tasks.y), tasks.c.shape[2], tasks.y.shape[1]
     generator = torch.Generator().manual_seed(seed)

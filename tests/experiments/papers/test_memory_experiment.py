@@ -6,16 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from experiments.papers.memory import (
-    RAJESWARAN,
-    YANG,
-    Shape,
-    build,
-    episode,
-    floor,
-    forecast,
-    growth,
-)
+from experiments.papers import memory
+from experiments.papers.memory import RAJESWARAN, YANG, Shape, build, episode
 
 SMALL = Shape(ways=3, shots=2, queries=2, channels=3, pixels=16, hidden=8)
 CPU = torch.device("cpu")
@@ -25,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
 
 def peaks(name: str, *steps: int, limit: float = 2.0**40,
           tick: Callable[[int], object] = id) -> dict[int, float]:  # fmt: skip
-    points = growth(METHODS[name], SMALL, steps, limit, 1, CPU, tick)
+    points = memory.growth(METHODS[name], SMALL, steps, limit, 1, CPU, tick)
     return {k: point.peak for k, point in points.items()}
 
 
@@ -49,7 +41,7 @@ def test_memory_that_grows(name: str) -> None:
 
 
 def test_a_step_takes_at_least_what_supervised_learning_takes() -> None:
-    least = floor(SMALL, CPU)
+    least = memory.floor(SMALL, CPU)
     assert least > SMALL.hidden * 8 * 8 * 12 * 4  # one layer's output at least
     assert peaks("anil/cached", 1)[1] == pytest.approx(least, rel=0.1)
 
@@ -66,7 +58,7 @@ def test_every_method_learns(name: str) -> None:
 
 def test_what_does_not_fit_is_left_out() -> None:
     """The forecast is a straight line through the last two peaks."""
-    assert (forecast({}, 10), forecast({1: (10.0, 0.0)}, 10)) == (0, 0)  # type: ignore[dict-item]
+    assert (memory.forecast({}, 10), memory.forecast({1: (10.0, 0.0)}, 10)) == (0, 0)  # type: ignore[dict-item]
     whole, ticks = peaks("itd_bio/as_published", 1, 2, 4), list[int]()
     limit = 0.5 * (whole[2] + whole[4])
     short = peaks("itd_bio/as_published", 1, 2, 4, 8, limit=limit, tick=ticks.append)

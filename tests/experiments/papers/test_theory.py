@@ -10,14 +10,7 @@ from oracles import subroutine_1
 from torch import Tensor
 
 from experiments.papers.convergence import theory
-from experiments.papers.convergence.theory import (
-    ProblemConstants,
-    cg_contraction,
-    hypergradient_lipschitz,
-    inner_lr,
-    least_inner_steps,
-    least_linear_steps,
-)
+from experiments.papers.convergence.theory import ProblemConstants, cg_contraction
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -44,25 +37,25 @@ def test_the_examples_are_by_hand_and_everything_public_has_one() -> None:
     assert len(public) == 6 and public <= shown
     assert doctest.testmod(theory).failed == 0
     # 2 * (1 - 1 / 300)**537 is just below a third
-    assert least_inner_steps(simple(), 1 / 300) == 537  # fmt: skip
+    assert theory.least_inner_steps(simple(), 1 / 300) == 537  # fmt: skip
 
 
 def test_every_constant_is_counted() -> None:
-    least, bent = least_linear_steps(simple()), simple(l_g1=2.0, l_g2=3.0)
-    assert least_linear_steps(simple(l_g2=10.0)) > least
-    assert least_linear_steps(simple(sigma_g1=100.0)) > least
+    least, bent = theory.least_linear_steps(simple()), simple(l_g1=2.0, l_g2=3.0)
+    assert theory.least_linear_steps(simple(l_g2=10.0)) > least
+    assert theory.least_linear_steps(simple(sigma_g1=100.0)) > least
     drawn = simple(l_g2=1.0, sigma_f1=100.0)
-    assert least_linear_steps(drawn) > least_linear_steps(simple(l_g2=1.0))
+    assert theory.least_linear_steps(drawn) > theory.least_linear_steps(simple(l_g2=1.0))
     # (1 + 10) * [(1 + 10) * 1 + 1 * (2 + 10 * 3)]
-    assert hypergradient_lipschitz(bent) == pytest.approx(11 * 43)
-    assert least_inner_steps(bent) == least_inner_steps(simple())
+    assert theory.hypergradient_lipschitz(bent) == pytest.approx(11 * 43)
+    assert theory.least_inner_steps(bent) == theory.least_inner_steps(simple())
 
 
 @pytest.mark.parametrize("kappa", [1.0, 3.0, 30.0, 300.0])
 def test_k0_contracts_the_inner_error(kappa: float) -> None:
     """In the direction of the smallest curvature gradient descent is slowest."""
     constants = simple(mu=2.0, l_g=2.0 * kappa)
-    rate, steps = 1 - inner_lr(constants) * constants.mu, least_inner_steps(constants)
+    rate, steps = 1 - theory.inner_lr(constants) * constants.mu, theory.least_inner_steps(constants)
     # no smaller K has the property that the proof uses
     assert 2 * rate**steps < 1 / 3 and (steps == 1 or 2 * rate ** (steps - 1) >= 1 / 3)
 
@@ -78,15 +71,15 @@ def test_conjugate_gradient_keeps_to_its_bound(kappa: float) -> None:
     steps = [n for n in range(1, 30) if cg_contraction(kappa, n) >= 1e-24]  # below: rounding
     ratios = [left(n) / cg_contraction(kappa, n) for n in steps]
     assert 1e-3 < max(ratios) <= 1
-    n_0 = least_linear_steps(simple(l_g=kappa, l_f=0.1))
+    n_0 = theory.least_linear_steps(simple(l_g=kappa, l_f=0.1))
     assert 2 * kappa**2 * left(n_0) < 1 / 3
 
 
 def test_conjugate_gradient_ends() -> None:
     hard = simple(l_g=1e4)
-    assert least_linear_steps(hard, unknowns=5) == 5 < least_linear_steps(hard)
+    assert theory.least_linear_steps(hard, unknowns=5) == 5 < theory.least_linear_steps(hard)
     assert cg_contraction(1e4, 5, unknowns=5) == 0.0 < cg_contraction(1e4, 4, unknowns=5)
-    assert least_linear_steps(simple(mu=3.0, l_g=3.0)) == 1
+    assert theory.least_linear_steps(simple(mu=3.0, l_g=3.0)) == 1
 
 
 def test_the_hypergradient_of_a_quadratic_keeps_to_its_bound() -> None:
@@ -96,7 +89,7 @@ def test_the_hypergradient_of_a_quadratic_keeps_to_its_bound() -> None:
     solved = torch.linalg.solve(a, b)
     curvature = float(torch.linalg.eigvalsh(solved.T @ solved).max())
     joint = float(torch.linalg.matrix_norm(torch.cat([a, -b], 1), 2))
-    assert 0.1 < curvature <= hypergradient_lipschitz(simple(l_g=joint, l_f0=0.0))
+    assert 0.1 < curvature <= theory.hypergradient_lipschitz(simple(l_g=joint, l_f0=0.0))
 
 
 @pytest.mark.parametrize(
@@ -115,6 +108,6 @@ def test_wrong_constants(changes: dict[str, float], message: str) -> None:
 
 def test_wrong_arguments() -> None:
     with pytest.raises(ValueError, match="lr: expected at most 1 / l_g = 0.1, got 0.2"):
-        least_inner_steps(simple(), 0.2)
+        theory.least_inner_steps(simple(), 0.2)
     with pytest.raises(ValueError, match="unknowns"):
-        least_linear_steps(simple(), unknowns=0)
+        theory.least_linear_steps(simple(), unknowns=0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import takewhile
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from pytest import approx
-from report_runs import rows
+from report_runs import markdown, rows
 
 from experiments.report.__main__ import main as report
 
@@ -37,6 +38,7 @@ class Final(NamedTuple):
     """A run that counts in the table."""
 
     seed: int
+    result: dict[str, float]
     test: float  # accuracy at the end of the budget
     curve: list[tuple[float, float]]  # seconds of training and validation accuracy, in the budget
 
@@ -94,7 +96,8 @@ def final(line: dict[str, Any], budget: float) -> Final:
     seconds = points(line, "validation/training_seconds")
     curve = sorted((seconds[step], scores[step]) for step in scores)
     late = [n for n, (at, _) in enumerate(curve) if at >= budget]
-    return Final(run["config"]["seed"], test, curve[: late[0] + 1] if late else curve)
+    shown = curve[: late[0] + 1] if late else curve
+    return Final(run["config"]["seed"], run["result"], test, shown)
 
 
 def half_width(values: list[float]) -> float:
@@ -104,15 +107,28 @@ def half_width(values: list[float]) -> float:
 def test_accuracies_and_their_intervals(drawn: Drawn) -> None:
     """The lead is the mean of the differences seed by seed. In the table of all benchmarks: means
     with intervals, a star where rm_metal leads beyond the interval."""
-    shown, ours = drawn.rows("summary"), {run.seed: run.test for run in drawn.finals["rm_metal"]}
-    overall = {}
+    shown, overall = drawn.rows("summary"), {}
+
+    def of(name: str) -> dict[str, dict[int, float]]:
+        """By seed: at the end of the budget, its half width in the run, at the best validation."""
+        runs = drawn.finals[name]
+        early = {run.seed: run.result.get("early_stopped_accuracy") for run in runs}
+        return {"test": {run.seed: run.test for run in runs},
+                "within_run": {run.seed: run.result["test_half_width"] for run in runs},
+                "early_stopped": {seed: v for seed, v in early.items() if v is not None}}
+
+    ours = of("rm_metal")
     for name, runs in drawn.finals.items():
-        tests, leads = [run.test for run in runs], [ours[run.seed] - run.test for run in runs]
-        assert len({run.seed for run in runs}) == len(runs)
-        for what, values in {"test": tests, "lead": leads}.items():
-            if (what, name) != ("lead", "rm_metal"):
+        values = {what: list(by_seed.values()) for what, by_seed in of(name).items()}
+        for lead, what in {"lead": "test", "early_stopped_lead": "early_stopped"}.items():
+            values[lead] = [ours[what][seed] - value for seed, value in of(name)[what].items()
+                            if seed in ours[what]]
+        assert len(values["test"]) == len(runs)
+        for what, seeds in values.items():
+            if len(seeds) > 1 and (name != "rm_metal" or "lead" not in what):
                 row = [float(shown[name][f"{what}_{part}"]) for part in ("mean", "half_width")]
-                assert row == approx([mean(values), half_width(values)], rel=1e-9, abs=1e-12), name
+                assert row == approx([mean(seeds), half_width(seeds)], rel=1e-9, abs=1e-12), name
+        tests, leads = values["test"], values["lead"]
         led = " *" * (mean(leads) > half_width(leads))
         overall[name] = f"{100 * mean(tests):.1f} ± {100 * half_width(tests):.1f}{led}"
     missing = {name for name, row in shown.items() if row["seeds"] == "0"}
@@ -187,10 +203,10 @@ class Papers(NamedTuple):
         (row,) = [r for r in rows(self.folder, table) if wanted.items() <= r.items()]
         return row
 
-    def curve(self, name: str, table: str, key: str = "K_", **wanted: str) -> dict[int, float]:
+    def curve(self, name: str, table: str, key: str = "K_{}", **wanted: str) -> dict[int, float]:
         """A metric, which the table has too."""
         curve, row = self.recorded(name), self.row(table, **wanted)
-        assert {at: float(row[f"{key}{at}"]) for at in curve} == curve
+        assert {at: float(row[key.format(at)]) for at in curve} == curve
         return curve
 
 
@@ -209,6 +225,9 @@ def test_theorem_2_the_average_falls_as_one_over_t(papers: Papers) -> None:
     curves = [papers.recorded(f"convergence/all_tasks/{n}/average") for n in range(3)]
     slopes = [slope({t: value for t, value in curve.items() if t >= 40}) for curve in curves]
     row = papers.row("convergence_slopes", what="Theorem 2: average against T")
+    shown = markdown(papers.folder, "convergence_slopes")
+    assert "| Theorem 2: average against T | -1 | -1.000 ± less than 0.001 |" in shown
+    assert re.search(r"for each epsilon, K = 20 \| 1 \| \d\.\d+ \|", shown)
     assert float(row["slope"]) == approx(mean(slopes), abs=1e-5)
     assert mean(slopes) == approx(-1, abs=1e-3)
 
@@ -216,9 +235,19 @@ def test_theorem_2_the_average_falls_as_one_over_t(papers: Papers) -> None:
 @pytest.mark.parametrize("k", ["5", "20", "60"])
 def test_theorem_1_the_floor_falls_as_one_over_the_batch(papers: Papers, k: str) -> None:
     """The recorded floors are means over problems; their slope is within the mean's interval."""
-    floor = papers.curve(f"convergence/floor/{k}", "convergence_floors", "B_", K=k)
+    name, table = f"convergence/floor/{k}", "convergence_floors"
+    floor = papers.curve(name, table, "B_{}", K=k)
+    assert papers.curve(f"{name}/half_width", table, "B_{}_half_width", K=k)
     row = papers.row("convergence_slopes", what=f"Theorem 1: floor against |B|, K = {k}")
     assert abs(slope(floor) - float(row["slope"])) < float(row["half_width"])
+
+
+@pytest.mark.parametrize("start", ["warm", "cold"])
+@pytest.mark.parametrize(("what", "bound"), [("inner_steps", "K_0 = 20"), ("cg_steps", "N_0 = 10")])
+def test_steps_around_the_bounds(papers: Papers, what: str, bound: str, start: str) -> None:
+    table = f"convergence_{what}"
+    assert papers.curve(f"convergence/{what}/{start}", table, "at_{}", start=start)
+    assert f"{bound}." in markdown(papers.folder, table)
 
 
 @pytest.mark.parametrize(("size", "cg", "ahead"), [(5, 5, 10), (20, 5, 6), (20, 10, 8)])

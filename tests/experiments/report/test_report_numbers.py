@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure as Drawing
 
+from experiments.report.columns import significant
 from experiments.report.figures import LOOKS, band, draw_curves, looks
 from experiments.report.runs import run_list
 from experiments.statistics import seeds_mean
@@ -69,7 +70,10 @@ def test_seeds_with_nothing_in_common_are_drawn_one_by_one() -> None:
     assert [text.get_text() for text in legend.get_texts()] == ["anil"]
 
 
-def test_run_ids_are_short_and_in_order() -> None:
+def test_numbers_of_any_size_and_run_ids_are_short() -> None:
+    values = (0.7, 1.5, 2e-5, 4044.4, 99.6, math.nan, -0.25)
+    shown = ["0.70", "1.5", "2.0e-05", "4044", "1.0e+02", "–", "-0.25"]
+    assert [significant(value) for value in values] == shown
     assert run_list([3, 1, 2, 2, 7, 9, 10, "mine"]) == "1-3, 7, 9, 10, mine"
     assert run_list([]) == ""
 

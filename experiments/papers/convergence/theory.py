@@ -38,6 +38,16 @@ from l2l_implicit import checks
 class ProblemConstants:
     """What Assumptions 1 and 2 of Yang et al. (2025) say of a problem, in Euclidean norms.
 
+    Attributes:
+        mu: strong convexity of every inner objective g_i in phi; above 0.
+        l_g: Lipschitz constant of every g_i's gradient; at least ``mu``. (Assumption 2 asks this
+            of their mean alone, but the rate of conjugate gradient needs it of each.)
+        l_f, l_f0: of the outer objective's gradient; of the outer objective itself, that is, a
+            bound on its gradient.
+        l_g1, l_g2: of g's mixed derivative and of its Hessian in phi.
+        sigma_f1, sigma_g1: standard deviations over tasks of grad f_i and of g_i's Hessian; 0 for
+            Theorem 2, whose l's hold for each task.
+
     Raises:
         ValueError, TypeError: for a number out of its range, in one line.
 
@@ -47,18 +57,12 @@ class ProblemConstants:
         20.0
     """
 
-    mu: float  # strong convexity of every inner objective g_i in phi; above 0
-    # Lipschitz constant of every g_i's gradient, at least mu (Assumption 2 asks this of their mean
-    # alone, but the rate of conjugate gradient needs it of each); of the outer objective's
-    # gradient, and of the outer objective itself, that is, a bound on its gradient
+    mu: float
     l_g: float
     l_f: float
     l_f0: float
-    # of g's mixed derivative and of its Hessian in phi
     l_g1: float = 0.0
     l_g2: float = 0.0
-    # standard deviations over tasks of grad f_i and of g_i's Hessian; 0 for Theorem 2, whose l's
-    # hold for each task
     sigma_f1: float = 0.0
     sigma_g1: float = 0.0
 

@@ -177,10 +177,10 @@ def _sweep(
     for kind in kinds:
         own = [costs[f"{kind} {k} {n}"] for k, n in pairs]
         rows += [Row(case, f"implicit, {kind}", *pair, cost)
-                 for pair, cost in zip(pairs, own, strict=True)]
+                 for pair, cost in zip(pairs, own, strict=True)]  # fmt: skip
         bar = _range("time", [cost.time_ratio for cost in own], GROWTH)
         rows.append(Row(case, f"implicit, {kind}, whole range", bars=(bar,)))
-    return rows  # fmt: skip
+    return rows
 
 
 def _range(what: str, values: Sequence[float], limit: float) -> Bar:
@@ -320,10 +320,10 @@ def against_peers(c: BenchmarkSettings) -> list[Row]:
             steps[name] = outer.released(problem, k, k, everything)
         costs = c.costs(steps)
         for name, cost in costs.items():
-            counts = (None if name == "supervised" else k,
-                      None if name in ("supervised", *PEERS) else k)
-            rows.append(Row(f"peers at K = {k}: {problem.title}", name, *counts, cost,
-                            _duel(k, name, costs)))  # fmt: skip
+            counts = {} if name == "supervised" else {"steps": k}
+            counts |= {} if name in ("supervised", *PEERS) else {"cg_steps": k}
+            rows.append(Row(f"peers at K = {k}: {problem.title}", name, cost=cost,
+                            bars=_duel(k, name, costs), **counts))  # fmt: skip
     return rows
 
 

@@ -26,7 +26,6 @@ MOST = 4
 """Runs drawn of one experiment, each of other settings."""
 
 
-
 def sections(request: Request) -> list[Section]:
     """One for each experiment: tables and figures of each run shown, or the missing command."""
     return [_section(request, name) for name in PARTS]
@@ -48,12 +47,14 @@ def _section(request: Request, experiment: str) -> Section:
         run, notes = group[-1], _notes(group, n > 0)
         request.archive.load([run])
         metrics = {name: pd.Series(dict(zip(*series, strict=True))).sort_index()
-                   for name, series in run.metrics.items() if series.steps}
-        made += [replace(item, name=item.name + (f"_{n}" if n else ""), notes=[*notes, *item.notes],
-                         source=Source(run.command, [run.id])) for item in items(run, metrics)]
+                   for name, series in run.metrics.items() if series.steps}  # fmt: skip
+        source, suffix = Source(run.command, [run.id]), f"_{n}" if n else ""
+        for item in items(run, metrics):
+            notes_of, name = [*notes, *item.notes], f"{item.name}{suffix}"
+            made.append(replace(item, name=name, source=source, notes=notes_of))
     left = run_list(run.id for group in order[MOST:] for run in group)
     text = [f"Not drawn: runs {left}, of still other settings."] if left else []
-    return Section(title, text, made or [_missing(experiment, what, runs)])  # fmt: skip
+    return Section(title, text, made or [_missing(experiment, what, runs)])
 
 
 def _notes(group: Sequence[Run], other: bool) -> list[str]:
@@ -129,8 +130,8 @@ def _memory(run: Run, metrics: Metrics) -> Items:
         asked = run.counts(f"{prefix}inner_steps")
         left = {name: [str(k) for k in asked if k not in curve] for name, curve in peaks.items()}
         told = "; ".join(f"{name} at K = {', '.join(k)}" for name, k in left.items() if k)
-        notes = [f"Missing: {told}: the forecast was above limit_gib="
-                 f"{run.settings.get('limit_gib')}; a larger one fills them."] if told else []
+        limit = f"limit_gib={run.settings.get('limit_gib')}; a larger one fills them."
+        notes = [f"Missing: {told}: the forecast was above {limit}"] if told else []
         rows = [(_saved(name, curve, peaks), curve) for name, curve in peaks.items()]
         last, claim = [], []
         if OURS in peaks and CLAIM_AT in peaks[OURS]:

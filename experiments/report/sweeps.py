@@ -39,11 +39,12 @@ def _section(state: SweepState) -> Section:
         *_missing_table(state), *_grid_table(state),
     ]  # fmt: skip
     source = Source(state.command(), [run.id for run in state.runs])
-    items = [replace(item, name=file_name(item.name, state.name, state.benchmark),
-                     source=source if item.source is UNTOLD else item.source) for item in items]
+    items = [replace(item, source=source) if item.source is UNTOLD else item for item in items]
+    items = [replace(item, name=file_name(item.name, state.name, state.benchmark))
+             for item in items]  # fmt: skip
     done = sum(cell.state == COMPLETED for cell in state.cells)
     text = f"{done} of {len(state.cells)} cells are complete."
-    return Section(f"{state.benchmark}, sweep {state.name}", [text], items)  # fmt: skip
+    return Section(f"{state.benchmark}, sweep {state.name}", [text], items)
 
 
 # Means over seeds

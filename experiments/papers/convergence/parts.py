@@ -192,7 +192,7 @@ def theorem_2(plan: Plan, points: Points, tick: Tick) -> Slopes:
                               curve[-1] * 1.0000001))  # fmt: skip
     _record_costs(points, "all_tasks", costs[0])
     return {"average_against_T": seeds_mean([last_decade(curve) for curve in curves]),
-            "evaluations_all_tasks": seeds_mean([costs_slope(each) for each in costs])}
+            "evaluations_all_tasks": seeds_mean([costs_slope(each) for each in costs])}  # fmt: skip
 
 
 def theorem_1(plan: Plan, points: Points, inner_steps: int, tick: Tick) -> Slopes:

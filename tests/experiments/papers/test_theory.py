@@ -33,11 +33,11 @@ def test_the_examples_are_by_hand_and_everything_public_has_one() -> None:
     found = doctest.DocTestFinder().find(theory, "theory")
     shown = {test.name.removeprefix("theory.") for test in found if test.examples}
     public = {name for name, value in vars(theory).items()
-              if inspect.getmodule(value) is theory and not name.startswith("_")}
+              if inspect.getmodule(value) is theory and not name.startswith("_")}  # fmt: skip
     assert len(public) == 6 and public <= shown
     assert doctest.testmod(theory).failed == 0
     # 2 * (1 - 1 / 300)**537 is just below a third
-    assert theory.least_inner_steps(simple(), 1 / 300) == 537  # fmt: skip
+    assert theory.least_inner_steps(simple(), 1 / 300) == 537
 
 
 def test_every_constant_is_counted() -> None:

@@ -7,7 +7,8 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from itertools import product
+from typing import Any
 
 import torch
 from learn2learn.algorithms import MAML
@@ -16,18 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from experiments.benchmark import steps as outer
 from experiments.benchmark.measure import Bar, Cost, Row, measure, seconds_of, warm_peak
-from experiments.benchmark.steps import (
-    STEP_SIZE,
-    Adapt,
-    Problem,
-    Shape,
-    Step,
-    build,
-    closure,
-    head_of,
-    implicit,
-    loss_tensors,
-)
+from experiments.benchmark.steps import Problem, Step, closure, implicit, loss_tensors
 from experiments.ingredients.algorithm import make_algorithms, solvers
 from experiments.ingredients.algorithm_table import AlgorithmSettings
 from experiments.tracking import UserError
@@ -43,21 +33,12 @@ RELEASED, NEVER_SLOWER, NEVER_LARGER = 5.0, 1.01, 1.01
 GRADIENTS, HVP = 2.5, 2.2  # memory of an iMAML step and time of a product, in gradients
 
 
-class Limits(NamedTuple):
-    """Of time and memory over the floor's."""
+Limits = Mapping[str, tuple[float, ...]]
+"""Of time and, where there are two, of memory over the floor's: by method, or by call."""
 
-    time: float | None = None
-    memory: float | None = None
-
-    def bars(self, cost: Cost) -> tuple[Bar, ...]:
-        found = zip(self._fields, (cost.time_ratio, cost.memory_ratio), self, strict=True)
-        return tuple(Bar(what, value, limit) for what, value, limit in found if limit is not None)
-
-
-# By adapt(closure) and by adapt(loss).
-FLOOR = {"adapt(closure)": Limits(1.05, 1.01), "adapt(loss)": Limits(1.08, 1.01)}
-OTHER = {"adapt(closure)": Limits(1.10), "adapt(loss)": Limits(1.10)}
-WIDE = {"adapt(closure)": Limits(1.05), "adapt(loss)": Limits(1.10)}
+FLOOR: Limits = {"adapt(closure)": (1.05, 1.01), "adapt(loss)": (1.08, 1.01)}
+OTHER: Limits = {"adapt(closure)": (1.10,), "adapt(loss)": (1.10,)}
+WIDE: Limits = {"adapt(closure)": (1.05,), "adapt(loss)": (1.10,)}
 
 
 class BenchmarkSettings(RunSettings):
@@ -77,6 +58,7 @@ class BenchmarkSettings(RunSettings):
     hidden: Count = 64  # filters a layer of cnn4 (at 84 pixels: 32 at most)
     chunk_size: Count = 25  # images
     channels_last: bool = True  # for every method
+    compile: bool = False  # in the case layouts, also by torch.compile: half a minute
     device: Text = "cpu"  # cpu, cuda, cuda:1, ...; auto: a GPU if there is one
     threads: Threads = 1  # of torch; 0 leaves torch's own choice
     seed: Seed = 0  # of all random numbers
@@ -84,24 +66,29 @@ class BenchmarkSettings(RunSettings):
 
     def problem(
         self, network: str = "cnn4", channels_last: bool | None = None, **shape: int
-    ) -> tuple[str, Problem]:
-        """A task's title, and the task."""
-        wanted = Shape(network, **{"hidden": self.hidden, **shape})
+    ) -> Problem:
         last = self.channels_last if channels_last is None else channels_last
-        return wanted.title, build(wanted, self.device, last, self.seed)
+        wanted = outer.Shape(network, **{"hidden": self.hidden, **shape})
+        return outer.build(wanted, self.device, last, self.seed)
 
     def costs(self, steps: Mapping[str, Step]) -> dict[str, Cost]:
         """Of each step; the first is the floor."""
         return measure(steps, self.repetitions, self.seconds, self.device)
 
     def compared(
-        self, case: str, steps: Mapping[str, Step], limits: Mapping[str, Limits] | None = None
+        self, case: str, steps: Mapping[str, Step], limits: Limits | None = None
     ) -> list[Row]:
-        """One row a method, the floor first; ours with K and N. ``limits`` are by method."""
-        costs, own = self.costs(steps), {"steps": self.steps, "cg_steps": self.cg_steps}
-        rows = [Row(case, name, cost=cost, bars=(limits or {}).get(name, Limits()).bars(cost))
-                for name, cost in costs.items()]  # fmt: skip
-        return [row._replace(**own) if row.method.startswith("implicit") else row for row in rows]
+        """One row a method, the floor first; ours with K and N."""
+        rows, limits = [], limits or {}
+        for name, cost in self.costs(steps).items():
+            counts = (self.steps, self.cg_steps) if name.startswith("implicit") else (None, None)
+            rows.append(Row(case, name, *counts, cost, _bars(cost, limits.get(name, ()))))
+        return rows
+
+
+def _bars(cost: Cost, limits: Sequence[float]) -> tuple[Bar, ...]:
+    ratios = {"time": cost.time_ratio, "memory": cost.memory_ratio}
+    return tuple(Bar(*ratio, limit) for ratio, limit in zip(ratios.items(), limits, strict=False))
 
 
 Case = Callable[[BenchmarkSettings], list[Row]]
@@ -112,18 +99,18 @@ CALLS = {"adapt(closure)": closure, "adapt(loss)": loss_tensors}
 
 
 def against_floor(
-    c: BenchmarkSettings, limits: Mapping[str, Limits], network: str = "cnn4",
-    tensors: bool = True, note: str = "", **shape: int,
+    c: BenchmarkSettings, limits: Limits, network: str = "cnn4", tensors: bool = True,
+    note: str = "", **shape: int,
 ) -> list[Row]:  # fmt: skip
     """The implicit head in its ways to step and (with ``tensors``) to be called."""
-    title, problem = c.problem(network, **shape)
+    problem = c.problem(network, **shape)
     steps, asked = {"supervised": outer.supervised(problem)}, {}
-    for step in ("newton", "gradient"):
-        for call, adapt in list(CALLS.items())[: 1 + tensors]:
-            name = f"implicit, {step}, {call}"
-            steps[name] = implicit(problem, step, adapt(c.steps), c.cg_steps)
-            asked[name] = limits[call]
-    return c.compared(f"{title}, {problem.head.in_features} features{note}", steps, asked)
+    for step, (call, adapt) in product(("newton", "gradient"), list(CALLS.items())[: 1 + tensors]):
+        name = f"implicit, {step}, {call}"
+        steps[name] = implicit(problem, step, adapt(c.steps), c.cg_steps)
+        asked[name] = limits[call]
+    case = f"{problem.title}, {problem.head.in_features} features{note}"
+    return c.compared(case, steps, asked)
 
 
 def two_threads(c: BenchmarkSettings) -> list[Row]:
@@ -138,32 +125,27 @@ def two_threads(c: BenchmarkSettings) -> list[Row]:
 
 def fifty_shot_chunked(c: BenchmarkSettings) -> list[Row]:
     """Chunks need a backbone without batch statistics: GroupNorm, for the floor too."""
-    title, problem = c.problem("cnn4, GroupNorm", shots=50)
-    head, adapt = head_of(problem, "newton", c.cg_steps), closure(c.steps)
+    problem = c.problem("cnn4, GroupNorm", shots=50)
+    head, adapt = outer.head_of(problem, "newton", c.cg_steps), closure(c.steps)
     chunks = f"implicit, newton, chunks of {c.chunk_size} images"
     steps = {
         "supervised": outer.supervised(problem),
         "implicit, newton": outer.cached(problem, head, adapt),
         chunks: outer.cached(problem, head, adapt, Chunked(problem.backbone, c.chunk_size)),
     }
-    return c.compared(title, steps, {chunks: Limits(1.4, 0.25)})
+    return c.compared(problem.title, steps, {chunks: (1.4, 0.25)})
 
 
-def layouts(c: BenchmarkSettings, compile: bool = False) -> list[Row]:
-    """The floor in ``channels_last`` and in torch's default layout: is it the lowest there is?
-
-    Args:
-        c: the configuration.
-        compile: also by ``torch.compile``, which needs a C++ compiler and half a minute.
-    """
+def layouts(c: BenchmarkSettings) -> list[Row]:
+    """The floor in ``channels_last`` and in torch's default layout: is it the lowest there is?"""
     steps = {}
-    for name, channels_last in (("channels_last", True), ("contiguous", False)):
-        title, problem = c.problem(channels_last=channels_last)
+    for name in ("channels_last", "contiguous"):
+        problem = c.problem(channels_last=name == "channels_last")
         steps[f"supervised, {name}"] = outer.supervised(problem)
-        if compile:
+        if c.compile:
             compiled = problem._replace(backbone=torch.compile(problem.backbone))
             steps[f"supervised, {name}, compiled"] = outer.supervised(compiled)
-    return c.compared(f"layouts: {title}", steps)
+    return c.compared(f"layouts: {problem.title}", steps)
 
 
 # Growth with K and N
@@ -186,19 +168,18 @@ def cg_steps_sweep(c: BenchmarkSettings) -> list[Row]:
 def _sweep(
     c: BenchmarkSettings, what: str, pairs: Sequence[tuple[int, int]], **settings: float
 ) -> list[Row]:
-    title, problem = c.problem()
-    case, steps = f"growth with {what}: {title}", {"supervised": outer.supervised(problem)}
-    for step in ("newton", "gradient"):
-        for k, n in pairs:
-            name = f"implicit, {step}, K = {k}, N = {n}"
-            steps[name] = implicit(problem, step, closure(k), n, **settings)
-    costs = c.costs(steps)
+    problem, kinds = c.problem(), ("newton", "gradient")
+    ours = {f"{kind} {k} {n}": implicit(problem, kind, closure(k), n, **settings)
+            for kind in kinds for k, n in pairs}  # fmt: skip
+    costs = c.costs({"supervised": outer.supervised(problem), **ours})
+    case = f"growth with {what}: {problem.title}"
     rows = [Row(case, "supervised", cost=costs["supervised"])]
-    for name in ("implicit, newton", "implicit, gradient"):
-        own = {(k, n): costs[f"{name}, K = {k}, N = {n}"] for k, n in pairs}
-        rows += [Row(case, name, k, n, cost) for (k, n), cost in own.items()]
-        ratios = [cost.time_ratio for cost in own.values()]
-        rows.append(Row(case, f"{name}, whole range", bars=(_range("time", ratios, GROWTH),)))
+    for kind in kinds:
+        own = [costs[f"{kind} {k} {n}"] for k, n in pairs]
+        rows += [Row(case, f"implicit, {kind}", *pair, cost)
+                 for pair, cost in zip(pairs, own, strict=True)]  # fmt: skip
+        bar = _range("time", [cost.time_ratio for cost in own], GROWTH)
+        rows.append(Row(case, f"implicit, {kind}, whole range", bars=(bar,)))
     return rows
 
 
@@ -208,18 +189,15 @@ def _range(what: str, values: Sequence[float], limit: float) -> Bar:
 
 def steps_memory(c: BenchmarkSettings) -> list[Row]:
     """Peak memory over K: gradient steps, which are all taken, by closure and by loss tensors."""
-    title, problem = c.problem()
-    case, floor = f"memory over K: {title}", warm_peak(outer.supervised(problem), c.device)
-
-    def of_memory(peak: float) -> Cost:
-        return Cost(math.nan, peak, math.nan, peak / floor)
-
-    rows = [Row(case, "supervised", cost=of_memory(floor))]
+    problem, nan = c.problem(), math.nan
+    case, floor = f"memory over K: {problem.title}", warm_peak(outer.supervised(problem), c.device)
+    rows = [Row(case, "supervised", cost=Cost(nan, floor, nan, 1.0))]
     for call, adapt in CALLS.items():
         name, peaks = f"implicit, gradient, {call}", []
         for k in c.memory_steps:
             peaks.append(warm_peak(implicit(problem, "gradient", adapt(k), c.cg_steps), c.device))
-            rows.append(Row(case, name, k, c.cg_steps, of_memory(peaks[-1])))
+            cost = Cost(nan, peaks[-1], nan, peaks[-1] / floor)
+            rows.append(Row(case, name, k, c.cg_steps, cost))
         rows.append(Row(case, f"{name}, whole range", bars=(_range("memory", peaks, FLAT),)))
     return rows
 
@@ -232,7 +210,7 @@ def meta_batch(c: BenchmarkSettings) -> list[Row]:
 
     Over as many supervised steps, one after the other.
     """
-    title, problem = c.problem()
+    problem = c.problem()
     episodes = [_episode(problem, seed) for seed in range(TASKS)]
     backbone, head = copy.deepcopy(problem.backbone), problem.new_head()
 
@@ -245,8 +223,8 @@ def meta_batch(c: BenchmarkSettings) -> list[Row]:
     steps: dict[str, Step] = {f"{TASKS} supervised steps": supervised}
     for together, name in (("auto", "heads together"), (False, "one task at a time")):
         steps[f"implicit, newton, {name}"] = _engine(problem, episodes, together, c)
-    asked = {"implicit, newton, heads together": Limits(1.02)}
-    return c.compared(f"meta batch of {TASKS}: {title}", steps, asked)
+    asked = {"implicit, newton, heads together": (1.02,)}
+    return c.compared(f"meta batch of {TASKS}: {problem.title}", steps, asked)
 
 
 def _episode(problem: Problem, seed: int) -> Episode:
@@ -260,7 +238,7 @@ def _engine(
     problem: Problem, episodes: Sequence[Episode], together: object, c: BenchmarkSettings
 ) -> Step:
     settings = AlgorithmSettings.of(
-        {"lr": STEP_SIZE, "together": together, "steps": c.steps, "cg_steps": c.cg_steps}
+        {"lr": outer.STEP_SIZE, "together": together, "steps": c.steps, "cg_steps": c.cg_steps}
     )
     measure_of, ways = MEASURES["classification"], problem.head.out_features
     algorithms = make_algorithms(
@@ -273,29 +251,29 @@ def _engine(
 
 def head_alone(c: BenchmarkSettings) -> list[Row]:
     """What follows the features: inner loop, query loss, and the gradient in the features."""
-    title, problem = c.problem()
+    problem = c.problem()
     with torch.no_grad():
         many = torch.stack([problem.backbone(_episode(problem, t).inputs) for t in range(TASKS)])
 
-    def one(head: MAML | ImplicitCGHead, adapt: Adapt) -> Step:
+    def one(head: MAML | ImplicitCGHead, adapt: outer.Adapt) -> Step:
         return outer.cached(problem, head, adapt, lambda _: many[0].clone().requires_grad_())
 
     floor, k = "ANIL (learn2learn), features given", c.steps
-    steps = {floor: one(MAML(problem.new_head(), STEP_SIZE), loss_tensors(k))}
+    steps = {floor: one(MAML(problem.new_head(), outer.STEP_SIZE), loss_tensors(k))}
     for kind in ("newton", "gradient"):
-        head = head_of(problem, kind, c.cg_steps)
+        head = outer.head_of(problem, kind, c.cg_steps)
         for call, adapt in CALLS.items():
             steps[f"implicit, {kind}, {call}"] = one(head, adapt(k))
         steps[f"implicit, {kind}, a task of {TASKS} together"] = _together(problem, head, many, k)
-    rows = c.compared(f"head alone, {many.shape[2]} features given: {title}", steps)
+    rows = c.compared(f"head alone, {many.shape[2]} features given: {problem.title}", steps)
     rows[0] = rows[0]._replace(steps=k)
-    limits = {"implicit, newton, adapt(closure)": Limits(0.5),
-              f"implicit, newton, a task of {TASKS} together": Limits(0.15)}  # fmt: skip
+    limits = {"implicit, newton, adapt(closure)": (0.5,),
+              f"implicit, newton, a task of {TASKS} together": (0.15,)}  # fmt: skip
     for number, row in enumerate(rows):
-        if row.method.endswith("together"):  # time and memory are those of all of them
-            row = row._replace(cost=Cost(*(value / TASKS for value in row.cost)))
-        bars = limits.get(row.method, Limits()).bars(row.cost)
-        rows[number] = row._replace(bars=bars)
+        # together: time and memory are those of all of them
+        cost = Cost(*(v / (TASKS if row.method.endswith("together") else 1) for v in row.cost))
+        bars = _bars(cost, limits.get(row.method, ()))
+        rows[number] = row._replace(cost=cost, bars=bars)
     return rows
 
 
@@ -331,21 +309,21 @@ def against_peers(c: BenchmarkSettings) -> list[Row]:
 
     A peer that runs support and query apart is held against our step that does so too.
     """
-    title, problem = c.problem()
-    rows = []
+    problem, rows = c.problem(), []
     for k in c.peer_steps:
         steps = {"supervised": outer.supervised(problem)}
         for step in ("newton", "gradient"):
             steps[f"implicit, {step}"] = implicit(problem, step, closure(k), k)
-        steps[APART] = outer.apart(problem, head_of(problem, "newton", k), closure(k))
+        steps[APART] = outer.apart(problem, outer.head_of(problem, "newton", k), closure(k))
         steps |= {name: peer(problem, k) for name, peer in PEERS.items()}
         for name, everything in RELEASED_STEPS.items():
             steps[name] = outer.released(problem, k, k, everything)
         costs = c.costs(steps)
         for name, cost in costs.items():
-            row = Row(f"peers at K = {k}: {title}", name, cost=cost, bars=_duel(k, name, costs))
-            counts = {"steps": k, "cg_steps": None if name in PEERS else k}
-            rows.append(row if name == "supervised" else row._replace(**counts))
+            counts = {} if name == "supervised" else {"steps": k}
+            counts |= {} if name in ("supervised", *PEERS) else {"cg_steps": k}
+            rows.append(Row(f"peers at K = {k}: {problem.title}", name, cost=cost,
+                            bars=_duel(k, name, costs), **counts))  # fmt: skip
     return rows
 
 
@@ -388,8 +366,8 @@ def whole_network(c: BenchmarkSettings) -> list[Row]:
     In torch's default layout: the second derivatives of batch norm are slow in ``channels_last``,
     a Hessian-vector product in all.
     """
-    title, problem = c.problem(channels_last=False)
-    case, network = f"iMAML, whole network, in gradients: {title}", problem.whole()
+    problem = c.problem(channels_last=False)
+    case, network = f"iMAML, whole network, in gradients: {problem.title}", problem.whole()
     least, most = min(c.network_steps), max(c.network_steps)
 
     def gradient() -> None:
@@ -433,21 +411,16 @@ def _products(case: str, problem: Problem, network: nn.Module, gradient: Step) -
 
 # By name
 
-
-def _floor(limits: Limits, **more: Any) -> Case:
-    return partial(against_floor, limits=limits, **more)
-
-
-_WIDE = {"network": "cnn4, pooled once", "limits": WIDE}
+_WIDE = partial(against_floor, limits=WIDE, network="cnn4, pooled once")
 CASES: dict[str, Case] = {
-    "cnn4-32px": _floor(FLOOR),
+    "cnn4-32px": partial(against_floor, limits=FLOOR),
     "two-threads": two_threads,
     "cnn4-84px": lambda c: against_floor(c, FLOOR, pixels=84, hidden=min(32, c.hidden)),
-    "20-way": _floor(OTHER, ways=20),
-    "20-shot": _floor(OTHER, shots=20),
-    "wide": _floor(**_WIDE),
-    "wide-20-way-1-shot": _floor(**_WIDE, tensors=False, ways=20, shots=1),
-    "wide-20-way-5-shot": _floor(**_WIDE, tensors=False, ways=20),
+    "20-way": partial(against_floor, limits=OTHER, ways=20),
+    "20-shot": partial(against_floor, limits=OTHER, shots=20),
+    "wide": _WIDE,
+    "wide-20-way-1-shot": partial(_WIDE, tensors=False, ways=20, shots=1),
+    "wide-20-way-5-shot": partial(_WIDE, tensors=False, ways=20),
     "meta-batch": meta_batch,
     "head": head_alone,
     "chunked": fifty_shot_chunked,
@@ -457,14 +430,14 @@ CASES: dict[str, Case] = {
     "peers": against_peers,
     "imaml": whole_network,
     "layouts": layouts,
-    "resnet12": _floor(FLOOR, network="resnet12", tensors=False, pixels=84),
-    "resnet12-wide": _floor(OTHER, network="resnet12, 16,000 features", tensors=False, pixels=84),
-}
-OPTIONAL: dict[str, Case] = {"compile": partial(layouts, compile=True)}
+    "resnet12": lambda c: against_floor(c, FLOOR, "resnet12", tensors=False, pixels=84),
+    "resnet12-wide": lambda c: against_floor(c, OTHER, "resnet12, 16,000 features", tensors=False,
+                                             pixels=84),
+}  # fmt: skip
 
 
 def select(names: str) -> dict[str, Case]:
-    """The cases of a list with commas; ``all`` is every one that is not optional.
+    """The cases of a list with commas, or ``all``.
 
     Raises:
         UserError: no such case.
@@ -474,7 +447,7 @@ def select(names: str) -> dict[str, Case]:
     chosen = [name.strip() for name in names.split(",") if name.strip()]
     try:
         for name in chosen or [names]:
-            checks.choice("cases", name, ["all", *CASES, *OPTIONAL])
+            checks.choice("cases", name, ["all", *CASES])
     except ValueError as error:
         raise UserError(str(error)) from error
-    return {name: {**CASES, **OPTIONAL}[name] for name in chosen}
+    return {name: CASES[name] for name in chosen}

@@ -34,13 +34,9 @@ class Cost(NamedTuple):
 def measure(
     steps: Mapping[str, Step], repetitions: int, seconds: float = 20.0, device: str = "cpu"
 ) -> dict[str, Cost]:
-    """The cost of each step; the first is the floor.
+    """The cost of each step by name; the first is the floor.
 
-    Args:
-        steps: by name.
-        repetitions: of each; fewer once one took ``seconds`` in all, but 3.
-        seconds: see above.
-        device: on which they run.
+    Each is repeated as often; once one took ``seconds`` in all, no further, but 3 times.
     """
     gc.collect()
     gc.freeze()  # collections are short: they leave out what is there already
@@ -185,12 +181,7 @@ def as_markdown(rows: Sequence[Row]) -> str:
 
 
 def draw(title: str, rows: Iterable[Row]) -> Figure:
-    """Time and memory over those of the supervised step against K, log-log, one line a method.
-
-    Args:
-        title: what was run.
-        rows: of the case ``peers``.
-    """
+    """Of the case ``peers``: time and memory over the supervised step's against K, log-log."""
     figure = Figure(figsize=(12, 7), layout="constrained")
     both = figure.subplots(1, 2)
     measured = [row for row in rows if row.cost is not None and row.steps is not None]

@@ -28,19 +28,14 @@ L2 = 0.1  # of the peers that carry a regulariser of their own
 
 
 class Shape(NamedTuple):
-    """What a task looks like: ``ways * (shots + queries)`` square images, a network for them.
+    """What a task looks like: ``ways * (shots + queries)`` square images, a network for them."""
 
-    ``network`` is a key of `NETWORKS`, which see three channels; ``hidden`` its number of filters,
-    where it has a choice.
-    """
-
-    network: str = "cnn4"
-    hidden: int = 64
+    network: str = "cnn4"  # a key of `NETWORKS`
+    hidden: int = 64  # filters, where the network has a choice
     pixels: int = 32
     ways: int = 5
     shots: int = 5
     queries: int = 5
-    channels: int = 3
 
     @property
     def title(self) -> str:
@@ -54,6 +49,7 @@ class Shape(NamedTuple):
 class Problem(NamedTuple):
     """A task with its backbone; every method takes a copy of ``head``, equal at the start."""
 
+    title: str
     backbone: nn.Module
     head: nn.Linear
     images: Tensor
@@ -108,14 +104,12 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-def build(
-    shape: Shape, device: str = "cpu", channels_last: bool = True, seed: int = 0
-) -> Problem:
+def build(shape: Shape, device: str = "cpu", channels_last: bool = True, seed: int = 0) -> Problem:
     """Random images and a network in training mode, the same for a seed."""
     torch.manual_seed(seed)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     number = shape.ways * (shape.shots + shape.queries)
-    images = torch.randn(number, shape.channels, shape.pixels, shape.pixels, device=device)
+    images = torch.randn(number, 3, shape.pixels, shape.pixels, device=device)
     images = images.contiguous(memory_format=layout)
     backbone = NETWORKS[shape.network](shape.hidden).to(device, memory_format=layout)
     with torch.no_grad():
@@ -123,7 +117,8 @@ def build(
     classes = torch.arange(shape.ways, device=device)
     labels = torch.cat([classes.repeat_interleave(n) for n in (shape.shots, shape.queries)])
     head = nn.Linear(width, shape.ways, device=device)
-    return Problem(backbone.train(), head, images, labels, shape.ways * shape.shots, device)
+    return Problem(shape.title, backbone.train(), head, images, labels, shape.ways * shape.shots,
+                   device)  # fmt: skip
 
 
 # The floor, and ours
@@ -248,14 +243,14 @@ def anil_as_published(problem: Problem, steps: int) -> Step:
 
 def itd_bio_as_published(problem: Problem, steps: int) -> Step:
     """Ji et al. (2020): unrolled gradient steps of a regularised head from a constant start."""
-    initial = [p.detach() for p in problem.new_head().parameters()]
+    head = problem.new_head()
 
     def step() -> None:
-        phi = [p.clone().requires_grad_() for p in initial]
+        phi = [p.detach().clone().requires_grad_() for p in head.parameters()]
         for _ in range(steps):
             gradients = grad(_inner_objective(problem, phi), phi, create_graph=True)
             phi = [p - STEP_SIZE * g for p, g in zip(phi, gradients, strict=True)]
-        _query_loss(problem, phi).backward()
+        _loss(problem, phi, problem.query).backward()
 
     return step
 
@@ -269,23 +264,19 @@ def released(problem: Problem, steps: int, cg_steps: int, everything: bool) -> S
     """The released step of Yang et al., rebuilt from the paper (Algorithm 1, Subroutine 1).
 
     The backbone is run again at every inner step, without history; then conjugate gradient, each
-    product a double backward pass of the inner gradient's graph.
-
-    Args:
-        everything: the double backward passes go through the backbone too (as a call of
-            ``backward()`` makes them); else they are asked for the head's parameters alone.
+    product a double backward pass of the inner gradient's graph: with ``everything`` through the
+    backbone too (as a call of ``backward()`` makes it), else of the head's parameters alone.
     """
-    initial = [p.detach() for p in problem.new_head().parameters()]
-    theta = list(problem.backbone.parameters())
+    head, theta = problem.new_head(), list(problem.backbone.parameters())
 
     def step() -> None:
-        phi = [p.clone().requires_grad_() for p in initial]
+        phi = [p.detach().clone().requires_grad_() for p in head.parameters()]
         for _ in range(steps):
             gradients = grad(_inner_objective(problem, phi), phi)
             new = [p - STEP_SIZE * g for p, g in zip(phi, gradients, strict=True)]
             phi = [p.detach().requires_grad_() for p in new]
         inner = grad(_inner_objective(problem, phi), phi, create_graph=True)
-        direct = grad(_query_loss(problem, phi), [*theta, *phi])
+        direct = grad(_loss(problem, phi, problem.query), [*theta, *phi])
         b = [g.detach() for g in direct[len(theta) :]]
         v = _conjugate_gradient(inner, [*phi, *theta] if everything else phi, b, cg_steps)
         mixed = grad(inner, theta, v)
@@ -296,14 +287,11 @@ def released(problem: Problem, steps: int, cg_steps: int, everything: bool) -> S
 
 
 def _inner_objective(problem: Problem, phi: Sequence[Tensor]) -> Tensor:
-    images, labels = problem.support
-    squares = sum((p.square().sum() for p in phi), torch.zeros((), device=images.device))
-    return cross_entropy(linear(problem.backbone(images), *phi), labels) + 0.5 * L2 * squares
+    return _loss(problem, phi, problem.support) + 0.5 * L2 * _dot(phi, phi)
 
 
-def _query_loss(problem: Problem, phi: Sequence[Tensor]) -> Tensor:
-    images, labels = problem.query
-    return cross_entropy(linear(problem.backbone(images), *phi), labels)
+def _loss(problem: Problem, phi: Sequence[Tensor], data: tuple[Tensor, Tensor]) -> Tensor:
+    return cross_entropy(linear(problem.backbone(data[0]), *phi), data[1])
 
 
 def _conjugate_gradient(

@@ -7,13 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.build_glyphs.classes import (
-    eligible_classes,
-    merge,
-    random_split,
-    script_of,
-    script_split,
-)
+from experiments.build_glyphs import classes
 from experiments.build_glyphs.drawings import Face, all_faces, render_all
 
 TASKS = Path(__file__).parents[2] / "l2l_implicit" / "tasks"
@@ -41,12 +35,12 @@ def build() -> tuple[dict[str, NDArray], list[Face]]:
     """The arrays of the file, and the faces that they use."""
     faces = all_faces()
     drawn = render_all(faces)
-    chosen = eligible_classes(drawn, faces)
-    points = merge(chosen, drawn, faces)
+    chosen = classes.eligible_classes(drawn, faces)
+    points = classes.merge(chosen, drawn, faces)
     rows = np.concatenate([sorted(chosen[point]) for point in points])
     used, face = np.unique(drawn.faces[rows], return_inverse=True)
     faces = [faces[index] for index in used]
-    scripts = [script_of(point) for point in points]
+    scripts = [classes.script_of(point) for point in points]
     arrays = {
         "images": drawn.images[rows],
         "labels": np.searchsorted(points, drawn.codepoints[rows]).astype(np.int16),
@@ -58,25 +52,21 @@ def build() -> tuple[dict[str, NDArray], list[Face]]:
         "face_packages": np.array([f"{face.package} {face.version}" for face in faces]),
         "face_licences": np.array([face.licence for face in faces]),
     }
-    splits = {"random": random_split(len(points)), "script": script_split(scripts)}
+    splits = {"random": classes.random_split(len(points)), "script": classes.script_split(scripts)}
     for split, modes in splits.items():
-        for mode, classes in modes.items():
-            arrays[f"split_{split}_{mode}"] = np.array(classes, np.int16)
+        for mode, indices in modes.items():
+            arrays[f"split_{split}_{mode}"] = np.array(indices, np.int16)
     return arrays, faces
 
 
 def attribution(faces: list[Face]) -> str:
     """GLYPHS_ATTRIBUTION.md as Markdown, one row a family, in alphabetical order."""
-    families = Counter(
-        (face.family, f"{face.package} {face.version}", face.licence,
-         face.copyright.replace("|", "/"))
-        for face in faces
-    )  # fmt: skip
-    rows = [
-        f"| {family} | {count} | {package} | {licence} | {owner or '(none in the font)'} |"
+    families = Counter((face.family, f"{face.package} {face.version}", face.licence,
+                        face.copyright.replace("|", "/")) for face in faces)  # fmt: skip
+    return HEADER + "".join(
+        f"| {family} | {count} | {package} | {licence} | {owner or '(none in the font)'} |\n"
         for (family, package, licence, owner), count in sorted(families.items())
-    ]
-    return HEADER + "\n".join(rows) + "\n"
+    )
 
 
 def main() -> None:

@@ -3,8 +3,7 @@ two fixed splits into train, validation and test."""
 
 import unicodedata
 from collections import defaultdict
-from itertools import groupby
-from typing import NamedTuple
+from itertools import zip_longest
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,74 +33,46 @@ def eligible_classes(drawn: Renderings, faces: list[Face]) -> dict[int, list[int
         rows_of[point].append(row)
     chosen = {}
     for point, rows in sorted(rows_of.items()):
-        families = _distinct_by_family(rows, drawn, faces)
-        picked = [
-            families[name][turn]
-            for turn in range(MAX_PER_FAMILY)
-            for name in sorted(families)
-            if turn < len(families[name])
-        ]
+        distinct: dict[bytes, int] = {}
+        for row in sorted(rows, key=lambda row: (faces[drawn.faces[row]].preference, row)):
+            distinct.setdefault(drawn.images[row].tobytes(), row)
+        families = defaultdict(list)
+        for row in distinct.values():
+            families[faces[drawn.faces[row]].family].append(row)
+        turns = zip_longest(*(own[:MAX_PER_FAMILY] for _, own in sorted(families.items())))
+        picked = [row for turn in turns for row in turn if row is not None]
         if len(families) >= MIN_FAMILIES and len(picked) >= MIN_IMAGES:
             chosen[point] = picked[:MAX_IMAGES]
     return chosen
 
 
-def _distinct_by_family(
-    rows: list[int], drawn: Renderings, faces: list[Face]
-) -> dict[str, list[int]]:
-    """Family -> rows in order of preference, each bitmap kept only where it is met first."""
-    seen: set[bytes] = set()
-    families = defaultdict(list)
-    for row in sorted(rows, key=lambda row: (faces[drawn.faces[row]].preference, row)):
-        bitmap = drawn.images[row].tobytes()
-        if bitmap not in seen:
-            seen.add(bitmap)
-            families[faces[drawn.faces[row]].family].append(row)
-    return families
-
-
-class Similarity(NamedTuple):
-    """For every pair of classes [m, m]: mean cosine, faces shared, families that draw both alike.
-    """
-
-    mean_cosine: NDArray[np.float32]
-    shared_faces: NDArray[np.int32]
-    identical_families: NDArray[np.int32]
-
-
 def merge(chosen: dict[int, list[int]], drawn: Renderings, faces: list[Face]) -> list[int]:
     """Code points that remain once confusable ones are merged, ascending.
 
-    Two are confusable when two families draw them identically, when their mean cosine exceeds
-    0.92, or when they are two cases of a letter and it exceeds 0.80. Of each connected set the
-    member found in the most families remains (ties: the lowest code point).
+    Two are confusable when two families draw them identically, when their mean cosine over the
+    faces that draw both exceeds 0.92, or when they are two cases of a letter and it exceeds 0.80.
+    Of each connected set the member found in the most families remains (ties: the lowest code
+    point).
     """
-    points = sorted(chosen)
-    alike = _confusable(similarity(points, drawn, faces), points)
-    families = [{faces[index].family for index in drawn.faces[chosen[point]]} for point in points]
-    return sorted(points[min(group, key=lambda a: (-len(families[a]), a))]
-                  for group in connected(alike))  # fmt: skip
-
-
-def similarity(points: list[int], drawn: Renderings, faces: list[Face]) -> Similarity:
-    """Compares the classes within each face: cosine of the bitmaps as vectors of 784 pixels."""
-    m = len(points)
+    points, m = sorted(chosen), len(chosen)
     total, shared, identical = (np.zeros((m, m), t) for t in (np.float32, np.int32, np.int32))
-    for _, family in groupby(sorted(enumerate(faces), key=_family_of), _family_of):
+    for family in sorted({face.family for face in faces}):
         in_family = np.zeros((m, m), bool)
-        for index, _ in family:
+        for index in (n for n, face in enumerate(faces) if face.family == family):
             rows = np.flatnonzero((drawn.faces == index) & np.isin(drawn.codepoints, points))
             cells = np.ix_(*2 * (np.searchsorted(points, drawn.codepoints[rows]),))
-            cosine = _cosines(drawn.images[rows])
-            total[cells] += cosine
+            vectors = drawn.images[rows].reshape(len(rows), SIDE * SIDE).astype(np.float32)
+            vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+            total[cells] += (cosine := vectors @ vectors.T)
             shared[cells] += 1
             in_family[cells] |= cosine > IDENTICAL
         identical += in_family
-    return Similarity(total / np.maximum(shared, 1), shared, identical)
-
-
-def _family_of(numbered: tuple[int, Face]) -> str:
-    return numbered[1].family
+    folded = np.array([chr(point).casefold() for point in points])
+    limit = np.where(folded[:, None] == folded[None, :], ALIKE_IN_CASE, ALIKE)
+    alike = (shared >= MIN_SHARED_FACES) & (total / np.maximum(shared, 1) > limit)
+    families = [{faces[index].family for index in drawn.faces[chosen[point]]} for point in points]
+    return sorted(points[min(group, key=lambda a: (-len(families[a]), a))]
+                  for group in connected(alike | (identical >= 2)))  # fmt: skip
 
 
 def connected(linked: NDArray[np.bool_]) -> list[list[int]]:
@@ -111,20 +82,6 @@ def connected(linked: NDArray[np.bool_]) -> list[list[int]]:
         reach = wider
     first = reach.argmax(1)
     return [np.flatnonzero(first == member).tolist() for member in np.unique(first)]
-
-
-def _confusable(found: Similarity, points: list[int]) -> NDArray[np.bool_]:
-    folded = np.array([chr(point).casefold() for point in points])
-    same_letter = folded[:, None] == folded[None, :]
-    enough = found.shared_faces >= MIN_SHARED_FACES
-    limit = np.where(same_letter, ALIKE_IN_CASE, ALIKE)
-    return (found.identical_families >= 2) | (enough & (found.mean_cosine > limit))
-
-
-def _cosines(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    vectors = images.reshape(len(images), SIDE * SIDE).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors @ vectors.T
 
 
 def script_of(point: int) -> str:
@@ -142,8 +99,7 @@ def script_of(point: int) -> str:
 def random_split(classes: int) -> dict[str, list[int]]:
     """64 / 16 / 20 per cent of the classes, drawn once; sorted class indices by mode."""
     order = np.random.RandomState(SEED).permutation(classes)
-    first, second = int(0.64 * classes), int(0.80 * classes)
-    parts = np.split(order, [first, second])
+    parts = np.split(order, [int(0.64 * classes), int(0.80 * classes)])
     return {mode: sorted(part.tolist()) for mode, part in zip(SCRIPT_MODES, parts, strict=True)}
 
 

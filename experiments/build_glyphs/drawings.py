@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from importlib.metadata import distributions, version
-from importlib.util import find_spec
+from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,13 +80,7 @@ def _sources() -> Iterator[tuple[str, str, bytes]]:
 
 
 def _package_folder(package: str) -> Path:
-    spec = find_spec(package.replace("-", "_"))
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(
-            f"expected the typeface package {package!r}, found none: install "
-            "experiments/build_glyphs/requirements.txt into a fresh environment"
-        )
-    return Path(next(iter(spec.submodule_search_locations)))
+    return Path(str(files(package.replace("-", "_"))))
 
 
 def _faces_of(package: str, name: str, data: bytes) -> Iterator[Face]:
@@ -169,21 +163,17 @@ def load_font(face: Face) -> ImageFont.FreeTypeFont:
 def draw(font: ImageFont.FreeTypeFont, character: str) -> NDArray[np.uint8] | None:
     """The character as uint8 [28, 28], or None where it leaves no ink."""
     mask = font.getmask(character, mode="L")
-    width, height = mask.size
-    grey = np.frombuffer(bytes(mask), np.uint8).reshape(height, width)
+    grey = np.frombuffer(bytes(mask), np.uint8).reshape(mask.size[::-1])
     rows, columns = np.flatnonzero((grey > INK).any(1)), np.flatnonzero((grey > INK).any(0))
     if not len(rows):
         return None
-    return _centred(grey[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
-
-
-def _centred(grey: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    height, width = grey.shape
-    factor = FIT / max(height, width)
-    height, width = max(1, round(height * factor)), max(1, round(width * factor))
+    grey = grey[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    factor = FIT / max(grey.shape)
+    height, width = (max(1, round(side * factor)) for side in grey.shape)
     smoothing = Image.Resampling.BOX if factor < 0.5 else Image.Resampling.BILINEAR
-    small = np.asarray(Image.fromarray(grey).resize((width, height), smoothing))
     image = np.zeros((SIDE, SIDE), np.uint8)
     top, left = (SIDE - height) // 2, (SIDE - width) // 2
-    image[top : top + height, left : left + width] = small
+    image[top : top + height, left : left + width] = np.asarray(
+        Image.fromarray(grey).resize((width, height), smoothing)
+    )
     return image

@@ -16,14 +16,17 @@ classification it is the feature extractor, and a = 0.
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from itertools import product
+from statistics import geometric_mean
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import torch
 from pydantic import Field
+from scipy.optimize import root
 from torch import Tensor, nn
 from torch.func import grad, hessian, jacrev
 from torch.nn.functional import cross_entropy, mse_loss
@@ -31,8 +34,9 @@ from tqdm import tqdm
 
 from experiments.ingredients.algorithm import solvers
 from experiments.ingredients.model import use_threads, within_limits
-from experiments.report.paper_figures import Curve, draw_errors
-from experiments.tracking import TrackedExperiment, record
+from experiments.papers import Points
+from experiments.report.paper_figures import draw_errors, named
+from experiments.tracking import TrackedExperiment
 from experiments.tracking.config import Count, Counts, Positive, RunSettings, Seed, Text, Threads
 from experiments.training.outcome import folder_of
 from l2l_implicit import ImplicitCGHead, ImplicitMAML, UnsolvedWarning
@@ -75,34 +79,20 @@ def quick() -> None:
 
 
 class Method(NamedTuple):
-    """How the hypergradient is approximated.
+    """How the hypergradient is approximated."""
 
-    Attributes:
-        cg_steps: N of the implicit learner, with gradient steps inside; None: back-propagation
-            through the inner loop.
-        penalty: the regulariser is in the loss (an unrolled learner has none of its own).
-    """
-
-    cg_steps: int | None
-    penalty: bool = False
+    cg_steps: int | None  # N of the implicit learner; None: back-propagation through the steps
+    penalty: bool = False  # the regulariser is in the loss (an unrolled learner has none)
 
 
 class Problem(ABC):
-    """One task.
+    """One task."""
 
-    Attributes:
-        l2: strength of the regulariser.
-        lr: inner step size, 1 over the largest curvature.
-        condition: the inner problem's condition number.
-        module: what is adapted.
-        kind: its implicit learner; `ImplicitMAML` is anchored at theta, which it meta-learns.
-    """
-
-    l2: float
-    lr: float
-    condition: float
-    module: nn.Linear
-    kind: type[ImplicitCGHead] | type[ImplicitMAML]
+    l2: float  # strength of the regulariser
+    lr: float  # inner step size, 1 over the largest curvature
+    condition: float  # the inner problem's condition number
+    module: nn.Linear  # what is adapted
+    kind: type[ImplicitCGHead] | type[ImplicitMAML]  # the latter meta-learns its anchor, theta
 
     @abstractmethod
     def exact(self) -> Tensor:
@@ -124,13 +114,8 @@ class Regression(Problem):
     r"""Ill-conditioned linear regression with one output, anchored at theta as in iMAML.
 
     The support loss is :math:`\tfrac{1}{2m} \|X \phi - y\|^2`; eigenvalues of
-    :math:`X^\top X / m` fall from 1 to ``1 / spread``, evenly on a logarithmic scale.
-
-    Args:
-        size: dimension of phi.
-        spread: largest over smallest eigenvalue, before ``l2`` is added.
-        l2: the paper's lambda.
-        seed: of the data.
+    :math:`X^\top X / m` fall from 1 to ``1 / spread``, evenly on a logarithmic scale; ``l2``, the
+    paper's lambda, is added to them.
     """
 
     kind = ImplicitMAML
@@ -177,13 +162,7 @@ class Regression(Problem):
 
 
 class Classification(Problem):
-    """A logistic head on the features of one dense layer, which is theta.
-
-    Args:
-        ways, shots, width: classes, support and query samples of each, features.
-        l2: of the head.
-        seed: of the data and the layer.
-    """
+    """A logistic head on the features (``width``) of one dense layer, which is theta."""
 
     kind = ImplicitCGHead
 
@@ -225,21 +204,13 @@ class Classification(Problem):
         return torch.autograd.grad(outer, [self.layer])[0].reshape(-1)
 
     def _solve(self, layer: Tensor) -> Tensor:
-        """The inner solution by Newton's method from zero, to rounding; the problem is convex.
-
-        A step is halved until the objective does not rise beyond rounding.
-        """
-        phi = torch.zeros(self.module.weight.numel()).double()
-        for _ in range(50):
-            slope = grad(self._inner)(phi, layer)
-            if slope.norm() < 1e-14:
-                break
-            step, here = torch.linalg.solve(hessian(self._inner)(phi, layer), slope), phi
-            limit, phi = float(self._inner(here, layer)) + 1e-13, here - step
-            while float(self._inner(phi, layer)) > limit and step.norm() > 1e-12:
-                step = 0.5 * step
-                phi = here - step
-        return phi
+        """The inner solution; the problem is convex."""
+        start = np.zeros(self.module.weight.numel())
+        found = root(
+            lambda phi: grad(self._inner)(torch.from_numpy(phi), layer).numpy(), start,
+            jac=lambda phi: hessian(self._inner)(torch.from_numpy(phi), layer).numpy(), tol=1e-15,
+        )  # fmt: skip
+        return torch.from_numpy(found.x)
 
     def _inner(self, phi: Tensor, layer: Tensor) -> Tensor:
         return self._loss(phi, layer, self.inputs[0]) + 0.5 * self.l2 * phi.square().sum()
@@ -258,12 +229,7 @@ def _draw(seed: int) -> Callable[..., Tensor]:
 
 
 def methods(names: tuple[str, str], cg_steps: Sequence[int]) -> dict[str, Method]:
-    """Every method by the name under which it is recorded.
-
-    Args:
-        names: of the implicit and of the unrolled algorithm.
-        cg_steps: the numbers N of conjugate gradient steps.
-    """
+    """Every method by its name in the records, from those of an implicit and an unrolled one."""
     implicit, unrolled = names
     found = {f"{implicit}_cg{n}": Method(n) for n in cg_steps}
     return found | {unrolled: Method(None, True), f"{unrolled}_unregularised": Method(None)}
@@ -282,52 +248,30 @@ def _problems(c: HypergradientSettings) -> dict[str, tuple[list[Problem], dict[s
     return made | {"logistic": ([Classification(*shape, s) for s in seeds], heads)}
 
 
-def _curves(
-    tasks: Sequence[Problem], by_name: Mapping[str, Method], inner_steps: Sequence[int],
-    tick: Callable[[int], object],
-) -> dict[str, dict[int, float]]:  # fmt: skip
-    """Geometric means over the problems of the relative errors, by method and K."""
-    exact = [task.exact() for task in tasks]
-    curves: dict[str, dict[int, float]] = {name: {} for name in by_name}
-    for name, method in by_name.items():
-        for steps in inner_steps:
-            logs = []
-            for task, truth in zip(tasks, exact, strict=True):
-                found = task.estimate(method, steps)
-                logs.append(math.log(max(float((found - truth).norm() / truth.norm()), LEAST)))
-                tick(steps)
-            curves[name][steps] = math.exp(math.fsum(logs) / len(logs))
-    return curves
-
-
-def _text(title: str, condition: float, steps: Sequence[int], curves: Mapping[str, Curve]) -> str:
-    lines = ["", f"{title}, condition number {condition:.0f}: relative error against K"]
-    lines.append(f"{'':28}" + " ".join(f"{k:8d}" for k in steps))
-    lines += [f"{name:28}" + " ".join(f"{value:8.1e}" for value in by_steps.values())
-              for name, by_steps in curves.items()]  # fmt: skip
-    return "\n".join(lines)
-
-
 @ex.automain
 @within_limits()
 def hypergradient(_run: Any, output: str) -> dict[str, float]:
-    """Print the errors; returns those at the largest K."""
+    """Print the errors, geometric means over the problems; returns those at the largest K."""
     c = HypergradientSettings.of(_run.config)
     use_threads(c.threads)
     picture = folder_of(_run, output) / "hypergradient.png"
-    inner_steps, kinds = sorted(set(c.inner_steps)), _problems(c)
+    inner_steps, kinds, points = sorted(set(c.inner_steps)), _problems(c), Points(_run)
     total = c.problems * sum(inner_steps) * sum(len(by_name) for _, by_name in kinds.values())
-    found: dict[str, Mapping[str, Curve]] = {}
     with warnings.catch_warnings(), tqdm(total=total, desc="inner steps", mininterval=1.0) as bar:
         warnings.simplefilter("ignore", UnsolvedWarning)  # too few steps is what is measured
         for title, (tasks, by_name) in kinds.items():
-            found[title] = _curves(tasks, by_name, inner_steps, bar.update)
-            for name, by_steps in found[title].items():
-                for steps, error in by_steps.items():
-                    record(_run, {f"hypergradient/{title}/{name}": error}, steps)
-            tqdm.write(_text(title, tasks[0].condition, inner_steps, found[title]))
-    draw_errors(found).savefig(picture, dpi=120)
+            exact = [task.exact() for task in tasks]
+            for (name, method), steps in product(by_name.items(), inner_steps):
+                errors = []
+                for task, truth in zip(tasks, exact, strict=True):
+                    error = (task.estimate(method, steps) - truth).norm() / truth.norm()
+                    errors.append(max(float(error), LEAST))
+                    bar.update(steps)
+                points.record({f"hypergradient/{title}/{name}": geometric_mean(errors)}, steps)
+            about = f"{title}, condition number {tasks[0].condition:.0f}: relative error against K"
+            tqdm.write(points.text(about, f"hypergradient/{title}/(.+)", ".1e"))
+    draw_errors(points.metrics).savefig(picture, dpi=120)
     _run.add_artifact(picture)
     print(f"\npicture: {picture}")
-    return {f"{title}/{name}": by_steps[inner_steps[-1]]
-            for title, curves in found.items() for name, by_steps in curves.items()}  # fmt: skip
+    last = named(points.metrics, "hypergradient/(.+)")
+    return {name: float(curve.iloc[-1]) for name, curve in last.items()}

@@ -15,27 +15,23 @@ import statistics
 import timeit
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from typing import Annotated, Any, NamedTuple
 
 import torch
-from matplotlib.figure import Figure
 from pydantic import Field
 from torch import nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from experiments.ingredients import model
 from experiments.ingredients.algorithm import make_algorithms
 from experiments.ingredients.algorithm_table import AlgorithmSettings
-from experiments.ingredients.model import (
-    ModelSettings,
-    build_backbone,
-    device_of,
-    use_threads,
-    within_limits,
-)
+from experiments.ingredients.model import ModelSettings, within_limits
+from experiments.papers import Points
 from experiments.report.columns import MIB
-from experiments.report.paper_figures import Growth, Point, memory_panel
-from experiments.tracking import TrackedExperiment, record
+from experiments.report.paper_figures import draw_memory, named
+from experiments.tracking import TrackedExperiment
 from experiments.tracking.config import Count, Counts, Positive, RunSettings, Seed, Text, Threads
 from experiments.training.algorithms import Algorithm
 from experiments.training.episodes import Episode
@@ -121,11 +117,11 @@ class Shape(NamedTuple):
         )
 
 
-class Effort(NamedTuple):
-    """How much memory a step may take, in bytes, and how often it is timed after that."""
+class Point(NamedTuple):
+    """The peak of live tensors in bytes, and seconds (median), of one task's outer step."""
 
-    limit: float
-    repetitions: int
+    peak: float
+    seconds: float
 
 
 def episode(shape: Shape, device: torch.device) -> Episode:
@@ -151,7 +147,7 @@ def build(method: Method, shape: Shape, device: torch.device) -> Algorithm:
 def _backbone(shape: Shape, channels_last: bool) -> tuple[nn.Module, int]:
     settings = {"name": "cnn4", "hidden": shape.hidden, "channels_last": channels_last}
     images = (shape.channels, shape.pixels, shape.pixels)
-    return build_backbone(images, ModelSettings.of(settings, "model"))
+    return model.build_backbone(images, ModelSettings.of(settings, "model"))
 
 
 def floor(shape: Shape, device: torch.device) -> float:
@@ -171,10 +167,10 @@ def floor(shape: Shape, device: torch.device) -> float:
 
 
 def growth(
-    method: Method, shape: Shape, steps: Sequence[int], effort: Effort, device: torch.device,
-    tick: Callable[[int], object],
-) -> Growth:  # fmt: skip
-    """Measure at every K, ascending, until the next would take more memory than is allowed."""
+    method: Method, shape: Shape, steps: Sequence[int], limit: float, repetitions: int,
+    device: torch.device, tick: Callable[[int], object],
+) -> dict[int, Point]:  # fmt: skip
+    """Measure at every K, ascending, until the next would take more than ``limit`` bytes."""
     torch.manual_seed(0)
     algorithm, task = build(method, shape, device), episode(shape, device)
 
@@ -184,17 +180,14 @@ def growth(
             torch.cuda.synchronize(device)
 
     step()  # leaves the gradients' own memory behind
-    found = Growth({}, [])
-    for algorithm.steps in steps:
-        if found.left_out or forecast(found.points, algorithm.steps) > effort.limit:
-            found.left_out.append(algorithm.steps)
-        else:
-            gc.collect()
-            peak = peak_memory(step, device)
-            times = timeit.repeat(step, repeat=effort.repetitions, number=1)
-            found.points[algorithm.steps] = Point(peak, statistics.median(times))
+    points: dict[int, Point] = {}
+    for algorithm.steps in takewhile(lambda k: forecast(points, k) <= limit, steps):
+        gc.collect()
+        peak = peak_memory(step, device)
+        times = timeit.repeat(step, repeat=repetitions, number=1)
+        points[algorithm.steps] = Point(peak, statistics.median(times))
         tick(1)
-    return found
+    return points
 
 
 def forecast(points: dict[int, Point], steps: int) -> float:
@@ -208,53 +201,26 @@ def forecast(points: dict[int, Point], steps: int) -> float:
     return last.peak + (last.peak - before.peak) / (k1 - k0) * (steps - k1)
 
 
-def _text(title: str, least: float, steps: Sequence[int], found: Mapping[str, Growth]) -> str:
-    """MiB and seconds, one line a method; `-` where the memory did not allow it."""
-    rows: list[tuple[str, Sequence[Any]]] = []
-    for what, scale, head in (("peak", MIB, f"MiB (a supervised step: {least / MIB:.1f})"),
-                              ("seconds", 1.0, "seconds")):  # fmt: skip
-        rows.append((head, steps))
-        for name, each in found.items():
-            points = [each.points.get(k) for k in steps]
-            cells = [f"{getattr(p, what) / scale:.4g}" if p else "-" for p in points]
-            rows.append((f"  {name}", cells))
-    lines = [f"{name:32}" + "".join(f"{cell:>9}" for cell in cells) for name, cells in rows]
-    return "\n".join(["", title, *lines])
-
-
-def _result(yang: Mapping[str, Growth], imaml: Mapping[str, Growth]) -> dict[str, float]:
+def _result(points: Points) -> dict[str, float]:
     """Growth from the smallest K to the largest that was measured; savings at K = 5.
 
     That is the memory of each method over rm_metal's in the same variant and with the cache.
     """
     result: dict[str, float] = {"process_peak_bytes": float(process_peak())}
-    for paper, found in (("yang", yang), ("rajeswaran", imaml)):
-        for name, each in found.items():
-            peaks = [point.peak for point in each.points.values()]
-            result[f"{paper}: {name}: largest over smallest"] = peaks[-1] / peaks[0]
-    ours = {v: yang[f"rm_metal/{v}"].points for v in ("cached", "as_published")}
-    k = 5 if 5 in ours["cached"] else max(ours["cached"])
+    yang = named(points.metrics, "memory/(.+/.+)")
+    for paper, peaks in (("yang", yang),
+                         ("rajeswaran", named(points.metrics, "imaml_memory/(.+/.+)"))):
+        for name, curve in peaks.items():
+            growth_of = curve.iloc[-1] / curve.iloc[0]
+            result[f"{paper}: {name}: largest over smallest"] = float(growth_of)
+    k = 5 if 5 in yang["rm_metal/cached"] else max(yang["rm_metal/cached"].index)
     return result | {
-        f"{name} over rm_metal/{variant} at K = {k}": each.points[k].peak / points[k].peak
-        for name, each in yang.items()
-        for variant, points in ours.items()
-        if k in each.points and not name.startswith("rm_metal")
-    }
-
-
-def _draw(
-    found: Sequence[Mapping[str, Growth]], titles: Sequence[str], floors: Sequence[float]
-) -> Figure:
-    """Both papers' memory, and Rajeswaran's compute."""
-    figure = Figure(figsize=(16, 5.2), layout="constrained")
-    axes = figure.subplots(1, 3)
-    memory_panel(axes[0], found[0], "peak", floors[0])
-    memory_panel(axes[1], found[1], "peak", floors[1])
-    memory_panel(axes[2], found[1], "seconds")
-    axes[0].set_title(f"Yang et al., Fig. 2\n{titles[0]}")
-    for cell in axes[1:]:
-        cell.set_title(f"Rajeswaran et al., Fig. 2b\n{titles[1]}")
-    return figure
+        f"{name} over rm_metal/{variant} at K = {k}":
+            float(curve[k] / yang[f"rm_metal/{variant}"][k])
+        for name, curve in yang.items()
+        for variant in ("cached", "as_published")
+        if k in curve and not name.startswith("rm_metal")
+    }  # fmt: skip
 
 
 @ex.automain
@@ -262,36 +228,39 @@ def _draw(
 def memory(_run: Any, output: str) -> dict[str, float]:
     """Print the tables; returns how much each method grows, and what rm_metal saves."""
     c = MemorySettings.of(_run.config)
-    device = device_of(c.device)
-    use_threads(c.threads)
+    device = model.device_of(c.device)
+    model.use_threads(c.threads)
     picture = folder_of(_run, output) / "memory.png"
-    effort = Effort(c.limit_gib * 2**30, c.repetitions)
-    shapes = (
-        Shape(c.ways, c.shots, c.queries, c.pixels, c.hidden),
-        Shape(c.imaml_ways, c.imaml_shots, c.imaml_queries, c.imaml_pixels, c.hidden, 1),
-    )
-    steps = [sorted(set(k)) for k in (c.inner_steps, c.imaml_inner_steps)]
-    found: list[dict[str, Growth]] = []
-    total = len(YANG) * len(steps[0]) + len(RAJESWARAN) * len(steps[1])
+    papers = {
+        "": ("Yang et al., Fig. 2", YANG, c.inner_steps,
+             Shape(c.ways, c.shots, c.queries, c.pixels, c.hidden)),
+        "imaml_": ("Rajeswaran et al., Fig. 2b", RAJESWARAN, c.imaml_inner_steps,
+                   Shape(c.imaml_ways, c.imaml_shots, c.imaml_queries, c.imaml_pixels, c.hidden,
+                         1)),
+    }  # fmt: skip
+    points, total = Points(_run), sum(len(m) * len(set(k)) for _, m, k, _ in papers.values())
     with warnings.catch_warnings(), tqdm(total=total, desc="points") as bar:
         warnings.simplefilter("ignore", UnsolvedWarning)  # random images are not the point here
-        floors = [floor(shape, device) for shape in shapes]
-        for prefix, methods, shape, k in zip(("", "imaml_"), (YANG, RAJESWARAN), shapes, steps,
-                                             strict=True):  # fmt: skip
-            found.append({})
+        for prefix, (_, methods, steps, shape) in papers.items():
+            points.record({f"{prefix}memory/supervised": floor(shape, device)}, 0)
             for name, method in methods.items():
-                found[-1][name] = growth(method, shape, k, effort, device, bar.update)
-                for at, point in found[-1][name].points.items():  # as soon as it is there
-                    values = {f"{prefix}{what}/{name}": value
-                              for what, value in zip(("memory", "seconds"), point, strict=True)}
-                    record(_run, values, at)
-    record(_run, {"memory/supervised": floors[0], "imaml_memory/supervised": floors[1]}, 0)
-    titles = [shape.title for shape in shapes]
-    for table in zip(titles, floors, steps, found, strict=True):
-        print(_text(*table))
-    _draw(found, titles, floors).savefig(picture, dpi=120)
+                measured = growth(method, shape, sorted(set(steps)), c.limit_gib * 2**30,
+                                  c.repetitions, device, bar.update)  # fmt: skip
+                for k, (peak, seconds) in measured.items():  # as soon as it is there
+                    values = {f"{prefix}memory/{name}": peak, f"{prefix}seconds/{name}": seconds}
+                    points.record(values, k)
+    drawing = draw_memory(points.metrics, *papers)
+    for prefix, axes in zip(papers, drawing.axes[::2], strict=True):
+        title, _, _, shape = papers[prefix]
+        least = points.metrics[f"{prefix}memory/supervised"][0] / MIB
+        about = f"{title}: {shape.title}"
+        axes.set_title(about, fontsize="small")
+        print(points.text(f"{about}\nMiB (a supervised step: {least:.1f})",
+                          f"{prefix}memory/(.+/.+)", ".4g", MIB))
+        print(points.text("seconds", f"{prefix}seconds/(.+/.+)", ".4g"))  # fmt: skip
+    drawing.savefig(picture, dpi=120)
     _run.add_artifact(picture)
-    result = _result(*found)
+    result = _result(points)
     shown = {name: value for name, value in result.items() if name != "process_peak_bytes"}
     print("", *(f"{name:64}{value:8.3f}" for name, value in shown.items()),
           f"\npicture: {picture}", sep="\n")  # fmt: skip

@@ -25,7 +25,7 @@ from pymongo.errors import PyMongoError
 from experiments.report import listing, open_records, papers, sweeps
 from experiments.report.content import Section
 from experiments.report.runs import Archive
-from experiments.report.summary import Request, SweepState
+from experiments.report.summary import METRICS, Request, SweepState
 from experiments.report.write import write
 from experiments.sweeps.definition import parse_settings
 from experiments.sweeps.definitions import SWEEPS
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
     try:
         with open_records(options.mongo_db, options.records) as records:
-            archive = Archive(records)
+            archive = Archive(records, METRICS)
             request = Request(archive, _sweeps(options.words, archive))
             sections = [section for make in SECTIONS for section in make(request)]
         about = f"From {records.label}, {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC."

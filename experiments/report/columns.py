@@ -22,14 +22,11 @@ class Column(NamedTuple):
     text: bool = False  # words, to the left; numbers are to the right
 
 
-def texts(*keys: str) -> tuple[Column, ...]:
-    """Columns of one value each, shown as it is, under its own name."""
-    return tuple(text(key.replace("_", " "), key) for key in keys)
-
-
-def text(header: str, key: str) -> Column:
-    """A column of one value, shown as it is."""
-    return Column(header, lambda record: str(record.get(key, "")) or MISSING, text=True)
+def texts(*keys: str, **headers: str) -> list[Column]:
+    """Columns of one value each, as it is: under its own name, or KEY=HEADER."""
+    named = {key: key.replace("_", " ") for key in keys} | headers
+    return [Column(header, lambda record, key=key: str(record.get(key, "")) or MISSING, text=True)
+            for key, header in named.items()]  # fmt: skip
 
 
 def number(header: str, key: str, factor: float = 1.0, digits: int = 1) -> Column:
@@ -52,9 +49,9 @@ def rounded(value: Any, factor: float = 1.0, digits: int = 1) -> str:
     return f"{factor * value:.{digits}f}"
 
 
-def significant(value: Any) -> str:
+def significant(value: float) -> str:
     """A number of any size: ``0.70``, ``1.1e-06``, ``4044``, or a dash."""
-    if value is None or not math.isfinite(value):
+    if not math.isfinite(value):
         return MISSING
     return f"{value:.0f}" if 100 <= abs(value) < 1e5 else f"{value:#.2g}".rstrip(".")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +21,9 @@ class Source(NamedTuple):
     runs: Sequence[RunId] = ()
 
 
+UNTOLD = Source("")  # whoever made the section says it for all of its items
+
+
 @dataclass(frozen=True)
 class Table:
     """Written as CSV (the records), LaTeX, Markdown and HTML (the columns)."""
@@ -29,7 +32,7 @@ class Table:
     caption: str
     columns: Sequence[Column]
     records: Sequence[Record]
-    source: Source
+    source: Source = UNTOLD
     notes: Sequence[str] = ()
     folded: bool = False  # shown on demand
 
@@ -53,8 +56,11 @@ class Figure:
     caption: str  # says what bands and marks are
     draw: Callable[[], Drawing]
     records: Sequence[Record]  # the numbers in it
-    source: Source
+    source: Source = UNTOLD
     notes: Sequence[str] = ()
+
+
+Items = Iterator[Table | Figure]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,11 +35,10 @@ class Look(NamedTuple):
     color: str  # from the colour-blind safe sets of Okabe and Ito, and of Tol
     dashes: str
     marker: str
-    family: str  # what is adapted: the title of panels of its own
+    family: str = ""  # what is adapted: the title of panels of its own
 
 
-HEAD, NETWORK, OTHER = "head adapted", "whole network adapted", ""
-
+HEAD, NETWORK = "head adapted", "whole network adapted"
 LOOKS = {
     "rm_metal": Look("#0072B2", "-", "o", HEAD),
     "rm_metal_paper": Look("#56B4E9", "--", "s", HEAD),
@@ -54,17 +54,12 @@ LOOKS = {
 }
 SPARE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#332288", "#999933",
          "#882255", "#000000")  # fmt: skip
-STYLES, MARKERS = ("-", "--", ":", "-."), "osv^DPX<>*"
 
 
 def looks(names: Iterable[str]) -> dict[str, Look]:
     """A look for every name; names that are no known method get one in turn."""
-    found, spare = {}, 0
-    for name in names:
-        found[name] = LOOKS.get(name) or Look(SPARE[spare % len(SPARE)], STYLES[spare % 4],
-                                              MARKERS[spare % len(MARKERS)], OTHER)  # fmt: skip
-        spare += name not in LOOKS
-    return found
+    spare = map(Look, cycle(SPARE), cycle(("-", "--", ":", "-.")), cycle("osv^DPX<>*"))
+    return {name: LOOKS.get(name) or next(spare) for name in names}
 
 
 def label(name: str) -> str:
@@ -85,10 +80,7 @@ def band(curves: Sequence[pd.Series]) -> pd.DataFrame:
 def draw_curves(methods: Runs, score: str, budget: float) -> Drawing:
     """Yang et al. 2025, Fig. 1: a row of two panels for each family of methods that is there.
 
-    Args:
-        methods: complete runs by the label of their line.
-        score: "accuracy", shown in per cent, or another.
-        budget: seconds, a dotted line at the right; nan: no line.
+    Accuracies are shown in per cent; the budget, in seconds, as a dotted line, if it is not nan.
     """
     styles = looks(methods)
     families = list(dict.fromkeys(look.family for look in styles.values()))

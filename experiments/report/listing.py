@@ -10,10 +10,10 @@ from datetime import datetime, timezone
 
 from experiments.report import columns
 from experiments.report.columns import Column, Record
-from experiments.report.content import Figure, Section, Source, Table, file_name
+from experiments.report.content import Figure, Items, Section, Source, Table, file_name
 from experiments.report.figures import curve_caption, curve_records, draw_curves
 from experiments.report.runs import Run, command_of, is_number, run_list, setting_text, unequal
-from experiments.report.summary import Request, Summary, mean_record
+from experiments.report.summary import SCORES, Request, Summary, mean_record
 from experiments.sweeps.definition import COMPLETED, FAILED, INTERRUPTED, RUNNING
 from experiments.sweeps.listing import duration
 
@@ -61,8 +61,8 @@ def _sweeps(request: Request) -> Table:
     runs = [run.id for state in request.sweeps for run in state.attempts]
     return Table(
         "sweeps", "The sweeps, and how many of their cells there are.",
-        (*columns.texts("sweep", "benchmark", "completed", RUNNING, INTERRUPTED, FAILED),
-         columns.text("command that fills it", "command")),
+        columns.texts("sweep", "benchmark", "completed", RUNNING, INTERRUPTED, FAILED,
+                      command="command that fills it"),
         records, Source("python -m experiments.sweep SWEEP benchmark=NAME", runs),
     )  # fmt: skip
 
@@ -73,10 +73,11 @@ def _sweeps(request: Request) -> Table:
 def trainings(request: Request) -> list[Section]:
     """A table and a figure for each benchmark; nothing without such runs."""
     in_sweeps = {run.id for state in request.sweeps for run in state.attempts}
-    trainings = request.archive.of_experiment("train")
     by_benchmark: dict[str, list[Summary]] = {}
-    for summary in request.summaries(run for run in trainings if run.id not in in_sweeps):
-        by_benchmark.setdefault(str(summary.run.settings.get("tasks.name")), []).append(summary)
+    for run in request.archive.of_experiment("train"):
+        if run.complete and run.id not in in_sweeps:
+            benchmark = str(run.settings.get("tasks.name"))
+            by_benchmark.setdefault(benchmark, []).append(Summary(run))
     return [_benchmark(name, own) for name, own in sorted(by_benchmark.items())]
 
 
@@ -90,13 +91,13 @@ def _benchmark(benchmark: str, runs: Sequence[Summary]) -> Section:
     heads = (
         *columns.texts("method", "setting", "code"),
         Column("seeds", lambda r: f"{r['seeds']}"),
-        Column("test score", _score),
-        Column("± within a run", lambda r: columns.rounded(r["within_run_mean"], *_scale(r))),
-        Column("best validation", lambda r: columns.rounded(r["validation_mean"], *_scale(r))),
+        Column("test score", lambda r: _score(r["score"], r["test_mean"], r["test_half_width"])),
+        *(Column(header, lambda r, key=key: columns.rounded(r[key], *_scale(r["score"])))
+          for header, key in (("± within a run", "within_run_mean"),
+                              ("best validation", "validation_mean"))),
         columns.number("outer iterations", "iterations_mean", digits=0),
         Column("collapsed", lambda r: f"{r['collapsed']} of {r['seeds']}"),
-        columns.text("runs", "runs"),
-        columns.text("command of the last", "command"),
+        *columns.texts("runs", command="command of the last"),
     )
     table = Table(
         file_name("other", benchmark), f"Trainings on {benchmark} outside the sweeps above.",
@@ -110,7 +111,7 @@ def _benchmark(benchmark: str, runs: Sequence[Summary]) -> Section:
     )
     return Section(
         f"{benchmark}, other trainings", [text] if cells else [],
-        [table, *_figures(benchmark, groups)],
+        [table, *_figure(benchmark, groups)],
     )  # fmt: skip
 
 
@@ -118,35 +119,29 @@ def _mean_record(runs: Sequence[Summary], varied: Sequence[str]) -> Record:
     first = runs[0].run
     shown = [f"{key}={setting_text(first.compared[key])}" for key in varied
              if key in first.compared and key not in ("algorithm.name", "algorithm.variant")]
-    return {
-        "method": _method(first),
-        "setting": " ".join(shown),
-        "code": str(first.code),
-        "score": runs[0].score,
-        **mean_record(runs),
-        "command": runs[-1].run.command,
-    }  # fmt: skip
+    return {"method": _method(first), "setting": " ".join(shown), "code": str(first.code),
+            "score": runs[0].score, **mean_record(runs),
+            "command": runs[-1].run.command}  # fmt: skip
 
 
-def _figures(benchmark: str, groups: Sequence[Sequence[Summary]]) -> list[Figure]:
+def _figure(benchmark: str, groups: Sequence[Sequence[Summary]]) -> Items:
     """Of the newest groups, where there are any with curves."""
     long = [of for of in groups if all(len(run.points) > 1 for run in of)]
-    newest = long[-MOST_LINES:]
-    if not newest:
-        return []
     curves = {}
-    for of in newest:
+    for of in long[-MOST_LINES:]:
         ids = run_list(run.run.id for run in of)
         curves[f"{_method(of[0].run)}, run{'s' * (len(of) > 1)} {ids}"] = of
-    score = newest[0][0].score
-    note = f"The newest {MOST_LINES} groups; {len(long) - len(newest)} older ones are not drawn."
-    return [Figure(
+    if not curves:
+        return
+    score = next(iter(curves.values()))[0].score
+    note = f"The newest {MOST_LINES} groups; {len(long) - MOST_LINES} older ones are not drawn."
+    yield Figure(
         file_name("curves_other", benchmark),
         f"{benchmark}. {curve_caption(curves, score)}",
         lambda: draw_curves(curves, score, math.nan), curve_records(curves),
-        Source(COMMAND, [run.run.id for of in newest for run in of]),
-        [note] if len(long) > len(newest) else [],
-    )]  # fmt: skip
+        Source(COMMAND, [run.run.id for of in curves.values() for run in of]),
+        [note] if len(long) > MOST_LINES else [],
+    )  # fmt: skip
 
 
 def _method(run: Run) -> str:
@@ -154,14 +149,14 @@ def _method(run: Run) -> str:
     return f"{run.settings.get('algorithm.name')}" + (f" {variant}" if variant else "")
 
 
-def _scale(record: Record) -> tuple[float, int]:
+def _scale(score: str) -> tuple[float, int]:
     """Factor and digits: accuracies in per cent."""
-    return (100.0, 1) if record["score"] == "accuracy" else (1.0, 3)
+    return (100.0, 1) if score == "accuracy" else (1.0, 3)
 
 
-def _score(record: Record) -> str:
-    text = columns.plus_minus(record["test_mean"], record["test_half_width"], *_scale(record))
-    return f"{text} %" if record["score"] == "accuracy" else f"{text} {record['score']}"
+def _score(score: str, value: float, half_width: float) -> str:
+    shown = columns.plus_minus(value, half_width, *_scale(score))
+    return f"{shown} {'%' if score == 'accuracy' else score}"
 
 
 # Every run
@@ -172,9 +167,8 @@ def all_runs(request: Request) -> list[Section]:
     cells = {cell.identity: f"{state.name} {state.benchmark} {cell.name}"
              for state in request.sweeps for cell in state.cells if cell.identity}  # fmt: skip
     heads = (
-        *columns.texts("run", "status", "what"), columns.text("started (UTC)", "started"),
-        columns.text("took", "took"), columns.text("result", "shown"),
-        *columns.texts("code", "remarks"),
+        *columns.texts("run", "status", "what", started="started (UTC)", took="took",
+                       shown="result", code="code", remarks="remarks"),
         Column("command", lambda r: "" if r["cell"] else r["command"], text=True),
     )  # fmt: skip
     tables = []
@@ -219,10 +213,10 @@ def _what(run: Run) -> str:
 
 
 def _result(run: Run) -> str:
-    for score, factor, digits, unit in (("accuracy", 100.0, 1, " %"), ("mse", 1.0, 3, " mse")):
+    for score in SCORES:
         if run.result.get(f"test_{score}") is not None:
             mean, half = run.number(f"result.test_{score}"), run.number("result.test_half_width")
-            return columns.plus_minus(mean, half, factor, digits) + unit
+            return _score(score, mean, half)
     numbers = [f"{key} {value:.4g}" for key, value in run.result.items() if is_number(value)]
     return ", ".join(numbers[:3])
 

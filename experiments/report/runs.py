@@ -54,10 +54,11 @@ class CodeVersion(NamedTuple):
 
 
 class Run:
-    """One run's document, a plain one of `experiments.tracking.records`, without its metrics."""
+    """One run: its document, a plain one of `experiments.tracking.records`, and loaded metrics."""
 
     def __init__(self, document: Document) -> None:
         self._document = document
+        self.metrics: dict[str, Series] = {}  # loaded by the archive, in the order recorded
         self.faults: list[str] = []  # what of its record could not be read
         for path in ("experiment", "host", "info", "meta"):
             self._get(path, dict)
@@ -98,6 +99,10 @@ class Run:
     def settings_key(self) -> Hashable:
         """Equal for runs of equal settings."""
         return tuple(sorted((key, repr(value)) for key, value in self.compared.items()))
+
+    def series(self, name: str) -> Series:
+        """A loaded metric, empty if it has none."""
+        return self.metrics.get(name, NO_SERIES)
 
     def number(self, path: str) -> float:
         """Such as that of ``result.iterations`` or ``config.budget``; nan where it has none."""
@@ -177,27 +182,27 @@ class Run:
 
 
 class Archive:
-    """What a database or files have."""
+    """What a database or files have; of complete runs the metrics of these names are loaded.
 
-    def __init__(self, records: Records) -> None:
+    Attributes:
+        runs: by number; those with other names come last.
+        by_cell: the same, by the identity of the sweep's cell that they are.
+    """
+
+    def __init__(self, records: Records, names: Sequence[str] = ()) -> None:
         self._records = records
-        self.runs = [Run(document) for document in records.runs]  # names after numbers
-        self._series: dict[RunId, dict[str, Series]] = {run.id: {} for run in self.runs}
+        self.runs = [Run(document) for document in records.runs]
+        self.load([run for run in self.runs if run.complete], names)
+        self.by_cell: dict[str, list[Run]] = {}
+        for run in self.runs:
+            self.by_cell.setdefault(str(run.settings.get("cell")), []).append(run)
 
     def load(self, runs: Iterable[Run], names: Sequence[str] | None = None) -> None:
         """Fetch these metrics of all these runs at once, or all their metrics."""
         by_id = {run.id: run for run in runs}
         for number, name, series, fault in self._records.metrics(by_id, names):
-            self._series[number][name] = series
+            by_id[number].metrics[name] = series
             by_id[number].fault(fault)
-
-    def series(self, run: Run, name: str) -> Series:
-        """A loaded metric of a run, empty if it has none."""
-        return self._series[run.id].get(name, NO_SERIES)
-
-    def all_series(self, run: Run) -> Mapping[str, Series]:
-        """Every loaded metric of a run by its name, as first recorded."""
-        return self._series[run.id]
 
     def of_experiment(self, name: str) -> list[Run]:
         """The runs of one experiment."""

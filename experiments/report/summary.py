@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any, NamedTuple
 
@@ -17,20 +16,9 @@ import pandas as pd
 
 from experiments.report.runs import Archive, Run, run_list
 from experiments.statistics import Mean, seeds_mean
-from experiments.sweeps.definition import (
-    COMPLETED,
-    FAILED,
-    INTERRUPTED,
-    PENDING,
-    RUNNING,
-    Cell,
-    Settings,
-    Sweep,
-    describe,
-    format_value,
-)
+from experiments.sweeps import definition
+from experiments.sweeps.definition import Cell, Settings, Sweep, describe, format_value
 from experiments.sweeps.plan import Group, best, make_plan
-from experiments.tracking.records import RunId
 
 DROP = 0.10
 """A validation score that is by more than this below the best one before has collapsed."""
@@ -61,7 +49,7 @@ class Summary:
     ``half_width``; `within` are those in the budget, the one at its end included.
     """
 
-    def __init__(self, run: Run, archive: Archive) -> None:
+    def __init__(self, run: Run) -> None:
         self.run = run
         self.score = next((name for name in SCORES if f"test_{name}" in run.result), SCORES[0])
         self.test = run.number(f"result.test_{self.score}")
@@ -75,29 +63,26 @@ class Summary:
         self.process_bytes = run.number("result.process_peak_bytes")
         self.diverged = str(run.result.get("diverged") or "")  # why
 
-        def curve(name: str) -> dict[int, float]:
-            return dict(zip(*archive.series(run, name), strict=True))
-
         budget = run.number("config.budget") or math.nan
-        steps, scores = archive.series(run, f"validation/{self.score}")
+        steps, scores = run.series(f"validation/{self.score}")
         self.points = pd.DataFrame({"iteration": steps, "score": np.array(scores, dtype=float)})
         for name, metric in (("seconds", "training_seconds"), ("half_width", "half_width")):
-            values = curve(f"validation/{metric}")
+            values = dict(zip(*run.series(f"validation/{metric}"), strict=True))
             self.points[name] = [values.get(step, math.nan) for step in steps]
         spent = (self.points["seconds"] >= budget).cummax()
         self.within = self.points[~spent.shift(fill_value=False)]
         finite = self.within["score"][np.isfinite(self.within["score"])]
         self.best = float(finite.min() if self.score == "mse" else finite.max())
-        self.collapsed = self.score == "accuracy" and _fell(self.within)
-        self.collapsed_later = (
-            self.score == "accuracy" and _fell(self.points) and not self.collapsed
-        )
-        self.tests = curve(f"test/{self.score}")  # by outer iteration
+        fell = [self.score == "accuracy" and _fell(of) for of in (self.within, self.points)]
+        self.collapsed, self.collapsed_later = fell[0], fell[1] and not fell[0]
+        self.tests = dict(zip(*run.series(f"test/{self.score}"), strict=True))  # by iteration
         # a run with test_at goes on after its budget
-        ends = [step for step, s in curve("test/training_seconds").items() if s >= budget]
-        self.iterations = float(min(ends)) if ends else run.number("result.iterations")
-        if math.isnan(self.iterations) and steps:
-            self.iterations = float(steps[-1])
+        spent_at = zip(*run.series("test/training_seconds"), strict=True)
+        known = [run.number("result.iterations"), *map(float, steps[-1:])]
+        self.iterations = min(
+            (float(step) for step, seconds in spent_at if seconds >= budget),
+            default=next((number for number in known if not math.isnan(number)), math.nan),
+        )
 
 
 def mean_record(runs: Sequence[Summary], **more: Mean) -> dict[str, Any]:
@@ -123,6 +108,10 @@ def _fell(points: pd.DataFrame) -> bool:
     return bool((points["score"] < points["score"].cummax().ffill().shift() - DROP).any())
 
 
+Cells = Mapping[str, Sequence[Run]]
+"""Every run by the identity of its cell."""
+
+
 class CellState(NamedTuple):
     """One cell: all of its runs, and the one that counts."""
 
@@ -130,36 +119,50 @@ class CellState(NamedTuple):
     identity: str  # empty while the grid that decides its settings is incomplete
     runs: Sequence[Run] = ()  # also killed ones, oldest first
     run: Run | None = None  # the newest complete one
-    state: str = PENDING
+    state: str = definition.PENDING
     why: str = ""  # it is not complete
 
-
-class MethodState(NamedTuple):
-    """One row of a sweep's table."""
-
-    name: str
-    candidates: Sequence[Settings]  # of its grid
-    grid: Sequence[CellState]
-    finals: Sequence[CellState]
-    chosen: int | None  # candidate of the final runs; None: not decided
-    remark: str  # how that was decided, where it was not by a complete grid
-
     @property
-    def runs(self) -> list[Run]:
-        """The complete final runs that count, by seed."""
-        return [cell.run for cell in self.finals if cell.run is not None]
+    def score(self) -> float:
+        """What a grid is decided by; minus infinity without a run, or for a diverged one."""
+        if self.run is None or self.run.result.get("diverged"):
+            return -math.inf
+        values = self.run.series(VALIDATION).values
+        return values[-1] if values and math.isfinite(values[-1]) else -math.inf
 
-    @property
-    def setting(self) -> str:
-        """The chosen candidate's settings; empty without a grid."""
-        return NOT_CHOSEN if self.chosen is None else describe(self.candidates[self.chosen])
+
+class MethodState:
+    """One row of a sweep's table.
+
+    Attributes:
+        chosen: the candidate of the final runs, as the sweep decides, or, where it cannot yet, the
+            one that has such runs; None: not decided.
+        remark: how that was decided, where it was not by a complete grid.
+        runs: the complete final runs that count, by seed.
+        setting: the chosen candidate's; empty without a grid.
+    """
+
+    def __init__(self, group: Group, by_cell: Cells) -> None:
+        def states(cells: Mapping[str, Cell]) -> list[CellState]:
+            return [_cell(name, cell, by_cell) for name, cell in cells.items()]
+
+        self.name, self.candidates, self.grid = group.name, group.candidates, states(group.grid)
+        finals = [states(cells) for cells in group.finals]
+        counts = [sum(cell.run is not None for cell in cells) for cells in finals]
+        self.chosen: int | None = counts.index(max(counts)) if max(counts) else None
+        self.remark = "Final runs are there, but not all of the grid" if max(counts) else ""
+        if all(cell.run for cell in self.grid):
+            self.chosen = best([cell.score for cell in self.grid]) if self.grid else 0
+            self.remark = ""
+        unknown = [CellState(name, "", why=NOT_CHOSEN) for name in group.final_names()]
+        self.finals = unknown if self.chosen is None else finals[self.chosen]
+        self.runs = [cell.run for cell in self.finals if cell.run is not None]
+        chosen = self.chosen
+        self.setting = NOT_CHOSEN if chosen is None else describe(self.candidates[chosen])
 
 
 class SweepState:
-    """A sweep on one benchmark.
-
-    Args:
-        given: further KEY=VALUE of the sweep's command line.
+    """A sweep on one benchmark, with further KEY=VALUE of its command line.
 
     Raises:
         UserError: KEY=VALUE that the sweep does not take.
@@ -170,12 +173,7 @@ class SweepState:
     ) -> None:
         self.name, self.benchmark = name, benchmark
         plan = make_plan(sweep, {**given, "benchmark": benchmark})
-        by_cell: dict[str, list[Run]] = {}
-        for run in archive.runs:
-            by_cell.setdefault(str(run.settings.get("cell")), []).append(run)
-        grid = [c.identity for group in plan.groups for c in group.grid.values()]
-        archive.load([run for c in grid for run in by_cell.get(c, ())], [VALIDATION])
-        self.methods = [_method(group, by_cell, archive) for group in plan.groups]
+        self.methods = [MethodState(group, archive.by_cell) for group in plan.groups]
         grids = [cell for method in self.methods for cell in method.grid]
         self.cells = grids + [cell for method in self.methods for cell in method.finals]
         self.attempts = [run for cell in self.cells for run in cell.runs]
@@ -191,69 +189,24 @@ class SweepState:
         return shlex.join(["python", "-m", "experiments.sweep", *self._words, *only])
 
 
-Cells = Mapping[str, Sequence[Run]]
-"""Every run by the identity of its cell."""
-
-
-def _method(group: Group, by_cell: Cells, archive: Archive) -> MethodState:
-    grid = [_cell(name, cell, by_cell) for name, cell in group.grid.items()]
-    finals = [[_cell(name, cell, by_cell) for name, cell in cells.items()]
-              for cells in group.finals]  # fmt: skip
-    chosen, remark = _chosen(grid, finals, archive)
-    unknown = [CellState(name, "", why=NOT_CHOSEN) for name in group.final_names()]
-    own = unknown if chosen is None else finals[chosen]
-    return MethodState(group.name, group.candidates, grid, own, chosen, remark)
-
-
 def _cell(name: str, cell: Cell, by_cell: Cells) -> CellState:
     runs = by_cell.get(cell.identity, ())
     if complete := [run for run in runs if run.complete]:
         newest = max(complete, key=lambda run: run.last_sign or LONG_AGO)
-        return CellState(name, cell.identity, runs, newest, COMPLETED)
+        return CellState(name, cell.identity, runs, newest, definition.COMPLETED)
     if not runs:
         return CellState(name, cell.identity)
     last = next((run for run in runs if run.status == "RUNNING"), runs[-1])
     if last.status == "RUNNING":
-        return CellState(name, cell.identity, runs, None, RUNNING, f"run {last.id}")
+        return CellState(name, cell.identity, runs, None, definition.RUNNING, f"run {last.id}")
     killed = last.status == "INTERRUPTED" or last.failure.startswith("killed:")
     why = f"run {last.id} {last.status}: {last.failure or 'stopped'}"
-    return CellState(name, cell.identity, runs, None, INTERRUPTED if killed else FAILED, why)
+    state = definition.INTERRUPTED if killed else definition.FAILED
+    return CellState(name, cell.identity, runs, None, state, why)
 
 
-def _chosen(
-    grid: Sequence[CellState], finals: Sequence[Sequence[CellState]], archive: Archive
-) -> tuple[int | None, str]:
-    """As the sweep decides; where it cannot yet, the candidate that has final runs."""
-    if not grid:
-        return 0, ""
-    if all(cell.run for cell in grid):
-        return best([last_score(cell, archive) for cell in grid]), ""
-    counts = [sum(cell.run is not None for cell in cells) for cells in finals]
-    if max(counts) == 0:
-        return None, ""
-    return counts.index(max(counts)), "Final runs are there, but not all of the grid"
-
-
-def last_score(cell: CellState, archive: Archive) -> float:
-    """What a grid is decided by; minus infinity for a cell without a run, or a diverged one."""
-    if cell.run is None or cell.run.result.get("diverged"):
-        return -math.inf
-    values = archive.series(cell.run, VALIDATION).values
-    return values[-1] if values and math.isfinite(values[-1]) else -math.inf
-
-
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """What every section gets."""
 
     archive: Archive
     sweeps: Sequence[SweepState] = ()  # those asked for, on each benchmark
-    _summaries: dict[RunId, Summary] = field(default_factory=dict)
-
-    def summaries(self, runs: Iterable[Run]) -> list[Summary]:
-        """The complete ones of these runs in numbers."""
-        runs = [run for run in runs if run.complete]
-        new = [run for run in runs if run.id not in self._summaries]
-        self.archive.load(new, METRICS)
-        self._summaries.update({run.id: Summary(run, self.archive) for run in new})
-        return [self._summaries[run.id] for run in runs]

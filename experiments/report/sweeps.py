@@ -4,22 +4,15 @@ accuracy (Table 2), cost, how the settings were chosen, and what is missing."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from experiments.report import columns
 from experiments.report.columns import Column, Record
-from experiments.report.content import Figure, Section, Source, Table, file_name
+from experiments.report.content import UNTOLD, Figure, Items, Section, Source, Table, file_name
 from experiments.report.figures import curve_caption, curve_records, draw_accuracies, draw_curves
-from experiments.report.runs import Run, difference_lines, run_list
-from experiments.report.summary import (
-    DROP,
-    MethodState,
-    Request,
-    Summary,
-    SweepState,
-    last_score,
-    mean_record,
-)
+from experiments.report.runs import difference_lines, run_list
+from experiments.report.summary import DROP, MethodState, Request, Summary, SweepState, mean_record
 from experiments.statistics import Mean, seeds_mean
 from experiments.sweeps.definition import COMPLETED, describe
 
@@ -33,30 +26,25 @@ Found = Mapping[str, Sequence[Summary]]
 
 def sections(request: Request) -> list[Section]:
     """One for each sweep and benchmark that has runs."""
-    return [_section(state, request) for state in request.sweeps if state.attempts]
+    return [_section(state) for state in request.sweeps if state.attempts]
 
 
-def _section(state: SweepState, request: Request) -> Section:
-    request.summaries(state.runs)  # all at once
-    found = {method.name: request.summaries(method.runs) for method in state.methods}
+def _section(state: SweepState) -> Section:
+    found = {method.name: list(map(Summary, method.runs)) for method in state.methods}
     first = found[state.methods[0].name]
     records = [_record(method, found[method.name], first) for method in state.methods]
     items: list[Table | Figure] = [
         _summary_table(state, records, found), *_accuracy_figure(state, found),
         *_curves(state, found), *_time_table(state, found), *_details_table(state, records),
-        *_missing_table(state), *_grid_table(state, request),
+        *_missing_table(state), *_grid_table(state),
     ]  # fmt: skip
+    source = Source(state.command(), [run.id for run in state.runs])
+    items = [replace(item, source=source) if item.source is UNTOLD else item for item in items]
+    items = [replace(item, name=file_name(item.name, state.name, state.benchmark))
+             for item in items]  # fmt: skip
     done = sum(cell.state == COMPLETED for cell in state.cells)
     text = f"{done} of {len(state.cells)} cells are complete."
     return Section(f"{state.benchmark}, sweep {state.name}", [text], items)
-
-
-def _source(state: SweepState, runs: Sequence[Run]) -> Source:
-    return Source(state.command(), [run.id for run in runs])
-
-
-def _named(what: str, state: SweepState) -> str:
-    return file_name(what, state.name, state.benchmark)
 
 
 # Means over seeds
@@ -104,8 +92,7 @@ def _summary_table(state: SweepState, records: Sequence[Record], found: Found) -
         columns.mean(f"{first} then leads by", "early_stopped_lead", 100),
     ]  # fmt: skip
     heads = [
-        columns.text("method", "label"),
-        columns.text("setting", "setting"),
+        *columns.texts(label="method", setting="setting"),
         Column("seeds", lambda r: f"{r['seeds']}/{r['seeds_planned']}"),
         Column("test accuracy, %", _accuracy, _best("test")),
         columns.number("95 % over seeds", "test_half_width", 100),
@@ -130,18 +117,18 @@ def _summary_table(state: SweepState, records: Sequence[Record], found: Found) -
         notes.append("Early stopped: test accuracy of theta at a run's best validation within the"
                      " budget, mean over seeds.")  # fmt: skip
     return Table(
-        _named("summary", state),
+        "summary",
         f"Test accuracy and cost, {state.benchmark}, sweep {state.name}.", heads, records,
-        _source(state, state.runs), [*notes, *_missing_seeds(records), *_differences(state)],
+        notes=[*notes, *_missing_seeds(records), *_differences(state)],
     )  # fmt: skip
 
 
-def _details_table(state: SweepState, records: Sequence[Record]) -> Iterator[Table]:
+def _details_table(state: SweepState, records: Sequence[Record]) -> Items:
     """What else is known of the same runs; nothing while there are none."""
     if not state.runs:
         return
     heads = [
-        columns.text("method", "label"),
+        *columns.texts(label="method"),
         columns.mean("test accuracy, %", "test", 100),
         columns.mean("early stopped, %", "early_stopped", 100),
         columns.mean("best validation, %", "validation", 100, best=_best("validation")),
@@ -149,7 +136,7 @@ def _details_table(state: SweepState, records: Sequence[Record]) -> Iterator[Tab
         columns.number("outer step, ms of wall", "step_seconds_mean", 1e3),
         columns.number("peak of the process, MiB", "process_bytes", 1 / columns.MIB, 0),
         Column("collapsed later", lambda r: _count(r, "collapsed_after_budget")),
-        columns.text("runs", "runs"),
+        *columns.texts("runs"),
     ]
     note = (
         "±: 95 % over seeds (Student's t). Best validation: within the budget. Outer step: mean"
@@ -158,8 +145,8 @@ def _details_table(state: SweepState, records: Sequence[Record]) -> Iterator[Tab
         " methods go on to an iteration at which all are compared."
     )
     caption = f"Intervals over seeds, and other costs, {state.benchmark}, sweep {state.name}."
-    yield Table(_named("details", state), caption, heads, records, _source(state, state.runs),
-                [note, *_differences(state)], folded=True)  # fmt: skip
+    notes = [note, *_differences(state)]
+    yield Table("details", caption, heads, records, notes=notes, folded=True)
 
 
 def _best(key: str) -> Callable[[Record], float]:
@@ -214,7 +201,7 @@ def _differences(state: SweepState) -> list[str]:
 # Figures
 
 
-def _accuracy_figure(state: SweepState, found: Found) -> Iterator[Figure]:
+def _accuracy_figure(state: SweepState, found: Found) -> Items:
     runs = {name: of for name, of in found.items() if any(math.isfinite(run.test) for run in of)}
     if not runs:
         return
@@ -224,14 +211,14 @@ def _accuracy_figure(state: SweepState, found: Found) -> Iterator[Figure]:
         for name, of in runs.items() for run in of
     ]  # fmt: skip
     yield Figure(
-        _named("test", state),
+        "test",
         f"{state.benchmark}. Test accuracy at the end of the budget. Large mark and bar: mean over"
         " seeds with its 95 % interval (Student's t; none for one seed); small marks: the seeds.",
-        lambda: draw_accuracies(runs), records, _source(state, state.runs), _absent(found, runs),
+        lambda: draw_accuracies(runs), records, notes=_absent(found, runs),
     )  # fmt: skip
 
 
-def _curves(state: SweepState, found: Found) -> Iterator[Figure]:
+def _curves(state: SweepState, found: Found) -> Items:
     curves = {name: of for name, of in found.items() if any(len(run.points) for run in of)}
     if not curves:
         return
@@ -239,10 +226,10 @@ def _curves(state: SweepState, found: Found) -> Iterator[Figure]:
     budget = budgets.pop() if len(budgets) == 1 else math.nan
     dotted = " Dotted: the budget, where the test accuracy of the table is taken."
     yield Figure(
-        _named("curves", state),
+        "curves",
         f"{state.benchmark}. {curve_caption(curves, 'accuracy')}{dotted if budget > 0 else ''}",
         lambda: draw_curves(curves, "accuracy", budget), curve_records(curves),
-        _source(state, state.runs), _absent(found, curves),
+        notes=_absent(found, curves),
     )  # fmt: skip
 
 
@@ -255,7 +242,7 @@ def _absent(found: Found, drawn: Found) -> list[str]:
 # Seconds to an accuracy
 
 
-def _time_table(state: SweepState, found: Found) -> Iterator[Table]:
+def _time_table(state: SweepState, found: Found) -> Items:
     """Nothing while no method has a validation."""
     bests = {name: best for name, runs in found.items()
              if math.isfinite(best := seeds_mean([run.best for run in runs]).mean)}  # fmt: skip
@@ -273,16 +260,15 @@ def _time_table(state: SweepState, found: Found) -> Iterator[Table]:
         " first validation already."
     )
     heads = (
-        columns.text("method", "method"),
+        *columns.texts("method"),
         Column("reached by", lambda r: f"{r['reached']} of {r['seeds']}"),
         Column("seconds", lambda r: _shown_time(r, "seconds", 1), _speed),
         Column("outer iterations", lambda r: _shown_time(r, "iterations", 0)),
-        columns.text("runs", "runs"),
+        *columns.texts("runs"),
     )
     caption = f"Seconds of training to {SHARE:.2f} of the best validation accuracy, "
     records = [_time_record(name, of, SHARE * highest) for name, of in found.items() if of]
-    yield Table(_named("time", state), f"{caption}{state.benchmark}.", heads, records,
-                _source(state, state.runs), [note])  # fmt: skip
+    yield Table("time", f"{caption}{state.benchmark}.", heads, records, notes=[note])
 
 
 def _time_record(name: str, runs: Sequence[Summary], threshold: float) -> Record:
@@ -318,7 +304,7 @@ def _speed(record: Record) -> float:
 # The cells
 
 
-def _missing_table(state: SweepState) -> Iterator[Table]:
+def _missing_table(state: SweepState) -> Items:
     """Every incomplete cell with its command; nothing where all are done."""
     cells = [cell for cell in state.cells if cell.state != COMPLETED]
     if not cells:
@@ -330,23 +316,23 @@ def _missing_table(state: SweepState) -> Iterator[Table]:
         for cell in cells
     ]  # fmt: skip
     yield Table(
-        _named("missing", state),
+        "missing",
         f"Missing: {len(cells)} of {len(state.cells)} cells. One command fills all of them:"
         f" {state.command()}",
         columns.texts("cell", "state", "why", "attempts", "command"), records,
-        _source(state, [run for cell in cells for run in cell.runs]),
+        Source(state.command(), [run.id for cell in cells for run in cell.runs]),
         folded=len(cells) >= FOLDED_FROM,
     )  # fmt: skip
 
 
-def _grid_table(state: SweepState, request: Request) -> Iterator[Table]:
+def _grid_table(state: SweepState) -> Items:
     """The last validation accuracy of every candidate; nothing for a sweep without grids."""
     runs = [cell.run for method in state.methods for cell in method.grid if cell.run is not None]
     records = [
         {
             "method": method.name,
             "setting": describe(setting),
-            "validation_accuracy": last_score(cell, request.archive),
+            "validation_accuracy": cell.score,
             "chosen": "yes" if method.chosen == index else "",
             "state": cell.state,
             "run": "" if cell.run is None else cell.run.id,
@@ -358,10 +344,10 @@ def _grid_table(state: SweepState, request: Request) -> Iterator[Table]:
         return
     method, setting, chosen, run = columns.texts("method", "setting", "chosen", "run")
     yield Table(
-        _named("grid", state),
+        "grid",
         "How the settings were chosen: the last validation accuracy of each candidate, seed 0.",
         (method, setting, Column("last validation, %", _shown_candidate), chosen, run), records,
-        _source(state, runs), folded=True,
+        Source(state.command(), [run.id for run in runs]), folded=True,
     )  # fmt: skip
 
 

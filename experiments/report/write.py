@@ -41,14 +41,7 @@ LATEX = str.maketrans({
 def write(folder: Path, sections: Sequence[Section], about: str, command: str) -> Path:
     """Write every table and figure, then the page, which needs no other file; its path.
 
-    Args:
-        folder: of the files.
-        sections: what is written.
-        about: where the runs come from, and when.
-        command: that makes the report.
-
-    Raises:
-        OSError: the folder cannot be written.
+    ``about`` says where the runs come from, and when; ``command`` makes the report.
     """
     files: dict[str, bytes] = {}
     named = [replace(section, items=[_written(item, files) for item in section.items])
@@ -121,19 +114,14 @@ def markdown_text(table: Table) -> str:
 
 def latex_text(table: Table) -> str:
     """A ``table`` environment with booktabs rules."""
-    text = _frame(table, r"\textbf{{{}}}", latex).to_latex(
-        index=False, escape=False, caption=latex(table.caption),
+    text = _frame(table, r"\textbf{{{}}}", lambda text: text.translate(LATEX)).to_latex(
+        index=False, escape=False, caption=table.caption.translate(LATEX),
         column_format="".join("l" if column.text else "r" for column in table.columns),
     )  # fmt: skip
-    notes = "".join(f"\\par\\footnotesize {latex(note)}\n" for note in table.notes)
+    notes = "".join(f"\\par\\footnotesize {note.translate(LATEX)}\n" for note in table.notes)
     runs = run_list(table.source.runs) or "none"
     head = f"% command: {table.source.command}\n% runs: {runs}\n% needs \\usepackage{{booktabs}}\n"
     return head + text.replace("\\end{table}", f"{notes}\\end{{table}}")
-
-
-def latex(text: str) -> str:
-    """Text with what is special to LaTeX escaped."""
-    return text.translate(LATEX)
 
 
 def _frame(table: Table, bold: str, escape: Callable[[str], str]) -> pd.DataFrame:

@@ -7,7 +7,7 @@ import hashlib
 import math
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,9 @@ CURVE = {100: 0.5, 200: 0.65, 300: 0.7}
 
 WORDS = ("accuracy", "benchmark=glyphs", "methods=rm_metal,anil")
 """The sweep that the fixture `plan` plans, as the report is asked for it."""
+
+Report = Callable[..., Path]
+"""The fixture `report`: writes the report of some words; its folder."""
 
 
 class Recorder:
@@ -81,7 +84,9 @@ class Recorder:
                   "step_seconds": 0.11, "step_cpu_seconds": 0.1, "step_peak_bytes": 2.0**25,
                   "process_peak_bytes": 2.0**29, "diverged": None, **options.pop("result", {})}
         metrics = {**validations(curve), **options.pop("metrics", {})}
-        return self.run(config_of(cell), result=result, metrics=metrics, **options)
+        config = {"tasks.name": cell.configs[0], "algorithm.name": cell.configs[1],
+                  **cell.settings, "cell": cell.identity}  # fmt: skip
+        return self.run(config, result=result, metrics=metrics, **options)
 
     def _file(self, name: str, md5: str) -> Any:
         if (name, md5) not in self._files:
@@ -89,12 +94,6 @@ class Recorder:
             real = hashlib.md5(content).hexdigest()
             self._files[name, md5] = GridFS(self.documents).put(content, filename=name, md5=real)
         return self._files[name, md5]
-
-
-def config_of(cell: Cell) -> dict[str, Any]:
-    """The dotted configuration that a run of this cell has."""
-    named = {"tasks.name": cell.configs[0], "algorithm.name": cell.configs[1]}
-    return {**named, **cell.settings, "cell": cell.identity}
 
 
 def validations(curve: Mapping[int, float]) -> dict[str, dict[int, float]]:
@@ -123,23 +122,17 @@ def fill(recorder: Recorder, plan: Plan, generator: random.Random, share: float 
                 continue
             final = number >= len(group.grid)
             level = best if final else best - 0.1 * abs(number - 1)
-            curve = _curve(generator, level, every, final)
+            curve = {every * (n + 1): level - 0.4 * math.exp(-n / 2.5) + generator.gauss(0, 0.012)
+                     for n in range(16 if final else 8)}  # fmt: skip
+            if final and generator.random() < 0.2:
+                curve |= dict.fromkeys(list(curve)[12:], 0.2)
             test = level - 0.03 + generator.gauss(0, 0.008)
             result = {"test_accuracy": test, "step_cpu_seconds": 0.05 * (1 + order)}
             recorder.training(cell, curve, result=result)
 
 
-def _curve(generator: random.Random, level: float, every: int, final: bool) -> dict[int, float]:
-    steps = [every * (n + 1) for n in range(16 if final else 8)]
-    scores = [level - 0.4 * math.exp(-n / 2.5) + generator.gauss(0, 0.012) for n in range(16)]
-    if final and generator.random() < 0.2:
-        scores[12:] = [0.2] * 4
-    return dict(zip(steps, scores, strict=False))
-
-
 def rows(folder: Path, name: str) -> list[dict[str, str]]:
-    with open(folder / f"{name}.csv", newline="") as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader((folder / f"{name}.csv").read_text().splitlines(True)))
 
 
 def markdown(folder: Path, name: str) -> str:
@@ -152,13 +145,13 @@ def row(folder: Path, name: str, method: str) -> dict[str, str]:
     return found
 
 
-def finals(plan: Plan, method: str, candidate: int = 0) -> list[Cell]:
+def finals(plan: Plan, method: str, candidate: int = 1) -> list[Cell]:
     (group,) = [group for group in plan.groups if group.name == method]
     return list(group.finals[candidate].values())
 
 
-def grid(recorder: Recorder, plan: Plan, method: str, last: tuple[float, ...]) -> None:
-    """A complete grid whose candidates end at these validation accuracies."""
+def grid(recorder: Recorder, plan: Plan, method: str) -> None:
+    """A complete grid whose second candidate is the best."""
     (group,) = [group for group in plan.groups if group.name == method]
-    for cell, value in zip(group.grid.values(), last, strict=True):
+    for cell, value in zip(group.grid.values(), (0.5, 0.6, 0.55), strict=True):
         recorder.training(cell, {100: 0.3, 200: value})

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import Annotated, NamedTuple
 
 import numpy as np
 from pydantic import Field, model_validator
 
+from experiments.papers import Points
+from experiments.papers.convergence import theory
 from experiments.papers.convergence.problem import Settings, Tasks, make_tasks, trajectory
-from experiments.papers.convergence.theory import (
-    hypergradient_lipschitz,
-    inner_lr,
-    least_inner_steps,
-    least_linear_steps,
-)
-from experiments.report.paper_figures import Floors
 from experiments.statistics import Mean, seeds_mean
 from experiments.tracking.config import (
     MOST,
@@ -120,10 +116,8 @@ def cheapest(
 ) -> dict[float, int]:
     """Evaluations up to an epsilon-solution, by the batch size that needs the fewest.
 
-    Args:
-        curves: averages by batch size.
-        settings: with which they were run.
-        high, low: the first and the last of ten epsilons; what nothing reaches is left out.
+    The averages are given by batch size. Of ten epsilons, from high to low, those that nothing
+    reaches are left out.
     """
     found = {}
     for epsilon in map(float, np.geomspace(high, low, 10)):
@@ -140,19 +134,12 @@ def costs_slope(costs: Mapping[float, int]) -> float:
 
 
 class Plan(NamedTuple):
-    """The problems, and what theory asks for on all of them alike.
-
-    Attributes:
-        c: the configuration.
-        problems: drawn by it.
-        bounds: K_0, N_0 and the smallest inner step size, with the configured outer one.
-        inverse_l_f: the smallest 1 / L_F.
-    """
+    """The problems, and what theory asks for on all of them alike."""
 
     c: ConvergenceSettings
     problems: Sequence[Tasks]
-    bounds: Settings
-    inverse_l_f: float
+    bounds: Settings  # K_0, N_0 and the smallest inner step size, with the configured outer one
+    inverse_l_f: float  # the smallest 1 / L_F
 
     @classmethod
     def of(cls, c: ConvergenceSettings) -> Plan:
@@ -160,14 +147,15 @@ class Plan(NamedTuple):
         shape = (c.condition, c.bend, c.strength, c.spread)
         problems = [make_tasks(*sizes, *shape, 1000 * c.seed + i) for i in range(c.problems)]
         constants = [tasks.constants() for tasks in problems]
-        lr = min(inner_lr(each) for each in constants)
+        lr = min(theory.inner_lr(each) for each in constants)
         bounds = Settings(
-            max(least_inner_steps(each, lr) for each in constants),
-            max(least_linear_steps(each, c.phi_size) for each in constants),
+            max(theory.least_inner_steps(each, lr) for each in constants),
+            max(theory.least_linear_steps(each, c.phi_size) for each in constants),
             lr,
             c.meta_lr,
         )
-        return cls(c, problems, bounds, min(1 / hypergradient_lipschitz(x) for x in constants))
+        inverses = [1 / theory.hypergradient_lipschitz(each) for each in constants]
+        return cls(c, problems, bounds, min(inverses))
 
     def total(self) -> int:
         """Outer iterations in all."""
@@ -188,38 +176,26 @@ def grid(bound: int) -> list[int]:
     return sorted({n for n in (1, 2, 5, bound // 2) if 0 < n < bound} | {bound, 2 * bound})
 
 
-class Deterministic(NamedTuple):
-    """Theorem 2: curves by problem, their slopes, and evaluations by epsilon (problem 0's)."""
-
-    norms: list[list[float]]
-    averages: list[list[float]]
-    slope: Mean
-    costs: dict[float, int]
-    costs_slope: Mean
+Slopes = dict[str, Mean]
+"""What is claimed of, as the results name it (see `experiments.report.papers`)."""
 
 
-def deterministic(plan: Plan, tick: Tick) -> Deterministic:
+def theorem_2(plan: Plan, points: Points, tick: Tick) -> Slopes:
     """All tasks at every iteration; accuracies are those of the last decade of T."""
     norms = plan.run(plan.bounds, plan.c.iterations, tick)
-    curves = [averages(n) for n in norms]
-    costs = [
-        cheapest({plan.c.tasks: curve}, plan.bounds, curve[len(curve) // 10 - 1],
-                 curve[-1] * 1.0000001)
-        for curve in curves
-    ]  # fmt: skip
-    slopes = seeds_mean([last_decade(curve) for curve in curves])
-    return Deterministic(norms, curves, slopes, costs[0], seeds_mean(list(map(costs_slope, costs))))
+    curves, costs, length = [averages(n) for n in norms], [], plan.c.iterations
+    for number, (curve, last) in enumerate(zip(curves, norms, strict=True)):
+        name = f"convergence/all_tasks/{number}"
+        for t in log_spaced(1, length, round(10 * math.log10(length)) + 1):  # ten a decade
+            points.record({f"{name}/average": curve[t - 1], f"{name}/last": last[t - 1]}, t)
+        costs.append(cheapest({plan.c.tasks: curve}, plan.bounds, curve[length // 10 - 1],
+                              curve[-1] * 1.0000001))  # fmt: skip
+    _record_costs(points, "all_tasks", costs[0])
+    return {"average_against_T": seeds_mean([last_decade(curve) for curve in curves]),
+            "evaluations_all_tasks": seeds_mean([costs_slope(each) for each in costs])}  # fmt: skip
 
 
-class Stochastic(NamedTuple):
-    """Theorem 1 at one K: the floor by batch size with its slope; evaluations by epsilon."""
-
-    inner_steps: int
-    floors: Floors
-    costs: dict[float, int]
-
-
-def stochastic(plan: Plan, inner_steps: int, tick: Tick) -> Stochastic:
+def theorem_1(plan: Plan, points: Points, inner_steps: int, tick: Tick) -> Slopes:
     """Fresh tasks at every iteration; a slot starts where it was, as Algorithm 1 says.
 
     Accuracies go from what the first tenth of the run reaches to what its end does.
@@ -227,30 +203,30 @@ def stochastic(plan: Plan, inner_steps: int, tick: Tick) -> Stochastic:
     settings, length = plan.bounds._replace(inner_steps=inner_steps), plan.c.stochastic_iterations
     norms = {b: plan.run(settings, length, tick, b) for b in plan.c.batches}
     floors = {batch: [floor(n) for n in each] for batch, each in norms.items()}
-    slopes = [slope(list(floors), of_problem) for of_problem in zip(*floors.values(), strict=True)]
+    for batch, values in floors.items():
+        mean, half_width, _ = seeds_mean(values)
+        name = f"convergence/floor/{inner_steps}"
+        points.record({name: mean, f"{name}/half_width": half_width}, batch)
     curves = {b: np.mean([averages(n) for n in each], axis=0) for b, each in norms.items()}
     high, low = (min(curve[at] for curve in curves.values()) for at in (length // 10, -1))
-    by_batch = {batch: seeds_mean(values) for batch, values in floors.items()}
-    return Stochastic(inner_steps, Floors(by_batch, seeds_mean(slopes)),
-                      cheapest(curves, settings, high, 1.02 * low))  # fmt: skip
+    costs = cheapest(curves, settings, high, 1.02 * low)
+    _record_costs(points, f"batches/{inner_steps}", costs)
+    slopes = [slope(list(floors), of_problem) for of_problem in zip(*floors.values(), strict=True)]
+    return {f"floor_K{inner_steps}": seeds_mean(slopes),
+            f"evaluations_K{inner_steps}": Mean(costs_slope(costs), math.nan, 1)}  # fmt: skip
 
 
-Undercut = dict[str, dict[int, float]]
-"""By start (``warm``: from the last outer iteration; ``cold``: from zero) and steps."""
+def _record_costs(points: Points, name: str, costs: Mapping[float, int]) -> None:
+    for epsilon, number in costs.items():
+        points.record({f"convergence/evaluations/{name}": number}, round(1 / epsilon))
 
 
-def around_bounds(plan: Plan, what: str, tick: Tick) -> Undercut:
-    """The last squared norm with fewer and more steps than the bound, all tasks at every iteration.
-
-    Args:
-        plan: the configuration.
-        what: ``inner_steps`` (K, at N_0) or ``cg_steps`` (N, at K_0).
-        tick: told of every iteration done.
-    """
-    found: Undercut = {"warm": {}, "cold": {}}
-    for start, by_steps in found.items():
+def around_bounds(plan: Plan, points: Points, tick: Tick) -> None:
+    """The last squared norm with fewer and more steps than the bounds (K at N_0, N at K_0), from
+    warm starts and cold ones, all tasks at every iteration."""
+    for what, start in product(("inner_steps", "cg_steps"), ("warm", "cold")):
         for steps in grid(getattr(plan.bounds, what)):
             settings = plan.bounds._replace(warm=start == "warm", **{what: steps})
             runs = plan.run(settings, plan.c.bound_iterations, tick)
-            by_steps[steps] = seeds_mean([norms[-1] for norms in runs]).mean
-    return found
+            mean = seeds_mean([norms[-1] for norms in runs]).mean
+            points.record({f"convergence/{what}/{start}": mean}, steps)

@@ -27,21 +27,14 @@ LARGEST_TANH_CURVATURE = 4.0 / (3.0 * math.sqrt(3.0))  # of (tanh x)'' over all 
 
 
 class Tasks(NamedTuple):
-    """M tasks.
+    """M tasks."""
 
-    Attributes:
-        a: ``[M, q, q]``, symmetric, eigenvalues from 1 to the largest curvature.
-        b, c: ``[M, q, p]`` and ``[M, p, p]``.
-        d, y: ``[M, q]``.
-        bend: the coefficient c of the log-cosh term.
-    """
-
-    a: Tensor
-    b: Tensor
-    c: Tensor
-    d: Tensor
-    y: Tensor
-    bend: float
+    a: Tensor  # [M, q, q], symmetric, eigenvalues from 1 to the largest curvature
+    b: Tensor  # [M, q, p]
+    c: Tensor  # [M, p, p]
+    d: Tensor  # [M, q]
+    y: Tensor  # [M, q]
+    bend: float  # the coefficient c of the log-cosh term
 
     def inner(self, phi: Tensor, pull: Tensor) -> Tensor:
         """The sum of all g_i at ``phi [M, q]``; ``pull`` is `pull` of theta."""
@@ -119,16 +112,13 @@ def make_tasks(
     number: int, p: int, q: int, condition: float, bend: float, strength: float, spread: float,
     seed: int,
 ) -> Tasks:  # fmt: skip
-    """Random tasks whose targets are solutions for a theta of their own, around a common one.
+    """M random tasks whose targets are solutions for a theta of their own, around a common one.
 
     Args:
-        number: M.
         p, q: dimensions of theta and phi, p <= q.
         condition: largest over smallest eigenvalue of every ``a``.
-        bend: of the log-cosh term.
         strength: spectral norm of every ``b``, by which theta acts.
         spread: of the tasks, relative to what they share; 0: they differ in ``a`` and ``d`` alone.
-        seed: of everything.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -195,14 +185,7 @@ class Slots(ImplicitCGHead):
 
 
 class Algorithm1:
-    """Theta and the learner of its batch.
-
-    Args:
-        slots: the batch size B.
-        p, q: dimensions of theta and phi.
-        settings: K, N and the step sizes.
-        theta: where to begin.
-    """
+    """Theta, ``[p]``, and the learner of its batch of so many slots, each with a phi, ``[q]``."""
 
     def __init__(self, slots: int, q: int, settings: Settings, theta: Tensor) -> None:
         self.settings, self.theta = settings, theta.clone().requires_grad_()
@@ -232,15 +215,9 @@ def trajectory(
     tasks: Tasks, settings: Settings, steps: int, batch: int | None, seed: int,
     tick: Callable[[int], object],
 ) -> list[float]:
-    r""":math:`\|\nabla F(\theta_t)\|^2` for t = 0 to T - 1, exact.
+    r""":math:`\|\nabla F(\theta_t)\|^2` for t = 0 to T - 1, exact, of Algorithm 1 from theta = 0.
 
-    Args:
-        tasks: the population.
-        settings: of Algorithm 1, started from theta = 0.
-        steps: outer iterations T.
-        batch: tasks drawn with replacement at every iteration; None: all, as in Theorem 2.
-        seed: of the draws.
-        tick: told of every iteration done.
+    ``batch`` tasks are drawn with replacement at every iteration; None: all, as in Theorem 2.
     """
     number, p, q = len(tasks.y), tasks.c.shape[2], tasks.y.shape[1]
     generator = torch.Generator().manual_seed(seed)

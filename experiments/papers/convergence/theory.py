@@ -12,7 +12,8 @@ K_0 and N_0 are the smallest K and N for which they hold. What differs from the 
 - :math:`\Gamma_N = a \gamma^N` of Lemma 2 has no values for a and :math:`\gamma`, and (69) leaves a
   out; here it is conjugate gradient's own bound, see `cg_contraction`. (81) prints it inverted.
 - (55) bounds the change of a Hessian by :math:`l_g`; it is :math:`l_{g,2}`, and (53) has a factor
-  2 that (55) loses. With both, :math:`C_1` of (39) becomes what `_drift` says.
+  2 that (55) loses. With both, :math:`C_1` of (39) becomes :math:`24 \, (l_{f,0}^2/\mu^2 +
+  \sigma_{fg}^2) \, l_{g,2}^2 + 12 \, l_f^2`.
 - (69) sums logarithms where a sum is meant, and is then too small for (70) where
   :math:`l_f < 1/2`; here (70) itself is solved.
 - (26) to (27) needs :math:`\lambda_\phi \le \mu / (3 l_g^2)`, not :math:`3 \mu / l_g^2`; see
@@ -35,14 +36,14 @@ from l2l_implicit import checks
 
 @dataclass(frozen=True)
 class ProblemConstants:
-    """What Assumptions 1 and 2 say of a meta-learning problem, in Euclidean norms.
+    """What Assumptions 1 and 2 of Yang et al. (2025) say of a problem, in Euclidean norms.
 
     Attributes:
         mu: strong convexity of every inner objective g_i in phi; above 0.
         l_g: Lipschitz constant of every g_i's gradient; at least ``mu``. (Assumption 2 asks this
             of their mean alone, but the rate of conjugate gradient needs it of each.)
-        l_f: Lipschitz constant of the outer objective's gradient.
-        l_f0: of the outer objective itself, that is, a bound on its gradient.
+        l_f, l_f0: of the outer objective's gradient; of the outer objective itself, that is, a
+            bound on its gradient.
         l_g1, l_g2: of g's mixed derivative and of its Hessian in phi.
         sigma_f1, sigma_g1: standard deviations over tasks of grad f_i and of g_i's Hessian; 0 for
             Theorem 2, whose l's hold for each task.
@@ -50,12 +51,9 @@ class ProblemConstants:
     Raises:
         ValueError, TypeError: for a number out of its range, in one line.
 
-    References:
-        Yang et al. (2025), Assumptions 1 to 3.
-
     Example:
-        >>> from experiments.papers.convergence.theory import ProblemConstants
-        >>> ProblemConstants(mu=0.5, l_g=10.0, l_f=1.0, l_f0=1.0).kappa
+        >>> from experiments.papers.convergence import theory
+        >>> theory.ProblemConstants(mu=0.5, l_g=10.0, l_f=1.0, l_f0=1.0).kappa
         20.0
     """
 
@@ -89,7 +87,7 @@ class ProblemConstants:
 
 
 def inner_lr(constants: ProblemConstants, every_task: bool = True) -> float:
-    r"""The largest inner step size :math:`\lambda_\phi` with which (27) holds.
+    r"""The largest inner step size :math:`\lambda_\phi` with which (27) holds, from (23) to (27).
 
     Args:
         constants: of the problem.
@@ -97,22 +95,17 @@ def inner_lr(constants: ProblemConstants, every_task: bool = True) -> float:
             contracts: :math:`1 / l_g`. Else the paper's way by the mean of the tasks:
             :math:`\mu / (3 l_g^2)`.
 
-    References:
-        Yang et al. (2025), eqs. (23) to (27).
-
     Example:
-        >>> from experiments.papers.convergence.theory import ProblemConstants, inner_lr
-        >>> constants = ProblemConstants(mu=1.0, l_g=10.0, l_f=1.0, l_f0=1.0)
-        >>> inner_lr(constants), round(inner_lr(constants, every_task=False), 5)
+        >>> from experiments.papers.convergence import theory
+        >>> constants = theory.ProblemConstants(mu=1.0, l_g=10.0, l_f=1.0, l_f0=1.0)
+        >>> theory.inner_lr(constants), round(theory.inner_lr(constants, every_task=False), 5)
         (0.1, 0.00333)
     """
-    if every_task:
-        return 1.0 / constants.l_g
-    return constants.mu / (3.0 * constants.l_g**2)
+    return 1.0 / constants.l_g if every_task else constants.mu / (3.0 * constants.l_g**2)
 
 
 def least_inner_steps(constants: ProblemConstants, lr: float | None = None) -> int:
-    r"""K_0: the smallest K with :math:`2 (1 - \mu \lambda_\phi)^K < 1/3`.
+    r"""K_0: the smallest K with :math:`2 (1 - \mu \lambda_\phi)^K < 1/3`, (71) and (72).
 
     Args:
         constants: of the problem.
@@ -121,12 +114,9 @@ def least_inner_steps(constants: ProblemConstants, lr: float | None = None) -> i
     Raises:
         ValueError: for a step size above 1 / l_g, with which nothing is said of the inner loop.
 
-    References:
-        Yang et al. (2025), eqs. (71) and (72).
-
     Example:
-        >>> from experiments.papers.convergence.theory import ProblemConstants, least_inner_steps
-        >>> least_inner_steps(ProblemConstants(mu=1.0, l_g=10.0, l_f=1.0, l_f0=1.0))
+        >>> from experiments.papers.convergence import theory
+        >>> theory.least_inner_steps(theory.ProblemConstants(1.0, 10.0, 1.0, 1.0))
         18
     """
     lr = inner_lr(constants) if lr is None else lr
@@ -140,26 +130,25 @@ def least_inner_steps(constants: ProblemConstants, lr: float | None = None) -> i
 
 
 def least_linear_steps(constants: ProblemConstants, unknowns: int | None = None) -> int:
-    r"""N_0: the smallest N with :math:`\Gamma_N` small enough for (70).
+    r"""N_0: the smallest N with :math:`\Gamma_N` small enough for (70); also (69), Lemma 5.
 
     Args:
         constants: of the problem.
         unknowns: phi's dimension, after as many steps conjugate gradient is exact; None: unknown.
 
-    References:
-        Yang et al. (2025), eqs. (69) and (70); Lemma 5.
-
     Example:
-        >>> from experiments.papers.convergence.theory import ProblemConstants, least_linear_steps
-        >>> least_linear_steps(ProblemConstants(mu=1.0, l_g=10.0, l_f=1.0, l_f0=1.0))
+        >>> from experiments.papers.convergence import theory
+        >>> theory.least_linear_steps(theory.ProblemConstants(1.0, 10.0, 1.0, 1.0))
         8
     """
-    first = 6.0 * (constants.l_g**2 + constants.sigma_g1**2) / constants.mu**2
-    needed = max(first, 9.0 * _drift(constants))
+    c = constants
     if unknowns is not None:
         checks.count("unknowns", unknowns)
-    contractions = ((n, cg_contraction(constants.kappa, n, unknowns)) for n in count(1))
-    return next(n for n, gamma in contractions if needed * gamma < 1.0)
+    # C_1 of (39): how far the linear system moves with theta and phi, squared
+    sigma_fg = 2.0 * (c.sigma_f1**2 / c.mu**2 + c.sigma_g1**2 * c.l_f0**2 / c.mu**4)
+    drift = 24.0 * (c.l_f0**2 / c.mu**2 + sigma_fg) * c.l_g2**2 + 12.0 * c.l_f**2
+    needed = max(6.0 * (c.l_g**2 + c.sigma_g1**2) / c.mu**2, 9.0 * drift)
+    return next(n for n in count(1) if needed * cg_contraction(c.kappa, n, unknowns) < 1.0)
 
 
 def cg_contraction(kappa: float, steps: int, unknowns: int | None = None) -> float:
@@ -170,16 +159,14 @@ def cg_contraction(kappa: float, steps: int, unknowns: int | None = None) -> flo
               \|A e^N\|^2 \le \Gamma_N \|A e^0\|^2 ,
 
     and 0 once N is the number of unknowns. The classical bound is of :math:`e^\top A e`, from
-    which to the residual it is a factor :math:`\kappa`.
-
-    References:
-        Shewchuk (1994), eq. (52); Yang et al. (2025), Lemma 2 and eq. (81).
+    which to the residual it is a factor :math:`\kappa`: Shewchuk (1994), eq. (52); Yang et al.
+    (2025), Lemma 2 and eq. (81).
 
     Example:
-        >>> from experiments.papers.convergence.theory import cg_contraction
-        >>> [round(cg_contraction(10.0, steps), 4) for steps in (1, 5, 10)]
+        >>> from experiments.papers.convergence import theory
+        >>> [round(theory.cg_contraction(10.0, steps), 4) for steps in (1, 5, 10)]
         [10.0, 0.0573, 0.0001]
-        >>> cg_contraction(10.0, 5, unknowns=5)
+        >>> theory.cg_contraction(10.0, 5, unknowns=5)
         0.0
     """
     if unknowns is not None and steps >= unknowns:
@@ -196,26 +183,14 @@ def hypergradient_lipschitz(constants: ProblemConstants) -> float:
 
     The solution moves by at most :math:`\kappa` times theta, hence the first factor; within the
     brackets are the derivatives of f, of the mixed derivative and of the inverse Hessian. Gradient
-    descent with a step of at most 1 / L_F decreases F.
-
-    References:
-        Ghadimi and Wang (2018), Lemma 2.2; Yang et al. (2025), Lemma 1.
+    descent with a step of at most 1 / L_F decreases F. Ghadimi and Wang (2018), Lemma 2.2; Yang et
+    al. (2025), Lemma 1.
 
     Example:
         >>> from experiments.papers.convergence import theory
-        >>> constants = theory.ProblemConstants(mu=1.0, l_g=10.0, l_f=1.0, l_f0=1.0)
-        >>> theory.hypergradient_lipschitz(constants)
+        >>> theory.hypergradient_lipschitz(theory.ProblemConstants(1.0, 10.0, 1.0, 1.0))
         121.0
     """
     c = constants
     inner = c.l_g1 / c.mu + c.l_g * c.l_g2 / c.mu**2
     return (1.0 + c.kappa) * ((1.0 + c.kappa) * c.l_f + c.l_f0 * inner)
-
-
-def _drift(c: ProblemConstants) -> float:
-    r""":math:`C_1` of (39): how far the linear system moves with theta and phi, squared.
-
-    :math:`C_1 = 24 \, (l_{f,0}^2/\mu^2 + \sigma_{fg}^2) \, l_{g,2}^2 + 12 \, l_f^2`.
-    """
-    sigma_fg = 2.0 * (c.sigma_f1**2 / c.mu**2 + c.sigma_g1**2 * c.l_f0**2 / c.mu**4)
-    return 24.0 * (c.l_f0**2 / c.mu**2 + sigma_fg) * c.l_g2**2 + 12.0 * c.l_f**2

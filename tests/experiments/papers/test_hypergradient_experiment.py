@@ -8,13 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from experiments.papers.hypergradient import (
-    Classification,
-    Method,
-    Problem,
-    Regression,
-    methods,
-)
+from experiments.papers.hypergradient import Classification, Method, Problem, Regression, methods
 
 pytestmark = pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
 
@@ -43,8 +37,8 @@ def objectives(task: Classification) -> tuple[Callable[..., Tensor], Callable[..
     return inner, lambda phi, layer: loss(phi, layer, task.inputs[1])
 
 
-def test_exact_regression() -> None:
-    task = regression()
+def test_the_exact_hypergradients() -> None:
+    task, head = regression(), classification()
 
     def inner(phi: Tensor, theta: Tensor) -> Tensor:
         residual = task.support @ phi - task.targets
@@ -53,18 +47,13 @@ def test_exact_regression() -> None:
     def outer(phi: Tensor, theta: Tensor) -> Tensor:
         return 0.5 * (task.query @ phi - task.query_targets).square().mean()
 
-    phi = oracles.minimize(inner, torch.zeros(4, dtype=torch.float64), [task.theta], task.lr)
-    expected = oracles.implicit(inner, outer, [task.theta], phi)
-    assert oracles.relative_error([task.exact()], expected) < 1e-10
-
-
-def test_exact_classification() -> None:
-    task = classification()
-    inner, outer = objectives(task)
-    layer = task.layer.detach()
-    phi = oracles.minimize(inner, torch.zeros(15, dtype=torch.float64), [layer], task.lr)
-    expected = [t.reshape(-1) for t in oracles.implicit(inner, outer, [layer], phi)]
-    assert oracles.relative_error([task.exact()], expected) < 1e-10
+    cases = ((task, (inner, outer), task.theta, 4),
+             (head, objectives(head), head.layer.detach(), 15))  # fmt: skip
+    for problem, both, theta, size in cases:
+        start = torch.zeros(size, dtype=torch.float64)
+        phi = oracles.minimize(both[0], start, [theta], problem.lr)
+        expected = [t.reshape(-1) for t in oracles.implicit(*both, [theta], phi)]
+        assert oracles.relative_error([problem.exact()], expected) < 1e-10
 
 
 def test_the_regression_is_as_ill_conditioned_as_it_says() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import bson
 import pytest
 from bson import Binary, Decimal128, ObjectId, Regex
 from bson.datetime_ms import DatetimeMS
-from report_runs import CURVE, Recorder, rows, validations
+from report_runs import CURVE, Recorder, Report, rows, validations
 
 from experiments.report.__main__ import main
 from experiments.report.runs import Run
@@ -35,27 +35,17 @@ WRONG: list[Any] = [
 ]  # fmt: skip
 
 
-def paths(document: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Every field of a document, dotted."""
+def changed(document: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str, dict]]:
+    """For every field, dotted, and wrong value: both, and a copy of the document that has it."""
     for key, value in document.items():
-        if key != "_id":
-            yield prefix + key
+        for wrong in WRONG if key != "_id" else ():
+            yield prefix + key, repr(wrong), {**document, key: wrong}
         if isinstance(value, dict):
-            yield from paths(value, f"{prefix}{key}.")
+            for path, wrong, inner in changed(value, f"{prefix}{key}."):
+                yield path, wrong, {**document, key: inner}
 
 
-def changed(document: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """A copy with another value in one field."""
-    found = copy.deepcopy(document)
-    *groups, leaf = path.split(".")
-    place = found
-    for group in groups:
-        place = place[group]
-    place[leaf] = value
-    return found
-
-
-def remarks(folder: Path) -> dict[str, str]:
+def listed(folder: Path) -> dict[str, str]:
     """What the lists of runs say, by run."""
     files = folder.glob("runs*.csv")
     return {r["run"]: r["remarks"] for file in files for r in rows(folder, file.stem)}
@@ -70,84 +60,49 @@ def training(recorder: Recorder) -> dict[str, Any]:
     return recorder.documents["runs"].find_one({"_id": 1})
 
 
-def test_a_field_of_any_type_costs_its_run_a_line(
-    recorder: Recorder, report: Callable[..., Path]
-) -> None:
+def test_a_field_of_any_type_costs_its_run_a_line(recorder: Recorder, report: Report) -> None:
     """Every field with every wrong value, each in a run of its own, all in one database."""
     good = training(recorder)
     recorder.run({**CONFIG, "tasks.name": "other"}, validations(CURVE), result=RESULT)
     (alone,) = rows(report("smoke"), "other_other")
-    cases = [(path, value) for path in paths(good) for value in WRONG]
-    assert len(cases) > 700
-    bad = [{**changed(good, path, value), "_id": 100 + n} for n, (path, value) in enumerate(cases)]
-    recorder.documents["runs"].insert_many(bad)
+    bad = {(path, wrong): {**copy.deepcopy(run), "_id": 100 + n}
+           for n, (path, wrong, run) in enumerate(changed(good))}  # fmt: skip
+    assert len(bad) > 700
+    recorder.documents["runs"].insert_many(bad.values())
     folder = report("smoke")
-    listed = remarks(folder)
-    assert {str(run["_id"]) for run in bad} <= set(listed)
+    told = listed(folder)
+    assert {str(run["_id"]) for run in bad.values()} <= set(told)
     for path, kind in (("meta.config_updates", "an object"), ("config", "an object"),
                        ("experiment.sources", "a list"), ("result.test_accuracy", "a number"),
                        ("start_time", "a time")):  # fmt: skip
-        told = listed[str(100 + cases.index((path, "x")))]
-        assert f"not readable: {path}: expected {kind}" in told, told
-    (beside,) = rows(folder, "other_other")
-    assert beside == alone
+        remark = told[str(bad[path, "'x'"]["_id"])]
+        assert f"not readable: {path}: expected {kind}" in remark, remark
+    assert rows(folder, "other_other") == [alone]
 
 
-def test_a_metric_of_any_shape_costs_its_run_a_line(
-    recorder: Recorder, report: Callable[..., Path]
+def test_a_metric_or_a_source_file_of_any_shape_costs_its_run_a_line(
+    recorder: Recorder, report: Report
 ) -> None:
     training(recorder)
+    metrics, files = (recorder.documents[name] for name in ("metrics", "fs.files"))
     number = 1
     shapes = [*WRONG, [1, "a", 300], [True, 2, 3], [math.nan, 1.0], [1.5, 2], [2**62] * 3]
     for field in ("steps", "values", "name", "run_id"):
         for value in shapes:
             number = recorder.run(CONFIG, validations(CURVE), result=RESULT)
-            recorder.documents["metrics"].update_one(
-                {"run_id": number, "name": "validation/accuracy"}, {"$set": {field: value}}
-            )
-    recorder.documents["metrics"].insert_one({"_id": ObjectId()})
-    listed = {r["run"]: r["remarks"] for r in rows(report("smoke"), "runs_train")}
-    assert len(listed) == number
-    assert "validation/accuracy: steps or values are no list" in listed["2"]
-    told = listed[str(2 + len(WRONG))]
-    assert "validation/accuracy: 1 of 3 points are no numbers at steps" in told, told
-
-
-@pytest.mark.parametrize("field", ["md5", "filename"])
-def test_a_source_file_of_any_shape(
-    field: str, recorder: Recorder, report: Callable[..., Path]
-) -> None:
-    training(recorder)
-    files = recorder.documents["fs.files"]
-    for number, value in enumerate(WRONG):
-        recorder.run(CONFIG, result=RESULT, sources={f"{number}.py": "1"})
-        files.update_one({"filename": f"{number}.py"}, {"$set": {field: value}})
+            broken = {"run_id": number, "name": "validation/accuracy"}
+            metrics.update_one(broken, {"$set": {field: value}})
+    for field in ("md5", "filename"):
+        for value in WRONG:
+            number = recorder.run(CONFIG, result=RESULT, sources={f"{number}.py": "1"})
+            files.update_one({"filename": f"{number - 1}.py"}, {"$set": {field: value}})
+    metrics.insert_one({"_id": ObjectId()})
     files.insert_one({"_id": {"a": 1}, "md5": "x"})
-    assert len(rows(report("smoke"), "runs_train")) == 1 + len(WRONG)
-
-
-@pytest.fixture
-def outside(tmp_path: Path) -> Iterator[Path]:
-    """A folder that nothing is to be written to, nor beside the report by way of ``..``."""
-    folder = tmp_path / "outside"
-    folder.mkdir()
-    yield folder
-    assert not list(folder.iterdir())
-    assert not [path for above in (tmp_path, tmp_path.parent) for path in above.glob("up*")]
-
-
-def test_numbers_of_runs_may_be_anything(
-    recorder: Recorder, report: Callable[..., Path], outside: Path
-) -> None:
-    """No two are one, and none of them becomes a path."""
-    good = training(recorder)
-    paths = ["../up", "../../up", f"{outside}/x"]
-    ids = ["1", *paths, 1.5, True, {"a": 1}, ObjectId(), b"\xff", None, "\x1b"]
-    recorder.documents["runs"].insert_many([{**good, "_id": number} for number in ids])
-    folder = report("smoke")
-    listed = [r["run"] for r in rows(folder, "runs_train")]
-    assert len(set(listed)) == len(listed) - 1 == len(ids), '1 and "1" look alike'
-    assert all(path.parent == folder for path in folder.rglob("*"))
+    told = listed(report("smoke"))
+    assert len(told) == number
+    assert "validation/accuracy: steps or values are no list" in told["2"]
+    remark = told[str(2 + len(WRONG))]
+    assert "validation/accuracy: 1 of 3 points are no numbers at steps" in remark, remark
 
 
 def test_a_time_or_a_text_that_python_cannot_hold() -> None:
@@ -162,25 +117,33 @@ def test_a_time_or_a_text_that_python_cannot_hold() -> None:
     assert run.faults == ["start_time: expected a time, got text"]
 
 
-def test_names_become_files_of_their_own_in_the_folder(
-    recorder: Recorder, report: Callable[..., Path], outside: Path
+def test_names_are_told_apart_and_become_files_of_their_own_in_the_folder(
+    recorder: Recorder, report: Report, tmp_path: Path
 ) -> None:
+    """Those of runs, benchmarks, methods and experiments; none of them becomes a path."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
     paths = ["../up", "../../up", f"{outside}/x"]
+    good = training(recorder)
+    ids = ["1", *paths, 1.5, True, {"a": 1}, ObjectId(), b"\xff", None, "\x1b"]
+    recorder.documents["runs"].insert_many([{**good, "_id": number} for number in ids])
     names = [*paths, "a b", "a_b", "A_B", "x" * 3000, "\x00\x1b]0;t\x07", "", "con"]
     for name in names:
         config = {**CONFIG, "tasks.name": name, "algorithm.name": "$\\frac{$" + name}
         recorder.run(config, validations(CURVE), result=RESULT)
         recorder.run({}, experiment=name)
     folder = report("smoke")
-    assert all(path.parent == folder for path in folder.rglob("*"))
-    assert len(list(folder.glob("other*.csv"))) == len(names)
+    assert all(path.parent == folder for path in folder.rglob("*")) and not list(outside.iterdir())
+    assert not [path for above in (tmp_path, tmp_path.parent) for path in above.glob("up*")]
+    runs = [r["run"] for r in rows(folder, "runs_train")]
+    assert len(set(runs)) == len(runs) - 1 == len(ids) + len(names), '1 and "1" look alike'
     assert len(list(folder.glob("curves_other*.svg"))) == len(names)
-    benchmarks = [rows(folder, file.stem)[0]["source_runs"] for file in folder.glob("other*.csv")]
-    assert len(set(benchmarks)) == len(names)
+    own = [rows(folder, file.stem)[0]["source_runs"] for file in folder.glob("other*.csv")]
+    assert len(set(own)) == len(own) == len(names) + 1
 
 
 def test_nothing_is_printed_raw(
-    recorder: Recorder, report: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+    recorder: Recorder, report: Report, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Neither in a file nor on the terminal, where a control character is a command."""
     bad = "\x1b]0;title\x07\u202e\x9b31m<script>"
@@ -198,26 +161,26 @@ def test_nothing_is_printed_raw(
     assert "\\x1b" in shown and "<script>" not in (folder / "index.html").read_text("utf-8")
 
 
-@pytest.mark.parametrize("experiment", ["memory", "hypergradient", "convergence"])
-def test_a_paper_s_run_of_any_shape(
-    experiment: str, recorder: Recorder, report: Callable[..., Path]
-) -> None:
+PAPERS = {
+    "memory": [f"memory/{n}" for n in ("a/b", "rm_metal/cached", "$x/c", "_y/d", "supervised")],
+    "hypergradient": ["hypergradient/a/b", "hypergradient/$/_", "hypergradient//"],
+    "convergence": ["convergence/all_tasks/0/average", "convergence/all_tasks/x/average",
+                    "convergence/floor/5", "convergence/floor/5/half_width",
+                    "convergence/floor/99999999999999999999", "convergence/cg_steps/warm"],
+}  # fmt: skip
+
+
+def test_a_paper_s_run_of_any_shape(recorder: Recorder, report: Report) -> None:
     """Its picture is drawn or said to be missing; the training beside it is shown."""
     training(recorder)
-    names = {
-        "memory": [f"memory/{n}" for n in ("a/b", "rm_metal/cached", "$x/c", "_y/d", "supervised")],
-        "hypergradient": ["hypergradient/a/b", "hypergradient/$/_", "hypergradient//"],
-        "convergence": ["convergence/all_tasks/0/average", "convergence/all_tasks/x/average",
-                        "convergence/floor/5", "convergence/floor/5/half_width",
-                        "convergence/floor/99999999999999999999", "convergence/cg_steps/warm"],
-    }[experiment]  # fmt: skip
     curves = [{0: 0.0, 5: -1.0}, {1: 1e308, 2: -1e308}, {-3: 1.0}, {5: 0.0}]
-    for number, curve in enumerate(curves):
-        recorder.run({"number": number, "problems": [1]}, dict.fromkeys(names, curve),
-                     experiment=experiment, result={"K_0": "x", "slope_a": [1]})  # fmt: skip
+    for experiment, names in PAPERS.items():
+        for number, curve in enumerate(curves):
+            recorder.run({"number": number, "problems": [1]}, dict.fromkeys(names, curve),
+                         experiment=experiment, result={"K_0": "x", "slope_a": [1]})  # fmt: skip
     folder = report("smoke")
-    assert len(rows(folder, f"runs_{experiment}")) == len(curves)
-    assert len(rows(folder, "other_glyphs")) == 1
     page = (folder / "index.html").read_text(encoding="utf-8")
-    drawn = len(list(folder.glob(f"{experiment}*.svg")))
-    assert drawn + page.count("Not drawn (") >= len(curves)
+    drawn = [picture for name in PAPERS for picture in folder.glob(f"{name}*.svg")]
+    assert len(drawn) + page.count("Not drawn (") == len(PAPERS) * len(curves)
+    assert all(len(rows(folder, f"runs_{name}")) == len(curves) for name in PAPERS)
+    assert len(rows(folder, "other_glyphs")) == 1

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure as Drawing
 
+from experiments.report.columns import significant
 from experiments.report.figures import LOOKS, band, draw_curves, looks
 from experiments.report.runs import run_list
 from experiments.statistics import seeds_mean
@@ -25,12 +28,12 @@ def test_intervals_are_student_s(freedom: int) -> None:
     values = [(-1.0) ** n for n in range(number)]
     mean = sum(values) / number
     error = math.sqrt(sum((value - mean) ** 2 for value in values) / freedom / number)
-    assert seeds_mean(values).half_width / error == pytest.approx(TABLE[freedom], abs=5.1e-4)
+    found = seeds_mean([*values, math.nan, math.inf])  # what is not finite is left out
+    assert found.half_width / error == pytest.approx(TABLE[freedom], abs=5.1e-4)
+    assert found[::2] == (pytest.approx(mean), number)
 
 
-def test_means_leave_out_what_is_not_finite() -> None:
-    assert seeds_mean([1.0, math.nan, 3.0])[::2] == (2.0, 2)
-    assert seeds_mean([1.0, 3.0]).half_width == pytest.approx(12.7062, rel=1e-5)
+def test_one_value_has_no_interval_and_none_no_mean() -> None:
     one, none = seeds_mean([0.5]), seeds_mean([])
     assert one.mean == 0.5 and math.isnan(one.half_width) and one.number == 1
     assert math.isnan(none.mean) and none.number == 0
@@ -44,27 +47,33 @@ def test_a_band_is_over_where_all_curves_are() -> None:
     assert band([pd.Series(dtype=float)]).empty and band([]).empty
 
 
+def drawn(*runs: tuple[list[int], list[float]], diverged: str = "") -> Drawing:
+    """One method's curves: iterations, a second later each, and scores."""
+    made = [SimpleNamespace(points=pd.DataFrame({"iteration": steps, "seconds": np.add(steps, 1.0),
+                                                 "score": scores}), diverged=diverged)
+            for steps, scores in runs]
+    return draw_curves({"anil": made}, "accuracy", math.nan)  # type: ignore[dict-item] # fmt: skip
+
+
 def test_a_cross_is_where_a_run_diverged() -> None:
-    points = pd.DataFrame({"iteration": [5, 9, 12], "seconds": [1.5, 2.5, 3.5],
-                           "score": [0.5, 0.4, math.nan]})  # fmt: skip
-    runs = [SimpleNamespace(points=points, diverged="at 12")]
-    drawing = draw_curves({"anil": runs}, "accuracy", math.nan)  # type: ignore[dict-item]
-    for axes, at in zip(drawing.axes, (9, 2.5), strict=True):
+    drawing = drawn(([5, 9, 12], [0.5, 0.4, math.nan]), diverged="at 12")
+    for axes, at in zip(drawing.axes, (9, 10), strict=True):
         (cross,) = [line for line in axes.lines if line.get_marker() == "x"]
         assert (list(cross.get_xdata()), list(cross.get_ydata())) == ([at], [40])
 
 
 def test_seeds_with_nothing_in_common_are_drawn_one_by_one() -> None:
-    runs = [SimpleNamespace(points=pd.DataFrame({"iteration": [n], "seconds": 60.0 + n,
-                                                 "score": 0.4}), diverged="") for n in (12, 13)]
-    drawing = draw_curves({"imaml_hf": runs}, "accuracy", math.nan)  # type: ignore[dict-item]
-    for axes, at in zip(drawing.axes, ([12, 13], [72, 73]), strict=True):
+    drawing = drawn(([12], [0.4]), ([13], [0.4]))
+    for axes, at in zip(drawing.axes, ([12, 13], [13, 14]), strict=True):
         assert [list(line.get_xdata()) for line in axes.lines] == [[x] for x in at]
     (legend,) = [axes.get_legend() for axes in drawing.axes if axes.get_legend()]
-    assert [text.get_text() for text in legend.get_texts()] == ["imaml_hf"]
+    assert [text.get_text() for text in legend.get_texts()] == ["anil"]
 
 
-def test_run_ids_are_short_and_in_order() -> None:
+def test_numbers_of_any_size_and_run_ids_are_short() -> None:
+    values = (0.7, 1.5, 2e-5, 4044.4, 99.6, math.nan, -0.25)
+    shown = ["0.70", "1.5", "2.0e-05", "4044", "1.0e+02", "–", "-0.25"]
+    assert [significant(value) for value in values] == shown
     assert run_list([3, 1, 2, 2, 7, 9, 10, "mine"]) == "1-3, 7, 9, 10, mine"
     assert run_list([]) == ""
 

@@ -8,13 +8,12 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-from report_runs import WORDS, Recorder, fill, rows
+from report_runs import WORDS, Recorder, Report, fill, rows
 from toy_process import server_process
 
 from experiments.report.__main__ import main
@@ -33,44 +32,37 @@ ROOT = Path(__file__).parents[3]
 class Resources(HTMLParser):
     """What a page would fetch, and whether its tags are balanced."""
 
-    VOID = ("meta", "img", "br", "link", "input")
-
-    def __init__(self) -> None:
+    def __init__(self, page: str) -> None:
         super().__init__()
         self.addresses: list[str] = []
         self.open: list[str] = []
+        self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
-        if tag not in self.VOID:
+        if tag not in ("meta", "img"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
 
-def test_the_page_holds_everything_itself(
-    recorder: Recorder, plan: Plan, report: Callable[..., Path]
+def test_files_are_whole_balanced_and_escaped(
+    recorder: Recorder, plan: Plan, report: Report
 ) -> None:
-    fill(recorder, plan, random.Random(0))
+    """The page holds everything itself; tables as LaTeX."""
+    fill(recorder, plan, random.Random(0), share=0.8)
     recorder.run({"tasks.name": "<b>&"}, result={"test_accuracy": 0.5}, info={"resumes": "<i>"})
     folder = report(*WORDS)
     text = (folder / "index.html").read_text(encoding="utf-8")
-    parser = Resources()
-    parser.feed(text)
-    assert not parser.open and "<b>" not in text and "<i>" not in text
-    assert all(address.startswith(("data:", "#")) for address in parser.addresses)
-    assert sum(address.startswith("data:image/svg+xml") for address in parser.addresses) == 2
+    page = Resources(text)
+    assert not page.open and "<b>" not in text and "<i>" not in text
+    assert all(address.startswith(("data:", "#")) for address in page.addresses)
+    assert sum(address.startswith("data:image/svg+xml") for address in page.addresses) == 2
     assert "url(" not in text and "@import" not in text
     for name in re.findall(r"<code>(\w+\.(?:svg|png))</code>", text):
         assert (folder / name).read_bytes()[:5] in (b"\x89PNG\r", b"<?xml"), name
-
-
-def test_every_table_as_latex_is_balanced_and_escaped(
-    recorder: Recorder, plan: Plan, report: Callable[..., Path]
-) -> None:
-    fill(recorder, plan, random.Random(0), share=0.8)
-    files = sorted(report(*WORDS).glob("*.tex"))
+    files = sorted(folder.glob("*.tex"))
     assert len(files) >= 6
     for file in files:
         text = file.read_text(encoding="utf-8")
@@ -83,23 +75,30 @@ def test_every_table_as_latex_is_balanced_and_escaped(
 
 @pytest.mark.parametrize("status", [None, "FAILED"])
 def test_a_database_without_a_complete_run(
-    status: str | None, recorder: Recorder, report: Callable[..., Path]
+    status: str | None, recorder: Recorder, report: Report
 ) -> None:
-    if status:
-        config = {"tasks.name": "glyphs", "algorithm.name": "anil", "seed": 0}
-        recorder.run(config, status=status, fail_trace=["Traceback", "ValueError: broken"])
+    """What is missing has its command, also for the papers' experiments."""
+    papers = [f"experiments.papers.{name}" for name in ("memory", "hypergradient", "convergence")]
+    for name in ["train", "memory", "hypergradient", "convergence"] if status else ():
+        recorder.run({"tasks.name": "glyphs", "seed": 0}, experiment=name, status=status,
+                     fail_trace=["Traceback", f"ValueError: {name} is broken"])  # fmt: skip
     folder = report()
     text = (folder / "index.html").read_text(encoding="utf-8")
-    assert ("1 runs: 1 FAILED" if status else "There are no runs yet.") in text
-    assert ("ValueError: broken" in text) == bool(status)
+    assert ("4 runs: 4 FAILED" if status else "There are no runs yet.") in text
+    assert ("ValueError: train is broken" in text) == bool(status)
+    for module in papers:
+        name = module.rpartition(".")[2]
+        (row,) = rows(folder, f"missing_{name}")
+        assert row["command"] == f"python -m {module}" and row["command"] in text
+        assert row["state"] == ("failed" if status else "not run")
+        assert (f"ValueError: {name} is broken" in row["why"]) == bool(status)
+    assert not list(folder.glob("*.png"))
     assert {r["completed"] for r in rows(folder, "sweeps") if r["sweep"] == "accuracy"} == {
         f"0 of {len(make_plan(SWEEPS['accuracy'], {}).names())}"
     }
 
 
-def test_a_thousand_runs_take_less_than_20_seconds(
-    recorder: Recorder, report: Callable[..., Path]
-) -> None:
+def test_a_thousand_runs_take_less_than_20_seconds(recorder: Recorder, report: Report) -> None:
     """Of the processor, the report's and its server's together: other programs do not count."""
     for benchmark in ("caltech101", "glyphs"):
         fill(recorder, make_plan(SWEEPS["accuracy"], {"benchmark": benchmark, "seeds": 45}),
@@ -115,8 +114,7 @@ def _server_seconds() -> float:
     """Of the embedded server; 0 where the system does not tell."""
     if sys.platform != "linux":
         return 0.0
-    server = server_process(Path(os.environ["L2L_IMPLICIT_DATA"]))
-    stat = Path(f"/proc/{server}/stat")
+    stat = Path(f"/proc/{server_process(Path(os.environ['L2L_IMPLICIT_DATA']))}/stat")
     after_name = stat.read_text().rpartition(")")[2].split()
     return sum(map(int, after_name[11:13])) / os.sysconf("SC_CLK_TCK")
 
@@ -141,9 +139,13 @@ def test_bad_input_is_one_line(
 
 def test_it_reads_only_and_needs_no_torch(recorder: Recorder, plan: Plan, tmp_path: Path) -> None:
     fill(recorder, plan, random.Random(0))
-    names = sorted(recorder.documents.list_collection_names())
-    before = {name: list(recorder.documents[name].find()) for name in names}
-    indexes = {name: recorder.documents[name].index_information() for name in names}
+
+    def everything() -> dict[str, Any]:
+        found = {name: recorder.documents[name]
+                 for name in sorted(recorder.documents.list_collection_names())}  # fmt: skip
+        return {name: (list(each.find()), each.index_information()) for name, each in found.items()}
+
+    before = everything()
     program = (
         "import sys; from experiments.report.__main__ import main;"
         f" status = main(['accuracy', '--output', {str(tmp_path)!r}]);"
@@ -152,9 +154,7 @@ def test_it_reads_only_and_needs_no_torch(recorder: Recorder, plan: Plan, tmp_pa
     )
     answer = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True)
     assert answer.returncode == 0, answer.stderr
-    assert sorted(recorder.documents.list_collection_names()) == names
-    assert before == {name: list(recorder.documents[name].find()) for name in names}
-    assert indexes == {name: recorder.documents[name].index_information() for name in names}
+    assert everything() == before
 
 
 def test_the_documented_section_works(recorder: Recorder, documents: Any) -> None:
@@ -164,12 +164,9 @@ def test_the_documented_section_works(recorder: Recorder, documents: Any) -> Non
     names: dict[str, Any] = {}
     exec(compile(example, "docs/report.md", "exec"), names)
     assert names["sections"](Request(Archive(DatabaseRecords(documents)))) == []
-    recorder.run(
-        {"algorithm": "maml", "seed": 0},
-        experiment="mine", metrics={"mine/peak_bytes": {1: 2.0**20, 5: 2.0**21}},
-    )  # fmt: skip
+    recorder.run({"algorithm": "maml"}, {"mine/peak_bytes": {1: 1.0, 5: 2.0}}, experiment="mine")
     (section,) = names["sections"](Request(Archive(DatabaseRecords(documents))))
     (figure,) = section.items
-    assert figure.records[1] == {"algorithm": "maml", "K": 5, "peak_bytes": 2.0**21}
+    assert figure.records[1] == {"algorithm": "maml", "K": 5, "peak_bytes": 2.0}
     png, svg = pictures(figure)
     assert png.startswith(b"\x89PNG") and b"<svg" in svg

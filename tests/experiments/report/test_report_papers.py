@@ -3,57 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from report_runs import Recorder, markdown, rows
+from report_runs import Recorder, Report, markdown, rows
 
 pytest_plugins = ("report_fixtures",)
 
 MIB = 2.0**20
-NAMES = ("memory", "hypergradient", "convergence")
 MEMORY = {"inner_steps": [1, 5, 20], "ways": 5, "shots": 5, "queries": 5, "pixels": 32,
           "hidden": 64, "limit_gib": 4.0, "device": "cpu", "seed": 0}  # fmt: skip
-PEAKS: Mapping[str, dict[int, float]] = {
-    "memory/maml/as_published": {1: 100.0, 5: 250.0},
-    "memory/rm_metal/cached": {1: 50.0, 5: 50.0, 20: 50.0},
-    "memory/anil/cached": {1: 50.0, 5: 40.0, 20: 45.0},
+PEAKS = {
+    "maml/as_published": {1: 100.0, 5: 250.0},
+    "rm_metal/cached": {1: 50.0, 5: 50.0, 20: 50.0},
+    "anil/cached": {1: 50.0, 5: 40.0, 20: 45.0},
+    "supervised": {0: 49.0},
 }
-SECONDS = {"seconds" + name[6:]: dict.fromkeys(by, 0.125) for name, by in PEAKS.items()}
 
 
-def peaks() -> dict[str, dict[int, float]]:
-    scaled = {name: {k: v * MIB for k, v in by.items()} for name, by in PEAKS.items()}
-    return {**scaled, **SECONDS, "memory/supervised": {0: 49.0 * MIB}}
+def memory(recorder: Recorder, scale: float = 1, updates: Mapping[str, Any] | None = None,
+           **options: Any) -> None:  # fmt: skip
+    metrics = {f"seconds/{name}": dict.fromkeys(by, 0.125) for name, by in PEAKS.items()}
+    for name, by in PEAKS.items():
+        metrics[f"memory/{name}"] = {k: v * scale * MIB for k, v in by.items()}
+    recorder.run({**MEMORY, **(updates or {})}, metrics, experiment="memory",
+                 meta={"config_updates": updates}, **options)  # fmt: skip
 
 
-def memory(recorder: Recorder, config: Mapping[str, Any] = MEMORY, **options: Any) -> int:
-    meta = {"config_updates": options.pop("updates", {})}
-    return recorder.run(config, options.pop("metrics", peaks()), experiment="memory", meta=meta,
-                        **options)  # fmt: skip
-
-
-@pytest.mark.parametrize("status", [None, "FAILED"])
-def test_what_is_missing_has_its_command(
-    status: str | None, recorder: Recorder, report: Callable[..., Path]
-) -> None:
-    for name in NAMES if status else ():
-        recorder.run({}, experiment=name, status=status, fail_trace=["x", "MemoryError: none"])
-    folder = report("smoke")
-    page = (folder / "index.html").read_text()
-    for name in NAMES:
-        (row,) = rows(folder, f"missing_{name}")
-        assert row["command"] == f"python -m experiments.papers.{name}" and row["command"] in page
-        assert row["state"] == ("failed" if status else "not run")
-        assert ("MemoryError: none" in row["why"]) == bool(status)
-    assert not list(folder.glob("*.png"))
-
-
-def test_memory_and_what_is_saved_at_five_steps(
-    recorder: Recorder, report: Callable[..., Path]
-) -> None:
+def test_memory_and_what_is_saved_at_five_steps(recorder: Recorder, report: Report) -> None:
     memory(recorder)
     folder = report("smoke")
     found = {(r["method"], r["variant"]): r for r in rows(folder, "memory_yang_peak")}
@@ -70,13 +48,12 @@ def test_memory_and_what_is_saved_at_five_steps(
     assert len(rows(folder, "memory_yang")) == 8
 
 
-def test_runs_are_never_averaged(recorder: Recorder, report: Callable[..., Path]) -> None:
+def test_runs_are_never_averaged(recorder: Recorder, report: Report) -> None:
     """The newest of equal settings counts; of other settings each is drawn by itself."""
-    half = {name: {k: v / 2 for k, v in by.items()} for name, by in peaks().items()}
-    memory(recorder, metrics=half, sources={"a.py": "1"})
+    memory(recorder, 0.5, sources={"a.py": "1"})
     memory(recorder, sources={"a.py": "2"})
-    memory(recorder, {**MEMORY, "hidden": 16}, metrics=half, updates={"hidden": 16})
-    memory(recorder, {**MEMORY, "seed": 1}, status="FAILED")
+    memory(recorder, 0.5, {"hidden": 16})
+    memory(recorder, updates={"seed": 1}, status="FAILED")
     folder = report("smoke")
     for end, mib, runs in (("", 50, "2"), ("_1", 25, "3")):
         (found,) = [r for r in rows(folder, f"memory_yang_peak{end}") if r["method"] == "rm_metal"]
@@ -87,45 +64,6 @@ def test_runs_are_never_averaged(recorder: Recorder, report: Callable[..., Path]
     other = markdown(folder, "memory_yang_peak_1")
     assert "Other settings than above: python -m experiments.papers.memory with hidden=16" in other
     for number in range(4):
-        memory(recorder, {**MEMORY, "hidden": 32 + number}, updates={"hidden": 32 + number})
+        memory(recorder, updates={"hidden": 32 + number})
     page = (report("smoke") / "index.html").read_text()
     assert "Not drawn: runs 3, 5, of still other settings." in page
-
-
-def test_errors_of_the_hypergradient(recorder: Recorder, report: Callable[..., Path]) -> None:
-    recorder.run(
-        {"problems": 3},
-        {"hypergradient/logistic/rm_metal_cg2": {5: 0.25, 1: 1.5},
-         "hypergradient/logistic/itd_bio": {1: 1.0, 5: 2e-5}},
-        experiment="hypergradient",
-    )  # fmt: skip
-    folder = report("smoke")
-    text = markdown(folder, "hypergradient_logistic")
-    assert "| rm_metal_cg2 | 1.5 | 0.25 |" in text and "| itd_bio | 1.0 | 2.0e-05 |" in text
-    assert len(rows(folder, "hypergradient")) == 4
-
-
-def test_slopes_floors_and_bounds(recorder: Recorder, report: Callable[..., Path]) -> None:
-    norms = {1: 1.0, 2: 0.5, 4: 0.25}
-    starts = {f"convergence/{what}/{start}": {1: 0.5, 10: 1e-8}
-              for what in ("inner_steps", "cg_steps") for start in ("warm", "cold")}  # fmt: skip
-    recorder.run(
-        {"problems": 2},
-        {"convergence/all_tasks/0/average": norms, "convergence/all_tasks/0/last": norms,
-         "convergence/floor/20": {1: 0.5, 4: 0.125},
-         "convergence/floor/20/half_width": {1: 0.25, 4: 0.03}, **starts},
-        experiment="convergence",
-        result={"K_0": 20, "N_0": 10, "slope_average_against_T": -1.0,
-                "slope_average_against_T_half_width": 3e-7, "slope_floor_K20": -0.95,
-                "slope_floor_K20_half_width": 0.034, "slope_evaluations_K20": 2.5},
-    )  # fmt: skip
-    folder = report("smoke")
-    slopes = markdown(folder, "convergence_slopes")
-    assert "| Theorem 2: average against T | -1 | -1.000 ± less than 0.001 |" in slopes
-    assert r"floor against \|B\|, K = 20 | -1 | -0.950 ± 0.034 |" in slopes
-    assert "K = 20 | 1 | 2.500 |" in slopes
-    (floor,) = rows(folder, "convergence_floors")
-    assert (floor["K"], floor["B_4"], floor["B_4_half_width"]) == ("20", "0.125", "0.03")
-    assert rows(folder, "convergence_cg_steps")[1]["at_10"] == "1e-08"
-    assert r"| K | \|B\| = 1 |" in markdown(folder, "convergence_floors")
-    assert (folder / "convergence.png").read_bytes().startswith(b"\x89PNG")

@@ -21,7 +21,8 @@ pytest_plugins = ("report_fixtures",)
 ROOT = Path(__file__).parents[3]
 
 
-def fill(recorder: Recorder) -> None:
+@pytest.fixture(autouse=True)
+def filled(recorder: Recorder) -> None:
     for seed, lr in enumerate((0.1, 0.2, 0.1)):
         recorder.run({"algorithm.lr": lr, "seed": seed, "test_at": [1, 2]},
                      {"validation/accuracy": {1: 0.5, 2: 0.5 + seed / 10}},
@@ -30,8 +31,7 @@ def fill(recorder: Recorder) -> None:
     recorder.run({"hidden": 64}, experiment="memory", result=0.5)
 
 
-def test_a_row_a_run(recorder: Recorder) -> None:
-    fill(recorder)
+def test_a_row_a_run() -> None:
     runs = get_results()
     assert runs["_id"].tolist() == [1, 2, 3, 5] and set(runs["status"]) == {"COMPLETED"}
     first = runs.iloc[0]
@@ -43,18 +43,20 @@ def test_a_row_a_run(recorder: Recorder) -> None:
     assert pd.isna(runs.iloc[3]["config.seed"]) and runs.iloc[3]["result.returned"] == 0.5
 
 
-def test_runs_are_chosen_and_nothing_chosen_is_nothing(recorder: Recorder) -> None:
-    fill(recorder)
-
-    def numbers(*words: Any, **options: Any) -> list[Any]:
-        return get_results(*words, **options)["_id"].tolist()
-
-    assert numbers("train") == [1, 2, 3] and numbers("memory") == [5]
-    assert numbers(filter_dict={"config.algorithm.lr": 0.1, "config.seed": 2}) == [3]
-    assert numbers(states=None) == [1, 2, 3, 4, 5] and numbers(states=["FAILED"]) == [4]
-    for nothing in ({"states": []}, {"filter_dict": {"config.no": None}}, {"records": []}):
-        assert numbers(**nothing) == []
-    assert numbers("none") == []
+@pytest.mark.parametrize(
+    ("asked", "numbers"),
+    [
+        ({"experiment": "train"}, [1, 2, 3]), ({"experiment": "memory"}, [5]),
+        ({"filter_dict": {"config.algorithm.lr": 0.1, "config.seed": 2}}, [3]),
+        ({"states": None}, [1, 2, 3, 4, 5]), ({"states": ["FAILED"]}, [4]), ({"states": []}, []),
+        ({"filter_dict": {"config.no": None}}, []), ({"records": []}, []),
+        ({"experiment": "none"}, []),
+    ],
+)  # fmt: skip
+def test_runs_are_chosen_and_nothing_chosen_is_nothing(
+    asked: dict[str, Any], numbers: list[int]
+) -> None:
+    assert get_results(**asked)["_id"].tolist() == numbers
 
 
 def test_a_file_or_a_database_that_is_not_there(tmp_path: Path) -> None:

@@ -6,10 +6,12 @@ import difflib
 import math
 import numbers
 import operator
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from learn2learn.algorithms import MAML
 from torch import Tensor, nn
 
 
@@ -74,6 +76,7 @@ def model_and_lr(model: Any, lr: Any) -> None:
             "averages behind the learner's back; wrap the backbone, or share the tasks out with "
             "l2l_implicit.distributed"
         )
+    not_compiled(model)
     if isinstance(lr, Tensor) and lr.requires_grad:
         raise TypeError(
             "lr: expected a number, got a tensor that requires grad; the solution of the inner "
@@ -85,6 +88,35 @@ def model_and_lr(model: Any, lr: Any) -> None:
             "largest curvature inner=GradientDescent(adaptive=True)"
         )
     positive("lr", lr)
+
+
+def not_compiled(model: nn.Module) -> None:
+    """Modules that run on a task's parameters, not on those with which they were compiled."""
+    for name, part in model.named_modules():
+        if type(part).__name__ == "OptimizedModule" or part._compiled_call_impl is not None:
+            what = printable(name) if name else "the whole"
+            raise TypeError(
+                f"model: expected modules that are not compiled, got {what} by torch.compile, "
+                "which runs on the parameters it was given and not on a task's; compile the "
+                "backbone, and pass what is adapted as it was (compiled._orig_mod)"
+            )
+
+
+def hidden_names(learner: nn.Module, model: nn.Module) -> None:
+    """Whether ``learner.NAME`` is the learner's own where learn2learn's MAML gives the model's."""
+    names = {*model._modules, *model._parameters, *model._buffers}
+    own = {name for name in names if name in learner.__dict__ or hasattr(type(learner), name)}
+    hidden = sorted(name for name in own if not hasattr(MAML, name) and name not in _MAML)
+    if hidden:
+        first = printable(hidden[0])
+        warnings.warn(
+            f"expected a model without parts called {', '.join(map(printable, hidden))}, which are "
+            f"the learner's own: learner.{first} is not the model's; use learner.module.{first}",
+            stacklevel=3,
+        )
+
+
+_MAML = ("module", "lr", "first_order", "allow_unused", "allow_nograd")
 
 
 def number(name: str, value: Any) -> float:
@@ -162,7 +194,12 @@ def adapt(loss: Any, steps: Any) -> None:
             )
     elif not callable(loss):
         raise TypeError(f"loss: expected a tensor or a closure, got {type(loss).__name__}")
-    elif steps is not None and not (type(steps) is int and steps >= 1):
+    elif steps is None:
+        raise ValueError(
+            "steps: expected the number K of inner steps with a closure, got none; call "
+            "adapt(closure, steps=20)"
+        )
+    elif not (type(steps) is int and steps >= 1):
         count("steps (K)", steps)
 
 
@@ -172,9 +209,10 @@ def inner_parameters(module: nn.Module, allow_nograd: bool) -> list[Tensor]:
     phi: list[Tensor] = [*filter(_REQUIRES_GRAD, parameters)]
     if len(phi) < len(parameters) and not allow_nograd:
         frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
+        more = f" and {len(frozen) - 3} more" if len(frozen) > 3 else ""
         raise ValueError(
-            f"expected parameters that require grad, got {', '.join(frozen)} without; call "
-            "requires_grad_() on them, or pass allow_nograd=True to leave them as they are"
+            f"expected parameters that require grad, got {', '.join(frozen[:3])}{more} without; "
+            "call requires_grad_() on them, or pass allow_nograd=True to leave them as they are"
         )
     if not phi:
         raise ValueError(
@@ -206,7 +244,8 @@ def loss(value: Any) -> Tensor:
     if not math.isfinite(value.item()):
         raise NotFinite(
             f"loss: expected a finite number, got {float(value.detach())}; look for nan in the "
-            "data, or an inner step that diverges: smaller lr, or inner=Newton()"
+            "data, an empty support set, or an inner step that diverges: smaller lr, or "
+            "inner=Newton()"
         )
     return value
 
@@ -223,6 +262,15 @@ def used(gradients: Sequence[Tensor | None], allow_unused: bool) -> None:
         raise ValueError(
             f"loss: expected one that depends on all {len(gradients)} parameters, got one that "
             f"{absent} of them do not enter; pass allow_unused=True"
+        )
+
+
+def dense(gradients: Iterable[Tensor | None]) -> None:
+    """Gradients that make one vector."""
+    if any(gradient is not None and gradient.is_sparse for gradient in gradients):
+        raise TypeError(
+            "loss: expected dense gradients of the parameters, got a sparse one, as of "
+            "nn.Embedding(sparse=True); use sparse=False for what is adapted"
         )
 
 

@@ -15,6 +15,7 @@ sums.
 from __future__ import annotations
 
 import operator
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
@@ -29,6 +30,13 @@ from l2l_implicit import checks
 from l2l_implicit.inner_problem.linearization import Linearization
 from l2l_implicit.linear_solvers.solution import LinearSolution
 from l2l_implicit.mixed_precision import without_autocast
+
+_UNREACHED = (
+    "backward: expected an inner loss that depends on something to be meta-learned, got one whose "
+    "gradient depends on nothing besides the adapted parameters: their implicit gradient is zero "
+    "everywhere; pass features with their graph (not detached), or, for a whole network, use "
+    'ImplicitMAML, or anchor="init"'
+)
 
 Solve = Callable[[Linearization, Tensor], LinearSolution]
 
@@ -78,6 +86,8 @@ class ImplicitSolution(Function):
             with without_autocast(vector.device.type):
                 products = at.mixed_vjp(saved.solve(at, vector.to(at.point.dtype)))
             checks.finite_products(products)
+            if all(product is None for product in products):
+                warnings.warn(_UNREACHED, stacklevel=2)
         elif bool(vector.any()):
             raise RuntimeError(
                 "expected a loss of the learner's current parameters, got one that depends on "

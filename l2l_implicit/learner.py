@@ -99,6 +99,10 @@ class Task:
         self.solution: Tensor | None = None
         self.linear: LinearSolver | None = None
 
+    def __reduce__(self) -> Any:
+        """Saved without its graph: what is read back has the adapted parameters alone."""
+        return Task, (self.key, self.initial)
+
     def linearization(self) -> Linearization | None:
         """The one that the current parameters depend on, if it is alive."""
         saved = None if self.saved is None else self.saved()
@@ -209,6 +213,7 @@ class ImplicitCGHead(MAML):
         self._memory: dict[Hashable, Remembered] | None = {} if warm_start else None
         self._compared: set[int] = set()  # losses whose second derivative is known; of all clones
         self._task = Task(key=None, initial=list(model.parameters()))
+        checks.hidden_names(self, model)
 
     # Three places to override.
 
@@ -321,6 +326,7 @@ class ImplicitCGHead(MAML):
             checks.settings(self.l2, *settings)
             self._settings = settings
         phi = checks.inner_parameters(self.module, allow_nograd)
+        self._check_clone(phi)
         keep, device = torch.is_grad_enabled(), phi[0].device.type
         if not isinstance(loss, Tensor) and autocast_enabled(device):
             loss = as_now(loss, device)
@@ -375,7 +381,27 @@ class ImplicitCGHead(MAML):
             "average the hypergradients with l2l_implicit.distributed's Ranks.average"
         )
 
+    def _replicate_for_data_parallel(self) -> Any:
+        """What DataParallel asks of the module it is to wrap."""
+        raise TypeError(
+            "DataParallel: expected a backbone, or a module whose forward() does the whole task, "
+            f"got a {type(self).__name__}, of which each GPU would adapt a copy that is thrown "
+            "away; use a process for each GPU with l2l_implicit.distributed"
+        )
+
     # The pieces of adapt().
+
+    def _check_clone(self, phi: Sequence[Tensor]) -> None:
+        """Warn where no clone is adapted again after a backward(), as in a loop without clone()."""
+        saved = self._task.saved
+        used = saved is not None and saved() is None and phi[0].grad_fn is not None
+        if used and self.diagnostics.parent is None:
+            warnings.warn(
+                "adapt: expected a clone() for each task, got the learner itself again after "
+                "backward(): its parameters are the last task's, and an optimizer still holds "
+                "those it began with; call clone() first, and adapt the clone",
+                stacklevel=3,
+            )
 
     def _adapt_loss(self, loss: Tensor, phi: list[Tensor], unused: bool, keep: bool) -> None:
         task = self._task
@@ -563,6 +589,7 @@ class ImplicitCGHead(MAML):
         task = self._task
         task.release()
         task.solution = None
+        task.saved = None
         if at is None:
             self._put(point, phi)
             return
@@ -696,6 +723,11 @@ class _ClosureObjective:
         end_of_gradients(self.leaves)  # none is to end in what is replaced
         self.phi = self.leaves = self._learner._put(point, self.phi)
         loss = checks.loss(self._closure())
+        if any(leaf.grad is not None for leaf in self.leaves):
+            raise RuntimeError(
+                "adapt: expected a closure that only computes the loss, got one that calls "
+                "backward() too; return the loss, and leave backward() to adapt()"
+            )
         self._fresh = point, loss
         return loss
 

@@ -36,6 +36,7 @@ class BaselineLearner(MAML):
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {model!r}; wrap it in one")
+        checks.not_compiled(model)
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError(
                 f"lr: expected one number, got a tensor of shape {tuple(lr.shape)}; pass one step "

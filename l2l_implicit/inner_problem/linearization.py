@@ -314,6 +314,7 @@ def inner_gradient(
     """The loss's gradients in ``parameters``; None for an unused one, where that is allowed."""
     gradients = _again(loss, parameters, create_graph=create_graph, allow_unused=True)
     checks.used(gradients, unused)
+    checks.dense(gradients)
     return gradients
 
 

@@ -49,31 +49,25 @@ def episode(seed: int = 0) -> Episode:
     return Episode(images, labels, labels)
 
 
-def config(name: str, variant: str | None = None, **changes: Any) -> dict[str, Any]:
-    return {"name": name, "variant": variant, **changes}
-
-
-def meta_learner(settings: dict[str, Any], optimizer: str = "sgd") -> MetaLearner:
+def meta_learner(name: str, **settings: Any) -> MetaLearner:
     network = backbone()
     torch.manual_seed(2)
-    measure = MEASURES["classification"]
-    rest = (measure.loss, torch.device("cpu"))
-    algorithms = make_algorithms(AlgorithmSettings.of(settings), network, 6, WAYS, WAYS, *rest)
-    return MetaLearner(algorithms, measure, optimizer, 0.1, channels_last=False)
+    measure, chosen = MEASURES["classification"], AlgorithmSettings.of({"name": name, **settings})
+    rest = (WAYS, WAYS, measure.loss, torch.device("cpu"))
+    algorithms = make_algorithms(chosen, network, 6, *rest)
+    return MetaLearner(algorithms, measure, "sgd", 0.1, channels_last=False)
 
 
-def gradients(settings: dict[str, Any], *episodes: Episode) -> list[Tensor]:
-    learner = meta_learner(settings)
+def gradients(name: str, *episodes: Episode, **settings: Any) -> list[Tensor]:
+    learner = meta_learner(name, **settings)
     learner.hypergradient(episodes or [episode()])
-    zeros = [torch.zeros_like(p) for p in learner.parameters]
-    pairs = zip(learner.parameters, zeros, strict=True)
-    return [zero if p.grad is None else p.grad for p, zero in pairs]
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in learner.parameters]
 
 
 def distance(one: list[Tensor], two: list[Tensor]) -> float:
     pairs = list(zip(one, two, strict=True))
-    difference = torch.cat([(a - b).reshape(-1) for a, b in pairs]).norm()
-    return float(difference / torch.cat([b.reshape(-1) for _, b in pairs]).norm())
+    difference = torch.cat([(a - b).flatten() for a, b in pairs]).norm()
+    return float(difference / torch.cat([b.flatten() for _, b in pairs]).norm())
 
 
 @pytest.mark.parametrize("name", HEAD_ONLY)
@@ -82,19 +76,18 @@ def test_as_published_is_the_cached_gradient(name: str, batch_norm: str) -> None
     same = {"batch_norm": batch_norm, "steps": 4}
     if name == "rm_metal":  # cached, it is exact; the other way it is as near as it is asked to be
         same |= {"steps": 12, "cg_tol": 1e-12, "cg_steps": 60}
-    cached = gradients(config(name, **same))
-    published = gradients(config(name, features="as_published", **same))
-    assert distance(published, cached) < 1e-10
+    published = gradients(name, features="as_published", **same)
+    assert distance(published, gradients(name, **same)) < 1e-10
 
 
 def test_batch_statistics_are_of_all_images_or_of_each_set() -> None:
-    kinds = [gradients(config("anil", batch_norm=b)) for b in ("together", "separately", "eval")]
+    kinds = [gradients("anil", batch_norm=b) for b in ("together", "separately", "eval")]
     assert distance(kinds[0], kinds[1]) > 1e-3
     assert distance(kinds[1], kinds[2]) > 1e-3
 
 
 def test_eval_leaves_the_running_statistics_alone() -> None:
-    learner = meta_learner(config("rm_metal", batch_norm="eval"))
+    learner = meta_learner("rm_metal", batch_norm="eval")
     before = {k: b.clone() for k, b in learner.algorithms.training.network().named_buffers()}
     learner.hypergradient([episode()])
     for name, buffer in learner.algorithms.training.network().named_buffers():
@@ -104,8 +97,8 @@ def test_eval_leaves_the_running_statistics_alone() -> None:
 @pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_batch_leaves_the_mean_over_its_tasks(name: str) -> None:
-    first, second = gradients(config(name), episode(0)), gradients(config(name), episode(1))
-    both = gradients(config(name), episode(0), episode(1))
+    first, second = gradients(name, episode(0)), gradients(name, episode(1))
+    both = gradients(name, episode(0), episode(1))
     assert distance(both, [(a + b) / 2 for a, b in zip(first, second, strict=True)]) < 1e-10
 
 
@@ -122,15 +115,15 @@ SOLVERS = {
 @pytest.mark.parametrize("batch_norm", ["together", "separately", "eval"])
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_all_tasks_at_once_give_the_same_gradient(solver: str, batch_norm: str) -> None:
-    settings = config("rm_metal", batch_norm=batch_norm, **SOLVERS[solver])
+    same = {"batch_norm": batch_norm, **SOLVERS[solver]}
     tasks = [episode(seed) for seed in range(3)]
-    at_once = gradients({**settings, "together": True}, *tasks)
-    assert distance(at_once, gradients({**settings, "together": False}, *tasks)) < 1e-9
+    at_once, alone = (gradients("rm_metal", *tasks, together=t, **same) for t in (True, False))
+    assert distance(at_once, alone) < 1e-9
 
 
-def state_after(settings: dict[str, Any], most_bytes: float = math.inf) -> list[Tensor]:
+def state_after(most_bytes: float = math.inf, **settings: Any) -> list[Tensor]:
     """What a backbone with batch norm and dropout has after a batch, and the generator's state."""
-    learner = meta_learner(settings)
+    learner = meta_learner("rm_metal", **settings)
     training = learner.algorithms.training
     if isinstance(training, HeadsTogether):
         training._most_bytes = most_bytes
@@ -147,9 +140,9 @@ def state_after(settings: dict[str, Any], most_bytes: float = math.inf) -> list[
 @pytest.mark.parametrize("most_bytes", [math.inf, 40_000.0, 0.0])
 def test_all_tasks_at_once_leave_the_same_state(batch_norm: str, most_bytes: float) -> None:
     """Random masks, running statistics, gradients; in one group, in several, or each task alone."""
-    settings = config("rm_metal", batch_norm=batch_norm)
-    at_once = state_after({**settings, "together": True}, most_bytes)
-    for found, expected in zip(at_once, state_after({**settings, "together": False}), strict=True):
+    at_once = state_after(most_bytes, batch_norm=batch_norm, together=True)
+    alone = state_after(batch_norm=batch_norm, together=False)
+    for found, expected in zip(at_once, alone, strict=True):
         assert (found - expected).norm() <= 1e-9 * expected.norm()
 
 
@@ -162,7 +155,7 @@ def test_a_batch_is_learnt_in_groups_of_what_may_be_kept(monkeypatch: pytest.Mon
         return whole(self, support, *rest)
 
     monkeypatch.setattr(HeadsTogether, "_learn_heads", noted)
-    learner = meta_learner(config("rm_metal"))
+    learner = meta_learner("rm_metal")
     training, tasks = learner.algorithms.training, [episode(seed) for seed in range(5)]
     learner.hypergradient(tasks)
     (one,) = training._bytes.values()
@@ -180,7 +173,7 @@ def test_one_pass_of_the_backbone_is_one_for_each_task(batch_norm: str) -> None:
     """What a GPU does: the same features, running statistics and hypergradient."""
     tasks, found = [episode(seed) for seed in range(3)], []
     for one_pass in (True, False):
-        learner = meta_learner(config("rm_metal", batch_norm=batch_norm))
+        learner = meta_learner("rm_metal", batch_norm=batch_norm)
         training = learner.algorithms.training
         assert isinstance(training, HeadsTogether)
         if one_pass:
@@ -197,7 +190,7 @@ def test_one_pass_takes_sets_of_different_sizes() -> None:
     whole = [episode(seed) for seed in range(2)]
     tasks = [Episode(e.inputs[:-3], e.support_targets, torch.arange(3)) for e in whole]
     for batch_norm in ("together", "separately"):
-        training = meta_learner(config("rm_metal", batch_norm=batch_norm)).algorithms.training
+        training = meta_learner("rm_metal", batch_norm=batch_norm).algorithms.training
         assert isinstance(training, HeadsTogether)
         found = training._in_one_pass(tasks)
         expected = zip(*(training._both(task) for task in tasks), strict=True)
@@ -208,13 +201,13 @@ def test_one_pass_takes_sets_of_different_sizes() -> None:
 def test_tasks_of_different_sizes_are_learnt_one_at_a_time() -> None:
     small = Episode(episode(1).inputs[3:], torch.arange(3), episode(1).query_targets)
     tasks = [episode(0), small, episode(2)]
-    at_once = gradients(config("rm_metal", together=True), *tasks)
-    assert distance(at_once, gradients(config("rm_metal", together=False), *tasks)) < 1e-12
+    at_once, alone = (gradients("rm_metal", *tasks, together=t) for t in (True, False))
+    assert distance(at_once, alone) < 1e-12
 
 
 def test_heads_are_learnt_together_unless_that_gains_nothing() -> None:
     def together(**changes: Any) -> bool:
-        training = meta_learner(config("rm_metal", **changes)).algorithms.training
+        training = meta_learner("rm_metal", **changes).algorithms.training
         return isinstance(training, HeadsTogether)
 
     assert together() and together(step="gradient") and together(step="lbfgs", together=True)
@@ -224,36 +217,36 @@ def test_heads_are_learnt_together_unless_that_gains_nothing() -> None:
 
 @pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
 def test_a_step_reports_what_was_solved_and_what_was_not() -> None:
-    step = meta_learner(config("rm_metal")).step([episode(seed) for seed in range(3)])
+    step = meta_learner("rm_metal").step([episode(seed) for seed in range(3)])
     assert [step[name] for name in COUNTS] == [0, 0, 0]
     assert 0 < step["hypergradient_error"] < 1e-3
-    plain = meta_learner(config("anil")).step([episode()])
+    plain = meta_learner("anil").step([episode()])
     assert set(plain) == {"query_loss", "query_accuracy", "hypergradient_norm", "seconds",
                           "cpu_seconds"}  # fmt: skip
-    settings = config("rm_metal", step="gradient", steps=1, cg_steps=1)
-    step = meta_learner(settings).step([episode(seed) for seed in range(3)])
+    learner = meta_learner("rm_metal", step="gradient", steps=1, cg_steps=1)
+    step = learner.step([episode(seed) for seed in range(3)])
     assert [step[name] for name in COUNTS] == [3, 3, 3]
 
 
 @pytest.mark.parametrize("engine", ["higher", "learn2learn"])
 @pytest.mark.parametrize("name", ["anil", "maml"])
 def test_engines_agree(name: str, engine: str) -> None:
-    assert distance(gradients(config(name, engine=engine)), gradients(config(name))) < 1e-12
+    assert distance(gradients(name, engine=engine), gradients(name)) < 1e-12
 
 
 @pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_an_initial_head_gets_a_gradient_if_it_is_learned(name: str) -> None:
-    head = gradients(config(name))[-2:]
+    head = gradients(name)[-2:]
     assert [bool(g.any()) for g in head] == 2 * [name not in ("rm_metal", "itd_bio")]
 
 
 def test_reptile_moves_towards_the_adapted_parameters() -> None:
-    learner = meta_learner(config("reptile", steps=3, lr=0.05))
+    learner = meta_learner("reptile", steps=3, lr=0.05)
     start = [p.detach().clone() for p in learner.parameters]
     task = episode()
     labels = torch.cat([task.support_targets, task.query_targets])
-    copy = meta_learner(config("reptile")).algorithms.training.network()
+    copy = meta_learner("reptile").algorithms.training.network()
     for _ in range(3):
         nn.functional.cross_entropy(copy(task.inputs), labels).backward()
         with torch.no_grad():
@@ -266,7 +259,7 @@ def test_reptile_moves_towards_the_adapted_parameters() -> None:
 
 
 def test_meta_learned_scalars_are_part_of_theta() -> None:
-    learner = meta_learner(config("unrolled", learn_lr=True, optimizer="adam"))
+    learner = meta_learner("unrolled", learn_lr=True, optimizer="adam")
     lr = learner.algorithms.training.learner.lr
     assert any(p is lr for p in learner.parameters)
     before = lr.item()
@@ -276,7 +269,7 @@ def test_meta_learned_scalars_are_part_of_theta() -> None:
 
 
 def test_a_meta_learned_regulariser_stays_positive() -> None:
-    learner = meta_learner(config("rm_metal", learn_l2=True))
+    learner = meta_learner("rm_metal", learn_l2=True)
     l2 = learner.algorithms.training.learner.l2
     assert any(p is l2 for p in learner.parameters)
     learner.optimizer.param_groups[0]["lr"] = 1e6
@@ -285,33 +278,28 @@ def test_a_meta_learned_regulariser_stays_positive() -> None:
 
 
 def test_a_head_that_is_not_learned_can_be_tested_with_other_ways() -> None:
-    torch.manual_seed(0)
-    measure = MEASURES["classification"]
-    rest = (WAYS, 2, measure.loss, torch.device("cpu"))
-    found = make_algorithms(AlgorithmSettings.of(config("rm_metal")), backbone(), 6, *rest)
+    rest = (WAYS, 2, nn.CrossEntropyLoss(), torch.device("cpu"))
+    found = make_algorithms(AlgorithmSettings.of({}), backbone(), 6, *rest)
     task = Episode(episode().inputs[:8], torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 1, 1]))
     with torch.no_grad():
         assert found.evaluation.adapt(task).predictions.shape == (4, 2)
     with pytest.raises(UserError, match="expected test_ways=3 as in training, got 2"):
-        make_algorithms(AlgorithmSettings.of(config("anil")), backbone(), 6, *rest)
+        make_algorithms(AlgorithmSettings.of({"name": "anil"}), backbone(), 6, *rest)
 
 
 def test_a_network_can_be_tested_by_its_head_alone() -> None:
     """Yang et al., Table 1: MAML's test accuracy adapts the head only."""
-    learner = meta_learner(config("maml", test_scope="head", test_steps=20))
-    assert isinstance(learner.algorithms.evaluation, HeadOnly)
-    assert learner.algorithms.evaluation.steps == 20
+    evaluation = meta_learner("maml", test_scope="head", test_steps=20).algorithms.evaluation
+    assert isinstance(evaluation, HeadOnly) and evaluation.steps == 20
     with torch.no_grad():
-        adapted = learner.algorithms.evaluation.adapt(episode())
-    assert adapted.predictions.shape == (WAYS * SHOTS, WAYS)
+        assert evaluation.adapt(episode()).predictions.shape == (WAYS * SHOTS, WAYS)
 
 
 @pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
 @pytest.mark.parametrize("name", ["anil", "maml", "as_released", "imaml_gd", "reptile"])
 def test_a_diverging_inner_loop_is_said_before_theta_moves(name: str) -> None:
-    variant = {"as_released": "as_released"}.get(name)
-    kind = "rm_metal" if variant else name
-    learner = meta_learner(config(kind, variant, lr=1e200, steps=5))
+    variant = {"name": "rm_metal", "variant": name} if name == "as_released" else {"name": name}
+    learner = meta_learner(**variant, lr=1e200, steps=5)
     before = [p.detach().clone() for p in learner.parameters]
     with pytest.raises(Diverged):
         learner.step([episode()])

@@ -27,7 +27,8 @@ from experiments.tracking import UserError, open_database
 from experiments.training import checkpoint
 
 pytest_plugins = ("train_process",)
-SETTINGS = ("with", "smoke", "anil", "iterations=24", "validate_every=5", "checkpoint_seconds=1e-6")
+SETTINGS = ("with", "smoke", "anil", "iterations=24", "validate_every=5", "early_stopping=True",
+            "checkpoint_seconds=1e-6")  # fmt: skip
 STATE: dict[str, Any] = {"value": 1, "settings": "{}"}
 
 
@@ -76,9 +77,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(bench: Bench) -> None:
     assert [path.name for path in left.parent.iterdir()] == ["config.json"]
 
 
-def test_settings_are_the_run_s_own(
-    bench: Bench, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_settings_are_the_run_s_own(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     """Refused by name, or done and recorded; also what a damaged config.json says is not used."""
     from experiments.train import main
 

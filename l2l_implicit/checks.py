@@ -108,6 +108,19 @@ def positive(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a number above 0, got {value}; try 0.1")
 
 
+def step_sizes(lrs: Iterable[Any], parameters: Sequence[Tensor]) -> None:
+    """A tensor for each parameter: a scalar, or of its shape."""
+    found, shapes = list(lrs), [p.shape for p in parameters]
+    fits = [isinstance(lr, Tensor) and lr.shape in (shape, torch.Size())
+            for lr, shape in zip(found, shapes, strict=False)]  # fmt: skip
+    if not all(fits) or len(found) != len(shapes):
+        got = [tuple(lr.shape) if isinstance(lr, Tensor) else lr for lr in found]
+        raise ValueError(
+            f"lr: expected {len(shapes)} tensors, of the parameters' shapes or scalars, got {got}; "
+            "try [torch.full_like(p, 0.1) for p in model.parameters()]"
+        )
+
+
 def not_negative(name: str, value: Any) -> None:
     """A finite number of at least 0."""
     if number(name, value) < 0:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
+from experiments.ingredients.algorithm_table import OF_CLASSES
 from experiments.tracking import open_database
 
 ROOT = Path(__file__).parents[3]
@@ -153,6 +154,13 @@ BAD = {
     "algorithm.features=as_published algorithm.together=True": "together: expected False with",
     "algorithm.name=unrolled algorithm.scope=network algorithm.batch_norm=eval "
     "algorithm.features=as_published": "features: expected 'cached' with scope='network'",
+    "algorithm.name=protonet algorithm.features=cached": "expected no such setting for protonet",
+    "algorithm.name=protonet algorithm.test_steps=5": "test_steps: expected none for protonet, got",
+    "algorithm.name=meta_sgd algorithm.test_scope=head": "test_scope: expected none for meta_sgd",
+    "algorithm.name=meta_sgd algorithm.engine=learn2learn": "engine: expected higher for meta_sgd",
+    "algorithm.scale=2.0": "algorithm.scale: expected no such setting for rm_metal, got 2.0",
+    **{f"algorithm.name={name} tasks.name=sine tasks.level=None":
+       f"name={name}: expected tasks of classes, got a regression" for name in OF_CLASSES},
     "algorithm.solver=gc": "algorithm.solver: expected one of 'cg', 'neumann', 'direct', got 'gc'",
     "algorithm.features=cashed": "did you mean 'cached'?",
     "algorithm.test_scope=head": "algorithm.test_scope: expected none for rm_metal",

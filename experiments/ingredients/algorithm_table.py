@@ -42,15 +42,15 @@ ALGORITHMS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     # Bertinetto et al. (2019): a ridge head in closed form.
     "r2d2": (_HEAD, {"l2": 0.1, "step": "newton", "together": "auto", "learn_l2": True,
                      "scale": 10.0}),
-    # rm_metal's head; l2 learned as there, the factor as in Lee et al. (2019), section 3.4.
+    # rm_metal's head with a learned l2, and a learned factor as in Lee et al. (2019), MetaOptNet.
     "logistic": (_HEAD, {"l2": 0.1, "step": "newton", "together": "auto", "learn_l2": True,
                          "scale": 1.0}),
     # Snell, Swersky, Zemel (2017).
     "protonet": (("head",), {"features": None}),
     # Li et al. (2017): a learned step size for each entry of each parameter, and one step.
     "meta_sgd": (_UNROLLED, {"steps": 1, "learn_lr": None}),
-    # Antoniou et al. (2019): of MAML++, the multi-step loss.
-    "maml_msl": (_UNROLLED, {"steps": 5, "anneal": 5000}),
+    # Antoniou et al. (2019): of MAML++, the multi-step loss; annealed over a tenth of a default run.
+    "maml_msl": (_UNROLLED, {"steps": 5, "anneal": 60}),
 }  # fmt: skip
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -240,8 +240,8 @@ class MultiStepLoss(WholeNetwork):
         anneal: A.
 
     References:
-        Antoniou, Edwards, Storkey (2019), section 4, multi-step loss optimization, and their code
-        (``get_per_step_loss_importance_vector``).
+        Antoniou, Edwards, Storkey (2019), multi-step loss optimization, with the weights of their
+        code (``get_per_step_loss_importance_vector``), iterations for its epochs.
     """
 
     def __init__(self, learner: Any, steps: int, loss: Loss, anneal: int) -> None:

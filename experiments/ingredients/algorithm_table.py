@@ -49,7 +49,7 @@ ALGORITHMS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "protonet": (("head",), {"features": None}),
     # Li et al. (2017): a learned step size for each entry of each parameter, and one step.
     "meta_sgd": (_UNROLLED, {"steps": 1, "learn_lr": None}),
-    # Antoniou et al. (2019): of MAML++, the multi-step loss; annealed over a tenth of a default run.
+    # Antoniou et al. (2019): of MAML++, the multi-step loss; a tenth of a default run is ours.
     "maml_msl": (_UNROLLED, {"steps": 5, "anneal": 60}),
 }  # fmt: skip
 

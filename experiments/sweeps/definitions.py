@@ -97,7 +97,7 @@ ACCURACY = Sweep(
     stage2={"budget": 240},
 )
 
-# Other methods on the same terms, outside the comparison of `accuracy`, whose cells stay as they are.
+# Other methods on the terms of `accuracy`, whose own cells stay as they are.
 BASELINES = replace(
     ACCURACY,
     methods={

@@ -27,7 +27,7 @@ from experiments.tracking import UserError, open_database
 from experiments.training import checkpoint
 
 pytest_plugins = ("train_process",)
-SETTINGS = ("with", "smoke", "anil", "iterations=24", "validate_every=5", "early_stopping=True",
+SETTINGS = ("with", "smoke", "iterations=24", "validate_every=5", "early_stopping=True",
             "checkpoint_seconds=1e-6")  # fmt: skip
 STATE: dict[str, Any] = {"value": 1, "settings": "{}"}
 
@@ -57,11 +57,13 @@ def document(run_id: int) -> dict[str, Any]:
         return found
 
 
-def test_a_killed_run_ends_as_an_undisturbed_one(bench: Bench) -> None:
+@pytest.mark.parametrize("name", ["anil", *(pytest.param(name, marks=pytest.mark.slow) for name in (
+    "r2d2", "logistic", "protonet", "meta_sgd", "maml_msl"))])  # fmt: skip
+def test_a_killed_run_ends_as_an_undisturbed_one(bench: Bench, name: str) -> None:
     """Three iterations and a validation after the last checkpoint, all of which are done again."""
-    bench.finish(*SETTINGS)
+    bench.finish(*SETTINGS, name)
     happens = {"checkpoint": 8, "signal": (12, signal.SIGKILL)}
-    assert bench.start(*SETTINGS, happens=happens).wait() == -signal.SIGKILL, bench.text()
+    assert bench.start(*SETTINGS, name, happens=happens).wait() == -signal.SIGKILL, bench.text()
     (left,) = bench.checkpoints()
     assert checkpoint.load(left.parent)["steps"] == 8
     left.with_suffix(".new").write_bytes(b"half")

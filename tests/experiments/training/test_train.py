@@ -105,6 +105,23 @@ def test_the_same_seed_gives_the_same_run(finished: Any, folder: Path) -> None:
     assert first == second
 
 
+@pytest.mark.parametrize("name", ["r2d2", "logistic", "protonet", "meta_sgd", "maml_msl"])
+def test_it_learns_glyphs(name: str, tmp_path: Path) -> None:
+    """Accuracy on 60 new tasks after 60 outer iterations, and after one: a gap of 0.1 or more."""
+    from experiments.train import ex
+
+    config = {"meta_batch": 2, "test_tasks": 60, "validate_every": 1000, "meta_lr": 0.003,
+              "model.hidden": 16, "tasks.ways": 3, "tasks.level": "clean", "output": str(tmp_path)}
+    if name == "maml_msl":
+        config |= {"algorithm.steps": 2, "algorithm.anneal": 30}
+    options = {"--unobserved": True, "--loglevel": "ERROR"}
+    before, after = (
+        ex.run(None, {**config, "iterations": number}, ["smoke", name], options=options).result
+        for number in (1, 60)
+    )
+    assert after["test_accuracy"] > before["test_accuracy"] + 0.05
+
+
 BAD = {
     "algorithm.steps=0": "algorithm.steps: expected a whole number from 1 to 1000000000, got 0",
     "algorithm.cg_steps=0": "algorithm.cg_steps: expected a whole number from 1",

@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import learn2learn as l2l
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +14,8 @@ from experiments.training.episodes import Episode
 from experiments.training.peak_memory import KeptBytes
 from l2l_implicit import Diagnostics
 from l2l_implicit.per_task_norm import per_task_batch_norm
+
+from learn2learn.nn import PrototypicalClassifier  # isort: skip  (after l2l_implicit, its repair)
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Score = Callable[[Tensor, Tensor], float]
@@ -210,7 +211,7 @@ class Prototypes(HeadOnly):
 
     def adapt(self, episode: Episode) -> Adapted:
         support, query = self._both(episode)
-        means = l2l.nn.PrototypicalClassifier(support, episode.support_targets)
+        means = PrototypicalClassifier(support, episode.support_targets)
         return Adapted(None, means(query))
 
 

@@ -177,13 +177,6 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(bench: Bench) ->
     assert checkpoint.load(folder)["steps"] >= 1
 
 
-@pytest.mark.parametrize("output", ["file", "file/below", "/proc/runs"])
-def test_no_folder_can_be_made_is_one_line(tmp_path: Path, output: str) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="^output: expected a folder to write to, got "):
-        checkpoint.new_folder(tmp_path / output, "1")
-
-
 @pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO, None])
 def test_a_save_that_fails_leaves_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: int | None

@@ -110,13 +110,11 @@ def positive(name: str, value: Any) -> None:
 
 def step_sizes(lrs: Iterable[Any], parameters: Sequence[Tensor]) -> None:
     """A tensor for each parameter: a scalar, or of its shape."""
-    found, shapes = list(lrs), [p.shape for p in parameters]
-    fits = [isinstance(lr, Tensor) and lr.shape in (shape, torch.Size())
-            for lr, shape in zip(found, shapes, strict=False)]  # fmt: skip
-    if not all(fits) or len(found) != len(shapes):
-        got = [tuple(lr.shape) if isinstance(lr, Tensor) else lr for lr in found]
+    got = [tuple(lr.shape) if isinstance(lr, Tensor) else lr for lr in lrs]
+    fit = [((), tuple(p.shape)) for p in parameters]
+    if len(got) != len(fit) or any(g not in f for g, f in zip(got, fit, strict=True)):
         raise ValueError(
-            f"lr: expected {len(shapes)} tensors, of the parameters' shapes or scalars, got {got}; "
+            f"lr: expected {len(fit)} tensors, of the parameters' shapes or scalars, got {got}; "
             "try [torch.full_like(p, 0.1) for p in model.parameters()]"
         )
 

@@ -14,30 +14,23 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 LIBRARY = "pip install -r requirements.txt"
 EXTRA = "pip install -r requirements-learn2learn.txt '.[{}]'"
-OK, MISSING, BROKEN = "", "missing", "BROKEN"
+OK, MISSING, BROKEN = "", "missing: ", "BROKEN: "
 PACKAGES = {  # extra: modules; learn2learn and torchvision import only after l2l_implicit
     "": "torch numpy l2l_implicit torchvision learn2learn",
     "baselines": "higher",
     "lightning": "pytorch_lightning",
     "experiments": "sacred pymongo matplotlib tqdm pydantic distributed pandas jinja2 scipy",
 }
-
-
-class Finding(NamedTuple):
-    """One line of the answer."""
-
-    name: str
-    text: str
-    state: str = OK
+Findings = Iterator[tuple[str, str, str]]
+"""Name, state and text of each line of the answer."""
 
 
 def main() -> int:
@@ -46,7 +39,7 @@ def main() -> int:
     parser.add_argument("--root", default="~/data", help="folder of the data sets (%(default)s)")
     root = Path(parser.parse_args().root).expanduser()
     warnings.simplefilter("ignore")  # of packages about one another: none is about this machine
-    sections: dict[str, Callable[[], Iterable[Finding]]] = {
+    sections: dict[str, Callable[[], Findings]] = {
         "Packages": packages,
         "Compute": compute,
         "learn2learn and torchvision": repairs,
@@ -57,31 +50,14 @@ def main() -> int:
     broken = 0
     for title, section in sections.items():
         print(f"{title}:")
-        for name, text, state in section():
-            print(f"  {name:<18} {f'{state}: ' if state else ''}{text}")
+        for name, state, text in section():
+            print(f"  {name:<18} {state}{text}")
             broken += state == BROKEN
     print(f"{broken} broken" if broken else "Nothing that is needed is broken.")
     return 1 if broken else 0
 
 
-def packages() -> Iterable[Finding]:
-    """The versions of what the library and its extras stand on."""
-    yield Finding("python", f"{platform.python_version()} ({sys.executable})")
-    for extra, modules in PACKAGES.items():
-        for module in modules.split():
-            (found, problem), name = imported(module), module.replace("_", "-")
-            if found is not None:
-                yield Finding(name, version_of(found, name))
-            else:
-                text = "; ".join(filter(None, (problem, how_to_get(extra))))
-                yield Finding(name, text, MISSING if extra and not problem else BROKEN)
-    try:  # a program, and under the GPL: never imported
-        yield Finding("SecantusDB", version("SecantusDB"))
-    except PackageNotFoundError:
-        yield Finding("SecantusDB", how_to_get("experiments"), MISSING)
-
-
-def imported(name: str) -> tuple[ModuleType | None, str]:
+def imported(name: str) -> tuple[Any, str]:
     """The module, or None and why it does not import; no reason where it is not installed."""
     try:
         return importlib.import_module(name), ""
@@ -90,76 +66,76 @@ def imported(name: str) -> tuple[ModuleType | None, str]:
         return None, "" if absent else _one_line(error)
 
 
-def version_of(module: ModuleType, distribution: str) -> str:
-    """The installed version; for the checkout's own package, what it says itself."""
-    own = getattr(module, "__version__", None)
-    if distribution == "l2l-implicit":
-        return f"{own} ({Path(str(module.__file__)).parent})"
-    try:
-        return str(own or version(distribution))
+def packages() -> Findings:
+    """The versions of what the library and its extras stand on."""
+    yield "python", OK, f"{platform.python_version()} ({sys.executable})"
+    for extra, modules in PACKAGES.items():
+        for module in modules.split():
+            (found, problem), name = imported(module), module.replace("_", "-")
+            if found is None:
+                text = "; ".join(filter(None, (problem, EXTRA.format(extra) if extra else LIBRARY)))
+                yield name, MISSING if extra and not problem else BROKEN, text
+                continue
+            text = getattr(found, "__version__", "of unknown version")
+            with suppress(PackageNotFoundError):
+                text = version(name)
+            if module == "l2l_implicit":  # perhaps a checkout that is not installed
+                text = f"{found.__version__} ({Path(found.__file__).parent})"
+            yield name, OK, text
+    try:  # a program, and under the GPL: never imported
+        yield "SecantusDB", OK, version("SecantusDB")
     except PackageNotFoundError:
-        return "of unknown version"
+        yield "SecantusDB", MISSING, EXTRA.format("experiments")
 
 
-def how_to_get(extra: str) -> str:
-    """The command that installs a missing package."""
-    return EXTRA.format(extra) if extra else LIBRARY
-
-
-def compute() -> Iterable[Finding]:
+def compute() -> Findings:
     """The device that `device=auto` takes, and threads."""
-    torch, _ = imported("torch")
-    if torch is None:
+    if (torch := imported("torch")[0]) is None:
         return
     for i in range(torch.cuda.device_count()):
-        yield Finding(f"cuda:{i}", torch.cuda.get_device_name(i))
+        yield f"cuda:{i}", OK, torch.cuda.get_device_name(i)
     if not torch.cuda.device_count():
-        yield Finding("device", f"cpu ({platform.machine()}); no CUDA device")
+        yield "device", OK, f"cpu ({platform.machine()}); no CUDA device"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     limit = os.environ.get("OMP_NUM_THREADS", "unset")
     text = f"{torch.get_num_threads()} of torch, {cores} cores, OMP_NUM_THREADS {limit}"
-    yield Finding("threads", text)
+    yield "threads", OK, text
 
 
-def repairs() -> Iterable[Finding]:
+def repairs() -> Findings:
     """What `l2l_implicit._compat` had to do on this machine."""
-    compat, _ = imported("l2l_implicit._compat")
-    torchvision, _ = imported("torchvision")
-    if compat is None or torchvision is None:
-        yield Finding("repairs", "cannot tell before the packages above import")
+    torchvision = imported("l2l_implicit._compat")[0] and imported("torchvision")[0]
+    if torchvision is None:
+        yield "repairs", OK, "cannot tell before the packages above import"
         return
     own = "torchvision's own are loaded; nothing was declared"
     declared = ("torchvision's do not load beside this torch, and are declared without kernels:"
                 " transforms and data sets work, torchvision.ops do not")  # fmt: skip
-    yield Finding("operators", own if torchvision.extension._has_ops() else declared)
-    notices = sys.modules.get("gym_notices.notices")
-    quiet = notices is None or not notices.notices
-    yield Finding("gym's notice", "silenced" if quiet else "is printed")
+    yield "operators", OK, own if torchvision.extension._has_ops() else declared
+    notices = getattr(sys.modules.get("gym_notices.notices"), "notices", None)
+    yield "gym's notice", OK, "is printed" if notices else "silenced"
 
 
-def hypergradient() -> Iterable[Finding]:
+def hypergradient() -> Findings:
     """A problem with a closed form: phi minimises (theta phi - 1)^2 / 2 + phi^2 / 2, f = phi."""
-    library, _ = imported("l2l_implicit")
-    if library is None:
-        yield Finding("check", "l2l_implicit does not import", BROKEN)
+    if (library := imported("l2l_implicit")[0]) is None:
+        yield "check", BROKEN, "l2l_implicit does not import"
         return
     torch: Any = importlib.import_module("torch")
     theta = torch.tensor([[2.0]], requires_grad=True)
-    head = library.ImplicitCGHead(torch.nn.Linear(1, 1, bias=False), lr=0.1, l2=1.0)
-    learner = head.clone()
+    learner = library.ImplicitCGHead(torch.nn.Linear(1, 1, bias=False), lr=0.1, l2=1.0).clone()
     learner.adapt(lambda: 0.5 * (learner(theta) - 1.0).square().sum(), steps=10)
     learner.module.weight.sum().backward()
     found, expected = float(theta.grad), -3.0 / 25.0  # (1 - theta^2) / (1 + theta^2)^2
     text = f"{found:.6f}, in closed form {expected:.6f}"
-    yield Finding("check", text, OK if abs(found - expected) < 1e-4 else BROKEN)
+    yield "check", OK if abs(found - expected) < 1e-4 else BROKEN, text
 
 
-def database() -> Iterable[Finding]:
+def database() -> Findings:
     """Which database a run would be recorded in, and whether it can be."""
-    absent = [name for name in ("sacred", "pymongo") if imported(name)[0] is None]
-    if absent:
-        text = f"none without {' and '.join(absent)}: {how_to_get('experiments')}"
-        yield Finding("records", text, MISSING)
+    if absent := [name for name in ("sacred", "pymongo") if imported(name)[0] is None]:
+        how = EXTRA.format("experiments")
+        yield "records", MISSING, f"none without {' and '.join(absent)}: {how}"
         return
     from pymongo.errors import PyMongoError
 
@@ -168,11 +144,11 @@ def database() -> Iterable[Finding]:
 
     try:
         choice = choose()
-        yield Finding("chosen by", choice.source)
+        yield "chosen by", OK, choice.source
         if choice.url is None:
             folder = embedded.data_folder("mongodb")
             mode = f"mode {folder.stat().st_mode & 0o777:04o}"
-            yield Finding("files", f"{folder} ({mode}; L2L_IMPLICIT_DATA names another)")
+            yield "files", OK, f"{folder} ({mode}; L2L_IMPLICIT_DATA names another)"
         with closing(Database(choice)) as opened:
             try:
                 runs = opened.documents["runs"].estimated_document_count()
@@ -181,37 +157,36 @@ def database() -> Iterable[Finding]:
                 probe.drop()
             except PyMongoError as error:
                 raise UserError(f"{opened.label} answers; {opened.explain(error)}") from None
-            yield Finding("answer", f"{opened.label}, {runs} runs, may be written to")
+            yield "answer", OK, f"{opened.label}, {runs} runs, may be written to"
     except (UserError, OSError) as error:
         state = MISSING if str(error) == embedded.NOT_INSTALLED else BROKEN
-        yield Finding("answer", _one_line(error), state)
+        yield "answer", state, _one_line(error)
 
 
-def datasets(root: Path) -> Iterable[Finding]:
+def datasets(root: Path) -> Findings:
     """Which data sets are in place; of the others, what belongs where."""
     if imported("l2l_implicit.tasks")[0] is None:
-        yield Finding("all", "cannot tell before l2l_implicit imports")
+        yield "all", OK, "cannot tell before l2l_implicit imports"
         return
     from l2l_implicit.tasks.caltech101 import SOURCE
     from l2l_implicit.tasks.learn2learn_benchmarks import NEEDED
     from l2l_implicit.tasks.provide import Needed, missing, remedy
 
-    yield Finding("glyphs, sine", "in the package")
-    yield Finding("folder", "your own images: tasks.root=FOLDER")
-    images = Needed("caltech101/101_ObjectCategories", "")
-    there = not missing(root, [images])
-    yield Finding("caltech101", "in place" if there else SOURCE, OK if there else MISSING)
+    yield "glyphs, sine", OK, "in the package"
+    yield "folder", OK, "your own images: tasks.root=FOLDER"
+    there = not missing(root, [Needed("caltech101/101_ObjectCategories", "")])
+    yield "caltech101", OK if there else MISSING, "in place" if there else SOURCE
     for name, needed in NEEDED.items():
         # an archive is unpacked at first use
         absent = [item for item in missing(root, needed)
                   if item.archive is None or not (root / item.archive).is_file()]  # fmt: skip
         text = f"{remedy(root, absent)}, or let the first run download it" if absent else "in place"
-        yield Finding(name, text, MISSING if absent else OK)
+        yield name, MISSING if absent else OK, text
 
 
 def _one_line(error: Exception) -> str:
-    kind = type(error).__name__
     first = (str(error).splitlines() or [""])[0]
+    kind = type(error).__name__
     return first if kind == "UserError" else f"{kind}: {first}"
 
 

@@ -140,6 +140,17 @@ def positive(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a number above 0, got {value}; try 0.1")
 
 
+def step_sizes(lrs: Iterable[Any], parameters: Sequence[Tensor]) -> None:
+    """A tensor for each parameter: a scalar, or of its shape."""
+    got = [tuple(lr.shape) if isinstance(lr, Tensor) else lr for lr in lrs]
+    fit = [((), tuple(p.shape)) for p in parameters]
+    if len(got) != len(fit) or any(g not in f for g, f in zip(got, fit, strict=True)):
+        raise ValueError(
+            f"lr: expected {len(fit)} tensors, of the parameters' shapes or scalars, got {got}; "
+            "try [torch.full_like(p, 0.1) for p in model.parameters()]"
+        )
+
+
 def not_negative(name: str, value: Any) -> None:
     """A finite number of at least 0."""
     if number(name, value) < 0:

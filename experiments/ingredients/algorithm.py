@@ -6,10 +6,16 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import learn2learn as l2l
 import torch
 from torch import nn
 
-from experiments.ingredients.algorithm_table import LEARNED_INITIAL_HEAD, AlgorithmSettings
+from experiments.ingredients.algorithm_table import (
+    ALGORITHMS,
+    LEARNED_INITIAL_HEAD,
+    OF_CLASSES,
+    AlgorithmSettings,
+)
 from experiments.tracking import TrackedIngredient, UserError
 from experiments.training.algorithms import (
     Algorithm,
@@ -17,6 +23,8 @@ from experiments.training.algorithms import (
     HeadOnly,
     HeadsTogether,
     Loss,
+    MultiStepLoss,
+    Prototypes,
     ReptileNetwork,
     WholeNetwork,
 )
@@ -65,6 +73,10 @@ def make_algorithms(
 def _build(
     s: AlgorithmSettings, backbone: nn.Module, head: nn.Linear, test_outputs: int, loss: Loss
 ) -> Algorithms:
+    if s.name in OF_CLASSES and not isinstance(loss, nn.CrossEntropyLoss):
+        raise ValueError(
+            f"name={s.name}: expected tasks of classes, got a regression; use rm_metal or anil"
+        )
     learn, test_steps, initial = _learner(s), s.test_steps or s.steps, head
     if s.batch_norm == "eval":  # running statistics, from now on
         for module in backbone.modules():
@@ -79,7 +91,13 @@ def _build(
             )
         head = nn.Linear(head.in_features, test_outputs).to(head.weight.device)
     if s.scope == "head":
-        how = {"together": s.batch_norm == "together", "cached": s.features == "cached"}
+        how: dict[str, Any] = {"together": s.batch_norm == "together"}
+        if s.name == "protonet":
+            means = Prototypes(backbone, nn.Identity(), 0, loss, **how)
+            return Algorithms(means, means, backbone, nn.Identity())
+        how |= {"cached": s.features == "cached", "squared": s.name == "r2d2"}
+        if s.scale is not None:
+            how["scale"] = l2l.nn.Scale(1, s.scale).to(head.weight.device)
         arguments = (backbone, learn(initial), s.steps, loss)
         together = s.together  # by default where that is faster
         if together == "auto":
@@ -93,10 +111,14 @@ def _build(
         return Algorithms(training, evaluation, backbone, initial)
     learner = learn(nn.Sequential(backbone, head))
     whole = ReptileNetwork if s.name == "reptile" else WholeNetwork
+    training = (
+        MultiStepLoss(learner, s.steps, loss, s.anneal) if s.anneal is not None
+        else whole(learner, s.steps, loss)
+    )  # fmt: skip
     evaluation = WholeNetwork(learner, test_steps, loss)
     if s.test_scope == "head":
         evaluation = HeadOnly(backbone, learn(head), test_steps, loss, together=False)
-    return Algorithms(whole(learner, s.steps, loss), evaluation, backbone, head)
+    return Algorithms(training, evaluation, backbone, head)
 
 
 def _learner(s: AlgorithmSettings) -> Callable[[nn.Module], Any]:
@@ -104,9 +126,9 @@ def _learner(s: AlgorithmSettings) -> Callable[[nn.Module], Any]:
     lr: Any = ANY_STEP_SIZE if s.lr == "auto" else s.lr
     if s.learn_lr:
         lr = nn.Parameter(torch.tensor(lr))
-    if s.name in ("rm_metal", "imaml_gd", "imaml_hf"):
+    if "implicit" in ALGORITHMS[s.name][0]:
         l2: Any = nn.Parameter(torch.tensor(float(s.l2))) if s.learn_l2 else s.l2
-        cls = ImplicitCGHead if s.name == "rm_metal" else ImplicitMAML
+        cls = ImplicitCGHead if s.scope == "head" else ImplicitMAML
         both = {"inner": _inner(s), "linear": _linear(s)}
         return lambda module: cls(module, lr, l2=l2, **both)
     first_order = s.name in ("fo_anil", "fomaml")
@@ -114,9 +136,13 @@ def _learner(s: AlgorithmSettings) -> Callable[[nn.Module], Any]:
         return lambda module: Reptile(module, lr, optimizer=s.optimizer)
     if s.engine == "learn2learn":
         return lambda module: Learn2LearnMAML(module, lr, first_order=first_order)
-    return lambda module: UnrolledMAML(
-        module, lr, first_order=first_order, learn_init=s.name != "itd_bio", optimizer=s.optimizer
-    )
+    rest = {"first_order": first_order, "learn_init": s.name != "itd_bio",
+            "optimizer": s.optimizer}  # fmt: skip
+    if s.name == "meta_sgd":
+        return lambda module: UnrolledMAML(
+            module, nn.ParameterList(torch.full_like(p, lr) for p in module.parameters()), **rest
+        )
+    return lambda module: UnrolledMAML(module, lr, **rest)
 
 
 def solvers(**settings: Any) -> dict[str, Any]:

@@ -39,6 +39,18 @@ ALGORITHMS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
                                "meta_optimizer": "sgd", "meta_lr": 0.5}),
     # Any module, any differentiable inner optimiser.
     "unrolled": (_UNROLLED_HEAD, {"steps": 5}),
+    # Bertinetto et al. (2019): a ridge head in closed form.
+    "r2d2": (_HEAD, {"l2": 0.1, "step": "newton", "together": "auto", "learn_l2": True,
+                     "scale": 10.0}),
+    # rm_metal's head with a learned l2, and a learned factor as in Lee et al. (2019), MetaOptNet.
+    "logistic": (_HEAD, {"l2": 0.1, "step": "newton", "together": "auto", "learn_l2": True,
+                         "scale": 1.0}),
+    # Snell, Swersky, Zemel (2017).
+    "protonet": (("head",), {"features": None}),
+    # Li et al. (2017): a learned step size for each entry of each parameter, and one step.
+    "meta_sgd": (_UNROLLED, {"steps": 1, "learn_lr": None}),
+    # Antoniou et al. (2019): of MAML++, the multi-step loss; a tenth of a default run is ours.
+    "maml_msl": (_UNROLLED, {"steps": 5, "anneal": 60}),
 }  # fmt: skip
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -48,6 +60,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "as_released": {"step": "gradient", "l2": 0.0},
 }
 LEARNED_INITIAL_HEAD = ("anil", "fo_anil", "unrolled")
+OF_CLASSES = ("r2d2", "logistic", "protonet")
 OUTER = {"meta_optimizer": "adam", "meta_lr": 0.001}
 
 
@@ -84,6 +97,8 @@ class AlgorithmSettings(Settings):
     optimizer: Literal["sgd", "adam", "rmsprop"] = own(unrolled="sgd")  # inner: sgd, adam, rmsprop
     learn_lr: bool = own(unrolled=False)  # meta-learn the inner step size
     learn_l2: bool = own(implicit=False)  # meta-learn the regulariser
+    scale: Positive = own()  # of the head's outputs as logits: a factor, meta-learned from here on
+    anneal: Count = own()  # outer iterations until the query loss after the last step counts alone
     # the heads of all tasks of a batch at once; auto: see docs/cost.md
     together: bool | Literal["auto"] = own()
     # support and query: together, separately or eval
@@ -131,14 +146,17 @@ class AlgorithmSettings(Settings):
         if self.scope == "network" and self.features == "as_published":
             yield ("features: expected 'cached' with scope='network', got 'as_published'; a "
                    "network that is adapted has no features to keep")
-        if self.scope == "head" and self.test_scope is not None:
+        if self.test_scope is not None and (self.scope == "head" or name == "meta_sgd"):
             yield f"test_scope: expected none for {name}, got 'head'; leave it out"
+        if self.test_steps is not None and self.steps is None:
+            yield f"test_steps: expected none for {name}, got {self.test_steps}; leave it out"
         if self.lr == "auto" and self.step != "gradient":
             yield "lr: expected a number without step=gradient, got 'auto'; try 0.1"
         if self.together is True and self.features == "as_published":
             yield ("together: expected False with features='as_published', got True; the backbone "
                    "cannot run again at every inner step of all tasks at once")
-        others = name in ("itd_bio", "unrolled") or self.optimizer != "sgd" or self.learn_lr
+        own_steps = name in ("itd_bio", "unrolled", "meta_sgd")
+        others = own_steps or self.optimizer != "sgd" or self.learn_lr
         if self.engine == "learn2learn" and others:
             yield (f"engine: expected higher for {name} with optimizer={self.optimizer}, learn_lr="
                    f"{self.learn_lr}, got 'learn2learn', whose MAML has none of these; use "

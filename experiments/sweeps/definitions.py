@@ -8,6 +8,7 @@ outer step size with the first of them.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import product
 
 from experiments.sweeps.definition import Benchmark, Grid, Method, Settings, Sweep
@@ -96,6 +97,21 @@ ACCURACY = Sweep(
     stage2={"budget": 240},
 )
 
+# Other methods on the terms of `accuracy`, whose own cells stay as they are.
+BASELINES = replace(
+    ACCURACY,
+    methods={
+        "r2d2": Method(("r2d2",), _three(L2, 0.1, 1.0), final=HEAD_ONLY),
+        "logistic": Method(("logistic",), _three(L2, 0.1, 0.3), final=HEAD_ONLY),
+        # there is no inner setting
+        "protonet": Method(("protonet",), tuple({"meta_lr": lr} for lr in (0.001, 0.0003, 0.003)),
+                           final=HEAD_ONLY),
+        "meta_sgd": Method(("meta_sgd",), _three(LR, 0.1, 0.03), settings=OWN_LAYOUT),
+        "maml_msl": Method(("maml_msl",), _three(LR, 0.1, 0.5),
+                           settings={**FASTER, **OWN_LAYOUT, "algorithm.anneal": 200}),
+    },
+)
+
 # Other regularisers of the inner problem, outside the comparison of `accuracy`, whose two rows at
 # the top are its runs: their grids chose these settings on Caltech-101. First-order ANIL gets the
 # same freedom: the settings that its grid did not choose, for the whole budget.
@@ -145,6 +161,7 @@ YANG_TABLE1 = Sweep(
 
 SWEEPS = {
     "accuracy": ACCURACY,
+    "baselines": BASELINES,
     "regularisers": REGULARISERS,
     "yang_table1": YANG_TABLE1,
     "smoke": Sweep({"rm_metal": Method(())}, {"glyphs": Benchmark(("smoke",))}, seeds=2),

@@ -15,6 +15,8 @@ from experiments.training.peak_memory import KeptBytes
 from l2l_implicit import Diagnostics
 from l2l_implicit.per_task_norm import per_task_batch_norm
 
+from learn2learn.nn import PrototypicalClassifier  # isort: skip  (after l2l_implicit, its repair)
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 Score = Callable[[Tensor, Tensor], float]
 
@@ -69,9 +71,7 @@ class Algorithm(ABC):
 
     def theta(self) -> list[nn.Parameter]:
         """What the outer optimiser moves: the network, and what the learner learns besides."""
-        both = (getattr(self.learner, name, None) for name in ("lr", "l2"))
-        scalars = (scalar for scalar in both if isinstance(scalar, nn.Parameter))
-        return list({id(p): p for p in (*self.network().parameters(), *scalars)}.values())
+        return list(self.network().parameters())
 
 
 class HeadOnly(Algorithm):
@@ -82,30 +82,43 @@ class HeadOnly(Algorithm):
         together: support and query pass the backbone as one batch (one set of batch statistics).
         cached: compute the features once a task; else the backbone runs again at every inner
             step, as in the released code of Yang et al.
+        squared: the head is fitted to one-hot labels by the mean squared error, not by ``loss``.
+        scale: of the head's outputs as predictions, a factor that is meta-learned; None: 1.
     """
 
     def __init__(
         self, backbone: nn.Module, learner: Any, steps: int, loss: Loss,
-        together: bool = True, cached: bool = True,
+        together: bool = True, cached: bool = True, squared: bool = False,
+        scale: nn.Module | None = None,
     ) -> None:  # fmt: skip
         super().__init__(learner, steps, loss)
         self.backbone, self._together, self._cached = backbone, together, cached
+        self._squared, self.scale = squared, scale or nn.Identity()
+        self._inner_loss = nn.MSELoss() if squared else loss
 
     def network(self) -> nn.Module:
-        return nn.ModuleDict({"backbone": self.backbone, "head": self.learner})
+        parts = {"backbone": self.backbone, "head": self.learner, "scale": self.scale}
+        return nn.ModuleDict(parts)
 
     def adapt(self, episode: Episode) -> Adapted:
-        learner, targets = self.learner.clone(), episode.support_targets
+        learner, targets = self.learner.clone(), self._goals(episode.support_targets)
         if self._cached:
             support, query = self._both(episode)
-            learner.adapt(lambda: self.loss(learner(support), targets), steps=self.steps)
-            return Adapted(learner, learner(query))
+            learner.adapt(lambda: self._inner_loss(learner(support), targets), steps=self.steps)
+            return Adapted(learner, self.scale(learner(query)))
         m = len(targets)
         learner.adapt(
-            lambda: self.loss(learner(self._features(episode, slice(m))), targets),
+            lambda: self._inner_loss(learner(self._features(episode, slice(m))), targets),
             steps=self.steps,
         )
-        return Adapted(learner, learner(self._features(episode, slice(m, None))))
+        return Adapted(learner, self.scale(learner(self._features(episode, slice(m, None)))))
+
+    def _goals(self, targets: Tensor) -> Tensor:
+        """What the head is fitted to: targets ``[..., m]``, or one-hot ones ``[..., m, k]``."""
+        if not self._squared:
+            return targets
+        weight = self.learner.module.weight
+        return nn.functional.one_hot(targets, len(weight)).to(weight.dtype)
 
     def _both(self, episode: Episode) -> tuple[Tensor, Tensor]:
         m = len(episode.support_targets)
@@ -168,8 +181,8 @@ class HeadsTogether(HeadOnly):
         """Add ``weight`` times the mean outer gradient of the group; features ``[T, m, d]``."""
         labels = torch.stack([episode.support_targets for episode in group])
         targets = torch.stack([episode.query_targets for episode in group])
-        adapted = self.learner.adapt_together(support, labels, steps=self.steps)
-        predictions = adapted(query)
+        adapted = self.learner.adapt_together(support, self._goals(labels), steps=self.steps)
+        predictions = self.scale(adapted(query))
         (weight * self.loss(predictions.flatten(0, 1), targets.flatten(0, 1))).backward()
         triples = zip(predictions.detach(), targets, adapted.diagnostics, strict=True)
         return [QueryResult(self.loss(p, t).item(), score(p, t), d) for p, t, d in triples]
@@ -192,6 +205,16 @@ class HeadsTogether(HeadOnly):
         return support, query
 
 
+class Prototypes(HeadOnly):
+    """Snell et al. (2017), eqs. (1), (2): no inner problem; logits are minus the squared distances
+    of the features from the class means."""
+
+    def adapt(self, episode: Episode) -> Adapted:
+        support, query = self._both(episode)
+        means = PrototypicalClassifier(support, episode.support_targets)
+        return Adapted(None, means(query))
+
+
 class WholeNetwork(Algorithm):
     """Every parameter is adapted; support and query pass the network one after the other."""
 
@@ -200,12 +223,55 @@ class WholeNetwork(Algorithm):
 
     def adapt(self, episode: Episode) -> Adapted:
         m, learner = len(episode.support_targets), self.learner.clone()
-        self._learn(learner, episode, m)
+        self._learn(learner, episode, m, self.steps)
         return Adapted(learner, learner(episode.inputs[m:]))
 
-    def _learn(self, learner: Any, episode: Episode, m: int) -> None:
+    def _learn(self, learner: Any, episode: Episode, m: int, steps: int) -> None:
         inputs, targets = episode.inputs[:m], episode.support_targets
-        learner.adapt(lambda: self.loss(learner(inputs), targets), steps=self.steps)
+        learner.adapt(lambda: self.loss(learner(inputs), targets), steps=steps)
+
+
+class MultiStepLoss(WholeNetwork):
+    r"""Trains on the query losses after all inner steps, the earlier ones less and less.
+
+    At outer iteration i each but the last has the weight :math:`\max(1 - i/A, 0.03)/K`, the last
+    the rest of 1; from iteration A on the last counts alone. What is reported is of the last.
+
+    Args:
+        anneal: A.
+
+    References:
+        Antoniou, Edwards, Storkey (2019), multi-step loss optimization, with the weights of their
+        code (``get_per_step_loss_importance_vector``), iterations for its epochs.
+    """
+
+    def __init__(self, learner: Any, steps: int, loss: Loss, anneal: int) -> None:
+        super().__init__(learner, steps, loss)
+        self._anneal = anneal
+        learner.register_buffer("iteration", torch.zeros((), dtype=torch.long))  # to be resumed
+
+    def weights(self) -> list[float]:
+        """Of the query losses after steps 1 to K, at this outer iteration."""
+        left = 1.0 - int(self.learner.iteration) / self._anneal
+        early = max(left, 0.03) / self.steps if left > 0.0 else 0.0
+        return [early] * (self.steps - 1) + [1.0 - (self.steps - 1) * early]
+
+    def learn(self, batch: Sequence[Episode], score: Score) -> list[QueryResult]:
+        results = super().learn(batch, score)
+        self.learner.iteration += 1
+        return results
+
+    def _learn_one(self, episode: Episode, weight: float, score: Score) -> QueryResult:
+        m, learner = len(episode.support_targets), self.learner.clone()
+        total, targets = torch.zeros((), device=episode.inputs.device), episode.query_targets
+        for share in self.weights():
+            self._learn(learner, episode, m, steps=1)
+            if share:
+                predictions = learner(episode.inputs[m:])
+                loss = self.loss(predictions, targets)
+                total = total + share * loss
+        (weight * total).backward()
+        return QueryResult(loss.item(), score(predictions.detach(), targets), None)
 
 
 class ReptileNetwork(WholeNetwork):
@@ -214,9 +280,9 @@ class ReptileNetwork(WholeNetwork):
     Tasks are evaluated by a `WholeNetwork`, which learns the support set alone.
     """
 
-    def _learn(self, learner: Any, episode: Episode, m: int) -> None:
+    def _learn(self, learner: Any, episode: Episode, m: int, steps: int) -> None:
         targets = torch.cat([episode.support_targets, episode.query_targets])
-        learner.adapt(lambda: self.loss(learner(episode.inputs), targets), steps=self.steps)
+        learner.adapt(lambda: self.loss(learner(episode.inputs), targets), steps=steps)
 
     def backward(self, adapted: Adapted, loss: Tensor, weight: float) -> None:
         adapted.learner.outer_gradient(weight)

@@ -64,9 +64,10 @@ def _title(config: Mapping[str, Any]) -> str:
     task, method = config["tasks"], config["algorithm"]
     ways = "" if task["name"] == "sine" else f"{task['ways']}-way "
     solver = f"step={method['step']}, " if method["step"] else ""
+    steps = f"K={method['steps']}, " if method["steps"] else ""
     return (
-        f"{task['name']}, {ways}{task['shots']}-shot, {method['name']}, {solver}"
-        f"K={method['steps']}, seed {config['seed']}"
+        f"{task['name']}, {ways}{task['shots']}-shot, {method['name']}, {solver}{steps}"
+        f"seed {config['seed']}"
     )
 
 

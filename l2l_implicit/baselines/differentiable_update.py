@@ -44,6 +44,8 @@ class DifferentiableUpdate:
         higher = require_higher()
         leaves = placeholders(like)  # higher copies the parameters it is given
         optimizer = make_optimizer(choice, leaves)
+        groups = optimizer.param_groups  # one for each parameter, which may have its own step size
+        groups[:] = [{**group, "params": [p]} for group in groups for p in group["params"]]
         try:
             self._higher = higher.get_diff_optim(optimizer, leaves)
         except ValueError:
@@ -59,19 +61,19 @@ class DifferentiableUpdate:
                 )
 
     def unrolled(
-        self, loss: Tensor, parameters: Sequence[Tensor], lr: float | Tensor, unused: bool
+        self, loss: Tensor, parameters: Sequence[Tensor], lrs: Sequence[Any], unused: bool
     ) -> list[Tensor]:
-        """The next parameters, with the whole history of the step."""
+        """The next parameters, with the whole history of the step; one step size, or one each."""
 
         def check(gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
             pairs = zip(gradients, parameters, strict=True)
             checks.used([g for g, p in pairs if p.requires_grad], unused)
             return gradients
 
-        return self._higher.step(loss, parameters, override={"lr": [lr]}, grad_callback=check)
+        return self._higher.step(loss, parameters, override={"lr": lrs}, grad_callback=check)
 
     def first_order(
-        self, loss: Tensor, parameters: Sequence[Tensor], lr: float | Tensor, unused: bool
+        self, loss: Tensor, parameters: Sequence[Tensor], lrs: Sequence[Any], unused: bool
     ) -> list[Tensor]:
         """The next parameters, as far as gradients go a constant away from these (and from lr).
 
@@ -86,7 +88,7 @@ class DifferentiableUpdate:
         new = self._higher.step(
             torch.zeros((), requires_grad=True),  # higher need not look: the gradients are known
             constants,
-            override={"lr": [lr]},
+            override={"lr": lrs},
             grad_callback=lambda _: gradients,
         )
         if not torch.is_grad_enabled():

@@ -37,10 +37,11 @@ class BaselineLearner(MAML):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {model!r}; wrap it in one")
         checks.not_compiled(model)
-        if isinstance(lr, Tensor) and lr.numel() != 1:
+        several = isinstance(lr, list | nn.ParameterList)
+        if several or (isinstance(lr, Tensor) and lr.numel() != 1):
+            got = "several" if several else f"a tensor of shape {tuple(lr.shape)}"  # type: ignore[union-attr]
             raise ValueError(
-                f"lr: expected one number, got a tensor of shape {tuple(lr.shape)}; pass one step "
-                "size for all parameters"
+                f"lr: expected one number, got {got}; pass one step size for all parameters"
             )
         checks.positive("lr", lr)
         super().__init__(model, lr, first_order, allow_unused, allow_nograd)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from l2l_implicit import checks
 from l2l_implicit.baselines.differentiable_update import DifferentiableUpdate
 from l2l_implicit.baselines.learner import BaselineLearner
 from l2l_implicit.baselines.optimizers import Factory
@@ -28,6 +29,7 @@ class UnrolledMAML(BaselineLearner):
 
     =====================  ======================================================
     MAML, FOMAML           the whole network; ``first_order=True``
+    Meta-SGD               the whole network, ``lr`` a tensor for each parameter
     ANIL, fo_ANIL          the head, on features computed once, outside
     ITD-BiO                the head with ``learn_init=False``: theta is all there is to learn
     =====================  ======================================================
@@ -37,7 +39,9 @@ class UnrolledMAML(BaselineLearner):
 
     Args:
         model: the module to adapt.
-        lr: inner step size; a scalar tensor that requires grad is meta-learned.
+        lr: inner step size; a scalar tensor that requires grad is meta-learned. Or one tensor
+            for each of the module's parameters, a scalar or of its shape, a step size for each
+            entry (Meta-SGD; of either sign): ``nn.ParameterList`` makes them this learner's own.
         first_order: the gradient at the adapted point, all inner gradients taken as constants.
         allow_unused: let parameters be absent from the loss. Defaults to ``allow_nograd``.
         allow_nograd: adapt only the parameters that require grad.
@@ -54,8 +58,9 @@ class UnrolledMAML(BaselineLearner):
         ValueError, TypeError: for a setting out of its range, in one line.
 
     References:
-        Finn et al. (2017), Algorithm 1; Raghu et al. (2020); Ji et al. (2020), ITD-BiO, which is
-        eq. (3) of Yang et al. (2025); Grefenstette et al. (2019), higher.
+        Finn et al. (2017), Algorithm 1; Li et al. (2017), Meta-SGD, eq. (2); Raghu et al. (2020);
+        Ji et al. (2020), ITD-BiO, which is eq. (3) of Yang et al. (2025); Grefenstette et al.
+        (2019), higher.
 
     Example:
         >>> import torch
@@ -73,7 +78,7 @@ class UnrolledMAML(BaselineLearner):
     def __init__(
         self,
         model: nn.Module,
-        lr: float | Tensor,
+        lr: float | Tensor | list[Tensor] | nn.ParameterList,
         first_order: bool = False,
         allow_unused: bool | None = None,
         allow_nograd: bool = False,
@@ -81,7 +86,12 @@ class UnrolledMAML(BaselineLearner):
         learn_init: bool = True,
         optimizer: str | Factory = "sgd",
     ) -> None:
-        super().__init__(model, lr, first_order, allow_unused, allow_nograd)
+        each: Any = lr if isinstance(lr, list | nn.ParameterList) else None
+        one: Any = lr if each is None else 1.0
+        super().__init__(model, one, first_order, allow_unused, allow_nograd)
+        if each is not None:
+            checks.step_sizes(each, list(model.parameters()))
+            self.lr = each
         DifferentiableUpdate(optimizer, list(model.parameters()))  # fails now rather than in adapt
         self.learn_init, self.optimizer = learn_init, optimizer
         self._links_to_initial = learn_init
@@ -95,7 +105,8 @@ class UnrolledMAML(BaselineLearner):
         if self._update is None:
             self._update = DifferentiableUpdate(self.optimizer, parameters)
         lr = self.lr.reshape(()) if isinstance(self.lr, Tensor) else self.lr
+        lrs = list(lr) if isinstance(lr, list | nn.ParameterList) else [lr]
         take = self._update.unrolled if keep and not first_order else self._update.first_order
         with torch.set_grad_enabled(keep):
-            new = take(loss, parameters, lr, unused)
+            new = take(loss, parameters, lrs, unused)
         substitute(self.module, parameters, new)

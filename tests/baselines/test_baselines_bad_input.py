@@ -45,6 +45,16 @@ def test_settings(model: Any, lr: Any, kind: type, words: str, cls: type) -> Non
     assert words in message(kind, lambda: cls(head() if model is None else model, lr))
 
 
+@EVERY
+@pytest.mark.parametrize("lr", [[], [torch.ones(3, 4)], [torch.ones(3), torch.ones(3)], [0.1, 0.1],
+                                nn.ParameterList([torch.ones(3, 4), torch.ones(1)])])  # fmt: skip
+def test_a_step_size_for_each_parameter(lr: Any, cls: type) -> None:
+    """Of another number or shape; elsewhere none at all."""
+    several = "2 tensors, of the parameters' shapes or scalars, got ["
+    expected = several if cls is UnrolledMAML else "one number, got several; pass one step size"
+    assert f"lr: expected {expected}" in message(ValueError, lambda: cls(head(), lr))
+
+
 class Own(torch.optim.SGD):
     """A class that higher has never heard of."""
 

@@ -24,6 +24,9 @@ LEARNERS: dict[str, Callable[..., Any]] = {
     "first order": lambda *args, **kw: UnrolledMAML(*args, **{"first_order": True, **kw}),
     "itd": lambda *args, **kw: UnrolledMAML(*args, learn_init=False, **kw),
     "adam": lambda *args, **kw: UnrolledMAML(*args, optimizer="adam", **kw),
+    "meta-sgd": lambda module, lr, **kw: UnrolledMAML(
+        module, [torch.full_like(p, lr) for p in module.parameters()], **kw
+    ),
     "learn2learn": Learn2LearnMAML,
     "reptile": Reptile,
     "reptile adam": lambda *args, **kw: Reptile(*args, optimizer="adam", **kw),

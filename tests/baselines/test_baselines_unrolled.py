@@ -15,14 +15,18 @@ from baseline_oracles import (
     make_case,
     outer_step,
     path,
+    query_loss,
     query_loss_after,
     support_loss,
     unrolled,
 )
 from oracles import relative_error, slope_at_zero
 from torch import nn
+from torch.func import grad
 
 from l2l_implicit.baselines import Learn2LearnMAML, UnrolledMAML
+
+from learn2learn.algorithms import MetaSGD  # isort: skip  (after l2l_implicit, which repairs it)
 
 LR = 0.3
 ENGINES = pytest.mark.parametrize("engine", [UnrolledMAML, Learn2LearnMAML])
@@ -102,16 +106,23 @@ def test_features_run_again_at_each_step(second_order: bool, engine: type) -> No
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("each", [False, True])
 @pytest.mark.parametrize("kind", list(UPDATES))
-def test_optimizers_with_a_learned_step_size(kind: str, name: str) -> None:
+def test_optimizers_with_a_learned_step_size(kind: str, each: bool, name: str) -> None:
+    """One, or one for each entry of each parameter, whose gradients are that of the one together.
+    """
     case, rate = make_case(name), RATES[kind]
     if name == "maml cnn":  # batch norm hides its bias: a gradient of rounding errors
         case.module[0].bias.requires_grad_(False)
     phi, theta, step_size = _without_bias(case, unrolled(case, rate, 4, UPDATES[kind]))
     lr = torch.tensor(rate, requires_grad=True)
-    parent = UnrolledMAML(case.module, lr, allow_nograd=True, optimizer=OPTIMIZERS[kind])
+    lrs = [torch.full_like(p, rate).requires_grad_() for p in case.module.parameters()]
+    parent = UnrolledMAML(
+        case.module, lrs if each else lr, allow_nograd=True, optimizer=OPTIMIZERS[kind]
+    )
     outer_step(parent, case, 4)
-    assert relative_error([lr.grad], [step_size]) < 1e-9
+    found = [s.grad.sum() for s in (lrs if each else [lr]) if s.grad is not None]
+    assert relative_error([sum(found)], [step_size]) < 1e-9
     assert relative_error(gradients(case), [*phi, *theta]) < 1e-9
 
 
@@ -135,6 +146,47 @@ def test_step_size_by_finite_differences(kind: str) -> None:
 
     expected = slope_at_zero(value, 1e-3) / rate
     assert relative_error([lr.grad], [expected]) < 1e-8
+
+
+def step_sizes(case: Case) -> list[torch.Tensor]:
+    """Of both signs, one for each entry."""
+    return [LR * torch.randn_like(p) for p in case.module.parameters()]
+
+
+@pytest.mark.parametrize("second_order", [True, False])
+@pytest.mark.parametrize("name", CASES)
+def test_meta_sgd_is_learn2learns(name: str, second_order: bool) -> None:
+    case = make_case(name)
+    twin, lrs = case.twin(), step_sizes(case)
+    ours = UnrolledMAML(case.module, nn.ParameterList(lrs), first_order=not second_order)
+    outer_step(ours, case, 3)
+    leaves = nn.ParameterList(lr.clone() for lr in lrs)
+    theirs = MetaSGD(twin.module, lrs=leaves, first_order=not second_order).clone()
+    for _ in range(3):
+        theirs.adapt(support_loss(theirs, twin)())
+    query_loss(theirs, twin).backward()
+    found = [*gradients(case), *(lr.grad for lr in ours.lr)]
+    assert all(lr.grad.any() for lr in ours.lr)
+    assert relative_error(found, [*gradients(twin), *(lr.grad for lr in leaves)]) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["anil mlp", "maml mlp"])
+def test_meta_sgd_by_finite_differences(name: str) -> None:
+    case = make_case(name)
+    lrs, directions = step_sizes(case), step_sizes(case)
+    learned = [lr.clone().requires_grad_() for lr in lrs]
+    outer_step(UnrolledMAML(case.module, learned), case, 3)
+    theta = case.constants()
+
+    def value(t: float) -> torch.Tensor:
+        phi = case.start()
+        for _ in range(3):
+            moved = zip(phi, grad(case.inner)(phi, theta), lrs, directions, strict=True)
+            phi = tuple(p - (lr + t * d) * g for p, g, lr, d in moved)
+        return case.outer(phi, theta)
+
+    found = sum((lr.grad * d).sum() for lr, d in zip(learned, directions, strict=True))
+    assert relative_error([found], [slope_at_zero(value, 1e-3)]) < 1e-8
 
 
 @pytest.mark.parametrize("kind", list(UPDATES))

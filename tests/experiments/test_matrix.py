@@ -12,7 +12,7 @@ import pytest
 from disk_formats import WRITERS
 from small_benchmarks import no_network
 
-from experiments.ingredients.algorithm_table import ALGORITHMS, VARIANTS
+from experiments.ingredients.algorithm_table import ALGORITHMS, OF_CLASSES, VARIANTS
 from experiments.ingredients.named_configs import BENCHMARKS
 from experiments.train import ex
 
@@ -25,6 +25,8 @@ SMALL: dict[str, Any] = {
 }
 IMAGES = {"tasks.ways": 3, "tasks.shots": 1, "tasks.queries": 2, "model.hidden": 4}
 METHODS = [*ALGORITHMS, *VARIANTS]
+CELLS = [(benchmark, method) for method in METHODS for benchmark in BENCHMARKS
+         if benchmark != "sine" or method not in OF_CLASSES]  # fmt: skip
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*results do not compare:UserWarning"),
@@ -70,8 +72,7 @@ def run(benchmark: str, method: str, root: Path, output: Path, **more: Any) -> d
     return finished.result
 
 
-@pytest.mark.parametrize("benchmark", BENCHMARKS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("benchmark", "method"), CELLS)
 def test_cell(benchmark: str, method: str, root: Path, output: Path) -> None:
     result = run(benchmark, method, root, output)
     assert result["iterations"] == 2 and result["diverged"] is None

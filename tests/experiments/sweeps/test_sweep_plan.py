@@ -67,12 +67,16 @@ def test_every_definition_gives_different_cells(name: str) -> None:
             assert all(type(c.settings["seed"]) is int for c in grids + finals)
 
 
+@pytest.mark.parametrize(("name", "methods"), [("accuracy", 11), ("baselines", 5)])
 @pytest.mark.parametrize("benchmark", list(SWEEPS["accuracy"].benchmarks))
-def test_the_comparison_is_fair(benchmark: str) -> None:
-    """Equal grids and equal budgets, 11 methods, 3 settings, 3 seeds; the outer step for all."""
-    plan = make_plan(SWEEPS["accuracy"], {"benchmark": benchmark})
-    assert len(plan.names()) == 11 * (3 + 3)
-    for method in SWEEPS["accuracy"].methods.values():
+def test_the_comparison_is_fair(benchmark: str, name: str, methods: int) -> None:
+    """Equal grids and equal budgets, 3 settings, 3 seeds; the outer step for all."""
+    plan = make_plan(SWEEPS[name], {"benchmark": benchmark})
+    assert len(plan.names()) == methods * (3 + 3)
+    for key, method in SWEEPS[name].methods.items():
+        if key == "protonet":  # which has an outer step size alone
+            assert [list(c) for c in method.grid] == 3 * [["meta_lr"]]
+            continue
         assert [len(c) for c in method.grid] == [1, 1, 2]
         assert [c for c in method.grid if "meta_lr" in c] == [method.grid[2]]
     grids, finals = cells_of(plan)

@@ -25,7 +25,7 @@ class Signalled(Learner):
     """Sends signals to this process in the middle of its third step, or of a test.
 
     Args:
-        where: "step", "validation" or "test".
+        where: "step", "validation", "test", or "last test".
         signums: what is sent.
         after: seconds before each but the first.
     """
@@ -42,10 +42,11 @@ class Signalled(Learner):
     def evaluate(
         self, stream: Any, number: int, progress: Callable[[Iterable[int]], Iterable[int]]
     ) -> Any:
-        test = stream.sample().inputs.numel() == TEST_SIZE
+        names = ("test", "test", "last test")[len(self.tested) :]
+        where = names[0] if stream.sample().inputs.numel() == TEST_SIZE else "validation"
         for task in progress(range(number)):
             torch.rand(3)  # evaluation draws random numbers
-            if self._where == ("test" if test else "validation") and task == 1:
+            if self._where == where and task == 1:
                 self._meet()
         return super().evaluate(stream, number, progress)
 
@@ -94,9 +95,17 @@ def test_a_step_is_finished_and_saved(tmp_path: Path, signum: int) -> None:
     assert signal.getsignal(signum) == before
 
 
-@pytest.mark.parametrize("where", ["step", "validation", "test"])
-def test_what_is_broken_off_is_done_again(tmp_path: Path, where: str) -> None:
-    """A step is finished; a validation or a test begins anew, and nothing of it is to be seen."""
+@pytest.mark.parametrize(
+    ("where", "steps", "looked"),
+    [("step", 3, False), ("validation", 4, False), ("test", 6, False), ("last test", 10, True)],
+)
+def test_what_is_broken_off_is_done_again(
+    tmp_path: Path, where: str, steps: int, looked: bool
+) -> None:
+    """A step is finished; a validation or a test begins anew, and nothing of it is to be seen.
+
+    The last test is that of theta of the best validation.
+    """
     changes = {"early_stopping": True, "test_at": (6,)}
     torch.manual_seed(0)
     (tmp_path / "whole").mkdir()
@@ -104,7 +113,6 @@ def test_what_is_broken_off_is_done_again(tmp_path: Path, where: str) -> None:
     whole.loop()
     torch.manual_seed(0)
     state = interrupted(tmp_path, Signalled(where, score=falling), **changes)
-    steps, looked = {"step": (3, False), "validation": (4, False), "test": (6, False)}[where]
     assert (state["steps"], state["_looked"]) == (steps, looked)
     torch.rand(7)
     again = resumed(tmp_path, state, Signalled("", score=falling), **changes)
@@ -113,27 +121,6 @@ def test_what_is_broken_off_is_done_again(tmp_path: Path, where: str) -> None:
     ends = [checkpoint.load(folder)["generators"]["torch"]
             for folder in (tmp_path / "whole", tmp_path)]  # fmt: skip
     assert torch.equal(*ends)
-
-
-def test_the_early_stopped_test_is_broken_off_and_done_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    learner = Learner(score=falling)
-    test, calls = learner.evaluate, []
-
-    def evaluate(stream: Any, number: int, progress: Any) -> Any:
-        calls.append(learner.done)
-        if calls == [4, 8, 10, 10, 4]:
-            os.kill(os.getpid(), signal.SIGINT)
-        return test(stream, len(list(progress(range(number)))), progress)
-
-    learner.evaluate = evaluate  # type: ignore[method-assign]
-    state = interrupted(tmp_path, learner, early_stopping=True)
-    assert f"resume={tmp_path}" in capsys.readouterr().out
-    assert (state["learner"]["done"], state["scores"]["stopped"]) == (10, None)
-    again = Learner(score=falling)
-    training = resumed(tmp_path, state, again, early_stopping=True)
-    assert again.tested == [4] and training.scores.stopped == (0.16, 0.01)
 
 
 def test_another_version_s_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
+from experiments.ingredients.algorithm_table import OF_CLASSES
 from experiments.tracking import open_database
 
 ROOT = Path(__file__).parents[3]
@@ -104,6 +105,23 @@ def test_the_same_seed_gives_the_same_run(finished: Any, folder: Path) -> None:
     assert first == second
 
 
+@pytest.mark.parametrize("name", ["r2d2", "logistic", "protonet", "meta_sgd", "maml_msl"])
+def test_it_learns_glyphs(name: str, tmp_path: Path) -> None:
+    """Accuracy on 60 new tasks after 60 outer iterations, and after one: a gap of 0.1 or more."""
+    from experiments.train import ex
+
+    config = {"meta_batch": 2, "test_tasks": 60, "validate_every": 1000, "meta_lr": 0.003,
+              "model.hidden": 16, "tasks.ways": 3, "tasks.level": "clean", "output": str(tmp_path)}
+    if name == "maml_msl":
+        config |= {"algorithm.steps": 2, "algorithm.anneal": 30}
+    options = {"--unobserved": True, "--loglevel": "ERROR"}
+    before, after = (
+        ex.run(None, {**config, "iterations": number}, ["smoke", name], options=options).result
+        for number in (1, 60)
+    )
+    assert after["test_accuracy"] > before["test_accuracy"] + 0.05
+
+
 BAD = {
     "algorithm.steps=0": "algorithm.steps: expected a whole number from 1 to 1000000000, got 0",
     "algorithm.cg_steps=0": "algorithm.cg_steps: expected a whole number from 1",
@@ -153,6 +171,13 @@ BAD = {
     "algorithm.features=as_published algorithm.together=True": "together: expected False with",
     "algorithm.name=unrolled algorithm.scope=network algorithm.batch_norm=eval "
     "algorithm.features=as_published": "features: expected 'cached' with scope='network'",
+    "algorithm.name=protonet algorithm.features=cached": "expected no such setting for protonet",
+    "algorithm.name=protonet algorithm.test_steps=5": "test_steps: expected none for protonet, got",
+    "algorithm.name=meta_sgd algorithm.test_scope=head": "test_scope: expected none for meta_sgd",
+    "algorithm.name=meta_sgd algorithm.engine=learn2learn": "engine: expected higher for meta_sgd",
+    "algorithm.scale=2.0": "algorithm.scale: expected no such setting for rm_metal, got 2.0",
+    **{f"algorithm.name={name} tasks.name=sine tasks.level=None":
+       f"name={name}: expected tasks of classes, got a regression" for name in OF_CLASSES},
     "algorithm.solver=gc": "algorithm.solver: expected one of 'cg', 'neumann', 'direct', got 'gc'",
     "algorithm.features=cashed": "did you mean 'cached'?",
     "algorithm.test_scope=head": "algorithm.test_scope: expected none for rm_metal",

@@ -11,12 +11,16 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from train_process import Bench
 
 from experiments.training import checkpoint, outcome
 from experiments.training.episodes import Episode
 from experiments.training.loop import Schedule, Training
 from experiments.training.meta_learner import COUNTS, MEASURES, Diverged, Interval
+from experiments.training.scores import BestTheta
 from l2l_implicit.distributed import ALONE
+
+pytest_plugins = ("train_process",)
 
 
 class Run:
@@ -150,6 +154,63 @@ def test_early_stopping_looks_no_further_than_the_result(tmp_path: Path) -> None
     resumed = Training(Run(), Learner(), Tasks(), given, 0, tmp_path)  # type: ignore[arg-type]
     resumed.load_state_dict(checkpoint.load(tmp_path))
     assert resumed.scores.stopped == Interval(0.04, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("kind", "scores", "at"),
+    [("classification", [0.3, 0.7, 0.7, 0.2], 2), ("regression", [3.0, 0.7, 0.7, 2.0], 2),
+     ("classification", [0.0], 1), ("regression", [math.inf, 2.0], 2)],
+)  # fmt: skip
+def test_theta_of_the_first_of_the_best_is_kept(kind: str, scores: list[float], at: int) -> None:
+    learner = Learner()
+    learner.measure = MEASURES[kind]
+    best = BestTheta(learner)  # type: ignore[arg-type]
+    for learner.done, score in enumerate(scores, 1):
+        best.offer(learner.done, 10.0 * learner.done, score)
+    assert (best.iteration, best.seconds) == (at, 10.0 * at)
+    learner.done = 99
+    with pytest.raises(KeyboardInterrupt), best.in_place():
+        assert learner.done == at
+        raise KeyboardInterrupt
+    assert learner.done == 99
+
+
+def early_stopped(bench: Bench, *settings: str) -> tuple[str, Path]:
+    """What a short run printed, whose validations are given and not hoped for; its folder."""
+    validations = [0.3, 0.2, 0.5, 0.5, 0.4]  # the third is the first of the best
+    known = set(bench.folder.glob("runs/*"))
+    words = ("validate_every=1", "validation_tasks=4", "test_tasks=10", *settings)
+    happens = {"validations": validations}
+    process = bench.start("-u", "with", "smoke", *words, happens=happens)
+    assert process.wait() == 0, bench.text()
+    (folder,) = set(bench.folder.glob("runs/*")) - known
+    return bench.text(), folder
+
+
+def test_it_is_what_a_run_that_ends_there_has(bench: Bench) -> None:
+    """Equal to the last digit, and in every parameter, to a run of so many iterations."""
+    text, whole = early_stopped(bench, "iterations=5", "early_stopping=True")
+    kept = torch.load(whole / "early_stopped_parameters.pt", weights_only=True)
+    assert kept["iteration"] == 3 and "of outer iteration 3, the best validation" in text
+    more, short = early_stopped(bench, "iterations=3")
+    score = text.partition("early stopped ")[2].split()[:4]
+    assert score == more[len(text) :].partition("test accuracy ")[2].split()[:4]
+    ended, other = (torch.load(folder / "parameters.pt", weights_only=True)
+                    for folder in (short, whole))  # fmt: skip
+    assert equal(kept, ended) and not equal(kept, other)
+    assert "early stopped" not in more[len(text) :]
+    assert not (short / "early_stopped_parameters.pt").exists()
+
+
+def equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """In all that is trained; the test moves running means, which nothing reads."""
+
+    def trained(state: dict[str, Any]) -> list[torch.Tensor]:
+        buffers = ("running_mean", "running_var", "num_batches_tracked")
+        named = (item for part in ("backbone", "head") for item in state[part].items())
+        return [*state["theta"], *(v for name, v in named if not name.endswith(buffers))]
+
+    return all(torch.equal(*pair) for pair in zip(trained(one), trained(other), strict=True))
 
 
 def falling(steps: int) -> float:

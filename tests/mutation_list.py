@@ -12,7 +12,7 @@ GENERAL = "closed_form::test_the_steps_are_those_of_the_general_path"
 EACH = "test_each_task_has_its_own_numbers"
 BOUND = "diagnostics::test_the_bound_holds_before_the_minimum"
 ROUNDED = "diagnostics::test_the_bound_holds_for_rounded_numbers"
-SECOND = "never_silent_derivatives::test_operations"
+SECOND = "never_silent_derivatives::test_networks"
 ALONE = "together::test_newton_equals_the_dense_oracle recognition::test_every_loss_is_right"
 
 MINIMUM = "linear_heads::test_minimum_is_the_dense_one"
@@ -173,11 +173,11 @@ MUTATIONS = (
       "return None, missing", SECOND),
     m("a module that moves with each pass goes unnoticed", LOOK,
       "if part.training and (hooks or type(part).__name__ == \"_SpectralNorm\"):", "if False:",
-      "never_silent_derivatives::test_normalised_weights"),
+      "never_silent_derivatives::test_networks"),
     m("the first loss's second derivative stands for all", LEARNER,
       "return hash(tuple(at.operations)) not in self._compared and",
       "return not self._compared and",
-      "never_silent_losses::test_a_loss_that_comes_after_a_good_one"),
+      "never_silent_derivatives::test_a_loss_that_comes_after_a_good_one"),
     # Solvers.
     m("CG with beta = 0", CG, "zeta = torch.where(active, rr /",
       "zeta = torch.where(active, 0.0 * rr /",

@@ -132,19 +132,6 @@ def test_a_linear_head_is_solved_at_the_first_adapt(name: str, how: str) -> None
     assert relative_error(list(again.parameters()), before) < 1e-14
 
 
-def test_a_loss_lags_one_step_behind_a_closure() -> None:
-    """phi^{K-1} against phi^K: the difference falls as fast as the steps become small."""
-    task = problem("softmax mean", lr=0.8)
-    parent, differences = make_learner(task, inner=GradientDescent()), []
-    for steps in (5, 15, 25, 35):
-        losses = (adapt(parent, task, how, steps)[1] for how in ("closure", "loss"))
-        both = [hypergradient(task, loss) for loss in losses]
-        differences.append(relative_error(*both))
-    rate = (1 - task.lr * task.l2) ** 10
-    assert 1e-3 < differences[0] < 1
-    assert all(after < 1.2 * rate * before for before, after in itertools.pairwise(differences))
-
-
 def test_a_loss_is_linearized_where_it_was_computed() -> None:
     """One adapt(loss) must use the curvature at phi^0 and b at phi^1, and nothing else."""
     task = problem("softmax mean bias")

@@ -129,14 +129,3 @@ def test_what_a_closure_keeps_without_its_history_is_data(
     learner.adapt(loss, steps=40)
     query_loss(learner, features(inputs[1], parent.module.weight)).backward()
     assert bool(parent.module.weight.grad.isfinite().all())
-
-
-def test_parameters_adapted_without_a_graph_can_be_trained_on(
-    parent: ImplicitCGHead, inputs: Inputs
-) -> None:
-    """A learner adapted under no_grad() is a model like any other."""
-    learner, (x, x_query) = parent.clone(), inputs
-    with torch.no_grad():
-        learner.adapt(lambda: F.cross_entropy(learner(x), LABELS), steps=5)
-    query_loss(learner, x_query).backward()
-    assert bool(learner.module.weight.grad.any())

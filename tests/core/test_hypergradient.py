@@ -15,13 +15,12 @@ from problems import (
     make_learner,
     minimum,
     problem,
-    solved,
     truth,
 )
 from small_task import HOWS
 from torch import nn
 
-from l2l_implicit import CG, LBFGS, GradientDescent, ImplicitCGHead, Newton
+from l2l_implicit import CG, GradientDescent, ImplicitCGHead, Newton
 from l2l_implicit.linear_solvers.solution import FACTORED
 
 pytestmark = [
@@ -92,29 +91,6 @@ def test_gradient_steps_converge_at_the_rate_of_gradient_descent() -> None:
     rate = (1 - task.lr * task.l2) ** 10
     assert 1e-12 < errors[-1]
     assert all(after < 1.2 * rate * before for before, after in itertools.pairwise(errors))
-
-
-def test_error_in_the_number_of_products_is_bounded_by_cg() -> None:
-    """Error <= C ((sqrt(k) - 1) / (sqrt(k) + 1))^N, with k the condition number; 0 after n.
-
-    L-BFGS solves the head but leaves no factor, so that conjugate gradient has to.
-    """
-    task = problem("softmax mean", l2=0.02)
-    phi, exact = solved(task), expected(task)
-    eigenvalues = torch.linalg.eigvalsh(
-        torch.func.hessian(task.inner)(phi, *[t.detach() for t in task.leaves()])
-    )
-    root = float(eigenvalues[-1] / eigenvalues[0]) ** 0.5
-    errors = []
-    for products in (2, 4, 6, 8, 12):
-        parent = make_learner(task, inner=LBFGS(tol=1e-13), linear=CG(products, 1e-13))
-        learner, loss = adapt(parent, task, "closure", 80)
-        errors.append(relative_error(hypergradient(task, loss), exact))
-        assert learner.diagnostics.inner_gradient_norm < 1e-9
-        assert learner.diagnostics.cg_steps == min(products, 8)  # 12 unknowns, softmax: rank 8
-        bound = 2 * root * ((root - 1) / (root + 1)) ** products
-        assert errors[-1] < 10 * bound
-    assert errors[-1] < 1e-9 and errors[0] > 1e-3
 
 
 @HOWS

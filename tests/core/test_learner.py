@@ -6,17 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import relative_error
+from problems import EXACT
 from small_task import HOWS, fit
 from small_task import SIX_LABELS as Y
 from small_task import six_inputs as x
 from torch import Tensor, nn
 
-from l2l_implicit import CG, GradientDescent, ImplicitCGHead, ImplicitMAML, Newton
+from l2l_implicit import CG, GradientDescent, ImplicitCGHead, ImplicitMAML
 
 pytestmark = pytest.mark.usefixtures("float64")
-
-
-EXACT = {"inner": Newton(cg_steps=200, tol=1e-12), "linear": CG(steps=200, tol=1e-12)}
 
 
 @HOWS

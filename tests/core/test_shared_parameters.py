@@ -10,21 +10,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import flat, implicit, polish, relative_error
+from problems import EXACT
 from small_task import HOWS, adapt
 from torch import Tensor, nn
 
-from l2l_implicit import CG, ImplicitCGHead, Newton
+from l2l_implicit import ImplicitCGHead
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 LABELS, L2 = torch.arange(8) % 4, 0.3
-EXACT = {"l2": L2, "inner": Newton(200, 1e-13), "linear": CG(200, 1e-13)}
 Inputs = tuple[Tensor, Tensor]  # support, query
 
 
 @pytest.fixture
 def parent(float64: None) -> ImplicitCGHead:
-    return ImplicitCGHead(nn.Linear(4, 4, bias=False), 0.5, **EXACT)
+    return ImplicitCGHead(nn.Linear(4, 4, bias=False), 0.5, l2=L2, **EXACT)
 
 
 @pytest.fixture

@@ -11,8 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from many_tasks import CLASSES, LOSS, SUPPORT, TASKS, WIDTH, Batch, assert_same
-from oracles import flat, implicit, minimize, peak_of_live_tensors, relative_error
-from problems import on_vector
+from oracles import peak_of_live_tensors, relative_error
 from torch import Tensor, nn
 
 from l2l_implicit import (
@@ -135,41 +134,6 @@ def test_a_second_batch_has_numbers_of_its_own() -> None:
         learner = batch.learner(inner=inner)
         first = batch.together(learner, steps=4)
         assert_same(batch.together(learner, steps=4), first, tol=1e-15)
-
-
-@pytest.mark.parametrize("loss", LOSS)
-@pytest.mark.parametrize("anchor", ["zero", "init"])
-def test_newton_equals_the_dense_oracle(loss: str, anchor: str) -> None:
-    batch = Batch(loss)
-    expected = dense_hypergradient(batch, anchor)
-    _, got, _ = batch.together(batch.learner(anchor=anchor), steps=1)
-    if anchor == "zero":
-        assert not any(g.any() for g in got[2:])  # the start is of no matter: exactly zero
-    assert relative_error(got, expected) < 1e-9
-
-
-def dense_hypergradient(batch: Batch, anchor: str) -> list[Tensor]:
-    """The implicit function theorem with dense matrices, task by task."""
-    total = [torch.zeros_like(leaf) for leaf in batch.leaves()]
-    start = flat(batch.head.parameters())
-    for images, y in zip(batch.images, batch.targets, strict=True):
-
-        def loss(phi: Tensor, backbone: Tensor, part: slice, images=images, y=y) -> Tensor:  # type: ignore[no-untyped-def]
-            features = torch.tanh(images[part] @ backbone)
-            return batch.loss(on_vector(batch.head, phi)(features), y[part])
-
-        def inner(phi: Tensor, backbone: Tensor, l2: Tensor, *initial: Tensor, loss=loss) -> Tensor:  # type: ignore[no-untyped-def]
-            center = torch.cat([p.reshape(-1) for p in initial]) if anchor == "init" else 0.0
-            value = loss(phi, backbone, slice(SUPPORT))
-            return value + 0.5 * l2 * (phi - center).square().sum()
-
-        def outer(phi: Tensor, backbone: Tensor, *_: Tensor, loss=loss) -> Tensor:  # type: ignore[no-untyped-def]
-            return loss(phi, backbone, slice(SUPPORT, None))
-
-        phi = minimize(inner, start, batch.leaves(), lr=0.2)
-        for sum_, part in zip(total, implicit(inner, outer, batch.leaves(), phi), strict=True):
-            sum_ += part
-    return total
 
 
 # Tasks that end for different reasons.

@@ -146,3 +146,22 @@ def test_no_support(name: str, reduction: str, anchor: str, way: str) -> None:
             assert reduction == "sum" or how == "together"
             away = float((heard.value.detach() - goal).abs().max())
             assert away < 1e-3 or heard.warned, f"{away:.2g} from the anchor"
+
+
+@pytest.mark.xfail(strict=True, reason="weights outside the samples' span are not seen")
+def test_gradient_descent_that_has_not_reached_the_anchor() -> None:
+    """Features of zeros, no bias: the query loss still sees the weights, which are halfway."""
+    query, y, found = torch.randn(6, 5, dtype=D), torch.arange(6) % 3, []
+    for steps in (20, 4000):
+
+        def gradient(steps: int = steps) -> Tensor:
+            torch.manual_seed(0)
+            x = torch.zeros(6, 5, dtype=D, requires_grad=True)
+            head = nn.Linear(5, 3, bias=False, dtype=D)
+            learner = ImplicitCGHead(head, 0.1, l2=0.2, inner=GradientDescent()).clone()
+            adapt(learner, lambda: F.cross_entropy(learner(x), y), "closure", steps)
+            F.cross_entropy(10 * learner(query), y).backward()
+            return x.grad
+
+        found.append(gradient)
+    judge(found[0], found[1]())

@@ -27,27 +27,6 @@ each = pytest.mark.parametrize(("tasks", "kind"), [(t, kind) for t in (1, 3) for
 # The losses.
 
 
-@each
-@pytest.mark.parametrize("scale", [1.0, 1 / M])
-def test_value_gradient_and_curvature_of_the_loss(
-    tasks: int, kind: type[OutputLoss], scale: float
-) -> None:
-    z, u = torch.randn(2, tasks, M, CLASSES)
-    y = targets_of(kind, tasks)
-    loss = kind(z, y, scale)
-    for t in range(tasks):
-
-        def by_torch(outputs: Tensor, t: int = t) -> Tensor:
-            return scale * TORCH[kind](outputs, y[t])
-
-        assert float(loss.value(z)[t]) == pytest.approx(float(by_torch(z[t])), rel=ROUNDING)
-        assert relative_error([loss.gradient[t]], [grad(by_torch)(z[t])]) < ROUNDING
-        dense = torch.tensordot(hessian(by_torch)(z[t]), u[t], dims=2)
-        assert relative_error([loss.curve(u)[t]], [dense]) < ROUNDING
-    several = loss.value(torch.stack([z, u]))  # a line search's trials in one call
-    assert relative_error([several], [torch.stack([loss.value(z), loss.value(u)])]) < 1e-15
-
-
 def dense_inverse(loss: OutputLoss, kernel: Tensor, t: int) -> Tensor:
     """``S (I + K S)^-1``, which is ``(S^-1 + K)^-1`` where S has an inverse."""
     m, k = loss.outputs.shape[1:]

@@ -1,6 +1,5 @@
 """However the inner problem and the linear system are solved, the hypergradient is one."""
 
-import warnings
 from dataclasses import FrozenInstanceError
 from functools import cache
 
@@ -100,36 +99,6 @@ def test_fewer_samples_than_features(
     assert factored(solver, linear, name) == (learner.diagnostics.cg_steps == 0)
 
 
-# Nothing is taken from an adaptation before that is not the same
-
-
-@pytest.mark.parametrize("change", ["features", "in place", "targets"])
-@pytest.mark.parametrize("inner, steps", [(Newton(), 1), (LBFGS(), 60)], ids=repr)
-def test_data_that_change_after_convergence_are_seen(
-    inner: InnerSolver, steps: int, change: str
-) -> None:
-    parents = (ImplicitCGHead(nn.Linear(20, 3), 0.1, inner=i) for i in (inner, Newton()))
-    learner, twin = (parent.clone() for parent in parents)
-    twin.module.load_state_dict(learner.module.state_dict())
-    h, y = torch.randn(6, 20, requires_grad=True) * 1.0, Y.clone()
-    for _ in range(steps):
-        learner.adapt(F.cross_entropy(learner(h), y))
-    solved = learner.module.weight
-    learner.adapt(F.cross_entropy(learner(h), y))
-    assert torch.equal(learner.module.weight, solved)
-    if change == "targets":
-        y.copy_(y.roll(1))
-    elif change == "in place":
-        h.data.mul_(2.0)
-    else:
-        h = (2.0 * h.detach()).requires_grad_()
-    for _ in range(steps):
-        learner.adapt(F.cross_entropy(learner(h), y))
-    twin.adapt(lambda: F.cross_entropy(twin(h), y), steps=30)
-    assert relative_error([learner.module.weight], [twin.module.weight]) < 1e-4
-    assert relative_error([learner.module.weight], [solved]) > 1e-2
-
-
 # The parts
 
 
@@ -207,6 +176,7 @@ def test_ones_own_solver(kind: str) -> None:
     assert made == [0.1, 0.1]
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_hessian_free_imaml_makes_progress_at_every_step() -> None:
     """A small CNN with ReLU and batch norm, whose Hessian is indefinite: five CG steps each."""
     torch.manual_seed(0)
@@ -214,7 +184,7 @@ def test_hessian_free_imaml_makes_progress_at_every_step() -> None:
         nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(96, 3),
     )  # fmt: skip
-    images, ends = torch.randn(9, 1, 14, 14), {}
+    images, labels, ends = torch.randn(9, 1, 14, 14), torch.arange(9) % 3, {}
     solvers = {"newton": Newton(cg_steps=5), "gradient": GradientDescent()}
     for name, lr in (("newton", 0.1), ("gradient", 0.1), ("gradient", 0.03)):
         values: list[float] = []
@@ -225,11 +195,7 @@ def test_hessian_free_imaml_makes_progress_at_every_step() -> None:
                 return super().inner_step(at)
 
         learner = Watched(module, lr, l2=0.5, inner=solvers[name], linear=CG(5)).clone()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            learner.adapt(
-                lambda net=learner: F.cross_entropy(net(images), torch.arange(9) % 3), steps=12
-            )
+        learner.adapt(lambda n=learner: F.cross_entropy(n(images), labels), steps=12)
         ends[name, lr] = values[-1]
         if name == "newton":
             assert all(b < a for a, b in zip(values, values[1:], strict=False))

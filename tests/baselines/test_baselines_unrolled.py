@@ -14,8 +14,6 @@ from baseline_oracles import (
     gradients,
     make_case,
     outer_step,
-    path,
-    support_loss,
     unrolled,
 )
 from oracles import relative_error
@@ -104,20 +102,6 @@ def test_first_order_of_every_optimizer(kind: str) -> None:
     parent = UnrolledMAML(case.module, rate, first_order=True, optimizer=OPTIMIZERS[kind])
     outer_step(parent, case, 4)
     assert relative_error(gradients(case), [*phi, *theta]) < 1e-12
-
-
-@pytest.mark.parametrize("kind", list(UPDATES))
-@pytest.mark.parametrize("mode", ["unrolled", "first order", "no grad"])
-def test_where_the_steps_lead(mode: str, kind: str) -> None:
-    case, rate = make_case("anil mlp"), RATES[kind]
-    expected = path(case, case.start(), case.constants(), rate, 5, UPDATES[kind])[-1]
-    parent = UnrolledMAML(
-        case.module, rate, first_order=mode == "first order", optimizer=OPTIMIZERS[kind]
-    )
-    with torch.set_grad_enabled(mode != "no grad"):
-        learner = parent.clone()
-        learner.adapt(support_loss(learner, case), steps=5)
-    assert relative_error(list(learner.module.parameters()), expected) < 1e-12
 
 
 def test_adam_where_a_gradient_is_zero() -> None:

@@ -80,6 +80,9 @@ CASES: dict[str, tuple[str, dict[str, Any], float, int]] = {
 }
 
 
+REMEDIES = {"inner": "use inner=Newton()", "linear": "give linear= more steps"}
+
+
 @HOWS
 @pytest.mark.parametrize("case", CASES)
 def test_unsolved_warns_once_and_counts(case: str, how: str) -> None:
@@ -94,9 +97,8 @@ def test_unsolved_warns_once_and_counts(case: str, how: str) -> None:
     assert getattr(found, counted) == found.unsolved == found.hypergradients == 3
     assert found.unsolved_inner + found.unsolved_linear == 3
     assert getattr(learner.diagnostics, counted) == 1 and found.hypergradient_error > 0.1
-    text, remedy = str(caught[0].message), {"inner": "use inner=Newton()",
-                                            "linear": "give linear= more steps"}[what]
-    assert "\n" not in text and remedy in text
+    text = str(caught[0].message)
+    assert "\n" not in text and REMEDIES[what] in text
     assert f"steps of {settings[what]}" in text, "what is set is not named"
     if what == "linear":
         assert found.cg_reason == MAX_STEPS and found.cg_steps == 1

@@ -33,7 +33,7 @@ def learn(
     loss: Callable[..., Tensor], width: int, steps: int, bias: bool, anchor: str, how: str,
     settings: dict[str, Any],
 ) -> list[Tensor]:  # fmt: skip
-    """Phi, the features' gradient, l2's and the initial weight's."""
+    """Phi, the gradients of features and l2, and of the initial weight and bias."""
     torch.manual_seed(1)
     features = torch.randn(2 * M, width).relu_().requires_grad_()
     l2 = torch.tensor(0.2, requires_grad=True)
@@ -44,7 +44,8 @@ def learn(
     support, query = h[:M], h[M:]
     adapt(learner, lambda: loss(learner(support), Y), how, steps)
     F.cross_entropy(learner(query), Y).backward()
-    return [flat(learner.parameters()), features.grad, l2.grad, head.module.weight.grad]  # type: ignore[list-item]
+    initial = [p.grad for p in head.module.parameters()]
+    return [flat(learner.parameters()), features.grad, l2.grad, *initial]  # type: ignore[list-item]
 
 
 @pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")

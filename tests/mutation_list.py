@@ -140,7 +140,7 @@ MUTATIONS = (
       "elif there.known.origin == known.origin and task", "elif task", ANEW),
     m("the quick path ignores another linear solver", LEARNER,
       "known.origin and task.linear == self.linear:", "known.origin:",
-      "closed_form::test_another_linear_solver_is_that_of_the_next_call"),
+      "never_silent_changes::test_a_setting_that_is_changed_is_used"),
     m("Newton keeps what a closure computed first", LEARNER,
       "there = self._on_heads(again.heads(objective.phi, quadratic), steps)", "pass",
       "closed_form::test_newton_solves_what_a_closure_computed_last"),

@@ -1,6 +1,5 @@
 """What counts as theta, however it gets into the inner loss."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -42,11 +41,13 @@ class Named(torch.autograd.Function):
         return gradient
 
 
-CASES = {  # what may be unusual, and whether the learner's forward is used
-    "nested inputs": (Nested, True), "nested inputs of the module": (Nested, False),
-    "a function of one's own": (nn.Linear, False), "the features' gradient asked before":
-    (nn.Linear, True), "a first-order learner": (nn.Linear, True),
-}  # fmt: skip
+CASES = {  # the head, and whether it is called by the learner's forward
+    "nested inputs": (Nested, True),
+    "nested inputs of the module": (Nested, False),
+    "a function of one's own": (nn.Linear, False),
+    "the features' gradient asked before": (nn.Linear, True),
+    "a first-order learner": (nn.Linear, True),
+}
 
 
 @HOWS
@@ -75,7 +76,8 @@ def test_theta_in_unusual_company(case: str, how: str) -> None:
             return value
 
         for _ in range(8):
-            learner.adapt(loss if how == "closure" else loss(), first_order=False)
+            given = {"loss": loss, "steps": 1} if how == "closure" else {"loss": loss()}
+            learner.adapt(**given, first_order=False)
         grads.append(torch.autograd.grad(loss(y=Y.roll(1)), leaves))
     assert relative_error(*grads) < 1e-9
 

@@ -89,12 +89,11 @@ LINEAR = {
 
 
 def assert_alike(
-    batch: Batch, steps: int, tol: float = 1e-10, cls: type[ImplicitCGHead] = ImplicitCGHead,
-    **settings: Any,
-) -> list[Diagnostics]:  # fmt: skip
+    batch: Batch, steps: int, tol: float = 1e-10, **settings: Any
+) -> list[Diagnostics]:
     """Together as alone; what is said of each task."""
-    expected = batch.alone(batch.learner(cls, **settings), steps)
-    found = batch.together(batch.learner(cls, **settings), steps)
+    expected = batch.alone(batch.learner(**settings), steps)
+    found = batch.together(batch.learner(**settings), steps)
     assert_same(found, expected, tol)
     return found[2]
 
@@ -196,9 +195,7 @@ def test_targets_choose_the_loss() -> None:
 def test_no_regulariser_and_more_samples_than_features() -> None:
     """Newton's method without a factor, for each task."""
     features, y = torch.randn(TASKS, 20, 3), torch.randn(TASKS, 20, CLASSES)
-    head = ImplicitCGHead(
-        nn.Linear(3, CLASSES), 0.4, l2=0.0, inner=Newton(cg_steps=100, tol=1e-13)
-    )
+    head = ImplicitCGHead(nn.Linear(3, CLASSES), 0.4, l2=0.0, inner=Newton(cg_steps=100, tol=1e-13))
     adapted = head.adapt_together(features, y, steps=40)
     ones = torch.cat([features, torch.ones(TASKS, 20, 1)], 2)
     expected = torch.linalg.lstsq(ones, y).solution[:, :3].transpose(1, 2)

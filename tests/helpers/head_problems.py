@@ -131,9 +131,7 @@ def make(settings: Settings, task: int, head: nn.Linear, generator: torch.Genera
             y = y + torch.randn(n, ways, generator=generator)
     data = x.float().double()
     y = y.float().double() if settings.squared else y
-    return Problem(
-        settings, task, scale, tuple(traits), data[:n], y, data[n:], query_y, head
-    )
+    return Problem(settings, task, scale, tuple(traits), data[:n], y, data[n:], query_y, head)
 
 
 def ordinary_traits(draw: random.Random) -> Iterator[str]:
@@ -150,9 +148,7 @@ def hostile_traits(draw: random.Random) -> list[str]:
     return sorted(set(draw.choices(names, weights, k=draw.choice([0, 1, 1, 2]))))
 
 
-def spoil(
-    trait: str, x: Tensor, scale: float, labels: Tensor, n: int, draw: random.Random
-) -> None:
+def spoil(trait: str, x: Tensor, scale: float, labels: Tensor, n: int, draw: random.Random) -> None:
     """What makes a problem hard, in place; the first ``n`` rows are the support set."""
     width = x.shape[1]
     some = draw.sample(range(width), max(1, width // 8))

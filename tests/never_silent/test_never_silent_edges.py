@@ -131,8 +131,8 @@ def test_no_support(name: str, reduction: str, anchor: str, way: str) -> None:
             loss = kinds[name](reduction=reduction) if how == "together" else None
             parent = ImplicitCGHead(net, 0.1, l2=0.5, anchor=anchor, loss=loss, **WAYS[way])
             if how == "together":
-                y = NONE[name == "squared error"].expand(2, *NONE[name == "squared error"].shape)
-                heads = parent.adapt_together(torch.zeros(2, 0, 5), y, steps=60)
+                y = NONE[name == "squared error"]
+                heads = parent.adapt_together(torch.zeros(2, 0, 5), torch.stack([y, y]), steps=60)
                 heads(torch.ones(2, 2, 5)).sum().backward()
                 return torch.cat([heads.weight[1].flatten(), heads.bias[1]])
             learner = parent.clone()

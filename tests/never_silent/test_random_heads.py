@@ -150,9 +150,7 @@ MORE: dict[str, Door] = {
 }
 
 
-def outcomes(
-    tasks: list[Problem], truths: list[Known], doors: Iterable[str]
-) -> Iterator[Outcome]:
+def outcomes(tasks: list[Problem], truths: list[Known], doors: Iterable[str]) -> Iterator[Outcome]:
     """Every door and precision for problems of the same settings."""
     for door in doors:
         if door == "iMAML" and tasks[0].settings.anchor != "init":
@@ -165,9 +163,7 @@ def outcomes(
                     yield from run(chosen, their, door, precision)
 
 
-def run(
-    tasks: list[Problem], truths: list[Known], door: str, precision: str
-) -> Iterator[Outcome]:
+def run(tasks: list[Problem], truths: list[Known], door: str, precision: str) -> Iterator[Outcome]:
     leaves = Leaves(tasks, PRECISIONS[precision])
     heard = Heard(lambda: {**DOORS, **MORE}[door](leaves))
     for i, (task, (truth, floor)) in enumerate(zip(tasks, truths, strict=True)):

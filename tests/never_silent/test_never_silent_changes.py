@@ -193,7 +193,8 @@ def test_a_setting_that_is_changed_is_used(
 
     def adapted(late: bool) -> Tensor:
         net = copy.deepcopy(NETS[name])
-        parent = ImplicitCGHead(net, **{"lr": LR, "l2": L2, **first, **({} if late else then)})
+        initial = {"lr": LR, "l2": L2, "anchor": "init", **first}
+        parent = ImplicitCGHead(net, **{**initial, **({} if late else then)})
         learner = parent.clone()
         fit(learner, how, 3)
         for key, value in then.items() if late else ():
@@ -285,21 +286,17 @@ def test_data_changed_before_backward(name: str, how: str, change: str, what: st
     judge(gradient, right if what == "a leaf" else right[: len(start_of(name)) + 1])
 
 
-@pytest.mark.parametrize("name, how, inner", [
-    *((name, how, Newton()) for name in NETS for how in ("closure", "loss")),
-    *((name, "closure", LBFGS()) for name in NETS), ("linear", "loss", LBFGS()),
-])  # fmt: skip
+@EACH_NET
+@HOWS
 @pytest.mark.parametrize("change", IN_PLACE)
 @pytest.mark.parametrize("what", ["x", "y", "l2"])
-def test_data_changed_between_two_adapts(
-    name: str, how: str, inner: Any, change: str, what: str
-) -> None:
+def test_data_changed_between_two_adapts(name: str, how: str, change: str, what: str) -> None:
     """The second solves the problem as it then is, or one line says that it does not."""
 
     def adapted(late: bool) -> Tensor:
         net, x, y = copy.deepcopy(NETS[name]), X.clone(), Y.clone()
         l2 = torch.tensor(L2, dtype=D, requires_grad=True)
-        learner = ImplicitMAML(net, LR, l2=l2, inner=inner).clone()
+        learner = ImplicitMAML(net, LR, l2=l2, inner=Newton()).clone()
         for now in (not late, late):
             if now:
                 write(change, {"x": x, "y": y, "l2": l2}[what])

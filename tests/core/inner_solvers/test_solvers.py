@@ -110,6 +110,29 @@ def test_a_solvers_tol(method: type) -> None:
     assert endless._task.steps == 50
 
 
+@pytest.mark.parametrize("change", ["features", "in place", "targets"])
+def test_lbfgs_sees_that_data_have_changed_after_convergence(change: str) -> None:
+    parents = (ImplicitCGHead(nn.Linear(20, 3), 0.1, inner=i) for i in (LBFGS(), Newton()))
+    learner, twin = (parent.clone() for parent in parents)
+    twin.module.load_state_dict(learner.module.state_dict())
+    h, y = torch.randn(6, 20, requires_grad=True) * 1.0, Y.clone()
+    for _ in range(61):
+        before = learner.module.weight
+        learner.adapt(F.cross_entropy(learner(h), y))
+    assert torch.equal(learner.module.weight, before)
+    if change == "targets":
+        y.copy_(y.roll(1))
+    elif change == "in place":
+        h.data.mul_(2.0)
+    else:
+        h = (2.0 * h.detach()).requires_grad_()
+    for _ in range(60):
+        learner.adapt(F.cross_entropy(learner(h), y))
+    twin.adapt(lambda: F.cross_entropy(twin(h), y), steps=30)
+    assert relative_error([learner.module.weight], [twin.module.weight]) < 1e-4
+    assert relative_error([learner.module.weight], [before]) > 1e-2
+
+
 def test_lbfgs_needs_a_loss_that_it_can_compute_again() -> None:
     deep = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     learner = ImplicitCGHead(deep, 0.1, inner=LBFGS()).clone()

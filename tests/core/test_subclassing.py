@@ -137,14 +137,6 @@ def test_learned_diagonal(anchor: str, inner: InnerSolver, steps: int, how: str)
     assert relative_error(got, expected) < 1e-8
 
 
-def test_what_an_override_says_reaches_the_diagnostics() -> None:
-    task = problem("softmax mean bias")
-    parent = make_learner(task, DenseSolve)
-    _, loss = adapt(parent, task)
-    loss.backward()
-    assert parent.diagnostics.cg_reason == "dense solve" and parent.diagnostics.cg_steps == 15
-
-
 @pytest.mark.parametrize("cls", [DenseSolve, LBFGSB])
 def test_overrides_serve_several_tasks(cls: type[ImplicitCGHead]) -> None:
     """Together as one by one."""

@@ -206,20 +206,6 @@ def known(problem: Problem) -> Known:
     return Known(truth, floor)
 
 
-FOUND: dict[tuple[Settings, bytes], Tensor] = {}
-
-
-def right_features(problem: Problem) -> Tensor:
-    """The gradient in the features, computed once for each content of a problem."""
-    start = [p.detach().reshape(-1) for p in problem.head.parameters()]
-    parts = [problem.x, problem.y, problem.query, problem.query_y, *start]
-    content = torch.cat([part.double().reshape(-1) for part in parts])
-    key = problem.settings, content.numpy().tobytes()
-    if key not in FOUND:
-        FOUND[key] = known(problem).truth.features
-    return FOUND[key]
-
-
 def samples(y: Tensor, settings: Settings, reduction: str) -> Samples:
     number = len(y) * (settings.ways if settings.squared else 1)
     dense = y if settings.squared else F.one_hot(y, settings.ways)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from head_problems import Problem, Settings, loss_of, query_loss, right_features
+from head_problems import Problem, Settings, known, loss_of, query_loss
 from oracles import implicit_from, linear
 from small_task import adapt
 from solver_settings import WAYS, clustered
@@ -24,9 +25,7 @@ LOSSES = {"cross-entropy": (False, "mean"), "sum of cross-entropies": (False, "s
 Change = Callable[[Tensor], Tensor]
 
 
-def problem(
-    x: Tensor, query: Tensor, ways: int, l2: float, loss: str = "cross-entropy", bias: bool = True
-) -> Problem:
+def problem(x: Tensor, query: Tensor, ways: int, l2: float, loss: str, bias: bool) -> Problem:
     """A task of numbers that float32 has, its labels in turn."""
     squared, reduction = LOSSES[loss]
     shots, width = len(x) // ways, x.shape[1]
@@ -43,7 +42,7 @@ def problem(
 
 
 def on_features(
-    task: Problem, how: str, steps: int, dtype: torch.dtype = torch.float32, **settings: Any
+    task: Problem, how: str, steps: int, dtype: torch.dtype, **settings: Any
 ) -> Callable[[], Tensor]:
     """The gradient in the support features, by ``steps`` loss tensors or by a closure."""
     own = task.settings
@@ -92,17 +91,25 @@ HARD: dict[str, tuple[list[Change], list[float], list[tuple[int, ...]], list[boo
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("hard, way", [(name, way) for name in HARD for way in HARD[name][-1]])
-@pytest.mark.parametrize("loss", LOSSES)
-def test_hard_heads(hard: str, way: str, loss: str) -> None:
+@cache
+def tasks_of(hard: str, loss: str) -> list[tuple[Problem, Callable[[], Tensor]]]:
+    """And the right gradient of each, computed when it is asked for."""
     changes, strengths, shapes, biases, _ = HARD[hard]
+    found = []
     for change, l2, (ways, shots, width), bias in product(changes, strengths, shapes, biases):
         support, queries = (change(part) for part in clustered(ways, shots, width))
         task = problem(support, queries, ways, l2, loss, bias)
+        found.append((task, cache(lambda task=task: known(task).truth.features)))
+    return found
+
+
+@pytest.mark.parametrize("hard, way", [(name, way) for name in HARD for way in HARD[name][-1]])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_hard_heads(hard: str, way: str, loss: str) -> None:
+    for task, right in tasks_of(hard, loss):
         runs = product((("closure", 50), ("losses", 5), ("losses", 1)), (torch.float32, D))
         for (how, steps), dtype in runs:
-            call = on_features(task, how, steps, dtype, **WAYS[way])
-            judge(call, lambda task=task: right_features(task))
+            judge(on_features(task, how, steps, dtype, **WAYS[way]), right)
 
 
 Y = torch.arange(12) % 3

@@ -389,9 +389,11 @@ def test_one_bad_task_is_named(solvers: dict[str, Any]) -> None:
     scale = torch.tensor([1.0, torch.inf]).view(2, 1, 1)
     with pytest.raises(FloatingPointError, match=r"linear system of tasks \[1\]"):
         (adapted(features) * scale).sum().backward()
-    features.data[1, 0, 0] = torch.inf
-    with pytest.raises(FloatingPointError, match=r"in tasks \[1\]"):
-        learner.adapt_together(features, y)
+    numbers, spoilt = torch.randn(2, 8, 3), features.detach().clone()
+    numbers[1, 4, 1], spoilt[1, 0, 0] = torch.nan, torch.inf
+    for bad in ((spoilt, y), (features, numbers)):
+        with pytest.raises(FloatingPointError, match=r"in tasks \[1\]"):
+            learner.adapt_together(*bad)
 
 
 def test_empty_support_sets_end_at_the_anchor() -> None:

@@ -9,7 +9,7 @@ import higher  # noqa: F401  (these tests need the extra "baselines")
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from l2l_implicit.baselines import Learn2LearnMAML, Reptile, UnrolledMAML
 
@@ -31,21 +31,6 @@ def message(kind: type[BaseException], call: Callable[[], Any]) -> str:
 
 
 @EVERY
-@pytest.mark.parametrize(
-    "model, lr, kind, words",
-    [
-        ("cnn", 0.1, TypeError, "model: expected a torch.nn.Module, got 'cnn'"),
-        (None, 0.0, ValueError, "lr: expected a number above 0, got 0.0"),
-        (None, float("nan"), ValueError, "lr: expected a finite number, got nan"),
-        (None, "0.1", TypeError, "lr: expected a number, got '0.1'"),
-        (None, torch.ones(3), ValueError, "lr: expected one number, got a tensor of shape (3,)"),
-    ],
-)
-def test_settings(model: Any, lr: Any, kind: type, words: str, cls: type) -> None:
-    assert words in message(kind, lambda: cls(head() if model is None else model, lr))
-
-
-@EVERY
 @pytest.mark.parametrize("lr", [[], [torch.ones(3, 4)], [torch.ones(3), torch.ones(3)], [0.1, 0.1],
                                 nn.ParameterList([torch.ones(3, 4), torch.ones(1)])])  # fmt: skip
 def test_a_step_size_for_each_parameter(lr: Any, cls: type) -> None:
@@ -59,66 +44,62 @@ class Own(torch.optim.SGD):
     """A class that higher has never heard of."""
 
 
-@pytest.mark.parametrize("cls", [UnrolledMAML, Reptile])
-@pytest.mark.parametrize(
-    "optimizer, kind, words",
-    [
-        ("adamm", ValueError, "did you mean 'adam'?"),
-        (3, TypeError, "optimizer: expected a name or a function of the parameters, got 3"),
-        (lambda parameters: None, TypeError, "torch.optim.Optimizer, got NoneType"),
-    ],
-)
-def test_optimizers(optimizer: Any, kind: type, words: str, cls: type) -> None:
-    assert words in message(kind, lambda: cls(head(), 0.1, optimizer=optimizer))
+SETTINGS = [
+    ({"model": "cnn"}, TypeError, "model: expected a torch.nn.Module, got 'cnn'"),
+    ({"lr": 0.0}, ValueError, "lr: expected a number above 0, got 0.0"),
+    ({"lr": float("nan")}, ValueError, "lr: expected a finite number, got nan"),
+    ({"lr": "0.1"}, TypeError, "lr: expected a number, got '0.1'"),
+    ({"lr": torch.ones(3)}, ValueError, "lr: expected one number, got a tensor of shape (3,)"),
+]
+OPTIMIZERS = [
+    ({"optimizer": "adamm"}, ValueError, "did you mean 'adam'?"),
+    ({"optimizer": 3}, TypeError, "optimizer: expected a name or a function of the parameters, "),
+    ({"optimizer": lambda parameters: None}, TypeError, "torch.optim.Optimizer, got NoneType"),
+]
+NOT_BY_HIGHER = [  # and so not unrolled
+    ({"optimizer": torch.optim.AdamW}, ValueError, "got AdamW; try SGD, Adam or RMSprop"),
+    ({"optimizer": Own}, ValueError, "got Own; try"),
+    ({"optimizer": lambda ps: torch.optim.SGD(ps, maximize=True)}, ValueError,
+     "got maximize=True, which it ignores"),
+]  # fmt: skip
+LEARNED = {"lr": torch.tensor(0.1, requires_grad=True)}
 
 
-@pytest.mark.parametrize(
-    "optimizer, words",
-    [
-        (torch.optim.AdamW, "got AdamW; try SGD, Adam or RMSprop"),
-        (Own, "got Own; try"),
-        (lambda ps: torch.optim.SGD(ps, maximize=True), "got maximize=True, which it ignores"),
-    ],
-)
-def test_optimizers_that_higher_cannot_unroll(optimizer: Any, words: str) -> None:
-    text = message(ValueError, lambda: UnrolledMAML(head(), 0.1, optimizer=optimizer))
-    assert words in text
-    Reptile(head(), 0.1, optimizer=optimizer)
+@pytest.mark.parametrize("cls, settings, kind, words", [
+    *((cls, *row) for cls in CLASSES for row in SETTINGS),
+    *((cls, *row) for cls in (UnrolledMAML, Reptile) for row in OPTIMIZERS),
+    *((UnrolledMAML, *row) for row in NOT_BY_HIGHER),
+    (Reptile, LEARNED, TypeError, "cannot be meta-learned"),
+])  # fmt: skip
+def test_settings(cls: type, settings: dict[str, Any], kind: type, words: str) -> None:
+    assert words in message(kind, lambda: cls(**{"model": head(), "lr": 0.1, **settings}))
 
 
-def test_reptile_cannot_learn_its_step_size() -> None:
-    lr = torch.tensor(0.1, requires_grad=True)
-    assert "cannot be meta-learned" in message(TypeError, lambda: Reptile(head(), lr))
-
-
-def test_outer_gradient_of_the_original() -> None:
-    text = message(RuntimeError, Reptile(head(), 0.1).outer_gradient)
+@pytest.mark.parametrize("settings", [row[0] for row in NOT_BY_HIGHER])
+def test_reptile_takes_every_optimizer_and_its_original_no_outer_gradient(
+    settings: dict[str, Any],
+) -> None:
+    text = message(RuntimeError, Reptile(head(), 0.1, **settings).outer_gradient)
     assert "expected an adapted clone" in text
 
 
 @EVERY
-@pytest.mark.parametrize(
-    "loss, steps, kind, words",
-    [
-        (lambda out: F.cross_entropy(out, Y), 3, ValueError, "steps: expected with a closure"),
-        (lambda out: lambda: F.cross_entropy(out, Y), 0, ValueError, "steps (K): expected at"),
-        (lambda out: lambda: 3.0, 2, TypeError, "loss: expected a tensor, got float"),
-        (lambda out: "loss", None, TypeError, "loss: expected a tensor or a closure, got str"),
-        (lambda out: out, None, ValueError, "loss: expected a scalar, got shape (6, 3)"),
-        (lambda out: out.sum().detach(), None, ValueError, "got one without a graph"),
-        (lambda out: out.sum() / 0, None, ValueError, "loss: expected a finite number"),
-        (lambda out: X.clone().requires_grad_().sum(), None, ValueError, "none of them"),
-        (lambda out: out.detach().sum() + 0 * _other(), None, ValueError, "none of them"),
-    ],
-)
+@pytest.mark.parametrize("loss, steps, kind, words", [
+    (lambda out: F.cross_entropy(out, Y), 3, ValueError, "steps: expected with a closure"),
+    (lambda out: lambda: F.cross_entropy(out, Y), 0, ValueError, "steps (K): expected at"),
+    (lambda out: lambda: 3.0, 2, TypeError, "loss: expected a tensor, got float"),
+    (lambda out: "loss", None, TypeError, "loss: expected a tensor or a closure, got str"),
+    (lambda out: out, None, ValueError, "loss: expected a scalar, got shape (6, 3)"),
+    (lambda out: out.sum().detach(), None, ValueError, "got one without a graph"),
+    (lambda out: out.sum() / 0, None, ValueError, "loss: expected a finite number"),
+    (lambda out: X.clone().requires_grad_().sum(), None, ValueError, "none of them"),
+    (lambda out: torch.ones((), requires_grad=True) + out.detach().sum(), None, ValueError,
+     "none of them"),
+])  # fmt: skip
 def test_losses(loss: Any, steps: int | None, kind: type, words: str, cls: type) -> None:
     learner = cls(head(), 0.1).clone()
     given = loss(learner(X))
     assert words in message(kind, lambda: learner.adapt(given, steps=steps))
-
-
-def _other() -> Tensor:
-    return torch.ones((), requires_grad=True)
 
 
 @EVERY
@@ -132,20 +113,16 @@ def test_parameters_absent_from_the_loss(cls: type) -> None:
 
 
 @EVERY
-def test_frozen_parameters(cls: type) -> None:
+def test_frozen_parameters_and_inference_mode(cls: type) -> None:
     module = head()
+    learner = cls(module, 0.1).clone()
+    with torch.inference_mode():
+        text = message(RuntimeError, lambda: learner.adapt(lambda: learner(X).sum(), steps=1))
+    assert "use torch.no_grad()" in text
     module.bias.requires_grad_(False)
     learner = cls(module, 0.1).clone()
     loss = F.cross_entropy(learner(X), Y)
     assert "got bias without" in message(ValueError, lambda: learner.adapt(loss))
-
-
-@EVERY
-def test_inference_mode(cls: type) -> None:
-    learner = cls(head(), 0.1).clone()
-    with torch.inference_mode():
-        text = message(RuntimeError, lambda: learner.adapt(lambda: learner(X).sum(), steps=1))
-    assert "use torch.no_grad()" in text
 
 
 def test_without_higher(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,19 +69,6 @@ def test_weights_and_tasks_add_up() -> None:
     assert relative_error([p.grad for p in case.module.parameters()], expected) < 1e-12
 
 
-def test_an_outer_step_is_that_of_the_paper() -> None:
-    """phi + epsilon (adapted - phi), Algorithm 1."""
-    case = make_case("maml linear")
-    start, adapted = case.start(), path(case, case.start(), (), 0.3, 3)[-1]
-    expected = [p + 0.1 * (a - p) for p, a in zip(start, adapted, strict=True)]
-    outer = torch.optim.SGD(case.module.parameters(), lr=0.1)
-    learner = Reptile(case.module, 0.3).clone()
-    learner.adapt(support_loss(learner, case), steps=3)
-    learner.outer_gradient()
-    outer.step()
-    assert relative_error(list(case.module.parameters()), expected) < 1e-12
-
-
 def test_a_clone_of_a_clone_goes_on_from_it() -> None:
     case = make_case("maml linear")
     learner = Reptile(case.module, 0.3).clone()

@@ -36,96 +36,70 @@ library.impl("nms", lambda dets, scores, iou_threshold: torch.tensor([7]), "CPU"
 def _has_ops(): return True
 """
 CALL = "torch.ops.torchvision.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)"
+REFUSED = "operator torchvision::nms does not exist"
 
 
-def run(code: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def tried(code: str) -> str:
+    """Runs ``code`` and prints the first line of its error."""
+    body = "\n    ".join(code.strip().splitlines())
+    return f"try:\n    {body}\nexcept Exception as e:\n    print(str(e).splitlines()[0])\n"
+
+
+# What the small torchvision's operators are, the code, and what it prints; the last two without it.
+CASES: dict[str, tuple[str | None, str, str]] = {
+    "operators that do not load are declared without kernels": (
+        NOT_LOADED, f"import torch\n{tried('import torchvision')}{COMPAT}\nimport torchvision\n"
+        + tried(CALL), f"{REFUSED}\nCould not run 'torchvision::nms'"),
+    "operators that load are left alone": (
+        LOADED, f"{COMPAT}\nimport torchvision\nprint({CALL}.item(), _compat._libraries)", "7 []"),
+    "a torchvision that cannot tell is left alone": (
+        "", COMPAT + tried("import torchvision"), REFUSED),
+    "without torchvision nothing is declared or imported": (
+        None, COMPAT + """
+print(sorted({"torchvision", "gym", "learn2learn"} & set(sys.modules)), _compat._libraries)
+sys.modules["torchvision"] = None  # as if not installed
+""" + tried("import torchvision"), "[] []\nimport of torchvision halted"),
+    "an operator declared by someone else is not declared again": (
+        None, COMPAT + """
+other = torch.library.Library("torchvision", "DEF")
+other.define(_compat._SCHEMAS["nms"])
+print(_compat.declare_missing_operators(), _compat.declare_missing_operators())
+""", "('qnms',) ()"),
+}  # fmt: skip
+
+
+def run(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Runs ``code`` in a new interpreter, from ``folder``, which comes first in its path."""
     command = [sys.executable, "-c", code]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=500)
 
 
-def output(code: str, folder: Path = ROOT) -> str:
-    done = run(code, folder)
+@pytest.mark.parametrize("case", CASES)
+def test_operators(case: str, tmp_path: Path) -> None:
+    operators, code, expected = CASES[case]
+    if operators is not None:
+        (tmp_path / "torchvision").mkdir()
+        for name, source in {**PACKAGE, "extension.py": operators}.items():
+            (tmp_path / "torchvision" / name).write_text(source)
+    done = run(code, tmp_path)
     assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    printed = done.stdout.splitlines()
+    assert len(printed) == len(expected.splitlines())
+    assert all(map(str.startswith, printed, expected.splitlines())), printed
 
 
-@pytest.fixture
-def small_torchvision(tmp_path: Path) -> Path:
-    package = tmp_path / "torchvision"
-    package.mkdir()
-    for name, source in PACKAGE.items():
-        (package / name).write_text(source)
-    return package
-
-
-def test_operators_that_do_not_load_are_declared_without_kernels(small_torchvision: Path) -> None:
-    (small_torchvision / "extension.py").write_text(NOT_LOADED)
-    code = f"""
-import torch
-try:
-    import torchvision
-except RuntimeError as error:
-    print(error)
-{COMPAT}
-import torchvision
-try:
-    {CALL}
-except NotImplementedError as error:
-    print(str(error).splitlines()[0])
-"""
-    before, after = output(code, small_torchvision.parent).splitlines()
-    assert before == "operator torchvision::nms does not exist"
-    assert after.startswith("Could not run 'torchvision::nms'")
-
-
-def test_operators_that_load_are_left_alone(small_torchvision: Path) -> None:
-    (small_torchvision / "extension.py").write_text(LOADED)
-    code = f"{COMPAT}\nimport torchvision\nprint({CALL}.item(), _compat._libraries)"
-    assert output(code, small_torchvision.parent) == "7 []"
-
-
-def test_a_torchvision_that_cannot_tell_is_left_alone(small_torchvision: Path) -> None:
-    (small_torchvision / "extension.py").write_text("")
-    done = run(f"{COMPAT}\nimport torchvision", small_torchvision.parent)
-    assert "operator torchvision::nms does not exist" in done.stderr
-
-
-def test_without_torchvision_nothing_is_declared_or_imported() -> None:
-    code = f"""
-{COMPAT}
-print(sorted({{"torchvision", "gym", "learn2learn"}} & set(sys.modules)), _compat._libraries)
-sys.modules["torchvision"] = None  # as if not installed
-try:
-    import torchvision
-except ModuleNotFoundError:
-    print("absent")
-"""
-    assert output(code) == "[] []\nabsent"
-
-
-def test_an_operator_declared_by_someone_else_is_not_declared_again() -> None:
-    code = f"""
-{COMPAT}
-other = torch.library.Library("torchvision", "DEF")
-other.define(_compat._SCHEMAS["nms"])
-print(_compat.declare_missing_operators(), _compat.declare_missing_operators())
-"""
-    assert output(code) == "('qnms',) ()"
-
-
-def test_the_library_imports_quietly_and_a_called_operator_is_right_or_says_why_not() -> None:
-    """It loads no experiment; of the extras learn2learn itself loads pytorch_lightning."""
-    done = run("""
+IMPORTS = """
 import l2l_implicit, learn2learn, sys, torch, torchvision.transforms, torchvision.datasets
 bad = {"experiments", "sacred", "pymongo", "higher", "l2l_implicit.lightning"}
 print(sorted(bad & set(sys.modules)))
 boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 2.0, 2.1], [5.0, 5.0, 6.0, 6.0]])
-try:
-    print(torchvision.ops.nms(boxes, torch.tensor([0.8, 0.9, 0.7]), 0.5).tolist())
-except RuntimeError as error:
-    print(str(error).splitlines()[0])
-""")
+"""
+NMS = tried("print(torchvision.ops.nms(boxes, torch.tensor([0.8, 0.9, 0.7]), 0.5).tolist())")
+
+
+def test_the_library_imports_quietly_and_a_called_operator_is_right_or_says_why_not() -> None:
+    """It loads no experiment; of the extras learn2learn itself loads pytorch_lightning."""
+    done = run(IMPORTS + NMS, ROOT)
     assert (done.returncode, done.stderr) == (0, "")
     loaded, printed = done.stdout.splitlines()
     assert loaded == "[]"

@@ -15,13 +15,12 @@ from problems import (
     make_learner,
     minimum,
     problem,
-    solved,
     truth,
 )
 from small_task import HOWS
 from torch import nn
 
-from l2l_implicit import CG, LBFGS, GradientDescent, ImplicitCGHead, Newton
+from l2l_implicit import CG, GradientDescent, ImplicitCGHead, Newton
 from l2l_implicit.linear_solvers.solution import FACTORED
 
 pytestmark = [
@@ -94,29 +93,6 @@ def test_gradient_steps_converge_at_the_rate_of_gradient_descent() -> None:
     assert all(after < 1.2 * rate * before for before, after in itertools.pairwise(errors))
 
 
-def test_error_in_the_number_of_products_is_bounded_by_cg() -> None:
-    """Error <= C ((sqrt(k) - 1) / (sqrt(k) + 1))^N, with k the condition number; 0 after n.
-
-    L-BFGS solves the head but leaves no factor, so that conjugate gradient has to.
-    """
-    task = problem("softmax mean", l2=0.02)
-    phi, exact = solved(task), expected(task)
-    eigenvalues = torch.linalg.eigvalsh(
-        torch.func.hessian(task.inner)(phi, *[t.detach() for t in task.leaves()])
-    )
-    root = float(eigenvalues[-1] / eigenvalues[0]) ** 0.5
-    errors = []
-    for products in (2, 4, 6, 8, 12):
-        parent = make_learner(task, inner=LBFGS(tol=1e-13), linear=CG(products, 1e-13))
-        learner, loss = adapt(parent, task, "closure", 80)
-        errors.append(relative_error(hypergradient(task, loss), exact))
-        assert learner.diagnostics.inner_gradient_norm < 1e-9
-        assert learner.diagnostics.cg_steps == min(products, 8)  # 12 unknowns, softmax: rank 8
-        bound = 2 * root * ((root - 1) / (root + 1)) ** products
-        assert errors[-1] < 10 * bound
-    assert errors[-1] < 1e-9 and errors[0] > 1e-3
-
-
 @HOWS
 @pytest.mark.parametrize("name", ["softmax mean bias", "ridge sum", "anchored softmax"])
 def test_a_linear_head_is_solved_at_the_first_adapt(name: str, how: str) -> None:
@@ -130,19 +106,6 @@ def test_a_linear_head_is_solved_at_the_first_adapt(name: str, how: str) -> None
     before = list(learner.module.parameters())
     again = adapt(parent, task, how, 7)[0]
     assert relative_error(list(again.parameters()), before) < 1e-14
-
-
-def test_a_loss_lags_one_step_behind_a_closure() -> None:
-    """phi^{K-1} against phi^K: the difference falls as fast as the steps become small."""
-    task = problem("softmax mean", lr=0.8)
-    parent, differences = make_learner(task, inner=GradientDescent()), []
-    for steps in (5, 15, 25, 35):
-        losses = (adapt(parent, task, how, steps)[1] for how in ("closure", "loss"))
-        both = [hypergradient(task, loss) for loss in losses]
-        differences.append(relative_error(*both))
-    rate = (1 - task.lr * task.l2) ** 10
-    assert 1e-3 < differences[0] < 1
-    assert all(after < 1.2 * rate * before for before, after in itertools.pairwise(differences))
 
 
 def test_a_loss_is_linearized_where_it_was_computed() -> None:

@@ -1,40 +1,20 @@
 """What the learners do beyond learn2learn's contract (test_contract.py), and other modules."""
 
 import copy
-from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from oracles import relative_error
+from problems import EXACT
 from small_task import HOWS, fit
 from small_task import SIX_LABELS as Y
 from small_task import six_inputs as x
 from torch import Tensor, nn
 
-from l2l_implicit import CG, GradientDescent, ImplicitCGHead, ImplicitMAML, Newton
+from l2l_implicit import CG, GradientDescent, ImplicitCGHead, ImplicitMAML
 
 pytestmark = pytest.mark.usefixtures("float64")
-
-
-EXACT = {"inner": Newton(cg_steps=200, tol=1e-12), "linear": CG(steps=200, tol=1e-12)}
-
-
-class MyHead(ImplicitCGHead):
-    """A subclass with a constructor of its own, an attribute, and a parameter."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(nn.Linear(width, 3), lr=0.1)
-        self.note, self.gain = ["kept"], nn.Parameter(torch.ones(()))
-
-
-def test_clone_keeps_class_and_attributes() -> None:
-    parent = MyHead(4)
-    clone = parent.clone().clone()
-    assert type(clone) is MyHead and clone.note is parent.note and clone.gain is parent.gain
-    assert clone.module.weight is not parent.module.weight
-    twin = copy.deepcopy(parent)
-    assert type(twin) is MyHead and twin.gain is not parent.gain and twin.note is not parent.note
 
 
 @HOWS
@@ -56,41 +36,28 @@ def test_without_a_clone(how: str, anchor: str) -> None:
 
 
 class Recurrent(nn.Module):
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
         super().__init__()
-        self.cell = getattr(nn, kind)(4, 5, batch_first=True)
-        self.last = nn.Linear(5, 3)
+        self.cell, self.last = kind(4, 5, batch_first=True), nn.Linear(5, 3)
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.last(self.cell(inputs.unsqueeze(1).expand(-1, 3, -1))[0][:, -1])
 
 
-MODULES: dict[str, Callable[[], nn.Module]] = {
-    "LSTM": lambda: Recurrent("LSTM"),
-    "GRU": lambda: Recurrent("GRU"),
-    "RNN": lambda: Recurrent("RNN"),
-}
-
-
 @HOWS
-@pytest.mark.parametrize("kind", list(MODULES))
-def test_other_modules(kind: str, how: str) -> None:
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_modules(kind: type[nn.RNNBase], how: str) -> None:
     """The inner minimum is one (its gradient is zero), and the parent gets a gradient."""
-    parent = ImplicitCGHead(MODULES[kind](), 0.1, anchor="init", l2=1.0, **EXACT)
-    learner, inputs = parent.clone(), x()
-    count = len(list(parent.module.parameters()))
+    parent = ImplicitCGHead(Recurrent(kind), 0.1, anchor="init", l2=1.0, **EXACT)
+    learner, inputs, initial = parent.clone(), x(), list(parent.module.parameters())
     fit(learner, inputs, how, 15)
     new = list(learner.module.parameters())
-    assert len(new) == count and not any(
-        a is b for a, b in zip(new, parent.module.parameters(), strict=True)
-    )
-    objective = F.cross_entropy(learner(inputs), Y) + 0.5 * sum(
-        (p - a.detach()).square().sum() for p, a in zip(new, parent.parameters(), strict=True)
-    )
+    squares = sum((p - a.detach()).square().sum() for p, a in zip(new, initial, strict=True))
+    objective = F.cross_entropy(learner(inputs), Y) + 0.5 * squares
     slopes = torch.autograd.grad(objective, new)
     assert max(float(g.abs().max()) for g in slopes) < 1e-8
     F.cross_entropy(learner(inputs), Y.roll(1)).backward()
-    assert all(p.grad is not None and p.grad.any() for p in parent.parameters())
+    assert all(p.grad is not None and p.grad.any() for p in initial)
 
 
 @HOWS

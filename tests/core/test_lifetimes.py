@@ -49,63 +49,41 @@ CASES = pytest.mark.parametrize("head, how, inner", [
 
 
 @CASES
-def test_one_linearization_lives_and_dies_with_backward(
+def test_one_linearization_lives_and_dies_with_the_loss(
     head: str, how: str, inner: InnerSolver, linearizations: weakref.WeakSet
 ) -> None:
+    """At the backward pass, or with the loss that is dropped without one; features too."""
     parent = ImplicitCGHead(nets()[head], 0.1, inner=inner, l2=0.5)
-    learner, inputs = parent.clone(), x()
-    fit(learner, inputs, how)
-    assert len(linearizations) == 1
-    loss = F.cross_entropy(learner(inputs), Y)
-    loss.backward(retain_graph=True)
-    assert len(linearizations) == 1
-    loss.backward()
-    assert len(linearizations) == 0 and loss is not None and learner is not None
-
-
-@CASES
-def test_dropped_without_backward(
-    head: str, how: str, inner: InnerSolver, linearizations: weakref.WeakSet
-) -> None:
-    parent = ImplicitCGHead(nets()[head], 0.1, inner=inner)
-    learner, inputs = parent.clone(), x()
-    fit(learner, inputs, how)
-    loss, gone = F.cross_entropy(learner(inputs), Y), weakref.ref(learner)
-    del learner
-    assert gone() is None, "the graph holds its learner"
-    assert len(linearizations) == 1, "the loss does not hold its linearization"
-    del loss
-    assert len(linearizations) == 0
-
-
-@CASES
-def test_features_die_with_their_owner(head: str, how: str, inner: InnerSolver) -> None:
-    parent = ImplicitCGHead(nets()[head], 0.1, inner=inner)
-    theta, learner = torch.randn(4, 4, requires_grad=True), parent.clone()
-    h = torch.tanh(x() @ theta)
-    gone = weakref.ref(h)
-    fit(learner, h, how)
-    loss = F.cross_entropy(learner(h), Y)
-    del h
-    assert gone() is not None
-    loss.backward()
-    assert gone() is None, "features live on after backward, though only the loss's value is kept"
-    assert theta.grad is not None and learner is not None
+    for with_backward in (True, False):
+        theta, learner = torch.randn(4, 4, requires_grad=True), parent.clone()
+        h = torch.tanh(x() @ theta)
+        fit(learner, h, how)
+        loss, features = F.cross_entropy(learner(h), Y), weakref.ref(h)
+        del h
+        assert len(linearizations) == 1 and features() is not None
+        if with_backward:
+            loss.backward(retain_graph=True)
+            assert len(linearizations) == 1
+            loss.backward()
+            assert features() is None and len(linearizations) == 0
+        gone = weakref.ref(learner)
+        del learner
+        assert gone() is None, "the graph holds its learner"
+        assert len(linearizations) == (not with_backward), "the loss does not hold it"
+        del loss
+        assert len(linearizations) == 0 and features() is None and theta is not None
 
 
 @CASES
 def test_evaluation_without_grad_keeps_nothing(
     head: str, how: str, inner: InnerSolver, linearizations: weakref.WeakSet
 ) -> None:
-    parent = ImplicitCGHead(nets()[head], 0.1, inner=inner).eval()
-    inputs = x()
-    with torch.no_grad():
-        learner = parent.clone()
-        learner.adapt(lambda: F.cross_entropy(learner(inputs), Y), steps=5)
-        out = learner(inputs)
-    assert not out.requires_grad and len(linearizations) == 0
-    assert all(p.is_leaf for p in learner.module.parameters())
-    assert all(p.grad is None for p in parent.parameters())
-    reference = parent.clone()
-    reference.adapt(lambda: F.cross_entropy(reference(inputs), Y), steps=5)
-    assert torch.equal(reference(inputs), out)
+    """And ends where an adaptation with gradients does (contract.py), to the last digit."""
+    parent, inputs, found = ImplicitCGHead(nets()[head], 0.1, inner=inner).eval(), x(), []
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            learner = parent.clone()
+            fit(learner, inputs, "closure", 5)
+            found.append(learner(inputs))
+        assert gradients or len(linearizations) == 0
+    assert torch.equal(*found)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import peak_of_live_tensors
-from small_task import adapt
+from small_task import HOWS, adapt
 from torch import nn
 
 from experiments.training.peak_memory import peak_memory
@@ -17,12 +17,12 @@ from learn2learn.algorithms import MAML  # isort: skip  (after l2l_implicit, whi
 
 MIB = 2**20
 Y = torch.arange(10) % 5
-HEADS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # and the number of features
-    "linear": (lambda: nn.Linear(2000, 5), 2000),
+HEADS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(2000, 5),
     # Large against what a step keeps beside the linearization; small enough for many steps.
-    "two layers": (lambda: nn.Sequential(nn.Linear(200, 100), nn.Tanh(), nn.Linear(100, 5)), 200),
+    "two layers": lambda: nn.Sequential(nn.Linear(200, 100), nn.Tanh(), nn.Linear(100, 5)),
     # Two million parameters.
-    "large": (lambda: nn.Sequential(nn.Linear(2000, 1000), nn.Tanh(), nn.Linear(1000, 5)), 2000),
+    "large": lambda: nn.Sequential(nn.Linear(2000, 1000), nn.Tanh(), nn.Linear(1000, 5)),
 }
 pytestmark = pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
 
@@ -33,11 +33,12 @@ def seeded() -> None:
 
 
 def parent_of(head: str, inner: InnerSolver) -> ImplicitCGHead:
-    return ImplicitCGHead(HEADS[head][0](), 0.01, inner=inner, linear=CG(3), l2=0.5)
+    return ImplicitCGHead(HEADS[head](), 0.01, inner=inner, linear=CG(3), l2=0.5)
 
 
-def task(parent: nn.Module, width: int, how: str, steps: int) -> Callable[[], None]:
+def task(parent: nn.Module, how: str, steps: int) -> Callable[[], None]:
     """One task with features that have history: adapt, then back-propagate the query loss."""
+    width = next(parent.parameters()).shape[1]
     theta, data = torch.randn(8, width, requires_grad=True), torch.randn(10, 8)
 
     def run() -> None:
@@ -50,10 +51,10 @@ def task(parent: nn.Module, width: int, how: str, steps: int) -> Callable[[], No
     return run
 
 
-def peaks(parent: nn.Module, width: int, how: str, *numbers: int) -> list[int]:
+def peaks(parent: nn.Module, how: str, *numbers: int) -> list[int]:
     """The peak of a task at each of these numbers of inner steps."""
-    task(parent, width, how, 2)()  # what is allocated once and for all
-    return [peak_memory(task(parent, width, how, steps)) for steps in numbers]
+    task(parent, how, 2)()  # what is allocated once and for all
+    return [peak_memory(task(parent, how, steps)) for steps in numbers]
 
 
 def test_the_measure_knows_an_allocation() -> None:
@@ -67,41 +68,31 @@ def test_the_measure_knows_an_allocation() -> None:
 
 def test_two_measures_agree_on_a_task() -> None:
     """The counter of storages against the allocator's own record, which takes gigabytes."""
-    one = task(parent_of("large", GradientDescent()), 2000, "loss", 2)
+    one = task(parent_of("large", GradientDescent()), "loss", 2)
     one()
     assert peak_memory(one) == pytest.approx(peak_of_live_tensors(one), rel=0.02)
 
 
-def assert_flat(head: str, inner: InnerSolver, how: str, many: int) -> None:
-    one, end = peaks(parent_of(head, inner), HEADS[head][1], how, 1, many)
-    assert end < 1.02 * one
-
-
-WAYS = [(inner, how) for inner in (Newton(3), GradientDescent()) for how in ("loss", "closure")]
-
-
-@pytest.mark.parametrize("head, many", [("linear", 300), ("two layers", 100), ("large", 10)])
-@pytest.mark.parametrize("inner, how", WAYS)
-def test_flat_in_the_steps(inner: InnerSolver, how: str, head: str, many: int) -> None:
+@pytest.mark.parametrize("head, many", [
+    ("linear", 300), ("two layers", 100), ("large", 10),
+    *(pytest.param(head, 1000, marks=pytest.mark.slow) for head in ("two layers", "large")),
+])  # fmt: skip
+@pytest.mark.parametrize("inner", [Newton(3), GradientDescent()])
+@HOWS
+def test_flat_in_the_steps(how: str, inner: InnerSolver, head: str, many: int) -> None:
     """In ten steps an unrolled learner would hold ten times as much."""
-    assert_flat(head, inner, how, many)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("head", ["two layers", "large"])
-@pytest.mark.parametrize("inner, how", WAYS)
-def test_from_1_to_1000_steps(inner: InnerSolver, how: str, head: str) -> None:
-    assert_flat(head, inner, how, 1000)
+    one, end = peaks(parent_of(head, inner), how, 1, many)
+    assert end < 1.02 * one
 
 
 def test_the_measure_sees_what_learn2learn_keeps() -> None:
     """The control: an unrolled learner does grow, by about a gradient a step."""
-    one, ten = peaks(MAML(HEADS["large"][0](), 0.01), 2000, "loss", 1, 10)
+    one, ten = peaks(MAML(HEADS["large"](), 0.01), "loss", 1, 10)
     assert ten > 1.5 * one
 
 
 def test_many_tasks_in_turn_hold_no_more_than_one() -> None:
-    one = task(parent_of("linear", Newton(3)), 2000, "loss", 5)
+    one = task(parent_of("linear", Newton(3)), "loss", 5)
     one()
     many = peak_of_live_tensors(lambda: [one() for _ in range(20)])
     assert many < 1.02 * peak_of_live_tensors(one)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from small_task import HOWS, adapt
 from torch import Tensor, nn
 
-from l2l_implicit import LBFGS, GradientDescent, ImplicitCGHead, ImplicitMAML, Newton
+from l2l_implicit import LBFGS, GradientDescent, ImplicitCGHead, Newton
 from l2l_implicit.inner_solvers.protocol import InnerSolver
 from l2l_implicit.linear_solvers.solution import CONVERGED, FACTORED
 from l2l_implicit.mixed_precision import overflow_skips
@@ -66,18 +66,21 @@ def rounded(features: Tensor, dtype: torch.dtype) -> Tensor:
 def test_only_the_last_rounding_is_left(
     dtype: torch.dtype, kind: str, inner: InnerSolver, how: str
 ) -> None:
+    """Of the features' gradient alone: the anchor's and l2's are in full precision."""
     if isinstance(inner, LBFGS):
         kind, how = "linear", "closure"
-    head = ImplicitCGHead(HEADS[kind](), lr=0.1, inner=inner, max_error=1e9)
+    l2 = nn.Parameter(torch.tensor(0.1))
+    settings = {"anchor": "init", "inner": inner, "max_error": 1e9}
+    head = ImplicitCGHead(HEADS[kind](), lr=0.1, l2=l2, **settings)
     low = rounded(torch.randn(3, 16)[LABELS] + torch.randn(24, 16), dtype)
-    wide = low.detach().float().requires_grad_()
-    with autocast(dtype):
-        loss = query_loss(head, low, how)
-    loss.backward()
-    reference = query_loss(head, wide, how)
-    reference.backward()
-    assert torch.equal(loss, reference)
-    assert torch.equal(low.grad, wide.grad.to(dtype))
+    wide, found = low.detach().float().requires_grad_(), []
+    for features, precision in ((low, dtype), (wide, None)):
+        head.zero_grad()
+        with autocast(precision):
+            loss = query_loss(head, features, how)
+        loss.backward()
+        found.append([loss, features.grad.to(dtype), *(p.grad for p in head.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -139,24 +142,10 @@ def test_a_backbone_within_the_closure_stays_in_half_precision() -> None:
 def test_evaluation_without_gradients(first_order: bool) -> None:
     head = ImplicitCGHead(nn.Linear(16, 3), lr=0.1, first_order=first_order)
     low = torch.randn(24, 16).bfloat16()
-    with torch.no_grad(), autocast(torch.bfloat16):
-        found = query_loss(head, low)
     with torch.no_grad():
+        with autocast(torch.bfloat16):
+            found = query_loss(head, low)
         assert torch.equal(found, query_loss(head, low.float()))
-
-
-def test_the_anchor_and_l2_get_full_precision() -> None:
-    low = rounded(torch.randn(3, 16)[LABELS] + torch.randn(24, 16), torch.bfloat16)
-    found = []
-    for dtype in (torch.bfloat16, None):
-        torch.manual_seed(1)
-        l2 = nn.Parameter(torch.tensor(0.1))
-        maml = ImplicitMAML(nn.Linear(16, 3), lr=0.1, l2=l2, inner=Newton())
-        with autocast(dtype):
-            loss = query_loss(maml, low if dtype else low.float())
-        loss.backward()
-        found.append([p.grad for p in maml.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 # Scaled losses.
@@ -179,7 +168,6 @@ def test_an_overflow_without_a_scaler_is_an_error() -> None:
     head, wide = ImplicitCGHead(nn.Linear(16, 3), lr=0.1), torch.randn(24, 16).requires_grad_()
     with pytest.raises(FloatingPointError, match="hypergradient"):
         (torch.inf * query_loss(head, wide)).backward()
-
 
 
 def outer_steps(scale: float, *poisons: str) -> tuple[nn.Module, Any, list[bool]]:
@@ -205,14 +193,10 @@ def outer_steps(scale: float, *poisons: str) -> tuple[nn.Module, Any, list[bool]
 @pytest.mark.skipif(not BY_DEVICE, reason="this torch scales on a GPU only")
 @pytest.mark.parametrize("poison", ["features", "loss"])
 def test_a_scaler_skips_the_step_that_overflows(poison: str) -> None:
+    """And lowers a scale where half precision overflows in the backward pass, and nobody raises."""
     body, scaler, moved = outer_steps(SCALE, poison, "")
     assert scaler.get_scale() == SCALE / 2 and moved == [False, True]
     assert all(bool(p.isfinite().all()) for p in body.parameters())
-
-
-@pytest.mark.skipif(not BY_DEVICE, reason="this torch scales on a GPU only")
-def test_a_scaler_lowers_a_scale_that_is_too_large() -> None:
-    """Half precision overflows in the backbone's backward pass, where nobody raises."""
     body, scaler, _ = outer_steps(2.0**30, *20 * [""])
     assert scaler.get_scale() < 2.0**24
     assert all(bool(p.grad.isfinite().all()) for p in body.parameters())

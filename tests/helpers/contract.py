@@ -95,9 +95,7 @@ def test_a_clone_keeps_class_and_settings(make: Make) -> None:
     assert not hasattr(parent, "extra") and parent.note == ["kept"]
 
 
-def test_before_any_step_a_clone_is_the_model(
-    make: Make, request: pytest.FixtureRequest
-) -> None:
+def test_before_any_step_a_clone_is_the_model(make: Make, request: pytest.FixtureRequest) -> None:
     """What it computes, and the gradient that reaches every parameter."""
     module, x = network(), inputs().requires_grad_()
     parent, leaves = make(module, LR), [x, *module.parameters()]

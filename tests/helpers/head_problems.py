@@ -131,9 +131,7 @@ def make(settings: Settings, task: int, head: nn.Linear, generator: torch.Genera
             y = y + torch.randn(n, ways, generator=generator)
     data = x.float().double()
     y = y.float().double() if settings.squared else y
-    return Problem(
-        settings, task, scale, tuple(traits), data[:n], y, data[n:], query_y, head
-    )
+    return Problem(settings, task, scale, tuple(traits), data[:n], y, data[n:], query_y, head)
 
 
 def ordinary_traits(draw: random.Random) -> Iterator[str]:
@@ -150,9 +148,7 @@ def hostile_traits(draw: random.Random) -> list[str]:
     return sorted(set(draw.choices(names, weights, k=draw.choice([0, 1, 1, 2]))))
 
 
-def spoil(
-    trait: str, x: Tensor, scale: float, labels: Tensor, n: int, draw: random.Random
-) -> None:
+def spoil(trait: str, x: Tensor, scale: float, labels: Tensor, n: int, draw: random.Random) -> None:
     """What makes a problem hard, in place; the first ``n`` rows are the support set."""
     width = x.shape[1]
     some = draw.sample(range(width), max(1, width // 8))
@@ -208,20 +204,6 @@ def known(problem: Problem) -> Known:
         errors = compared(truth, short(features), float(l2), short(anchor))
         floor[name] = max(truth.rounding, *errors)
     return Known(truth, floor)
-
-
-FOUND: dict[tuple[Settings, bytes], Tensor] = {}
-
-
-def right_features(problem: Problem) -> Tensor:
-    """The gradient in the features, computed once for each content of a problem."""
-    start = [p.detach().reshape(-1) for p in problem.head.parameters()]
-    parts = [problem.x, problem.y, problem.query, problem.query_y, *start]
-    content = torch.cat([part.double().reshape(-1) for part in parts])
-    key = problem.settings, content.numpy().tobytes()
-    if key not in FOUND:
-        FOUND[key] = known(problem).truth.features
-    return FOUND[key]
 
 
 def samples(y: Tensor, settings: Settings, reduction: str) -> Samples:

@@ -83,9 +83,7 @@ class Batch:
             outputs.append(learner(features[SUPPORT:]))
             learners.append(learner)
         gradients = self._gradients(self.query_loss(torch.stack(outputs)))
-        phi = [
-            torch.cat([p.detach().reshape(-1) for p in n.module.parameters()]) for n in learners
-        ]
+        phi = [torch.cat([p.detach().reshape(-1) for p in n.module.parameters()]) for n in learners]
         return torch.stack(phi), gradients, [learner.diagnostics for learner in learners]
 
     def _gradients(self, loss: Tensor) -> list[Tensor]:

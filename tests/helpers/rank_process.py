@@ -41,31 +41,22 @@ def learner() -> MetaLearner:
     return MetaLearner(algorithms, MEASURES["classification"], "adam", 0.01, False)
 
 
-def train(folder: Path, ranks: Ranks) -> None:
-    """Twenty outer steps of five tasks each; rank 0 saves theta and the query losses."""
+def train(folder: Path, ranks: Ranks, batch: int = BATCH) -> None:
+    """Twenty outer steps of so many tasks; rank 0 saves theta and the query losses."""
     meta, stream = learner(), torch.Generator().manual_seed(1)
     losses = []
     for _ in range(STEPS):
-        mine = ranks.share([episode(stream) for _ in range(BATCH)])
+        mine = ranks.share([episode(stream) for _ in range(batch)])
         results = meta.hypergradient(mine)
         losses.append([result.loss for result in ranks.collect(results)])
-        ranks.average(meta.parameters, len(mine) / BATCH)
+        ranks.average(meta.parameters, len(mine) / batch)
         meta.optimizer.step()
     if ranks.first:
         torch.save([*(p.detach() for p in meta.parameters), torch.tensor(losses)], folder / "train")
 
 
-def pairs(folder: Path) -> None:
-    """Twenty outer steps of two tasks each, in one process."""
-    meta, stream = learner(), torch.Generator().manual_seed(1)
-    for _ in range(STEPS):
-        meta.hypergradient([episode(stream) for _ in range(2)])
-        meta.optimizer.step()
-    torch.save([p.detach() for p in meta.parameters], folder / "pairs")
-
-
 def replicated(folder: Path, ranks: Ranks) -> None:
-    """The steps of `pairs`, a task a rank, with the backbone under DistributedDataParallel."""
+    """The same, a task a rank, with the backbone under DistributedDataParallel."""
     meta, stream = learner(), torch.Generator().manual_seed(1)
     backbone, head = meta.algorithms.backbone, meta.algorithms.training.learner
     own = [*head.parameters()]  # the rest is DistributedDataParallel's to average

@@ -142,11 +142,6 @@ def start_of(name: str) -> Tensor:
     return flat(NETS[name].parameters())
 
 
-def objective(name: str, phi: Tensor, l2: Tensor | float, anchor: Tensor | float = 0.0) -> Tensor:
-    loss = F.cross_entropy(forward(name, phi, X), Y)
-    return loss + l2 / 2 * (phi - anchor).square().sum()
-
-
 def outer(name: str) -> Callable[[Tensor, Tensor], Tensor]:
     """The query loss, for the oracles."""
     return lambda phi, theta: F.cross_entropy(forward(name, phi, QUERY), Y)

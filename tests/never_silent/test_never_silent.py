@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from head_problems import Problem, Settings, loss_of, query_loss, right_features
+from head_problems import Problem, Settings, known, loss_of, query_loss
 from oracles import implicit_from, linear
 from small_task import adapt
 from solver_settings import WAYS, clustered
 from torch import Tensor, nn
-from verdict import Heard, judge, must_be_right, off
+from verdict import judge, must_be_right
 
 from l2l_implicit import LBFGS, ImplicitCGHead
 
 D = torch.float64
 LOSSES = {"cross-entropy": (False, "mean"), "sum of cross-entropies": (False, "sum"),
           "squared error": (True, "mean"), "sum of squares": (True, "sum")}  # fmt: skip
+Change = Callable[[Tensor], Tensor]
 
 
-def problem(
-    x: Tensor, query: Tensor, ways: int, l2: float, loss: str = "cross-entropy", bias: bool = True
-) -> Problem:
+def problem(x: Tensor, query: Tensor, ways: int, l2: float, loss: str, bias: bool) -> Problem:
     """A task of numbers that float32 has, its labels in turn."""
     squared, reduction = LOSSES[loss]
     shots, width = len(x) // ways, x.shape[1]
@@ -41,7 +42,7 @@ def problem(
 
 
 def on_features(
-    task: Problem, how: str, steps: int, dtype: torch.dtype = torch.float32, **settings: Any
+    task: Problem, how: str, steps: int, dtype: torch.dtype, **settings: Any
 ) -> Callable[[], Tensor]:
     """The gradient in the support features, by ``steps`` loss tensors or by a closure."""
     own = task.settings
@@ -57,146 +58,95 @@ def on_features(
     return call
 
 
-@pytest.mark.parametrize("way, ways, shots", [
-    *((way, 5, 4) for way in WAYS), ("default", 2, 1), ("default", 20, 1), ("default", 3, 20),
-])  # fmt: skip
-@pytest.mark.parametrize("loss", LOSSES)
-def test_large_features_by_every_solver(way: str, ways: int, shots: int, loss: str) -> None:
-    support, queries = clustered(ways, shots, 24)
-    for size in (4.0, 60.0, 300.0):
-        task = problem(size * support, size * queries, ways, 0.05, loss=loss)
-        right = right_features(task)
-        for how, steps in (("closure", 30), ("losses", 5), ("losses", 1)):
-            judge(on_features(task, how, steps, **WAYS[way]), right)
-        judge(on_features(task, "closure", 30, D, **WAYS[way]), right)
-    if way == "default":
-        small = problem(0.1 * support, 0.1 * queries, ways, 0.1, loss=loss)
-        must_be_right(on_features(small, "closure", 20), right_features(small))
+def times(size: float) -> Change:
+    return lambda x: size * x
 
 
-WITHOUT_CLOSED_FORM: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "smoothed": lambda out, y: F.cross_entropy(out, y, label_smoothing=0.1),
-    "weighted": lambda out, y: F.cross_entropy(
-        out, y, weight=torch.tensor([1.0, 9.0, 0.1]).to(out)),
-    "one against all": lambda out, y: F.binary_cross_entropy_with_logits(
-        out, F.one_hot(y, 3).to(out)),
-    "focal": lambda out, y: ((1 - F.softmax(out, 1)[torch.arange(len(y)), y]).square()
-                             * F.cross_entropy(out, y, reduction="none")).mean(),
-    "scaled": lambda out, y: F.cross_entropy(out * 1.0, y) * 3.0,
+def constants(value: float, *others: float, size: float = 1.0) -> Change:
+    """The first feature is ``value``; the fourth and so on the others."""
+
+    def change(x: Tensor) -> Tensor:
+        x = size * x
+        for column, constant in zip((0, 3), (value, *others), strict=False):
+            x[:, column] = constant
+        return x
+
+    return change
+
+
+LARGE = [times(size) for size in (4.0, 60.0, 300.0)]
+HUGE = product((1e5, 2e7, 1e8, 1e12), (1.0, 1000.0))  # more than float64's digits between two
+# What is done to the features; l2; ways, shots and width; with and without a bias; the solvers.
+HARD: dict[str, tuple[list[Change], list[float], list[tuple[int, ...]], list[bool], list[str]]] = {
+    "large": (LARGE, [0.05], [(5, 4, 24)], [True], [*WAYS]),
+    "large, other shapes": (LARGE, [0.05], [(2, 1, 24), (20, 1, 24), (3, 20, 24)], [True],
+                            ["default"]),
+    "constants": ([constants(c, -c / 7) for c in (30.0, 255.0, 1e4)], [0.1],
+                  [(3, 5, 6), (2, 10, 40), (10, 2, 12)], [True, False],
+                  ["default", "LBFGS", "adaptive descent", "direct", "Neumann"]),
+    "one huge constant": ([constants(c, size=size) for c, size in HUGE], [0.5],
+                          [(5, 12, 30), (5, 2, 60)], [False], ["default"]),
+    "small l2": ([times(1.0)], [1e-2, 1e-3, 1e-4, 1e-6], [(5, 5, 64), (2, 3, 16), (8, 1, 20)],
+                 [True], ["default", "LBFGS", "gradient descent"]),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", WITHOUT_CLOSED_FORM)
-def test_large_features_without_a_closed_form(name: str) -> None:
-    loss = WITHOUT_CLOSED_FORM[name]
-    y = torch.arange(12) % 3
-    for size in (0.3, 30.0):
-        support, queries = (size * part.double() for part in clustered(3, 4, 6))
-
-        def gradient(**settings: Any) -> Callable[[], Tensor]:
-            def call() -> Tensor:
-                x = support.clone().requires_grad_()  # noqa: B023
-                learner = ImplicitCGHead(nn.Linear(6, 3).double(), 0.1, l2=0.1, **settings).clone()
-                learner.adapt(lambda: loss(learner(x), y), steps=30)
-                F.cross_entropy(learner(queries), y).backward()  # noqa: B023
-                return x.grad
-
-            return call
-
-        right = implicit_from(
-            lambda p, x: loss(linear(p, x.view(12, 6), 3), y) + 0.05 * p.square().sum(),
-            lambda p, x: F.cross_entropy(linear(p, queries, 3), y),  # noqa: B023
-            torch.zeros(21, dtype=D), support.reshape(-1),
-        ).view(12, 6)  # fmt: skip
-        for settings in ({}, {"inner": LBFGS()}):
-            judge(gradient(**settings), right)
+@cache
+def tasks_of(hard: str, loss: str) -> list[tuple[Problem, Callable[[], Tensor]]]:
+    """And the right gradient of each, computed when it is asked for."""
+    changes, strengths, shapes, biases, _ = HARD[hard]
+    found = []
+    for change, l2, (ways, shots, width), bias in product(changes, strengths, shapes, biases):
+        support, queries = (change(part) for part in clustered(ways, shots, width))
+        task = problem(support, queries, ways, l2, loss, bias)
+        found.append((task, cache(lambda task=task: known(task).truth.features)))
+    return found
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, D])
-@pytest.mark.parametrize("way", ["default", "LBFGS", "adaptive descent", "direct", "Neumann"])
-def test_ridge_with_constant_features(way: str, dtype: torch.dtype) -> None:
-    for ways, shots, width in ((3, 5, 6), (2, 10, 40), (10, 2, 12)):
-        for constant in (30.0, 255.0, 1e4):
-            support, queries = clustered(ways, shots, width)
-            for part in (support, queries):
-                part[:, 0], part[:, 3] = constant, -constant / 7
-            for loss in ("squared error", "sum of squares"):
-                task = problem(support, queries, ways, 0.1, loss=loss, bias=width == 12)
-                right = right_features(task)
-                judge(on_features(task, "closure", 100, dtype, **WAYS[way]), right)
-                judge(on_features(task, "losses", 5, dtype, **WAYS[way]), right)
-
-
+@pytest.mark.parametrize("hard, way", [(name, way) for name in HARD for way in HARD[name][-1]])
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("constant", [1e5, 2e7, 1e8, 1e12])
-def test_one_huge_constant_feature(loss: str, constant: float) -> None:
-    """More than float64's digits between two features: no number is sure, but none is silent."""
-    for size, shots, width in ((1.0, 12, 30), (1000.0, 12, 30), (1000.0, 2, 60)):
-        support, queries = (size * part for part in clustered(5, shots, width))
-        support[:, 0] = queries[:, 0] = constant
-        task = problem(support, queries, 5, 0.5, loss=loss, bias=False)
-        for dtype in (torch.float32, D):
-            for how, steps in (("closure", 20), ("losses", 1)):
-                judge(on_features(task, how, steps, dtype), lambda task=task: right_features(task))
+def test_hard_heads(hard: str, way: str, loss: str) -> None:
+    for task, right in tasks_of(hard, loss):
+        runs = product((("closure", 50), ("losses", 5), ("losses", 1)), (torch.float32, D))
+        for (how, steps), dtype in runs:
+            judge(on_features(task, how, steps, dtype, **WAYS[way]), right)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, D])
-@pytest.mark.parametrize("constant", [1.0, 255.0, 1e5])
-def test_ridge_on_scales_of_the_features(constant: float, dtype: torch.dtype) -> None:
-    """Theta is one scale a feature, in support and query, and the loss has no closed form."""
-    support, queries = (part.double() for part in clustered(3, 5, 6))
-    support[:, 0] = queries[:, 0] = constant
-    y, yq = (F.one_hot((torch.arange(15) + i) % 3, 3).to(D) for i in (0, 1))
+Y = torch.arange(12) % 3
+WITHOUT_CLOSED_FORM: dict[str, Callable[[Tensor], Tensor]] = {
+    "smoothed": lambda out: F.cross_entropy(out, Y, label_smoothing=0.1),
+    "weighted": lambda out: F.cross_entropy(out, Y, weight=torch.tensor([1.0, 9.0, 0.1]).to(out)),
+    "one against all": lambda out: F.binary_cross_entropy_with_logits(
+        out, F.one_hot(Y, 3).to(out)),
+    "focal": lambda out: ((1 - F.softmax(out, 1)[torch.arange(12), Y]).square()
+                          * F.cross_entropy(out, Y, reduction="none")).mean(),
+    "scaled": lambda out: F.cross_entropy(out * 1.0, Y) * 3.0,
+    "squares": lambda out: (out - F.one_hot(Y, 3).to(out)).square().mean(),
+}  # fmt: skip
+DATA = {"small": times(0.3), "large": times(30.0), "constant": constants(1.0),
+        "large constant": constants(255.0), "huge constant": constants(1e5)}  # fmt: skip
 
-    def gradient() -> Tensor:
+
+@pytest.mark.parametrize("name", WITHOUT_CLOSED_FORM)
+@pytest.mark.parametrize("data", DATA)
+def test_without_a_closed_form(name: str, data: str) -> None:
+    """Theta is one scale a feature, in support and query."""
+    loss = WITHOUT_CLOSED_FORM[name]
+    support, queries = (DATA[data](part.double()) for part in clustered(3, 4, 6))
+
+    def gradient(dtype: torch.dtype, **settings: Any) -> Tensor:
         scale = torch.ones(6, dtype=dtype, requires_grad=True)
-        learner = ImplicitCGHead(nn.Linear(6, 3).to(dtype), lr=0.1, l2=0.1).clone()
-        x, q = support.to(dtype), queries.to(dtype)
-        learner.adapt(lambda: (learner(x * scale) - y.to(dtype)).square().mean(), steps=100)
-        F.mse_loss(learner(q * scale), yq.to(dtype)).backward()
+        learner = ImplicitCGHead(nn.Linear(6, 3).to(dtype), 0.1, l2=0.1, **settings).clone()
+        x, query = support.to(dtype), queries.to(dtype)
+        learner.adapt(lambda: loss(learner(x * scale)), steps=60)
+        F.cross_entropy(learner(query * scale), Y).backward()
         return scale.grad
 
     right = implicit_from(
-        lambda p, s: F.mse_loss(linear(p, support * s, 3), y) + 0.05 * p.square().sum(),
-        lambda p, s: F.mse_loss(linear(p, queries * s, 3), yq),
+        lambda p, s: loss(linear(p, support * s, 3)) + 0.05 * p.square().sum(),
+        lambda p, s: F.cross_entropy(linear(p, queries * s, 3), Y),
         torch.zeros(21, dtype=D), torch.ones(6, dtype=D),
     )  # fmt: skip
-    (must_be_right if constant == 1.0 else judge)(gradient, right)
-
-
-@pytest.mark.parametrize("l2", [1e-2, 1e-3, 1e-4, 1e-6])
-@pytest.mark.parametrize("loss", LOSSES)
-def test_small_l2(l2: float, loss: str) -> None:
-    for ways, shots, width in ((5, 5, 64), (2, 3, 16), (8, 1, 20)):
-        support, queries = clustered(ways, shots, width)
-        task = problem(support, queries, ways, l2, loss=loss)
-        right = right_features(task)
-        for way in ("default", "LBFGS", "gradient descent"):
-            judge(on_features(task, "losses", 5, **WAYS[way]), right)
-            judge(on_features(task, "closure", 20, D, **WAYS[way]), right)
-
-
-@pytest.mark.parametrize("way", ["default", "LBFGS", "gradient descent", "adaptive descent"])
-def test_a_head_counts_every_task_that_five_losses_leave_unsolved(way: str) -> None:
-    """As in learn2learn's scripts: one head, a clone a task, rectified features of any size."""
-    head = ImplicitCGHead(nn.Linear(64, 5), lr=0.1, **WAYS[way])
-    wrong, warned = 0, []
-    for seed in range(8):
-        support, queries = ((1.0 + seed) * part.relu() for part in clustered(5, 5, 64, seed))
-        task = problem(support, queries, 5, 0.1)
-        x, learner = task.x.float().requires_grad_(), head.clone()
-
-        def run(learner=learner, x=x, task=task) -> None:  # type: ignore[no-untyped-def]
-            for _ in range(5):
-                learner.adapt(F.cross_entropy(learner(x), task.y))
-            F.cross_entropy(learner(task.query.float()), task.query_y).backward()
-
-        heard = Heard(run)
-        assert heard.error is None
-        warned += heard.warned
-        wrong += off(x.grad, right_features(task)) > 0.02
-    assert head.diagnostics.hypergradients == 8
-    assert head.diagnostics.unsolved >= wrong
-    assert bool(warned) >= bool(wrong)
-    if way == "default":
-        assert not wrong and not warned
+    for dtype in (torch.float32, D):
+        (must_be_right if data == "constant" else judge)(lambda d=dtype: gradient(d), right)
+        judge(lambda d=dtype: gradient(d, inner=LBFGS()), right)

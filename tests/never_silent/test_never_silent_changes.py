@@ -1,4 +1,4 @@
-"""Weights and settings that the user changes between two adapts."""
+"""Weights, settings and data that the user changes between two adapts, or before the backward."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import flat, implicit_from, solve
+from oracles import flat, implicit, solve
+from small_task import HOWS, adapt
 from torch import Tensor, nn
 from torch.nn.utils import vector_to_parameters
-from two_layers import LR, NETS, QUERY, D, Y, fit, forward, objective, outer, start_of
-from verdict import Heard, judge, off
+from two_layers import LR, NETS, QUERY, D, X, Y, fit, forward, outer, start_of
+from verdict import Heard, judge, must_be_right, off
 
 from l2l_implicit import (
     CG,
@@ -27,14 +28,50 @@ from l2l_implicit import (
     Newton,
 )
 
+EACH_NET = pytest.mark.parametrize("name", NETS)
+L2 = 0.5
+
+
+@cache
+def truth(name: str, damping: float = 0.0) -> Tensor:
+    """The query loss's derivative in the anchor, l2, and the features."""
+    start = start_of(name)
+
+    def inner(phi: Tensor, theta: Tensor) -> Tensor:
+        anchor, l2, x = theta[: len(start)], theta[len(start)], theta[len(start) + 1 :].view(12, 5)
+        regularizer = l2 / 2 * (phi - anchor).square().sum()
+        return F.cross_entropy(forward(name, phi, x), Y) + regularizer
+
+    theta = torch.cat([start, torch.tensor([L2], dtype=D), X.reshape(-1)])
+    phi = solve(lambda p: inner(p, theta), start)
+    return implicit(inner, outer(name), [theta], phi, damping)[0]
+
+
+def query_loss(learner: Any) -> Tensor:
+    return F.cross_entropy(learner(QUERY), Y)
+
+
+@EACH_NET
+def test_nothing_changed_is_right(name: str) -> None:
+    """The control of all of the below."""
+    net = copy.deepcopy(NETS[name])
+
+    def gradient() -> Tensor:
+        learner = ImplicitMAML(net, LR, l2=L2, inner=Newton()).clone()
+        fit(learner, "closure", 30)
+        query_loss(learner).backward()
+        return flat(p.grad for p in net.parameters())
+
+    must_be_right(gradient, truth(name)[: len(start_of(name))])
+
+
+# Weights between two steps.
+
 
 def mine(name: str) -> Tensor:
     """Other weights, of norm about 3."""
     n = len(start_of(name))
     return 3.0 / n**0.5 * torch.arange(n, dtype=D).sin() * 2**0.5
-
-
-# Weights between two steps.
 
 
 def named_pieces(learner: ImplicitCGHead, values: Tensor) -> dict[str, Tensor]:
@@ -82,77 +119,53 @@ CHANGES = {
     "learner.load_state_dict(assign=True)": by_learners_state,
     "new parameters": by_attribute,
 }
-SOLVERS = [GradientDescent(adaptive=True), LBFGS(), Newton()]
 
 
-@pytest.mark.parametrize("name", NETS)
+@EACH_NET
+@HOWS
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("how", ["closure", "losses"])
-def test_weights_are_as_they_were_set(name: str, change: str, how: str) -> None:
+@pytest.mark.parametrize("inner", [GradientDescent(), Newton()], ids=repr)
+def test_weights_are_as_they_were_set(inner: Any, change: str, how: str, name: str) -> None:
     """One step, the change, one step: the second is that of a learner that begins there."""
-    inner: Any
-    for inner in (GradientDescent(), Newton()):
 
-        def second(inner: Any = inner) -> Tensor:
-            learner = ImplicitCGHead(NETS[name], LR, l2=0.1, inner=inner).clone()
-            fit(learner, how)
-            CHANGES[change](learner, mine(name))
-            fit(learner, how)
-            return flat(learner.module.parameters())
-
-        net = copy.deepcopy(NETS[name])
-        vector_to_parameters(mine(name), net.parameters())
-        fresh = ImplicitCGHead(net, LR, l2=0.1, inner=inner).clone()
-        fit(fresh, how)
-        judge(second, flat(fresh.module.parameters()), 1e-6)
-
-
-@pytest.mark.parametrize("inner", SOLVERS, ids=repr)
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_solved_head_whose_weights_are_set_is_solved_again(inner: Any, change: str) -> None:
-    def again() -> Tensor:
-        learner = ImplicitCGHead(NETS["linear"], LR, l2=0.1, inner=inner).clone()
-        fit(learner, "closure", 150)
-        CHANGES[change](learner, mine("linear"))
-        fit(learner, "closure", 150)
-        F.cross_entropy(learner(QUERY), Y).backward()
+    def second() -> Tensor:
+        learner = ImplicitCGHead(NETS[name], LR, l2=0.1, inner=inner).clone()
+        fit(learner, how)
+        CHANGES[change](learner, mine(name))
+        fit(learner, how)
         return flat(learner.module.parameters())
 
-    judge(again, solve(lambda p: objective("linear", p, 0.1), torch.zeros(18, dtype=D)))
+    net = copy.deepcopy(NETS[name])
+    vector_to_parameters(mine(name), net.parameters())
+    fresh = ImplicitCGHead(net, LR, l2=0.1, inner=inner).clone()
+    fit(fresh, how)
+    judge(second, flat(fresh.module.parameters()), 1e-6)
 
 
-@cache
-def in_l2(name: str) -> Tensor:
-    start, one = start_of(name), torch.ones(1, dtype=D)
-    return implicit_from(lambda p, t: objective(name, p, t[0], start), outer(name), start, one)
-
-
-@cache
-def in_anchor(name: str) -> Tensor:
-    start = start_of(name)
-    return implicit_from(lambda p, t: objective(name, p, 0.5, t), outer(name), start, start)
-
-
-@pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("how", ["closure", "losses"])
-def test_hypergradients_after_a_change(name: str, change: str, how: str) -> None:
-    """Solved, changed, solved again; the gradient in l2 of a loss on the queries."""
+@pytest.mark.parametrize("name, how, inner, steps", [
+    *((name, how, Newton(), 12) for name in NETS for how in ("closure", "loss")),
+    ("linear", "closure", LBFGS(), 150),
+    ("linear", "closure", GradientDescent(adaptive=True), 150),
+])  # fmt: skip
+def test_a_solved_head_whose_weights_are_set_is_solved_again(
+    name: str, how: str, inner: Any, steps: int, change: str
+) -> None:
+    """By the query loss's gradient in l2."""
 
     def gradient() -> Tensor:
-        l2 = torch.tensor(1.0, dtype=D, requires_grad=True)
-        learner = ImplicitCGHead(NETS[name], LR, l2=l2, anchor="init", inner=Newton()).clone()
-        fit(learner, how, 12)
-        CHANGES[change](learner, start_of(name) * 1.1)
-        fit(learner, how, 12)
-        F.cross_entropy(learner(QUERY), Y).backward()
+        l2 = torch.tensor(L2, dtype=D, requires_grad=True)
+        learner = ImplicitCGHead(NETS[name], LR, l2=l2, anchor="init", inner=inner).clone()
+        fit(learner, how, steps)
+        CHANGES[change](learner, mine(name) if name == "linear" else 1.1 * start_of(name))
+        fit(learner, how, steps)
+        query_loss(learner).backward()
         return l2.grad.reshape(1)
 
-    judge(gradient, in_l2(name))
+    judge(gradient, truth(name)[len(start_of(name))].reshape(1))
 
 
 # Settings between two adapts: as a learner that has them from the start, or refused.
-
 
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "l2": ({"l2": 0.01}, {"l2": 2.0}),
@@ -167,9 +180,9 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", NETS)
+@EACH_NET
 @pytest.mark.parametrize("setting, how", [
-    (name, how) for name, (_, then) in SETTINGS.items() for how in ("closure", "losses")
+    (name, how) for name, (_, then) in SETTINGS.items() for how in ("closure", "loss")
     if how == "closure" or not isinstance(then.get("inner"), LBFGS)  # which wants a closure
 ])  # fmt: skip
 @pytest.mark.parametrize("of_parent", [False, True], ids=["clone", "parent"])
@@ -180,54 +193,116 @@ def test_a_setting_that_is_changed_is_used(
 
     def adapted(late: bool) -> Tensor:
         net = copy.deepcopy(NETS[name])
-        initial = {"lr": LR, "l2": 0.5, **first} if late else {"lr": LR, "l2": 0.5, **first, **then}
-        parent = ImplicitCGHead(net, **initial)
+        initial = {"lr": LR, "l2": L2, "anchor": "init", **first}
+        parent = ImplicitCGHead(net, **{**initial, **({} if late else then)})
         learner = parent.clone()
         fit(learner, how, 3)
         for key, value in then.items() if late else ():
             setattr(parent if of_parent else learner, key, value)
         learner = parent.clone() if of_parent else learner
         fit(learner, how, 25)
-        F.cross_entropy(learner(QUERY), Y).backward()
+        query_loss(learner).backward()
         found = [p.grad if p.grad is not None else torch.zeros_like(p) for p in net.parameters()]
         return flat([*learner.module.parameters(), *found])
 
     judge(lambda: adapted(True), adapted(False))
 
 
-@pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("how", ["closure", "losses"])
+@EACH_NET
+@HOWS
 @pytest.mark.parametrize("linear", [Direct(), CG(steps=300, tol=1e-12), Neumann(steps=3)], ids=repr)
 @pytest.mark.parametrize("moment", ["before adapt", "before backward"])
 def test_the_linear_solver_is_the_one_that_is_set(
     name: str, how: str, linear: Any, moment: str
 ) -> None:
+    """Between adapt and backward the first one's system may be solved: a damped one, by request."""
+    net, n = copy.deepcopy(NETS[name]), len(start_of(name))
+
     def gradient() -> Tensor:
-        learner = ImplicitMAML(
-            net, LR, l2=0.5, inner=Newton(), linear=CG(steps=1, damping=3.0)
-        ).clone()
+        net.zero_grad()
+        first = CG(steps=1, damping=3.0)
+        learner = ImplicitMAML(net, LR, l2=L2, inner=Newton(), linear=first).clone()
         if moment == "before adapt":
             learner.linear = linear
         fit(learner, how, 15)
-        if moment == "before backward":
-            learner.linear = linear
-        F.cross_entropy(learner(QUERY), Y).backward()
+        learner.linear = linear
+        query_loss(learner).backward()
         return flat(p.grad for p in net.parameters())
 
-    net, right = copy.deepcopy(NETS[name]), in_anchor(name)
-    damped = Heard(gradient)  # solved with the damping of the first one: another system, by request
-    net.zero_grad()
-    if moment == "before backward" and damped.error is None:
-        first = with_damping(name, 3.0)
-        if off(damped.value, first) < 0.02:
-            return
-    judge(gradient, right)
+    damped = Heard(gradient)
+    if moment == "before adapt" or damped.error or off(damped.value, truth(name, 3.0)[:n]) > 0.02:
+        judge(gradient, truth(name)[:n])
 
 
-def with_damping(name: str, damping: float) -> Tensor:
-    """The hypergradient in the anchor from the damped system: ``l2 (H + damping)^-1 b``."""
-    start = start_of(name)
-    phi = solve(lambda p: objective(name, p, 0.5, start), start)
-    h = torch.func.hessian(lambda p: objective(name, p, 0.5, start))(phi)
-    b = torch.func.grad(lambda p: F.cross_entropy(forward(name, p, QUERY), Y))(phi)
-    return 0.5 * torch.linalg.solve(h + damping * torch.eye(len(phi), dtype=D), b)
+# Data, targets and coefficients that are changed in place.
+
+IN_PLACE: dict[str, Callable[[Tensor], object]] = {
+    "mul_": lambda t: t.mul_(3.0),
+    ".data.mul_": lambda t: t.data.mul_(3.0),
+    "copy_": lambda t: t.copy_(t.flip(0) * 2.0),  # a loader's one buffer for every batch
+    "numpy": lambda t: t.detach().numpy().__setitem__(..., t.detach().flip(0).numpy() * 2.0),
+}
+
+
+def write(change: str, tensor: Tensor) -> None:
+    """Other numbers into a tensor; classes stay classes."""
+    with torch.no_grad():
+        if tensor.is_floating_point():
+            IN_PLACE[change](tensor)
+        elif change == "numpy":
+            tensor.numpy().fill(0)
+        else:
+            tensor.copy_(tensor.flip(-1))
+
+
+@EACH_NET
+@HOWS
+@pytest.mark.parametrize("change", IN_PLACE)
+@pytest.mark.parametrize("what", ["x", "a leaf", "y", "l2", "weights of the loss", "anchor"])
+def test_data_changed_before_backward(name: str, how: str, change: str, what: str) -> None:
+    """The gradient, in the anchor, l2 and the data, is that of what was adapted to."""
+    net, right = copy.deepcopy(NETS[name]), truth(name)
+
+    def gradient() -> Tensor:
+        x, y = X.clone().requires_grad_(what == "a leaf"), Y.clone()
+        weight = torch.ones(12, dtype=D)
+        l2 = torch.tensor(L2, dtype=D, requires_grad=True)
+        learner = ImplicitMAML(net, LR, l2=l2, inner=Newton()).clone()
+
+        def loss() -> Tensor:
+            if what != "weights of the loss":
+                return F.cross_entropy(learner(x), y)
+            return (weight * F.cross_entropy(learner(x), y, reduction="none")).mean()
+
+        adapt(learner, loss, how, 30 if how == "closure" else 12)
+        outer_loss = query_loss(learner)
+        changed = {"y": y, "l2": l2, "weights of the loss": weight}
+        changed["anchor"] = next(net.parameters())
+        write(change, changed.get(what, x))
+        outer_loss.backward()
+        found = [*(p.grad for p in net.parameters()), l2.grad, x.grad]
+        return flat(g for g in found if g is not None)
+
+    judge(gradient, right if what == "a leaf" else right[: len(start_of(name)) + 1])
+
+
+@EACH_NET
+@HOWS
+@pytest.mark.parametrize("change", IN_PLACE)
+@pytest.mark.parametrize("what", ["x", "y", "l2"])
+def test_data_changed_between_two_adapts(name: str, how: str, change: str, what: str) -> None:
+    """The second solves the problem as it then is, or one line says that it does not."""
+
+    def adapted(late: bool) -> Tensor:
+        net, x, y = copy.deepcopy(NETS[name]), X.clone(), Y.clone()
+        l2 = torch.tensor(L2, dtype=D, requires_grad=True)
+        learner = ImplicitMAML(net, LR, l2=l2, inner=Newton()).clone()
+        for now in (not late, late):
+            if now:
+                write(change, {"x": x, "y": y, "l2": l2}[what])
+            steps = 60 if how == "closure" else 25
+            adapt(learner, lambda: F.cross_entropy(learner(x), y), how, steps)
+        query_loss(learner).backward()
+        return flat([*learner.module.parameters(), *(p.grad for p in net.parameters()), l2.grad])
+
+    judge(lambda: adapted(True), adapted(False), 1e-3)

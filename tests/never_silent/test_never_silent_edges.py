@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import flat, implicit_from
+from oracles import flat, implicit_from, linear
 from small_task import adapt
 from solver_settings import WAYS, clustered
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ def test_no_regulariser(way: str, size: float) -> None:
     a = torch.cat([theta, ones], 1)
     w = torch.linalg.solve(a.t() @ a, a.t() @ y)
     F.mse_loss(torch.cat([query, ones], 1) @ w, y).backward()
-    for how, dtype in (("closure", torch.float32), ("closure", D), ("losses", D), ("together", D)):
+    for how, dtype in (("closure", torch.float32), ("closure", D), ("loss", D), ("together", D)):
 
         def gradient(how: str = how, dtype: torch.dtype = dtype) -> Tensor:
             features, goal = x.clone().to(dtype).requires_grad_(), y.to(dtype)
@@ -55,24 +55,21 @@ def test_no_regulariser(way: str, size: float) -> None:
 def test_targets_that_the_head_fits(l2: float, dtype: torch.dtype) -> None:
     """Residuals next to nothing are no reason for doubt: the squared error's S knows none."""
     torch.manual_seed(0)
-    x, query, weight, start = (torch.randn(*s, dtype=D) for s in ((6, 5), (8, 5), (2, 5), (2, 5)))
-    y, asked = x @ weight.t(), torch.randn(8, 2, dtype=D)
-
-    def outputs(phi: Tensor, data: Tensor) -> Tensor:
-        return data @ phi.view(2, 5).t()
+    x, query, start = torch.randn(6, 5), torch.randn(8, 5), flat(nn.Linear(5, 2).parameters())
+    y, asked = linear(torch.randn(12), x, 2), torch.randn(8, 2)
 
     def inner(phi: Tensor, theta: Tensor) -> Tensor:
-        loss = F.mse_loss(outputs(phi, theta.view(6, 5)), y)
-        return loss + 0.5 * l2 * (phi - start.flatten()).square().sum()
+        loss = F.mse_loss(linear(phi, theta.view(6, 5), 2), y.double())
+        return loss + 0.5 * l2 * (phi - start).square().sum()
 
     truth = implicit_from(
-        inner, lambda phi, _: F.mse_loss(outputs(phi, query), asked), start.flatten(), x.flatten()
-    )
+        inner, lambda phi, _: F.mse_loss(linear(phi, query.double(), 2), asked.double()),
+        start.double(), x.double().flatten(),
+    )  # fmt: skip
 
     def gradient() -> Tensor:
-        head = nn.Linear(5, 2, bias=False).to(dtype)
-        with torch.no_grad():
-            head.weight.copy_(start)
+        head = nn.Linear(5, 2).to(dtype)
+        nn.utils.vector_to_parameters(start.to(dtype), head.parameters())
         features = x.to(dtype, copy=True).requires_grad_()
         learner = ImplicitCGHead(head, 0.1, l2=l2, anchor="init").clone()
         learner.adapt(F.mse_loss(learner(features), y.to(dtype)))
@@ -80,9 +77,6 @@ def test_targets_that_the_head_fits(l2: float, dtype: torch.dtype) -> None:
         return features.grad.flatten()
 
     must_be_right(gradient, truth)
-
-
-# Warm starts.
 
 
 @pytest.mark.parametrize("closed_form", [True, False])
@@ -93,54 +87,81 @@ def test_a_warm_start_is_never_dearer(closed_form: bool, inner: Any, moved: floa
     torch.manual_seed(0)
     x, y = torch.randn(10, 6), torch.arange(10) % 5
     head = ImplicitCGHead(nn.Linear(6, 5), lr=0.1, warm_start=True, inner=inner)
-    costs: list[tuple[int, int]] = []
+    calls: list[int] = []
+    products: list[int] = []
     for visit in range(4):
-        learner, calls = head.clone(task="a"), [0]
-        z = (x + visit * moved).requires_grad_()
+        learner, z = head.clone(task="a"), (x + visit * moved).requires_grad_()
+        calls.append(0)
 
-        def closure(learner=learner, calls=calls, z=z) -> Tensor:  # type: ignore[no-untyped-def]
-            calls[0] += 1
+        def closure(learner=learner, z=z) -> Tensor:  # type: ignore[no-untyped-def]
+            calls[-1] += 1
             return F.cross_entropy(learner(z) if closed_form else learner(z) * 1.0, y)
 
         learner.adapt(closure, steps=200)
         F.cross_entropy(learner(z), y).backward()
-        costs.append((calls[0], learner.diagnostics.cg_steps))
-    assert max(calls for calls, _ in costs[1:]) <= costs[0][0], costs
-    assert max(products for _, products in costs[1:]) <= costs[0][1], costs
+        products.append(learner.diagnostics.cg_steps)
+    assert max(calls[1:]) <= calls[0] and max(products[1:]) <= products[0], (calls, products)
 
 
 # No samples.
 
-
+NONE = torch.zeros(0).long(), torch.zeros(0, 3)
 EMPTY: dict[str, Callable[[Tensor, str], Tensor]] = {
-    "cross-entropy": lambda out, reduction: F.cross_entropy(
-        out, torch.zeros(0, dtype=torch.long), reduction=reduction),
-    "squared error": lambda out, reduction: F.mse_loss(
-        out, torch.zeros(0, 3), reduction=reduction),
+    "cross-entropy": lambda out, reduction: F.cross_entropy(out, NONE[0], reduction=reduction),
+    "squared error": lambda out, reduction: F.mse_loss(out, NONE[1], reduction=reduction),
     "no closed form": lambda out, reduction: getattr(out.square(), reduction)(),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", EMPTY)
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("anchor", ["zero", "init"])
-@pytest.mark.parametrize("inner", [Newton(), LBFGS(), GradientDescent(adaptive=True)], ids=repr)
-def test_no_support(name: str, reduction: str, anchor: str, inner: Any) -> None:
-    """The sum is 0 and leads to the anchor; the mean of nothing is refused."""
+@pytest.mark.parametrize("way", WAYS)
+def test_no_support(name: str, reduction: str, anchor: str, way: str) -> None:
+    """The sum is 0 and leads to the anchor; the mean of nothing is refused, or taken for 0."""
     head, none = nn.Linear(5, 3), torch.zeros(0, 5, requires_grad=True)
     goal = flat(head.parameters()) if anchor == "init" else torch.zeros(18)
-    for net in (head, nn.Sequential(head, nn.Tanh(), nn.Linear(3, 3))):
-        for how in ("closure", "losses"):
+    kinds = {"cross-entropy": nn.CrossEntropyLoss, "squared error": nn.MSELoss}
+    runs = [(net, how) for net in (head, nn.Sequential(head, nn.Tanh(), nn.Linear(3, 3)))
+            for how in ("closure", "loss")]  # fmt: skip
+    runs += [(head, "together")] if name in kinds else []
+    for net, how in runs:
 
-            def adapted(net=net, how=how) -> Tensor:  # type: ignore[no-untyped-def]
-                learner = ImplicitCGHead(net, 0.1, l2=0.5, anchor=anchor, inner=inner).clone()
-                adapt(learner, lambda: EMPTY[name](learner(none), reduction), how, 60)
-                learner(torch.ones(2, 5)).sum().backward()
-                return flat(list(learner.module.parameters())[:2])
+        def adapted(net=net, how=how) -> Tensor:  # type: ignore[no-untyped-def]
+            loss = kinds[name](reduction=reduction) if how == "together" else None
+            parent = ImplicitCGHead(net, 0.1, l2=0.5, anchor=anchor, loss=loss, **WAYS[way])
+            if how == "together":
+                y = NONE[name == "squared error"]
+                heads = parent.adapt_together(torch.zeros(2, 0, 5), torch.stack([y, y]), steps=60)
+                heads(torch.ones(2, 2, 5)).sum().backward()
+                return torch.cat([heads.weight[1].flatten(), heads.bias[1]])
+            learner = parent.clone()
+            adapt(learner, lambda: EMPTY[name](learner(none), reduction), how, 60)
+            learner(torch.ones(2, 5)).sum().backward()
+            return flat(list(learner.module.parameters())[:2])
 
-            heard = Heard(adapted)
-            assert heard.error is None or heard.refused, repr(heard.error)
-            if heard.error is None:
-                assert reduction == "sum"
-                away = float((heard.value - goal).abs().max())
-                assert away < 1e-3 or heard.warned, f"{away:.2g} from the anchor"
+        heard = Heard(adapted)
+        assert heard.error is None or heard.refused, repr(heard.error)
+        if heard.error is None:
+            assert reduction == "sum" or how == "together"
+            away = float((heard.value.detach() - goal).abs().max())
+            assert away < 1e-3 or heard.warned, f"{away:.2g} from the anchor"
+
+
+@pytest.mark.xfail(strict=True, reason="weights outside the samples' span are not seen")
+def test_gradient_descent_that_has_not_reached_the_anchor() -> None:
+    """Features of zeros, no bias: the query loss still sees the weights, which are halfway."""
+    query, y, found = torch.randn(6, 5, dtype=D), torch.arange(6) % 3, []
+    for steps in (20, 4000):
+
+        def gradient(steps: int = steps) -> Tensor:
+            torch.manual_seed(0)
+            x = torch.zeros(6, 5, dtype=D, requires_grad=True)
+            head = nn.Linear(5, 3, bias=False, dtype=D)
+            learner = ImplicitCGHead(head, 0.1, l2=0.2, inner=GradientDescent()).clone()
+            adapt(learner, lambda: F.cross_entropy(learner(x), y), "closure", steps)
+            F.cross_entropy(10 * learner(query), y).backward()
+            return x.grad
+
+        found.append(gradient)
+    judge(found[0], found[1]())

@@ -11,18 +11,7 @@ import torchvision as tv
 import learn2learn as l2l
 from learn2learn.data.transforms import ConsecutiveLabels, FusedNWaysKShots, LoadData, RemapLabels
 
-from episodes import accuracy, halves
-
-
-def fast_adapt(batch, learner, features, loss, adaptation_steps, shots, ways, device=None):
-    data, labels = batch
-    data = features(data.to(device))
-    x, y, x_query, y_query = halves(data, labels.to(device), shots, ways)
-    for _step in range(adaptation_steps):
-        train_error = loss(learner(x), y)
-        learner.adapt(train_error)
-    predictions = learner(x_query)
-    return loss(predictions, y_query), accuracy(predictions, y_query)
+from episodes import fast_adapt, outer_steps
 
 
 def tasks_of(mode, ways, shots):
@@ -67,16 +56,10 @@ def main(
     optimizer = torch.optim.Adam(all_parameters, lr=meta_lr)
     loss = nn.CrossEntropyLoss(reduction="mean")
 
-    errors = []
-    for _iteration in range(iters):
-        optimizer.zero_grad()
-        for _task in range(meta_bsz):
-            settings = features, loss, adapt_steps, shots, ways, device
-            error, _ = fast_adapt(train_tasks.sample(), head.clone(), *settings)
-            error.backward()
-            errors.append(error.item())
-            fast_adapt(valid_tasks.sample(), head.clone(), *settings)
-        for p in all_parameters:
-            p.grad.data.mul_(1.0 / meta_bsz)
-        optimizer.step()
+    def evaluate(batch):
+        settings = loss, adapt_steps, shots, ways, device, features
+        return fast_adapt(batch, head.clone(), *settings)
+
+    sets = train_tasks, valid_tasks
+    errors = outer_steps(iters, meta_bsz, sets, evaluate, all_parameters, optimizer)
     return errors, {"features": features, "head": head}

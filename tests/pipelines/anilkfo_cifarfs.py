@@ -7,7 +7,7 @@ import numpy as np
 import learn2learn as l2l
 import torch
 
-from episodes import accuracy, halves
+from episodes import halves, outer_steps, tasksets
 
 
 class CifarCNN(torch.nn.Module):
@@ -47,8 +47,7 @@ def fast_adapt(
         diff_sgd(classifier, classifier_updates)
 
     # Evaluate the adapted model
-    predictions = classifier(evaluation_data)
-    return loss(predictions, evaluation_labels), accuracy(predictions, evaluation_labels)
+    return loss(classifier(evaluation_data), evaluation_labels)
 
 
 def main(
@@ -66,14 +65,7 @@ def main(
     np.random.seed(seed)
     torch.manual_seed(seed)
     device = torch.device("cuda" if cuda and torch.cuda.device_count() else "cpu")
-    tasksets = l2l.vision.benchmarks.get_tasksets(
-        name="cifarfs",
-        train_samples=2 * shots,
-        train_ways=ways,
-        test_samples=2 * shots,
-        test_ways=ways,
-        root="~/data",
-    )
+    sets = tasksets("cifarfs", ways, shots, root="~/data")[:2]
 
     model = CifarCNN(output_size=ways)
     model.to(device)
@@ -95,15 +87,5 @@ def main(
             batch, *clones, diff_sgd, loss, adaptation_steps, shots, ways, device
         )
 
-    errors = []
-    for _iteration in range(num_iterations):
-        opt.zero_grad()
-        for _task in range(meta_batch_size):
-            error, _ = evaluate(tasksets.train.sample())
-            error.backward()
-            errors.append(error.item())
-            evaluate(tasksets.validation.sample())
-        for p in all_parameters:
-            p.grad.data.mul_(1.0 / meta_batch_size)
-        opt.step()
+    errors = outer_steps(num_iterations, meta_batch_size, sets, evaluate, all_parameters, opt)
     return errors, {"model": model, "update": fast_update}

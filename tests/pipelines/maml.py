@@ -8,21 +8,12 @@ import learn2learn as l2l
 import torch
 from torch import nn, optim
 
-from episodes import accuracy, halves
+from episodes import fast_adapt, outer_steps, tasksets
 
 NETWORKS = {
     "omniglot": lambda ways: l2l.vision.models.OmniglotFC(28**2, ways),
     "mini-imagenet": lambda ways: l2l.vision.models.MiniImagenetCNN(ways),
 }
-
-
-def fast_adapt(batch, learner, loss, adaptation_steps, shots, ways, device):
-    data, labels = (part.to(device) for part in batch)
-    x, y, x_query, y_query = halves(data, labels, shots, ways)
-    for _step in range(adaptation_steps):
-        learner.adapt(loss(learner(x), y))
-    predictions = learner(x_query)
-    return loss(predictions, y_query), accuracy(predictions, y_query)
 
 
 def main(
@@ -41,15 +32,7 @@ def main(
     np.random.seed(seed)
     torch.manual_seed(seed)
     device = torch.device("cuda" if cuda else "cpu")
-    tasksets = l2l.vision.benchmarks.get_tasksets(
-        dataset,
-        train_ways=ways,
-        train_samples=2 * shots,
-        test_ways=ways,
-        test_samples=2 * shots,
-        num_tasks=20000,
-        root="~/data",
-    )
+    sets = tasksets(dataset, ways, shots, num_tasks=20000, root="~/data")[:2]
 
     model = NETWORKS[dataset](ways)
     model.to(device)
@@ -57,16 +40,9 @@ def main(
     opt = optim.Adam(maml.parameters(), meta_lr)
     loss = nn.CrossEntropyLoss(reduction="mean")
 
-    errors = []
-    for _iteration in range(num_iterations):
-        opt.zero_grad()
-        for _task in range(meta_batch_size):
-            settings = loss, adaptation_steps, shots, ways, device
-            error, _ = fast_adapt(tasksets.train.sample(), maml.clone(), *settings)
-            error.backward()
-            errors.append(error.item())
-            fast_adapt(tasksets.validation.sample(), maml.clone(), *settings)
-        for p in maml.parameters():
-            p.grad.data.mul_(1.0 / meta_batch_size)
-        opt.step()
+    def evaluate(batch):
+        return fast_adapt(batch, maml.clone(), loss, adaptation_steps, shots, ways, device)
+
+    parameters = list(maml.parameters())
+    errors = outer_steps(num_iterations, meta_batch_size, sets, evaluate, parameters, opt)
     return errors, {"maml": maml}

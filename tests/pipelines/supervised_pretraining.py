@@ -7,6 +7,8 @@ import numpy as np
 import learn2learn as l2l
 import torch
 
+from episodes import tasksets
+
 
 def fast_adapt(task, features, classifier, shots, ways, device):
     data, labels = task
@@ -32,13 +34,8 @@ def pretrain(args):
     random.seed(options.seed)
     np.random.seed(options.seed)
     torch.manual_seed(options.seed)
-    train_tasks, valid_tasks, _ = l2l.vision.benchmarks.get_tasksets(
-        name=options.dataset,
-        train_ways=options.ways,
-        train_samples=2 * options.shots,
-        test_ways=options.ways,
-        test_samples=2 * options.shots,
-        device=device,
+    train_tasks, valid_tasks, _ = tasksets(
+        options.dataset, options.ways, options.shots, device=device
     )
     train_dataset = train_tasks.dataset
     num_classes = int(max(train_dataset.labels)) + 1
@@ -66,14 +63,8 @@ def pretrain(args):
             model.eval()
             with torch.no_grad():
                 for tasks in (train_tasks, valid_tasks):
-                    acc, valid_loss = fast_adapt(
-                        task=tasks.sample(),
-                        features=features,
-                        classifier=protonet,
-                        shots=options.shots,
-                        ways=options.ways,
-                        device=device,
-                    )
+                    sizes = options.shots, options.ways, device
+                    acc, valid_loss = fast_adapt(tasks.sample(), features, protonet, *sizes)
                     accuracies.append(float(acc))
                     errors.append(float(valid_loss))
     return errors, {"model": model, "accuracies": accuracies}

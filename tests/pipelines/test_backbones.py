@@ -6,8 +6,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import implicit, minimize, polish, relative_error
-from small_task import adapt
+from oracles import flat, implicit, linear, minimize, polish, relative_error
+from small_task import HOWS, adapt
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -48,12 +48,12 @@ BACKBONES: dict[str, tuple[Callable[[], nn.Module], int]] = {  # and the side of
 }
 
 
+def loss(phi: Tensor, h: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(linear(phi, h, WAYS), y)
+
+
 def objectives(h: Tensor, h_query: Tensor) -> tuple[Callable, Callable]:
     """The inner and the outer one of a linear head, as functions of phi and the features."""
-
-    def loss(phi: Tensor, h: Tensor, y: Tensor) -> Tensor:
-        weight, bias = phi.split([WAYS * h.shape[1], WAYS])
-        return F.cross_entropy(F.linear(h, weight.view(WAYS, -1), bias), y)
 
     def inner(phi: Tensor, h: Tensor, h_query: Tensor) -> Tensor:
         return loss(phi, h, LABELS) + 0.5 * L2 * phi.square().sum()
@@ -69,7 +69,7 @@ def expected(features: Tensor, leaves: list[Tensor], head: nn.Linear) -> list[Te
     _, _, basis = torch.linalg.svd(features.detach(), full_matrices=False)
     low = [part.detach() @ basis.t() for part in features.split(6)]
     inner, outer = objectives(*low)
-    found = torch.cat([(head.weight.detach() @ basis.t()).reshape(-1), head.bias.detach()])
+    found = flat([head.weight @ basis.t(), head.bias])
     phi = polish(inner, found, low)
     assert relative_error([found], [phi]) < 1e-8
     gradient = torch.cat(implicit(inner, outer, low, phi)) @ basis
@@ -97,11 +97,10 @@ def test_hypergradient(name: str) -> None:
 @pytest.mark.parametrize("name", ["CNN4", "ResNet12", "WRN28"])
 def test_a_step_in_full_width(name: str) -> None:
     """As learn2learn builds them, on the images that they are for, in single precision."""
-    sides = {"CNN4": 84, "ResNet12": 84, "WRN28": 84}
     torch.set_default_dtype(torch.float32)
     model = getattr(models, name)(WAYS)
     head = ImplicitCGHead(model.classifier, 0.1)
-    learner, features = head.clone(), model.features(torch.rand(12, 3, sides[name], sides[name]))
+    learner, features = head.clone(), model.features(torch.rand(12, 3, 84, 84))
     learner.adapt(lambda: F.cross_entropy(learner(features[:6]), LABELS), steps=20)
     F.cross_entropy(learner(features[6:]), LABELS.roll(1)).backward()
     assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
@@ -115,16 +114,11 @@ def test_a_step_in_full_width(name: str) -> None:
 def kronecker_metric(phi: Tensor, factors: list[Tensor], h: Tensor) -> Tensor:
     """(l2/2) |T phi|^2 written out: T multiplies by L'L on the left and by R'R on the right."""
     weight, bias = phi.split([WAYS * h.shape[1], WAYS])
-    total = torch.zeros(())
-    for value, left, right in (
-        (weight.view(WAYS, -1), *factors[:2]),
-        (bias.view(-1, 1), *factors[2:]),
-    ):
-        total = total + (left.t() @ left @ value @ right.t() @ right).square().sum()
-    return 0.5 * L2 * total
+    parts = (weight.view(WAYS, -1), *factors[:2]), (bias.view(-1, 1), *factors[2:])
+    return 0.5 * L2 * sum((a.t() @ a @ v @ b.t() @ b).square().sum() for v, a, b in parts)
 
 
-@pytest.mark.parametrize("how", ["loss", "closure"])
+@HOWS
 def test_a_learned_kronecker_metric(how: str) -> None:
     h, h_query = torch.randn(6, 4).requires_grad_(), torch.randn(6, 4)
     gbml = ImplicitGBML(nn.Linear(4, WAYS), KFO, lr=0.1, **EXACT)
@@ -135,10 +129,6 @@ def test_a_learned_kronecker_metric(how: str) -> None:
     learner = gbml.clone()
     adapt(learner, lambda: F.cross_entropy(learner(h), LABELS), how, 20)
     F.cross_entropy(learner(h_query), LABELS.roll(1)).backward()
-
-    def loss(phi: Tensor, h: Tensor, y: Tensor) -> Tensor:
-        weight, bias = phi.split([WAYS * 4, WAYS])
-        return F.cross_entropy(F.linear(h, weight.view(WAYS, 4), bias), y)
 
     def inner(phi: Tensor, h: Tensor, *factors: Tensor) -> Tensor:
         return loss(phi, h, LABELS) + kronecker_metric(phi, list(factors), h)

@@ -4,7 +4,6 @@ import functools
 import os
 import re
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,9 @@ import numpy as np
 import pytest
 import torch
 from disk_formats import WRITERS
-from oracles import peak_of_live_tensors
 
 import l2l_implicit  # noqa: F401  (makes learn2learn importable)
 
-import learn2learn as l2l  # isort: skip
 import torchvision  # isort: skip
 
 PAGE = Path(__file__).parents[2] / "docs" / "examples.md"
@@ -62,17 +59,13 @@ SMALL = {"ways": 2, "shots": 1, "cuda": False}
 LIGHT = {**SMALL, "meta_batch_size": 1, "num_iterations": 1}
 OPTIONS = {"ways": 2, "shots": 2, "seed": 0, "dataset": "fc100", "iterations": 4, "lr": 0.01,
            "batch_size": 12, "eval_freq": 3}  # fmt: skip
-CALLS: dict[str, Callable[[Any], Any]] = {
-    "anil_fc100": lambda script: script["main"](**SMALL, meta_bsz=2, iters=2),
-    "anilkfo_cifarfs": lambda script: script["main"](**LIGHT),
-    "maml_omniglot": lambda script: script["main"]("omniglot", **LIGHT),
-    "maml_miniimagenet": lambda script: script["main"](
-        "mini-imagenet", **LIGHT, adaptation_steps=2
-    ),
-    "supervised_pretraining": lambda script: script["pretrain"](
-        Namespace(options=Namespace(**OPTIONS))
-    ),
+SETTINGS: dict[str, dict[str, Any]] = {  # of a script's main
+    "anil_fc100": {**SMALL, "meta_bsz": 2, "iters": 2},
+    "anilkfo_cifarfs": LIGHT,
+    "maml_omniglot": LIGHT,
+    "maml_miniimagenet": {**LIGHT, "adaptation_steps": 2},
 }
+DATASETS = {"maml_omniglot": ["omniglot"], "maml_miniimagenet": ["mini-imagenet"]}
 pytestmark = [
     pytest.mark.usefixtures("data"),
     pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning"),
@@ -108,11 +101,14 @@ def script(name: str, version: str, folder: Path = Path(__file__).parent) -> dic
 @functools.cache
 def outcome(name: str, version: str) -> tuple[list[float], dict[str, Any]]:
     """What the script returns: the losses it has seen, and its modules."""
-    return CALLS[name](script(name, version))
+    names = script(name, version)
+    if name in SETTINGS:
+        return names["main"](*DATASETS.get(name, []), **SETTINGS[name])
+    return names["pretrain"](Namespace(options=Namespace(**OPTIONS)))
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_the_script_runs(name: str, version: str) -> None:
     errors, modules = outcome(name, version)
     assert len(errors) > 0 and np.isfinite(errors).all()
@@ -122,7 +118,7 @@ def test_the_script_runs(name: str, version: str) -> None:
 
 
 def test_every_script_has_its_diff_and_a_diff_is_short() -> None:
-    assert set(DIFFS) == set(CALLS)
+    assert set(DIFFS) == {*SETTINGS, "supervised_pretraining"}
     for hunks in DIFFS.values():
         imports = [line for line in added_lines(hunks) if line.startswith("from l2l_implicit")]
         assert len(imports) == 1 and len(added_lines(hunks)) <= 3
@@ -170,57 +166,27 @@ def test_pretrained_features_are_told_apart(version: str) -> None:
     assert found["accuracies"][-1] >= 0.75
 
 
-def _learner(version: str) -> torch.nn.Module:
-    model = l2l.vision.models.OmniglotFC(28**2, 3)
-    if version == "original":
-        return l2l.algorithms.MAML(model, lr=0.1)
-    return l2l_implicit.ImplicitMAML(model, lr=0.1)
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-def test_memory_of_a_task(version: str) -> None:
-    """Every inner step of the original is kept for the backward pass."""
-    fast_adapt = script("maml_omniglot", version)["fast_adapt"]
-    batch = torch.randn(12, 1, 28, 28), torch.arange(3).repeat_interleave(4)
-    maml, loss = _learner(version), torch.nn.CrossEntropyLoss()
-
-    def peak(steps: int) -> int:
-        def task() -> None:
-            fast_adapt(batch, maml.clone(), loss, steps, 2, 3, "cpu")[0].backward()
-
-        return peak_of_live_tensors(task)
-
-    peak(1)
-    growth = peak(16) / peak(2)
-    assert growth > 1.5 if version == "original" else growth < 1.02
-
-
 # learn2learn's own files, where they are at hand.
 
 UPSTREAM = os.environ.get("LEARN2LEARN_EXAMPLES", "")
-UPSTREAM_CALLS: dict[str, dict[str, Any]] = {
-    "anil_fc100": {**SMALL, "meta_bsz": 2, "iters": 2},
-    "anilkfo_cifarfs": LIGHT,
-    "maml_omniglot": LIGHT,
-    "maml_miniimagenet": {**LIGHT, "adaptation_steps": 2},
-}
+AT_HAND = pytest.mark.skipif(not UPSTREAM, reason="LEARN2LEARN_EXAMPLES: no folder named")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not UPSTREAM, reason="LEARN2LEARN_EXAMPLES: no folder named")
+@AT_HAND
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("name", UPSTREAM_CALLS)
+@pytest.mark.parametrize("name", SETTINGS)
 def test_the_real_script_runs(
     name: str, version: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(SCRIPTS, name, f"{name}.py")
-    script(name, version, Path(UPSTREAM))["main"](**UPSTREAM_CALLS[name])
+    script(name, version, Path(UPSTREAM))["main"](**SETTINGS[name])
     printed = [line.split() for line in capsys.readouterr().out.splitlines() if "Error" in line]
     assert printed and np.isfinite([float(words[-1]) for words in printed]).all()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not UPSTREAM, reason="LEARN2LEARN_EXAMPLES: no folder named")
+@AT_HAND
 def test_the_real_pretraining_script_is_still_the_one_that_the_diff_is_of() -> None:
     """It imports wandb, kornia and simple_parsing, so it is not run here."""
     text = (Path(UPSTREAM) / "supervised_pretraining.py").read_text("utf-8")

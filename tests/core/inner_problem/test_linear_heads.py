@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from head_cases import CLASSES, TORCH, WIDTH, Case, M, case, dense_minimum, targets_of
 from oracles import relative_error
 from torch import Tensor, nn
-from torch.func import grad, hessian, jacrev
+from torch.func import hessian
 
-from l2l_implicit import GradientDescent, ImplicitCGHead, LinearSolution, Newton
+from l2l_implicit import GradientDescent, ImplicitCGHead, Newton
 from l2l_implicit.inner_problem.linear_heads import GOALS, MOST_SAMPLES, LinearHeads
 from l2l_implicit.inner_problem.losses import CrossEntropy, OutputLoss, SquaredError
 from l2l_implicit.linear_solvers.solution import FACTORED, NON_FINITE, ZERO
@@ -25,27 +25,6 @@ each = pytest.mark.parametrize(("tasks", "kind"), [(t, kind) for t in (1, 3) for
 
 
 # The losses.
-
-
-@each
-@pytest.mark.parametrize("scale", [1.0, 1 / M])
-def test_value_gradient_and_curvature_of_the_loss(
-    tasks: int, kind: type[OutputLoss], scale: float
-) -> None:
-    z, u = torch.randn(2, tasks, M, CLASSES)
-    y = targets_of(kind, tasks)
-    loss = kind(z, y, scale)
-    for t in range(tasks):
-
-        def by_torch(outputs: Tensor, t: int = t) -> Tensor:
-            return scale * TORCH[kind](outputs, y[t])
-
-        assert float(loss.value(z)[t]) == pytest.approx(float(by_torch(z[t])), rel=ROUNDING)
-        assert relative_error([loss.gradient[t]], [grad(by_torch)(z[t])]) < ROUNDING
-        dense = torch.tensordot(hessian(by_torch)(z[t]), u[t], dims=2)
-        assert relative_error([loss.curve(u)[t]], [dense]) < ROUNDING
-    several = loss.value(torch.stack([z, u]))  # a line search's trials in one call
-    assert relative_error([several], [torch.stack([loss.value(z), loss.value(u)])]) < 1e-15
 
 
 def dense_inverse(loss: OutputLoss, kernel: Tensor, t: int) -> Tensor:
@@ -107,61 +86,6 @@ def test_the_hessian_stays_within_the_movement(tasks: int, kind: type[OutputLoss
         moved = (there.gradient - loss.gradient).norm(dim=-1).amax(-1)
         sizes = loss.gradient.norm(dim=-1).amax(-1)
         assert torch.allclose(moved / sizes, omega)
-
-
-# The linearization.
-
-
-@each
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("anchored", [True, False])
-def test_derivatives_are_autograds(
-    tasks: int, kind: type[OutputLoss], bias: bool, anchored: bool
-) -> None:
-    found = case(kind, tasks, bias=bias, anchored=anchored)
-    at, v = found.heads, torch.randn_like(found.heads.point)
-    values = found.per_task(lambda t: found.objective(t)(*found.arguments(t)))
-    assert relative_error([at.objective], [values]) < ROUNDING
-    assert relative_error([at.gradient], [found.gradients()]) < ROUNDING
-    assert torch.allclose(at.gradient_norm, at.gradient.norm(dim=1))
-    dense = torch.bmm(found.hessians(), v.unsqueeze(2)).squeeze(2)
-    assert relative_error([at.hvp(v)], [dense]) < ROUNDING
-
-    elsewhere = torch.randn_like(at.point)
-    objective, gradient = at.evaluate(elsewhere)
-    assert torch.equal(objective, at.moved(elsewhere).objective)
-    assert torch.equal(gradient, at.moved(elsewhere).gradient)
-    assert relative_error([at.task(tasks - 1).hvp(v[-1:])], [at.hvp(v)[-1:]]) < ROUNDING
-
-
-@each
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("anchored", [True, False])
-@pytest.mark.parametrize("carried", [True, False], ids=["outputs known", "outputs from v"])
-def test_mixed_products_are_autograds(
-    tasks: int, kind: type[OutputLoss], bias: bool, anchored: bool, carried: bool
-) -> None:
-    """One for the features, task by task; the sums for l2 and the anchor, which tasks share."""
-    found = case(kind, tasks, bias=bias, anchored=anchored)
-    at, v = found.heads, torch.randn_like(found.heads.point)
-    outputs, zeros = at.loss.curve(at.problem.outputs(v)) if carried else None, torch.zeros(tasks)
-    answer = LinearSolution(v, zeros.long(), zeros, [""] * tasks, outputs)
-    x, *shared = at.mixed_vjp(answer)
-    assert at.sources()[0] is at.problem.source
-    assert len(at.sources()) == 1 + len(shared) == 2 + anchored * (1 + bias)
-
-    def mixed(argument: int) -> list[Tensor]:
-        jacobians = (
-            jacrev(grad(found.objective(t)), argnums=argument)(*found.arguments(t))
-            for t in range(tasks)
-        )
-        return [torch.tensordot(v[t], j, dims=1) for t, j in enumerate(jacobians)]
-
-    assert relative_error([x], [torch.stack(mixed(1))]) < ROUNDING
-    assert relative_error([shared[0]], [torch.stack(mixed(3)).sum()]) < 1e-12
-    if anchored:
-        flat = torch.cat([piece.reshape(-1) for piece in shared[1:]])
-        assert relative_error([flat], [torch.stack(mixed(2)).sum(0)]) < ROUNDING
 
 
 # The minimum.
@@ -281,26 +205,6 @@ def test_each_system_says_how_it_ended() -> None:
     assert bool(answer.relative_residual[2:].isinf().all())
     alone = there.solve(b[:1].expand(4, -1), 0.0)
     assert relative_error([answer.solution[:1]], [alone.solution[:1]]) < SOLVED
-
-
-# Gradient descent on the Gram matrix.
-
-
-@each
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("anchored", [True, False])
-@pytest.mark.parametrize("steps", [1, 2, 9])
-def test_the_gram_recursion_is_plain_gradient_descent(
-    tasks: int, kind: type[OutputLoss], bias: bool, anchored: bool, steps: int
-) -> None:
-    found = case(kind, tasks, bias=bias, anchored=anchored, l2=0.4)
-    there = GradientDescent().solve_heads(found.heads, steps, lr=0.3)
-    assert there is not None and not there.solved
-    expected = found.heads
-    for _ in range(steps):
-        by_autograd = found.at(expected).gradients()
-        expected = expected.moved(expected.point - 0.3 * by_autograd)
-    assert relative_error([there.point], [expected.point]) < ROUNDING
 
 
 def test_what_the_recursion_leaves_to_single_steps() -> None:

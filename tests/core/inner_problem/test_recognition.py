@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import l2l_implicit.learner as learner_module
 from l2l_implicit import CG, GradientDescent, ImplicitCGHead, Newton
-from l2l_implicit.inner_problem.linearization import AutogradLinearization, SquaredDistance
 from l2l_implicit.inner_problem.losses import CrossEntropy, OutputLoss, SquaredError
 from l2l_implicit.inner_problem.recognition import recognize
 
@@ -44,130 +43,89 @@ FUNCTIONS: dict[type[OutputLoss], Callable[..., Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("kind", FUNCTIONS)
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("history", [True, False])
-@pytest.mark.parametrize("anchored", [True, False])
-def test_closed_form_equals_the_general_path(
-    kind: type[OutputLoss], reduction: str, bias: bool, history: bool, anchored: bool
-) -> None:
-    head = nn.Linear(WIDTH, CLASSES, bias)
-    learner, x = ImplicitCGHead(head, 0.1).clone(), torch.randn(M, WIDTH)
-    x = torch.tanh(x.requires_grad_()) if history else x
-    loss = FUNCTIONS[kind](learner(x), Y, reduction=reduction)
-    phi, independent = list(learner.module.parameters()), set()
-    l2 = torch.tensor(0.2, requires_grad=True)
-    anchor = [torch.randn_like(p).requires_grad_() for p in phi] if anchored else []
-    quadratic = SquaredDistance(l2, anchor, torch.float64)
-    known = recognize(loss, phi, independent)
-    assert known is not None and known.loss is kind
-    closed = known.heads(phi, quadratic)
-    general = AutogradLinearization(loss, phi, quadratic=quadratic)
-    assert relative_error([closed.gradient], [general.gradient]) < ROUNDING
-    assert relative_error([closed.objective], [general.objective]) < ROUNDING
-    assert torch.equal(closed.point, general.point)
-    ours, theirs = closed.sources(), general.sources()
-    assert len(ours) == len(theirs) == history + 1 + len(anchor)
-    assert all(a is b for a, b in zip(ours, theirs, strict=True))
-    assert ours[0] is (x if history else l2)
-    v = torch.randn_like(closed.point)
-    assert relative_error([closed.hvp(v)], [general.hvp(v)]) < ROUNDING
-    answer = CG().solve(lambda p: p, v)  # v itself, as a solution
-    products = zip(closed.mixed_vjp(answer), general.mixed_vjp(answer), strict=True)
-    for mine, other in products:
-        assert mine is not None and other is not None
-        assert relative_error([mine], [other]) < ROUNDING
-
-
 # Which losses are recognised, and that every answer is right either way
 
 Net = Callable[[Tensor], Tensor]
-Loss = Callable[[Net, Tensor, Tensor], Tensor]  # of net, features, initial weight
+Loss = Callable[[Net, Tensor], Tensor]  # of net and features
 CE, MSE, EYE = F.cross_entropy, F.mse_loss, torch.eye(CLASSES, dtype=torch.float64)[Y]
 NUMBERS = torch.linspace(-1, 1, M * CLASSES, dtype=torch.float64).view(M, CLASSES)
 WEIGHTS = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
 ONES = torch.ones(WIDTH, CLASSES, dtype=torch.float64)
 
 
-def spatial(net: Net, x: Tensor, w: Tensor) -> Tensor:
+def spatial(net: Net, x: Tensor) -> Tensor:
     """Logits [batch, classes, places]: a two-dimensional kind of nll_loss."""
     return CE(net(x.view(4, 3, WIDTH)).transpose(1, 2), Y.view(4, 3))
 
 
-def plain(net: Net, x: Tensor, w: Tensor) -> Tensor:
+def plain(net: Net, x: Tensor) -> Tensor:
     return CE(net(x), Y)
 
 
-def strong(net: Net, x: Tensor, w: Tensor) -> Tensor:
+def strong(net: Net, x: Tensor) -> Tensor:
     return 4.0 * CE(net(x), Y)
 
 
 CASES: dict[str, tuple[Loss, bool | None]] = {  # and whether the closed form is used
     "plain": (plain, True),
-    "one example": (lambda net, x, w: CE(net(x[:1]), Y[:1]), True),
-    "rows repeated": (lambda net, x, w: CE(net(x[torch.arange(M) % 5]), Y), True),
-    "numbers": (lambda net, x, w: MSE(net(x), NUMBERS), True),
-    "summed numbers": (lambda net, x, w: MSE(net(x), EYE, reduction="sum"), True),
-    "ignored absent": (lambda net, x, w: CE(net(x), Y % 2, ignore_index=2), None),
-    "smooth": (lambda net, x, w: CE(net(x), Y, label_smoothing=0.1), False),
-    "weighted": (lambda net, x, w: CE(net(x), Y, weight=WEIGHTS), False),
-    "ignored negative": (lambda net, x, w: CE(net(x), torch.where(Y == 1, -100, Y)), False),
-    "ignored in range": (lambda net, x, w: CE(net(x), Y, ignore_index=1), False),
-    "ignored in a sum": (lambda net, x, w: CE(net(x), Y, ignore_index=1, reduction="sum"), False),
-    "three-dimensional": (lambda net, x, w: CE(net(x.view(4, 3, WIDTH)).flatten(0, 1), Y), False),
+    "one example": (lambda net, x: CE(net(x[:1]), Y[:1]), True),
+    "rows repeated": (lambda net, x: CE(net(x[torch.arange(M) % 5]), Y), True),
+    "numbers": (lambda net, x: MSE(net(x), NUMBERS), True),
+    "summed numbers": (lambda net, x: MSE(net(x), EYE, reduction="sum"), True),
+    "ignored absent": (lambda net, x: CE(net(x), Y % 2, ignore_index=2), None),
+    "smooth": (lambda net, x: CE(net(x), Y, label_smoothing=0.1), False),
+    "weighted": (lambda net, x: CE(net(x), Y, weight=WEIGHTS), False),
+    "ignored negative": (lambda net, x: CE(net(x), torch.where(Y == 1, -100, Y)), False),
+    "ignored in range": (lambda net, x: CE(net(x), Y, ignore_index=1), False),
+    "ignored in a sum": (lambda net, x: CE(net(x), Y, ignore_index=1, reduction="sum"), False),
+    "three-dimensional": (lambda net, x: CE(net(x.view(4, 3, WIDTH)).flatten(0, 1), Y), False),
     "spatial": (spatial, False),
-    "probabilities": (lambda net, x, w: CE(net(x), EYE * 0.7 + 0.1), False),
-    "scaled loss": (lambda net, x, w: 0.5 * CE(net(x), Y), False),
-    "scaled logits": (lambda net, x, w: CE(1.5 * net(x), Y), False),
-    "penalty": (lambda net, x, w: CE(net(x), Y) + 0.1 * net(x).square().mean(), False),
+    "probabilities": (lambda net, x: CE(net(x), EYE * 0.7 + 0.1), False),
+    "scaled loss": (lambda net, x: 0.5 * CE(net(x), Y), False),
+    "scaled logits": (lambda net, x: CE(1.5 * net(x), Y), False),
+    "penalty": (lambda net, x: CE(net(x), Y) + 0.1 * net(x).square().mean(), False),
     "softmax over the examples": (
-        lambda net, x, w: F.nll_loss(F.log_softmax(net(x), dim=0), Y), False),
-    "unbatched": (lambda net, x, w: CE(net(x[0]), Y[0]), False),
+        lambda net, x: F.nll_loss(F.log_softmax(net(x), dim=0), Y), False),
+    "unbatched": (lambda net, x: CE(net(x[0]), Y[0]), False),
     "strong": (strong, False),
-    "numbers first, another graph": (lambda net, x, w: MSE(EYE, net(x)), False),
-    "scaled numbers": (lambda net, x, w: 0.5 * MSE(net(x), EYE), False),
-    "targets of theta": (lambda net, x, w: MSE(net(x), torch.tanh(x @ ONES)), False),
-    "targets of phi": (lambda net, x, w: MSE(net(x), 0.3 * net(x.roll(1, 0)) + EYE), False),
-    "one row of numbers": (lambda net, x, w: MSE(net(x[0]), EYE[1]), False),
-    "one column of numbers": (lambda net, x, w: MSE(net(x)[:, 0], EYE[:, 0]), False),
+    "numbers first, another graph": (lambda net, x: MSE(EYE, net(x)), False),
+    "scaled numbers": (lambda net, x: 0.5 * MSE(net(x), EYE), False),
+    "targets of theta": (lambda net, x: MSE(net(x), torch.tanh(x @ ONES)), False),
+    "targets of phi": (lambda net, x: MSE(net(x), 0.3 * net(x.roll(1, 0)) + EYE), False),
+    "one row of numbers": (lambda net, x: MSE(net(x[0]), EYE[1]), False),
+    "one column of numbers": (lambda net, x: MSE(net(x)[:, 0], EYE[:, 0]), False),
     "numbers, broadcast": (
-        lambda net, x, w: MSE(net(x).expand(2, M, CLASSES), torch.stack([EYE, NUMBERS])), False),
-    "huber": (lambda net, x, w: F.huber_loss(net(x), EYE * 0.1, delta=10.0), False),
+        lambda net, x: MSE(net(x).expand(2, M, CLASSES), torch.stack([EYE, NUMBERS])), False),
+    "huber": (lambda net, x: F.huber_loss(net(x), EYE * 0.1, delta=10.0), False),
 }  # fmt: skip
 
 
-def run(
-    head: nn.Module,
-    loss: Loss,
-    how: str,
-    monkeypatch: pytest.MonkeyPatch,
-    outside: bool = False,
-    steps: int = 20,
-) -> tuple[float, list[bool]]:
-    """The hypergradient, the oracle's, and whether the closed form was used."""
-    used: list[bool] = []
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether the closed form was used, each time that it was asked for."""
+    found: list[bool] = []
 
     def spy(*args: Any) -> Any:
         parts = recognize(*args)
-        used.append(parts is not None)
+        found.append(parts is not None)
         return parts
 
     monkeypatch.setattr(learner_module, "recognize", spy)
+    return found
+
+
+def error_of(
+    head: nn.Module, loss: Loss, how: str, steps: int = 20, outside: bool = False
+) -> float:
+    """Of the hypergradient, against the oracle's."""
     theta, data, query = torch.randn(5, WIDTH).requires_grad_(), torch.randn(M, 5), torch.randn(6)
-    initial = next(head.parameters())
     learner = ImplicitCGHead(head, 0.1, l2=0.2, **EXACT).clone()
-    x = torch.tanh(data @ theta)
-    net = learner.module if outside else learner
-
-    def support() -> Tensor:
-        return loss(net, x, initial)
-
-    adapt(learner, support, how, steps)
+    x, net = torch.tanh(data @ theta), learner.module if outside else learner
+    adapt(learner, lambda: loss(net, x), how, steps)
     (learner(x)[:6] * query[:, None]).square().mean().backward()
 
     def inner(phi: Tensor, t: Tensor) -> Tensor:
-        value = loss(on_vector(head, phi), torch.tanh(data @ t), initial.detach())
+        value = loss(on_vector(head, phi), torch.tanh(data @ t))
         return value + 0.1 * phi.square().sum()
 
     def outer(phi: Tensor, t: Tensor) -> Tensor:
@@ -178,18 +136,15 @@ def run(
     found = flat(learner.module.parameters())
     phi = polish(inner, found, [theta])
     assert relative_error([found], [phi]) < 1e-6
-    return relative_error([theta.grad], implicit(inner, outer, [theta], phi)), used
+    return relative_error([theta.grad], implicit(inner, outer, [theta], phi))
 
 
 @HOWS
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", CASES)
-def test_every_loss_is_right(
-    name: str, bias: bool, how: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_loss_is_right(name: str, bias: bool, how: str, used: list[bool]) -> None:
     loss, closed = CASES[name]
-    error, used = run(nn.Linear(WIDTH, CLASSES, bias), loss, how, monkeypatch)
-    assert error < 1e-9
+    assert error_of(nn.Linear(WIDTH, CLASSES, bias), loss, how) < 1e-9
     assert closed is None or all(u is closed for u in used)
 
 
@@ -205,19 +160,16 @@ class Tied(nn.Module):
 
 
 @HOWS
-@pytest.mark.parametrize("make", [lambda: two_layers(2, 2.0), Tied], ids=["two layers", "tied"])
-def test_two_layers_are_not_taken_for_one(
-    make: Callable[[], nn.Module], how: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name, make, loss", [
+    ("two layers", lambda: two_layers(2, 2.0), strong), ("tied", Tied, strong),
+    ("bypassing forward", lambda: nn.Linear(WIDTH, CLASSES), plain),
+])  # fmt: skip
+def test_what_is_not_taken_for_a_linear_head(
+    name: str, make: Callable[[], nn.Module], loss: Loss, how: str, used: list[bool]
 ) -> None:
     torch.manual_seed(SOLVED)
-    error, used = run(make(), strong, how, monkeypatch, steps=40)
-    assert error < 1e-8 and not any(used)
-
-
-@HOWS
-def test_features_that_bypass_forward(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    error, used = run(nn.Linear(WIDTH, CLASSES), plain, how, monkeypatch, outside=True)
-    assert error < 1e-9 and not any(used)
+    assert error_of(make(), loss, how, 40, outside="bypassing" in name) < 1e-8
+    assert not any(used)
 
 
 SPELLINGS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -249,9 +201,8 @@ class LinearModule(nn.Module):
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_other_spellings_of_a_linear_map(spelling: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    error, _ = run(LinearModule(spelling), plain, "closure", monkeypatch)
-    assert error < 1e-9
+def test_other_spellings_of_a_linear_map(spelling: str) -> None:
+    assert error_of(LinearModule(spelling), plain, "closure") < 1e-9
 
 
 @pytest.mark.parametrize("leaf", [False, True])

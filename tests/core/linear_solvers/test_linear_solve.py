@@ -3,7 +3,6 @@
 Of conjugate gradient: what published versions get wrong, and what must never come out.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -95,15 +94,6 @@ def energy(a: Tensor, v: Tensor, b: Tensor) -> float:
 
 
 @both
-@pytest.mark.parametrize("factor", [1e-30, 0.3, 1.0, 7.0, 1e30])
-def test_multiple_of_identity(factor: float) -> None:
-    b = torch.randn(5)
-    answer = cg(lambda p: factor * p, b)
-    assert relative_error([answer.solution], [b / factor]) < 1e-15
-    assert (answer.steps, answer.reason) == (1, CONVERGED)
-
-
-@both
 @pytest.mark.parametrize("rank", [1, 2, 4, 8])
 def test_exact_after_as_many_steps_as_distinct_eigenvalues(rank: int) -> None:
     q = torch.linalg.qr(torch.randn(8, 8))[0]
@@ -112,17 +102,10 @@ def test_exact_after_as_many_steps_as_distinct_eigenvalues(rank: int) -> None:
     answer = cg(rows(a), b, max_steps=20, tol=1e-11)
     assert answer.steps == rank and answer.reason == CONVERGED
     assert relative_error([answer.solution], [torch.linalg.solve(a, b)]) < 1e-9
-
-
-@both
-def test_stops_early_at_its_tolerance() -> None:
-    a, b, tols = spd(50, 1e4), torch.randn(50), (1e-1, 1e-4, 1e-8)
-    answers = [cg(rows(a), b, max_steps=500, tol=tol) for tol in tols]
-    assert all(answer.reason == CONVERGED for answer in answers)
-    assert answers[0].steps < answers[1].steps < answers[2].steps < 500
-    for answer, tol in zip(answers, tols, strict=True):
-        assert residual(a, answer.solution, b) <= tol * (1 + 1e-6)
-        assert answer.relative_residual <= tol
+    a -= q[:, :2] @ q[:, :2].t() @ a  # singular, but consistent
+    answer = cg(rows(a), a @ b, max_steps=20, tol=1e-10)
+    assert answer.reason == CONVERGED and answer.steps <= rank
+    assert relative_error([answer.solution], [torch.linalg.pinv(a) @ a @ b]) < 1e-8
 
 
 @both
@@ -138,46 +121,12 @@ def test_is_subroutine_1(steps: int, warm: bool, condition: float) -> None:
 
 
 @both
-def test_its_last_iterate_is_its_best() -> None:
-    """The residual may rise above that of zero; the error falls at every step."""
-    a = torch.diag(torch.tensor([0.1, 1.0, 1.1, 1.2, 50.0, 1e4]))
-    b = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 0.01])
-    answers = [cg(rows(a), b, max_steps=n, tol=1e-12) for n in range(1, 7)]
-    residuals = [residual(a, answer.solution, b) for answer in answers]
-    assert max(residuals) > 1.0
-    assert [answer.relative_residual for answer in answers] == pytest.approx(residuals, rel=1e-6)
-    energies = [0.0, *(energy(a, answer.solution, b) for answer in answers)]
-    assert all(later < before for before, later in itertools.pairwise(energies))
-
-
-@both
-def test_a_start_nearby_saves_steps_and_one_at_the_solution_all() -> None:
-    a, b = spd(30, 1e3), torch.randn(30)
-    exact = torch.linalg.solve(a, b)
-    starts = (exact, exact + 1e-5 * torch.randn(30), None)
-    answers = [cg(rows(a), b, start, 300) for start in starts]
-    assert all(answer.reason == CONVERGED for answer in answers)
-    assert 0 == answers[0].steps < answers[1].steps < answers[2].steps
-    assert torch.allclose(answers[0].solution, exact, rtol=1e-14)
-
-
-@both
 @pytest.mark.parametrize("value", [1e6, 1e300, math.nan, math.inf])
 def test_start_worse_than_none_is_dropped(value: float) -> None:
     a, b, start = spd(5), torch.randn(5), torch.full((5,), value)
     got = cg(rows(a), b, start=start, max_steps=3)
     assert torch.equal(got.solution, cg(rows(a), b, max_steps=3).solution)
     assert bool((start == start[0]).all()) or math.isnan(value)  # the caller's tensor is left alone
-
-
-@both
-def test_singular_but_consistent() -> None:
-    q = torch.linalg.qr(torch.randn(6, 6))[0]
-    a = q @ torch.diag(torch.tensor([0.0, 0.0, 1.0, 2.0, 3.0, 4.0])) @ q.t()
-    b = a @ torch.randn(6)
-    answer = cg(rows(a), b, max_steps=50, tol=1e-10)
-    assert answer.reason == CONVERGED and answer.steps == 4
-    assert relative_error([answer.solution], [torch.linalg.pinv(a) @ b]) < 1e-8
 
 
 DIAGONALS = [[0.0, 1.0, 2.0], [0.0, 0.0, 0.0], [3.0, 2.0, -1.0], [-1.0, -2.0, -3.0]]

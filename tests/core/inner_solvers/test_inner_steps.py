@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from oracles import flat
 from torch import Tensor, nn
 
-from l2l_implicit import GradientDescent, ImplicitCGHead, Newton
+from l2l_implicit import LBFGS, GradientDescent, ImplicitCGHead, Newton
 from l2l_implicit.inner_problem.linearization import AutogradLinearization
 from l2l_implicit.inner_solvers.newton import NewtonStep
 
@@ -140,3 +140,16 @@ def test_newton_solves_the_head_where_a_fixed_step_diverges(scale: float) -> Non
         norms.append(float(flat(torch.autograd.grad(objective, [*learner.parameters()])).norm()))
     assert norms[0] < 1e-12 * max(1.0, scale)
     assert scale < 30.0 or norms[1] > 1.0
+
+
+def test_lbfgs_searches_the_line_where_its_first_trial_is_too_long() -> None:
+    """Large curvature and next to no regulariser: nothing says how long the first step may be."""
+    x, y = 30 * torch.randn(6, 4), torch.randn(6, 3)
+    learner = ImplicitCGHead(nn.Linear(4, 3), 0.1, l2=1e-6, inner=LBFGS()).clone()
+
+    def loss() -> Tensor:
+        return F.mse_loss(learner(x), y, reduction="sum")
+
+    before = float(loss().detach())
+    learner.adapt(loss())
+    assert float(loss().detach()) < 0.9 * before

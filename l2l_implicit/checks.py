@@ -56,7 +56,8 @@ def settings(l2: Any, anchor: Any, inner: Any, linear: Any, max_error: Any) -> N
             "inner: expected an inner solver such as Newton() or GradientDescent(), got "
             f"{inner!r}; pass an object with a method begin(lr)"
         )
-    if isinstance(linear, type) or not callable(getattr(linear, "solve", None)):
+    ways = (getattr(linear, name, None) for name in ("solve", "respond"))
+    if isinstance(linear, type) or not any(map(callable, ways)):
         raise TypeError(
             f"linear: expected a linear solver such as CG() or Direct(), got {linear!r}; "
             "pass an object with a method solve(hvp, b, start)"

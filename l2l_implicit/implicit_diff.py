@@ -76,7 +76,8 @@ class ImplicitSolution(Function):
         at, products = saved.linearization, []
         if at is not None:
             with without_autocast(vector.device.type):
-                products = at.mixed_vjp(saved.solve(at, vector.to(at.point.dtype)))
+                answer = saved.solve(at, vector.to(at.point.dtype))
+                products = at.mixed_vjp(answer) if answer.products is None else answer.products
             checks.finite_products(products)
         elif bool(vector.any()):
             raise RuntimeError(

@@ -143,12 +143,14 @@ def test_newton_solves_the_head_where_a_fixed_step_diverges(scale: float) -> Non
 
 
 def test_lbfgs_searches_the_line_where_its_first_trial_is_too_long() -> None:
-    """Large curvature and next to no regulariser: nothing says how long the first step may be."""
-    x, y = 30 * torch.randn(6, 4), torch.randn(6, 3)
-    learner = ImplicitCGHead(nn.Linear(4, 3), 0.1, l2=1e-6, inner=LBFGS()).clone()
+    """Next to the minimum, with no regulariser to say how long a step may be."""
+    x, module = 30 * torch.randn(6, 4), nn.Linear(4, 3)
+    for parameter in module.parameters():
+        parameter.data.mul_(1e-3)
+    learner = ImplicitCGHead(module, 0.1, l2=0.0, inner=LBFGS()).clone()
 
     def loss() -> Tensor:
-        return F.mse_loss(learner(x), y, reduction="sum")
+        return F.mse_loss(learner(x), torch.zeros(6, 3), reduction="sum")
 
     before = float(loss().detach())
     learner.adapt(loss())

@@ -697,7 +697,8 @@ class ImplicitCGHead(MAML):
                 "operation whose second derivative is missing or wrong (a custom "
                 "autograd.Function, once_differentiable, weight_norm, spectral_norm in training "
                 "mode, a detached piece), or other data at each call; the hypergradient is wrong: "
-                "write the operation out, or use first_order=True (said once a loss)",
+                "write the operation out, or use linear=Perturbed() or first_order=True (said once a "
+                "loss)",
                 UnsolvedWarning,
                 stacklevel=4,
             )

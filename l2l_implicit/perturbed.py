@@ -240,20 +240,22 @@ class _Response:
     ) -> tuple[Tensor, str]:
         """One task, by the learner's inner solver: where it ended, and why."""
         learner, reason = self.learner, solution.MAX_STEPS
+        since: Tilted | None = None
         learner._task.step = None  # another problem
 
         def linearize(point: Tensor, _: bool = False) -> Tilted:
             self.calls += 1
-            return Tilted(at.moved(point), tilt)
+            return Tilted(at.moved(point), tilt, since)
 
         def evaluate(point: Tensor) -> tuple[Tensor, Tensor]:
             there = linearize(point)
             return there.objective, there.gradient
 
         def step(there: Linearization) -> Tensor:
-            nonlocal reason
+            nonlocal reason, since
             if float(there.gradient_norm) <= goal:
                 return there.point
+            since = cast(Tilted, there)
             point = learner.inner_step(there)
             if point is there.point:
                 reason = solution.STALLED
@@ -292,20 +294,27 @@ class _Tilt(NamedTuple):
 class Tilted(Linearization):
     """An inner objective with a tilt, T = 1, as an inner solver sees it.
 
-    Its values are differences to the one at the origin, by the trapezoidal rule from the gradients
-    at both ends: the objective's own differ there in their last digits only.
+    Its values are sums of differences, each by the trapezoidal rule from the gradients at both
+    ends: the objective's own would differ in their last digits only.
+
+    Args:
+        since: the point of the step before and the gradient and value there; None at the origin.
     """
 
-    def __init__(self, base: Linearization, tilt: _Tilt) -> None:
+    def __init__(self, base: Linearization, tilt: _Tilt, since: Tilted | None) -> None:
         super().__init__(base.point, base.quadratic)
         self._base, self._tilt = base, tilt
-        self._move = base.point - tilt.origin
-        self.gradient = (base.gradient - tilt.left).add_(self._move, alpha=tilt.damping)
+        move = base.point - tilt.origin
+        self.gradient = (base.gradient - tilt.left).add_(move, alpha=tilt.damping)
         self.gradient = self.gradient + tilt.slope
+        value, slope = torch.zeros_like(move[:, 0]), tilt.slope
+        if since is not None:
+            value, slope, move = since.objective, since.gradient, base.point - since.point
+        self._objective = value + 0.5 * dot(self.gradient + slope, move)
 
     @property
     def objective(self) -> Tensor:
-        return 0.5 * dot(self.gradient + self._tilt.slope, self._move)
+        return self._objective
 
     def hvp(self, vector: Tensor) -> Tensor:
         return self._base.hvp(vector).add(vector, alpha=self._tilt.damping)

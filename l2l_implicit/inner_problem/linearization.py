@@ -371,7 +371,12 @@ class FirstDerivatives(AutogradLinearization):
 
     def gradients(self, point: Tensor) -> tuple[Tensor, Products]:
         r"""At a ``point``: :math:`\nabla_\phi g`, shape ``[1, n]``, and `in_theta`."""
-        there = self._at(point, True)
+        try:
+            there = self._at(point, True)
+        except ValueError as error:
+            if isinstance(error, checks.NotFinite):
+                raise
+            raise RuntimeError(_ANOTHER) from error
         if there.operations != self.operations or len(there.sources()) != len(self._sources):
             raise RuntimeError(_ANOTHER)
         if torch.equal(point, self.point):

@@ -57,6 +57,7 @@ Closure = Callable[[], Tensor]
 _LOOKS = 40  # steps of loss tensors at which the second derivative is compared, at most
 _LOSSES = 20  # different losses of which it is
 
+
 class Remembered(NamedTuple):
     """A task's phi and v, shape ``[1, n]`` each, at the end of its last visit."""
 
@@ -85,8 +86,8 @@ class Task:
     """
 
     __slots__ = (
-        "again", "first_norm", "independent", "initial", "key", "linear", "looks", "missing", "saved",
-        "solution", "solver", "step", "steps", "taken",
+        "again", "first_norm", "independent", "initial", "key", "linear", "looks", "missing",
+        "saved", "solution", "solver", "step", "steps", "taken",
     )  # fmt: skip
 
     def __init__(self, key: Hashable | None, initial: list[Tensor]) -> None:
@@ -618,7 +619,9 @@ class ImplicitCGHead(MAML):
         if memory is not None and key in memory:
             start = memory[key].v
         damping = float(getattr(self.linear, "damping", 0.0))
-        perturbed = self.linear if self._plain_solve and isinstance(self.linear, Perturbed) else None
+        perturbed = (
+            self.linear if self._plain_solve and isinstance(self.linear, Perturbed) else None
+        )
         factored = self._plain_solve and getattr(self.linear, "takes_factor", False)
         if factored and isinstance(at, LinearHeads) and at.solved:
             answer = at.solve(b, damping)
@@ -697,8 +700,8 @@ class ImplicitCGHead(MAML):
                 "operation whose second derivative is missing or wrong (a custom "
                 "autograd.Function, once_differentiable, weight_norm, spectral_norm in training "
                 "mode, a detached piece), or other data at each call; the hypergradient is wrong: "
-                "write the operation out, or use linear=Perturbed() or first_order=True (said once a "
-                "loss)",
+                "write the operation out, or use linear=Perturbed() or first_order=True (said once "
+                "a loss)",
                 UnsolvedWarning,
                 stacklevel=4,
             )

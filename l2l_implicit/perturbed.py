@@ -6,7 +6,8 @@ tilt, and what it does to the inner objective's own gradient in theta is the sec
 .. math:: \phi_\epsilon = \text{argmin}_\phi \; g(\theta, \phi) + \epsilon \langle b, \phi \rangle,
           \qquad
           v = - \frac{d \phi_\epsilon}{d \epsilon}, \qquad
-          \nabla^2_{\theta\phi} g \, v = - \frac{d}{d \epsilon} \nabla_\theta g(\theta, \phi_\epsilon).
+          \nabla^2_{\theta\phi} g \, v
+          = - \frac{d}{d \epsilon} \nabla_\theta g(\theta, \phi_\epsilon).
 
 Both derivatives are differences of two (or of more) solutions. An operation that has a gradient
 need have nothing else.
@@ -215,7 +216,9 @@ class _Response:
         # v is at least as long as 1 over the curvature along b.
         bend = self._gradient(origin + reach.unsqueeze(1) * self.b) - self.left
         curvature = dot(self.b, bend).abs() / reach + damping
-        return reach * curvature.clamp_min(max(self.at.quadratic.strength, torch.finfo(origin.dtype).tiny)), origin
+        return reach * curvature.clamp_min(
+            max(self.at.quadratic.strength, torch.finfo(origin.dtype).tiny)
+        ), origin
 
     def _solve(self, size: Tensor, ahead: Tensor) -> Tensor:
         """The solutions under tilts of ``size``, ``[T]``, from ``ahead`` on, shapes ``[T, n]``."""

@@ -286,9 +286,9 @@ class AutogradLinearization(Linearization):
     def hvp(self, vector: Tensor) -> Tensor:
         if not self.differentiable:
             raise RuntimeError(
-                "inner solver: expected one that needs first derivatives only, as linear=Perturbed() "
-                "takes no others, got one that asks for a Hessian product (Newton() on this module, "
-                "GradientDescent(adaptive=True)); use inner=LBFGS() or GradientDescent()"
+                "inner solver: expected one that needs first derivatives only, as "
+                "linear=Perturbed() takes no others, got one that asks for a Hessian product "
+                "(Newton() on this module, GradientDescent(adaptive=True)); use inner=LBFGS() or GradientDescent()"
             )
         product = _flat(self._vjp(self.parameters, vector), self.parameters)
         return product.add_(vector, alpha=self.quadratic.strength)
@@ -429,8 +429,8 @@ def _again(*arguments: Any, **options: Any) -> tuple[Tensor | None, ...]:
         raise RuntimeError(
             "inner loss: expected one that torch can differentiate twice, its data left as they "
             f"were until backward(), got {reason[:200]!r}; use operations with a second derivative "
-            "(for attention torch.nn.attention.sdpa_kernel(SDPBackend.MATH)), or linear=Perturbed(), "
-            "which takes first derivatives only; clone what is changed in place"
+            "(for attention torch.nn.attention.sdpa_kernel(SDPBackend.MATH)), or "
+            "linear=Perturbed(), which takes first derivatives only; clone what is changed in place"
         ) from error
 
 
@@ -438,4 +438,3 @@ def _flat(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
     """Gradients as one vector ``[1, n]``, with zeros where there was none."""
     pairs = zip(gradients, like, strict=True)
     return flatten(torch.zeros_like(t) if g is None else g for g, t in pairs).unsqueeze(0)
-

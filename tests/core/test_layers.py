@@ -26,7 +26,7 @@ LAYERS = [
     {"linear_solvers", "module_state"},
     {"inner_problem", "chunked"},
     {"inner_solvers", "implicit_diff", "diagnostics", "per_task_norm"},
-    {"together"},
+    {"together", "perturbed"},
     {"learner"},
     {"imaml", "gbml"},
     {"distributed"},

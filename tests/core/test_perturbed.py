@@ -28,7 +28,7 @@ from l2l_implicit import (
     Perturbed,
     UnsolvedWarning,
 )
-from l2l_implicit.linear_solvers.solution import CONVERGED, INEXACT, MAX_STEPS
+from l2l_implicit.linear_solvers.solution import INEXACT, MAX_STEPS
 
 pytestmark = pytest.mark.usefixtures("float64")
 INNER = LBFGS(tol=1e-12)
@@ -46,7 +46,7 @@ def test_every_kind_of_theta(name: str) -> None:
     learner, loss = adapt(make_learner(task, inner=INNER, linear=CLOSE), task, "closure", 100)
     error, said = relative_error(hypergradient(task, loss), truth(name)), learner.diagnostics
     assert error < 1e-5 and error < 10 * said.hypergradient_error < 1e-3
-    assert (said.unsolved, said.is_bound, said.cg_reason) == (0, False, CONVERGED)
+    assert (said.unsolved, said.is_bound) == (0, False)
 
 
 @pytest.mark.parametrize("name", ["softmax mean bias", "module beside", "leaf direct and upstream"])

@@ -141,8 +141,14 @@ class LinearHeads(Linearization):
         return LinearHeads(self.problem.task(t), self.point[t : t + 1])
 
     def tilted(self, slope: Tensor, damping: float) -> LinearHeads:
-        r"""The same plus :math:`\langle s, \phi \rangle + (\delta/2) \|\phi - \phi_0\|^2`, ``s`` of shape ``[T, n]``, :math:`\phi_0` the present point: the regulariser has another
-        strength and centre, in each task its own, and small steps are to be told apart.
+        r"""The same plus :math:`\langle s, \phi \rangle + (\delta/2) \|\phi - \phi_0\|^2`.
+
+        The regulariser has another strength and centre, in each task its own; and small steps are
+        to be told apart.
+
+        Args:
+            slope: s, shape ``[T, n]``; :math:`\phi_0` is the present point.
+            damping: :math:`\delta`, above 0 where there is no regulariser.
         """
         strength = self.quadratic.strength + damping
         pull = self.quadratic.offset(self.point) * self.quadratic.strength + slope

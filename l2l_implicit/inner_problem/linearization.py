@@ -288,7 +288,8 @@ class AutogradLinearization(Linearization):
             raise RuntimeError(
                 "inner solver: expected one that needs first derivatives only, as "
                 "linear=Perturbed() takes no others, got one that asks for a Hessian product "
-                "(Newton() on this module, GradientDescent(adaptive=True)); use inner=LBFGS() or GradientDescent()"
+                "(Newton() on this module, GradientDescent(adaptive=True)); use inner=LBFGS() or "
+                "GradientDescent()"
             )
         product = _flat(self._vjp(self.parameters, vector), self.parameters)
         return product.add_(vector, alpha=self.quadratic.strength)

@@ -282,7 +282,7 @@ class ImplicitCGHead(MAML):
         if kwargs:
             kwargs = mark_boundaries(kwargs, dtype, mark)
         again = self._task.again
-        module = self.module if again is None else again.forward
+        module = self.module if again is None else functools.partial(again.forward, self.module)
         if low is None:
             return module(*args, **kwargs)
         with torch.autocast(low[0], enabled=False):

@@ -128,12 +128,15 @@ class Perturbed:
         products = _times(response.products, torch.where(idle, 0.0, unit.squeeze(1)))
         pairs = zip(products, at.sources(), strict=False)
         products = [None if p is None else _like(p, source) for p, source in pairs]
-        bad = torch.maximum(response.residual, response.error) > _INEXACT * self.tol
+        residual, error = (
+            torch.where(idle, 0.0, found) for found in (response.residual, response.error)
+        )
+        bad = torch.maximum(residual, error) > _INEXACT * self.tol
         rows = zip(lost.tolist(), zero.tolist(), bad.tolist(), response.reasons, strict=True)
         return LinearSolution(
-            v, torch.full_like(zero, response.calls, dtype=torch.long), response.residual,
+            v, torch.full_like(zero, response.calls, dtype=torch.long), residual,
             [_reason(*row) for row in rows],
-            products=products + at.quadratic.mixed_vjp(at.point, v), products_error=response.error,
+            products=products + at.quadratic.mixed_vjp(at.point, v), products_error=error,
         )  # fmt: skip
 
 
@@ -405,9 +408,9 @@ class Again:
         finally:
             substitute(self._module, objective.phi, now)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The module's output, which holds this object if it is that of the adapted parameters."""
-        module, phi = self._module, self._phi
+        phi = self._phi
         mine = [p for p in module.parameters() if p.requires_grad]
         if not phi or not torch.is_grad_enabled() or any(map(operator.is_not, mine, phi)):
             return module(*args, **kwargs)

@@ -148,6 +148,7 @@ def test_many_heads_at_once(inner: object) -> None:
         l2.grad = module.weight.grad = module.bias.grad = None
     assert relative_error(grads[1], grads[0]) < 1e-6
     assert bool((grads[1][0][2] == 0).all())
+    assert [each.unsolved for each in adapted.diagnostics] == [0, 0, 0, 0]
 
 
 def test_more_samples_than_a_factor_takes() -> None:

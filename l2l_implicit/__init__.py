@@ -16,6 +16,7 @@ from l2l_implicit.linear_solvers.conjugate_gradient import CG
 from l2l_implicit.linear_solvers.direct import Direct
 from l2l_implicit.linear_solvers.neumann import Neumann
 from l2l_implicit.linear_solvers.solution import LinearSolution, LinearSolver
+from l2l_implicit.perturbed import Perturbed
 
 __version__ = "0.1.0"
 
@@ -36,5 +37,6 @@ __all__ = [
     "Linearization",
     "Neumann",
     "Newton",
+    "Perturbed",
     "UnsolvedWarning",
 ]

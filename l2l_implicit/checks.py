@@ -58,7 +58,8 @@ def settings(l2: Any, anchor: Any, inner: Any, linear: Any, max_error: Any) -> N
             "inner: expected an inner solver such as Newton() or GradientDescent(), got "
             f"{inner!r}; pass an object with a method begin(lr)"
         )
-    if isinstance(linear, type) or not callable(getattr(linear, "solve", None)):
+    ways = (getattr(linear, name, None) for name in ("solve", "respond"))
+    if isinstance(linear, type) or not any(map(callable, ways)):
         raise TypeError(
             f"linear: expected a linear solver such as CG() or Direct(), got {linear!r}; "
             "pass an object with a method solve(hvp, b, start)"
@@ -285,14 +286,22 @@ def dense(gradients: Iterable[Tensor | None]) -> None:
         )
 
 
-def finite_products(products: Iterable[Tensor | None]) -> None:
-    """Whether the mixed products are: they may overflow where the system's solution does not."""
+def finite_products(products: Iterable[Tensor | None]) -> bool:
+    """Whether the mixed products are: they may overflow where the system's solution does not.
+
+    Returns:
+        Whether there is one at all.
+    """
+    some = False
     for product in products:
-        if product is not None and not math.isfinite(float(product.detach().sum())):
-            raise FloatingPointError(
-                "hypergradient: expected finite products, got nan or infinity in the mixed "
-                "derivative; scale the features down, or raise l2"
-            )
+        if product is not None:
+            some = True
+            if not math.isfinite(float(product.detach().sum())):
+                raise FloatingPointError(
+                    "hypergradient: expected finite products, got nan or infinity in the mixed "
+                    "derivative; scale the features down, or raise l2"
+                )
+    return some
 
 
 def finite_solutions(point: Tensor) -> None:

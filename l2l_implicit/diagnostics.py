@@ -7,7 +7,7 @@ import warnings
 from dataclasses import dataclass, field
 
 from l2l_implicit.inner_problem.linearization import Sizes
-from l2l_implicit.linear_solvers.solution import FACTORED, REMEDIES
+from l2l_implicit.linear_solvers.solution import FACTORED, INEXACT, REMEDIES
 
 
 class UnsolvedWarning(UserWarning):
@@ -40,7 +40,8 @@ class Diagnostics:
     Attributes:
         inner_steps: inner steps before the linearization.
         inner_gradient_norm: norm of the inner objective's gradient at the linearization point.
-        cg_steps: Hessian-vector products of the last linear solve; 0 for a factor.
+        cg_steps: Hessian-vector products of the last linear solve, gradients with `Perturbed`; 0
+            for a factor.
         cg_residual: relative residual of the linear system.
         cg_reason: why the linear solver stopped.
         hypergradient_error: how wrong the hypergradient may be, relative to its size: from the
@@ -126,6 +127,9 @@ class Diagnostics:
                 f"after {self.cg_steps} steps of {linear} ({self.cg_reason})"
             )
             remedy = REMEDIES.get(self.cg_reason, "raise l2")
+        elif self.cg_reason == INEXACT:
+            what = f"{linear}: {INEXACT}"
+            remedy = REMEDIES[INEXACT]
         else:
             what = "the precision does not suffice for features of this size and this l2"
             remedy = "use float64, scale the features down, or raise l2"

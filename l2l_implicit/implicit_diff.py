@@ -84,9 +84,9 @@ class ImplicitSolution(Function):
         at, products = saved.linearization, []
         if at is not None:
             with without_autocast(vector.device.type):
-                products = at.mixed_vjp(saved.solve(at, vector.to(at.point.dtype)))
-            checks.finite_products(products)
-            if all(product is None for product in products):
+                answer = saved.solve(at, vector.to(at.point.dtype))
+                products = at.mixed_vjp(answer) if answer.products is None else answer.products
+            if not checks.finite_products(products):
                 warnings.warn(_UNREACHED, stacklevel=2)
         elif bool(vector.any()):
             raise RuntimeError(

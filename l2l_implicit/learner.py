@@ -22,6 +22,7 @@ from l2l_implicit.inner_problem.boundary import end_of_gradients, mark_boundarie
 from l2l_implicit.inner_problem.linear_heads import LinearHeads
 from l2l_implicit.inner_problem.linearization import (
     AutogradLinearization,
+    FirstDerivatives,
     Linearization,
     Sizes,
     SquaredDistance,
@@ -44,6 +45,7 @@ from l2l_implicit.linear_solvers.solution import (
     damped,
 )
 from l2l_implicit.mixed_precision import as_now, autocast_enabled, precision_of, without_autocast
+from l2l_implicit.perturbed import Again, Perturbed, RandomState
 from l2l_implicit.vectors import buffers_apart, flatten, shallow_copy, substitute, unflatten
 
 if TYPE_CHECKING:
@@ -54,6 +56,7 @@ Closure = Callable[[], Tensor]
 
 _LOOKS = 40  # steps of loss tensors at which the second derivative is compared, at most
 _LOSSES = 20  # different losses of which it is
+
 
 class Remembered(NamedTuple):
     """A task's phi and v, shape ``[1, n]`` each, at the end of its last visit."""
@@ -78,12 +81,13 @@ class Task:
         missing: what the second derivative did not explain of the step before, if anything.
         independent: features that are known not to depend on phi.
         saved: the linearization that the current parameters depend on, if it is alive.
+        again: its closure, where the backward pass calls it.
         solution, linear: of what was solved at once: phi as installed, ``[n]``, and the solver.
     """
 
     __slots__ = (
-        "first_norm", "independent", "initial", "key", "linear", "looks", "missing", "saved",
-        "solution", "solver", "step", "steps", "taken",
+        "again", "first_norm", "independent", "initial", "key", "linear", "looks", "missing",
+        "saved", "solution", "solver", "step", "steps", "taken",
     )  # fmt: skip
 
     def __init__(self, key: Hashable | None, initial: list[Tensor]) -> None:
@@ -96,8 +100,9 @@ class Task:
         self.missing = math.inf
         self.independent: set[weakref.ref[Tensor]] = set()
         self.saved: weakref.ref[SavedLinearization] | None = None
+        self.again: Again | None = None
         self.solution: Tensor | None = None
-        self.linear: LinearSolver | None = None
+        self.linear: LinearSolver | Perturbed | None = None
 
     def __reduce__(self) -> Any:
         """Saved without its graph: what is read back has the adapted parameters alone."""
@@ -152,7 +157,7 @@ class ImplicitCGHead(MAML):
         inner: the inner solver: `Newton`, `GradientDescent` (the papers'), `LBFGS`, or one of your
             own, an `InnerSolver`.
         linear: the solver of the linear system in the backward pass: `CG`, `Neumann`, `Direct`, or
-            one of your own, a `LinearSolver`.
+            one of your own, a `LinearSolver`; or `Perturbed`, without second derivatives.
         loss: what `adapt_together` minimises: ``nn.CrossEntropyLoss`` or ``nn.MSELoss`` with
             reduction ``mean`` or ``sum``; None: the mean of the one that fits the targets.
         warm_start: remember phi and v of each task named in ``clone(task=...)`` and start from
@@ -190,7 +195,7 @@ class ImplicitCGHead(MAML):
         l2: float | Tensor = 0.1,
         anchor: str = "zero",
         inner: InnerSolver = Newton(),  # noqa: B008  (frozen)
-        linear: LinearSolver = CG(),  # noqa: B008
+        linear: LinearSolver | Perturbed = CG(),  # noqa: B008
         loss: nn.Module | None = None,
         warm_start: bool = False,
         max_error: float = 0.01,
@@ -238,7 +243,7 @@ class ImplicitCGHead(MAML):
 
         The products have the solver's ``damping`` in them already.
         """
-        return self.linear.solve(hvp, b, start)
+        return self.linear.solve(hvp, b, start)  # type: ignore[union-attr]
 
     # learn2learn's contract.
 
@@ -281,10 +286,12 @@ class ImplicitCGHead(MAML):
         args = mark_boundaries(args, dtype, mark)
         if kwargs:
             kwargs = mark_boundaries(kwargs, dtype, mark)
+        again = self._task.again
+        module = self.module if again is None else functools.partial(again.forward, self.module)
         if low is None:
-            return self.module(*args, **kwargs)
+            return module(*args, **kwargs)
         with torch.autocast(low[0], enabled=False):
-            return self.module(*args, **kwargs)
+            return module(*args, **kwargs)
 
     def adapt(
         self,
@@ -326,7 +333,15 @@ class ImplicitCGHead(MAML):
             checks.settings(self.l2, *settings)
             self._settings = settings
         phi = checks.inner_parameters(self.module, allow_nograd)
-        self._check_clone(phi)
+        saved = self._task.saved
+        used = saved is not None and saved() is None and not phi[0].is_leaf  # by a backward()
+        if used and self.diagnostics.parent is None:
+            warnings.warn(
+                "adapt: expected a clone() for each task, got the learner itself again after "
+                "backward(): its parameters are the last task's, and an optimizer still holds "
+                "those it began with; call clone() first, and adapt the clone",
+                stacklevel=2,
+            )
         keep, device = torch.is_grad_enabled(), phi[0].device.type
         if not isinstance(loss, Tensor) and autocast_enabled(device):
             loss = as_now(loss, device)
@@ -391,18 +406,6 @@ class ImplicitCGHead(MAML):
 
     # The pieces of adapt().
 
-    def _check_clone(self, phi: Sequence[Tensor]) -> None:
-        """Warn where no clone is adapted again after a backward(), as in a loop without clone()."""
-        saved = self._task.saved
-        used = saved is not None and saved() is None and phi[0].grad_fn is not None
-        if used and self.diagnostics.parent is None:
-            warnings.warn(
-                "adapt: expected a clone() for each task, got the learner itself again after "
-                "backward(): its parameters are the last task's, and an optimizer still holds "
-                "those it began with; call clone() first, and adapt the clone",
-                stacklevel=3,
-            )
-
     def _adapt_loss(self, loss: Tensor, phi: list[Tensor], unused: bool, keep: bool) -> None:
         task = self._task
         known = recognize(loss, phi, task.independent) if self._plain_regularizer else None
@@ -419,6 +422,12 @@ class ImplicitCGHead(MAML):
             if keep:
                 task.solution, task.linear = there.point[0].to(phi[0].dtype), self.linear
             return
+        if known is None and isinstance(self.linear, Perturbed):
+            raise TypeError(
+                "adapt: expected a closure, which linear=Perturbed() calls again at other "
+                "parameters, got a loss tensor that is no cross-entropy or squared error of a "
+                "linear head; use adapt(closure, steps=K)"
+            )
         task.release()  # before there are two
         at = self._linearize(loss, phi, unused, True, known)
         new = at if isinstance(at, AutogradLinearization) and self._is_new(at) else None
@@ -446,7 +455,7 @@ class ImplicitCGHead(MAML):
                     steps=steps, keep=keep,
                     hvp=not self._plain_step or getattr(self._stepper(), "needs_hvp", True),
                 )  # fmt: skip
-                if keep and isinstance(at, AutogradLinearization):
+                if keep and isinstance(at, AutogradLinearization) and at.differentiable:
                     self._compare(at, objective)
         except BaseException:
             substitute(self.module, objective.phi, phi)
@@ -454,7 +463,7 @@ class ImplicitCGHead(MAML):
             raise
         if keep:
             end_of_gradients(objective.leaves)
-        self._install(point, objective.phi, at if keep else None)
+        self._install(point, objective.phi, at if keep else None, objective)
 
     def _solve_heads(self, objective: _ClosureObjective, steps: int) -> LinearHeads | None:
         """The end of the inner loop of a closure whose loss is one of a linear head; else None."""
@@ -561,10 +570,12 @@ class ImplicitCGHead(MAML):
             anchor = self._initial_of(phi) if self.anchor == "init" else []
             stand_ins = [a.detach().requires_grad_() for a in anchor]
             loss = loss + self.regularizer(phi, stand_ins or [torch.zeros_like(p) for p in phi])
-        return AutogradLinearization(
-            loss, phi, quadratic=quadratic, anchor=anchor, stand_ins=stand_ins, unused=unused,
-            differentiable=differentiable,
-        )  # fmt: skip
+        settings: Any = {
+            "quadratic": quadratic, "anchor": anchor, "stand_ins": stand_ins, "unused": unused,
+        }  # fmt: skip
+        if differentiable and isinstance(self.linear, Perturbed):
+            return FirstDerivatives(loss, phi, **settings)
+        return AutogradLinearization(loss, phi, differentiable=differentiable, **settings)
 
     def _initial_of(self, phi: Sequence[Tensor]) -> list[Tensor]:
         """The initial values of phi, which may be some of the module's parameters."""
@@ -584,12 +595,14 @@ class ImplicitCGHead(MAML):
         substitute(self.module, now, leaves)
         return leaves
 
-    def _install(self, point: Tensor, phi: Sequence[Tensor], at: Linearization | None) -> None:
+    def _install(
+        self, point: Tensor, phi: Sequence[Tensor], at: Linearization | None,
+        objective: _ClosureObjective | None = None,
+    ) -> None:  # fmt: skip
         """Make ``point`` the module's parameters, with the implicit gradient of ``at``."""
         task = self._task
         task.release()
-        task.solution = None
-        task.saved = None
+        task.solution = task.saved = task.again = None
         if at is None:
             self._put(point, phi)
             return
@@ -601,6 +614,10 @@ class ImplicitCGHead(MAML):
         new = attach(saved, vector, [*map(SHAPE, phi)], constants=zero)
         substitute(self.module, phi, new)
         task.saved = weakref.ref(saved)
+        if isinstance(at, FirstDerivatives) and objective is not None:
+            assert objective.random is not None
+            task.again = Again(objective, self.module, new, saved, objective.random)
+            at.revisited_by(weakref.ref(task.again))
 
     # The backward pass.
 
@@ -624,9 +641,15 @@ class ImplicitCGHead(MAML):
         if memory is not None and key in memory:
             start = memory[key].v
         damping = float(getattr(self.linear, "damping", 0.0))
+        perturbed = (
+            self.linear if self._plain_solve and isinstance(self.linear, Perturbed) else None
+        )
         factored = self._plain_solve and getattr(self.linear, "takes_factor", False)
         if factored and isinstance(at, LinearHeads) and at.solved:
             answer = at.solve(b, damping)
+        elif perturbed is not None:
+            assert isinstance(at, LinearHeads | FirstDerivatives)
+            answer = perturbed.respond(self, at, b, start)
         else:
             answer = self.linear_solve(damped(at.hvp, damping), b, start)
         if NON_FINITE in answer.reason:
@@ -642,14 +665,18 @@ class ImplicitCGHead(MAML):
             answer.relative_residual, vector_norm(b, dim=1),
             vector_norm(answer.solution, dim=1), answer.steps,
             torch.full_like(answer.steps, self._task.steps) if at.steps is None else at.steps,
+            torch.zeros_like(answer.relative_residual) if answer.products_error is None
+            else answer.products_error,
             *at.scales(),
         )  # fmt: skip
         rows = torch.stack([*map(Tensor.double, columns)], 1).tolist()
         settings = self.max_error, self.inner, self.linear
         for found, row, reason in zip(diagnostics, rows, answer.reason, strict=True):
-            sizes = Sizes(row[0], row[1], row[2], row[3], row[4], scales=row[7:])
+            sizes = Sizes(row[0], row[1], row[2], row[3], row[4], scales=row[8:])
             errors = at.errors(sizes, damping, torch.finfo(phi.dtype).eps)
-            found.record(int(row[6]), int(row[5]), reason, sizes, errors, at.is_bound, settings)
+            errors = errors[0], errors[1], errors[2] + row[7]
+            bound = at.is_bound and perturbed is None
+            found.record(int(row[6]), int(row[5]), reason, sizes, errors, bound, settings)
         if memory is not None and key is not None:
             memory[key] = Remembered(phi, answer.solution)
         return answer
@@ -695,7 +722,8 @@ class ImplicitCGHead(MAML):
                 "operation whose second derivative is missing or wrong (a custom "
                 "autograd.Function, once_differentiable, weight_norm, spectral_norm in training "
                 "mode, a detached piece), or other data at each call; the hypergradient is wrong: "
-                "write the operation out, or use first_order=True (said once a loss)",
+                "write the operation out, or use linear=Perturbed() or first_order=True (said once "
+                "a loss)",
                 UnsolvedWarning,
                 stacklevel=4,
             )
@@ -715,6 +743,7 @@ class _ClosureObjective:
         self._learner, self._closure, self._unused = learner, closure, unused
         self.leaves: list[Tensor] = []
         self._fresh: tuple[Tensor, Tensor] | None = None  # a point and the loss there, not used yet
+        self.random: RandomState | None = None  # before the last call, where it is to come again
 
     def loss(self, point: Tensor | None = None) -> Tensor:
         """The loss at ``point``, shape ``[1, n]``; None: where the learner stood before."""
@@ -722,12 +751,15 @@ class _ClosureObjective:
             point = flatten(self._before).detach().unsqueeze(0)
         end_of_gradients(self.leaves)  # none is to end in what is replaced
         self.phi = self.leaves = self._learner._put(point, self.phi)
+        if isinstance(self._learner.linear, Perturbed):
+            self.random = RandomState(point.device)
         loss = checks.loss(self._closure())
-        if any(leaf.grad is not None for leaf in self.leaves):
-            raise RuntimeError(
-                "adapt: expected a closure that only computes the loss, got one that calls "
-                "backward() too; return the loss, and leave backward() to adapt()"
-            )
+        for leaf in self.leaves:
+            if leaf.grad is not None:
+                raise RuntimeError(
+                    "adapt: expected a closure that only computes the loss, got one that calls "
+                    "backward() too; return the loss, and leave backward() to adapt()"
+                )
         self._fresh = point, loss
         return loss
 

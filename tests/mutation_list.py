@@ -25,6 +25,7 @@ LINEARIZATION = "inner_problem/linearization.py"
 LOOK = "inner_problem/second_derivative.py"
 NEWTON = "inner_solvers/newton.py"
 RECOGNITION = "inner_problem/recognition.py"
+PERTURBED = "perturbed.py"
 UNROLLED = "baselines/unrolled.py"
 
 
@@ -232,6 +233,19 @@ MUTATIONS = (
     m("autocast: features stay half", BOUNDARY,
       "wide = source if dtype is None else widened(source, dtype)", "wide = source",
       "mixed_precision"),
+    m("perturbed: the tilt's sign", PERTURBED, "slope = size.unsqueeze(1) * self.b",
+      "slope = -size.unsqueeze(1) * self.b", "perturbed::test_loss_tensors_of_a_linear_head"),
+    m("perturbed: what is left is no part of the tilt", PERTURBED, "(base.gradient - tilt.left)",
+      "(base.gradient + 0.0)",
+      "perturbed::test_the_tilt_is_relative_to_what_the_inner_solver_left"),
+    m("perturbed: random numbers drawn anew", PERTURBED,
+      "torch.set_rng_state(self._states[0])", "pass", "perturbed::test_batch_norm_and_dropout"),
+    m("perturbed: statistics updated again", PERTURBED,
+      "torch.enable_grad(), buffers_apart(self._module), ", "torch.enable_grad(), ",
+      "perturbed::test_batch_norm_and_dropout"),
+    m("perturbed: the closure held for good", PERTURBED,
+      "again._objective, again._phi = None, ()", "pass",
+      "perturbed::test_a_loss_may_outlive_its_learner_and_takes_it_along"),
     m("chunked: nothing computed twice", "chunked.py",
       "self._run_twice if torch.is_grad_enabled() else self.backbone", "self.backbone", "chunked"),
     m("chunked: statistics updated twice", "module_state.py",

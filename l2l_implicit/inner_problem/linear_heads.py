@@ -85,7 +85,8 @@ class HeadProblem(NamedTuple):
     def task(self, t: int) -> HeadProblem:
         """The problem of task ``t`` alone."""
         loss = type(self.loss)(self.loss.outputs, self.loss.targets[t : t + 1], self.loss.scale)
-        return self._replace(x=self.x[t : t + 1], source=None, loss=loss)
+        quadratic = self.quadratic.task(t)
+        return self._replace(x=self.x[t : t + 1], source=None, loss=loss, quadratic=quadratic)
 
 
 class LinearHeads(Linearization):
@@ -138,6 +139,29 @@ class LinearHeads(Linearization):
     def task(self, t: int) -> LinearHeads:
         """Task ``t`` alone, T = 1, without its way to theta."""
         return LinearHeads(self.problem.task(t), self.point[t : t + 1])
+
+    def tilted(self, slope: Tensor, damping: float) -> LinearHeads:
+        r"""The same plus :math:`\langle s, \phi \rangle + (\delta/2) \|\phi - \phi_0\|^2`.
+
+        The regulariser has another strength and centre, in each task its own; and small steps are
+        to be told apart.
+
+        Args:
+            slope: s, shape ``[T, n]``; :math:`\phi_0` is the present point.
+            damping: :math:`\delta`, above 0 where there is no regulariser.
+        """
+        strength = self.quadratic.strength + damping
+        pull = self.quadratic.offset(self.point) * self.quadratic.strength + slope
+        quadratic = SquaredDistance.around(self.point - pull / strength, strength)
+        problem = self.problem._replace(quadratic=quadratic, goal=GOALS[torch.float64])
+        return LinearHeads(problem, self.point)
+
+    def gradients(self, point: Tensor) -> tuple[Tensor, Products]:
+        r"""At a ``point``, ``[T, n]``: :math:`\nabla_\phi g`, and the loss's gradient in the
+        features where these are part of theta, ``[T, m, d]``."""
+        there = self.moved(point)
+        in_features = torch.bmm(there.loss.gradient, self.problem.weights(point))
+        return there.gradient, [] if self.problem.source is None else [in_features]
 
     def sees(self, known: Any) -> None:
         """From now on theta enters by what ``known``, a recognised loss of the same numbers, has.

@@ -32,7 +32,8 @@ class SquaredDistance:
 
     Attributes:
         strength: the coefficient, R's curvature in every direction.
-        center: ``a`` as one vector, shape ``[n]``, detached; None for zero.
+        center: ``a`` as one vector, shape ``[n]``, detached; None for zero. In a tilted problem
+            ``[T, n]``.
     """
 
     def __init__(self, l2: float | Tensor, anchor: Sequence[Tensor], dtype: torch.dtype) -> None:
@@ -52,6 +53,19 @@ class SquaredDistance:
         if not all(map(operator.is_, self._anchor, other._anchor)):
             return False
         return self.center is None or torch.equal(self.center, other.center)  # type: ignore[arg-type]
+
+    def task(self, t: int) -> SquaredDistance:
+        """That of task ``t`` alone, where each has a centre of its own."""
+        if self.center is None or self.center.dim() == 1:
+            return self
+        return SquaredDistance.around(self.center[t : t + 1], self.strength)
+
+    @classmethod
+    def around(cls, center: Tensor, strength: float) -> SquaredDistance:
+        """With a constant ``center``, shape ``[n]`` or ``[T, n]``."""
+        made = cls(strength, [], center.dtype)
+        made.center = center
+        return made
 
     def offset(self, point: Tensor) -> Tensor:
         """phi - a, shapes ``[T, n]``."""
@@ -235,6 +249,7 @@ class AutogradLinearization(Linearization):
             anchor, often one tensor, stay two arguments.
         unused: let parameters be absent from ``loss``; their loss gradient is zero.
         differentiable: keep the graph; without it there are no products.
+        retain: keep the loss's own graph, for its derivatives in theta.
     """
 
     def __init__(
@@ -247,9 +262,10 @@ class AutogradLinearization(Linearization):
         stand_ins: Sequence[Tensor] = (),
         unused: bool = False,
         differentiable: bool = True,
+        retain: bool = False,
     ) -> None:
         super().__init__(flatten(parameters).detach().unsqueeze(0), quadratic or _NOTHING)
-        gradients = inner_gradient(loss, parameters, unused, create_graph=differentiable)
+        gradients = inner_gradient(loss, parameters, unused, differentiable, retain)
         self.parameters, self.differentiable = parameters, differentiable
         self._value = loss.detach().view(1)
         self._loss_gradient = _flat(gradients, parameters).detach()
@@ -258,6 +274,7 @@ class AutogradLinearization(Linearization):
         if differentiable:
             kept = [(g, i) for i, g in enumerate(gradients) if g is not None and g.requires_grad]
             self._gradients, self._kept = [g for g, _ in kept], [i for _, i in kept]
+        if differentiable or retain:
             self.loss, self._anchor, self._stand_ins = loss, list(anchor), list(stand_ins)
             self._inputs = find_meta_inputs(loss, [*parameters, *stand_ins])
             self.operations = self._inputs.names
@@ -267,6 +284,13 @@ class AutogradLinearization(Linearization):
         return self._value + self.quadratic.value(self.point)
 
     def hvp(self, vector: Tensor) -> Tensor:
+        if not self.differentiable:
+            raise RuntimeError(
+                "inner solver: expected one that needs first derivatives only, as "
+                "linear=Perturbed() takes no others, got one that asks for a Hessian product "
+                "(Newton() on this module, GradientDescent(adaptive=True)); use inner=LBFGS() or "
+                "GradientDescent()"
+            )
         product = _flat(self._vjp(self.parameters, vector), self.parameters)
         return product.add_(vector, alpha=self.quadratic.strength)
 
@@ -308,11 +332,91 @@ class AutogradLinearization(Linearization):
             )
 
 
+class FirstDerivatives(AutogradLinearization):
+    r"""Of any loss that can be computed again, T = 1: no second derivative is ever taken.
+
+    Args:
+        loss, parameters, settings: as in `AutogradLinearization`.
+    """
+
+    def __init__(self, loss: Tensor, parameters: Sequence[Tensor], **settings: Any) -> None:
+        super().__init__(loss, parameters, differentiable=False, retain=True, **settings)
+        self._sources = super().sources()
+        self._revisit: Callable[[], Callable[[Tensor, bool], Any] | None] = lambda: None
+
+    def sources(self) -> list[Tensor]:
+        return self._sources
+
+    def in_theta(self) -> Products:
+        r"""The loss's gradients :math:`\nabla_\theta g` at ``point``, one for each of `sources`
+        but l2 and the anchor of the regulariser in closed form."""
+
+        def gradients(inputs: Sequence[Any]) -> Sequence[Tensor | None]:
+            if not inputs:
+                return []
+            return _again(self.loss, inputs, retain_graph=True, allow_unused=True)
+
+        return [*self._inputs.vjp(gradients, self.parameters), *gradients(self._stand_ins)]
+
+    def revisited_by(self, revisit: Callable[[], Callable[[Tensor, bool], Any] | None]) -> None:
+        """Forget the graph: from now on ``revisit()`` computes the loss anew, while it is there.
+
+        What that returns takes a point and whether `in_theta` is wanted there.
+        """
+        self._revisit, self.parameters = revisit, ()
+        del self.loss, self._inputs, self._stand_ins
+
+    def moved(self, point: Tensor) -> AutogradLinearization:
+        """The same objective linearized at another ``point``, without products."""
+        return self._at(point, False)
+
+    def gradients(self, point: Tensor) -> tuple[Tensor, Products]:
+        r"""At a ``point``: :math:`\nabla_\phi g`, shape ``[1, n]``, and `in_theta`."""
+        try:
+            there = self._at(point, True)
+        except ValueError as error:
+            if isinstance(error, checks.NotFinite):
+                raise
+            raise RuntimeError(_ANOTHER) from error
+        if there.operations != self.operations or len(there.sources()) != len(self._sources):
+            raise RuntimeError(_ANOTHER)
+        if torch.equal(point, self.point):
+            tol = torch.finfo(point.dtype).eps ** 0.5
+            if not bool((there.gradient - self.gradient).norm() <= tol * self._size(there)):
+                raise RuntimeError(_ANOTHER)
+        return there.gradient, there.in_theta()
+
+    def _size(self, there: AutogradLinearization) -> Tensor:
+        """How large the loss's own gradient is; at a minimum the whole gradient is next to none."""
+        return torch.maximum(self._loss_gradient.norm(), there._loss_gradient.norm())
+
+    def _at(self, point: Tensor, in_theta: bool) -> Any:
+        revisit = self._revisit()
+        if revisit is None:
+            raise RuntimeError(
+                "backward: expected the learner whose closure linear=Perturbed() is to call again, "
+                "got one that is gone; compute the loss by learner(...), or keep the learner"
+            )
+        return revisit(point, in_theta)
+
+
+_ANOTHER = (
+    "backward: expected adapt()'s closure to compute the inner loss that it computed then, got "
+    "another one: a variable that it uses stands for something else by now (call backward() before "
+    "the loop goes on), data or weights were changed, or each call draws anew; bind the variables "
+    "(lambda x=x, y=y: ...), and change data after backward()"
+)
+
+
 def inner_gradient(
-    loss: Tensor, parameters: Sequence[Tensor], unused: bool, create_graph: bool = False
-) -> tuple[Tensor | None, ...]:
+    loss: Tensor, parameters: Sequence[Tensor], unused: bool, create_graph: bool = False,
+    retain: bool = False,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The loss's gradients in ``parameters``; None for an unused one, where that is allowed."""
-    gradients = _again(loss, parameters, create_graph=create_graph, allow_unused=True)
+    keep = create_graph or retain
+    gradients = _again(
+        loss, parameters, create_graph=create_graph, retain_graph=keep, allow_unused=True
+    )
     checks.used(gradients, unused)
     checks.dense(gradients)
     return gradients
@@ -327,8 +431,8 @@ def _again(*arguments: Any, **options: Any) -> tuple[Tensor | None, ...]:
         raise RuntimeError(
             "inner loss: expected one that torch can differentiate twice, its data left as they "
             f"were until backward(), got {reason[:200]!r}; use operations with a second derivative "
-            "(for attention torch.nn.attention.sdpa_kernel(SDPBackend.MATH)), or clone what is "
-            "changed in place"
+            "(for attention torch.nn.attention.sdpa_kernel(SDPBackend.MATH)), or "
+            "linear=Perturbed(), which takes first derivatives only; clone what is changed in place"
         ) from error
 
 
@@ -336,4 +440,3 @@ def _flat(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
     """Gradients as one vector ``[1, n]``, with zeros where there was none."""
     pairs = zip(gradients, like, strict=True)
     return flatten(torch.zeros_like(t) if g is None else g for g, t in pairs).unsqueeze(0)
-

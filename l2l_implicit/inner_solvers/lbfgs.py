@@ -13,6 +13,7 @@ from l2l_implicit.inner_problem.linearization import Linearization
 from l2l_implicit.inner_solvers.protocol import Stop
 
 _PATIENCE = 15
+_MOST_TRIALS = 26  # of a line search; unless told, torch of late allows one, that is, no search
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,8 @@ class LBFGSStep:
             reach = min(1.0, norm / strength) if strength > 0.0 else 1.0
             self._phi = at.point.clone().requires_grad_()
             self._optimizer = torch.optim.LBFGS(
-                [self._phi], max_iter=1, tolerance_grad=0.0, tolerance_change=0.0,
-                history_size=self._history, lr=reach,
+                [self._phi], max_iter=1, max_eval=_MOST_TRIALS, tolerance_grad=0.0,
+                tolerance_change=0.0, history_size=self._history, lr=reach,
             )  # fmt: skip
         phi, before, settings = self._phi, at.point, self._optimizer.param_groups[0]
         phi.data.copy_(before)

@@ -18,6 +18,8 @@ MAX_STEPS = "step limit reached"
 ZERO = "right-hand side is zero"
 NOT_POSITIVE = "matrix is singular or indefinite along the search direction"
 NON_FINITE = "non-finite value"
+STALLED = "the inner solver moves no further"
+INEXACT = "the difference of the solutions is inexact"
 DIVERGED = "series diverges: its step size is too large, or the matrix not positive definite"
 
 REMEDIES = {
@@ -25,6 +27,8 @@ REMEDIES = {
     NOT_POSITIVE: "raise l2, or give linear= a damping: the inner problem is not convex there",
     DIVERGED: "give linear= a smaller step_size, or take CG",
     NON_FINITE: "look for nan in the data or the query loss, or raise l2",
+    STALLED: "give inner= a smaller tol, use float64, or raise l2",
+    INEXACT: "use float64, or give linear= another step",
 }
 
 
@@ -40,6 +44,9 @@ class LinearSolution:
         reason: why the solver stopped, one text for each task.
         outputs: for a linear head, the loss's Hessian times the head's outputs along ``solution``,
             where that is known better than from ``solution``; else None.
+        products: the mixed products with ``solution``, one for each of the linearization's
+            sources, where the solver has taken them on its way; else None.
+        products_error: how wrong these may be beyond ``solution``, relative, shape ``[T]``.
 
     Example:
         >>> import torch
@@ -54,6 +61,8 @@ class LinearSolution:
     relative_residual: Tensor
     reason: Sequence[str]
     outputs: Tensor | None = None
+    products: list[Tensor | None] | None = None
+    products_error: Tensor | None = None
 
 
 class LinearSolver(Protocol):

@@ -26,7 +26,7 @@ LAYERS: dict[str, list[set[str]]] = {
         {"linear_solvers", "module_state"},
         {"inner_problem", "chunked"},
         {"inner_solvers", "implicit_diff", "diagnostics", "per_task_norm"},
-        {"together"},
+        {"together", "perturbed"},
         {"learner"},
         {"imaml", "gbml"},
         {"distributed"},
@@ -139,7 +139,7 @@ CORE = (
     "learner.py", "together.py", "implicit_diff.py", "diagnostics.py", "per_task_norm.py",
     "inner_problem", "inner_solvers", "linear_solvers",
 )  # fmt: skip
-CORE_LINES, LIBRARY_LINES, FILES, FUNCTIONS = 3550, 7600, 12, 80
+CORE_LINES, LIBRARY_LINES, FILES, FUNCTIONS = 3740, 8240, 12, 80
 LABELS = torch.arange(25) % 5
 
 

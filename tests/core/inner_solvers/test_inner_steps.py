@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from l2l_implicit import GradientDescent
+from l2l_implicit import LBFGS, GradientDescent, ImplicitCGHead
 from l2l_implicit.inner_problem.linearization import AutogradLinearization
 from l2l_implicit.inner_solvers.newton import NewtonStep
 
@@ -104,3 +105,18 @@ def test_negative_curvature_gives_the_gradient_step() -> None:
     start = torch.full((1, 3), 0.1)
     at = linearize(saddle, start)
     assert torch.allclose(newton(lr=0.2)(at), start - 0.2 * at.gradient, rtol=1e-14)
+
+
+def test_lbfgs_searches_the_line_where_its_first_trial_is_too_long() -> None:
+    """Next to the minimum, with no regulariser to say how long a step may be."""
+    x, module = 30 * torch.randn(6, 4), nn.Linear(4, 3)
+    for parameter in module.parameters():
+        parameter.data.mul_(1e-3)
+    learner = ImplicitCGHead(module, 0.1, l2=0.0, inner=LBFGS()).clone()
+
+    def loss() -> Tensor:
+        return F.mse_loss(learner(x), torch.zeros(6, 3), reduction="sum")
+
+    before = float(loss().detach())
+    learner.adapt(loss())
+    assert float(loss().detach()) < 0.9 * before

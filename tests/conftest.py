@@ -5,7 +5,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-pytest.register_assert_rewrite("contract", "verdict", "many_tasks")  # helpers that assert
+# helpers that assert
+pytest.register_assert_rewrite(
+    "contract", "verdict", "many_tasks", "toy_process", "sweep_process", "train_process"
+)  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 
 import learn2learn
-import numpy as np
 import pytest
 import torch
 
@@ -70,17 +69,6 @@ def test_images_of_a_task_belong_to_its_labels(tasksets: object) -> None:
 def _label_of(glyphs: object, image: torch.Tensor) -> int:
     row = (glyphs.images == (255 * image).round().byte()).flatten(1).all(1).nonzero()[0]
     return int(glyphs.labels[row])
-
-
-def test_python_random_alone_decides_the_tasks(tasksets: object) -> None:
-    random.seed(5)
-    first = tasksets.test.sample()
-    random.seed(5)
-    np.random.seed(1)
-    torch.manual_seed(1)
-    second, third = tasksets.test.sample(), tasksets.test.sample()
-    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
-    assert not torch.equal(first[0], third[0])
 
 
 def test_a_finite_task_set_repeats_its_tasks() -> None:

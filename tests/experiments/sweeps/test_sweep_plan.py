@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,8 +37,9 @@ def cell(**settings: object) -> Cell:
 
 def cells_of(plan: Plan) -> tuple[list[Cell], list[Cell]]:
     """Those of the grids, and those of the final runs of every candidate."""
-    grids = [c for group in plan.groups for c in group.grid.values()]
-    return grids, [c for group in plan.groups for part in group.finals for c in part.values()]
+    parts = [part for group in plan.groups for part in group.finals]
+    return tuple([c for cells in found for c in cells.values()]
+                 for found in ([group.grid for group in plan.groups], parts))  # fmt: skip
 
 
 def test_the_identity_is_of_what_is_run_not_of_where() -> None:
@@ -103,13 +105,10 @@ def test_settings_of_the_command_line_reach_every_cell() -> None:
     assert [c.settings["algorithm.lr"] for c in grid] == [0.1, 0.03, 0.1]
 
 
-TOP_LEVEL = ("iterations", "meta_batch", "meta_lr", "budget", "validate_every", "test_tasks",
-             "validation_tasks", "threads", "output", "test_at", "checkpoint_seconds")
-
-
-@pytest.mark.parametrize("key", TOP_LEVEL)
-def test_the_trainings_own_entries_are_no_misspelt_options(key: str) -> None:
-    make_plan(SWEEPS["smoke"], {key: 1})
+def test_the_trainings_own_entries_are_no_misspelt_options() -> None:
+    for key in ("iterations", "meta_batch", "meta_lr", "budget", "validate_every", "test_tasks",
+                "validation_tasks", "threads", "output", "test_at", "checkpoint_seconds"):
+        make_plan(SWEEPS["smoke"], {key: 1})
 
 
 BAD = {
@@ -138,9 +137,8 @@ def test_bad_input_is_one_line(words: str, capsys: pytest.CaptureFixture[str]) -
 @pytest.fixture
 def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Database]:
     monkeypatch.setenv("L2L_IMPLICIT_DATA", str(tmp_path))
-    database = Database(Choice(None, "embedded"))
-    yield database
-    database.close()
+    with closing(Database(Choice(None, "embedded"))) as database:
+        yield database
 
 
 def taken_elsewhere(database: Database, monkeypatch: pytest.MonkeyPatch) -> Lock:
@@ -205,42 +203,34 @@ def test_a_scheduler_gives_again_what_its_lost_worker_held(
     assert Lock(database, "c1", "s").take() and not lost.beat()
 
 
-def test_a_database_is_known_by_its_token(database: Database, tmp_path: Path,
-                                          monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    assert token_of(database) == token_of(database)
+def test_a_database_is_known_by_its_token(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("L2L_IMPLICIT_DATA", str(tmp_path / "other"))
-    other = Database(Choice(None, "embedded"))
-    assert token_of(other) != token_of(database)
-    other.close()
+    with closing(Database(Choice(None, "embedded"))) as other:
+        assert token_of(database) == token_of(database) != token_of(other)
 
 
 KILLED = ["killed: the process ended without a word (kill -9, out of memory, power)"]
 
 
-@pytest.mark.parametrize(
-    ("run", "state"),
-    [
-        ({"status": "RUNNING"}, "running"),
-        ({"status": "COMPLETED"}, "completed"),
-        ({"status": "INTERRUPTED"}, "interrupted"),
-        ({"status": "FAILED", "fail_trace": KILLED}, "interrupted"),
-        ({"status": "FAILED", "fail_trace": ["Traceback", "ValueError: killed: no"]}, "failed"),
-        ({"status": "FAILED"}, "failed"),
-        ({"status": "TIMEOUT"}, "interrupted"),
-    ],
-)
-def test_states_are_those_of_sacred(run: dict[str, object], state: str) -> None:
-    assert state_of(run) == state
+@pytest.mark.parametrize(("status", "trace", "state"), [
+    ("RUNNING", None, "running"), ("COMPLETED", None, "completed"), ("FAILED", None, "failed"),
+    ("INTERRUPTED", None, "interrupted"), ("TIMEOUT", None, "interrupted"),
+    ("FAILED", KILLED, "interrupted"),
+    ("FAILED", ["Traceback", "ValueError: killed: no"], "failed"),
+])  # fmt: skip
+def test_states_are_those_of_sacred(status: str, trace: list[str] | None, state: str) -> None:
+    assert state_of({"status": status, "fail_trace": trace}) == state
 
 
 def test_a_checkpoint_is_found_by_its_cell(tmp_path: Path) -> None:
     mine = cell(output=str(tmp_path), seed=0)
-    for number, identity in ((1, mine.identity), (2, "c0"), (3, mine.identity)):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        (folder / "config.json").write_text(f'{{"cell": "{identity}"}}')
-        if number < 3:
-            (folder / "checkpoint.pt").touch()
+    for number, identity in (("1", mine.identity), ("2", "c0"), ("3", mine.identity)):
+        (tmp_path / number).mkdir()
+        (tmp_path / number / "config.json").write_text(f'{{"cell": "{identity}"}}')
+        if number < "3":
+            (tmp_path / number / "checkpoint.pt").touch()
     assert find_checkpoint(mine, [3, 2, 1]) == tmp_path / "1"
     assert find_checkpoint(mine, [3, 2, 9]) is None
 

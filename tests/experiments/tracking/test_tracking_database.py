@@ -64,7 +64,9 @@ def test_a_url_file_that_will_not_do_is_refused(
     "s3cret@there",  # which Sacred takes for a name
     "host:1:db.collection", "!", None,
 ])  # fmt: skip
-def test_a_malformed_address_is_refused(monkeypatch: pytest.MonkeyPatch, option: str | None) -> None:
+def test_a_malformed_address_is_refused(
+    monkeypatch: pytest.MonkeyPatch, option: str | None
+) -> None:
     monkeypatch.setenv("L2L_IMPLICIT_MONGO_URL", f"me:{QUOTED}@there")
     wanted = "-m takes HOST:PORT:DB" if option else "must hold a URL that starts with mongodb://"
     with pytest.raises(UserError, match=wanted) as caught:

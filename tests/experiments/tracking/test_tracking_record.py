@@ -314,7 +314,7 @@ def test_scalars_of_every_kind_are_numbers_and_steps_whole_ones() -> None:
 @pytest.mark.parametrize(("check", "values", "error", "message"), [
     (lambda v: as_number("loss", v), [None, "2", [2.0], np.zeros(2), torch.zeros(0), 1j], TypeError,
      "metric 'loss' must be a number"),
-    (lambda v: as_step("loss", v), [0.5, 2**63], TypeError, "'loss' must be an int of 64 bits, got"),
+    (lambda v: as_step("loss", v), [0.5, 2**63], TypeError, "must be an int of 64 bits, got"),
     (check_name, ["", "a.b", "$a", "a\0", "\udc80", 3, None], ValueError,
      "a metric's name is a string such as 'train/loss'"),
 ])  # fmt: skip

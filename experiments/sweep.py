@@ -43,7 +43,6 @@ from experiments.sweeps.lock import token_of
 from experiments.sweeps.plan import Plan, find_sweep, make_plan
 from experiments.tracking import Terminated, UserError, signals
 from experiments.tracking.database import Database, choose
-from experiments.tracking.embedded import data_folder
 from experiments.tracking.uploader import upload_abandoned
 
 LOGGERS = ("distributed", "distributed.client", "tornado", "tornado.application", "asyncio")
@@ -60,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.dry_run:
             return check_settings(plan)
         if options.workers is not None and (options.scheduler or options.workers < 1):
-            raise UserError(f"--workers: expected at least 1, and no --scheduler, whose workers are"
+            raise UserError("--workers: expected at least 1, and no --scheduler, whose workers are"
                             f" its own; got {options.workers}")
         with closing(Database(choose(options.mongo_db))) as database, signals.handled():
             status = _sweep(plan, options, database)
@@ -112,7 +111,7 @@ def check_settings(plan: Plan) -> int:
 
 def _sweep(plan: Plan, options: argparse.Namespace, database: Database) -> int:
     """Show what there is to do, do it, show what has come of it."""
-    upload_abandoned(database, data_folder("journals"), logging.getLogger("sweep"))
+    upload_abandoned(database, logging.getLogger("sweep"))
     board = Board(plan, database, options.redo_changed)
     statuses = board.look()
     missing = [status for status in statuses if status.state != COMPLETED]

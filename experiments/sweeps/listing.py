@@ -197,13 +197,13 @@ class Board:
 
 def expected_seconds(statuses: Sequence[Status]) -> dict[str, float]:
     """How long each cell takes: like its complete neighbours, else its budget; NaN: unknown."""
-    known: dict[str, list[float]] = {status.kind: [] for status in statuses}
-    for status in statuses:
-        known[status.kind] += [status.seconds] if status.run else []
-    budgets = {s.name: s.cell.settings.get("budget") if s.cell else None for s in statuses}
-    own = {name: budget + OVERHEAD if isinstance(budget, (int, float)) else math.nan
-           for name, budget in budgets.items()}
-    return {s.name: mean(known[s.kind] or [own[s.name]]) for s in statuses}
+
+    def seconds(status: Status) -> float:
+        budget = status.cell.settings.get("budget") if status.cell else None
+        own = budget + OVERHEAD if isinstance(budget, (int, float)) else math.nan
+        return mean([s.seconds for s in statuses if s.run and s.kind == status.kind] or [own])
+
+    return {status.name: seconds(status) for status in statuses}
 
 
 def remaining(statuses: Sequence[Status], workers: int) -> str:

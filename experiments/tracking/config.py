@@ -227,6 +227,7 @@ def words_as_updates(words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def plain_value(text: str) -> Any:
+    """A Python literal, else the text itself."""
     try:
         return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):

@@ -12,7 +12,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 from urllib.parse import quote
@@ -111,10 +111,10 @@ class Database:
                 resources.callback(self._server.release)
             self.revive()
             limit = max(1, int(1000 * seconds(TIMEOUT_VARIABLE, 5.0)))
-            own = f"mongodb://{self._server.host}/{DEFAULT_NAME}" if self._server else ""
+            url = f"mongodb://{self._server.host}" if self._server else choice.url
             try:
                 self.client: pymongo.MongoClient[dict[str, Any]] = pymongo.MongoClient(
-                    choice.url or own, serverSelectionTimeoutMS=limit, connectTimeoutMS=limit,
+                    url, serverSelectionTimeoutMS=limit, connectTimeoutMS=limit,
                     socketTimeoutMS=4 * limit, appname="l2l_implicit",
                 )  # fmt: skip
                 resources.callback(self.client.close)  # before the share in the server
@@ -180,11 +180,9 @@ def _tls(reason: str) -> str:
 def seconds(variable: str, default: float) -> float:
     """A time limit from the environment; UserError if it is none."""
     text = os.environ.get(variable) or str(default)
-    try:
+    with suppress(ValueError):
         if 0 <= float(text) < math.inf:
             return float(text)
-    except ValueError:
-        pass
     raise UserError(f"{variable} must be a number of seconds, got {text!r}")
 
 

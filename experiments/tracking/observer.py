@@ -64,12 +64,10 @@ class JournalObserver(MongoObserver):
         self._known: dict[str, Any] = {}
         self._uploader: Uploader | None = None
         self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
-        self._stop, self._deadline, self._away = threading.Event(), 0.0, False
-        self._error = ""
-        folder = data_folder("journals")
-        upload_abandoned(database, folder, log)
+        self._stop, self._deadline, self._error = threading.Event(), 0.0, ""
+        upload_abandoned(database, log)
         header = {"token": self.token, "database": self.label, "host": platform.node()}
-        self._journal = Journal(folder / f"run-{self.token}.jsonl", header)
+        self._journal = Journal(data_folder("journals") / f"run-{self.token}.jsonl", header)
 
     def started_event(self, **event: Any) -> Any:
         """Insert the run's document, which gives its number; later events go to the journal."""
@@ -186,8 +184,13 @@ class JournalObserver(MongoObserver):
         pause, ending = self._interval, False
         while not ending or (self._error and time.monotonic() < self._deadline):
             self._stop.wait(pause)
-            ending, began = self._stop.is_set(), time.monotonic()
+            ending, began, away = self._stop.is_set(), time.monotonic(), self._error
             self._error = self._try_upload(ending)
+            if self._error and not away:
+                text = "The database is away; the run goes on and keeps its record (%s)"
+                self._log.warning(text, self._error)
+            if away and not self._error:
+                self._log.warning("The database is back")
             pause = max(self._interval, 5 * (time.monotonic() - began))
             time.sleep(0.5 if ending and self._error else 0.0)
 
@@ -195,22 +198,14 @@ class JournalObserver(MongoObserver):
         """One attempt; what is wrong if the database is away, refuses, or answers nonsense."""
         assert self._uploader is not None
         try:
-            if self._away:
+            if self._error:
                 self._database.revive()
             self._uploader.upload()
             if ending:
                 self._uploader.verify()
+            return ""
         except Exception as error:
-            reason = self._reason(error)
-            if not self._away:
-                text = "The database is away; the run goes on and keeps its record (%s)"
-                self._log.warning(text, reason)
-            self._away = True
-            return reason
-        if self._away:
-            self._log.warning("The database is back")
-        self._away = False
-        return ""
+            return self._reason(error)
 
     def finish(self) -> None:
         """Bring everything into the database, remove the journal, close the connection.
@@ -233,9 +228,7 @@ class JournalObserver(MongoObserver):
 
     def _last_upload(self, uploader: Uploader) -> str:
         """Wait for it; what is wrong."""
-        limit = None
-        if signals.asked():
-            limit = HURRIED if signals.urgent() else INTERRUPTED
+        limit = (HURRIED if signals.urgent() else INTERRUPTED) if signals.asked() else None
         self._deadline = time.monotonic() + min(limit or math.inf, self._patience)
         self._stop.set()
         try:

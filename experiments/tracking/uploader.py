@@ -23,6 +23,7 @@ from pymongo import WriteConcern
 from pymongo.collection import Collection
 
 from experiments.tracking.database import Database, Documents
+from experiments.tracking.embedded import data_folder
 from experiments.tracking.errors import TrackingError, one_line
 from experiments.tracking.journal import Entry, JournalReader
 
@@ -272,9 +273,9 @@ def upload_journal(path: Path, documents: Documents) -> Uploader | None:
         )
 
 
-def upload_abandoned(database: Database, folder: Path, log: logging.Logger) -> None:
+def upload_abandoned(database: Database, log: logging.Logger) -> None:
     """Upload what earlier runs of this host could not, and mark those that were killed."""
-    for path in sorted(folder.glob("run-*.jsonl")):
+    for path in sorted(data_folder("journals").glob("run-*.jsonl")):
         try:
             with closing(JournalReader(path)) as reader:
                 owner = reader.header.get("database"), reader.header.get("host")

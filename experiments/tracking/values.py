@@ -6,6 +6,7 @@ import operator
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Set
+from contextlib import suppress
 from datetime import datetime, timezone
 from typing import Any
 from urllib.parse import unquote
@@ -74,12 +75,10 @@ def as_number(name: str, value: Any) -> float | int:
 
 def as_step(name: str, step: Any) -> int | None:
     """A Python int, or None for the metric's own counter; else TypeError."""
-    try:
+    with suppress(TypeError):
         whole = None if step is None else operator.index(_item(step))
         if whole is None or abs(whole) < INT64:
             return whole
-    except TypeError:
-        pass
     raise TypeError(f"step of metric {name!r} must be an int of 64 bits, got {step!r}")
 
 

@@ -135,22 +135,17 @@ def test_item_is_a_float_image_and_an_int_label() -> None:
     assert torch.equal(moved[0], image) and moved[1] == label
 
 
-def test_labels_and_their_indices_agree() -> None:
-    glyphs = Glyphs("test", split="script")
+def test_labels_indices_and_characters_agree(arrays: dict[str, np.ndarray]) -> None:
+    glyphs = Glyphs("test", split="script", level="clean")
     assert sorted(glyphs.labels_to_indices) == list(range(105)) == list(range(len(glyphs.classes)))
     for label, indices in glyphs.labels_to_indices.items():
         assert glyphs.labels[indices].eq(label).all()
+        own = np.flatnonzero(arrays["codepoints"] == ord(glyphs.classes[label])).item()
+        row = np.flatnonzero(arrays["labels"] == own)[0]
+        assert np.array_equal(glyphs.images[indices[0], 0], arrays["images"][row])
+        assert glyphs.face_families[indices[0]] == arrays["face_families"][arrays["faces"][row]]
     assert sum(map(len, glyphs.labels_to_indices.values())) == len(glyphs) == len(glyphs.labels)
     assert all("CYRILLIC" in unicodedata.name(character) for character in glyphs.classes)
-
-
-def test_classes_name_the_characters_of_the_array(arrays: dict[str, np.ndarray]) -> None:
-    glyphs = Glyphs("train", level="clean")
-    first = glyphs.labels_to_indices[10][0]
-    label = np.flatnonzero(arrays["codepoints"] == ord(glyphs.classes[10])).item()
-    row = np.flatnonzero(arrays["labels"] == label)[0]
-    assert np.array_equal(glyphs.images[first, 0], arrays["images"][row])
-    assert glyphs.face_families[first] == arrays["face_families"][arrays["faces"][row]]
 
 
 def test_seed_decides_the_distortion_and_leaves_global_generators_alone() -> None:
@@ -162,15 +157,11 @@ def test_seed_decides_the_distortion_and_leaves_global_generators_alone() -> Non
     assert torch.equal(torch.get_rng_state(), before[2])
 
 
-WRONG: list[tuple[dict[str, object], str]] = [
-    ({"mode": "valid"}, "got 'valid'; did you mean 'validation'?"),
+@pytest.mark.parametrize(("options", "message"), [
+    ({"mode": "valid"}, "got 'valid'; did you mean 'validation'?"), ({"seed": -1}, "got -1"),
     ({"split": "scripts"}, "got 'scripts'; did you mean 'script'?"),
     ({"level": "med"}, "got 'med'; did you mean 'medium'?"),
-    ({"seed": -1}, "got -1"),
-]
-
-
-@pytest.mark.parametrize("options, message", WRONG)
+])  # fmt: skip
 def test_wrong_options_name_the_right_ones(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError) as raised:
         Glyphs(**options)

@@ -20,7 +20,6 @@ from experiments.sweeps.definition import (
     Sweep,
     format_value,
     parse_settings,
-    parse_value,
 )
 from experiments.sweeps.definitions import SWEEPS
 from experiments.sweeps.listing import duration, state_of
@@ -28,6 +27,7 @@ from experiments.sweeps.lock import Lock, Watch, token_of
 from experiments.sweeps.plan import Plan, best, find_sweep, make_plan
 from experiments.sweeps.run import find_checkpoint
 from experiments.tracking import UserError
+from experiments.tracking.config import plain_value
 from experiments.tracking.database import Choice, Database
 
 
@@ -50,7 +50,7 @@ def test_the_identity_is_of_what_is_run_not_of_where() -> None:
     others = [cell(**{"algorithm.lr": 0.1, "seed": 1}), cell(**{"algorithm.lr": "0.1", "seed": 0}),
               Cell("experiments.train", ("anil", "glyphs"), one.settings), cell(seed=True)]
     assert len({one.identity, *(other.identity for other in others)}) == 5
-    assert parse_value(one.identity) == one.identity, "Sacred would read it as a number"
+    assert plain_value(one.identity) == one.identity, "Sacred would read it as a number"
 
 
 @pytest.mark.parametrize("value", [1, 0.1, 1e-05, True, None, [1500], "cpu", "1", "True", "a b"])

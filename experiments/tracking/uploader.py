@@ -91,7 +91,6 @@ class Uploader:
 
     def _forget(self) -> None:
         self.document: Entry = {}
-        self._changed: set[str] = set()
         self._series: dict[str, Series] = {}
         self._counts: Counter[str] = Counter()
         self._artifacts: dict[Any, Entry] = {}
@@ -125,10 +124,7 @@ class Uploader:
         for name, series in self._series.items():
             if series.new:
                 self._write(name, series, again)
-        changed = self.document.keys() if again else self._changed | {"info"}
-        fields = {key: value for key, value in self._whole().items() if key in changed}
-        self._runs.update_one({"_id": self.run_id}, {"$set": fields}, upsert=again)
-        self._changed.clear()
+        self._runs.update_one({"_id": self.run_id}, {"$set": self._whole()}, upsert=True)
         self._again = False
 
     def _read(self) -> None:
@@ -144,13 +140,10 @@ class Uploader:
                 self._artifacts[entry["id"]] = entry
             elif "output" in entry:
                 keep, text = entry["output"]
-                self._set({"captured_out": self.document.get("captured_out", "")[:keep] + text})
+                before = self.document.get("captured_out", "")
+                self.document["captured_out"] = before[:keep] + text
             else:
-                self._set(entry.get("start") or entry.get("set") or {})
-
-    def _set(self, fields: Entry) -> None:
-        self.document.update(fields)
-        self._changed |= fields.keys()
+                self.document.update(entry.get("start") or entry.get("set") or {})
 
     def _claim_id(self) -> str:
         """Take the journal's run number unless another run has it; the run's stored status."""
@@ -166,8 +159,8 @@ class Uploader:
     def _mark(self, reason: str, status: str) -> None:
         """Record the run as FAILED, unless the database says already how it has ended."""
         sign = self.document.get("heartbeat") or self.document.get("start_time")
-        self._set({"fail_trace": [reason], "stop_time": sign or datetime.now(timezone.utc)})
-        self._set({"status": "FAILED" if status == "RUNNING" else status})
+        ended = {"fail_trace": [reason], "stop_time": sign or datetime.now(timezone.utc)}
+        self.document |= {**ended, "status": "FAILED" if status == "RUNNING" else status}
 
     def _put(self, file_id: Any, artifact: Entry) -> None:
         name, self._stored[file_id] = artifact["artifact"], _digest(artifact["data"])
@@ -177,7 +170,7 @@ class Uploader:
                 artifact["data"], _id=file_id, filename=f"artifact://runs/{self.run_id}/{name}",
                 metadata=artifact["metadata"], contentType=artifact["content_type"],
             )  # fmt: skip
-        self._set({"artifacts": [*self.document["artifacts"], {"name": name, "file_id": file_id}]})
+        self.document["artifacts"].append({"name": name, "file_id": file_id})
 
     def _content(self, file_id: Any) -> bytes:
         """The digest of what is stored; of nothing where that is missing or damaged."""

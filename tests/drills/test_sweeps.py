@@ -89,9 +89,7 @@ def test_a_worker_killed_again_and_again_is_given_up(place: Place, database: Any
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGXCPU])
-def test_a_death_from_outside_is_no_failure_of_a_setting(
-    place: Place, database: Any, number: signal.Signals
-) -> None:
+def test_a_death_from_outside_is_no_failure(place: Place, database: Any, number: Any) -> None:
     """The better setting dies twice in one call: nothing is chosen until it has completed."""
     sweep = place.start("methods=tuned", "seeds=1", "hold=True", "--workers", "1")
     place.let_end(1)
@@ -131,9 +129,7 @@ def test_a_killed_sweep_goes_on_from_the_checkpoint(place: Place, database: Any)
     assert len(statuses(database)) == 2, "nothing finished runs twice"
 
 
-def test_a_sweep_killed_twice_loses_nothing_and_runs_nothing_twice(
-    place: Place, database: Any
-) -> None:
+def test_a_sweep_killed_twice_loses_and_doubles_nothing(place: Place, database: Any) -> None:
     arguments = ("methods=plain", "seeds=4", "hold=True", "--workers", "1")
     for number in (1, 2):
         place.let_end(2 * number - 1)
@@ -219,9 +215,7 @@ def test_two_clients_on_one_scheduler(place: Place, database: Any) -> None:
     assert set(place.started().values()) == {1}
 
 
-def test_a_killed_client_leaves_the_other_its_cells_and_no_training_behind(
-    place: Place, database: Any
-) -> None:
+def test_a_killed_client_leaves_its_cells_to_the_other(place: Place, database: Any) -> None:
     _, address = place.scheduler()
     place.worker(address)
     words = ("methods=plain", "seeds=2", "hold=True", "--scheduler", address)

@@ -49,9 +49,7 @@ def test_items_are_normalised_photographs(root: Path) -> None:
     assert torch.allclose(centre, torch.tensor(COLOUR)[:, None, None].float(), atol=4)
 
 
-def test_second_start_reads_the_kept_images_if_the_photographs_are_the_same(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_second_start_reads_the_kept_images(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, read = Caltech101("test", root, size=4), []
     reduce = files.read_square
     monkeypatch.setattr(files, "read_square", lambda *a: read.append(a) or reduce(*a))

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from disk_formats import photographs, save
 from PIL import Image, ImageOps
+from pytest import MonkeyPatch
 
 from l2l_implicit.tasks import folder_tables, get_tasksets
 from l2l_implicit.tasks.pictures import FEW_PIXELS, listing_of, read_square
@@ -155,7 +156,7 @@ def test_what_can_be_read_again_is_read_again(root: Path) -> None:
     assert listing_of([path], root, times=True) != before
 
 
-def test_a_file_that_may_not_be_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_may_not_be_read(root: Path, monkeypatch: MonkeyPatch) -> None:
     """As for anybody but root, who reads everything."""
     path, real = root / "class03" / "1.png", open
 
@@ -171,7 +172,7 @@ def test_a_file_that_may_not_be_read(root: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("error", [RecursionError, MemoryError, NotImplementedError, Warning])
 def test_whatever_the_reader_raises(
-    error: type[Exception], root: Path, monkeypatch: pytest.MonkeyPatch
+    error: type[Exception], root: Path, monkeypatch: MonkeyPatch
 ) -> None:
     def fail(*arguments: object, **options: object) -> None:
         raise error
@@ -286,7 +287,7 @@ def test_every_exif_orientation_is_turned_upright(orientation: int, tmp_path: Pa
     assert np.array_equal(found, expected)
 
 
-def test_strips_meet_without_a_seam(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strips_meet_without_a_seam(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     pixels = np.random.RandomState(0).randint(0, 65536, (21, 30)).astype(np.uint16)
     Image.fromarray(pixels).save(tmp_path / "deep.png")
     whole = read_square(tmp_path / "deep.png", 7)

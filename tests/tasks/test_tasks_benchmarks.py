@@ -46,9 +46,7 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", FIVE)
-def test_every_mode_gives_tasks_without_a_network(
-    name: str, data: Path, attempts: list[Any]
-) -> None:
+def test_every_mode_gives_tasks_offline(name: str, data: Path, attempts: list[Any]) -> None:
     benchmark = made(name, data, test_ways=4, test_queries=3)
     shape = (1 if name == "omniglot" else 3, SIDES[name], SIDES[name])
     for mode, (ways, shots, queries) in (("train", (3, 1, 2)), ("test", (4, 1, 3))):
@@ -67,9 +65,7 @@ def test_every_mode_gives_tasks_without_a_network(
     *((name, name.replace("_", "-"), {}) for name in FIVE), ("cifarfs", "cifar-fs", {}),
     ("mini_imagenet", "mini_imagenet", {"augmentation": "normalize"}),
 ])  # fmt: skip
-def test_other_names_for_the_same(
-    name: str, same: str, options: dict[str, Any], data: Path
-) -> None:
+def test_other_names_for_the_same(name: str, same: str, options: Any, data: Path) -> None:
     """learn2learn's own, and what happens where nothing is asked for."""
     mine, theirs = made(name, data), made(same, data, **options)
     inputs = (benchmark.stream("train", 1).sample().inputs for benchmark in (mine, theirs))
@@ -216,9 +212,7 @@ def _turns(image: torch.Tensor, upright: dict[int, torch.Tensor]) -> set[int]:
     ("fc100", {"queries": 5}, r"train_samples between 1 and 5, .* train class \(0\), got 6"),
     ("fc10", {}, "got 'fc10'; did you mean 'fc100'"),
 ])  # fmt: skip
-def test_what_a_benchmark_cannot_do_is_one_line(
-    name: str, options: dict[str, Any], message: str, data: Path
-) -> None:
+def test_what_a_benchmark_cannot_do(name: str, options: Any, message: str, data: Path) -> None:
     with pytest.raises(UserError, match=f"tasks.name={name}: .*expected .*{message}") as raised:
         made(name, data, **options)
     assert "\n" not in str(raised.value)

@@ -9,6 +9,7 @@ from typing import Any
 
 import learn2learn
 import pytest
+from pytest import MonkeyPatch
 from disk_formats import WRITERS
 from small_benchmarks import made, no_network
 
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*results do not compare:UserWar
 
 
 @pytest.fixture
-def attempts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def attempts(monkeypatch: MonkeyPatch) -> list[Any]:
     """No network at all; what was tried."""
     return no_network(monkeypatch)
 
@@ -28,7 +29,7 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     ("omniglot", "omniglot-py/images_background", "omniglot-py/images_background.zip"),
     ("fc100", "", "fc100.zip"),
 ])  # fmt: skip
-def test_archives_in_place_are_unpacked(
+def test_archives_are_unpacked(
     name: str, top: str, archive: str, tmp_path: Path, attempts: list[Any]
 ) -> None:
     WRITERS[name](tmp_path, 4, 3)
@@ -69,7 +70,7 @@ def test_without_a_network_the_error_says_what_belongs_where(
     assert [path for path in (tmp_path / "data").rglob("*") if path.is_file()] == []
 
 
-def test_half_a_download_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_a_download_is_removed(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     """An error page in place of the data, as a proxy or a moved address sends it."""
     module = learn2learn.vision.datasets.mini_imagenet
 
@@ -87,9 +88,7 @@ def test_half_a_download_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ("fc100", "FC100_val.pickle"), ("mini_imagenet", "mini-imagenet-cache-train.pkl"),
     ("tiered_imagenet", "tiered-imagenet/test_images_png.pkl"), ("fc100", "fc100.zip"),
 ])  # fmt: skip
-def test_damaged_files_are_named_and_stay(
-    name: str, file: str, tmp_path: Path, attempts: list[Any]
-) -> None:
+def test_damaged_files_stay(name: str, file: str, tmp_path: Path, attempts: list[Any]) -> None:
     if file.endswith(".zip"):
         (tmp_path / file).write_bytes(b"PK\x03\x04 cut short")
     else:
@@ -101,9 +100,7 @@ def test_damaged_files_are_named_and_stay(
     assert file in str(told.value) and (tmp_path / file).exists() and attempts == []
 
 
-def test_an_interrupted_copy_of_cifarfs_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_copy_leaves_nothing(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     WRITERS["cifarfs"](tmp_path, 4, 5)
     copied: list[str] = []
 

@@ -97,7 +97,7 @@ def test_one_folder_is_split_by_seed(tmp_path: Path) -> None:
     (lambda root: [shutil.rmtree(root), write_classes(root, 2)], {"ways": 2, "test_ways": 3},
      "at least 3 validation classes, got none: add classes"),
 ])  # fmt: skip
-def test_what_the_folder_cannot_give_is_one_line(
+def test_what_the_folder_cannot_give(
     change: Any, options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     write_folder(tmp_path / "images", 4, 4)
@@ -184,9 +184,7 @@ def test_normalised_with_the_training_images_own_statistics(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("1", 1), ("I;16", 1), ("RGB", 3)])
-def test_channels_are_one_where_all_images_are_grey(
-    mode: str, channels: int, tmp_path: Path
-) -> None:
+def test_one_channel_where_all_images_are_grey(mode: str, channels: int, tmp_path: Path) -> None:
     """And images of one colour are only shifted."""
     path = write_plain(tmp_path, "png", Image.new(mode, (6, 6), 0 if channels == 1 else (1, 2, 3)))
     table = folder_tables(tmp_path, 6)["train"]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import learn2learn
 import pytest
@@ -49,9 +50,7 @@ def test_importing_our_tasks_registers_whatever_was_imported_first() -> None:
 # Tasks
 
 
-def test_tasks_have_the_ways_and_samples_asked_for_and_images_of_their_labels(
-    tasksets: object,
-) -> None:
+def test_tasks_have_what_was_asked_for(tasksets: object) -> None:
     for taskset, ways, samples in ((tasksets.train, 5, 20), (tasksets.validation, 3, 10)):
         data, labels = taskset.sample()
         assert data.shape == (ways * samples, 1, 28, 28) and data.dtype == torch.float32
@@ -84,9 +83,7 @@ def test_a_finite_task_set_repeats_its_tasks() -> None:
     ("glyphs", {"levels": "easy"}, TypeError, "got levels='easy': did you mean level?"),
     ("glyphs", {"data_augmentation": "lee2019"}, TypeError, "data_augmentation='lee2019'"),
 ])  # fmt: skip
-def test_what_cannot_be_had_is_one_line(
-    name: str, options: dict[str, object], error: type[Exception], message: str
-) -> None:
+def test_what_cannot_be_had(name: str, options: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         get_tasksets(name, **{"level": "clean", **options} if name == "glyphs" else options)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from pytest import MonkeyPatch
 
 from experiments import sweep
 from experiments.sweeps import lock as locks
@@ -135,13 +136,13 @@ def test_bad_input_is_one_line(words: str, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.fixture
-def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Database]:
+def database(tmp_path: Path, monkeypatch: MonkeyPatch) -> Iterator[Database]:
     monkeypatch.setenv("L2L_IMPLICIT_DATA", str(tmp_path))
     with closing(Database(Choice(None, "embedded"))) as database:
         yield database
 
 
-def taken_elsewhere(database: Database, monkeypatch: pytest.MonkeyPatch) -> Lock:
+def taken_elsewhere(database: Database, monkeypatch: MonkeyPatch) -> Lock:
     """The lock of cell c1, held by scheduler s on another machine, where its file is too."""
     monkeypatch.setattr(locks, "_place", lambda: "elsewhere")
     holder = Lock(database, "c1", "s")
@@ -172,9 +173,7 @@ def test_a_dead_holder_here_loses_its_lock_at_once(database: Database) -> None:
     assert other.take() and not dead.beat(), "should it live, it is told and stops its training"
 
 
-def test_a_silent_holder_elsewhere_loses_its_lock_after_a_whole_lease(
-    database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_holder_elsewhere_has_a_whole_lease(database: Database, monkeypatch: MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(locks, "time", SimpleNamespace(monotonic=lambda: now[0]))
     holder = taken_elsewhere(database, monkeypatch)
@@ -195,16 +194,14 @@ def test_a_silent_holder_elsewhere_loses_its_lock_after_a_whole_lease(
     assert other.take() and not holder.beat()
 
 
-def test_a_scheduler_gives_again_what_its_lost_worker_held(
-    database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_scheduler_gives_a_lost_cell_again(database: Database, monkeypatch: MonkeyPatch) -> None:
     lost = taken_elsewhere(database, monkeypatch)
     assert not Lock(database, "c1", "another").take()
     assert Lock(database, "c1", "s").take() and not lost.beat()
 
 
-def test_a_database_is_known_by_its_token(
-    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_database_has_a_token(
+    database: Database, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     monkeypatch.setenv("L2L_IMPLICIT_DATA", str(tmp_path / "other"))
     with closing(Database(Choice(None, "embedded"))) as other:

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pymongo
 import pytest
+from pytest import MonkeyPatch
 from toy_process import connected, served, server_process, server_processes, wait_for
 
 from experiments.tracking import UserError, open_database
@@ -38,7 +39,7 @@ def test_no_port_is_open_and_only_the_owner_reaches_the_socket(data: Path, addre
         assert database["runs"].find_one() == MINE
 
 
-def test_a_data_folder_is_its_users_alone(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_folder_is_its_users_alone(data: Path, monkeypatch: MonkeyPatch) -> None:
     (data / "mongodb").mkdir(parents=True, mode=0o777)
     assert data_folder("mongodb").stat().st_mode & 0o777 == 0o700
     with monkeypatch.context() as patch:
@@ -75,9 +76,7 @@ def test_nonsense_in_every_file_of_the_folder(data: Path) -> None:
         assert database["runs"].find_one() == MINE
 
 
-def test_a_folder_whose_name_is_too_long_for_a_socket(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: Path
-) -> None:
+def test_a_name_too_long_for_a_socket(tmp_path: Path, monkeypatch: MonkeyPatch, data: Path) -> None:
     monkeypatch.setenv("L2L_IMPLICIT_DATA", str(tmp_path / ("long" * 30)))
     for known in (0, 1):
         with open_database() as database:

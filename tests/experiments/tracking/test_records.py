@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from bson import ObjectId
+from pytest import CaptureFixture
 from report_runs import WORDS, Recorder, fill
 
 from experiments.report import get_results
@@ -46,9 +47,7 @@ def zipped(*lines: Any) -> bytes:
     return gzip.compress("".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
-def test_a_file_has_the_report_of_its_database(
-    recorder: Recorder, plan: Plan, tmp_path: Path
-) -> None:
+def test_a_file_has_its_databases_report(recorder: Recorder, plan: Plan, tmp_path: Path) -> None:
     """File by file; only the page has the time of day, and says where its runs come from."""
     fill(recorder, plan, random.Random(0), share=0.8)
     recorder.run({"tasks.name": "glyphs", "seed": 0}, status="FAILED", fail_trace=["x", "E: no"])
@@ -116,8 +115,8 @@ CHOSEN = {
 
 
 @pytest.mark.parametrize("words", list(CHOSEN))
-def test_runs_are_chosen_by_number_and_field(
-    words: str, recorder: Recorder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_runs_are_chosen(
+    words: str, recorder: Recorder, tmp_path: Path, capsys: CaptureFixture[str]
 ) -> None:
     for number in range(4):
         recorder.run({"seed": number % 3})
@@ -134,8 +133,8 @@ def test_runs_are_chosen_by_number_and_field(
     assert not path.exists()
 
 
-def test_a_metric_that_cannot_be_read_is_not_left_out_unseen(
-    recorder: Recorder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_metric_that_cannot_be_read_is_told(
+    recorder: Recorder, tmp_path: Path, capsys: CaptureFixture[str]
 ) -> None:
     recorder.run({}, {"m": {1: 0.5}})
     recorder.documents["metrics"].update_one({}, {"$set": {"values": "x"}})
@@ -187,8 +186,8 @@ FILES: dict[str, tuple[bytes | None, str]] = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_that_is_none_is_refused_in_one_line(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_file_that_is_none_is_one_line(
+    name: str, tmp_path: Path, capsys: CaptureFixture[str]
 ) -> None:
     content, message = FILES[name]
     path = tmp_path / "f"

@@ -77,9 +77,7 @@ def test_right_words_are_taken() -> None:
     assert (list(config["widths"]), config["seed"]) == ([8], 3)
 
 
-def test_the_comments_of_a_model_are_what_print_config_shows(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_print_config_shows_the_comments_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     ex.run("print_config", options={"--unobserved": True})
     shown = capsys.readouterr().out
     assert re.search(r"ways = 5 .*# classes a task\x1b", shown)
@@ -147,9 +145,7 @@ PROCESSES = {
 
 
 @pytest.mark.parametrize("words", PROCESSES)
-def test_what_is_wrong_or_not_observed_starts_and_records_nothing(
-    tmp_path: Path, words: str
-) -> None:
+def test_what_is_wrong_or_unobserved_records_nothing(tmp_path: Path, words: str) -> None:
     code, output = run(environment(tmp_path), *words.split())
     status, text = PROCESSES[words]
     assert code == status and text in output

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from fake_mongod import FakeMongod, refusal
+from pytest import CaptureFixture, MonkeyPatch
 from toy_experiment import ex as toy
 from toy_process import Server, connected, environment, finish, journals, run, start, wait_for
 
@@ -24,7 +25,7 @@ QUOTED = "s3cret%2Fw0rd"
 SECRETS = (PASSWORD, QUOTED)
 
 
-def test_the_order_of_the_choice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_order_of_the_choice(monkeypatch: MonkeyPatch, tmp_path: Path) -> None:
     assert choose() == Choice(None, "embedded")
     path = tmp_path / ".config/l2l_implicit/mongo_url"
     path.parent.mkdir(parents=True)
@@ -47,7 +48,7 @@ SECRET_URL = f"mongodb://me:{QUOTED}@there".encode()
     (bytes(range(256)), 0o600, "must hold a URL that starts with mongodb://"),
 ])  # fmt: skip
 def test_a_url_file_that_will_not_do_is_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes | None, mode: int, message: str
+    monkeypatch: MonkeyPatch, tmp_path: Path, content: bytes | None, mode: int, message: str
 ) -> None:
     path = tmp_path / "url"
     if content is not None:
@@ -64,9 +65,7 @@ def test_a_url_file_that_will_not_do_is_refused(
     "s3cret@there",  # which Sacred takes for a name
     "host:1:db.collection", "!", None,
 ])  # fmt: skip
-def test_a_malformed_address_is_refused(
-    monkeypatch: pytest.MonkeyPatch, option: str | None
-) -> None:
+def test_a_malformed_address_is_refused(monkeypatch: MonkeyPatch, option: str | None) -> None:
     monkeypatch.setenv("L2L_IMPLICIT_MONGO_URL", f"me:{QUOTED}@there")
     wanted = "-m takes HOST:PORT:DB" if option else "must hold a URL that starts with mongodb://"
     with pytest.raises(UserError, match=wanted) as caught:
@@ -80,7 +79,7 @@ def test_a_time_limit_that_is_none_is_one_line_at_the_start(tmp_path: Path, vari
     assert (code, output) == (1, f"error: {variable} must be a number of seconds, got 'soon'\n")
 
 
-def test_a_missing_embedded_server_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_embedded_server_says_what_to_install(monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(embedded, "EXECUTABLE", "no-such-server")
     with pytest.raises(UserError, match=r'pip install "l2l_implicit\[experiments\]"'):
         embedded.EmbeddedServer()
@@ -123,7 +122,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_a_server_that_refuses_is_one_line_at_the_start(
-    monkeypatch: pytest.MonkeyPatch, data: Path, capsys: pytest.CaptureFixture[str], name: str
+    monkeypatch: MonkeyPatch, data: Path, capsys: CaptureFixture[str], name: str
 ) -> None:
     refused, message = REFUSALS[name]
     with FakeMongod(refused, hangs_up=not refused) as server:
@@ -161,9 +160,7 @@ def everything(url: str) -> str:
         return "".join(str(d) for name in lab.list_collection_names() for d in lab[name].find())
 
 
-def test_no_password_reaches_the_database_the_output_or_the_journal(
-    tmp_path: Path, guarded: Server
-) -> None:
+def test_no_password_reaches_database_output_or_journal(tmp_path: Path, guarded: Server) -> None:
     url, gate = f"mongodb://me:{QUOTED}@{guarded.address}/lab?authSource=admin", tmp_path / "gate"
     own = {"L2L_IMPLICIT_MONGO_URL": url, "L2L_IMPLICIT_MONGO_PATIENCE": "0.1"}
     env = environment(tmp_path, **own)

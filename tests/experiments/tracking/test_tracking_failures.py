@@ -93,9 +93,7 @@ def test_what_is_uploaded_survives_a_crash_just_afterwards(tmp_path: Path, serve
             assert database["runs"].find_one({"_id": number})["status"] == "COMPLETED"
 
 
-def test_an_outage_in_mid_run_loses_nothing_and_one_for_good_leaves_a_journal(
-    tmp_path: Path, server: Server, gate: Path
-) -> None:
+def test_an_outage_for_a_while_and_one_for_good(tmp_path: Path, server: Server, gate: Path) -> None:
     env = environment(tmp_path, **server.url)
     seeded = (*SLOW, "seed=1", "say=hello", f"hold={gate}")
     process = start(env, *seeded)

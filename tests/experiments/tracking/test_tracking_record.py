@@ -16,6 +16,7 @@ import pytest
 import torch
 from bson import ObjectId
 from fake_mongod import FakeMongod
+from pytest import MonkeyPatch
 from sacred.observers import RunObserver
 from toy_process import (
     Server,
@@ -153,9 +154,7 @@ def test_a_number_taken_by_another_run_is_replaced(tmp_path: Path, database: Any
         assert points(database, number) == {"loss": [loss]} and not (tmp_path / name).exists()
 
 
-def test_a_long_series_goes_on_in_a_second_document(
-    tmp_path: Path, database: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_series_goes_on(tmp_path: Path, database: Any, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(uploader, "POINTS_PER_DOCUMENT", 2)
     write_journal(tmp_path / "r", 1300, [1.0, 2.0, 3.0, 4.0, 5.0])
     upload_journal(tmp_path / "r", database)
@@ -237,9 +236,7 @@ def test_a_journal_without_its_beginning(data: Path, database: Any, journal: Pat
     assert losses_of(database) == [0.5, 1.5, 2.5, 3.5]
 
 
-def test_a_journal_cut_afterwards_takes_nothing_from_the_database(
-    tmp_path: Path, database: Any
-) -> None:
+def test_a_journal_cut_afterwards_takes_nothing_away(tmp_path: Path, database: Any) -> None:
     path = tmp_path / "r"
     lines = write_journal(path, sealed=False)
     path.write_bytes(b"".join(lines[:-1]))
@@ -262,9 +259,7 @@ def test_what_is_whole_in_the_database_stays_so(tmp_path: Path, database: Any) -
     assert losses_of(database) == [0.5, 1.5, 2.5, 3.5]
 
 
-def test_a_line_that_cannot_be_written_leaves_no_trace(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_half_a_written_line_leaves_no_trace(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     """A full disk takes a part of a line."""
     with closing(Journal(tmp_path / "r", {"token": "t"})) as journal:
         journal.append({"set": {"a": 1}})
@@ -290,9 +285,7 @@ def test_a_line_is_read_once_it_is_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{}\n", b"[]", b"null\n", bytes(5000), b"\xff\n" * 9])
-def test_a_strange_file_is_no_journal(
-    data: Path, database: Any, journal: Path, content: bytes
-) -> None:
+def test_what_is_no_journal(data: Path, database: Any, journal: Path, content: bytes) -> None:
     journal.write_bytes(content)
     code, output = run(environment(data), "with", "quick")
     assert code == 0 and f"Cannot upload {journal.name}: " in output
@@ -318,9 +311,7 @@ def test_scalars_of_every_kind_are_numbers_and_steps_whole_ones() -> None:
     (check_name, ["", "a.b", "$a", "a\0", "\udc80", 3, None], ValueError,
      "a metric's name is a string such as 'train/loss'"),
 ])  # fmt: skip
-def test_what_cannot_be_stored_is_refused(
-    check: Any, values: list[Any], error: Any, message: str
-) -> None:
+def test_what_cannot_be_stored(check: Any, values: list[Any], error: Any, message: str) -> None:
     for value in values:
         with pytest.raises(error, match=message):
             check(value)
@@ -387,7 +378,7 @@ def test_hostport_option(data: Path, server: Server) -> None:
     assert {"tests/helpers/toy_experiment.py", "experiments/tracking/observer.py"} <= names
 
 
-def test_a_run_whose_points_were_deleted_meanwhile_is_whole_in_the_end(
+def test_a_run_whose_points_were_deleted_meanwhile(
     data: Path, database: Any, tmp_path: Path
 ) -> None:
     gate = tmp_path / "gate"

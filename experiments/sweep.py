@@ -143,11 +143,7 @@ def _sweep(plan: Plan, options: argparse.Namespace, database: Database) -> int:
 
 
 def connected(address: str | None, workers: int) -> Client:
-    """A client of the scheduler at this address, or of workers of its own on this machine.
-
-    Raises:
-        UserError: nothing answers there.
-    """
+    """A client of the scheduler at this address, or of workers of its own on this machine."""
     for name in LOGGERS:  # what they know is told here, in one line
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if address is not None:
@@ -189,11 +185,9 @@ class Schedule:
         self._had_workers = True
 
     def run(self) -> list[Status]:
-        """Until nothing can be run any more; the states at the end.
+        """Until nothing can be run any more; the states at the end. UserError: no scheduler.
 
-        Raises:
-            KeyboardInterrupt, Terminated: by a signal; the trainings have been told to stop.
-            UserError: the scheduler has gone.
+        KeyboardInterrupt, Terminated: by a signal; the trainings have been told to stop.
         """
         try:
             return self._until_done()

@@ -90,11 +90,7 @@ class Cell:
 
 
 def parse_settings(words: Sequence[str]) -> dict[str, Any]:
-    """{"algorithm.lr": 0.1} from ["algorithm.lr=0.1"].
-
-    Raises:
-        UserError: a word that is not KEY=VALUE, or a key given twice.
-    """
+    """{"lr": 0.1} from ["lr=0.1"]; UserError for another word, or a key that is given twice."""
     settings: dict[str, Any] = {}
     for word in words:
         key, equals, text = word.partition("=")

@@ -114,16 +114,13 @@ class Status(NamedTuple):
 
 
 class Board:
-    """The state of a plan; with `redo_changed`, a run of other code counts as missing.
-
-    Attributes:
-        ended: state and reason of what has ended in this call without completing, by identity.
-        choices: a line a method whose grid is complete: what was chosen, of which accuracies.
-    """
+    """The state of a plan; with `redo_changed`, a run of other code counts as missing."""
 
     def __init__(self, plan: Plan, database: Database, redo_changed: bool) -> None:
         self.plan, self.redo_changed = plan, redo_changed
+        # State and reason of what has ended in this call without completing, by identity.
         self.ended: dict[str, tuple[str, str]] = {}
+        # A line a method whose grid is complete: what was chosen, of which accuracies.
         self.choices: dict[str, str] = {}
         self.database, self._watch = database, Watch(database)
         database.documents["runs"].create_index("config.cell")
@@ -133,11 +130,7 @@ class Board:
         return patiently(self.database, self.look_once)
 
     def look_once(self) -> list[Status]:
-        """The same.
-
-        Raises:
-            PyMongoError: the database is away.
-        """
+        """The same; PyMongoError if it is away."""
         found = self._statuses({n: c for g in self.plan.groups for n, c in g.grid.items()})
         finals: dict[str, Cell] = {}
         for group in self.plan.groups:

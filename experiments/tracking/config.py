@@ -3,15 +3,6 @@
 Its type and limits are the check, its default is the configuration's, and its comment is what
 `print_config` shows. What is wrong is one line: what was expected, what came, what to do. An
 explicit `key=value` beats a named config, whatever their order: that is Sacred's habit.
-
-Example:
-    >>> from experiments.tracking.config import Count, Settings
-    >>> class Model(Settings):
-    ...     hidden: Count = 32
-    >>> Model.of({"hidden": 0}, "model")
-    Traceback (most recent call last):
-    experiments.tracking.errors.UserError: model.hidden: expected a whole number from 1 to \
-1000000000, got 0; try 32
 """
 
 from __future__ import annotations
@@ -79,8 +70,7 @@ class Settings(BaseModel):
     def of(cls, given: Values, group: str = "") -> Self:
         """These settings, the others at their defaults.
 
-        Raises:
-            UserError: a wrong one, in one line; ``group`` is the ingredient's name.
+        UserError: a wrong one, in one line; ``group`` is the ingredient's name.
         """
         given = dict(given)
         try:
@@ -200,11 +190,7 @@ def check_like_defaults(run: Run, types: Values) -> None:
 
 
 def nested(updates: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Settings by dotted name as nested ones.
-
-    Raises:
-        UserError: a name that cannot be one, in one line.
-    """
+    """Settings by dotted name as nested ones; UserError for a name that cannot be one."""
     found: dict[str, Any] = {}
     for name, value in updates:
         _check_names(name, value)
@@ -216,11 +202,7 @@ def nested(updates: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def words_as_updates(words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
-    """The settings, and the named configs, of a command line's ``with``; values are plain data.
-
-    Raises:
-        UserError: a name that cannot be one, in one line.
-    """
+    """The settings, and the named configs, of a command line's ``with``; values are plain data."""
     pairs = [word.partition("=") for word in words or () if word]
     named_configs = [name for name, equals, _ in pairs if not equals]
     return nested((n.strip(), plain_value(v)) for n, eq, v in pairs if eq), named_configs
@@ -235,11 +217,7 @@ def plain_value(text: str) -> Any:
 
 
 def settings_in(path: str) -> dict[str, Any]:
-    """The settings of a file of plain data, JSON or YAML.
-
-    Raises:
-        UserError: it is another kind of file, or damaged, in one line.
-    """
+    """The settings of a file of plain data, JSON or YAML; UserError for any other, in one line."""
     try:
         read = {".json": json.loads, ".yaml": _yaml, ".yml": _yaml}[Path(path).suffix]
         found = read(Path(path).read_text(encoding="utf-8"))

@@ -50,8 +50,7 @@ class Choice(NamedTuple):
 def choose(option: str | None = None) -> Choice:
     """The database to use; `option` is the value of Sacred's -m.
 
-    Raises:
-        UserError: a malformed option or URL, or a URL file that others can read.
+    UserError: a malformed option or URL, or a URL file that others can read.
     """
     if option is not None:
         return Choice(_url_of_option(option), "-m")
@@ -93,13 +92,8 @@ def _read_private(path: Path) -> str:
 class Database:
     """An open connection; `documents` is the pymongo database.
 
-    Attributes:
-        address: its URL without passwords.
-        label: the same, or `embedded`.
-
-    Raises:
-        UserError: nothing answers at the address, the password is wrong, or the embedded
-            server is missing.
+    `address` is its URL without passwords, `label` the same or `embedded`. UserError: nothing
+    answers there, the password is wrong, or the embedded server is missing.
     """
 
     def __init__(self, choice: Choice) -> None:
@@ -188,11 +182,6 @@ def seconds(variable: str, default: float) -> float:
 
 @contextmanager
 def open_database(option: str | None = None) -> Iterator[Documents]:
-    """The pymongo database that runs are recorded in, for reports and tests.
-
-    Example:
-        >>> with open_database() as database:  # doctest: +SKIP
-        ...     database["runs"].count_documents({"status": "COMPLETED"})
-    """
+    """The pymongo database that runs are recorded in, for reports and tests."""
     with closing(Database(choose(option))) as database:
         yield database.documents

@@ -39,8 +39,7 @@ NOT_INSTALLED = (
 def data_folder(name: str) -> Path:
     """A folder that only its owner can enter, under L2L_IMPLICIT_DATA or ~/.local/share.
 
-    Raises:
-        UserError: it belongs to somebody else, or cannot be made.
+    UserError: it belongs to somebody else, or cannot be made.
     """
     root = os.environ.get(DATA_VARIABLE) or "~/.local/share/l2l_implicit"
     return _private(Path(root).expanduser().absolute() / name)
@@ -71,11 +70,7 @@ def _socket(folder: Path) -> Path:
 class EmbeddedServer:
     """A share in the embedded server: it stays up at least until `release`.
 
-    Attributes:
-        host: the server's address as it stands in a URL.
-
-    Raises:
-        UserError: the server is not installed, or does not start.
+    `host` is its address as it stands in a URL. UserError: it is not installed, or does not start.
     """
 
     def __init__(self) -> None:

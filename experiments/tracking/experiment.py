@@ -61,15 +61,10 @@ class TrackedIngredient(Ingredient):
 
 
 class TrackedRun(Run):
-    """Sacred's run, whose artifacts and metrics fail at the call instead of in the observer.
+    """Sacred's run, whose artifacts and metrics fail at the call instead of in the observer."""
 
-    Attributes:
-        journal: of an observed run.
-        afterwards: called once the run has completed and its record is on the disk.
-    """
-
-    journal: JournalObserver | None
-    afterwards: list[Callable[[], object]]
+    journal: JournalObserver | None  # of an observed run
+    afterwards: list[Callable[[], object]]  # called once the record of all is on the disk
 
     def add_artifact(self, filename: Any, name: str | None = None,
                      metadata: dict[str, Any] | None = None,
@@ -151,9 +146,8 @@ class TrackedExperiment(Experiment):
             options: dict[str, Any] | None = None) -> Run:
         """As in Sacred; from the command line, expected errors end the process.
 
-        Raises:
-            UserError: a wrong configuration or database address.
-            TrackingError: the database did not take everything.
+        UserError: a wrong configuration or database address; TrackingError: the database did not
+        take everything.
         """
         try:
             with signals.handled():

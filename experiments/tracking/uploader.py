@@ -68,10 +68,8 @@ def _text(step: Any, value: Any, time: datetime | None) -> bytes:
 class Uploader:
     """Bring the database to the state that a journal describes.
 
-    Attributes:
-        run_id: the run's number in the database: the journal's own, or a new one where
-            another run has taken it meanwhile.
-        document: the run's document as far as read.
+    `run_id` is the run's number in the database: the journal's own, or a new one where another run
+    has taken it meanwhile. `document` is the run's as far as read.
     """
 
     def __init__(self, reader: JournalReader, documents: Documents) -> None:

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +31,13 @@ from toy_process import (
     write_journal,
 )
 
-from experiments.tracking import TrackedExperiment, TrackingError, open_database, uploader
+from experiments.tracking import TrackedExperiment, TrackingError, open_database, uploader, values
 from experiments.tracking.journal import Journal, JournalReader
 from experiments.tracking.uploader import Uploader, upload_journal
-from experiments.tracking.values import (
-    CUT,
-    HEAD,
-    TAIL,
-    Tape,
-    as_number,
-    as_step,
-    check_name,
-    keep_output,
-    storable,
-)
 
 pytest_plugins = ("toy_process",)
 UPLOAD = "experiments.tracking.upload"
+LONGEST = values.HEAD + len(values.CUT) + values.TAIL
 ARTIFACT = bytes(300_000)  # two chunks
 
 
@@ -299,20 +290,20 @@ TWO = [2, 2.0, np.float32(2), np.int64(2), np.array([[2.0]]), torch.tensor(2.0),
 
 
 def test_scalars_of_every_kind_are_numbers_and_steps_whole_ones() -> None:
-    for value in TWO:
-        assert as_number("loss", value) == 2 and type(as_number("loss", value)) in (int, float)
-    assert (as_step("loss", np.int32(3)), as_step("loss", None)) == (3, None)
+    for number in (values.as_number("loss", two) for two in TWO):
+        assert number == 2 and type(number) in (int, float)
+    assert (values.as_step("loss", np.int32(3)), values.as_step("loss", None)) == (3, None)
 
 
-@pytest.mark.parametrize(("check", "values", "error", "message"), [
-    (lambda v: as_number("loss", v), [None, "2", [2.0], np.zeros(2), torch.zeros(0), 1j], TypeError,
-     "metric 'loss' must be a number"),
-    (lambda v: as_step("loss", v), [0.5, 2**63], TypeError, "must be an int of 64 bits, got"),
-    (check_name, ["", "a.b", "$a", "a\0", "\udc80", 3, None], ValueError,
+@pytest.mark.parametrize(("check", "wrong", "error", "message"), [
+    (partial(values.as_number, "loss"), [None, "2", [2.0], np.zeros(2), torch.zeros(0), 1j],
+     TypeError, "metric 'loss' must be a number"),
+    (partial(values.as_step, "loss"), [0.5, 2**63], TypeError, "must be an int of 64 bits, got"),
+    (values.check_name, ["", "a.b", "$a", "a\0", "\udc80", 3, None], ValueError,
      "a metric's name is a string such as 'train/loss'"),
 ])  # fmt: skip
-def test_what_cannot_be_stored(check: Any, values: list[Any], error: Any, message: str) -> None:
-    for value in values:
+def test_what_cannot_be_stored(check: Any, wrong: list[Any], error: Any, message: str) -> None:
+    for value in wrong:
         with pytest.raises(error, match=message):
             check(value)
 
@@ -322,24 +313,24 @@ def test_anything_becomes_plain_data(database: Any) -> None:
              "a\0b\udc80": "\udc80", "list": ["x\ud800"]}  # fmt: skip
     plain = {"1": 0.5, "big": str(2**70), "a": [0, 1], "t": [[1.0, 1.0], [3]],
              "a\\0b\\udc80": "\\udc80", "list": ["x\\ud800"]}  # fmt: skip
-    assert storable(value) == plain and type(storable(value)["1"]) is float
-    assert isinstance(storable(threading.Event()), (dict, str))
-    database["odd"].insert_one({"_id": 1, "value": storable(value)})
+    assert values.storable(value) == plain and type(values.storable(value)["1"]) is float
+    assert isinstance(values.storable(threading.Event()), (dict, str))
+    database["odd"].insert_one({"_id": 1, "value": values.storable(value)})
     assert database["odd"].find_one({"_id": 1})["value"] == plain
 
 
 def test_output_is_drawn_and_cut() -> None:
-    assert keep_output("a 1%\ra 2%\nb\n") == "a 2%\nb\n"
-    assert keep_output("a 2%\r") == "a 2%\r"
+    assert values.keep_output("a 1%\ra 2%\nb\n") == "a 2%\nb\n"
+    assert values.keep_output("a 2%\r") == "a 2%\r"
     text = ""
     for chunk in range(30):
-        text = keep_output(text + str(chunk % 10) * 100_000)
-    assert len(text) == HEAD + len(CUT) + TAIL and text.count("output cut here") == 1
+        text = values.keep_output(text + str(chunk % 10) * 100_000)
+    assert len(text) == LONGEST and text.count("output cut here") == 1
     assert text.startswith("0") and text.endswith("9" * 100_000)
 
 
 def test_what_is_printed_is_read_once_and_not_kept() -> None:
-    tape, read = Tape(), []
+    tape, read = values.Tape(), []
     writers = [threading.Thread(target=lambda: [tape.write("x") for _ in range(5000)])
                for _ in range(4)]  # fmt: skip
     for writer in writers:
@@ -362,7 +353,7 @@ def test_what_a_run_leaves(data: Path, database: Any, fault: str) -> None:
         assert stored["result"] == 0.5
     elif fault == "long":
         kept = stored["captured_out"]
-        assert len(kept) == HEAD + len(CUT) + TAIL
+        assert len(kept) == LONGEST
         assert kept.startswith("begin") and kept.endswith("end\n")
     else:
         assert "told to fail" in "".join(stored["fail_trace"])

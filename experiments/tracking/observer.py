@@ -209,8 +209,9 @@ class JournalObserver(MongoObserver):
             if self._uploader is not None and (error := self._last_upload(self._uploader.reader)):
                 self._journal.seal()
                 raise TrackingError(
-                    f"run {self.run_entry['_id']} is not wholly in the database ({error}); its record"
-                    f" is {path}: the next run uploads it, or python -m {uploader.COMMAND} {path}"
+                    f"run {self.run_entry['_id']} is not wholly in the database ({error}); its"
+                    f" record is {path}: the next run uploads it,"
+                    f" or python -m {uploader.COMMAND} {path}"
                 )
             path.unlink()  # while locked, so that no other run takes it for abandoned
         finally:

@@ -10,7 +10,6 @@ import pytest
 from toy_process import (
     Server,
     connected,
-    environment,
     finish,
     journals,
     read_until,
@@ -27,8 +26,8 @@ UPLOAD = "experiments.tracking.upload"
 
 
 def training(folder: Path, server: Server, patience: str) -> subprocess.Popen[str]:
-    env = environment(folder, **server.url, L2L_IMPLICIT_MONGO_PATIENCE=patience)
-    return start(env, *SETTINGS, module="experiments.train", folder=folder)
+    own = {**server.url, "L2L_IMPLICIT_MONGO_PATIENCE": patience}
+    return start(folder, *SETTINGS, module="experiments.train", folder=folder, **own)
 
 
 def recorded(server: Server, number: int) -> int:
@@ -74,7 +73,7 @@ def test_the_database_is_away_for_a_while_and_for_good(tmp_path: Path, server: S
     (kept,) = journals(tmp_path)
     assert code == 1 and f"python -m {UPLOAD} {kept}" in output, output
     server.start()
-    code, output = run(environment(tmp_path, **server.url), str(kept), module=UPLOAD)
+    code, output = run(tmp_path, str(kept), module=UPLOAD, **server.url)
     assert code == 0 and "run 3: COMPLETED" in output, output
 
     assert not journals(tmp_path)

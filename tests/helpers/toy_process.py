@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -50,15 +50,13 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return own_data(monkeypatch, tmp_path / "data")
 
 
-def start(
-    env: Mapping[str, str], *arguments: str, module: str = "", folder: Path = ROOT
-) -> subprocess.Popen[str]:
+def start(data: Path, *arguments: str, module: str = "", folder: Path = ROOT, **variables: str
+          ) -> subprocess.Popen[str]:  # fmt: skip
     """Start the toy experiment (or a module), in a folder, and return at once."""
     program = ["-m", module] if module else [str(ROOT / "tests/helpers/toy_experiment.py")]
-    return subprocess.Popen(
-        [sys.executable, *program, *arguments], cwd=folder, env={**env, "PYTHONPATH": str(ROOT)},
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    env = environment(data, PYTHONPATH=str(ROOT), **variables)
+    return subprocess.Popen([sys.executable, *program, *arguments], cwd=folder, env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
@@ -67,9 +65,9 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, output
 
 
-def run(env: Mapping[str, str], *arguments: str, module: str = "") -> tuple[int, str]:
+def run(data: Path, *arguments: str, **options: Any) -> tuple[int, str]:
     """Run the toy experiment (or a module) to its end."""
-    return finish(start(env, *arguments, module=module))
+    return finish(start(data, *arguments, **options))
 
 
 def wait_for(condition: Callable[[], Any]) -> Any:
@@ -116,7 +114,7 @@ def server_process(data: Path) -> int:
 @contextmanager
 def served(data: Path) -> Iterator[str]:
     """The address that the documented command prints, while it is up."""
-    process = start(environment(data), module="experiments.tracking.serve")
+    process = start(data, module="experiments.tracking.serve")
     assert process.stdout is not None
     yield process.stdout.readline().strip()
     process.terminate()

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from toy_process import environment, finish, server_process, server_processes, start, wait_for
+from toy_process import finish, run, server_process, server_processes, start, wait_for
 
 from experiments.tracking import open_database, socket_server
 
@@ -33,7 +33,7 @@ def assert_complete(data: Path, metric: str, points: list[int]) -> None:
 @pytest.mark.slow
 def test_eight_runs_at_once(data: Path) -> None:
     words, options = ("with", "smoke", "iterations=6"), {"module": "experiments.train"}
-    processes = [start(environment(data), *words, f"seed={seed}", folder=data.parent, **options)
+    processes = [start(data, *words, f"seed={seed}", folder=data.parent, **options)
                  for seed in range(8)]  # fmt: skip
     ended = [finish(process) for process in processes]
     assert [code for code, _ in ended] == [0] * 8, ended
@@ -42,11 +42,11 @@ def test_eight_runs_at_once(data: Path) -> None:
 
 def test_three_runs_at_once_and_one_while_another_ends(data: Path) -> None:
     """The toy, for time; two wait at their middle until one has ended and the fourth begun."""
-    env, gate = environment(data), data.parent / "gate"
+    gate = data.parent / "gate"
     more = [("steps=3",), ("steps=12", f"hold={gate}"), ("steps=8", f"hold={gate}")]
-    first = [start(env, "-b", "0.2", "with", *settings) for settings in more]
+    first = [start(data, "-b", "0.2", "with", *settings) for settings in more]
     assert finish(first[0])[0] == 0
-    late = start(env, "with", "steps=5")  # while the first's share is given up
+    late = start(data, "with", "steps=5")  # while the first's share is given up
     gate.touch()
     for process in (*first[1:], late):
         code, output = finish(process)
@@ -58,7 +58,7 @@ def test_three_runs_at_once_and_one_while_another_ends(data: Path) -> None:
 def test_a_run_that_starts_in_the_servers_last_moments(data: Path) -> None:
     """The server waits `LINGER` seconds for the next run, then stops; starts fall around it."""
     for pause in (socket_server.LINGER - 0.3, socket_server.LINGER, socket_server.LINGER + 0.2):
-        code, output = finish(start(environment(data), "with", "steps=1"))
+        code, output = run(data, "with", "steps=1")
         assert code == 0, output
         time.sleep(pause)
     with open_database() as database:
@@ -68,7 +68,7 @@ def test_a_run_that_starts_in_the_servers_last_moments(data: Path) -> None:
 @pytest.mark.slow
 def test_a_crash_of_everything_loses_the_last_seconds_at_most(data: Path) -> None:
     """SIGKILL to the run and its server, both at once."""
-    process = start(environment(data), "-b", "0.2", "with", "steps=100000", "pause=0.02")
+    process = start(data, "-b", "0.2", "with", "steps=100000", "pause=0.02")
 
     def recorded() -> int:
         with open_database() as database:
@@ -81,6 +81,6 @@ def test_a_crash_of_everything_loses_the_last_seconds_at_most(data: Path) -> Non
         os.kill(victim, signal.SIGKILL)
     finish(process)
     assert recorded() >= seen  # on the disk: the database starts again from it
-    code, output = finish(start(environment(data), "with", "quick"))
+    code, output = run(data, "with", "quick")
     assert code == 0 and "Uploaded the record that run 1 left" in output
     assert recorded() >= seen

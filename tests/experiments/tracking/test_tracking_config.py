@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from toy_experiment import ex
-from toy_process import environment, run
+from toy_process import run
 
 from experiments.tracking import TrackedExperiment, UserError
 from experiments.tracking.config import words_as_updates
@@ -146,7 +146,7 @@ PROCESSES = {
 
 @pytest.mark.parametrize("words", PROCESSES)
 def test_what_is_wrong_or_unobserved_records_nothing(tmp_path: Path, words: str) -> None:
-    code, output = run(environment(tmp_path), *words.split())
+    code, output = run(tmp_path, *words.split())
     status, text = PROCESSES[words]
     assert code == status and text in output
     if text.startswith("error: "):

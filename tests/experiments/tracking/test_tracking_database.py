@@ -11,7 +11,7 @@ import pytest
 from fake_mongod import FakeMongod, refusal
 from pytest import CaptureFixture, MonkeyPatch
 from toy_experiment import ex as toy
-from toy_process import Server, connected, environment, finish, journals, run, start, wait_for
+from toy_process import Server, connected, finish, journals, run, start, wait_for
 
 from experiments.tracking import UserError, embedded
 from experiments.tracking.database import Choice, choose
@@ -75,7 +75,7 @@ def test_a_malformed_address_is_refused(monkeypatch: MonkeyPatch, option: str | 
 
 @pytest.mark.parametrize("variable", ["L2L_IMPLICIT_MONGO_TIMEOUT", "L2L_IMPLICIT_MONGO_PATIENCE"])
 def test_a_time_limit_that_is_none_is_one_line_at_the_start(tmp_path: Path, variable: str) -> None:
-    code, output = run(environment(tmp_path, **{variable: "soon"}), "with", "quick")
+    code, output = run(tmp_path, "with", "quick", **{variable: "soon"})
     assert (code, output) == (1, f"error: {variable} must be a number of seconds, got 'soon'\n")
 
 
@@ -92,8 +92,8 @@ def test_a_missing_embedded_server_says_what_to_install(monkeypatch: MonkeyPatch
 def test_a_wrong_url_is_one_line_at_once(tmp_path: Path, url: str, message: str) -> None:
     """At once: it has not the patience, of an hour, that a run has with its database."""
     own = {"L2L_IMPLICIT_MONGO_TIMEOUT": "1", "L2L_IMPLICIT_MONGO_PATIENCE": "3600"}
-    env = environment(tmp_path, L2L_IMPLICIT_MONGO_URL=url.format(QUOTED), **own)
-    code, output = run(env, "with", "quick")
+    own["L2L_IMPLICIT_MONGO_URL"] = url.format(QUOTED)
+    code, output = run(tmp_path, "with", "quick", **own)
     assert code == 1 and message in output and output.count("\n") == 1
     assert not any(secret in output for secret in SECRETS)
 
@@ -163,10 +163,11 @@ def everything(url: str) -> str:
 def test_no_password_reaches_database_output_or_journal(tmp_path: Path, guarded: Server) -> None:
     url, gate = f"mongodb://me:{QUOTED}@{guarded.address}/lab?authSource=admin", tmp_path / "gate"
     own = {"L2L_IMPLICIT_MONGO_URL": url, "L2L_IMPLICIT_MONGO_PATIENCE": "0.1"}
-    env = environment(tmp_path, **own)
     # the error's text holds the whole URL; the comment and the options hold the password
-    assert run(env, "-c", f"with {PASSWORD}", "with", "fault=leak", f"say={QUOTED}")[0] == 1
-    process = start(env, "-b", "0.2", "with", "steps=20", f"hold={gate}", f"anything={PASSWORD}")
+    leak = ("-c", f"with {PASSWORD}", "with", "fault=leak", f"say={QUOTED}")
+    assert run(tmp_path, *leak, **own)[0] == 1
+    words = ("-b", "0.2", "with", "steps=20", f"hold={gate}", f"anything={PASSWORD}")
+    process = start(tmp_path, *words, **own)
     wait_for(lambda: "train/loss" in "".join(path.read_text() for path in journals(tmp_path)))
     guarded.kill()
     gate.touch()

@@ -12,7 +12,6 @@ import pytest
 from toy_process import (
     Server,
     connected,
-    environment,
     finish,
     is_alive,
     journals,
@@ -29,6 +28,7 @@ from toy_process import (
 from experiments.tracking.uploader import upload_journal
 
 pytest_plugins = ("toy_process",)
+UPLOAD = "experiments.tracking.upload"
 STEPS = 40
 SLOW = ("-b", "0.2", "with", f"steps={STEPS}")
 LOSSES = [1 / (1 + step) for step in range(STEPS)]
@@ -68,7 +68,7 @@ def printed(run: dict[str, Any]) -> list[str]:
 
 def test_killing_the_embedded_server_costs_nothing(data: Path, embedded: Any, gate: Path) -> None:
     number = latest(embedded)["_id"] + 1
-    process = start(environment(data), *SLOW, f"hold={gate}")
+    process = start(data, *SLOW, f"hold={gate}")
     wait_for(lambda: half_done(embedded, number))
     old = server_process(data)
     os.kill(old, signal.SIGKILL)
@@ -94,9 +94,8 @@ def test_what_is_uploaded_survives_a_crash_just_afterwards(tmp_path: Path, serve
 
 
 def test_an_outage_for_a_while_and_one_for_good(tmp_path: Path, server: Server, gate: Path) -> None:
-    env = environment(tmp_path, **server.url)
     seeded = (*SLOW, "seed=1", "say=hello", f"hold={gate}")
-    process = start(env, *seeded)
+    process = start(tmp_path, *seeded, **server.url)
     with connected(server.address) as database:
         wait_for(lambda: half_done(database, 1))
         server.kill()
@@ -108,7 +107,7 @@ def test_an_outage_for_a_while_and_one_for_good(tmp_path: Path, server: Server, 
         assert latest(database)["status"] == "COMPLETED" and not journals(tmp_path)
 
         gate.unlink()
-        process = start({**env, "L2L_IMPLICIT_MONGO_PATIENCE": "0.5"}, *seeded)
+        process = start(tmp_path, *seeded, **server.url, L2L_IMPLICIT_MONGO_PATIENCE="0.5")
         # the run's own document goes last, and to the disk
         wait_for(lambda: half_done(database, 2) and latest(database)["info"].get("metrics"))
         server.kill()
@@ -116,10 +115,10 @@ def test_an_outage_for_a_while_and_one_for_good(tmp_path: Path, server: Server, 
         code, output = finish(process)
         (kept,) = journals(tmp_path)
         assert code == 1 and "error: run 2 is not wholly in the database" in output
-        assert f"python -m experiments.tracking.upload {kept}" in output
+        assert f"python -m {UPLOAD} {kept}" in output
         server.start()
         assert latest(database)["status"] == "RUNNING"
-        code, output = run(env, str(kept), module="experiments.tracking.upload")
+        code, output = run(tmp_path, str(kept), module=UPLOAD, **server.url)
         assert code == 0 and "run 2: COMPLETED" in output
 
         undisturbed, restored = database["runs"].find().sort("_id", 1)
@@ -137,7 +136,7 @@ def test_an_outage_for_a_while_and_one_for_good(tmp_path: Path, server: Server, 
 def test_a_signal_interrupts_the_run(data: Path, embedded: Any) -> None:
     before = latest(embedded)["_id"]
     signals = {signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGINT: 130}
-    processes = [start(environment(data), *SLOW, "steps=100000", "pause=0.04") for _ in signals]
+    processes = [start(data, *SLOW, "steps=100000", "pause=0.04") for _ in signals]
     new = [before + 1, before + 2, before + 3]
     wait_for(lambda: all(half_done(embedded, number) for number in new))
     for process, number in zip(processes, signals, strict=True):
@@ -152,13 +151,13 @@ def test_a_signal_interrupts_the_run(data: Path, embedded: Any) -> None:
 
 def test_the_next_run_marks_a_killed_one(data: Path, embedded: Any) -> None:
     number = latest(embedded)["_id"] + 1
-    process = start(environment(data), "-b", "3000", "with", "steps=100000", "pause=0.05")
+    process = start(data, "-b", "3000", "with", "steps=100000", "pause=0.05")
     (journal,) = wait_for(lambda: journals(data))
     wait_for(lambda: journal.read_text().count("train/loss") > 5)
     process.kill()
     finish(process)
     assert latest(embedded)["status"] == "RUNNING"
-    code, output = run(environment(data), "with", "quick")
+    code, output = run(data, "with", "quick")
     assert code == 0 and f"Uploaded the record that run {number} left; its end is" in output
     killed = embedded["runs"].find_one({"_id": number})
     assert killed["status"] == "FAILED" and killed["fail_trace"][0].startswith("killed")

@@ -21,7 +21,6 @@ from pytest import MonkeyPatch
 from sacred.observers import RunObserver
 from toy_process import (
     Server,
-    environment,
     finish,
     own_data,
     points,
@@ -197,14 +196,14 @@ def test_a_damaged_journal_is_told_marked_and_kept(
     lines = {"a digit": [changed, sixth, last], "a line lost": [sixth, last],
              "a line twice": [fifth, fifth, sixth, last], "cut off": []}  # fmt: skip
     journal.write_bytes(b"".join([*first, *lines[how]]))
-    code, output = run(environment(data), "with", "quick")
+    code, output = run(data, "with", "quick")
     kept = journal.with_name("run-t.jsonl.damaged")
     assert code == 0 and f"a part of run 1500 is lost: of its journal line {line}" in output
     assert str(kept) in output and kept.exists() and not journal.exists()
     stored = database["runs"].find_one({"_id": 1500})
     assert stored["status"] == "FAILED" and len(losses_of(database)) == left
     assert stored["fail_trace"][0].startswith("a part of the record is lost")
-    code, output = run(environment(data), str(kept), module=UPLOAD)
+    code, output = run(data, str(kept), module=UPLOAD)
     assert code == 1 and "a part of run 1500 is lost" in output and kept.exists()
     assert database["runs"].find_one({"_id": 1500})["status"] == "FAILED"
 
@@ -214,15 +213,15 @@ def test_a_journal_without_its_beginning(data: Path, database: Any, journal: Pat
     lines = write_journal(journal)
     journal.write_bytes(b"".join([lines[0], *lines[2:]]))
     database["runs"].insert_one({"_id": 1500, "meta": {"journal": "t"}, "status": "RUNNING"})
-    code, output = run(environment(data), "with", "quick")
+    code, output = run(data, "with", "quick")
     assert code == 0 and "run-t.jsonl is not the journal of a run, or its beginning" in output
     stored = database["runs"].find_one({"_id": 1500})
     assert stored["status"] == "FAILED" and stored["fail_trace"] == ["line 2 is damaged or missing"]
     database["runs"].delete_one({"_id": 1500})
     journal.write_bytes(b"".join(lines[1:]))
-    code, output = run(environment(data), "with", "quick")
+    code, output = run(data, "with", "quick")
     assert code == 0 and "Cannot upload run-t.jsonl: its beginning is damaged" in output
-    code, output = run(environment(data), str(journal), module=UPLOAD)
+    code, output = run(data, str(journal), module=UPLOAD)
     assert code == 1 and "a part of run 1500 is lost: of its journal line 1" in output
     assert losses_of(database) == [0.5, 1.5, 2.5, 3.5]
 
@@ -278,9 +277,9 @@ def test_a_line_is_read_once_it_is_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"{}\n", b"[]", b"null\n", bytes(5000), b"\xff\n" * 9])
 def test_what_is_no_journal(data: Path, database: Any, journal: Path, content: bytes) -> None:
     journal.write_bytes(content)
-    code, output = run(environment(data), "with", "quick")
+    code, output = run(data, "with", "quick")
     assert code == 0 and f"Cannot upload {journal.name}: " in output
-    code, output = run(environment(data), str(journal), module=UPLOAD)
+    code, output = run(data, str(journal), module=UPLOAD)
     assert code == 1 and "is not the journal of a run" in output and output.count("\n") == 1
     assert journal.read_bytes() == content
 
@@ -343,7 +342,7 @@ def test_what_is_printed_is_read_once_and_not_kept() -> None:
 
 @pytest.mark.parametrize("fault", ["info", "long", "user"])
 def test_what_a_run_leaves(data: Path, database: Any, fault: str) -> None:
-    code, output = run(environment(data), "with", "quick", f"fault={fault}")
+    code, output = run(data, "with", "quick", f"fault={fault}")
     assert code == (fault == "user"), output
     (stored,) = database["runs"].find()
     assert stored["status"] == ("FAILED" if code else "COMPLETED")
@@ -360,7 +359,7 @@ def test_what_a_run_leaves(data: Path, database: Any, fault: str) -> None:
 
 
 def test_hostport_option(data: Path, server: Server) -> None:
-    assert run(environment(data), "-m", f"{server.address}:other", "with", "quick")[0] == 0
+    assert run(data, "-m", f"{server.address}:other", "with", "quick")[0] == 0
     with closing(pymongo.MongoClient(server.address)) as client:
         other: Any = client["other"]
         assert other["runs"].distinct("status") == ["COMPLETED"]
@@ -373,7 +372,7 @@ def test_a_run_whose_points_were_deleted_meanwhile(
     data: Path, database: Any, tmp_path: Path
 ) -> None:
     gate = tmp_path / "gate"
-    process = start(environment(data), "-b", "0.1", "with", "steps=9", f"hold={gate}")
+    process = start(data, "-b", "0.1", "with", "steps=9", f"hold={gate}")
     wait_for(lambda: database["metrics"].find_one({"run_id": 1, "steps": {"$size": 5}}))
     database["metrics"].delete_many({})
     gate.touch()

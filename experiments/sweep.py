@@ -116,12 +116,11 @@ def _sweep(plan: Plan, options: argparse.Namespace, database: Database) -> int:
     statuses = board.look()
     missing = [status for status in statuses if status.state != COMPLETED]
     if options.print:
-        words = [options.name, *options.settings]
+        words = ["python", "-m", "experiments.sweep", options.name, *options.settings]
         words += ["-m", options.mongo_db] if options.mongo_db else []
         words += ["--redo-changed"] if options.redo_changed else []
         for status in missing:
-            line = ["python", "-m", "experiments.sweep", *words, "--cell", status.name]
-            print(shlex.join([*line, "--workers", "1"]))
+            print(shlex.join([*words, "--cell", status.name, "--workers", "1"]))
         return 0
     print("\n".join(listing.table(statuses)))
     workers = max(1, min(options.workers or CPU_COUNT, len(missing)))
@@ -234,7 +233,7 @@ class Schedule:
 
     def _wait(self) -> None:
         """Until a cell ends, or for `LOOK` seconds; what has not completed goes to the board."""
-        deadline, ended = time.monotonic() + LOOK, []
+        deadline, ended = time.monotonic() + LOOK, list[str]()
         while not ended and time.monotonic() < deadline:
             time.sleep(POLL)
             if self._client.status != "running":

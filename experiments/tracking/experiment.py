@@ -77,14 +77,6 @@ class TrackedRun(Run):
             )
         super().add_artifact(str(filename), name, metadata, content_type)
 
-    def log_scalar(self, metric_name: str, value: Any, step: int | None = None) -> None:
-        """Record one value of a metric; it is in the run's journal when this returns.
-
-        Groups of names are separated by `/`, as in "train/loss". The value is a number, or a
-        one-element array or tensor; NaN is recorded as NaN. Without a step the metric counts.
-        """
-        self._metrics.log_scalar_metric(metric_name, value, step)
-
     def _emit_artifact_added(self, *event: Any) -> None:
         for observer in self.observers:
             observer.artifact_event(*event)
@@ -178,9 +170,7 @@ class TrackedExperiment(Experiment):
             RunSettings.of({"seed": updates["seed"]})
         # Sacred would add its own observer, and only warn of what is an error here
         handed = {**asked, MONGO_OPTION: None, "--force": True}
-        plain = super()._create_run(
-            command_name, updates, named_configs, info, meta_info, handed
-        )
+        plain = super()._create_run(command_name, updates, named_configs, info, meta_info, handed)
         if self.settings is None:
             check_like_defaults(plain, self.types or {})
         plain.__class__ = TrackedRun  # Sacred builds its own Run and takes no other class
@@ -229,8 +219,7 @@ def _run_to_its_end(run: TrackedRun) -> None:
 def _finish(run: TrackedRun) -> None:
     if run.journal is not None:
         run.journal.finish()
-    if run._failed_observers:
-        names = ", ".join(type(observer).__name__ for observer in run._failed_observers)
+    if names := ", ".join(type(observer).__name__ for observer in run._failed_observers):
         raise TrackingError(f"{names} failed: the run's record is not complete, see above")
 
 

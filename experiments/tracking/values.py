@@ -40,7 +40,10 @@ class CheckedMetrics(MetricsLogger):
     """Called with name, value, step and time of every point as it is logged."""
 
     def log_scalar_metric(self, metric_name: str, value: Any, step: int | None = None) -> None:
-        """Log one value; see `check_name`, `as_number` and `as_step` for what is refused."""
+        """Log one value, which is in the run's journal when this returns; NaN stays NaN.
+
+        See `check_name`, `as_number` and `as_step` for what is refused.
+        """
         name = check_name(metric_name)
         number, whole = as_number(name, value), as_step(name, step)
         super().log_scalar_metric(name, number, whole)

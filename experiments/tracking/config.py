@@ -38,7 +38,7 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Threads = Annotated[int, Field(ge=0, le=1024)]
 Text = Annotated[str, Field(pattern=r"^[^\x00]*$", min_length=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Values = Mapping[str, Any]
 
 # A field of a model, with the comment above it or behind it.
@@ -293,10 +293,9 @@ def _expected(schema: Values) -> str:
 
 
 def _limits(schema: Values) -> str:
-    least, most = schema.get("minimum"), schema.get("maximum", schema.get("exclusiveMaximum"))
+    least, most = schema.get("minimum"), schema.get("maximum")
     if "exclusiveMinimum" in schema:
         return f" above {schema['exclusiveMinimum']:g}"
     if most is None:
         return "" if least is None else f" of at least {least:g}"
-    most -= "exclusiveMaximum" in schema
     return f" of at most {most}" if least is None else f" from {least} to {most}"

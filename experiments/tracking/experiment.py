@@ -7,28 +7,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from docopt import DocoptExit
-from sacred import SETTINGS, Experiment, Ingredient, stdout_capturing
-from sacred.dependencies import (
-    get_dependencies_from_pkg,
-    get_main_file,
-    get_sources_from_sys_modules,
-)
+from sacred import SETTINGS, Experiment, Ingredient, dependencies, stdout_capturing
 from sacred.run import Run
 
-from experiments.tracking import signals
-from experiments.tracking.config import (
-    ModelConfig,
-    RunSettings,
-    Settings,
-    check_config,
-    check_like_defaults,
-    check_named_configs,
-    nested,
-)
+from experiments.tracking import config, signals
+from experiments.tracking.config import ModelConfig, RunSettings, Settings
 from experiments.tracking.database import Database, choose
 from experiments.tracking.errors import Terminated, TrackingError, UserError, one_line
 from experiments.tracking.observer import JournalObserver
@@ -105,12 +93,13 @@ class TrackedExperiment(Experiment):
         self.settings, self.types = settings, types
         if settings is not None:
             self.configurations.append(ModelConfig(settings))
-            self.config_hook(lambda config, command_name, logger: check_config(self, config))
+            check = partial(config.check_config, self)
+            self.config_hook(lambda config, command_name, logger: check(config))
         self.doc = caller.get("__doc__") or ""
         self.captured_out_filter = keep_output  # type: ignore[assignment]  # inferred as None
-        self.mainfile = get_main_file(caller, False)[1]  # Sacred takes this module for it
-        self.dependencies = get_dependencies_from_pkg(caller, self.base_dir)
-        sources = get_sources_from_sys_modules(caller, self.base_dir, False)
+        self.mainfile = dependencies.get_main_file(caller, False)[1]  # not this one
+        self.dependencies = dependencies.get_dependencies_from_pkg(caller, self.base_dir)
+        sources = dependencies.get_sources_from_sys_modules(caller, self.base_dir, False)
         self.sources = {source for source in {*sources, self.mainfile}
                         if source and "site-packages" not in source.filename}  # fmt: skip
         self._on_command_line = False
@@ -164,15 +153,15 @@ class TrackedExperiment(Experiment):
                     options: dict[str, Any] | None = None) -> TrackedRun:
         """Sacred's run with its checks, and its observer unless it is unobserved."""
         asked = dict(options or {})
-        updates = nested((config_updates or {}).items())
-        check_named_configs(self, named_configs)
+        updates = config.nested((config_updates or {}).items())
+        config.check_named_configs(self, named_configs)
         if self.settings is None and "seed" in updates:
             RunSettings.of({"seed": updates["seed"]})
         # Sacred would add its own observer, and only warn of what is an error here
         handed = {**asked, MONGO_OPTION: None, "--force": True}
         plain = super()._create_run(command_name, updates, named_configs, info, meta_info, handed)
         if self.settings is None:
-            check_like_defaults(plain, self.types or {})
+            config.check_like_defaults(plain, self.types or {})
         plain.__class__ = TrackedRun  # Sacred builds its own Run and takes no other class
         run = cast(TrackedRun, plain)
         for group in (run.config, *run.config.values()):

@@ -42,9 +42,6 @@ def drawings(arrays: Arrays) -> np.ndarray:
     return arrays["images"][::100]
 
 
-# The embedded array
-
-
 def test_array_is_small_and_complete(arrays: Arrays) -> None:
     assert PATH.stat().st_size <= 4.5e6
     assert arrays["images"].shape[1:] == (28, 28) and arrays["images"].dtype == np.uint8
@@ -113,9 +110,6 @@ def test_confusable_classes_are_merged_along_chains() -> None:
     assert sorted(connected(linked)) == [[0, 3, 4], [1], [2]]
 
 
-# The data set
-
-
 @pytest.mark.parametrize(("level", "expected"), list(zip(LEVELS, PIXELS, strict=True)))
 def test_pixels_are_the_same_on_every_machine(level: str, expected: str) -> None:
     images = Glyphs("test", level=level).images.numpy()
@@ -173,9 +167,6 @@ def test_levels_are_ordered_by_difficulty() -> None:
         accuracy.append(nearest_centroid_accuracy(test, 5, 5, 15, num_tasks=60)[0])
     # Over 600 tasks: 94.5, 78.7, 43.4, 21.3 %; the intervals of 60 tasks are about 2 points.
     assert accuracy == pytest.approx([0.945, 0.787, 0.434, 0.213], abs=0.05)
-
-
-# The distortions
 
 
 def test_warp_agrees_with_bilinear_interpolation_in_floating_point(drawings: np.ndarray) -> None:

@@ -218,9 +218,6 @@ def test_a_class_name_in_two_modes_is_shown_as_text(root: Path) -> None:
     assert SHOWN in str(told[0].message) and str(told[0].message).isprintable()
 
 
-# Memory
-
-
 MEASURE = """
 import sys
 from pathlib import Path
@@ -267,9 +264,6 @@ def test_memory_is_a_few_bytes_a_pixel(tmp_path: Path) -> None:
     found = dict(line.rsplit(" ", 1) for line in answer.stdout.splitlines())
     assert list(found) == list(LARGE)
     assert all(int(taken) <= 15 * side**2 for taken in found.values()), found
-
-
-# Pixels
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -42,9 +42,6 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return no_network(monkeypatch)
 
 
-# From disk to episode
-
-
 @pytest.mark.parametrize("name", FIVE)
 def test_every_mode_gives_tasks_offline(name: str, data: Path, attempts: list[Any]) -> None:
     benchmark = made(name, data, test_ways=4, test_queries=3)
@@ -137,9 +134,6 @@ def test_python_random_alone_decides_and_is_left_alone(name: str, data: Path) ->
     assert not torch.equal(first.inputs, other.inputs)
 
 
-# Omniglot
-
-
 def test_omniglot_split_depends_on_its_seed_alone(data: Path) -> None:
     def names(seed: int | None) -> list[str]:
         return made("omniglot", data, split_seed=seed).sets.test.dataset.dataset.classes
@@ -194,9 +188,6 @@ def test_each_class_of_a_task_has_a_rotation_of_its_own(data: Path) -> None:
 def _turns(image: torch.Tensor, upright: dict[int, torch.Tensor]) -> set[int]:
     return {turn for original in upright.values() for turn in range(4)
             if torch.equal(torch.rot90(original, turn, dims=(-2, -1)), image)}  # fmt: skip
-
-
-# Options
 
 
 @pytest.mark.parametrize(("name", "options", "message"), [

@@ -36,9 +36,6 @@ def write_plain(root: Path, suffix: str, picture: Image.Image) -> Path:
     return path
 
 
-# Layouts
-
-
 def test_three_folders_are_the_three_modes(tmp_path: Path) -> None:
     """Hidden files and folders are no images; a class name in two modes is told."""
     write_folder(tmp_path, 4, 3)
@@ -129,9 +126,6 @@ def test_unreadable_images_are_named_or_skipped_and_counted(tmp_path: Path) -> N
         made(tmp_path, skip_unreadable=True, test_queries=3)
 
 
-# The kept file
-
-
 def test_second_start_reads_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unless the folder cannot be written, which does not matter otherwise."""
     write_folder(tmp_path, 3, 3)
@@ -165,9 +159,6 @@ def test_an_image_changed_in_place_is_read_again(tmp_path: Path) -> None:
     again = folder_tables(tmp_path, 5, split_seed=0)
     images = torch.cat([table.images for table in again.values()])
     assert images[:, 0].max() == 200 and first.images[:, 0].max() == 10
-
-
-# Pixels
 
 
 def test_normalised_with_the_training_images_own_statistics(tmp_path: Path) -> None:

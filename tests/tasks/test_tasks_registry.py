@@ -28,9 +28,6 @@ def tasksets() -> object:
     return BENCHMARKS.get_tasksets("glyphs", train_samples=20, test_ways=3, level="clean")
 
 
-# Registration
-
-
 def test_learn2learn_lists_our_task_sets_and_its_own() -> None:
     names = set(BENCHMARKS.list_tasksets())
     assert set(TASKSETS) == {"glyphs", "caltech101", "folder", "sine"}
@@ -45,9 +42,6 @@ def test_importing_our_tasks_registers_whatever_was_imported_first() -> None:
             "print(tuple(x.shape), sorted(set(y.tolist())))")  # fmt: skip
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.splitlines()[-1] == "(50, 1, 28, 28) [0, 1, 2, 3, 4]"
-
-
-# Tasks
 
 
 def test_tasks_have_what_was_asked_for(tasksets: object) -> None:
@@ -110,9 +104,6 @@ def test_a_task_is_quick(tasksets: object) -> None:
     assert task < 20 * least  # 2 to 3 measured; the rest is for other work in between
 
 
-# Episodes
-
-
 @pytest.mark.parametrize("seed", range(2))
 def test_split_does_not_depend_on_the_order_of_labels(seed: int) -> None:
     labels = torch.arange(4).repeat_interleave(5) * 3
@@ -150,9 +141,6 @@ def test_split_refuses_what_it_cannot_split() -> None:
         split_support_query(data, labels[:4], shots=1)
     with pytest.raises(ValueError, match="shots of at least 1, got 0"):
         split_support_query(data, labels, shots=0)
-
-
-# Nearest centroid
 
 
 class Blobs:

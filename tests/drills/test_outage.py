@@ -7,16 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toy_process import (
-    Server,
-    connected,
-    finish,
-    journals,
-    read_until,
-    run,
-    start,
-    wait_for,
-)
+from toy_process import Server, connected, finish, journals, read_until, run, start, wait_for
 from train_process import RESULT, Bench, metrics, same_parameters
 
 pytest_plugins = ("toy_process",)

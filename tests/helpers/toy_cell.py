@@ -58,9 +58,7 @@ def wait_for_leave(folder: Path) -> None:
 
 
 @ex.automain
-def main(
-    _run: Any, cell: str, lr: float, pause: float, hold: bool, fault: str, folder: str
-) -> Any:
+def main(_run: Any, cell: str, lr: float, pause: float, hold: bool, fault: str, folder: str) -> Any:
     with open(Path(folder) / "started", "a") as file:
         file.write(f"{cell} {os.getpid()} {os.getppid()}\n")
     tried = Path(folder) / f"{cell}-tried"

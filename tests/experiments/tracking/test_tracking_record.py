@@ -19,16 +19,7 @@ from bson import ObjectId
 from fake_mongod import FakeMongod
 from pytest import MonkeyPatch
 from sacred.observers import RunObserver
-from toy_process import (
-    Server,
-    finish,
-    own_data,
-    points,
-    run,
-    start,
-    wait_for,
-    write_journal,
-)
+from toy_process import Server, finish, own_data, points, run, start, wait_for, write_journal
 
 from experiments.tracking import TrackedExperiment, TrackingError, open_database, uploader, values
 from experiments.tracking.journal import Journal, JournalReader

@@ -60,9 +60,10 @@ class Series:
         self.digest.update(_text(*point))
 
 
-def _text(step: Any, value: Any, time: datetime | None) -> bytes:
+def _text(step: Any, value: Any, time: Any) -> bytes:
     """A point as it is, whether it comes from the journal or from the database."""
-    return f"{step!r} {value!r} {time and time.replace(tzinfo=None)}\n".encode()
+    naive = time.replace(tzinfo=None) if isinstance(time, datetime) else time
+    return f"{step!r} {value!r} {naive}\n".encode()
 
 
 class Uploader:

@@ -203,7 +203,8 @@ def test_a_journal_without_its_beginning(data: Path, database: Any, journal: Pat
     """Without the start the run is marked; without the header it is uploaded by hand."""
     lines = write_journal(journal)
     journal.write_bytes(b"".join([lines[0], *lines[2:]]))
-    database["runs"].insert_one({"_id": 1500, "meta": {"journal": "t"}, "status": "RUNNING"})
+    own = {"_id": 1500, "meta": {"journal": journal.name}, "status": "RUNNING"}
+    database["runs"].insert_one(own)
     code, output = run(data, "with", "quick")
     assert code == 0 and "run-t.jsonl is not the journal of a run, or its beginning" in output
     stored = database["runs"].find_one({"_id": 1500})

@@ -131,13 +131,7 @@ def free_port() -> int:
 class Server:
     """A database server with a port, to be killed and started again there.
 
-    Args:
-        folder: of its data, made if it is not there.
-        options: further ones of its command line.
-
-    Attributes:
-        address: host and port.
-        url: the environment variable that names it.
+    `address` is host and port, `url` the environment variable that names it.
     """
 
     def __init__(self, folder: Path, *options: str) -> None:

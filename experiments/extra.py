@@ -5,18 +5,14 @@ import warnings
 
 warnings.filterwarnings("ignore", message="pkg_resources is deprecated")  # Sacred imports it
 
-
-def _present(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
-
-
 for _name in (
     "sacred", "pymongo", "matplotlib", "pydantic", "distributed", "pandas", "jinja2", "scipy",
 ):  # fmt: skip
-    if not _present(_name):
+    try:
+        _found = importlib.util.find_spec(_name)
+    except ModuleNotFoundError:
+        _found = None
+    if _found is None:
         raise ModuleNotFoundError(
             f"expected {_name} for the experiments, got none; "
             "pip install -r requirements.txt, or -r requirements-learn2learn.txt '.[experiments]'",

@@ -43,7 +43,6 @@ from experiments.sweeps.lock import token_of
 from experiments.sweeps.plan import Plan, find_sweep, make_plan
 from experiments.tracking import Terminated, UserError, signals
 from experiments.tracking.database import Database, choose
-from experiments.tracking.embedded import data_folder
 from experiments.tracking.uploader import upload_abandoned
 
 LOGGERS = ("distributed", "distributed.client", "tornado", "tornado.application", "asyncio")
@@ -60,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.dry_run:
             return check_settings(plan)
         if options.workers is not None and (options.scheduler or options.workers < 1):
-            raise UserError(f"--workers: expected at least 1, and no --scheduler, whose workers are"
+            raise UserError("--workers: expected at least 1, and no --scheduler, whose workers are"
                             f" its own; got {options.workers}")
         with closing(Database(choose(options.mongo_db))) as database, signals.handled():
             status = _sweep(plan, options, database)
@@ -112,17 +111,16 @@ def check_settings(plan: Plan) -> int:
 
 def _sweep(plan: Plan, options: argparse.Namespace, database: Database) -> int:
     """Show what there is to do, do it, show what has come of it."""
-    upload_abandoned(database, data_folder("journals"), logging.getLogger("sweep"))
+    upload_abandoned(database, logging.getLogger("sweep"))
     board = Board(plan, database, options.redo_changed)
     statuses = board.look()
     missing = [status for status in statuses if status.state != COMPLETED]
     if options.print:
-        words = [options.name, *options.settings]
+        words = ["python", "-m", "experiments.sweep", options.name, *options.settings]
         words += ["-m", options.mongo_db] if options.mongo_db else []
         words += ["--redo-changed"] if options.redo_changed else []
         for status in missing:
-            line = ["python", "-m", "experiments.sweep", *words, "--cell", status.name]
-            print(shlex.join([*line, "--workers", "1"]))
+            print(shlex.join([*words, "--cell", status.name, "--workers", "1"]))
         return 0
     print("\n".join(listing.table(statuses)))
     workers = max(1, min(options.workers or CPU_COUNT, len(missing)))
@@ -144,11 +142,7 @@ def _sweep(plan: Plan, options: argparse.Namespace, database: Database) -> int:
 
 
 def connected(address: str | None, workers: int) -> Client:
-    """A client of the scheduler at this address, or of workers of its own on this machine.
-
-    Raises:
-        UserError: nothing answers there.
-    """
+    """A client of the scheduler at this address, or of workers of its own on this machine."""
     for name in LOGGERS:  # what they know is told here, in one line
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if address is not None:
@@ -190,11 +184,9 @@ class Schedule:
         self._had_workers = True
 
     def run(self) -> list[Status]:
-        """Until nothing can be run any more; the states at the end.
+        """Until nothing can be run any more; the states at the end. UserError: no scheduler.
 
-        Raises:
-            KeyboardInterrupt, Terminated: by a signal; the trainings have been told to stop.
-            UserError: the scheduler has gone.
+        KeyboardInterrupt, Terminated: by a signal; the trainings have been told to stop.
         """
         try:
             return self._until_done()
@@ -241,7 +233,7 @@ class Schedule:
 
     def _wait(self) -> None:
         """Until a cell ends, or for `LOOK` seconds; what has not completed goes to the board."""
-        deadline, ended = time.monotonic() + LOOK, []
+        deadline, ended = time.monotonic() + LOOK, list[str]()
         while not ended and time.monotonic() < deadline:
             time.sleep(POLL)
             if self._client.status != "running":

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-pytest.register_assert_rewrite("contract", "verdict", "many_tasks")  # helpers that assert
+# Helpers that assert:
+pytest.register_assert_rewrite("contract", "verdict", "many_tasks", "toy_process", "sweep_process")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from experiments.tracking import UserError
+from experiments.tracking.config import plain_value
 
 Settings: TypeAlias = Mapping[str, Any]
 """Dotted configuration entries and their values, such as {"algorithm.lr": 0.1}."""
@@ -90,11 +90,7 @@ class Cell:
 
 
 def parse_settings(words: Sequence[str]) -> dict[str, Any]:
-    """{"algorithm.lr": 0.1} from ["algorithm.lr=0.1"].
-
-    Raises:
-        UserError: a word that is not KEY=VALUE, or a key given twice.
-    """
+    """{"lr": 0.1} from ["lr=0.1"]; UserError for another word, or a key that is given twice."""
     settings: dict[str, Any] = {}
     for word in words:
         key, equals, text = word.partition("=")
@@ -102,21 +98,13 @@ def parse_settings(words: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"expected KEY=VALUE, got {word!r}; options start with --")
         if key in settings:
             raise UserError(f"{key} is given twice; give it once")
-        settings[key] = parse_value(text)
+        settings[key] = plain_value(text)
     return settings
 
 
-def parse_value(text: str) -> Any:
-    """A Python literal, else the text itself, as Sacred reads its command line."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return text
-
-
 def format_value(value: Any) -> str:
-    """The text that `parse_value` reads back."""
-    return value if isinstance(value, str) and parse_value(value) == value else repr(value)
+    """The text that `plain_value` reads back."""
+    return value if isinstance(value, str) and plain_value(value) == value else repr(value)
 
 
 def describe(settings: Settings) -> str:

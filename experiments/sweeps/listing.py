@@ -114,16 +114,13 @@ class Status(NamedTuple):
 
 
 class Board:
-    """The state of a plan; with `redo_changed`, a run of other code counts as missing.
-
-    Attributes:
-        ended: state and reason of what has ended in this call without completing, by identity.
-        choices: a line a method whose grid is complete: what was chosen, of which accuracies.
-    """
+    """The state of a plan; with `redo_changed`, a run of other code counts as missing."""
 
     def __init__(self, plan: Plan, database: Database, redo_changed: bool) -> None:
         self.plan, self.redo_changed = plan, redo_changed
+        # State and reason of what has ended in this call without completing, by identity.
         self.ended: dict[str, tuple[str, str]] = {}
+        # A line a method whose grid is complete: what was chosen, of which accuracies.
         self.choices: dict[str, str] = {}
         self.database, self._watch = database, Watch(database)
         database.documents["runs"].create_index("config.cell")
@@ -133,11 +130,7 @@ class Board:
         return patiently(self.database, self.look_once)
 
     def look_once(self) -> list[Status]:
-        """The same.
-
-        Raises:
-            PyMongoError: the database is away.
-        """
+        """The same; PyMongoError if it is away."""
         found = self._statuses({n: c for g in self.plan.groups for n, c in g.grid.items()})
         finals: dict[str, Cell] = {}
         for group in self.plan.groups:
@@ -197,13 +190,13 @@ class Board:
 
 def expected_seconds(statuses: Sequence[Status]) -> dict[str, float]:
     """How long each cell takes: like its complete neighbours, else its budget; NaN: unknown."""
-    known: dict[str, list[float]] = {status.kind: [] for status in statuses}
-    for status in statuses:
-        known[status.kind] += [status.seconds] if status.run else []
-    budgets = {s.name: s.cell.settings.get("budget") if s.cell else None for s in statuses}
-    own = {name: budget + OVERHEAD if isinstance(budget, (int, float)) else math.nan
-           for name, budget in budgets.items()}
-    return {s.name: mean(known[s.kind] or [own[s.name]]) for s in statuses}
+
+    def seconds(status: Status) -> float:
+        budget = status.cell.settings.get("budget") if status.cell else None
+        own = budget + OVERHEAD if isinstance(budget, (int, float)) else math.nan
+        return mean([s.seconds for s in statuses if s.run and s.kind == status.kind] or [own])
+
+    return {status.name: seconds(status) for status in statuses}
 
 
 def remaining(statuses: Sequence[Status], workers: int) -> str:

@@ -2,26 +2,25 @@
 
 Invariant: a cell is trained by the process whose token its document in `sweep_locks` holds. The
 document is replaced and deleted by single atomic updates. Besides, holder and training keep a file
-locked: on one machine a free file says at once that both have ended. Elsewhere a holder counts
-``beat`` up, and has died when the same number has been seen for a whole lease by the watcher's own
-clock; clocks of two machines are never compared.
+locked, which stays: on one machine a free one says at once that both have ended. Elsewhere a holder
+counts ``beat`` up, and has died when the same number has been seen for a whole lease by the
+watcher's own clock; clocks of two machines are never compared.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import platform
 import time
 import uuid
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from pymongo import ReturnDocument, WriteConcern
 from pymongo.collection import Collection
 from pymongo.errors import DuplicateKeyError
 
+from experiments.tracking import socket_server
 from experiments.tracking.database import Database
 from experiments.tracking.embedded import data_folder
 
@@ -51,7 +50,7 @@ class Lock:
     """
 
     def __init__(self, database: Database, identity: str, scheduler: str) -> None:
-        self._locks, self._path, self.descriptor = _locks(database), _path(identity), -1
+        self._locks, self.descriptor = _locks(database), -1
         self._key = {"_id": identity, "token": uuid.uuid4().hex}
         self._holder = {"place": _place(), "scheduler": scheduler, "host": platform.node(),
                         "process": os.getpid(), "beat": 0}
@@ -59,7 +58,7 @@ class Lock:
     def take(self) -> bool:
         """Whether the lock is this one's now; asked again after a failure, it says the same."""
         if self.descriptor < 0:
-            self.descriptor = _locked_file(self._path)
+            self.descriptor = _locked_file(self._key["_id"])
         if self.descriptor < 0:
             return False
         # Nobody has it, this one, or one that has died: its file is free, its scheduler gives again
@@ -83,7 +82,7 @@ class Lock:
     def close(self) -> None:
         """Give the file up, whatever the database has said."""
         if self.descriptor >= 0:
-            _give_up(self._path, self.descriptor)
+            os.close(self.descriptor)
             self.descriptor = -1
 
 
@@ -106,8 +105,8 @@ class Watch:
 
     def _has_died(self, lock: Document) -> bool:
         if lock["place"] == _place():
-            if (descriptor := _locked_file(path := _path(lock["_id"]))) >= 0:
-                _give_up(path, descriptor)
+            if (descriptor := _locked_file(lock["_id"])) >= 0:
+                os.close(descriptor)
             return descriptor >= 0
         now, sign = time.monotonic(), (lock["token"], lock["beat"])
         last, since, looked = self._seen.get(lock["_id"], (None, now, now))
@@ -122,26 +121,10 @@ def _place() -> str:
     return f"{platform.node()}:{data_folder('sweeps')}"
 
 
-def _path(identity: str) -> Path:
-    return data_folder("sweeps") / f"{identity}.lock"
-
-
-def _locked_file(path: Path) -> int:
-    """A descriptor that has the file locked; -1 if another process has."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                return descriptor
-        except BlockingIOError:
-            os.close(descriptor)
-            return -1
-        except FileNotFoundError:  # removed by its last holder between the two lines
-            pass
-        os.close(descriptor)
-
-
-def _give_up(path: Path, descriptor: int) -> None:
-    path.unlink(missing_ok=True)
+def _locked_file(identity: str) -> int:
+    """A descriptor that has the cell's file locked; -1 if another process has."""
+    descriptor = socket_server.open_lock(data_folder("sweeps") / f"{identity}.lock")
+    if socket_server.try_lock(descriptor):
+        return descriptor
     os.close(descriptor)
+    return -1

@@ -16,11 +16,7 @@ OPTIONS = ("benchmark", "seeds", "grid", "methods")
 
 
 def find_sweep(name: str) -> Sweep:
-    """The sweep of this name, or the `SWEEP` of a Python file.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The sweep of this name, or the `SWEEP` of a Python file; UserError if there is none."""
     if not name.endswith(".py"):
         _known("sweep", name, SWEEPS)
         return SWEEPS[name]
@@ -33,15 +29,11 @@ def find_sweep(name: str) -> Sweep:
 
 
 class Group(NamedTuple):
-    """One method: the cells of its grid, and those of the final runs of each candidate.
-
-    Attributes:
-        candidates: the grid's settings; their cells are `grid`, empty with one candidate only.
-    """
+    """One method: the cells of its grid, and those of the final runs of each candidate."""
 
     name: str
     candidates: Grid
-    grid: Mapping[str, Cell]
+    grid: Mapping[str, Cell]  # empty with one candidate only
     finals: tuple[Mapping[str, Cell], ...]
 
     def final_names(self) -> list[str]:
@@ -60,11 +52,7 @@ class Plan(NamedTuple):
         return grids + [name for group in self.groups for name in group.final_names()]
 
     def only(self, name: str) -> Plan:
-        """The part that the cell of this name needs: itself, and the grid of a final run.
-
-        Raises:
-            UserError: no such cell.
-        """
+        """What the cell of this name needs: itself, and the grid of a final run; or UserError."""
         _known("cell", name, self.names())
         group = next(g for g in self.groups if name in (*g.grid, *g.final_names()))
         if name in group.grid:
@@ -84,12 +72,8 @@ def best(accuracies: Sequence[float]) -> int:
 def make_plan(sweep: Sweep, given: Settings) -> Plan:
     """The cells of a sweep.
 
-    Args:
-        sweep: its definition.
-        given: the command line's KEY=VALUE: `OPTIONS` choose, others are set in every run.
-
-    Raises:
-        UserError: an unknown name, or a setting that a grid searches.
+    Of ``given``, the command line's KEY=VALUE, `OPTIONS` choose and others are set in every run.
+    UserError: an unknown name, or a setting that a grid searches.
     """
     overrides = {key: value for key, value in given.items() if key not in OPTIONS}
     for key in overrides:

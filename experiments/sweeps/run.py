@@ -31,7 +31,6 @@ from experiments.sweeps.listing import Run, counted, patiently, runs_of, state_o
 from experiments.sweeps.lock import LEASE, Lock, token_of
 from experiments.tracking import UserError
 from experiments.tracking.database import Database, choose
-from experiments.tracking.embedded import data_folder
 from experiments.tracking.experiment import REPOSITORY
 from experiments.tracking.uploader import upload_abandoned
 
@@ -111,7 +110,7 @@ class _Attempts:
         identity = self._order.cell.identity
 
         def ask() -> list[Run]:
-            upload_abandoned(self._database, data_folder("journals"), self._logger)
+            upload_abandoned(self._database, self._logger)
             return runs_of(self._database, [identity]).get(identity, [])
 
         self._runs = patiently(self._database, ask)

@@ -3,15 +3,6 @@
 Its type and limits are the check, its default is the configuration's, and its comment is what
 `print_config` shows. What is wrong is one line: what was expected, what came, what to do. An
 explicit `key=value` beats a named config, whatever their order: that is Sacred's habit.
-
-Example:
-    >>> from experiments.tracking.config import Count, Settings
-    >>> class Model(Settings):
-    ...     hidden: Count = 32
-    >>> Model.of({"hidden": 0}, "model")
-    Traceback (most recent call last):
-    experiments.tracking.errors.UserError: model.hidden: expected a whole number from 1 to \
-1000000000, got 0; try 32
 """
 
 from __future__ import annotations
@@ -47,7 +38,7 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Threads = Annotated[int, Field(ge=0, le=1024)]
 Text = Annotated[str, Field(pattern=r"^[^\x00]*$", min_length=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Values = Mapping[str, Any]
 
 # A field of a model, with the comment above it or behind it.
@@ -79,8 +70,7 @@ class Settings(BaseModel):
     def of(cls, given: Values, group: str = "") -> Self:
         """These settings, the others at their defaults.
 
-        Raises:
-            UserError: a wrong one, in one line; ``group`` is the ingredient's name.
+        UserError: a wrong one, in one line; ``group`` is the ingredient's name.
         """
         given = dict(given)
         try:
@@ -200,11 +190,7 @@ def check_like_defaults(run: Run, types: Values) -> None:
 
 
 def nested(updates: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Settings by dotted name as nested ones.
-
-    Raises:
-        UserError: a name that cannot be one, in one line.
-    """
+    """Settings by dotted name as nested ones; UserError for a name that cannot be one."""
     found: dict[str, Any] = {}
     for name, value in updates:
         _check_names(name, value)
@@ -216,17 +202,14 @@ def nested(updates: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def words_as_updates(words: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
-    """The settings, and the named configs, of a command line's ``with``; values are plain data.
-
-    Raises:
-        UserError: a name that cannot be one, in one line.
-    """
+    """The settings, and the named configs, of a command line's ``with``; values are plain data."""
     pairs = [word.partition("=") for word in words or () if word]
     named_configs = [name for name, equals, _ in pairs if not equals]
     return nested((n.strip(), plain_value(v)) for n, eq, v in pairs if eq), named_configs
 
 
 def plain_value(text: str) -> Any:
+    """A Python literal, else the text itself."""
     try:
         return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -234,11 +217,7 @@ def plain_value(text: str) -> Any:
 
 
 def settings_in(path: str) -> dict[str, Any]:
-    """The settings of a file of plain data, JSON or YAML.
-
-    Raises:
-        UserError: it is another kind of file, or damaged, in one line.
-    """
+    """The settings of a file of plain data, JSON or YAML; UserError for any other, in one line."""
     try:
         read = {".json": json.loads, ".yaml": _yaml, ".yml": _yaml}[Path(path).suffix]
         found = read(Path(path).read_text(encoding="utf-8"))
@@ -314,10 +293,9 @@ def _expected(schema: Values) -> str:
 
 
 def _limits(schema: Values) -> str:
-    least, most = schema.get("minimum"), schema.get("maximum", schema.get("exclusiveMaximum"))
+    least, most = schema.get("minimum"), schema.get("maximum")
     if "exclusiveMinimum" in schema:
         return f" above {schema['exclusiveMinimum']:g}"
     if most is None:
         return "" if least is None else f" of at least {least:g}"
-    most -= "exclusiveMaximum" in schema
     return f" of at most {most}" if least is None else f" from {least} to {most}"

@@ -12,7 +12,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 from urllib.parse import quote
@@ -50,8 +50,7 @@ class Choice(NamedTuple):
 def choose(option: str | None = None) -> Choice:
     """The database to use; `option` is the value of Sacred's -m.
 
-    Raises:
-        UserError: a malformed option or URL, or a URL file that others can read.
+    UserError: a malformed option or URL, or a URL file that others can read.
     """
     if option is not None:
         return Choice(_url_of_option(option), "-m")
@@ -93,13 +92,8 @@ def _read_private(path: Path) -> str:
 class Database:
     """An open connection; `documents` is the pymongo database.
 
-    Attributes:
-        address: its URL without passwords.
-        label: the same, or `embedded`.
-
-    Raises:
-        UserError: nothing answers at the address, the password is wrong, or the embedded
-            server is missing.
+    `address` is its URL without passwords, `label` the same or `embedded`. UserError: nothing
+    answers there, the password is wrong, or the embedded server is missing.
     """
 
     def __init__(self, choice: Choice) -> None:
@@ -111,10 +105,10 @@ class Database:
                 resources.callback(self._server.release)
             self.revive()
             limit = max(1, int(1000 * seconds(TIMEOUT_VARIABLE, 5.0)))
-            own = f"mongodb://{self._server.host}/{DEFAULT_NAME}" if self._server else ""
+            url = f"mongodb://{self._server.host}" if self._server else choice.url
             try:
                 self.client: pymongo.MongoClient[dict[str, Any]] = pymongo.MongoClient(
-                    choice.url or own, serverSelectionTimeoutMS=limit, connectTimeoutMS=limit,
+                    url, serverSelectionTimeoutMS=limit, connectTimeoutMS=limit,
                     socketTimeoutMS=4 * limit, appname="l2l_implicit",
                 )  # fmt: skip
                 resources.callback(self.client.close)  # before the share in the server
@@ -180,21 +174,14 @@ def _tls(reason: str) -> str:
 def seconds(variable: str, default: float) -> float:
     """A time limit from the environment; UserError if it is none."""
     text = os.environ.get(variable) or str(default)
-    try:
+    with suppress(ValueError):
         if 0 <= float(text) < math.inf:
             return float(text)
-    except ValueError:
-        pass
     raise UserError(f"{variable} must be a number of seconds, got {text!r}")
 
 
 @contextmanager
 def open_database(option: str | None = None) -> Iterator[Documents]:
-    """The pymongo database that runs are recorded in, for reports and tests.
-
-    Example:
-        >>> with open_database() as database:  # doctest: +SKIP
-        ...     database["runs"].count_documents({"status": "COMPLETED"})
-    """
+    """The pymongo database that runs are recorded in, for reports and tests."""
     with closing(Database(choose(option))) as database:
         yield database.documents

@@ -7,7 +7,6 @@ POSIX system (flock).
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import os
@@ -40,8 +39,7 @@ NOT_INSTALLED = (
 def data_folder(name: str) -> Path:
     """A folder that only its owner can enter, under L2L_IMPLICIT_DATA or ~/.local/share.
 
-    Raises:
-        UserError: it belongs to somebody else, or cannot be made.
+    UserError: it belongs to somebody else, or cannot be made.
     """
     root = os.environ.get(DATA_VARIABLE) or "~/.local/share/l2l_implicit"
     return _private(Path(root).expanduser().absolute() / name)
@@ -72,18 +70,14 @@ def _socket(folder: Path) -> Path:
 class EmbeddedServer:
     """A share in the embedded server: it stays up at least until `release`.
 
-    Attributes:
-        host: the server's address as it stands in a URL.
-
-    Raises:
-        UserError: the server is not installed, or does not start.
+    `host` is its address as it stands in a URL. UserError: it is not installed, or does not start.
     """
 
     def __init__(self) -> None:
         self.folder = data_folder("mongodb")
         self._socket = _socket(self.folder)
         self.host = quote(str(self._socket), safe="")
-        beside = shutil.which(EXECUTABLE, path=str(Path(sys.executable).parent))
+        beside = shutil.which(EXECUTABLE, path=os.path.dirname(sys.executable))
         self._program = beside or shutil.which(EXECUTABLE)
         if self._program is None:
             raise UserError(NOT_INSTALLED)
@@ -108,11 +102,9 @@ class EmbeddedServer:
             time.sleep(0.02)
 
     def _answers(self) -> bool:
-        with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
+        with socket.socket(socket.AF_UNIX) as probe:
             probe.settimeout(1.0)
-            probe.connect(str(self._socket))
-            return True
-        return False
+            return probe.connect_ex(str(self._socket)) == 0
 
     def _is_started(self) -> bool:
         lock = socket_server.open_lock(self.folder / socket_server.SERVER_LOCK)
@@ -136,6 +128,4 @@ class EmbeddedServer:
 
     def release(self) -> None:
         """Give up the share; the server stops when it was the last one."""
-        if self._share >= 0:
-            os.close(self._share)
-            self._share = -1
+        os.close(self._share)

@@ -7,28 +7,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from docopt import DocoptExit
-from sacred import SETTINGS, Experiment, Ingredient, stdout_capturing
-from sacred.dependencies import (
-    get_dependencies_from_pkg,
-    get_main_file,
-    get_sources_from_sys_modules,
-)
+from sacred import SETTINGS, Experiment, Ingredient, dependencies, stdout_capturing
 from sacred.run import Run
 
-from experiments.tracking import signals
-from experiments.tracking.config import (
-    ModelConfig,
-    RunSettings,
-    Settings,
-    check_config,
-    check_like_defaults,
-    check_named_configs,
-    nested,
-)
+from experiments.tracking import config, signals
+from experiments.tracking.config import ModelConfig, RunSettings, Settings
 from experiments.tracking.database import Database, choose
 from experiments.tracking.errors import Terminated, TrackingError, UserError, one_line
 from experiments.tracking.observer import JournalObserver
@@ -61,15 +49,10 @@ class TrackedIngredient(Ingredient):
 
 
 class TrackedRun(Run):
-    """Sacred's run, whose artifacts and metrics fail at the call instead of in the observer.
+    """Sacred's run, whose artifacts and metrics fail at the call instead of in the observer."""
 
-    Attributes:
-        journal: of an observed run.
-        afterwards: called once the run has completed and its record is on the disk.
-    """
-
-    journal: JournalObserver | None
-    afterwards: list[Callable[[], object]]
+    journal: JournalObserver | None  # of an observed run
+    afterwards: list[Callable[[], object]]  # called once the record of all is on the disk
 
     def add_artifact(self, filename: Any, name: str | None = None,
                      metadata: dict[str, Any] | None = None,
@@ -81,14 +64,6 @@ class TrackedRun(Run):
                 " record its path and sha256 in the run's info instead"
             )
         super().add_artifact(str(filename), name, metadata, content_type)
-
-    def log_scalar(self, metric_name: str, value: Any, step: int | None = None) -> None:
-        """Record one value of a metric; it is in the run's journal when this returns.
-
-        Groups of names are separated by `/`, as in "train/loss". The value is a number, or a
-        one-element array or tensor; NaN is recorded as NaN. Without a step the metric counts.
-        """
-        self._metrics.log_scalar_metric(metric_name, value, step)
 
     def _emit_artifact_added(self, *event: Any) -> None:
         for observer in self.observers:
@@ -118,12 +93,13 @@ class TrackedExperiment(Experiment):
         self.settings, self.types = settings, types
         if settings is not None:
             self.configurations.append(ModelConfig(settings))
-            self.config_hook(lambda config, command_name, logger: check_config(self, config))
+            check = partial(config.check_config, self)
+            self.config_hook(lambda config, command_name, logger: check(config))
         self.doc = caller.get("__doc__") or ""
         self.captured_out_filter = keep_output  # type: ignore[assignment]  # inferred as None
-        self.mainfile = get_main_file(caller, False)[1]  # Sacred takes this module for it
-        self.dependencies = get_dependencies_from_pkg(caller, self.base_dir)
-        sources = get_sources_from_sys_modules(caller, self.base_dir, False)
+        self.mainfile = dependencies.get_main_file(caller, False)[1]  # not this one
+        self.dependencies = dependencies.get_dependencies_from_pkg(caller, self.base_dir)
+        sources = dependencies.get_sources_from_sys_modules(caller, self.base_dir, False)
         self.sources = {source for source in {*sources, self.mainfile}
                         if source and "site-packages" not in source.filename}  # fmt: skip
         self._on_command_line = False
@@ -151,9 +127,8 @@ class TrackedExperiment(Experiment):
             options: dict[str, Any] | None = None) -> Run:
         """As in Sacred; from the command line, expected errors end the process.
 
-        Raises:
-            UserError: a wrong configuration or database address.
-            TrackingError: the database did not take everything.
+        UserError: a wrong configuration or database address; TrackingError: the database did not
+        take everything.
         """
         try:
             with signals.handled():
@@ -178,17 +153,15 @@ class TrackedExperiment(Experiment):
                     options: dict[str, Any] | None = None) -> TrackedRun:
         """Sacred's run with its checks, and its observer unless it is unobserved."""
         asked = dict(options or {})
-        updates = nested((config_updates or {}).items())
-        check_named_configs(self, named_configs)
+        updates = config.nested((config_updates or {}).items())
+        config.check_named_configs(self, named_configs)
         if self.settings is None and "seed" in updates:
             RunSettings.of({"seed": updates["seed"]})
         # Sacred would add its own observer, and only warn of what is an error here
         handed = {**asked, MONGO_OPTION: None, "--force": True}
-        plain = super()._create_run(
-            command_name, updates, named_configs, info, meta_info, handed
-        )
+        plain = super()._create_run(command_name, updates, named_configs, info, meta_info, handed)
         if self.settings is None:
-            check_like_defaults(plain, self.types or {})
+            config.check_like_defaults(plain, self.types or {})
         plain.__class__ = TrackedRun  # Sacred builds its own Run and takes no other class
         run = cast(TrackedRun, plain)
         for group in (run.config, *run.config.values()):
@@ -235,8 +208,7 @@ def _run_to_its_end(run: TrackedRun) -> None:
 def _finish(run: TrackedRun) -> None:
     if run.journal is not None:
         run.journal.finish()
-    if run._failed_observers:
-        names = ", ".join(type(observer).__name__ for observer in run._failed_observers)
+    if names := ", ".join(type(observer).__name__ for observer in run._failed_observers):
         raise TrackingError(f"{names} failed: the run's record is not complete, see above")
 
 

@@ -25,6 +25,7 @@ from typing import Any
 from bson import json_util
 
 from experiments.tracking.errors import TrackingError
+from experiments.tracking.socket_server import try_lock
 
 Entry = dict[str, Any]
 LINES, WIDTH = "lines", 12
@@ -128,11 +129,7 @@ class JournalReader:
 
     def is_abandoned(self) -> bool:
         """Whether its writer has ended; if so the lock is ours until `close`."""
-        try:
-            fcntl.flock(self._file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
+        return try_lock(self._file.fileno())
 
 
 def _line(number: int, entry: Entry) -> bytes:

@@ -24,18 +24,11 @@ from sacred.dependencies import get_digest
 from sacred.observers import MongoObserver
 from sacred.utils import SacredInterrupt
 
-from experiments.tracking import signals
+from experiments.tracking import signals, uploader
 from experiments.tracking.database import Database, seconds
 from experiments.tracking.embedded import data_folder
 from experiments.tracking.errors import TrackingError, UserError, one_line
 from experiments.tracking.journal import Journal, JournalReader
-from experiments.tracking.uploader import (
-    COMMAND,
-    Uploader,
-    index_metrics,
-    next_run_id,
-    upload_abandoned,
-)
 from experiments.tracking.values import storable
 
 DEFAULT_INTERVAL = 10.0
@@ -50,9 +43,8 @@ INTERRUPTED, HURRIED = 1.5, 0.5
 class JournalObserver(MongoObserver):
     """Record one run in a journal, and from there every ``interval`` seconds in MongoDB.
 
-    Attributes:
-        token: the name of this run's journal, recorded as ``meta.journal``: unique to the run.
-        label: the database's address without passwords, or `embedded`.
+    `token` is the journal's name, unique to the run and recorded as ``meta.journal``; `label` is
+    the database's address without passwords, or `embedded`.
     """
 
     def __init__(self, database: Database, log: logging.Logger, interval: float) -> None:
@@ -62,14 +54,12 @@ class JournalObserver(MongoObserver):
         self._interval = interval or DEFAULT_INTERVAL
         self._patience = seconds(PATIENCE_VARIABLE, PATIENCE)
         self._known: dict[str, Any] = {}
-        self._uploader: Uploader | None = None
+        self._uploader: uploader.Uploader | None = None
         self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
-        self._stop, self._deadline, self._away = threading.Event(), 0.0, False
-        self._error = ""
-        folder = data_folder("journals")
-        upload_abandoned(database, folder, log)
+        self._stop, self._deadline, self._error = threading.Event(), 0.0, ""
+        uploader.upload_abandoned(database, log)
         header = {"token": self.token, "database": self.label, "host": platform.node()}
-        self._journal = Journal(folder / f"run-{self.token}.jsonl", header)
+        self._journal = Journal(data_folder("journals") / f"run-{self.token}.jsonl", header)
 
     def started_event(self, **event: Any) -> Any:
         """Insert the run's document, which gives its number; later events go to the journal."""
@@ -78,7 +68,7 @@ class JournalObserver(MongoObserver):
         if isinstance(event["_id"], str) and event["_id"].isdecimal():  # Sacred's -i 7
             event["_id"] = int(event["_id"])
         try:
-            index_metrics(self._database.documents)
+            uploader.index_metrics(self._database.documents)
             run_id = super().started_event(**event)
         except UserError:
             raise
@@ -86,7 +76,7 @@ class JournalObserver(MongoObserver):
             raise UserError(self._database.explain(error)) from None
         self._journal.append({"start": self.run_entry})
         reader = JournalReader(self._journal.path)
-        self._uploader = Uploader(reader, self._database.documents)
+        self._uploader = uploader.Uploader(reader, self._database.documents)
         self._thread.start()
         return run_id
 
@@ -101,7 +91,7 @@ class JournalObserver(MongoObserver):
         numbered = self.run_entry.get("_id") is None
         while True:
             if numbered:
-                self.run_entry["_id"] = next_run_id(self.runs)
+                self.run_entry["_id"] = uploader.next_run_id(self.runs)
             try:
                 self.runs.insert_one(self.run_entry)
                 return
@@ -186,8 +176,13 @@ class JournalObserver(MongoObserver):
         pause, ending = self._interval, False
         while not ending or (self._error and time.monotonic() < self._deadline):
             self._stop.wait(pause)
-            ending, began = self._stop.is_set(), time.monotonic()
+            ending, began, away = self._stop.is_set(), time.monotonic(), self._error
             self._error = self._try_upload(ending)
+            if self._error and not away:
+                text = "The database is away; the run goes on and keeps its record (%s)"
+                self._log.warning(text, self._error)
+            if away and not self._error:
+                self._log.warning("The database is back")
             pause = max(self._interval, 5 * (time.monotonic() - began))
             time.sleep(0.5 if ending and self._error else 0.0)
 
@@ -195,22 +190,14 @@ class JournalObserver(MongoObserver):
         """One attempt; what is wrong if the database is away, refuses, or answers nonsense."""
         assert self._uploader is not None
         try:
-            if self._away:
+            if self._error:
                 self._database.revive()
             self._uploader.upload()
             if ending:
                 self._uploader.verify()
+            return ""
         except Exception as error:
-            reason = self._reason(error)
-            if not self._away:
-                text = "The database is away; the run goes on and keeps its record (%s)"
-                self._log.warning(text, reason)
-            self._away = True
-            return reason
-        if self._away:
-            self._log.warning("The database is back")
-        self._away = False
-        return ""
+            return self._reason(error)
 
     def finish(self) -> None:
         """Bring everything into the database, remove the journal, close the connection.
@@ -219,11 +206,12 @@ class JournalObserver(MongoObserver):
         """
         path = self._journal.path
         try:
-            if self._uploader is not None and (error := self._last_upload(self._uploader)):
+            if self._uploader is not None and (error := self._last_upload(self._uploader.reader)):
                 self._journal.seal()
                 raise TrackingError(
                     f"run {self.run_entry['_id']} is not wholly in the database ({error}); its"
-                    f" record is {path}: the next run uploads it, or python -m {COMMAND} {path}"
+                    f" record is {path}: the next run uploads it,"
+                    f" or python -m {uploader.COMMAND} {path}"
                 )
             path.unlink()  # while locked, so that no other run takes it for abandoned
         finally:
@@ -231,11 +219,9 @@ class JournalObserver(MongoObserver):
             if not self._thread.is_alive():  # else the end of the process closes all
                 self._database.close()
 
-    def _last_upload(self, uploader: Uploader) -> str:
+    def _last_upload(self, reader: JournalReader) -> str:
         """Wait for it; what is wrong."""
-        limit = None
-        if signals.asked():
-            limit = HURRIED if signals.urgent() else INTERRUPTED
+        limit = (HURRIED if signals.urgent() else INTERRUPTED) if signals.asked() else None
         self._deadline = time.monotonic() + min(limit or math.inf, self._patience)
         self._stop.set()
         try:
@@ -244,9 +230,9 @@ class JournalObserver(MongoObserver):
             return self._reason(interrupt)
         if self._thread.is_alive():
             return "no answer in time"
-        uploader.reader.close()
+        reader.close()
         no_end = "" if "status" in self._known else "its end was not recorded"
-        return uploader.reader.damage or self._error or no_end
+        return reader.damage or self._error or no_end
 
     def _reason(self, error: BaseException) -> str:
         return str(self._database.redacted(one_line(error).split(", Timeout:")[0]))

@@ -66,15 +66,9 @@ class Metric(NamedTuple):
 
 
 class DatabaseRecords:
-    """The runs of a database.
+    """The runs of a pymongo database that fit a filter; `label` says where it is.
 
-    Args:
-        documents: the pymongo database.
-        question: a filter of ``runs``.
-        label: where it is.
-
-    Attributes:
-        runs: plain documents by number; names after numbers.
+    `runs` are plain documents by number; names after numbers.
     """
 
     def __init__(
@@ -125,11 +119,8 @@ class DatabaseRecords:
 class FileRecords:
     """The runs of files that `export` wrote; a run that is in several counts once.
 
-    Attributes:
-        runs: plain documents by number; of two runs with one number the later one gets another.
-
-    Raises:
-        UserError: a file is none, is damaged, or would become large.
+    `runs` are plain documents by number; of two with one number the later one gets another.
+    UserError: a file is none, is damaged, or would become large.
     """
 
     def __init__(self, paths: Iterable[Path | str]) -> None:
@@ -176,12 +167,7 @@ def plain(value: Any, depth: int = DEPTH) -> Any:
 
 
 def printable(text: str) -> str:
-    r"""The text with what no one should print spelled out: control characters as ``\x1b``.
-
-    Example:
-        >>> printable("a\x1b[31mb")
-        'a\\x1b[31mb'
-    """
+    r"""The text with what no one should print spelled out: control characters as ``\x1b``."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

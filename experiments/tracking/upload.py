@@ -14,19 +14,6 @@ from experiments.tracking.database import Database, choose
 from experiments.tracking.errors import UserError, one_line
 from experiments.tracking.uploader import upload_journal
 
-
-def upload(path: Path, database: Database) -> str:
-    """What is said of the run that is uploaded."""
-    try:
-        uploader = upload_journal(path, database.documents)
-    except FileNotFoundError:
-        raise UserError(f"no file {path}; a later run may have uploaded it") from None
-    if uploader is None:
-        raise UserError(f"{path} belongs to a run that still goes on")
-    status = f"{uploader.document.get('status')}, in {database.label}{uploader.how_it_ended()}"
-    return f"run {uploader.run_id}: {status}"
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         prog="python -m experiments.tracking.upload",
@@ -42,9 +29,13 @@ if __name__ == "__main__":
     failed = False
     for file in arguments.files:
         try:
-            print(upload(file, opened), flush=True)
+            if (uploader := upload_journal(file, opened.documents)) is None:
+                raise UserError(f"{file} belongs to a run that still goes on")
+            status = f"{uploader.document.get('status')}, in {opened.label}"
+            print(f"run {uploader.run_id}: {status}{uploader.how_it_ended()}", flush=True)
         except Exception as error:  # whatever a database answers; the file is kept
-            print("error: " + opened.redacted(one_line(error)), file=sys.stderr)
+            gone = "; a later run may have uploaded it" * isinstance(error, FileNotFoundError)
+            print(f"error: {opened.redacted(one_line(error))}{gone}", file=sys.stderr)
             failed = True
     opened.close()
     sys.exit(failed)

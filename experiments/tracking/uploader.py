@@ -23,6 +23,7 @@ from pymongo import WriteConcern
 from pymongo.collection import Collection
 
 from experiments.tracking.database import Database, Documents
+from experiments.tracking.embedded import data_folder
 from experiments.tracking.errors import TrackingError, one_line
 from experiments.tracking.journal import Entry, JournalReader
 
@@ -59,18 +60,17 @@ class Series:
         self.digest.update(_text(*point))
 
 
-def _text(step: Any, value: Any, time: datetime | None) -> bytes:
+def _text(step: Any, value: Any, time: Any) -> bytes:
     """A point as it is, whether it comes from the journal or from the database."""
-    return f"{step!r} {value!r} {time and time.replace(tzinfo=None)}\n".encode()
+    naive = time.replace(tzinfo=None) if isinstance(time, datetime) else time
+    return f"{step!r} {value!r} {naive}\n".encode()
 
 
 class Uploader:
     """Bring the database to the state that a journal describes.
 
-    Attributes:
-        run_id: the run's number in the database: the journal's own, or a new one where
-            another run has taken it meanwhile.
-        document: the run's document as far as read.
+    `run_id` is the run's number in the database: the journal's own, or a new one where another run
+    has taken it meanwhile. `document` is the run's as far as read.
     """
 
     def __init__(self, reader: JournalReader, documents: Documents) -> None:
@@ -90,7 +90,6 @@ class Uploader:
 
     def _forget(self) -> None:
         self.document: Entry = {}
-        self._changed: set[str] = set()
         self._series: dict[str, Series] = {}
         self._counts: Counter[str] = Counter()
         self._artifacts: dict[Any, Entry] = {}
@@ -124,10 +123,7 @@ class Uploader:
         for name, series in self._series.items():
             if series.new:
                 self._write(name, series, again)
-        changed = self.document.keys() if again else self._changed | {"info"}
-        fields = {key: value for key, value in self._whole().items() if key in changed}
-        self._runs.update_one({"_id": self.run_id}, {"$set": fields}, upsert=again)
-        self._changed.clear()
+        self._runs.update_one({"_id": self.run_id}, {"$set": self._whole()}, upsert=True)
         self._again = False
 
     def _read(self) -> None:
@@ -143,13 +139,10 @@ class Uploader:
                 self._artifacts[entry["id"]] = entry
             elif "output" in entry:
                 keep, text = entry["output"]
-                self._set({"captured_out": self.document.get("captured_out", "")[:keep] + text})
+                before = self.document.get("captured_out", "")
+                self.document["captured_out"] = before[:keep] + text
             else:
-                self._set(entry.get("start") or entry.get("set") or {})
-
-    def _set(self, fields: Entry) -> None:
-        self.document.update(fields)
-        self._changed |= fields.keys()
+                self.document.update(entry.get("start") or entry.get("set") or {})
 
     def _claim_id(self) -> str:
         """Take the journal's run number unless another run has it; the run's stored status."""
@@ -165,8 +158,8 @@ class Uploader:
     def _mark(self, reason: str, status: str) -> None:
         """Record the run as FAILED, unless the database says already how it has ended."""
         sign = self.document.get("heartbeat") or self.document.get("start_time")
-        self._set({"fail_trace": [reason], "stop_time": sign or datetime.now(timezone.utc)})
-        self._set({"status": "FAILED" if status == "RUNNING" else status})
+        ended = {"fail_trace": [reason], "stop_time": sign or datetime.now(timezone.utc)}
+        self.document |= {**ended, "status": "FAILED" if status == "RUNNING" else status}
 
     def _put(self, file_id: Any, artifact: Entry) -> None:
         name, self._stored[file_id] = artifact["artifact"], _digest(artifact["data"])
@@ -176,7 +169,7 @@ class Uploader:
                 artifact["data"], _id=file_id, filename=f"artifact://runs/{self.run_id}/{name}",
                 metadata=artifact["metadata"], contentType=artifact["content_type"],
             )  # fmt: skip
-        self._set({"artifacts": [*self.document["artifacts"], {"name": name, "file_id": file_id}]})
+        self.document["artifacts"].append({"name": name, "file_id": file_id})
 
     def _content(self, file_id: Any) -> bytes:
         """The digest of what is stored; of nothing where that is missing or damaged."""
@@ -272,9 +265,9 @@ def upload_journal(path: Path, documents: Documents) -> Uploader | None:
         )
 
 
-def upload_abandoned(database: Database, folder: Path, log: logging.Logger) -> None:
+def upload_abandoned(database: Database, log: logging.Logger) -> None:
     """Upload what earlier runs of this host could not, and mark those that were killed."""
-    for path in sorted(folder.glob("run-*.jsonl")):
+    for path in sorted(data_folder("journals").glob("run-*.jsonl")):
         try:
             with closing(JournalReader(path)) as reader:
                 owner = reader.header.get("database"), reader.header.get("host")

@@ -6,6 +6,7 @@ import operator
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Set
+from contextlib import suppress
 from datetime import datetime, timezone
 from typing import Any
 from urllib.parse import unquote
@@ -39,7 +40,10 @@ class CheckedMetrics(MetricsLogger):
     """Called with name, value, step and time of every point as it is logged."""
 
     def log_scalar_metric(self, metric_name: str, value: Any, step: int | None = None) -> None:
-        """Log one value; see `check_name`, `as_number` and `as_step` for what is refused."""
+        """Log one value, which is in the run's journal when this returns; NaN stays NaN.
+
+        See `check_name`, `as_number` and `as_step` for what is refused.
+        """
         name = check_name(metric_name)
         number, whole = as_number(name, value), as_step(name, step)
         super().log_scalar_metric(name, number, whole)
@@ -74,12 +78,10 @@ def as_number(name: str, value: Any) -> float | int:
 
 def as_step(name: str, step: Any) -> int | None:
     """A Python int, or None for the metric's own counter; else TypeError."""
-    try:
+    with suppress(TypeError):
         whole = None if step is None else operator.index(_item(step))
         if whole is None or abs(whole) < INT64:
             return whole
-    except TypeError:
-        pass
     raise TypeError(f"step of metric {name!r} must be an int of 64 bits, got {step!r}")
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import subprocess
 import time
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import bson
+import psutil
 import pytest
 from scipy.stats import linregress
 from train_process import Bench, same_parameters, same_record
@@ -115,8 +114,7 @@ def watch(bench: Bench, iterations: int) -> list[tuple[int, int]]:
 
 
 def resident(process: int) -> int:
-    """Bytes in memory of a process (Linux)."""
-    with suppress(FileNotFoundError, ProcessLookupError):
-        pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
+    """Bytes in memory of a process."""
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(process).memory_info().rss
     return 0

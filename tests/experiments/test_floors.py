@@ -9,28 +9,19 @@ import pytest
 
 HOUSE = Path(__file__).parents[2] / "experiments"
 BASE = {"extra", "statistics"}  # what all may need
-FLOORS = [
-    {"tracking"},
-    {"training", "sweeps"},
-    {"ingredients", "report"},
-    {"papers", "benchmark", "build_glyphs", "train", "sweep", "doctor"},
-]
+FLOORS = [{"tracking"}, {"training", "sweeps"}, {"ingredients", "report"},
+          {"papers", "benchmark", "build_glyphs", "train", "sweep", "doctor"}]  # fmt: skip
 
 
 def imported(path: Path) -> set[str]:
     """The folders, or modules at the top, of experiments/ that a file imports, anywhere in it."""
-    found: set[str] = set()
+    names: list[str] = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module == "experiments":
-            names = [f"experiments.{alias.name}" for alias in node.names]
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            names = [node.module or ""]
-        else:
-            continue
-        found |= {name.split(".")[1] for name in names if name.startswith("experiments.")}
-    return found
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return {name.split(".")[1] for name in names if name.startswith("experiments.")}
 
 
 def files(name: str) -> list[Path]:

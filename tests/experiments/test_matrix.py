@@ -4,7 +4,6 @@ sets in the formats that the real ones have on disk."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,8 @@ from experiments.ingredients.algorithm_table import ALGORITHMS, OF_CLASSES, VARI
 from experiments.ingredients.named_configs import BENCHMARKS
 from experiments.train import ex
 
-SMALL: dict[str, Any] = {
-    "iterations": 2,
-    "meta_batch": 1,
-    "validate_every": 2,
-    "validation_tasks": 2,
-    "test_tasks": 2,
-}
+SMALL: dict[str, Any] = {"iterations": 2, "meta_batch": 1, "validate_every": 2,
+                         "validation_tasks": 2, "test_tasks": 2}  # fmt: skip
 IMAGES = {"tasks.ways": 3, "tasks.shots": 1, "tasks.queries": 2, "model.hidden": 4}
 METHODS = [*ALGORITHMS, *VARIANTS]
 CELLS = [(benchmark, method) for method in METHODS for benchmark in BENCHMARKS
@@ -43,38 +37,25 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(autouse=True)
-def offline() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        tried = no_network(patch)
-        yield
-        assert not tried
-
-
-def run(benchmark: str, method: str, root: Path, output: Path, **more: Any) -> dict[str, Any]:
-    settings = {**SMALL, "output": str(output), **more}
+def run(benchmark: str, method: str, root: Path) -> dict[str, Any]:
+    settings = {**SMALL, "output": str(root / "runs")}
     # A fixed inner step of 0.1 diverges on a squared error of amplitudes up to 5.
     settings |= IMAGES if benchmark != "sine" else {"algorithm.lr": 0.001}
     if benchmark in WRITERS:
         settings["tasks.root"] = str(root / benchmark)
     if benchmark in ("mini_imagenet", "tiered_imagenet", "omniglot"):
         settings["model.name"] = "cnn4"
-    finished = ex.run(
-        named_configs=[benchmark, method],
-        config_updates=settings,
-        options={"--unobserved": True, "--loglevel": "ERROR"},
-    )
-    return finished.result
+    options = {"--unobserved": True, "--loglevel": "ERROR"}
+    return ex.run(
+        named_configs=[benchmark, method], config_updates=settings, options=options
+    ).result
 
 
 @pytest.mark.parametrize(("benchmark", "method"), CELLS)
-def test_cell(benchmark: str, method: str, root: Path, output: Path) -> None:
-    result = run(benchmark, method, root, output)
+def test_cell(benchmark: str, method: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = no_network(monkeypatch)
+    result = run(benchmark, method, root)
+    assert not tried
     assert result["iterations"] == 2 and result["diverged"] is None
     if benchmark == "sine":
         assert math.isfinite(result["test_mse"]) and "centroid_accuracy" not in result

@@ -7,7 +7,6 @@ validation and test (omniglot: at least) and so many images a class.
 
 import io
 import pickle
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -34,13 +33,6 @@ def save(pixels: Pixels, path: Path) -> None:
     """As PNG, whatever the file is called."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path, format="png")
-
-
-def pack(folder: Path, archive: Path, top: str) -> None:
-    """`folder/top` as a zip."""
-    with zipfile.ZipFile(archive, "w") as packed:
-        for path in sorted((folder / top).rglob("*")):
-            packed.write(path, path.relative_to(folder))
 
 
 def write_cifarfs(root: Path, classes: int = 6, images: int = 10) -> None:

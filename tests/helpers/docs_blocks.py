@@ -24,21 +24,13 @@ IN_TESTS = re.compile(r"^<!-- in tests: (.+) -->$")
 
 
 class Block(NamedTuple):
-    """A fenced block, or a comment's line of Python.
+    """A fenced block, or a comment's line of Python."""
 
-    Attributes:
-        language: what stands behind the fence; "in tests" for a comment.
-        title: of ``title="..."`` behind it, or "".
-        text: its lines.
-        line: number of its first line in the page, from 1.
-        reason: why the tests do not run it, or "".
-    """
-
-    language: str
-    title: str
+    language: str  # what stands behind the fence; "in tests" for a comment
+    title: str  # of ``title="..."`` behind it, or ""
     text: str
-    line: int
-    reason: str
+    line: int  # number of its first line in the page, from 1
+    reason: str  # why the tests do not run it, or ""
 
 
 def pages() -> list[Path]:

@@ -25,7 +25,10 @@ class _Handler(socketserver.StreamRequestHandler):
         while not self.server.hangs_up and len(head := self.rfile.read(16)) == 16:
             size, request, _, opcode = struct.unpack("<4i", head)
             body = self.rfile.read(size - 16)
-            asked = _of_query(body) if opcode == QUERY else _of_msg(body)
+            # behind the collection's name, or before its payload (kind 1)
+            start = body.index(b"\0", 4) + 9 if opcode == QUERY else 5
+            assert opcode == QUERY or body[4] == 0
+            asked = bson.decode(body[start : start + struct.unpack_from("<i", body, start)[0]])
             answer = bson.encode(self.server.answer(asked))
             if opcode == QUERY:
                 kind, payload = REPLY, struct.pack("<iqii", 8, 0, 0, 1) + answer
@@ -34,30 +37,11 @@ class _Handler(socketserver.StreamRequestHandler):
             self.wfile.write(struct.pack("<4i", 16 + len(payload), 1, request, kind) + payload)
 
 
-def _of_query(body: bytes) -> Document:
-    name_end = body.index(b"\0", 4)
-    return _first_document(body[name_end + 9 :])
-
-
-def _of_msg(body: bytes) -> Document:
-    assert body[4] == 0  # the command comes first, its payload (kind 1) after it
-    return _first_document(body[5:])
-
-
-def _first_document(data: bytes) -> Document:
-    (size,) = struct.unpack("<i", data[:4])
-    return bson.decode(data[:size])
-
-
 class FakeMongod(socketserver.ThreadingTCPServer):
     """Listens on a free port of the loopback interface while its ``with`` block lasts.
 
-    Args:
-        refused: the answer to each of these commands, by name; others succeed with nothing found.
-        hangs_up: close every connection unanswered, as a server does that wants TLS.
-
-    Attributes:
-        seen: the commands that came.
+    ``refused`` has the answer to each of these commands, by name; others succeed with nothing
+    found. It can hang up, as a server does that wants TLS. `seen` are the commands that came.
     """
 
     daemon_threads = True

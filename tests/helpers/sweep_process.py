@@ -6,12 +6,20 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from toy_process import ROOT, environment, finish, wait_for
+import psutil
+import pytest
+from toy_process import ROOT, environment, finish, own_data, wait_for
 
-TOY = str(ROOT / "tests" / "helpers" / "toy_sweep.py")
+from experiments.tracking import open_database
+
+HELPERS = ROOT / "tests" / "helpers"
+TOY = str(HELPERS / "toy_cell.py")
+QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 
 class Place:
@@ -19,8 +27,7 @@ class Place:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        path = f"{ROOT}:{ROOT / 'tests' / 'helpers'}"
-        self.env = environment(folder / "data", PYTHONPATH=path)
+        self.env = environment(folder / "data", PYTHONPATH=f"{ROOT}:{HELPERS}")
         self._started: list[subprocess.Popen[str]] = []
 
     def start(self, *arguments: str, sweep: str = TOY, **options: Any) -> subprocess.Popen[str]:
@@ -43,7 +50,6 @@ class Place:
     def scheduler(self, name: str = "one") -> tuple[subprocess.Popen[str], str]:
         """A Dask scheduler, and its address."""
         file = self.folder / f"{name}.json"
-        file.unlink(missing_ok=True)
         process = self._dask("scheduler", "--port", "0", "--dashboard-address", "127.0.0.1:0",
                              "--scheduler-file", str(file))  # fmt: skip
         return process, wait_for(lambda: file.exists() and json.loads(file.read_text()))["address"]
@@ -54,8 +60,7 @@ class Place:
 
     def _dask(self, *words: str, **variables: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "dask", words[0], "--host", "127.0.0.1", *words[1:]]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        return self.popen(command, env={**self.env, **variables}, **quiet)
+        return self.popen(command, env={**self.env, **variables}, **QUIET)
 
     def clear(self) -> None:
         """End what still runs."""
@@ -64,29 +69,46 @@ class Place:
                 process.kill()
             process.wait()
 
+    def trainings(self) -> list[list[str]]:
+        """Cell, process and parent of each training that was started."""
+        path = self.folder / "started"
+        return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+
     def started(self) -> Counter[str]:
         """How many trainings were started, by cell."""
         return Counter(cell for cell, _, _ in self.trainings())
 
     def training(self) -> int:
-        """The process of the training that was started last, 0 if none was."""
-        return int(self.trainings()[-1][1]) if self.trainings() else 0
+        """The process of the training that was started last."""
+        return int(self.trainings()[-1][1])
 
     def let_end(self, number: int) -> None:
         """The trainings with ``hold=True`` that started first, so many, may end."""
         (self.folder / "leave.new").write_text(str(number))
         (self.folder / "leave.new").replace(self.folder / "leave")
 
-    def trainings(self) -> list[list[str]]:
-        """Cell, process and parent of each training that was started."""
-        path = self.folder / "started"
-        return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    """A place whose processes end with the test."""
+    made = Place(tmp_path)
+    yield made
+    made.clear()
+
+
+@pytest.fixture
+def database(place: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The runs' database of the place."""
+    own_data(monkeypatch, place.folder / "data")
+    with open_database() as documents:
+        yield documents
 
 
 def parent(process: int) -> int:
-    """The process that started this one."""
-    found = subprocess.run(["ps", "-o", "ppid=", "-p", str(process)], capture_output=True)
-    return int(found.stdout or 0)
+    """The process that started this one; 0 if it has ended."""
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(process).ppid()
+    return 0
 
 
 def complete(database: Any) -> list[str]:

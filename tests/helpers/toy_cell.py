@@ -1,4 +1,7 @@
-"""A training that takes a second, for the tests of sweeps: it records what a real one does."""
+"""A training that takes a second, for the tests of sweeps: it records what a real one does.
+
+`SWEEP` is of it: a method with a grid, a plain one, one that dies, one that fails.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+from experiments.sweeps.definition import Benchmark, Method, Sweep
 from experiments.tracking import TrackedExperiment, UserError, record
 from experiments.tracking.config import RunSettings
+
+SWEEP = Sweep(
+    methods={
+        "tuned": Method(("toy",), grid=({"lr": 0.1}, {"lr": 0.2}, {"lr": 0.2001})),
+        "plain": Method(("toy",), settings={"lr": 0.7}),
+        "dying": Method(("toy",), settings={"fault": "once"}),
+        "broken": Method(("toy",), settings={"fault": "always"}),
+    },
+    benchmarks={"toy": Benchmark()},
+    seeds=2,
+    module="toy_cell",
+)
 
 
 class Cell(RunSettings):
@@ -42,14 +58,12 @@ def wait_for_leave(folder: Path) -> None:
 
 
 @ex.automain
-def main(
-    _run: Any, cell: str, lr: float, pause: float, hold: bool, fault: str, folder: str
-) -> Any:
+def main(_run: Any, cell: str, lr: float, pause: float, hold: bool, fault: str, folder: str) -> Any:
     with open(Path(folder) / "started", "a") as file:
         file.write(f"{cell} {os.getpid()} {os.getppid()}\n")
-    first = not (Path(folder) / f"{cell}-tried").exists()
-    (Path(folder) / f"{cell}-tried").touch()
-    if fault == "once" and first:
+    tried = Path(folder) / f"{cell}-tried"
+    if fault == "once" and not tried.exists():
+        tried.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     if fault == "always":
         raise UserError("the toy was told to fail")

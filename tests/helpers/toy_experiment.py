@@ -13,12 +13,8 @@ from pydantic import Field
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from experiments.tracking import (  # noqa: E402
-    TrackedExperiment,
-    TrackedIngredient,
-    UserError,
-    record,
-)
+from experiments import tracking  # noqa: E402
+from experiments.tracking import UserError, record  # noqa: E402
 from experiments.tracking.config import Count, RunSettings, Settings  # noqa: E402
 
 
@@ -27,7 +23,7 @@ class Data(Settings):
     flip: bool = True
 
 
-data = TrackedIngredient("data", settings=Data)
+data = tracking.TrackedIngredient("data", settings=Data)
 
 
 @data.named_config
@@ -52,7 +48,7 @@ class Toy(RunSettings):
     hold: str = ""
 
 
-ex = TrackedExperiment("toy", ingredients=[data], settings=Toy)
+ex = tracking.TrackedExperiment("toy", ingredients=[data], settings=Toy)
 
 
 @ex.named_config
@@ -107,6 +103,5 @@ def main(_run: Any, steps: int, pause: float, fault: str, say: str, hold: str) -
             wait_for_file(hold)
         time.sleep(pause)
     print("\nend")
-    note = Path(__file__)
-    _run.add_artifact(str(note), name="note.py")
+    _run.add_artifact(__file__, name="note.py")
     return np.float32(0.5)

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import os
-import signal
+import platform
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pymongo
+import pytest
 from bson import Binary, ObjectId
 
 from experiments.tracking.journal import Journal
 
-NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
 ROOT = Path(__file__).parents[2]
 FAST = {"L2L_IMPLICIT_MONGO_TIMEOUT": "3", "L2L_IMPLICIT_MONGO_PATIENCE": "100"}
 """An absent database is soon noticed; one that comes back on a busy machine is waited for."""
@@ -34,19 +35,28 @@ def environment(data: Path, **variables: str) -> dict[str, str]:
     return {**kept, **home, **FAST, "L2L_IMPLICIT_DATA": str(data), **variables}
 
 
-def start(
-    env: Mapping[str, str], *arguments: str, module: str = "", folder: Path = ROOT
-) -> subprocess.Popen[str]:
+def own_data(patch: pytest.MonkeyPatch, data: Path) -> Path:
+    """The data folder as this process's own, and no other database named."""
+    for name in ("L2L_IMPLICIT_MONGO_URL", "L2L_IMPLICIT_MONGO_URL_FILE"):
+        patch.delenv(name, raising=False)
+    patch.setenv("HOME", str(data.parent))
+    patch.setenv("L2L_IMPLICIT_DATA", str(data))
+    return data
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data folder, also this process's own."""
+    return own_data(monkeypatch, tmp_path / "data")
+
+
+def start(data: Path, *arguments: str, module: str = "", folder: Path = ROOT, **variables: str
+          ) -> subprocess.Popen[str]:  # fmt: skip
     """Start the toy experiment (or a module), in a folder, and return at once."""
-    program = ["-m", module] if module else ["tests/helpers/toy_experiment.py"]
-    return subprocess.Popen(
-        [sys.executable, *program, *arguments],
-        cwd=folder,
-        env={**env, "PYTHONPATH": str(ROOT)},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    program = ["-m", module] if module else [str(ROOT / "tests/helpers/toy_experiment.py")]
+    env = environment(data, PYTHONPATH=str(ROOT), **variables)
+    return subprocess.Popen([sys.executable, *program, *arguments], cwd=folder, env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
@@ -55,19 +65,19 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, output
 
 
-def run(env: Mapping[str, str], *arguments: str, module: str = "") -> tuple[int, str]:
+def run(data: Path, *arguments: str, **options: Any) -> tuple[int, str]:
     """Run the toy experiment (or a module) to its end."""
-    return finish(start(env, *arguments, module=module))
+    return finish(start(data, *arguments, **options))
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = DEADLINE) -> Any:
+def wait_for(condition: Callable[[], Any]) -> Any:
     """The first true value of `condition`."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + DEADLINE
     while time.monotonic() < deadline:
         if value := condition():
             return value
         time.sleep(0.05)
-    raise AssertionError(f"not reached within {seconds} s")
+    raise AssertionError(f"not reached within {DEADLINE} s")
 
 
 def read_until(process: subprocess.Popen[str], text: str) -> str:
@@ -84,29 +94,31 @@ def read_until(process: subprocess.Popen[str], text: str) -> str:
 def is_alive(process: int) -> bool:
     """Whether a process of this number runs; one that only its parent has yet to see does not."""
     try:
-        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
+        return psutil.Process(process).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
         return False
-    return state not in "ZX"
 
 
 def server_processes(data: Path) -> list[int]:
-    """The embedded servers of a data folder, by their command lines (Linux)."""
-    words = [str(data).encode() + b"/mongodb/data", b"--storage-path"]
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = path.read_bytes().split(b"\0")
-        except OSError:  # it has ended meanwhile
-            continue
-        if all(word in line for word in words):
-            found.append(int(path.parent.name))
-    return found
+    """The embedded servers of a data folder, by their command lines."""
+    words = {f"{data}/mongodb/data", "--storage-path"}
+    return [process.pid for process in psutil.process_iter(["cmdline"])
+            if words <= set(process.info["cmdline"] or ())]  # fmt: skip
 
 
 def server_process(data: Path) -> int:
     """The embedded server of a data folder, once it is up."""
     return int(wait_for(lambda: server_processes(data))[0])
+
+
+@contextmanager
+def served(data: Path) -> Iterator[str]:
+    """The address that the documented command prints, while it is up."""
+    process = start(data, module="experiments.tracking.serve")
+    assert process.stdout is not None
+    yield process.stdout.readline().strip()
+    process.terminate()
+    assert finish(process)[0] == 0
 
 
 def free_port() -> int:
@@ -119,17 +131,13 @@ def free_port() -> int:
 class Server:
     """A database server with a port, to be killed and started again there.
 
-    Args:
-        folder: of its data, made if it is not there.
-        options: further ones of its command line.
-
-    Attributes:
-        address: host and port.
+    `address` is host and port, `url` the environment variable that names it.
     """
 
     def __init__(self, folder: Path, *options: str) -> None:
         port = free_port()
         self.address, self.folder = f"127.0.0.1:{port}", folder
+        self.url = {"L2L_IMPLICIT_MONGO_URL": f"mongodb://{self.address}"}
         folder.mkdir(exist_ok=True)
         (folder / "empty.toml").write_text("")  # keeps a stray secantusd.toml from being read
         program = str(Path(sys.executable).with_name("secantusd-py"))
@@ -143,15 +151,24 @@ class Server:
             self._command, cwd=self.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         client: Any = pymongo.MongoClient(self.address, serverSelectionTimeoutMS=60_000)
-        client.admin.command("ping")
-        client.close()
+        with closing(client):
+            client.admin.command("ping")
 
     def kill(self) -> None:
         """SIGKILL."""
         if self._process is not None:
-            self._process.send_signal(signal.SIGKILL)
+            self._process.kill()
             self._process.wait()
             self._process = None
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    """A server with a URL."""
+    server = Server(tmp_path / "server")
+    server.start()
+    yield server
+    server.kill()
 
 
 def journals(data: Path) -> list[Path]:
@@ -169,26 +186,30 @@ def points(database: Any, run_id: int) -> dict[str, list[Any]]:
     return found
 
 
-def write_journal(path: Path, run_id: int, losses: list[float]) -> Path:
-    """The journal of a run that has completed."""
-    journal = Journal(path, {"token": path.name, "database": "embedded", "host": "h"})
-    document = {"_id": run_id, "meta": {"journal": path.name}, "status": "RUNNING", "info": {}}
-    journal.append({"start": {**document, "artifacts": [], "captured_out": ""}})
-    for step, loss in enumerate(losses):
-        journal.append({"metric": "loss", "step": step, "value": loss, "time": NOW})
-    journal.append({"output": [0, "ab\rc"]})
-    journal.append({"output": [2, "d"]})
-    artifact = {"artifact": "a.bin", "id": ObjectId(), "data": Binary(b"\x00" * 300_000)}
-    journal.append({**artifact, "metadata": None, "content_type": "x/y"})
-    journal.append({"set": {"status": "COMPLETED", "stop_time": NOW}})
-    journal.seal()
-    journal.close()
-    return path
+def write_journal(path: Path, run_id: int = 1500, losses: Sequence[float] = (0.5, 1.5, 2.5, 3.5),
+                  artifact: bytes = b"", sealed: bool = True) -> list[bytes]:  # fmt: skip
+    """The journal of a run that has completed; its lines."""
+    now, token = datetime(2026, 1, 1, tzinfo=timezone.utc), path.name
+    header = {"token": token, "database": "embedded", "host": platform.node()}
+    with closing(Journal(path, header)) as journal:
+        document = {"_id": run_id, "meta": {"journal": token}, "status": "RUNNING", "info": {}}
+        journal.append({"start": {**document, "artifacts": [], "captured_out": ""}})
+        for step, loss in enumerate(losses):
+            journal.append({"metric": "loss", "step": step, "value": loss, "time": now})
+        if artifact:
+            journal.append({"output": [0, "ab\rc"]})
+            journal.append({"output": [2, "d"]})
+            journal.append({"artifact": "a.bin", "id": ObjectId(), "data": Binary(artifact),
+                            "metadata": None, "content_type": "x/y"})  # fmt: skip
+        journal.append({"set": {"status": "COMPLETED", "stop_time": now, "result": float("nan")}})
+        if sealed:
+            journal.seal()
+    return path.read_bytes().splitlines(keepends=True)
 
 
 @contextmanager
 def connected(address: str) -> Iterator[Any]:
     """The runs' database at an address."""
     client: Any = pymongo.MongoClient(address, serverSelectionTimeoutMS=5000)
-    yield client["l2l_implicit"]
-    client.close()
+    with closing(client):
+        yield client["l2l_implicit"]

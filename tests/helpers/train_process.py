@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,45 +46,29 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
 
 
 class Bench:
-    """A folder in which runs are started.
+    """A folder in which runs are started, for their output and the embedded database."""
 
-    Args:
-        folder: of their output, and of the embedded database unless a URL is given.
-        url: of a database.
-    """
-
-    def __init__(self, folder: Path, url: str | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder, self.log = folder, folder / "log"
         own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
                "L2L_IMPLICIT_DATA": str(folder / "data")}  # fmt: skip
         others = {k: v for k, v in os.environ.items() if not k.startswith("L2L_IMPLICIT_MONGO")}
-        if url is not None:
-            own["L2L_IMPLICIT_MONGO_URL"] = url
         self.environment = {**others, **own}
 
-    def start(self, *arguments: str, module: str = "experiments.train",
-              happens: dict[str, Any] | None = None, preexec_fn: Any = None, **variables: str
+    def start(self, *arguments: str, happens: dict[str, Any] | None = None, preexec_fn: Any = None
               ) -> subprocess.Popen[bytes]:  # fmt: skip
         """A process whose output goes to the log; a process group of its own, as in a shell."""
-        program = ["-m", module] if happens is None else [SCRIPT]
-        variables |= environment(**happens or {})
+        program = ["-m", "experiments.train"] if happens is None else [SCRIPT]
+        env = {**self.environment, **environment(**happens or {})}
         with self.log.open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, *program, *arguments], cwd=self.folder, stdout=log, stderr=log,
-                env={**self.environment, **variables}, start_new_session=True,
-                preexec_fn=preexec_fn,
+                env=env, start_new_session=True, preexec_fn=preexec_fn,
             )  # fmt: skip
 
-    def finish(self, *arguments: str, module: str = "experiments.train", **variables: str) -> None:
-        """Run to the end.
-
-        Raises:
-            RuntimeError: the exit status is not 0.
-        """
-        status = self.start(*arguments, module=module, **variables).wait()
-        if status != 0:
-            tail = "\n".join(self.text().splitlines()[-20:])
-            raise RuntimeError(f"{module} {' '.join(arguments)}: exit status {status}\n{tail}")
+    def finish(self, *arguments: str) -> None:
+        """Run to the end."""
+        assert self.start(*arguments).wait() == 0, self.text()[-2000:]
 
     def started(self, *arguments: str, **options: Any) -> tuple[subprocess.Popen[bytes], Path]:
         """A run that has left its first checkpoint, and its folder."""
@@ -108,15 +93,13 @@ class Bench:
         """Those that there are, the newest last."""
         found = []
         for path in self.folder.glob("*/*/checkpoint.pt"):
-            try:
+            with suppress(FileNotFoundError):  # removed meanwhile
                 found.append((path.stat().st_mtime_ns, path))
-            except FileNotFoundError:  # removed meanwhile
-                continue
         return [path for _, path in sorted(found)]
 
-    def parameters(self, run: int | str, output: str = "runs") -> list[torch.Tensor]:
+    def parameters(self, run: int) -> list[torch.Tensor]:
         """What a finished run has learnt."""
-        path = self.folder / output / str(run) / "parameters.pt"
+        path = self.folder / "runs" / str(run) / "parameters.pt"
         state = torch.load(path, weights_only=True)
         return [*state["theta"], *state["backbone"].values(), *state["head"].values()]
 

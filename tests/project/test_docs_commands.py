@@ -10,7 +10,7 @@ import importlib
 import re
 import shlex
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from docs_blocks import ROOT, blocks, commands, pages
@@ -27,32 +27,19 @@ TEMPLATE = re.compile(r"<\w+>")  # such as <benchmark>: to be filled in
 INLINE = re.compile(r"`(python -m experiments\.(?!NAME)[^`]+)`")
 
 
-class Command(NamedTuple):
-    """A command line, where it stands, and why it is not run, if it says so."""
-
-    line: str
-    place: str
-    reason: str
-
-
-def stated() -> Iterator[Command]:
-    """Every command line in a block of commands, but for the tutorials'."""
+def stated() -> Iterator[tuple[str, str]]:
+    """Every command line in a block of commands, but for the tutorials', and why it is not run."""
     for page in pages():
-        if page.is_relative_to(FOLLOWED):
-            continue
-        name = page.relative_to(ROOT).as_posix()
         for block in blocks(page.read_text(encoding="utf-8")):
-            if block.language in SHELL:
-                for line in commands(block.text):
-                    yield Command(line, f"{name}:{block.line}", block.reason)
+            if block.language in SHELL and not page.is_relative_to(FOLLOWED):
+                yield from ((line, block.reason) for line in commands(block.text))
 
 
-def in_prose() -> Iterator[Command]:
+def in_prose() -> Iterator[str]:
     """Every experiment that a sentence starts: `python -m experiments...` between backticks."""
     for page in pages():
         text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
-        for line in INLINE.findall(text):
-            yield Command(" ".join(line.split()), page.relative_to(ROOT).as_posix(), "")
+        yield from (" ".join(line.split()) for line in INLINE.findall(text))
 
 
 def module_and_arguments(line: str) -> tuple[str, list[str]]:
@@ -101,13 +88,9 @@ def check(line: str) -> None:
 
 
 STATED = list(stated())
-TO_CHECK = [c.line for c in [*STATED, *in_prose()] if not c.reason]
+TO_CHECK = [*(line for line, reason in STATED if not reason), *in_prose()]
 CHECKED = sorted({line for line in TO_CHECK if not TEMPLATE.search(line)})
-
-
-def test_commands_are_found() -> None:
-    assert len(STATED) > 40
-    assert len(CHECKED) > 40
+assert len(STATED) > 40 and len(CHECKED) > 40
 
 
 @pytest.mark.parametrize("line", CHECKED)
@@ -115,18 +98,13 @@ def test_a_command_is_accepted(line: str) -> None:
     check(line)
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "python -m experiments.train with glyph anil",
-        "python -m experiments.train with glyphs algorithm.step_size=1",
-        "python -m experiments.train with glyphs iterations=many",
-        "python -m experiments.sweep acuracy",
-        "python -m experiments.benchmark with cases=pears",
-        "python -m experiments.trian",
-        "make coffee",
-    ],
-)
+@pytest.mark.parametrize("line", [
+    "make coffee", "python -m experiments.trian", "python -m experiments.sweep acuracy",
+    "python -m experiments.benchmark with cases=pears", *(
+        f"python -m experiments.train with {words}"
+        for words in ("glyph anil", "glyphs algorithm.step_size=1", "glyphs iterations=many")
+    ),
+])  # fmt: skip
 def test_a_wrong_command_is_refused(line: str) -> None:
     with pytest.raises((AssertionError, SystemExit, ImportError, UserError)):
         check(line)

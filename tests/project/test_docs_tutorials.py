@@ -23,13 +23,10 @@ LONG = ("tutorials/lightning", "tutorials/mongodb", "tutorials/torchrun")
 def surroundings(folder: Path) -> dict[str, str]:
     """This Python first on the path, its library from the checkout, all data in ``folder``."""
     binaries = str(Path(sys.executable).parent)
-    return {
-        **os.environ,
-        "PATH": os.pathsep.join([binaries, os.environ["PATH"]]),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")]),
-        "L2L_IMPLICIT_DATA": str(folder / "data"),
-        "OMP_NUM_THREADS": "1",
-    }
+    own = {"L2L_IMPLICIT_DATA": str(folder / "data"), "OMP_NUM_THREADS": "1",
+           "PATH": os.pathsep.join([binaries, os.environ["PATH"]]),
+           "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")])}  # fmt: skip
+    return {**os.environ, **own}
 
 
 @pytest.fixture
@@ -44,16 +41,6 @@ def mongo_url(tmp_path: Path) -> Iterator[str]:
         server.terminate()
 
 
-def follow(name: str, folder: Path, **environment: str) -> None:
-    program = ROOT / "tests" / "helpers" / "docs_blocks.py"
-    answer = subprocess.run(
-        [sys.executable, program, DOCS / f"{name}.md"], cwd=folder, text=True,
-        env={**surroundings(folder), **environment}, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    assert answer.returncode == 0, answer.stdout[-4000:]
-
-
 def test_all_tutorials_are_followed() -> None:
     found = {f"tutorials/{path.stem}" for path in (DOCS / "tutorials").glob("*.md")}
     assert found and found == {*QUICK, *LONG} - {*PAGES}
@@ -65,7 +52,11 @@ def test_all_tutorials_are_followed() -> None:
 def test_tutorial(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     if name.endswith("lightning"):
         pytest.importorskip("pytorch_lightning")
-    server = {}
+    env, program = surroundings(tmp_path), ROOT / "tests" / "helpers" / "docs_blocks.py"
     if name.endswith("mongodb"):
-        server["L2L_IMPLICIT_MONGO_URL"] = request.getfixturevalue("mongo_url")
-    follow(name, tmp_path, **server)
+        env["L2L_IMPLICIT_MONGO_URL"] = request.getfixturevalue("mongo_url")
+    answer = subprocess.run(
+        [sys.executable, program, DOCS / f"{name}.md"], cwd=tmp_path, text=True, env=env,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stdout[-4000:]

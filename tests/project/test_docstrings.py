@@ -12,13 +12,8 @@ import torch
 import l2l_implicit
 
 # Lightning is an extra: tests/lightning/test_lightning.py runs the examples of what needs it.
-MODULES = [
-    module.name
-    for module in pkgutil.walk_packages(l2l_implicit.__path__, "l2l_implicit.")
-    if not module.name.startswith("l2l_implicit.lightning")
-]
-NEEDS_HIGHER = "l2l_implicit.baselines.unrolled"
-NEEDS_A_SCALER_FOR_THE_CPU = "l2l_implicit.mixed_precision"  # from torch 2.3 on
+MODULES = [module.name for module in pkgutil.walk_packages(l2l_implicit.__path__, "l2l_implicit.")
+           if not module.name.startswith("l2l_implicit.lightning")]  # fmt: skip
 PACKAGES = ("", ".baselines", ".lightning", ".tasks", ".distributed", ".per_task_norm")
 
 
@@ -42,10 +37,10 @@ def has_example(value: Any) -> bool:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples(name: str) -> None:
-    if name == NEEDS_HIGHER:
+    if name == "l2l_implicit.baselines.unrolled":
         pytest.importorskip("higher")
-    if name == NEEDS_A_SCALER_FOR_THE_CPU and not hasattr(torch.amp, "GradScaler"):
-        pytest.skip("this torch has no torch.amp.GradScaler")
+    if name == "l2l_implicit.mixed_precision" and not hasattr(torch.amp, "GradScaler"):
+        pytest.skip("this torch has no torch.amp.GradScaler")  # from 2.3 on
     result = doctest.testmod(importlib.import_module(name), extraglobs={})
     assert result.failed == 0
 

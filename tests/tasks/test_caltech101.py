@@ -1,9 +1,7 @@
 """Caltech 101 on a tiny folder of made-up photographs in the real layout."""
 
-import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -51,17 +49,7 @@ def test_items_are_normalised_photographs(root: Path) -> None:
     assert torch.allclose(centre, torch.tensor(COLOUR)[:, None, None].float(), atol=4)
 
 
-def test_the_central_square_is_what_remains(tmp_path: Path) -> None:
-    tall = Image.new("L", (10, 30), 0)
-    tall.paste(255, (0, 10, 10, 20))
-    tall.save(tmp_path / "tall.png")
-    reduced, _ = files.read_square(tmp_path / "tall.png", 5)
-    assert reduced.shape == (3, 5, 5) and (reduced == 255).all()
-
-
-def test_second_start_reads_the_kept_images_if_the_photographs_are_the_same(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_second_start_reads_the_kept_images(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, read = Caltech101("test", root, size=4), []
     reduce = files.read_square
     monkeypatch.setattr(files, "read_square", lambda *a: read.append(a) or reduce(*a))
@@ -71,27 +59,6 @@ def test_second_start_reads_the_kept_images_if_the_photographs_are_the_same(
     changed = categories(root) / SPLIT["test"][0] / "image_0001.jpg"
     Image.new("RGB", (50, 50), (255, 255, 255)).save(changed)
     assert (Caltech101("test", root, size=4).images[0] == 255).all()
-
-
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short"])
-def test_damaged_kept_images_are_made_anew(root: Path, content: bytes) -> None:
-    first = Caltech101("test", root, size=4)
-    kept = root / "caltech101" / "reduced_test_4.npz"
-    kept.write_bytes(content)
-    assert torch.equal(Caltech101("test", root, size=4).images, first.images)
-    with np.load(kept) as stored:
-        assert stored["images"].shape == (60, 3, 4, 4)
-
-
-def test_a_folder_that_cannot_be_written_does_not_matter(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*names: object) -> None:
-        raise PermissionError("read-only file system")
-
-    monkeypatch.setattr(os, "replace", refuse)
-    assert len(Caltech101("test", root, size=4)) == 60
-    assert [path.name for path in (root / "caltech101").iterdir()] == ["101_ObjectCategories"]
 
 
 def test_missing_folder_says_where_to_get_what(tmp_path: Path) -> None:
@@ -104,7 +71,7 @@ def test_missing_folder_says_where_to_get_what(tmp_path: Path) -> None:
 
 
 def test_a_missing_category_and_wrong_options_are_named(root: Path) -> None:
-    with pytest.raises(ValueError, match="got 'valid'; did you mean 'validation'"):
+    with pytest.raises(ValueError, match="got 'valid'. did you mean 'validation'"):
         Caltech101("valid", root)
     with pytest.raises(ValueError, match="size of at least 1 pixel, got 0"):
         Caltech101("train", root, size=0)
@@ -113,13 +80,6 @@ def test_a_missing_category_and_wrong_options_are_named(root: Path) -> None:
     mode = next(mode for mode, names in SPLIT.items() if "accordion" in names)
     with pytest.raises(FileNotFoundError, match="found none for accordion: get caltech-101.zip"):
         Caltech101(mode, root)
-
-
-def test_wrong_options_name_the_right_ones(root: Path) -> None:
-    with pytest.raises(ValueError, match="got 'valid'. did you mean 'validation'"):
-        Caltech101("valid", root)
-    with pytest.raises(ValueError, match="size of at least 1 pixel, got 0"):
-        Caltech101("train", root, size=0)
 
 
 def test_task_sets_come_through_learn2learn(root: Path) -> None:

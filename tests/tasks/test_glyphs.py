@@ -29,20 +29,20 @@ from l2l_implicit.tasks.tasksets import MODES
 PIXELS = ("21bc7fecf49e852a", "6133e2b4227b41d7", "9307848323042d35", "6049c54f08b12c54")
 
 
+Arrays = dict[str, np.ndarray]
+
+
 @pytest.fixture
-def arrays() -> dict[str, np.ndarray]:
+def arrays() -> Arrays:
     return glyph_arrays()
 
 
 @pytest.fixture
-def drawings(arrays: dict[str, np.ndarray]) -> np.ndarray:
+def drawings(arrays: Arrays) -> np.ndarray:
     return arrays["images"][::100]
 
 
-# The embedded array
-
-
-def test_array_is_small_and_complete(arrays: dict[str, np.ndarray]) -> None:
+def test_array_is_small_and_complete(arrays: Arrays) -> None:
     assert PATH.stat().st_size <= 4.5e6
     assert arrays["images"].shape[1:] == (28, 28) and arrays["images"].dtype == np.uint8
     assert len(arrays["labels"]) == len(arrays["faces"]) == len(arrays["images"])
@@ -53,9 +53,7 @@ def test_array_is_small_and_complete(arrays: dict[str, np.ndarray]) -> None:
     assert all(len(unicodedata.normalize("NFKD", character)) == 1 for character in characters)
 
 
-def test_every_class_has_enough_distinct_images_of_enough_families(
-    arrays: dict[str, np.ndarray],
-) -> None:
+def test_every_class_has_enough_images_and_families(arrays: Arrays) -> None:
     families = arrays["face_families"][arrays["faces"]]
     for label in range(len(arrays["codepoints"])):
         rows = arrays["labels"] == label
@@ -64,7 +62,7 @@ def test_every_class_has_enough_distinct_images_of_enough_families(
         assert len({image.tobytes() for image in arrays["images"][rows]}) == rows.sum()
 
 
-def test_splits_are_disjoint_and_those_of_the_build_script(arrays: dict[str, np.ndarray]) -> None:
+def test_splits_are_disjoint_and_those_of_the_build_script(arrays: Arrays) -> None:
     scripts = [script_of(point) for point in arrays["codepoints"].tolist()]
     assert scripts == arrays["scripts"].tolist()
     made = {"random": random_split(len(scripts)), "script": script_split(scripts)}
@@ -77,9 +75,7 @@ def test_splits_are_disjoint_and_those_of_the_build_script(arrays: dict[str, np.
     assert found == [{"LATIN"}, {"GREEK", "HEBREW"}, {"CYRILLIC"}]
 
 
-def test_attribution_names_every_family_with_package_and_licence(
-    arrays: dict[str, np.ndarray],
-) -> None:
+def test_attribution_names_every_family_with_package_and_licence(arrays: Arrays) -> None:
     text = PATH.with_name("GLYPHS_ATTRIBUTION.md").read_text(encoding="utf-8")
     columns = (arrays["face_families"], arrays["face_packages"], arrays["face_licences"])
     rows = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| ")}
@@ -87,9 +83,7 @@ def test_attribution_names_every_family_with_package_and_licence(
         assert f"| {package} | {licence} | " in rows[f"| {family}"]
 
 
-def test_a_missing_or_damaged_file_says_to_reinstall(
-    tmp_path: Path, arrays: dict[str, np.ndarray]
-) -> None:
+def test_a_missing_or_damaged_file_says_to_reinstall(tmp_path: Path, arrays: Arrays) -> None:
     file, content = tmp_path / "glyphs.npz", PATH.read_bytes()
     with pytest.raises(FileNotFoundError, match="found no file: reinstall the package"):
         glyph_arrays(file)
@@ -104,7 +98,7 @@ def test_a_missing_or_damaged_file_says_to_reinstall(
         glyph_arrays(file)
 
 
-def test_arrays_cannot_be_changed_by_a_user(arrays: dict[str, np.ndarray]) -> None:
+def test_arrays_cannot_be_changed_by_a_user(arrays: Arrays) -> None:
     with pytest.raises(ValueError, match="read-only"):
         arrays["images"][0, 0, 0] = 1
 
@@ -114,9 +108,6 @@ def test_confusable_classes_are_merged_along_chains() -> None:
     for a, b in ((0, 3), (3, 4)):
         linked[a, b] = linked[b, a] = True
     assert sorted(connected(linked)) == [[0, 3, 4], [1], [2]]
-
-
-# The data set
 
 
 @pytest.mark.parametrize(("level", "expected"), list(zip(LEVELS, PIXELS, strict=True)))
@@ -135,22 +126,17 @@ def test_item_is_a_float_image_and_an_int_label() -> None:
     assert torch.equal(moved[0], image) and moved[1] == label
 
 
-def test_labels_and_their_indices_agree() -> None:
-    glyphs = Glyphs("test", split="script")
+def test_labels_indices_and_characters_agree(arrays: Arrays) -> None:
+    glyphs = Glyphs("test", split="script", level="clean")
     assert sorted(glyphs.labels_to_indices) == list(range(105)) == list(range(len(glyphs.classes)))
     for label, indices in glyphs.labels_to_indices.items():
         assert glyphs.labels[indices].eq(label).all()
+        own = np.flatnonzero(arrays["codepoints"] == ord(glyphs.classes[label])).item()
+        row = np.flatnonzero(arrays["labels"] == own)[0]
+        assert np.array_equal(glyphs.images[indices[0], 0], arrays["images"][row])
+        assert glyphs.face_families[indices[0]] == arrays["face_families"][arrays["faces"][row]]
     assert sum(map(len, glyphs.labels_to_indices.values())) == len(glyphs) == len(glyphs.labels)
     assert all("CYRILLIC" in unicodedata.name(character) for character in glyphs.classes)
-
-
-def test_classes_name_the_characters_of_the_array(arrays: dict[str, np.ndarray]) -> None:
-    glyphs = Glyphs("train", level="clean")
-    first = glyphs.labels_to_indices[10][0]
-    label = np.flatnonzero(arrays["codepoints"] == ord(glyphs.classes[10])).item()
-    row = np.flatnonzero(arrays["labels"] == label)[0]
-    assert np.array_equal(glyphs.images[first, 0], arrays["images"][row])
-    assert glyphs.face_families[first] == arrays["face_families"][arrays["faces"][row]]
 
 
 def test_seed_decides_the_distortion_and_leaves_global_generators_alone() -> None:
@@ -162,15 +148,11 @@ def test_seed_decides_the_distortion_and_leaves_global_generators_alone() -> Non
     assert torch.equal(torch.get_rng_state(), before[2])
 
 
-WRONG: list[tuple[dict[str, object], str]] = [
-    ({"mode": "valid"}, "got 'valid'; did you mean 'validation'?"),
+@pytest.mark.parametrize(("options", "message"), [
+    ({"mode": "valid"}, "got 'valid'; did you mean 'validation'?"), ({"seed": -1}, "got -1"),
     ({"split": "scripts"}, "got 'scripts'; did you mean 'script'?"),
     ({"level": "med"}, "got 'med'; did you mean 'medium'?"),
-    ({"seed": -1}, "got -1"),
-]
-
-
-@pytest.mark.parametrize("options, message", WRONG)
+])  # fmt: skip
 def test_wrong_options_name_the_right_ones(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError) as raised:
         Glyphs(**options)
@@ -185,9 +167,6 @@ def test_levels_are_ordered_by_difficulty() -> None:
         accuracy.append(nearest_centroid_accuracy(test, 5, 5, 15, num_tasks=60)[0])
     # Over 600 tasks: 94.5, 78.7, 43.4, 21.3 %; the intervals of 60 tasks are about 2 points.
     assert accuracy == pytest.approx([0.945, 0.787, 0.434, 0.213], abs=0.05)
-
-
-# The distortions
 
 
 def test_warp_agrees_with_bilinear_interpolation_in_floating_point(drawings: np.ndarray) -> None:

@@ -1,5 +1,6 @@
 """What lies among the pictures of a class and is none: an error with its name, or left out."""
 
+import io
 import os
 import socket
 import struct
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from disk_formats import photographs, save
 from PIL import Image, ImageOps
+from pytest import MonkeyPatch
 
 from l2l_implicit.tasks import folder_tables, get_tasksets
 from l2l_implicit.tasks.pictures import FEW_PIXELS, listing_of, read_square
@@ -30,26 +32,23 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def picture(image: Image.Image, format: str, **options: object) -> Callable[[Path], None]:
-    return lambda path: image.save(path, format=format, **options)
+def tiff(levels: object) -> bytes:
+    return encoded(Image.fromarray(np.full((4, 4), levels)), "tiff")
 
 
-def content(data: bytes) -> Callable[[Path], None]:
-    return lambda path: path.write_bytes(data) and None
+def encoded(picture: Image.Image, format: str) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, format=format)
+    return file.getvalue()
+
+
+def half(format: str) -> bytes:
+    whole = encoded(Image.fromarray(next(photographs(1, 1, 64))[0]), format)
+    return whole[: len(whole) // 2]
 
 
 def link(target: str) -> Callable[[Path], None]:
     return lambda path: path.symlink_to(target)
-
-
-def cut(format: str) -> Callable[[Path], None]:
-    """Half a picture."""
-
-    def write(path: Path) -> None:
-        Image.fromarray(next(photographs(1, 1, 64))[0]).save(path, format=format)
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-    return write
 
 
 def bound_socket(path: Path) -> None:
@@ -67,15 +66,8 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 def png(side: int, depth: int, rows: bytes = b"") -> bytes:
     header = struct.pack(">IIBBBBB", side, side, depth, 0, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows, 1))
-        + chunk(b"IEND", b"")
-    )  # fmt: skip
-
-
-def flat(side: int) -> bytes:
-    """A grey PNG of 16 bit, every pixel 0."""
-    return png(side, 16, bytes((1 + 2 * side) * side))
+    chunks = (b"IHDR", header), (b"IDAT", zlib.compress(rows, 1)), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*pair) for pair in chunks)
 
 
 def dds(code: bytes) -> bytes:
@@ -84,15 +76,14 @@ def dds(code: bytes) -> bytes:
     return b"DDS " + header + struct.pack("<2I4s5I", 32, 4, code, 0, 0, 0, 0, 0) + bytes(276)
 
 
-def icon(path: Path) -> None:
-    """One pixel, says the header; the picture inside is large."""
-    inner = flat(3000)
+def icon() -> bytes:
+    """One pixel, says the header; the picture inside, a grey PNG of 16 bit, is large."""
+    inner = png(3000, 16, bytes(6001 * 3000))
     entry = struct.pack("<BBBBHHII", 1, 1, 0, 0, 1, 32, len(inner), 22)
-    path.write_bytes(struct.pack("<HHH", 0, 1, 1) + entry + inner)
+    return struct.pack("<HHH", 0, 1, 1) + entry + inner
 
 
-FLOATS = np.zeros((4, 4), np.float32)
-NO_PICTURES: dict[str, tuple[Callable[[Path], None], str]] = {
+NO_PICTURES: dict[str, tuple[bytes | Callable[[Path], None], str]] = {
     "socket": (bound_socket, "got no regular file"),
     "device": (link("/dev/zero"), "got no regular file"),
     "link to nowhere": (link("nowhere.png"), "got no regular file"),
@@ -100,29 +91,26 @@ NO_PICTURES: dict[str, tuple[Callable[[Path], None], str]] = {
     "folder": (Path.mkdir, "found the folder"),
     "link to a folder": (link("../class01"), "found the folder"),
     "nothing": (Path.touch, "cannot identify image file it"),
-    "text": (content(b"no picture"), "cannot identify"),
-    "SVG": (content(b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "cannot identify"),
-    "EPS": (content(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n"), "identify"),
-    "icon": (icon, "cannot load"),  # it could be a TGA
-    "unknown DDS": (content(dds(b"ABCD")), ""),
-    "half a PNG": (cut("png"), ""),
-    "half a JPEG": (cut("jpeg"), "truncated"),
-    "half a WebP": (cut("webp"), ""),
-    "half a GIF": (cut("gif"), ""),
-    "half a TIFF": (cut("tiff"), ""),
-    "header of a large PNG": (content(png(50_000, 8)), "exceeds limit of"),
-    "large and small": (content(png(9000, 1, bytes(1126 * 9000))), r"9000 x 9000 pixels in \d+ by"),
-    "levels of 32 bit": (picture(Image.new("I", (4, 4), 70_000), "tiff"), "instead of 0 to 65535"),
-    "negative levels": (picture(Image.new("I", (4, 4), -1), "tiff"), "instead of 0 to 65535"),
-    "floats to 255": (picture(Image.fromarray(FLOATS + 255), "tiff"), "levels from 255 to 255"),
-    "nan": (picture(Image.fromarray(FLOATS * np.nan), "tiff"), "levels from nan to nan"),
-}
+    "text": (b"no picture", "cannot identify"),
+    "SVG": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "cannot identify"),
+    "EPS": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n", "identify"),
+    "icon": (icon(), "cannot load"),  # it could be a TGA
+    "unknown DDS": (dds(b"ABCD"), ""), "half a JPEG": (half("jpeg"), "truncated"),
+    **{f"half a {format}": (half(format), "") for format in ("png", "webp", "gif", "tiff")},
+    "header of a large PNG": (png(50_000, 8), "exceeds limit of"),
+    "large and small": (png(9000, 1, bytes(1126 * 9000)), r"9000 x 9000 pixels in \d+ by"),
+    "levels of 32 bit": (tiff(np.int32(70_000)), "instead of 0 to 65535"),
+    "negative levels": (tiff(np.int32(-1)), "instead of 0 to 65535"),
+    "floats to 255": (tiff(np.float32(255)), "levels from 255 to 255"),
+    "nan": (tiff(np.float32(np.nan)), "levels from nan to nan"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NO_PICTURES)
 def test_what_is_no_picture_is_named_or_left_out(name: str, root: Path) -> None:
-    write, reason = NO_PICTURES[name]
-    write(root / "class03" / "odd.png")
+    odd, reason = NO_PICTURES[name]
+    path = root / "class03" / "odd.png"
+    path.write_bytes(odd) if isinstance(odd, bytes) else odd(path)
     with pytest.raises(ValueError, match=f"{reason}.*or pass skip_unreadable=True$") as raised:
         folder_tables(root, 8)
     assert "class03/odd.png" in str(raised.value) and "\n" not in str(raised.value)
@@ -168,7 +156,7 @@ def test_what_can_be_read_again_is_read_again(root: Path) -> None:
     assert listing_of([path], root, times=True) != before
 
 
-def test_a_file_that_may_not_be_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_may_not_be_read(root: Path, monkeypatch: MonkeyPatch) -> None:
     """As for anybody but root, who reads everything."""
     path, real = root / "class03" / "1.png", open
 
@@ -184,7 +172,7 @@ def test_a_file_that_may_not_be_read(root: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("error", [RecursionError, MemoryError, NotImplementedError, Warning])
 def test_whatever_the_reader_raises(
-    error: type[Exception], root: Path, monkeypatch: pytest.MonkeyPatch
+    error: type[Exception], root: Path, monkeypatch: MonkeyPatch
 ) -> None:
     def fail(*arguments: object, **options: object) -> None:
         raise error
@@ -228,9 +216,6 @@ def test_a_class_name_in_two_modes_is_shown_as_text(root: Path) -> None:
     with pytest.warns(UserWarning) as told:
         folder_tables(root, 8)
     assert SHOWN in str(told[0].message) and str(told[0].message).isprintable()
-
-
-# Memory
 
 
 MEASURE = """
@@ -281,9 +266,6 @@ def test_memory_is_a_few_bytes_a_pixel(tmp_path: Path) -> None:
     assert all(int(taken) <= 15 * side**2 for taken in found.values()), found
 
 
-# Pixels
-
-
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_every_exif_orientation_is_turned_upright(orientation: int, tmp_path: Path) -> None:
     """As Pillow turns the whole picture."""
@@ -299,7 +281,7 @@ def test_every_exif_orientation_is_turned_upright(orientation: int, tmp_path: Pa
     assert np.array_equal(found, expected)
 
 
-def test_strips_meet_without_a_seam(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strips_meet_without_a_seam(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     pixels = np.random.RandomState(0).randint(0, 65536, (21, 30)).astype(np.uint16)
     Image.fromarray(pixels).save(tmp_path / "deep.png")
     whole = read_square(tmp_path / "deep.png", 7)

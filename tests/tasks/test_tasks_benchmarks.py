@@ -22,13 +22,7 @@ from l2l_implicit.tasks.omniglot import SHARES
 from l2l_implicit.tasks.tasksets import draw_modes
 
 FIVE = ("cifarfs", "fc100", "mini_imagenet", "tiered_imagenet", "omniglot")
-SHAPES = {
-    "cifarfs": (3, 32, 32),
-    "fc100": (3, 32, 32),
-    "mini_imagenet": (3, 84, 84),
-    "tiered_imagenet": (3, 84, 84),
-    "omniglot": (1, 28, 28),
-}
+SIDES = dict(zip(FIVE, (32, 32, 84, 84, 28), strict=True))
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*results do not compare:UserWarning")
 
@@ -48,23 +42,19 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return no_network(monkeypatch)
 
 
-# From disk to episode
-
-
 @pytest.mark.parametrize("name", FIVE)
-def test_every_mode_gives_tasks_without_a_network(
-    name: str, data: Path, attempts: list[Any]
-) -> None:
+def test_every_mode_gives_tasks_offline(name: str, data: Path, attempts: list[Any]) -> None:
     benchmark = made(name, data, test_ways=4, test_queries=3)
+    shape = (1 if name == "omniglot" else 3, SIDES[name], SIDES[name])
     for mode, (ways, shots, queries) in (("train", (3, 1, 2)), ("test", (4, 1, 3))):
         assert benchmark.sizes(mode) == (ways, shots, queries)
         episode = benchmark.stream(mode, 0).sample()
-        assert episode.inputs.shape == (ways * (shots + queries), *SHAPES[name])
+        assert episode.inputs.shape == (ways * (shots + queries), *shape)
         assert episode.inputs.dtype == torch.float32
         assert 0 <= episode.inputs.min() < 0.5 < episode.inputs.max() <= 1
         assert episode.support_targets.tolist() == list(range(ways))
         assert episode.query_targets.bincount().tolist() == [queries] * ways
-    assert benchmark.input_shape() == SHAPES[name] and attempts == []
+    assert benchmark.input_shape() == shape and attempts == []
     assert benchmark.stream("validation", 0).sample().query_targets.dtype == torch.int64
 
 
@@ -72,9 +62,7 @@ def test_every_mode_gives_tasks_without_a_network(
     *((name, name.replace("_", "-"), {}) for name in FIVE), ("cifarfs", "cifar-fs", {}),
     ("mini_imagenet", "mini_imagenet", {"augmentation": "normalize"}),
 ])  # fmt: skip
-def test_other_names_for_the_same(
-    name: str, same: str, options: dict[str, Any], data: Path
-) -> None:
+def test_other_names_for_the_same(name: str, same: str, options: Any, data: Path) -> None:
     """learn2learn's own, and what happens where nothing is asked for."""
     mine, theirs = made(name, data), made(same, data, **options)
     inputs = (benchmark.stream("train", 1).sample().inputs for benchmark in (mine, theirs))
@@ -146,9 +134,6 @@ def test_python_random_alone_decides_and_is_left_alone(name: str, data: Path) ->
     assert not torch.equal(first.inputs, other.inputs)
 
 
-# Omniglot
-
-
 def test_omniglot_split_depends_on_its_seed_alone(data: Path) -> None:
     def names(seed: int | None) -> list[str]:
         return made("omniglot", data, split_seed=seed).sets.test.dataset.dataset.classes
@@ -179,10 +164,8 @@ def test_omniglot_images_are_those_of_learn2learn(data: Path, tmp_path: Path) ->
 
 def _as_published(path: Path) -> torch.Tensor:
     """The transforms of learn2learn's benchmark."""
-    steps = transforms.Compose(
-        [transforms.Resize(28, interpolation=Image.LANCZOS), transforms.ToTensor()]
-    )
-    return 1.0 - steps(Image.open(path).convert("L"))
+    small = transforms.Resize(28, interpolation=Image.LANCZOS)(Image.open(path).convert("L"))
+    return 1.0 - transforms.ToTensor()(small)
 
 
 def test_each_class_of_a_task_has_a_rotation_of_its_own(data: Path) -> None:
@@ -203,36 +186,24 @@ def test_each_class_of_a_task_has_a_rotation_of_its_own(data: Path) -> None:
 
 
 def _turns(image: torch.Tensor, upright: dict[int, torch.Tensor]) -> set[int]:
-    return {
-        turn
-        for original in upright.values()
-        for turn in range(4)
-        if torch.equal(torch.rot90(original, turn, dims=(-2, -1)), image)
-    }
+    return {turn for original in upright.values() for turn in range(4)
+            if torch.equal(torch.rot90(original, turn, dims=(-2, -1)), image)}  # fmt: skip
 
 
-# Options
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("mini_imagenet", {"augmentation": "lee2019"}, "'lee2019': leave .* has 'lee2019' wrong"),
-        ("tiered_imagenet", {"augmentation": "norm"}, "'normalize', got 'norm'"),
-        ("cifarfs", {"augmentation": "normalize"}, "got augmentation='normalize'"),
-        ("cifarfs", {"split_seed": 1}, "got split_seed=1"),
-        ("fc100", {"level": "easy"}, "got level='easy'"),
-        ("omniglot", {"size": 28}, "got size=28"),
-        ("fc100", {"skip_unreadable": True}, "got skip_unreadable=True"),
-        ("fc100", {"ways": 5}, "train_ways between 1 and 4, the number of train classes, got 5"),
-        ("fc100", {"test_ways": 7}, "test_ways between 1 and 4, .* validation classes, got 7"),
-        ("fc100", {"queries": 5}, r"train_samples between 1 and 5, .* train class \(0\), got 6"),
-        ("fc10", {}, "got 'fc10'; did you mean 'fc100'"),
-    ],
-)
-def test_what_a_benchmark_cannot_do_is_one_line(
-    name: str, options: dict[str, Any], message: str, data: Path
-) -> None:
+@pytest.mark.parametrize(("name", "options", "message"), [
+    ("mini_imagenet", {"augmentation": "lee2019"}, "'lee2019': leave .* has 'lee2019' wrong"),
+    ("tiered_imagenet", {"augmentation": "norm"}, "'normalize', got 'norm'"),
+    ("cifarfs", {"augmentation": "normalize"}, "got augmentation='normalize'"),
+    ("cifarfs", {"split_seed": 1}, "got split_seed=1"),
+    ("fc100", {"level": "easy"}, "got level='easy'"),
+    ("omniglot", {"size": 28}, "got size=28"),
+    ("fc100", {"skip_unreadable": True}, "got skip_unreadable=True"),
+    ("fc100", {"ways": 5}, "train_ways between 1 and 4, the number of train classes, got 5"),
+    ("fc100", {"test_ways": 7}, "test_ways between 1 and 4, .* validation classes, got 7"),
+    ("fc100", {"queries": 5}, r"train_samples between 1 and 5, .* train class \(0\), got 6"),
+    ("fc10", {}, "got 'fc10'; did you mean 'fc100'"),
+])  # fmt: skip
+def test_what_a_benchmark_cannot_do(name: str, options: Any, message: str, data: Path) -> None:
     with pytest.raises(UserError, match=f"tasks.name={name}: .*expected .*{message}") as raised:
         made(name, data, **options)
     assert "\n" not in str(raised.value)

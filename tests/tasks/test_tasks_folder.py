@@ -3,27 +3,22 @@
 import os
 import random
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import small_benchmarks
 import torch
 from disk_formats import photographs, save, write_folder
 from PIL import Image
 
-from experiments.ingredients.tasks import make_tasks, tasks
 from experiments.tracking import UserError
-from experiments.training.episodes import Tasks
 from l2l_implicit.tasks import folder_tables, get_tasksets
 from l2l_implicit.tasks.pictures import read_square
 
-SMALL = {"ways": 3, "shots": 1, "queries": 2, "name": "folder"}
-
-
-def made(root: Path, **changes: Any) -> Tasks:
-    """The task sets as an experiment makes them."""
-    return make_tasks(**{**tasks.configurations[0](), **SMALL, "root": str(root), **changes})
+made = partial(small_benchmarks.made, "folder")
 
 
 def write_classes(root: Path, classes: int, images: int = 3) -> None:
@@ -33,149 +28,115 @@ def write_classes(root: Path, classes: int, images: int = 3) -> None:
             save(pixels, root / f"class{label:02}" / f"{index}.png")
 
 
-# Layouts
+def write_plain(root: Path, suffix: str, picture: Image.Image) -> Path:
+    """Three classes of one picture, twice; the last file."""
+    for path in [root / f"class{n // 2}" / f"{n % 2}.{suffix}" for n in range(6)]:
+        path.parent.mkdir(exist_ok=True)
+        picture.save(path)
+    return path
 
 
 def test_three_folders_are_the_three_modes(tmp_path: Path) -> None:
+    """Hidden files and folders are no images; a class name in two modes is told."""
     write_folder(tmp_path, 4, 3)
+    (tmp_path / "train" / ".thumbnails").mkdir()
+    (tmp_path / "train" / "train0" / ".DS_Store").write_text("no image")
     benchmark = made(tmp_path, size=12)
     episode = benchmark.stream("test", 0).sample()
     assert episode.inputs.shape == (9, 3, 12, 12)
     assert episode.support_targets.tolist() == [0, 1, 2]
-    noted = benchmark.describe()
+    noted, names = benchmark.describe(), [f"test{i}" for i in range(4)]
     assert noted["classes"] == {"train": 4, "validation": 4, "test": 4}
     assert noted["samples"] == {"train": 12, "validation": 12, "test": 12}
-    assert noted["notes"]["test"] == {
-        "classes": [f"test{i}" for i in range(4)], "skipped": 0, "split_seed": None
-    }
-
-
-def test_one_folder_is_split_by_seed(tmp_path: Path) -> None:
-    write_classes(tmp_path, 25)
-    random.seed(0)
-    first, same, other = (_split(tmp_path, seed) for seed in (None, 0, 1))
-    assert [len(first[mode]) for mode in ("train", "validation", "test")] == [16, 4, 5]
-    names = [name for mode in first.values() for name in mode]
-    assert len(set(names)) == 25 and first == same != other
-    assert made(tmp_path).describe()["notes"]["train"]["split_seed"] == 0
-
-
-def _split(root: Path, seed: int | None) -> dict[str, list[str]]:
-    return {mode: table.classes for mode, table in folder_tables(root, 4, seed).items()}
-
-
-def test_a_class_may_be_called_train(tmp_path: Path) -> None:
-    write_classes(tmp_path, 9)
-    (tmp_path / "class00").rename(tmp_path / "train")
-    assert "train" in sum(_split(tmp_path, 0).values(), [])
-
-
-def test_hidden_files_and_folders_are_no_images(tmp_path: Path) -> None:
-    write_folder(tmp_path, 3, 3)
-    (tmp_path / "train" / ".thumbnails").mkdir()
-    (tmp_path / "train" / "train0" / ".DS_Store").write_text("no image")
-    assert made(tmp_path).describe()["samples"]["train"] == 9
-
-
-def test_a_class_name_in_two_modes_is_told(tmp_path: Path) -> None:
-    write_folder(tmp_path, 3, 3)
+    assert noted["notes"]["test"] == {"classes": names, "skipped": 0, "split_seed": None}
+    sets = get_tasksets("folder", root=tmp_path, train_ways=2, train_samples=2, test_ways=2,
+                        test_samples=2, device="cpu", size=10)
+    assert sets.train.sample()[0].shape == (4, 3, 10, 10)
     (tmp_path / "test" / "test1").rename(tmp_path / "test" / "train1")
     with pytest.warns(UserWarning, match=r"1 classes have one name in two of .* \(train1\)"):
         made(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("change", "options", "message"),
-    [
-        (lambda root: (root / "validation").rename(root / "val"), {},
-         "each of train, validation and test of .*, found test, train, val: name all three so"),
-        (lambda root: None, {"split_seed": 3}, "expected no split_seed where .* got 3"),
-        (lambda root: None, {"size": 0}, "size of at least 1 pixel, got 0"),
-        (lambda root: None, {"level": "easy"}, "got level='easy'"),
-        (lambda root: (root / "train/train0/more").mkdir(), {}, "found the folder .*more: move"),
-        (lambda root: None, {"ways": 5},
-         "train_ways between 1 and 4, the number of train classes, got 5"),
-        (lambda root: None, {"test_ways": 6}, "number of validation classes, got 6"),
-        (lambda root: [p.unlink() for p in (root / "test/test2").glob("[1-3].png")], {},
-         r"test_samples between 1 and 1, the images in the smallest test class \(test2\), got 3"),
-        (lambda root: [p.unlink() for p in (root / "train/train3").iterdir()], {},
-         r"images in every train class, got none in train3: give it at least 3"),
-        (lambda root: [shutil.rmtree(root / mode) for mode in ("train", "test")], {},
-         "each of train, validation and test"),
-    ],
-)
-def test_what_the_folder_cannot_give_is_one_line(
+def test_one_folder_is_split_by_seed(tmp_path: Path) -> None:
+    """A class may be called train."""
+    write_classes(tmp_path, 25)
+    (tmp_path / "class00").rename(tmp_path / "train")
+    random.seed(0)
+    first, same, other = (
+        {mode: table.classes for mode, table in folder_tables(tmp_path, 4, seed).items()}
+        for seed in (None, 0, 1)
+    )
+    assert [len(first[mode]) for mode in ("train", "validation", "test")] == [16, 4, 5]
+    names = [name for mode in first.values() for name in mode]
+    assert len(set(names)) == 25 and "train" in names and first == same != other
+    assert made(tmp_path).describe()["notes"]["train"]["split_seed"] == 0
+
+
+@pytest.mark.parametrize(("change", "options", "message"), [
+    (lambda root: (root / "validation").rename(root / "val"), {},
+     "each of train, validation and test of .*, found test, train, val: name all three so"),
+    (lambda root: None, {"split_seed": 3}, "expected no split_seed where .* got 3"),
+    (lambda root: None, {"size": 0}, "size of at least 1 pixel, got 0"),
+    (lambda root: None, {"level": "easy"}, "got level='easy'"),
+    (lambda root: (root / "train/train0/more").mkdir(), {}, "found the folder .*more: move"),
+    (lambda root: None, {"ways": 5},
+     "train_ways between 1 and 4, the number of train classes, got 5"),
+    (lambda root: None, {"test_ways": 6}, "number of validation classes, got 6"),
+    (lambda root: [p.unlink() for p in (root / "test/test2").glob("[1-3].png")], {},
+     r"test_samples between 1 and 1, the images in the smallest test class \(test2\), got 3"),
+    (lambda root: [p.unlink() for p in (root / "train/train3").iterdir()], {},
+     r"images in every train class, got none in train3: give it at least 3"),
+    (lambda root: [shutil.rmtree(root / mode) for mode in ("train", "test")], {},
+     "each of train, validation and test"),
+    (lambda root: shutil.rmtree(root), {}, "a folder of images at .*, found none: pass root="),
+    (lambda root: [shutil.rmtree(path) for path in root.iterdir()], {},
+     "one folder for each class in .*, found none: put images"),
+    (lambda root: [shutil.rmtree(root), write_classes(root, 2)], {"ways": 2, "test_ways": 3},
+     "at least 3 validation classes, got none: add classes"),
+])  # fmt: skip
+def test_what_the_folder_cannot_give(
     change: Any, options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    write_folder(tmp_path, 4, 4)
-    change(tmp_path)
+    write_folder(tmp_path / "images", 4, 4)
+    change(tmp_path / "images")
     with pytest.raises(UserError, match=f"tasks.name=folder: .*{message}") as raised:
-        made(tmp_path, **options)
+        made(tmp_path / "images", **options)
     assert "\n" not in str(raised.value)
 
 
-def test_missing_and_empty_folders_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="a folder of images at .*nowhere, found none: pass root="):
-        made(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="one folder for each class in .*, found none: put images"):
-        made(tmp_path)
-    write_classes(tmp_path, 2)
-    with pytest.raises(UserError, match="at least 3 validation classes, got none: add classes"):
-        made(tmp_path, ways=2, test_ways=3)
-
-
-# What cannot be read
-
-
-def spoil(root: Path) -> Path:
+def test_unreadable_images_are_named_or_skipped_and_counted(tmp_path: Path) -> None:
     """A text file, and one image cut short."""
-    path = root / "train" / "train1" / "notes.txt"
-    path.write_text("no image")
-    whole = root / "test" / "test0" / "0.png"
+    write_folder(tmp_path, 3, 4)
+    text, whole = tmp_path / "train" / "train1" / "notes.txt", tmp_path / "test/test0/0.png"
+    text.write_text("no image")
     whole.write_bytes(whole.read_bytes()[:60])
-    return path
-
-
-@pytest.mark.parametrize("start", ["first", "second"])
-def test_unreadable_images_are_an_error_that_names_one(start: str, tmp_path: Path) -> None:
-    write_folder(tmp_path, 3, 4)
-    spoiled = spoil(tmp_path)
-    if start == "second":  # what the first start kept is not the end of it
-        with pytest.warns(UserWarning, match="skipped 2"):
-            made(tmp_path, skip_unreadable=True)
-    with pytest.raises(UserError) as raised:
-        made(tmp_path)
-    message = str(raised.value)
-    assert f"a picture that Pillow reads in {spoiled}" in message and "\n" not in message
-    assert "skip_unreadable=True" in message and message.endswith("(2 such files)")
-
-
-def test_unreadable_images_are_skipped_and_counted_if_asked_to(tmp_path: Path) -> None:
-    write_folder(tmp_path, 3, 4)
-    spoil(tmp_path)
     for _ in range(2):  # also when the reduced images are read from the kept file
+        with pytest.raises(UserError) as raised:
+            made(tmp_path)
+        message = str(raised.value)
+        assert f"a picture that Pillow reads in {text}" in message and "\n" not in message
+        assert "skip_unreadable=True" in message and message.endswith("(2 such files)")
         with pytest.warns(UserWarning, match="skipped 2 of 37 files .* the first: .*notes.txt"):
-            benchmark = made(tmp_path, skip_unreadable=True)
-    noted = benchmark.describe()
-    assert noted["samples"] == {"train": 12, "validation": 12, "test": 11}
-    assert noted["notes"]["train"]["skipped"] == 2
-    assert benchmark.sets.train.dataset.dataset.skipped == 2
-
-
-def test_what_is_skipped_may_leave_too_little(tmp_path: Path) -> None:
-    write_folder(tmp_path, 3, 3)
-    spoil(tmp_path)
+            noted = made(tmp_path, skip_unreadable=True).describe()
+        assert noted["samples"] == {"train": 12, "validation": 12, "test": 11}
+        assert noted["notes"]["train"]["skipped"] == 2
     with pytest.warns(UserWarning, match="skipped 2"), pytest.raises(
-        UserError, match=r"between 1 and 2, .* test class \(test0\), got 3"
+        UserError, match=r"between 1 and 3, .* test class \(test0\), got 4"
     ):
-        made(tmp_path, skip_unreadable=True)
-
-
-# The kept file
+        made(tmp_path, skip_unreadable=True, test_queries=3)
 
 
 def test_second_start_reads_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the folder cannot be written, which does not matter otherwise."""
     write_folder(tmp_path, 3, 3)
+
+    def refuse(*names: object) -> None:
+        raise PermissionError("read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refuse)
+        assert len(folder_tables(tmp_path, 6)["train"]) == 9
+        assert not list(tmp_path.glob(".reduced*"))
     first = folder_tables(tmp_path, 6)
 
     def fail(*arguments: object, **options: object) -> None:
@@ -189,11 +150,7 @@ def test_second_start_reads_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_an_image_changed_in_place_is_read_again(tmp_path: Path) -> None:
-    for label in range(3):
-        for index in range(2):
-            path = tmp_path / f"class{label}" / f"{index}.bmp"
-            path.parent.mkdir(exist_ok=True)
-            Image.new("RGB", (5, 5), (10, 20, 30)).save(path)
+    path = write_plain(tmp_path, "bmp", Image.new("RGB", (5, 5), (10, 20, 30)))
     first = folder_tables(tmp_path, 5, split_seed=0)["train"]
     size = path.stat().st_size
     Image.new("RGB", (5, 5), (200, 20, 30)).save(path)
@@ -204,22 +161,6 @@ def test_an_image_changed_in_place_is_read_again(tmp_path: Path) -> None:
     assert images[:, 0].max() == 200 and first.images[:, 0].max() == 10
 
 
-def test_a_folder_that_cannot_be_written_does_not_matter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_folder(tmp_path, 3, 3)
-
-    def refuse(*names: object) -> None:
-        raise PermissionError("read-only file system")
-
-    monkeypatch.setattr(os, "replace", refuse)
-    assert len(folder_tables(tmp_path, 6)["train"]) == 9
-    assert not list(tmp_path.glob(".reduced*"))
-
-
-# Pixels
-
-
 def test_normalised_with_the_training_images_own_statistics(tmp_path: Path) -> None:
     write_folder(tmp_path, 4, 5)
     tables = folder_tables(tmp_path, 20)
@@ -228,29 +169,17 @@ def test_normalised_with_the_training_images_own_statistics(tmp_path: Path) -> N
     atol = 5e-6
     assert torch.allclose(train.mean((0, 2, 3)), torch.zeros(3).double(), atol=atol)
     assert torch.allclose(train.std((0, 2, 3), correction=0), torch.ones(3).double(), atol=atol)
-    raw = tables["train"].images.double() / 255
-    test = (tables["test"].images[3].double() / 255 - raw.mean((0, 2, 3), keepdim=True)[0]) / (
-        raw.std((0, 2, 3), correction=0, keepdim=True)[0]
-    )
-    assert torch.allclose(tables["test"][3][0].double(), test, atol=atol)
-
-
-def test_images_of_one_colour_are_only_shifted(tmp_path: Path) -> None:
-    for label in range(3):
-        save(np.full((4, 4, 3), 90, np.uint8), tmp_path / f"class{label}" / "0.png")
-    assert folder_tables(tmp_path, 4)["train"][0][0].abs().max() < 1e-6
+    raw, test = (tables[mode].images.double() / 255 for mode in ("train", "test"))
+    std, mean = torch.std_mean(raw, (0, 2, 3), correction=0, keepdim=True)
+    assert torch.allclose(tables["test"][3][0].double(), ((test - mean) / std)[3], atol=atol)
 
 
 @pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("1", 1), ("I;16", 1), ("RGB", 3)])
-def test_channels_are_one_where_all_images_are_grey(
-    mode: str, channels: int, tmp_path: Path
-) -> None:
-    for label in range(3):
-        for index in range(2):
-            path = tmp_path / f"class{label}" / f"{index}.png"
-            path.parent.mkdir(exist_ok=True)
-            Image.new(mode, (6, 6), 0 if mode != "RGB" else (1, 2, 3)).save(path)
-    assert folder_tables(tmp_path, 6)["train"].images.shape[1] == channels
+def test_one_channel_where_all_images_are_grey(mode: str, channels: int, tmp_path: Path) -> None:
+    """And images of one colour are only shifted."""
+    path = write_plain(tmp_path, "png", Image.new(mode, (6, 6), 0 if channels == 1 else (1, 2, 3)))
+    table = folder_tables(tmp_path, 6)["train"]
+    assert table.images.shape[1] == channels and table[0][0].abs().max() < 1e-6
     Image.new("RGB", (6, 6), (1, 2, 3)).save(path)  # one in colour: all have three channels
     assert folder_tables(tmp_path, 6)["train"].images.shape[1] == 3
 
@@ -278,25 +207,8 @@ def test_what_is_transparent_becomes_white(mode: str, tmp_path: Path) -> None:
     assert grey == (mode == "LA")
 
 
-def test_exif_orientation_turns_the_picture(tmp_path: Path) -> None:
-    picture = Image.new("RGB", (8, 8), "black")
-    picture.paste("white", (0, 0, 8, 4))  # the upper half
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held so that the picture is to be turned clockwise
-    picture.save(tmp_path / "turned.png", exif=exif)
-    pixels, _ = read_square(tmp_path / "turned.png", 8)
-    assert pixels[:, :, 4:].min() == 255 and pixels[:, :, :4].max() == 0
-
-
 @pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "bmp", "tiff", "webp", "ppm"])
 def test_every_common_format_is_read(suffix: str, tmp_path: Path) -> None:
     Image.new("RGB", (6, 4), (200, 200, 200)).save(tmp_path / f"picture.{suffix}")
     pixels, _ = read_square(tmp_path / f"picture.{suffix}", 3)
     assert pixels.shape == (3, 3, 3) and np.abs(pixels.astype(int) - 200).max() <= 2
-
-
-def test_through_learn2learns_own_door(tmp_path: Path) -> None:
-    write_folder(tmp_path, 3, 4)
-    sets = get_tasksets("folder", root=tmp_path, train_ways=2, train_samples=2, test_ways=2,
-                        test_samples=2, device="cpu", size=10)
-    assert sets.train.sample()[0].shape == (4, 3, 10, 10)

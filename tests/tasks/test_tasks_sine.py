@@ -2,22 +2,19 @@
 
 import math
 import random
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import small_benchmarks
 import torch
 
-from experiments.ingredients.tasks import make_tasks, tasks
 from experiments.tracking import UserError
-from experiments.training.episodes import Tasks
 from l2l_implicit.tasks import get_tasksets
 
-
-def made(**changes: Any) -> Tasks:
-    """The task sets as an experiment makes them."""
-    asked = {"name": "sine", "shots": 10, "queries": 7, **changes}
-    return make_tasks(**{**tasks.configurations[0](), **asked})
+made = partial(small_benchmarks.made, "sine", Path(), shots=10, queries=7)
 
 
 def test_an_episode_is_points_of_one_sine() -> None:
@@ -74,10 +71,9 @@ def test_the_seed_alone_decides_and_a_finite_task_set_repeats_its_tasks() -> Non
     assert not torch.equal(train[0][1], train[1][1])
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"size": 32}, "got size=32"), ({"shots": 0}, "tasks.shots: expected a whole number from 1 ")],
-)
+@pytest.mark.parametrize(("options", "message"), [
+    ({"size": 32}, "got size=32"), ({"shots": 0}, "tasks.shots: expected a whole number from 1 "),
+])  # fmt: skip
 def test_what_it_does_not_know_is_one_line(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         made(**options)

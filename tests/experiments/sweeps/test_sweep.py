@@ -5,14 +5,14 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from sweep_process import TOY, Place, complete
 from toy_process import DEADLINE, ROOT, finish, is_alive, read_until, wait_for
 
-pytest_plugins = ("sweep_fixtures",)
+pytest_plugins = ("sweep_process",)
 
 TIED = ROOT / "experiments" / "sweeps" / "tied.py"
 
@@ -66,9 +66,8 @@ def test_the_real_training(place: Place, database: Any) -> None:
     assert len(complete(database)) == 1
     assert "1 cells: 1 completed" in place.run("seeds=1", "--list", sweep="smoke")[1]
     (run,) = database["runs"].find()
-    assert not [name for name, _ in run["experiment"]["sources"] if "sweep" in name], (
-        "a run's code is the same, whoever starts it"
-    )
+    # a run's code is the same, whoever starts it
+    assert not [name for name, _ in run["experiment"]["sources"] if "sweep" in name]
 
 
 def test_a_dry_run_names_the_setting_that_is_refused(place: Place) -> None:
@@ -100,8 +99,7 @@ def start_tied(place: Place, module: str) -> subprocess.Popen[str]:
 def test_a_tied_module_is_the_main_program(place: Place) -> None:
     process = start_tied(place, "import sys; print(__name__, sys.argv[1:]); sys.exit(3)")
     assert process.wait(DEADLINE) == 3  # its standard input is open until then
-    assert process.stdout is not None
-    assert process.stdout.read() == "__main__ ['a', 'b']\n"
+    assert process.stdout is not None and process.stdout.read() == "__main__ ['a', 'b']\n"
 
 
 def test_a_tied_module_dies_when_its_starter_lets_go(place: Place) -> None:
@@ -118,11 +116,11 @@ def test_a_stopped_tied_module_dies_with_its_starter(place: Place) -> None:
     (place.folder / "module.py").write_text(
         "import os, signal; print(os.getpid(), flush=True); os.kill(os.getpid(), signal.SIGSTOP)"
     )
-    starter = place.popen([sys.executable, "-c", (
-        f"import subprocess, sys; p = subprocess.Popen([sys.executable, {str(TIED)!r}, 'module'],"
-        " stdin=subprocess.PIPE); p.wait()"
-    )])  # fmt: skip
-    child = int(read_until(starter, "\n"))
-    wait_for(lambda: " T " in Path(f"/proc/{child}/stat").read_text())
+    words = f"[sys.executable, {str(TIED)!r}, 'module'], stdin=subprocess.PIPE"
+    starter = place.popen(
+        [sys.executable, "-c", f"import subprocess, sys; p = subprocess.Popen({words}); p.wait()"]
+    )
+    child = psutil.Process(int(read_until(starter, "\n")))
+    wait_for(lambda: child.status() == psutil.STATUS_STOPPED)
     starter.kill()
-    wait_for(lambda: not is_alive(child))
+    wait_for(lambda: not is_alive(child.pid))

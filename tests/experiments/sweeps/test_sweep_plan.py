@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from pytest import MonkeyPatch
 
 from experiments import sweep
 from experiments.sweeps import lock as locks
@@ -19,7 +21,6 @@ from experiments.sweeps.definition import (
     Sweep,
     format_value,
     parse_settings,
-    parse_value,
 )
 from experiments.sweeps.definitions import SWEEPS
 from experiments.sweeps.listing import duration, state_of
@@ -27,6 +28,7 @@ from experiments.sweeps.lock import Lock, Watch, token_of
 from experiments.sweeps.plan import Plan, best, find_sweep, make_plan
 from experiments.sweeps.run import find_checkpoint
 from experiments.tracking import UserError
+from experiments.tracking.config import plain_value
 from experiments.tracking.database import Choice, Database
 
 
@@ -36,8 +38,9 @@ def cell(**settings: object) -> Cell:
 
 def cells_of(plan: Plan) -> tuple[list[Cell], list[Cell]]:
     """Those of the grids, and those of the final runs of every candidate."""
-    grids = [c for group in plan.groups for c in group.grid.values()]
-    return grids, [c for group in plan.groups for part in group.finals for c in part.values()]
+    parts = [part for group in plan.groups for part in group.finals]
+    return tuple([c for cells in found for c in cells.values()]
+                 for found in ([group.grid for group in plan.groups], parts))  # fmt: skip
 
 
 def test_the_identity_is_of_what_is_run_not_of_where() -> None:
@@ -48,7 +51,7 @@ def test_the_identity_is_of_what_is_run_not_of_where() -> None:
     others = [cell(**{"algorithm.lr": 0.1, "seed": 1}), cell(**{"algorithm.lr": "0.1", "seed": 0}),
               Cell("experiments.train", ("anil", "glyphs"), one.settings), cell(seed=True)]
     assert len({one.identity, *(other.identity for other in others)}) == 5
-    assert parse_value(one.identity) == one.identity, "Sacred would read it as a number"
+    assert plain_value(one.identity) == one.identity, "Sacred would read it as a number"
 
 
 @pytest.mark.parametrize("value", [1, 0.1, 1e-05, True, None, [1500], "cpu", "1", "True", "a b"])
@@ -107,13 +110,10 @@ def test_settings_of_the_command_line_reach_every_cell() -> None:
     assert [c.settings["algorithm.lr"] for c in grid] == [0.1, 0.03, 0.1]
 
 
-TOP_LEVEL = ("iterations", "meta_batch", "meta_lr", "budget", "validate_every", "test_tasks",
-             "validation_tasks", "threads", "output", "test_at", "checkpoint_seconds")
-
-
-@pytest.mark.parametrize("key", TOP_LEVEL)
-def test_the_trainings_own_entries_are_no_misspelt_options(key: str) -> None:
-    make_plan(SWEEPS["smoke"], {key: 1})
+def test_the_trainings_own_entries_are_no_misspelt_options() -> None:
+    for key in ("iterations", "meta_batch", "meta_lr", "budget", "validate_every", "test_tasks",
+                "validation_tasks", "threads", "output", "test_at", "checkpoint_seconds"):
+        make_plan(SWEEPS["smoke"], {key: 1})
 
 
 BAD = {
@@ -140,14 +140,13 @@ def test_bad_input_is_one_line(words: str, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.fixture
-def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Database]:
+def database(tmp_path: Path, monkeypatch: MonkeyPatch) -> Iterator[Database]:
     monkeypatch.setenv("L2L_IMPLICIT_DATA", str(tmp_path))
-    database = Database(Choice(None, "embedded"))
-    yield database
-    database.close()
+    with closing(Database(Choice(None, "embedded"))) as database:
+        yield database
 
 
-def taken_elsewhere(database: Database, monkeypatch: pytest.MonkeyPatch) -> Lock:
+def taken_elsewhere(database: Database, monkeypatch: MonkeyPatch) -> Lock:
     """The lock of cell c1, held by scheduler s on another machine, where its file is too."""
     monkeypatch.setattr(locks, "_place", lambda: "elsewhere")
     holder = Lock(database, "c1", "s")
@@ -178,9 +177,7 @@ def test_a_dead_holder_here_loses_its_lock_at_once(database: Database) -> None:
     assert other.take() and not dead.beat(), "should it live, it is told and stops its training"
 
 
-def test_a_silent_holder_elsewhere_loses_its_lock_after_a_whole_lease(
-    database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_holder_elsewhere_has_a_whole_lease(database: Database, monkeypatch: MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(locks, "time", SimpleNamespace(monotonic=lambda: now[0]))
     holder = taken_elsewhere(database, monkeypatch)
@@ -201,50 +198,40 @@ def test_a_silent_holder_elsewhere_loses_its_lock_after_a_whole_lease(
     assert other.take() and not holder.beat()
 
 
-def test_a_scheduler_gives_again_what_its_lost_worker_held(
-    database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_scheduler_gives_a_lost_cell_again(database: Database, monkeypatch: MonkeyPatch) -> None:
     lost = taken_elsewhere(database, monkeypatch)
     assert not Lock(database, "c1", "another").take()
     assert Lock(database, "c1", "s").take() and not lost.beat()
 
 
-def test_a_database_is_known_by_its_token(database: Database, tmp_path: Path,
-                                          monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    assert token_of(database) == token_of(database)
+def test_a_database_has_a_token(
+    database: Database, tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
     monkeypatch.setenv("L2L_IMPLICIT_DATA", str(tmp_path / "other"))
-    other = Database(Choice(None, "embedded"))
-    assert token_of(other) != token_of(database)
-    other.close()
+    with closing(Database(Choice(None, "embedded"))) as other:
+        assert token_of(database) == token_of(database) != token_of(other)
 
 
 KILLED = ["killed: the process ended without a word (kill -9, out of memory, power)"]
 
 
-@pytest.mark.parametrize(
-    ("run", "state"),
-    [
-        ({"status": "RUNNING"}, "running"),
-        ({"status": "COMPLETED"}, "completed"),
-        ({"status": "INTERRUPTED"}, "interrupted"),
-        ({"status": "FAILED", "fail_trace": KILLED}, "interrupted"),
-        ({"status": "FAILED", "fail_trace": ["Traceback", "ValueError: killed: no"]}, "failed"),
-        ({"status": "FAILED"}, "failed"),
-        ({"status": "TIMEOUT"}, "interrupted"),
-    ],
-)
-def test_states_are_those_of_sacred(run: dict[str, object], state: str) -> None:
-    assert state_of(run) == state
+@pytest.mark.parametrize(("status", "trace", "state"), [
+    ("RUNNING", None, "running"), ("COMPLETED", None, "completed"), ("FAILED", None, "failed"),
+    ("INTERRUPTED", None, "interrupted"), ("TIMEOUT", None, "interrupted"),
+    ("FAILED", KILLED, "interrupted"),
+    ("FAILED", ["Traceback", "ValueError: killed: no"], "failed"),
+])  # fmt: skip
+def test_states_are_those_of_sacred(status: str, trace: list[str] | None, state: str) -> None:
+    assert state_of({"status": status, "fail_trace": trace}) == state
 
 
 def test_a_checkpoint_is_found_by_its_cell(tmp_path: Path) -> None:
     mine = cell(output=str(tmp_path), seed=0)
-    for number, identity in ((1, mine.identity), (2, "c0"), (3, mine.identity)):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        (folder / "config.json").write_text(f'{{"cell": "{identity}"}}')
-        if number < 3:
-            (folder / "checkpoint.pt").touch()
+    for number, identity in (("1", mine.identity), ("2", "c0"), ("3", mine.identity)):
+        (tmp_path / number).mkdir()
+        (tmp_path / number / "config.json").write_text(f'{{"cell": "{identity}"}}')
+        if number < "3":
+            (tmp_path / number / "checkpoint.pt").touch()
     assert find_checkpoint(mine, [3, 2, 1]) == tmp_path / "1"
     assert find_checkpoint(mine, [3, 2, 9]) is None
 

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from bson import ObjectId
+from pytest import CaptureFixture
 from report_runs import WORDS, Recorder, fill
 
 from experiments.report import get_results
@@ -25,21 +26,16 @@ from experiments.tracking.records import FileRecords
 pytest_plugins = ("report_fixtures",)
 
 ROOT = Path(__file__).parents[3]
+DAMAGED = "got a damaged file"
 RUN = {"_id": 1, "status": "COMPLETED", "start_time": "2026-01-01T00:00:00+00:00", "config": {},
        "experiment": {"name": "train", "sources": [["a.py", "0cc1"]]}}  # fmt: skip
 LINE = {"runs": RUN, "metrics": {"m": {"steps": [1], "values": [0.5]}}}
 
 
-@pytest.fixture
-def export_to(tmp_path: Path, recorder: Recorder) -> Callable[..., Path]:
-    """Exports with these words; the file."""
-
-    def write(*words: str) -> Path:
-        path = tmp_path / "records.jsonl.gz"
-        assert export([str(path), *words]) == 0
-        return path
-
-    return write
+def exported(folder: Path, *words: str) -> Path:
+    """The file that an export with these words writes."""
+    assert export([str(folder / "records.jsonl.gz"), *words]) == 0
+    return folder / "records.jsonl.gz"
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
@@ -47,14 +43,11 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
-def write(path: Path, lines: list[Any]) -> Path:
-    path.write_bytes(gzip.compress("".join(json.dumps(line) + "\n" for line in lines).encode()))
-    return path
+def zipped(*lines: Any) -> bytes:
+    return gzip.compress("".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
-def test_a_file_has_the_report_of_its_database(
-    recorder: Recorder, plan: Plan, export_to: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_file_has_its_databases_report(recorder: Recorder, plan: Plan, tmp_path: Path) -> None:
     """File by file; only the page has the time of day, and says where its runs come from."""
     fill(recorder, plan, random.Random(0), share=0.8)
     recorder.run({"tasks.name": "glyphs", "seed": 0}, status="FAILED", fail_trace=["x", "E: no"])
@@ -62,28 +55,23 @@ def test_a_file_has_the_report_of_its_database(
               "hypergradient/logistic/rm_metal_cg2": {1: 2.0, 5: 0.1}}  # fmt: skip
     recorder.run({"problems": 3}, curves, experiment="hypergradient")
     assert report_main([*WORDS, "--output", str(tmp_path / "here")]) == 0
-    path = export_to()
-    words = [*WORDS, "--records", str(path), "--output", str(tmp_path / "there")]
+    words = [*WORDS, "--records", str(exported(tmp_path)), "--output", str(tmp_path / "there")]
     assert report_main(words) == 0
-    here, there = (
-        {p.name: p.read_bytes() for p in (tmp_path / name).iterdir() if p.suffix != ".html"}
-        for name in ("here", "there")
-    )
+    here, there = ({p.name: p.read_bytes() for p in (tmp_path / name).glob("*[!l]")}  # not .html
+                   for name in ("here", "there"))  # fmt: skip
     assert "summary_accuracy_glyphs.csv" in here and "hypergradient.png" in here
     assert here.keys() == there.keys()
     assert [name for name in here if here[name] != there[name]] == []
 
 
-def test_pandas_reads_it(recorder: Recorder, export_to: Callable[..., Path]) -> None:
+def test_pandas_reads_it(recorder: Recorder, tmp_path: Path) -> None:
     recorder.run({"algorithm.lr": 0.1, "seed": 3}, {"m": {1: 0.5, 4: float("nan")}})
-    frame = pd.read_json(export_to(), lines=True)
+    frame = pd.read_json(exported(tmp_path), lines=True)
     assert pd.json_normalize(frame["runs"])["config.algorithm.lr"].tolist() == [0.1]
     assert frame["metrics"][0]["m"]["steps"] == [1, 4]
 
 
-def test_what_is_left_out_and_which_places_are_hidden(
-    recorder: Recorder, export_to: Callable[..., Path]
-) -> None:
+def test_what_is_left_out_and_which_places_are_hidden(recorder: Recorder, tmp_path: Path) -> None:
     recorder.run(
         {"tasks.root": "/data/me/images", "output": "/data/me/runs", "seed": 0},
         {"train/seconds": {1: 1.0}, "validation/accuracy": {1: 0.5}},
@@ -94,7 +82,7 @@ def test_what_is_left_out_and_which_places_are_hidden(
     recorder.run({"seed": 1}, status="RUNNING")
     url = {"$set": {"experiment.repositories": [{"url": "/data/me/x"}]}}
     recorder.documents["runs"].update_one({"_id": 1}, url)
-    path = export_to()
+    path = exported(tmp_path)
     ((run, metrics),) = (line.values() for line in lines_of(path))
     assert run["config"] == {"tasks": {"root": "DATA"}, "output": "runs", "seed": 0}
     assert run["fail_trace"] == ["in DATA/a.png"]
@@ -102,9 +90,8 @@ def test_what_is_left_out_and_which_places_are_hidden(
     assert list(metrics) == ["validation/accuracy"]
     text = gzip.decompress(path.read_bytes())
     assert b"/me" not in text and b"omniboard" not in text and b"captured_out" not in text
-    assert list(lines_of(export_to("--without", ""))[0]["metrics"]) == [
-        "train/seconds", "validation/accuracy",
-    ]  # fmt: skip
+    (whole,) = lines_of(exported(tmp_path, "--without", ""))
+    assert list(whole["metrics"]) == ["train/seconds", "validation/accuracy"]
 
 
 CHOSEN = {
@@ -128,8 +115,8 @@ CHOSEN = {
 
 
 @pytest.mark.parametrize("words", list(CHOSEN))
-def test_runs_are_chosen_by_number_and_field(
-    words: str, recorder: Recorder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_runs_are_chosen(
+    words: str, recorder: Recorder, tmp_path: Path, capsys: CaptureFixture[str]
 ) -> None:
     for number in range(4):
         recorder.run({"seed": number % 3})
@@ -146,8 +133,8 @@ def test_runs_are_chosen_by_number_and_field(
     assert not path.exists()
 
 
-def test_a_metric_that_cannot_be_read_is_not_left_out_unseen(
-    recorder: Recorder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_metric_that_cannot_be_read_is_told(
+    recorder: Recorder, tmp_path: Path, capsys: CaptureFixture[str]
 ) -> None:
     recorder.run({}, {"m": {1: 0.5}})
     recorder.documents["metrics"].update_one({}, {"$set": {"values": "x"}})
@@ -156,9 +143,10 @@ def test_a_metric_that_cannot_be_read_is_not_left_out_unseen(
 
 
 def test_a_run_in_two_files_counts_once_and_one_number_may_stand_for_two(tmp_path: Path) -> None:
-    other = {**LINE, "runs": {**RUN, "config": {"seed": 5}}}
-    first = write(tmp_path / "a", [LINE])
-    found = FileRecords([first, first, write(tmp_path / "b", [LINE, other])])
+    a, b = tmp_path / "a", tmp_path / "b"
+    a.write_bytes(zipped(LINE))
+    b.write_bytes(zipped(LINE, {**LINE, "runs": {**RUN, "config": {"seed": 5}}}))
+    found = FileRecords([a, a, b])
     assert [run["_id"] for run in found.runs] == [1, "1 (2)"]
     assert [m.series.values for m in found.metrics([1, "1 (2)"])] == [[0.5], [0.5]]
 
@@ -176,16 +164,15 @@ for _ in range(90):
     {"runs": {**RUN, "result": {"test_accuracy": 10**400}}},
 ])  # fmt: skip
 def test_a_line_of_any_shape_costs_itself(line: Any, tmp_path: Path) -> None:
-    path = write(tmp_path / "f", [line, {**LINE, "runs": {**RUN, "_id": 7}}])
-    words = ["--records", str(path), "--output", str(tmp_path / "report")]
-    assert report_main(words) == 0
+    path = tmp_path / "f"
+    path.write_bytes(zipped(line, {**LINE, "runs": {**RUN, "_id": 7}}))
+    assert report_main(["--records", str(path), "--output", str(tmp_path / "report")]) == 0
     runs = get_results(states=None, records=[path])
     assert len(runs) == 2 and 7 in set(runs["_id"])
 
 
-WHOLE = gzip.compress("".join(json.dumps(LINE) + "\n" for _ in range(50)).encode())
+WHOLE = zipped(*[LINE] * 50)
 HALF = len(WHOLE) // 2
-DAMAGED = "got a damaged file"
 FILES: dict[str, tuple[bytes | None, str]] = {
     "plain text": (b"runs", DAMAGED), "cut off": (WHOLE[:-20], DAMAGED),
     "a flipped byte": (WHOLE[:HALF] + bytes([WHOLE[HALF] ^ 255]) + WHOLE[HALF + 1 :], DAMAGED),
@@ -199,8 +186,8 @@ FILES: dict[str, tuple[bytes | None, str]] = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_that_is_none_is_refused_in_one_line(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_file_that_is_none_is_one_line(
+    name: str, tmp_path: Path, capsys: CaptureFixture[str]
 ) -> None:
     content, message = FILES[name]
     path = tmp_path / "f"
@@ -208,8 +195,7 @@ def test_a_file_that_is_none_is_refused_in_one_line(
         path.write_bytes(content)
     elif name == "a folder":
         path.mkdir()
-    words = ["--records", str(path), "--output", str(tmp_path / "report")]
-    assert report_main(words) == 1
+    assert report_main(["--records", str(path), "--output", str(tmp_path / "report")]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert not (tmp_path / "report").exists()

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 from toy_experiment import ex
-from toy_process import environment, run
+from toy_process import run
 
 from experiments.tracking import TrackedExperiment, UserError
 from experiments.tracking.config import words_as_updates
 from experiments.tracking.errors import nearest
-from experiments.tracking.experiment import repository_info
 
 
 def configure(*words: str) -> dict[str, Any]:
@@ -78,9 +77,7 @@ def test_right_words_are_taken() -> None:
     assert (list(config["widths"]), config["seed"]) == ([8], 3)
 
 
-def test_the_comments_of_a_model_are_what_print_config_shows(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_print_config_shows_the_comments_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     ex.run("print_config", options={"--unobserved": True})
     shown = capsys.readouterr().out
     assert re.search(r"ways = 5 .*# classes a task\x1b", shown)
@@ -135,47 +132,27 @@ def test_a_far_name_gets_no_suggestion() -> None:
     assert nearest("zzzz", ["lr", "data.ways"]) == ""
 
 
-@pytest.mark.parametrize("word", ["data.wayz=3", "steps=1.5", "quik", "misspelt"])
-def test_a_wrong_word_starts_and_records_nothing(tmp_path: Path, word: str) -> None:
-    code, output = run(environment(tmp_path), "with", word)
-    assert code == 1 and output.startswith("error: ") and output.count("\n") == 1
+PROCESSES = {
+    "with data.wayz=3": (1, "error: no configuration"), "with quik": (1, "error: no named config"),
+    "with steps=1.5": (1, "error: steps: "), "with misspelt": (1, "error: no configuration"),
+    "-u with quick": (0, "\nend\n"), "--no-such-option": (2, "Usage:"),
+    "-u with fault=user": (1, "\nerror: the toy was told to fail\n"),
+    "-u with fault=artifact": (1, "FileNotFoundError: [Errno 2] No such file or directory: 'no/"),
+    "-u with fault=value": (1, "TypeError: metric 'loss' must be a number or a one-element tensor"),
+    "-u with fault=name": (1, "ValueError: a metric's name is a string such as 'train/loss'"),
+}  # fmt: skip
+"""Exit status, and what is printed; a refused configuration alone, and after nothing else."""
+
+
+@pytest.mark.parametrize("words", PROCESSES)
+def test_what_is_wrong_or_unobserved_records_nothing(tmp_path: Path, words: str) -> None:
+    code, output = run(tmp_path, *words.split())
+    status, text = PROCESSES[words]
+    assert code == status and text in output
+    if text.startswith("error: "):
+        assert output.startswith(text) and output.count("\n") == 1
+    assert "Traceback" not in output or "Error: " in text
     assert not any(tmp_path.iterdir())
-
-
-def test_an_unobserved_run_starts_and_records_nothing(tmp_path: Path) -> None:
-    code, output = run(environment(tmp_path), "-u", "with", "quick")
-    assert code == 0 and "end" in output
-    assert not any(tmp_path.iterdir())
-
-
-def test_a_wrong_usage_exits_with_2(tmp_path: Path) -> None:
-    code, output = run(environment(tmp_path), "--no-such-option")
-    assert code == 2 and "Usage:" in output
-
-
-def test_an_error_the_user_made_is_one_line(tmp_path: Path) -> None:
-    code, output = run(environment(tmp_path), "-u", "with", "fault=user")
-    assert code == 1 and "Traceback" not in output
-    assert output.splitlines()[-1] == "error: the toy was told to fail"
-
-
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        ("artifact", "FileNotFoundError: [Errno 2] No such file or directory: 'no/such/file.txt'"),
-        ("value", "TypeError: metric 'loss' must be a number or a one-element tensor"),
-        ("name", "ValueError: a metric's name is a string such as 'train/loss'"),
-    ],
-)
-def test_a_wrong_record_is_an_error_at_the_call(
-    tmp_path: Path, fault: str, message: str
-) -> None:
-    code, output = run(environment(tmp_path), "-u", "with", f"fault={fault}")
-    assert code == 1 and message in output
-
-
-def test_a_folder_without_a_commit_has_no_repository(tmp_path: Path) -> None:
-    assert repository_info(tmp_path) == []
 
 
 PLAIN = {

@@ -7,44 +7,37 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pymongo
 import pytest
 from fake_mongod import FakeMongod, refusal
+from pytest import CaptureFixture, MonkeyPatch
 from toy_experiment import ex as toy
-from toy_process import Server, environment, journals, run, start, wait_for
-from toy_process import finish as wait
+from toy_process import Server, connected, finish, journals, run, start, wait_for
 
 from experiments.tracking import UserError, embedded
 from experiments.tracking.database import Choice, choose
 from experiments.tracking.experiment import repository_info
 from experiments.tracking.values import redacted, secrets_of
 
+pytest_plugins = ("toy_process",)
+pytestmark = pytest.mark.usefixtures("data")  # no database is named
 PASSWORD = "s3cret/w0rd"
 QUOTED = "s3cret%2Fw0rd"
 SECRETS = (PASSWORD, QUOTED)
 
 
-@pytest.fixture
-def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
-    """An environment that names no database."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("L2L_IMPLICIT_MONGO_URL", "L2L_IMPLICIT_MONGO_URL_FILE"):
-        monkeypatch.delenv(name, raising=False)
-    return monkeypatch
-
-
-def test_the_order_of_the_choice(clean: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_order_of_the_choice(monkeypatch: MonkeyPatch, tmp_path: Path) -> None:
     assert choose() == Choice(None, "embedded")
     path = tmp_path / ".config/l2l_implicit/mongo_url"
     path.parent.mkdir(parents=True)
     path.write_text("mongodb://there/name\n")
     path.chmod(0o600)
     assert choose() == Choice("mongodb://there/name", str(path))
-    clean.setenv("L2L_IMPLICIT_MONGO_URL", "mongodb+srv://cluster/x")
+    monkeypatch.setenv("L2L_IMPLICIT_MONGO_URL", "mongodb+srv://cluster/x")
     assert choose() == Choice("mongodb+srv://cluster/x", "L2L_IMPLICIT_MONGO_URL")
-    assert choose("host:1:db").url == "mongodb://host:1/db"
-    assert choose("host:1").url == "mongodb://host:1/l2l_implicit"
-    assert choose("db").url == "mongodb://localhost:27017/db"
+    for option, url in (("host:1:db", "mongodb://host:1/db"),
+                        ("host:1", "mongodb://host:1/l2l_implicit"),
+                        ("db", "mongodb://localhost:27017/db")):  # fmt: skip
+        assert choose(option) == Choice(url, "-m")
 
 
 SECRET_URL = f"mongodb://me:{QUOTED}@there".encode()
@@ -55,67 +48,52 @@ SECRET_URL = f"mongodb://me:{QUOTED}@there".encode()
     (bytes(range(256)), 0o600, "must hold a URL that starts with mongodb://"),
 ])  # fmt: skip
 def test_a_url_file_that_will_not_do_is_refused(
-    clean: pytest.MonkeyPatch, tmp_path: Path, content: bytes | None, mode: int, message: str
+    monkeypatch: MonkeyPatch, tmp_path: Path, content: bytes | None, mode: int, message: str
 ) -> None:
     path = tmp_path / "url"
     if content is not None:
         path.write_bytes(content)
         path.chmod(mode)
-    clean.setenv("L2L_IMPLICIT_MONGO_URL_FILE", str(path))
+    monkeypatch.setenv("L2L_IMPLICIT_MONGO_URL_FILE", str(path))
     with pytest.raises(UserError, match=message) as caught:
         choose()
     assert str(path) in str(caught.value) and QUOTED not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("option", "variable", "message"),
-    [
-        (f"mongodb://me:{QUOTED}@there", "", "-m takes HOST:PORT:DB"),
-        (f"me:{QUOTED}@there:1:db", "", "-m takes HOST:PORT:DB"),
-        (f"{PASSWORD}@there", "", "-m takes HOST:PORT:DB"),
-        ("s3cret@there", "", "-m takes HOST:PORT:DB"),  # which Sacred takes for a name
-        ("host:1:db.collection", "", "-m takes HOST:PORT:DB"),
-        ("!", "", "-m takes HOST:PORT:DB"),
-        (None, f"me:{QUOTED}@there", "must hold a URL that starts with mongodb://"),
-    ],
-)
-def test_a_malformed_address_is_refused(
-    clean: pytest.MonkeyPatch, option: str | None, variable: str, message: str
-) -> None:
-    clean.setenv("L2L_IMPLICIT_MONGO_URL", variable)
-    with pytest.raises(UserError, match=message) as caught:
+@pytest.mark.parametrize("option", [
+    f"mongodb://me:{QUOTED}@there", f"me:{QUOTED}@there:1:db", f"{PASSWORD}@there",
+    "s3cret@there",  # which Sacred takes for a name
+    "host:1:db.collection", "!", None,
+])  # fmt: skip
+def test_a_malformed_address_is_refused(monkeypatch: MonkeyPatch, option: str | None) -> None:
+    monkeypatch.setenv("L2L_IMPLICIT_MONGO_URL", f"me:{QUOTED}@there")
+    wanted = "-m takes HOST:PORT:DB" if option else "must hold a URL that starts with mongodb://"
+    with pytest.raises(UserError, match=wanted) as caught:
         choose(option)
     assert "s3cret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("variable", ["L2L_IMPLICIT_MONGO_TIMEOUT", "L2L_IMPLICIT_MONGO_PATIENCE"])
 def test_a_time_limit_that_is_none_is_one_line_at_the_start(tmp_path: Path, variable: str) -> None:
-    code, output = run(environment(tmp_path, **{variable: "soon"}), "with", "quick")
+    code, output = run(tmp_path, "with", "quick", **{variable: "soon"})
     assert (code, output) == (1, f"error: {variable} must be a number of seconds, got 'soon'\n")
 
 
-def test_a_missing_embedded_server_says_what_to_install(
-    clean: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    clean.setattr(embedded, "EXECUTABLE", "no-such-server")
-    clean.setenv("L2L_IMPLICIT_DATA", str(tmp_path))
+def test_a_missing_embedded_server_says_what_to_install(monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "EXECUTABLE", "no-such-server")
     with pytest.raises(UserError, match=r'pip install "l2l_implicit\[experiments\]"'):
         embedded.EmbeddedServer()
 
 
-@pytest.mark.parametrize(
-    ("url", "message"),
-    [
-        ("mongodb://me:{}@127.0.0.1:1/x", "no database answers (L2L_IMPLICIT_MONGO_URL): 127"),
-        ("mongodb://me:{}@127.0.0.1:port", "is not valid"),
-        ("mongodb://me:{}/@@there", "is not valid"),
-    ],
-)
+@pytest.mark.parametrize(("url", "message"), [
+    ("mongodb://me:{}@127.0.0.1:1/x", "no database answers (L2L_IMPLICIT_MONGO_URL): 127"),
+    ("mongodb://me:{}@127.0.0.1:port", "is not valid"), ("mongodb://me:{}/@@there", "is not valid"),
+])  # fmt: skip
 def test_a_wrong_url_is_one_line_at_once(tmp_path: Path, url: str, message: str) -> None:
     """At once: it has not the patience, of an hour, that a run has with its database."""
     own = {"L2L_IMPLICIT_MONGO_TIMEOUT": "1", "L2L_IMPLICIT_MONGO_PATIENCE": "3600"}
-    env = environment(tmp_path, L2L_IMPLICIT_MONGO_URL=url.format(QUOTED), **own)
-    code, output = run(env, "with", "quick")
+    own["L2L_IMPLICIT_MONGO_URL"] = url.format(QUOTED)
+    code, output = run(tmp_path, "with", "quick", **own)
     assert code == 1 and message in output and output.count("\n") == 1
     assert not any(secret in output for secret in SECRETS)
 
@@ -137,35 +115,26 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "quota": ({"insert": refusal(8000, "AtlasError", QUOTA)}, "is full"),
     "atlas password": ({"find": refusal(8000, "AtlasError", "bad auth : authentication failed")},
                        "refuses the user name or password"),
+    "TLS": ({}, "if it asks for TLS, the URL needs tls=true"),
     "anything else": ({"insert": refusal(72, "InvalidOptions", "strange")}, "strange"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_a_server_that_refuses_is_one_line_at_the_start(
-    clean: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+    monkeypatch: MonkeyPatch, data: Path, capsys: CaptureFixture[str], name: str
 ) -> None:
     refused, message = REFUSALS[name]
-    clean.setenv("L2L_IMPLICIT_DATA", str(tmp_path / "data"))
-    with FakeMongod(refused) as server:
+    with FakeMongod(refused, hangs_up=not refused) as server:
         user = f"me:{QUOTED}@" if "saslStart" in refused else ""
-        clean.setenv("L2L_IMPLICIT_MONGO_URL", f"mongodb://{user}{server.address}/lab")
+        monkeypatch.setenv("L2L_IMPLICIT_MONGO_URL", f"mongodb://{user}{server.address}/lab")
         with pytest.raises(SystemExit) as stopped:
             toy.run_commandline(["toy", "with", "quick"])
         assert set(refused) <= set(server.seen)
-    lines = [line for line in capsys.readouterr().out.splitlines() if "error" in line]
-    assert stopped.value.code == 1 and len(lines) == 1
-    assert lines[0].startswith("error: ") and message in lines[0]
-    assert not any(secret in lines[0] for secret in SECRETS)
-    assert not journals(tmp_path / "data")
-
-
-def test_a_server_that_wants_tls_is_one_line_at_the_start(tmp_path: Path) -> None:
-    with FakeMongod(hangs_up=True) as server:
-        env = environment(tmp_path, L2L_IMPLICIT_MONGO_URL=f"mongodb://{server.address}/lab")
-        code, output = run(env, "with", "quick")
-    assert (code, output.count("\n")) == (1, 1)
-    assert "if it asks for TLS, the URL needs tls=true" in output
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "error" in line]
+    assert stopped.value.code == 1 and line.startswith("error: ") and message in line
+    assert not any(secret in line for secret in SECRETS)
+    assert not journals(data)
 
 
 @pytest.fixture(scope="module")
@@ -174,10 +143,9 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("guarded")
     unguarded = Server(folder)
     unguarded.start()
-    client: Any = pymongo.MongoClient(unguarded.address)
-    client.admin.command("createUser", "me", pwd=PASSWORD, roles=["root"])
-    client.admin.command("fsync")
-    client.close()
+    with connected(unguarded.address) as database:
+        database.client.admin.command("createUser", "me", pwd=PASSWORD, roles=["root"])
+        database.client.admin.command("fsync")
     unguarded.kill()
     server = Server(folder, "--auth")
     server.start()
@@ -185,38 +153,29 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server.kill()
 
 
-def guarded_url(server: Server, password: str = QUOTED) -> str:
-    return f"mongodb://me:{password}@{server.address}/lab?authSource=admin"
-
-
-def everything(server: Server) -> str:
+def everything(url: str) -> str:
     """All that the server holds, files included."""
-    client: Any = pymongo.MongoClient(guarded_url(server))
-    database = client["lab"]
-    text = "".join(
-        str(document) for name in database.list_collection_names()
-        for document in database[name].find()
-    )
-    client.close()
-    return text
+    with connected(url) as database:
+        lab = database.client["lab"]
+        return "".join(str(d) for name in lab.list_collection_names() for d in lab[name].find())
 
 
-def test_no_password_reaches_the_database_the_output_or_the_journal(
-    tmp_path: Path, guarded: Server
-) -> None:
-    url = {"L2L_IMPLICIT_MONGO_URL": guarded_url(guarded), "L2L_IMPLICIT_MONGO_PATIENCE": "0.1"}
-    env, gate = environment(tmp_path, **url), tmp_path / "gate"
+def test_no_password_reaches_database_output_or_journal(tmp_path: Path, guarded: Server) -> None:
+    url, gate = f"mongodb://me:{QUOTED}@{guarded.address}/lab?authSource=admin", tmp_path / "gate"
+    own = {"L2L_IMPLICIT_MONGO_URL": url, "L2L_IMPLICIT_MONGO_PATIENCE": "0.1"}
     # the error's text holds the whole URL; the comment and the options hold the password
-    assert run(env, "-c", f"with {PASSWORD}", "with", "fault=leak", f"say={QUOTED}")[0] == 1
-    process = start(env, "-b", "0.2", "with", "steps=20", f"hold={gate}", f"anything={PASSWORD}")
+    leak = ("-c", f"with {PASSWORD}", "with", "fault=leak", f"say={QUOTED}")
+    assert run(tmp_path, *leak, **own)[0] == 1
+    words = ("-b", "0.2", "with", "steps=20", f"hold={gate}", f"anything={PASSWORD}")
+    process = start(tmp_path, *words, **own)
     wait_for(lambda: "train/loss" in "".join(path.read_text() for path in journals(tmp_path)))
     guarded.kill()
     gate.touch()
-    code, output = wait(process)
-    kept = journals(tmp_path)
+    code, output = finish(process)
+    (kept,) = journals(tmp_path)
     guarded.start()
-    assert code == 1 and len(kept) == 1
-    for text in (output, kept[0].read_text(), everything(guarded)):
+    assert code == 1
+    for text in (output, kept.read_text(), everything(url)):
         assert "toy" in text
         assert not any(secret in text for secret in SECRETS)
 
@@ -226,6 +185,7 @@ def test_the_token_of_a_git_remote_is_hidden(tmp_path: Path) -> None:
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
         subprocess.run(["git", "-C", tmp_path, *identity, *words], check=True)
 
+    assert repository_info(tmp_path) == []
     git("init", "-q")
     git("remote", "add", "origin", "https://me:ghp_token@host/x.git")
     assert repository_info(tmp_path) == []
@@ -234,24 +194,20 @@ def test_the_token_of_a_git_remote_is_hidden(tmp_path: Path) -> None:
     assert (found["url"], found["dirty"]) == ("https://***@host/x.git", False)
 
 
-@pytest.mark.parametrize(
-    ("text", "hidden"),
-    [
-        ("mongodb://u:pw@h:1/d", "mongodb://***@h:1/d"),
-        ("mongodb://u:p@ss@h", "mongodb://***@h"),
-        ("see https://token@host/a and mail a@b", "see https://***@host/a and mail a@b"),
-        ("http://host/path@2x.png", "http://host/path@2x.png"),
-        ("an abcdef key", "an *** key"),
-    ],
-)
+@pytest.mark.parametrize(("text", "hidden"), [
+    ("mongodb://u:pw@h:1/d", "mongodb://***@h:1/d"), ("mongodb://u:p@ss@h", "mongodb://***@h"),
+    ("see https://token@host/a and mail a@b", "see https://***@host/a and mail a@b"),
+    ("http://host/path@2x.png", "http://host/path@2x.png"), ("an abcdef key", "an *** key"),
+])  # fmt: skip
 def test_redaction(text: str, hidden: str) -> None:
     assert redacted({text: [text, 1]}, ["abcdef", "a"]) == {hidden: [hidden, 1]}
 
 
-def test_both_forms_of_a_password_are_secret() -> None:
-    assert secrets_of(f"mongodb://me:{QUOTED}@h/d") == set(SECRETS)
-    assert secrets_of("mongodb://h/d") == set()
-    key = "mongodb://h/?tls=true&tlsCertificateKeyFilePassword=of%20key"
-    assert secrets_of(key) == {"of%20key", "of key"}
-    token = "mongodb+srv://h/?authMechanismProperties=AWS_SESSION_TOKEN:abc"
-    assert "abc" in secrets_of(token)
+@pytest.mark.parametrize(("url", "secrets"), [
+    (f"mongodb://me:{QUOTED}@h/d", set(SECRETS)), ("mongodb://h/d", set()),
+    ("mongodb://h/?tls=true&tlsCertificateKeyFilePassword=of%20key", {"of%20key", "of key"}),
+    ("mongodb+srv://h/?authMechanismProperties=AWS_SESSION_TOKEN:abc",
+     {"AWS_SESSION_TOKEN:abc", "abc"}),
+])  # fmt: skip
+def test_both_forms_of_a_password_are_secret(url: str, secrets: set[str]) -> None:
+    assert secrets_of(url) == secrets

@@ -12,13 +12,13 @@ import pytest
 from toy_process import (
     Server,
     connected,
-    environment,
     finish,
     is_alive,
     journals,
     points,
     read_until,
     run,
+    served,
     server_process,
     start,
     wait_for,
@@ -27,6 +27,8 @@ from toy_process import (
 
 from experiments.tracking.uploader import upload_journal
 
+pytest_plugins = ("toy_process",)
+UPLOAD = "experiments.tracking.upload"
 STEPS = 40
 SLOW = ("-b", "0.2", "with", f"steps={STEPS}")
 LOSSES = [1 / (1 + step) for step in range(STEPS)]
@@ -41,32 +43,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def embedded(data: Path) -> Iterator[Any]:
     """The embedded server's database, kept up by the documented command."""
-    process = start(environment(data), module="experiments.tracking.serve")
-    assert process.stdout is not None
-    address = process.stdout.readline().strip()
-    with connected(address) as database:
+    with served(data) as address, connected(address) as database:
         yield database
-    process.terminate()
-    assert finish(process)[0] == 0
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    """A server with a URL."""
-    server = Server(tmp_path / "server")
-    server.start()
-    yield server
-    server.kill()
 
 
 @pytest.fixture
 def gate(tmp_path: Path) -> Path:
     """A run with ``hold=`` this file waits at its middle until the file is there."""
     return tmp_path / "gate"
-
-
-def url(server: Server) -> dict[str, str]:
-    return {"L2L_IMPLICIT_MONGO_URL": f"mongodb://{server.address}"}
 
 
 def half_done(database: Any, run_id: int) -> bool:
@@ -77,12 +61,15 @@ def latest(database: Any) -> dict[str, Any]:
     return database["runs"].find_one({}, sort=[("_id", -1)]) or {"_id": 0}
 
 
-def test_killing_the_embedded_server_costs_nothing(
-    data: Path, embedded: Any, gate: Path
-) -> None:
-    before = latest(embedded)["_id"]
-    process = start(environment(data), *SLOW, f"hold={gate}")
-    wait_for(lambda: latest(embedded)["_id"] > before and half_done(embedded, before + 1))
+def printed(run: dict[str, Any]) -> list[str]:
+    """Without what is said of the outage."""
+    return [line for line in run["captured_out"].splitlines() if "database" not in line]
+
+
+def test_killing_the_embedded_server_costs_nothing(data: Path, embedded: Any, gate: Path) -> None:
+    number = latest(embedded)["_id"] + 1
+    process = start(data, *SLOW, f"hold={gate}")
+    wait_for(lambda: half_done(embedded, number))
     old = server_process(data)
     os.kill(old, signal.SIGKILL)
     gate.touch()
@@ -90,14 +77,25 @@ def test_killing_the_embedded_server_costs_nothing(
     assert code == 0, output
     assert not is_alive(old) and server_process(data) != old
     assert latest(embedded)["status"] == "COMPLETED"
-    assert points(embedded, before + 1)["train/loss"] == LOSSES
+    assert points(embedded, number)["train/loss"] == LOSSES
     assert not journals(data)
 
 
-def test_an_outage_in_mid_run_loses_nothing(
-    tmp_path: Path, server: Server, gate: Path
-) -> None:
-    process = start(environment(tmp_path, **url(server)), *SLOW, f"hold={gate}")
+def test_what_is_uploaded_survives_a_crash_just_afterwards(tmp_path: Path, server: Server) -> None:
+    losses = [float(step) for step in range(50)]
+    with connected(server.address) as database:
+        for number in (1, 2):
+            write_journal(tmp_path / "r", number, losses)
+            upload_journal(tmp_path / "r", database)
+            server.kill()
+            server.start()
+            assert points(database, number) == {"loss": losses}
+            assert database["runs"].find_one({"_id": number})["status"] == "COMPLETED"
+
+
+def test_an_outage_for_a_while_and_one_for_good(tmp_path: Path, server: Server, gate: Path) -> None:
+    seeded = (*SLOW, "seed=1", "say=hello", f"hold={gate}")
+    process = start(tmp_path, *seeded, **server.url)
     with connected(server.address) as database:
         wait_for(lambda: half_done(database, 1))
         server.kill()
@@ -106,49 +104,28 @@ def test_an_outage_in_mid_run_loses_nothing(
         gate.touch()
         code, output = finish(process)
         assert code == 0 and "The database is back" in output, output
-        assert latest(database)["status"] == "COMPLETED"
-        assert points(database, 1)["train/loss"] == LOSSES
-    assert not journals(tmp_path)
+        assert latest(database)["status"] == "COMPLETED" and not journals(tmp_path)
 
-
-def test_what_is_uploaded_survives_a_crash_just_afterwards(
-    tmp_path: Path, server: Server
-) -> None:
-    losses = [float(step) for step in range(50)]
-    with connected(server.address) as database:
-        for number in (1, 2):
-            upload_journal(write_journal(tmp_path / f"run{number}", number, losses), database)
-            server.kill()
-            server.start()
-            assert points(database, number) == {"loss": losses}
-            assert database["runs"].find_one({"_id": number})["status"] == "COMPLETED"
-
-
-def test_a_database_that_never_comes_back(tmp_path: Path, server: Server, gate: Path) -> None:
-    env = environment(tmp_path, **url(server), L2L_IMPLICIT_MONGO_PATIENCE="0.5")
-    seeded = (*SLOW, "seed=1", "say=hello", f"hold={gate}")
-    gate.touch()
-    assert run(env, *seeded)[0] == 0
-    gate.unlink()
-    process = start(env, *seeded)
-    with connected(server.address) as database:
-        wait_for(lambda: half_done(database, 2))
-    server.kill()
-    gate.touch()
-    code, output = finish(process)
-    kept = journals(tmp_path)
-    assert code == 1 and len(kept) == 1
-    assert "error: run 2 is not wholly in the database" in output
-    assert f"python -m experiments.tracking.upload {kept[0]}" in output
-    server.start()
-    with connected(server.address) as database:
+        gate.unlink()
+        process = start(tmp_path, *seeded, **server.url, L2L_IMPLICIT_MONGO_PATIENCE="0.5")
+        # the run's own document goes last, and to the disk
+        wait_for(lambda: half_done(database, 2) and latest(database)["info"].get("metrics"))
+        server.kill()
+        gate.touch()
+        code, output = finish(process)
+        (kept,) = journals(tmp_path)
+        assert code == 1 and "error: run 2 is not wholly in the database" in output
+        assert f"python -m {UPLOAD} {kept}" in output
+        server.start()
         assert latest(database)["status"] == "RUNNING"
-        code, output = run(env, str(kept[0]), module="experiments.tracking.upload")
+        code, output = run(tmp_path, str(kept), module=UPLOAD, **server.url)
         assert code == 0 and "run 2: COMPLETED" in output
+
         undisturbed, restored = database["runs"].find().sort("_id", 1)
         assert points(database, 1)["train/loss"] == points(database, 2)["train/loss"] == LOSSES
-        same = ("status", "config", "result", "command", "host", "resources", "captured_out")
+        same = ("status", "config", "result", "command", "host", "resources")
         assert {key: undisturbed[key] for key in same} == {key: restored[key] for key in same}
+        assert printed(undisturbed) == printed(restored)
         assert undisturbed["experiment"]["sources"] == restored["experiment"]["sources"]
         assert undisturbed.keys() == restored.keys()
         names = [file["filename"] for file in database["fs.files"].find()]
@@ -159,7 +136,7 @@ def test_a_database_that_never_comes_back(tmp_path: Path, server: Server, gate: 
 def test_a_signal_interrupts_the_run(data: Path, embedded: Any) -> None:
     before = latest(embedded)["_id"]
     signals = {signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGINT: 130}
-    processes = [start(environment(data), *SLOW, "steps=100000", "pause=0.04") for _ in signals]
+    processes = [start(data, *SLOW, "steps=100000", "pause=0.04") for _ in signals]
     new = [before + 1, before + 2, before + 3]
     wait_for(lambda: all(half_done(embedded, number) for number in new))
     for process, number in zip(processes, signals, strict=True):
@@ -173,16 +150,16 @@ def test_a_signal_interrupts_the_run(data: Path, embedded: Any) -> None:
 
 
 def test_the_next_run_marks_a_killed_one(data: Path, embedded: Any) -> None:
-    before = latest(embedded)["_id"]
-    process = start(environment(data), "-b", "3000", "with", "steps=100000", "pause=0.05")
-    journal = wait_for(lambda: journals(data))[0]
-    wait_for(lambda: journal.exists() and journal.read_text().count("train/loss") > 5)
+    number = latest(embedded)["_id"] + 1
+    process = start(data, "-b", "3000", "with", "steps=100000", "pause=0.05")
+    (journal,) = wait_for(lambda: journals(data))
+    wait_for(lambda: journal.read_text().count("train/loss") > 5)
     process.kill()
     finish(process)
     assert latest(embedded)["status"] == "RUNNING"
-    code, output = run(environment(data), "with", "quick")
-    assert code == 0 and f"Uploaded the record that run {before + 1} left; its end is" in output
-    killed = embedded["runs"].find_one({"_id": before + 1})
+    code, output = run(data, "with", "quick")
+    assert code == 0 and f"Uploaded the record that run {number} left; its end is" in output
+    killed = embedded["runs"].find_one({"_id": number})
     assert killed["status"] == "FAILED" and killed["fail_trace"][0].startswith("killed")
-    assert len(points(embedded, before + 1)["train/loss"]) > 5
+    assert len(points(embedded, number)["train/loss"]) > 5
     assert not journals(data)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-import platform
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,57 +17,60 @@ import pytest
 import torch
 from bson import ObjectId
 from fake_mongod import FakeMongod
+from pytest import MonkeyPatch
 from sacred.observers import RunObserver
-from toy_process import (
-    NOW,
-    Server,
-    environment,
-    finish,
-    points,
-    run,
-    start,
-    wait_for,
-    write_journal,
-)
+from toy_process import Server, finish, own_data, points, run, start, wait_for, write_journal
 
-from experiments.tracking import TrackedExperiment, TrackingError, open_database, uploader
+from experiments.tracking import TrackedExperiment, TrackingError, open_database, uploader, values
 from experiments.tracking.journal import Journal, JournalReader
 from experiments.tracking.uploader import Uploader, upload_journal
-from experiments.tracking.values import (
-    CUT,
-    HEAD,
-    TAIL,
-    Tape,
-    as_number,
-    as_step,
-    check_name,
-    keep_output,
-    storable,
-)
+
+pytest_plugins = ("toy_process",)
+UPLOAD = "experiments.tracking.upload"
+LONGEST = values.HEAD + len(values.CUT) + values.TAIL
+ARTIFACT = bytes(300_000)  # two chunks
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A data folder, also this process's own."""
-    folder = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("L2L_IMPLICIT_DATA", str(folder))
-        patch.setenv("HOME", str(folder))
-        patch.delenv("L2L_IMPLICIT_MONGO_URL", raising=False)
-        yield folder
+        yield own_data(patch, tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
-def database(data: Path) -> Iterator[Any]:
-    """The embedded server's database."""
+def embedded(data: Path) -> Iterator[Any]:
     with open_database() as documents:
         yield documents
 
 
+@pytest.fixture
+def database(embedded: Any) -> Iterator[Any]:
+    """The embedded server's database, empty again after each test."""
+    yield embedded
+    for name in embedded.list_collection_names():
+        embedded[name].delete_many({})
+
+
+@pytest.fixture
+def journal(data: Path) -> Iterator[Path]:
+    """Where the next run of the data folder looks for an abandoned journal."""
+    path = data / "journals" / "run-t.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    yield path
+    for left in path.parent.glob("run-t*"):
+        left.unlink()
+
+
+def losses_of(database: Any, number: int = 1500) -> list[float]:
+    return list(database["metrics"].find_one({"run_id": number, "name": "loss"})["values"])
+
+
 def test_an_upload_may_be_repeated(tmp_path: Path, database: Any) -> None:
-    path, losses = write_journal(tmp_path / "r", 1000, [1.0, math.inf, 0.5]), [1.0, math.inf, 0.5]
+    losses = [1.0, math.inf, 0.5]
+    write_journal(tmp_path / "r", 1000, losses, ARTIFACT)
     for _ in range(2):
-        again = Uploader(JournalReader(path), database)
+        again = Uploader(JournalReader(tmp_path / "r"), database)
         again.upload()
         again.upload()
     stored = database["runs"].find_one({"_id": 1000})
@@ -79,53 +82,35 @@ def test_an_upload_may_be_repeated(tmp_path: Path, database: Any) -> None:
     assert database["metrics"].find_one({"_id": ObjectId(metric["id"])})["name"] == "loss"
 
 
-def change_status(database: Any) -> None:
-    database["runs"].update_one({"_id": 1400}, {"$set": {"status": "FAILED"}})
+def change_points(database: Any, **points: Any) -> None:
+    pushed = {key: points for key in ("steps", "values", "timestamps")}
+    database["metrics"].update_one({}, {"$push": pushed})
 
 
-def lose_the_run(database: Any) -> None:
-    database["runs"].delete_one({"_id": 1400})
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "its status": lambda d: d["runs"].update_one({}, {"$set": {"status": "FAILED"}}),
+    "the run": lambda d: d["runs"].delete_one({}),
+    "points": lambda d: change_points(d, **{"$each": [], "$slice": 1}),
+    "all points": lambda d: change_points(d, **{"$each": [], "$slice": 0}),
+    "a value": lambda d: d["metrics"].update_one({}, {"$set": {"values.1": 2.0000001}}),
+    "a point more": lambda d: change_points(d, **{"$each": [3]}),
+    "an artifact": lambda d: d["fs.chunks"].update_one({}, {"$set": {"data": b"0"}}),
+}
 
 
-def lose_points(database: Any, left: int = 1) -> None:
-    lost = {key: {"$each": [], "$slice": left} for key in ("steps", "values", "timestamps")}
-    database["metrics"].update_one({"run_id": 1400}, {"$push": lost})
-
-
-def lose_all_points(database: Any) -> None:
-    lose_points(database, 0)
-
-
-def change_a_value(database: Any) -> None:
-    database["metrics"].update_one({"run_id": 1400}, {"$set": {"values.1": 2.0000001}})
-
-
-def add_a_point(database: Any) -> None:
-    again = {"steps": 3, "values": 3.0, "timestamps": None}
-    database["metrics"].update_one({"run_id": 1400}, {"$push": again})
-
-
-def shorten_an_artifact(database: Any) -> None:
-    (file,) = database["fs.files"].find({"filename": "artifact://runs/1400/a.bin"})
-    database["fs.chunks"].update_one({"files_id": file["_id"]}, {"$set": {"data": b"0"}})
-
-
-@pytest.mark.parametrize("change", [change_status, lose_the_run, lose_points, lose_all_points,
-                                    change_a_value, add_a_point, shorten_an_artifact])  # fmt: skip
-def test_what_is_stored_is_read_back(tmp_path: Path, database: Any, change: Any) -> None:
-    losses = [1.0, 2.0, math.nan]
-    upload = Uploader(JournalReader(write_journal(tmp_path / "r", 1400, losses)), database)
+@pytest.mark.parametrize("what", CHANGES)
+def test_what_is_stored_is_read_back(tmp_path: Path, database: Any, what: str) -> None:
+    write_journal(tmp_path / "r", 1400, [1.0, 2.0, math.nan], ARTIFACT)
+    upload = Uploader(JournalReader(tmp_path / "r"), database)
     upload.upload()
     upload.verify()
-    change(database)
+    CHANGES[what](database)
     with pytest.raises(TrackingError, match="the database has lost"):
         upload.verify()
     upload.upload()
     upload.verify()
     assert str(points(database, 1400)) == "{'loss': [1.0, 2.0, nan]}"
     assert database["runs"].find_one({"_id": 1400})["status"] == "COMPLETED"
-    for name in ("runs", "metrics", "fs.files", "fs.chunks"):
-        database[name].delete_many({})
 
 
 NONSENSE = {"ok": 1.0, "n": "many", "nModified": None, "cursor": {"firstBatch": "x", "id": 0}}
@@ -134,52 +119,34 @@ NONSENSE = {"ok": 1.0, "n": "many", "nModified": None, "cursor": {"firstBatch": 
 @pytest.mark.parametrize("command", ["", "ping", "find", "update", "insert"])
 def test_what_is_not_stored_keeps_its_journal(tmp_path: Path, command: str) -> None:
     """A server that forgets all that it takes, and says so or answers nonsense."""
-    path = write_journal(tmp_path / "r", 1, [1.0])
+    write_journal(tmp_path / "r", 1, [1.0], ARTIFACT)
     with FakeMongod({command: NONSENSE}) as server:
         client: Any = pymongo.MongoClient(server.address, serverSelectionTimeoutMS=5000)
-        with pytest.raises(Exception):  # noqa: B017  (of pymongo, any)
-            upload_journal(path, client["lab"])
-        client.close()
-    assert path.exists()
+        with closing(client), pytest.raises(Exception):  # noqa: B017  (of pymongo, any)
+            upload_journal(tmp_path / "r", client["lab"])
+    assert (tmp_path / "r").exists()
 
 
 def test_a_number_taken_by_another_run_is_replaced(tmp_path: Path, database: Any) -> None:
-    first = write_journal(tmp_path / "one", 1200, [1.0])
-    second = write_journal(tmp_path / "two", 1200, [2.0])
-    uploads = [upload_journal(path, database) for path in (first, second)]
-    assert [upload.run_id for upload in uploads if upload] == [1200, 1201]
-    assert points(database, 1201) == {"loss": [2.0]}
-    assert not first.exists() and not second.exists()
+    for name, number, loss in (("one", 1200, 1.0), ("two", 1201, 2.0)):
+        write_journal(tmp_path / name, 1200, [loss])
+        upload = upload_journal(tmp_path / name, database)
+        assert upload is not None and upload.run_id == number
+        assert points(database, number) == {"loss": [loss]} and not (tmp_path / name).exists()
 
 
-def test_a_long_series_goes_on_in_a_second_document(
-    tmp_path: Path, database: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_series_goes_on(tmp_path: Path, database: Any, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(uploader, "POINTS_PER_DOCUMENT", 2)
-    upload_journal(write_journal(tmp_path / "r", 1300, [1.0, 2.0, 3.0, 4.0, 5.0]), database)
+    write_journal(tmp_path / "r", 1300, [1.0, 2.0, 3.0, 4.0, 5.0])
+    upload_journal(tmp_path / "r", database)
     stored = {m["name"]: m["values"] for m in database["metrics"].find({"run_id": 1300})}
     assert stored == {"loss": [1.0, 2.0], "loss (2)": [3.0, 4.0], "loss (3)": [5.0]}
 
 
 def test_a_journal_in_use_is_left_alone(tmp_path: Path, database: Any) -> None:
-    journal = Journal(tmp_path / "r", {"token": "t"})
-    assert upload_journal(journal.path, database) is None
-    assert journal.path.stat().st_mode & 0o777 == 0o600
-    journal.close()
-
-
-def small_journal(path: Path, sealed: bool = True) -> list[bytes]:
-    """The lines of a journal whose run has ended; sealed by its process, or not."""
-    journal = Journal(path, {"token": "t", "database": "embedded", "host": platform.node()})
-    document = {"_id": 1500, "meta": {"journal": "t"}, "status": "RUNNING", "info": {}}
-    journal.append({"start": {**document, "artifacts": [], "captured_out": ""}})
-    for step in range(4):
-        journal.append({"metric": "loss", "step": step, "value": 0.5 + step, "time": NOW})
-    journal.append({"set": {"status": "COMPLETED", "result": math.nan}})
-    if sealed:
-        journal.seal()
-    journal.close()
-    return path.read_bytes().splitlines(keepends=True)
+    with closing(Journal(tmp_path / "r", {"token": "t"})) as journal:
+        assert upload_journal(journal.path, database) is None
+        assert journal.path.stat().st_mode & 0o777 == 0o600
 
 
 def read(path: Path) -> tuple[int, str]:
@@ -191,7 +158,7 @@ def read(path: Path) -> tuple[int, str]:
 def test_every_change_of_a_journal_is_noticed(tmp_path: Path) -> None:
     """Each byte changed, lost or doubled, cut off at each; each line lost, doubled or moved."""
     path = tmp_path / "r"
-    lines = small_journal(path)
+    lines = write_journal(path)
     whole = path.read_bytes()
     assert read(path) == (6, "")
     changed = []
@@ -208,110 +175,88 @@ def test_every_change_of_a_journal_is_noticed(tmp_path: Path) -> None:
         assert read(path)[1], pieces
 
 
-def damaged(lines: list[bytes], how: str) -> bytes:
-    if how == "cut off":
-        return b"".join(lines[:4])
-    if how == "a digit":  # it can still be parsed
-        assert b"2.5" in lines[4]
-        return b"".join([*lines[:4], lines[4].replace(b"2.5", b"2.4"), *lines[5:]])
-    return b"".join([*lines[:4], *([lines[4]] * (2 if how == "a line twice" else 0)), *lines[5:]])
-
-
-@pytest.mark.parametrize("how", ["a digit", "a line lost", "a line twice", "cut off"])
+@pytest.mark.parametrize(("how", "line", "left"), [
+    ("a digit", 5, 3), ("a line lost", 5, 3), ("a line twice", 6, 4), ("cut off", 5, 2),
+])  # fmt: skip
 def test_a_damaged_journal_is_told_marked_and_kept(
-    data: Path, database: Any, how: str, caplog: pytest.LogCaptureFixture
+    data: Path, database: Any, journal: Path, how: str, line: int, left: int
 ) -> None:
     """By the next run, then by hand."""
-    path = data / "journals" / "run-t.jsonl"
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(damaged(small_journal(path), how))
-    code, output = run(environment(data), "with", "quick")
-    kept, line = path.with_name("run-t.jsonl.damaged"), 6 if how == "a line twice" else 5
+    *first, fifth, sixth, last = write_journal(journal)
+    changed = fifth.replace(b"2.5", b"2.4")  # it can still be parsed
+    lines = {"a digit": [changed, sixth, last], "a line lost": [sixth, last],
+             "a line twice": [fifth, fifth, sixth, last], "cut off": []}  # fmt: skip
+    journal.write_bytes(b"".join([*first, *lines[how]]))
+    code, output = run(data, "with", "quick")
+    kept = journal.with_name("run-t.jsonl.damaged")
     assert code == 0 and f"a part of run 1500 is lost: of its journal line {line}" in output
-    assert str(kept) in output and kept.exists() and not path.exists()
+    assert str(kept) in output and kept.exists() and not journal.exists()
     stored = database["runs"].find_one({"_id": 1500})
-    assert stored["status"] == "FAILED"
+    assert stored["status"] == "FAILED" and len(losses_of(database)) == left
     assert stored["fail_trace"][0].startswith("a part of the record is lost")
-    assert len(points_of(database, 1500)) == (2 if how == "cut off" else line - 2)
-    code, output = run(environment(data), str(kept), module="experiments.tracking.upload")
+    code, output = run(data, str(kept), module=UPLOAD)
     assert code == 1 and "a part of run 1500 is lost" in output and kept.exists()
     assert database["runs"].find_one({"_id": 1500})["status"] == "FAILED"
-    kept.unlink()
-    database["runs"].delete_one({"_id": 1500})
-    database["metrics"].delete_many({"run_id": 1500})
 
 
-def test_a_journal_without_its_beginning(data: Path, database: Any) -> None:
+def test_a_journal_without_its_beginning(data: Path, database: Any, journal: Path) -> None:
     """Without the start the run is marked; without the header it is uploaded by hand."""
-    path = data / "journals" / "run-t.jsonl"
-    path.parent.mkdir(exist_ok=True)
-    lines = small_journal(path)
-    path.write_bytes(b"".join([lines[0], *lines[2:]]))
-    database["runs"].insert_one({"_id": 1500, "meta": {"journal": "t"}, "status": "RUNNING"})
-    code, output = run(environment(data), "with", "quick")
+    lines = write_journal(journal)
+    journal.write_bytes(b"".join([lines[0], *lines[2:]]))
+    own = {"_id": 1500, "meta": {"journal": journal.name}, "status": "RUNNING"}
+    database["runs"].insert_one(own)
+    code, output = run(data, "with", "quick")
     assert code == 0 and "run-t.jsonl is not the journal of a run, or its beginning" in output
     stored = database["runs"].find_one({"_id": 1500})
     assert stored["status"] == "FAILED" and stored["fail_trace"] == ["line 2 is damaged or missing"]
     database["runs"].delete_one({"_id": 1500})
-    path.write_bytes(b"".join(lines[1:]))
-    code, output = run(environment(data), "with", "quick")
+    journal.write_bytes(b"".join(lines[1:]))
+    code, output = run(data, "with", "quick")
     assert code == 0 and "Cannot upload run-t.jsonl: its beginning is damaged" in output
-    code, output = run(environment(data), str(path), module="experiments.tracking.upload")
+    code, output = run(data, str(journal), module=UPLOAD)
     assert code == 1 and "a part of run 1500 is lost: of its journal line 1" in output
-    assert points_of(database, 1500) == [0.5, 1.5, 2.5, 3.5]
-    path.with_name("run-t.jsonl.damaged").unlink()
-    database["runs"].delete_one({"_id": 1500})
-    database["metrics"].delete_many({"run_id": 1500})
+    assert losses_of(database) == [0.5, 1.5, 2.5, 3.5]
 
 
-def points_of(database: Any, number: int) -> list[float]:
-    return list(database["metrics"].find_one({"run_id": number, "name": "loss"})["values"])
-
-
-def test_a_journal_cut_afterwards_takes_nothing_from_the_database(
-    tmp_path: Path, database: Any
-) -> None:
+def test_a_journal_cut_afterwards_takes_nothing_away(tmp_path: Path, database: Any) -> None:
     path = tmp_path / "r"
-    lines = small_journal(path, sealed=False)
+    lines = write_journal(path, sealed=False)
     path.write_bytes(b"".join(lines[:-1]))
-    upload = Uploader(JournalReader(path), database)
-    upload.upload()
+    Uploader(JournalReader(path), database).upload()
     path.write_bytes(b"".join(lines[:4]))
     ended = upload_journal(path, database)
     assert ended is not None and ended.document["status"] == "FAILED" and not path.exists()
-    assert points_of(database, 1500) == [0.5, 1.5, 2.5, 3.5]
+    assert losses_of(database) == [0.5, 1.5, 2.5, 3.5]
 
 
 def test_what_is_whole_in_the_database_stays_so(tmp_path: Path, database: Any) -> None:
     path = tmp_path / "r"
-    lines = small_journal(path)
+    lines = write_journal(path)
     Uploader(JournalReader(path), database).upload()
     before = database["runs"].find_one({"_id": 1500})
-    path.write_bytes(damaged(lines, "a line lost"))
+    path.write_bytes(b"".join([*lines[:4], *lines[5:]]))
     with pytest.raises(TrackingError, match="the rest is in the database, as COMPLETED"):
         upload_journal(path, database)
-    after = database["runs"].find_one({"_id": 1500})
-    assert str(after) == str(before) and points_of(database, 1500) == [0.5, 1.5, 2.5, 3.5]
+    assert str(database["runs"].find_one({"_id": 1500})) == str(before)
+    assert losses_of(database) == [0.5, 1.5, 2.5, 3.5]
 
 
-def test_a_line_that_cannot_be_written_leaves_no_trace(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_half_a_written_line_leaves_no_trace(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     """A full disk takes a part of a line."""
-    journal, real = Journal(tmp_path / "r", {"token": "t"}), os.pwrite
-    journal.append({"set": {"a": 1}})
-    monkeypatch.setattr(os, "pwrite", lambda file, line, at: real(file, line[:9], at))
-    with pytest.raises(TrackingError, match="the record cannot be written"):
-        journal.append({"set": {"b": 1}})
-    monkeypatch.undo()
-    journal.append({"set": {"status": "COMPLETED"}})
-    journal.seal()
-    journal.close()
+    with closing(Journal(tmp_path / "r", {"token": "t"})) as journal:
+        journal.append({"set": {"a": 1}})
+        with monkeypatch.context() as patch:
+            real = os.pwrite
+            patch.setattr(os, "pwrite", lambda file, line, at: real(file, line[:9], at))
+            with pytest.raises(TrackingError, match="the record cannot be written"):
+                journal.append({"set": {"b": 1}})
+        journal.append({"set": {"status": "COMPLETED"}})
+        journal.seal()
     assert read(tmp_path / "r") == (2, "")
 
 
 def test_a_line_is_read_once_it_is_whole(tmp_path: Path) -> None:
-    lines = small_journal(tmp_path / "r")
+    lines = write_journal(tmp_path / "r")
     (tmp_path / "r").write_bytes(b"".join(lines[:3]) + lines[3][:20])
     with closing(JournalReader(tmp_path / "r")) as reader, open(tmp_path / "r", "ab") as file:
         assert len(list(reader.entries())) == 2 and not list(reader.entries())
@@ -322,72 +267,61 @@ def test_a_line_is_read_once_it_is_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{}\n", b"[]", b"null\n", bytes(5000), b"\xff\n" * 9])
-def test_a_strange_file_is_no_journal(data: Path, database: Any, content: bytes) -> None:
-    path = data / "journals" / "run-strange.jsonl"
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(content)
-    code, output = run(environment(data), "with", "quick")
-    assert code == 0 and f"Cannot upload {path.name}: " in output
-    code, output = run(environment(data), str(path), module="experiments.tracking.upload")
+def test_what_is_no_journal(data: Path, database: Any, journal: Path, content: bytes) -> None:
+    journal.write_bytes(content)
+    code, output = run(data, "with", "quick")
+    assert code == 0 and f"Cannot upload {journal.name}: " in output
+    code, output = run(data, str(journal), module=UPLOAD)
     assert code == 1 and "is not the journal of a run" in output and output.count("\n") == 1
-    assert path.read_bytes() == content
-    path.unlink()
+    assert journal.read_bytes() == content
 
 
-@pytest.mark.parametrize(
-    "value",
-    [2, 2.0, np.float32(2), np.int64(2), np.array([[2.0]]), torch.tensor(2.0),
-     torch.ones(1, requires_grad=True) * 2],
-)
-def test_scalars_of_every_kind_are_numbers(value: Any) -> None:
-    assert as_number("loss", value) == 2 and type(as_number("loss", value)) in (int, float)
+TWO = [2, 2.0, np.float32(2), np.int64(2), np.array([[2.0]]), torch.tensor(2.0),
+       torch.ones(1, requires_grad=True) * 2]  # fmt: skip
 
 
-@pytest.mark.parametrize("value", [None, "2", [2.0], np.zeros(2), torch.zeros(0), 1j])
-def test_what_is_no_number_is_refused(value: Any) -> None:
-    with pytest.raises(TypeError, match="metric 'loss' must be a number"):
-        as_number("loss", value)
+def test_scalars_of_every_kind_are_numbers_and_steps_whole_ones() -> None:
+    for number in (values.as_number("loss", two) for two in TWO):
+        assert number == 2 and type(number) in (int, float)
+    assert (values.as_step("loss", np.int32(3)), values.as_step("loss", None)) == (3, None)
 
 
-def test_steps_are_whole_numbers() -> None:
-    assert (as_step("loss", np.int32(3)), as_step("loss", None)) == (3, None)
-    for step in (0.5, 2**63):
-        with pytest.raises(TypeError, match=f"'loss' must be an int of 64 bits, got {step}"):
-            as_step("loss", step)
+@pytest.mark.parametrize(("check", "wrong", "error", "message"), [
+    (partial(values.as_number, "loss"), [None, "2", [2.0], np.zeros(2), torch.zeros(0), 1j],
+     TypeError, "metric 'loss' must be a number"),
+    (partial(values.as_step, "loss"), [0.5, 2**63], TypeError, "must be an int of 64 bits, got"),
+    (values.check_name, ["", "a.b", "$a", "a\0", "\udc80", 3, None], ValueError,
+     "a metric's name is a string such as 'train/loss'"),
+])  # fmt: skip
+def test_what_cannot_be_stored(check: Any, wrong: list[Any], error: Any, message: str) -> None:
+    for value in wrong:
+        with pytest.raises(error, match=message):
+            check(value)
 
 
-@pytest.mark.parametrize("name", ["", "a.b", "$a", "a\0", "\udc80", 3, None])
-def test_a_name_that_cannot_be_stored_is_refused(name: Any) -> None:
-    with pytest.raises(ValueError, match="a metric's name is a string such as 'train/loss'"):
-        check_name(name)
-
-
-def test_text_that_mongodb_cannot_hold_is_escaped(tmp_path: Path, database: Any) -> None:
-    text = {"a\0b\udc80": "\udc80", "list": ["x\ud800"]}
-    database["odd"].insert_one({"_id": 1, "value": storable(text)})
-    kept = database["odd"].find_one({"_id": 1})["value"]
-    assert kept == {"a\\0b\\udc80": "\\udc80", "list": ["x\\ud800"]}
-
-
-def test_anything_becomes_plain_data() -> None:
-    value = {1: np.float64(0.5), "big": 2**70, "a": np.arange(2), "t": (torch.ones(2), {3})}
-    plain = {"1": 0.5, "big": str(2**70), "a": [0, 1], "t": [[1.0, 1.0], [3]]}
-    assert storable(value) == plain and type(storable(value)["1"]) is float
-    assert isinstance(storable(threading.Event()), (dict, str))
+def test_anything_becomes_plain_data(database: Any) -> None:
+    value = {1: np.float64(0.5), "big": 2**70, "a": np.arange(2), "t": (torch.ones(2), {3}),
+             "a\0b\udc80": "\udc80", "list": ["x\ud800"]}  # fmt: skip
+    plain = {"1": 0.5, "big": str(2**70), "a": [0, 1], "t": [[1.0, 1.0], [3]],
+             "a\\0b\\udc80": "\\udc80", "list": ["x\\ud800"]}  # fmt: skip
+    assert values.storable(value) == plain and type(values.storable(value)["1"]) is float
+    assert isinstance(values.storable(threading.Event()), (dict, str))
+    database["odd"].insert_one({"_id": 1, "value": values.storable(value)})
+    assert database["odd"].find_one({"_id": 1})["value"] == plain
 
 
 def test_output_is_drawn_and_cut() -> None:
-    assert keep_output("a 1%\ra 2%\nb\n") == "a 2%\nb\n"
-    assert keep_output("a 2%\r") == "a 2%\r"
+    assert values.keep_output("a 1%\ra 2%\nb\n") == "a 2%\nb\n"
+    assert values.keep_output("a 2%\r") == "a 2%\r"
     text = ""
     for chunk in range(30):
-        text = keep_output(text + str(chunk % 10) * 100_000)
-    assert len(text) == HEAD + len(CUT) + TAIL and text.count("output cut here") == 1
+        text = values.keep_output(text + str(chunk % 10) * 100_000)
+    assert len(text) == LONGEST and text.count("output cut here") == 1
     assert text.startswith("0") and text.endswith("9" * 100_000)
 
 
 def test_what_is_printed_is_read_once_and_not_kept() -> None:
-    tape, read = Tape(), []
+    tape, read = values.Tape(), []
     writers = [threading.Thread(target=lambda: [tape.write("x") for _ in range(5000)])
                for _ in range(4)]  # fmt: skip
     for writer in writers:
@@ -400,9 +334,9 @@ def test_what_is_printed_is_read_once_and_not_kept() -> None:
 
 @pytest.mark.parametrize("fault", ["info", "long", "user"])
 def test_what_a_run_leaves(data: Path, database: Any, fault: str) -> None:
-    code, output = run(environment(data), "with", "quick", f"fault={fault}")
+    code, output = run(data, "with", "quick", f"fault={fault}")
     assert code == (fault == "user"), output
-    stored = database["runs"].find_one({}, sort=[("start_time", -1)])
+    (stored,) = database["runs"].find()
     assert stored["status"] == ("FAILED" if code else "COMPLETED")
     if fault == "info":
         info = stored["info"]
@@ -410,32 +344,27 @@ def test_what_a_run_leaves(data: Path, database: Any, fault: str) -> None:
         assert stored["result"] == 0.5
     elif fault == "long":
         kept = stored["captured_out"]
-        assert len(kept) == HEAD + len(CUT) + TAIL
+        assert len(kept) == LONGEST
         assert kept.startswith("begin") and kept.endswith("end\n")
     else:
         assert "told to fail" in "".join(stored["fail_trace"])
 
 
-def test_hostport_option(data: Path, tmp_path: Path) -> None:
-    server = Server(tmp_path / "server")
-    server.start()
-    assert run(environment(data), "-m", f"{server.address}:other", "with", "quick")[0] == 0
-    client: Any = pymongo.MongoClient(server.address)
-    other = client["other"]
-    assert other["runs"].distinct("status") == ["COMPLETED"]
-    assert "run_id_1_name_1" in other["metrics"].index_information()
-    names = {name for name, _ in other["runs"].find_one()["experiment"]["sources"]}
+def test_hostport_option(data: Path, server: Server) -> None:
+    assert run(data, "-m", f"{server.address}:other", "with", "quick")[0] == 0
+    with closing(pymongo.MongoClient(server.address)) as client:
+        other: Any = client["other"]
+        assert other["runs"].distinct("status") == ["COMPLETED"]
+        assert "run_id_1_name_1" in other["metrics"].index_information()
+        names = {name for name, _ in other["runs"].find_one()["experiment"]["sources"]}
     assert {"tests/helpers/toy_experiment.py", "experiments/tracking/observer.py"} <= names
-    client.close()
-    server.kill()
 
 
-def test_a_run_whose_points_were_deleted_meanwhile_is_whole_in_the_end(
+def test_a_run_whose_points_were_deleted_meanwhile(
     data: Path, database: Any, tmp_path: Path
 ) -> None:
     gate = tmp_path / "gate"
-    database["runs"].delete_many({})
-    process = start(environment(data), "-b", "0.1", "with", "steps=9", f"hold={gate}")
+    process = start(data, "-b", "0.1", "with", "steps=9", f"hold={gate}")
     wait_for(lambda: database["metrics"].find_one({"run_id": 1, "steps": {"$size": 5}}))
     database["metrics"].delete_many({})
     gate.touch()

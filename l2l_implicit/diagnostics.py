@@ -78,6 +78,7 @@ class Diagnostics:
     unsolved_inner: int = 0
     unsolved_linear: int = 0
     parent: Diagnostics | None = field(default=None, repr=False, compare=False)
+    _said_unreached: bool = field(default=False, repr=False, compare=False)
 
     def record(
         self, steps: int, products: int, reason: str, sizes: Sizes,
@@ -105,6 +106,21 @@ class Diagnostics:
             self.parent.record(steps, products, reason, sizes, errors, is_bound, settings)
         elif bad and self.unsolved == 1:
             warnings.warn(self._why(errors, *settings), UnsolvedWarning, stacklevel=2)
+
+    def unreached(self) -> None:
+        """Warn, once, that a hypergradient reached nothing that could be meta-learned."""
+        if self.parent is not None:
+            self.parent.unreached()
+        elif not self._said_unreached:
+            self._said_unreached = True
+            warnings.warn(
+                "backward: expected an inner loss that depends on something to be meta-learned, "
+                "got one whose gradient depends on nothing besides the adapted parameters: their "
+                "implicit gradient is zero everywhere; pass features with their graph (not "
+                "detached), or, for a whole network, use ImplicitMAML, or anchor=\"init\" (said "
+                "once)",
+                stacklevel=2,
+            )
 
     def _why(
         self, errors: tuple[float, float, float], limit: float, inner: object, linear: object

@@ -15,7 +15,6 @@ sums.
 from __future__ import annotations
 
 import operator
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
@@ -31,13 +30,6 @@ from l2l_implicit.inner_problem.linearization import Linearization
 from l2l_implicit.linear_solvers.solution import LinearSolution
 from l2l_implicit.mixed_precision import without_autocast
 
-_UNREACHED = (
-    "backward: expected an inner loss that depends on something to be meta-learned, got one whose "
-    "gradient depends on nothing besides the adapted parameters: their implicit gradient is zero "
-    "everywhere; pass features with their graph (not detached), or, for a whole network, use "
-    'ImplicitMAML, or anchor="init"'
-)
-
 Solve = Callable[[Linearization, Tensor], LinearSolution]
 
 
@@ -47,11 +39,14 @@ class SavedLinearization:
     Args:
         linearization: of the inner objectives at (about) the solution.
         solve: maps it and ``b`` to the ``v`` of ``H v = b``, shapes ``[T, n]``.
+        unreached: called where eq. (8) has no term besides the query loss's own gradient.
     """
 
-    def __init__(self, linearization: Linearization, solve: Solve) -> None:
+    def __init__(
+        self, linearization: Linearization, solve: Solve, unreached: Callable[[], None]
+    ) -> None:
         self.linearization: Linearization | None = linearization
-        self.solve = solve
+        self.solve, self.unreached = solve, unreached
 
 
 class ImplicitSolution(Function):
@@ -87,7 +82,7 @@ class ImplicitSolution(Function):
                 answer = saved.solve(at, vector.to(at.point.dtype))
                 products = at.mixed_vjp(answer) if answer.products is None else answer.products
             if not checks.finite_products(products):
-                warnings.warn(_UNREACHED, stacklevel=2)
+                saved.unreached()
         elif bool(vector.any()):
             raise RuntimeError(
                 "expected a loss of the learner's current parameters, got one that depends on "

@@ -609,7 +609,8 @@ class ImplicitCGHead(MAML):
         vector = point.to(phi[0].dtype)
         # Held for a warm start only: the parameters are copies.
         held = vector.new_empty(0) if self._memory is None else vector
-        saved = SavedLinearization(at, self._solver(held, [self.diagnostics]))
+        solve = self._solver(held, [self.diagnostics])
+        saved = SavedLinearization(at, solve, self.diagnostics.unreached)
         zero = self._initial_of(phi) if self.anchor == "zero" else []
         new = attach(saved, vector, [*map(SHAPE, phi)], constants=zero)
         substitute(self.module, phi, new)

@@ -80,7 +80,9 @@ def adapt_heads(
         shapes = [torch.Size((tasks, *p.shape)) for p in phi]
         point = there.point.to(head.weight.dtype)
     if keep:
-        saved = SavedLinearization(there, learner._solver(point, diagnostics))
+        saved = SavedLinearization(
+            there, learner._solver(point, diagnostics), learner.diagnostics.unreached
+        )
         zero = phi if learner.anchor == "zero" else []
         pieces = attach(saved, point, shapes, constants=zero)
     else:

@@ -37,6 +37,7 @@ def data(scale: float = 1.0) -> Tensor:
 def run(parent: ImplicitCGHead, x: Tensor, steps: int, how: str = "loss") -> ImplicitCGHead:
     """One task: adapt and back-propagate."""
     learner = parent.clone()
+    x = x if x.requires_grad else x.clone().requires_grad_()
 
     def loss() -> Tensor:
         return F.cross_entropy(learner(x), Y)
@@ -220,7 +221,7 @@ def test_a_warm_start_with_ones_own_regularizer_says_nothing() -> None:
         def regularizer(self, parameters, anchor):
             return 0.05 * sum((p - a).square().sum() for p, a in zip(parameters, anchor))  # noqa: B905
 
-    parent, x = Own(nn.Linear(10, 5), 0.1, warm_start=True, linear=CG(60)), data()
+    parent, x = Own(nn.Linear(10, 5), 0.1, warm_start=True, linear=CG(60)), data().requires_grad_()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(3):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from oracles import relative_error
 from problems import EXACT
-from small_task import HOWS, fit
+from small_task import HOWS, adapt, fit
 from small_task import SIX_LABELS as Y
 from small_task import six_inputs as x
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ def test_unused_parameters_go_to_their_anchor(how: str) -> None:
         return F.cross_entropy(learner.module["used"](inputs), Y)
 
     for _ in range(5):
-        learner.adapt(loss() if how == "loss" else loss)
+        adapt(learner, loss, how, 1)
     idle, before = learner.module["idle"], parent.module["idle"]
     assert torch.equal(idle.weight, before.weight)
     (loss() + idle.weight.sum()).backward()

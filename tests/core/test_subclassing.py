@@ -97,7 +97,8 @@ def test_scipys_solver_in_single_precision_and_an_active_bound() -> None:
     bounded = EXAMPLES["LBFGSB"][0].replace("jac=True", "bounds=[(-0.01, 0.01)] * 27, jac=True")
     names = dict(LBFGSB.inner_step.__globals__)
     exec(bounded, names)
-    features, labels, found = torch.randn(12, 8).float(), torch.arange(12) % 3, []
+    features = torch.randn(12, 8, dtype=torch.float32, requires_grad=True)
+    labels, found = torch.arange(12) % 3, []
     with pytest.warns(UnsolvedWarning, match="inner") as caught:
         for cls in (LBFGSB, names["LBFGSB"]):
             learner = cls(torch.nn.Linear(8, 3, dtype=torch.float32), lr=0.1).clone()

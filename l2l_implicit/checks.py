@@ -123,6 +123,15 @@ def coefficient(l2: Any) -> None:
         )
 
 
+def has_method(name: str, value: Any, signature: str) -> None:
+    """An object, not a class, with a method of this signature."""
+    if isinstance(value, type) or not callable(getattr(value, signature.split("(")[0], None)):
+        raise TypeError(
+            f"{name}: expected an object with a method {signature}, got {value!r}; "
+            "call the class, or write the method"
+        )
+
+
 def count(name: str, value: Any) -> None:
     """A whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):

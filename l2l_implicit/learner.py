@@ -41,7 +41,7 @@ from l2l_implicit.linear_solvers.solution import (
     LinearSolution,
     LinearSolver,
     Matvec,
-    damped,
+    System,
 )
 from l2l_implicit.mixed_precision import as_now, autocast_enabled, precision_of, without_autocast
 from l2l_implicit.vectors import buffers_apart, flatten, shallow_copy, substitute, unflatten
@@ -601,7 +601,7 @@ class ImplicitCGHead(MAML):
         if factored and isinstance(at, LinearHeads) and at.solved:
             answer = at.solve(b, damping)
         else:
-            answer = self.linear_solve(damped(at.hvp, damping), b, start)
+            answer = self.linear_solve(System(at.hvp, damping, at), b, start)
         if NON_FINITE in answer.reason:
             bad = [t for t, reason in enumerate(answer.reason) if reason == NON_FINITE]
             raise FloatingPointError(

@@ -15,7 +15,7 @@ from torch.linalg import vector_norm
 
 from l2l_implicit import checks
 from l2l_implicit.inner_problem.boundary import find_meta_inputs
-from l2l_implicit.linear_solvers.solution import LinearSolution
+from l2l_implicit.linear_solvers.solution import LinearSolution, Matvec
 from l2l_implicit.vectors import flatten, unflatten
 
 Products = list[Tensor | None]
@@ -168,6 +168,14 @@ class Linearization(ABC):
         References:
             Yang et al. (2025), eq. (8), and Algorithm 1, line 11 (misprinted there).
         """
+
+    def diagonal(self) -> Tensor | None:
+        """The Hessian's diagonal, ``[T, n]``, where it is known without products."""
+        return None
+
+    def kronecker_inverse(self, shift: float) -> Matvec | None:
+        """An approximate inverse of ``H + damping I`` where H has Kronecker factors."""
+        return None
 
     @property
     def can_evaluate(self) -> bool:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from l2l_implicit import checks
 from l2l_implicit.linear_solvers import solution
-from l2l_implicit.linear_solvers.solution import LinearSolution, Matvec, dot, largest_entry
+from l2l_implicit.linear_solvers.preconditioners import Preconditioner
+from l2l_implicit.linear_solvers.solution import (
+    LinearSolution,
+    Matvec,
+    System,
+    dot,
+    largest_entry,
+)
 
 
 @dataclass(frozen=True)
@@ -27,8 +34,10 @@ class CG:
 
     Args:
         steps: the largest number N of steps.
-        tol: stop once ``norm(b - A v) <= tol * norm(b)``.
+        tol: stop once ``norm(b - A v) <= tol * norm(b)``, with a preconditioner too.
         damping: added to the diagonal of the system in the backward pass.
+        preconditioner: `Jacobi`, `Kronecker`, `Nystrom`, or one of your own, a `Preconditioner`;
+            products that it costs are counted in the solution's steps, beyond N.
 
     References:
         Yang et al. (2025), Subroutine 1.
@@ -45,25 +54,42 @@ class CG:
     steps: int = 20
     tol: float = 1e-4
     damping: float = 0.0
+    preconditioner: Preconditioner | None = None
     takes_factor = True
 
     def __post_init__(self) -> None:
         checks.count("CG: steps (N)", self.steps)
         checks.positive("CG: tol", self.tol)
         checks.not_negative("CG: damping", self.damping)
+        if self.preconditioner is not None:
+            checks.has_method("CG: preconditioner", self.preconditioner, "inverse(hvp, like)")
 
     def solve(self, hvp: Matvec, b: Tensor, start: Tensor | None = None) -> LinearSolution:
         """The last iterates, shape ``[T, n]``, for right-hand sides ``b`` of that shape."""
-        return conjugate_gradient(hvp, b, self.steps, self.tol, start)
+        if self.preconditioner is None:
+            return conjugate_gradient(hvp, b, self.steps, self.tol, start)
+        system = System.of(hvp)
+        before = system.calls
+        inverse = self.preconditioner.inverse(system, b)
+        spent = system.calls - before
+        answer = conjugate_gradient(system, b, self.steps, self.tol, start, inverse)
+        return replace(answer, steps=answer.steps + spent)
 
 
 def conjugate_gradient(
-    matvec: Matvec, b: Tensor, steps: int, tol: float, start: Tensor | None = None
-) -> LinearSolution:
+    matvec: Matvec, b: Tensor, steps: int, tol: float, start: Tensor | None = None,
+    inverse: Matvec | None = None,
+) -> LinearSolution:  # fmt: skip
     """Subroutine 1 for T systems; see `CG`. All scalars are ``[T]``; p is the direction, h = A p.
 
-    Works in place: memory is three vectors and a product, whatever happens.
+    With the ``inverse`` of a preconditioner M the directions are made of z = M^-1 r instead of r.
+
+    Works in place: memory is three vectors and a product, whatever happens; z is one more.
+
+    References:
+        Golub, Van Loan, Matrix Computations, Algorithm 11.5.1 (preconditioned).
     """
+    system, plain = System.of(matvec), inverse is None
     scale = largest_entry(b)
     lost, zero = ~scale.isfinite(), scale == 0
     unit = torch.where(lost | zero, 1.0, scale).unsqueeze(1)
@@ -72,37 +98,44 @@ def conjugate_gradient(
     b_norm, v = dot(r, r).sqrt(), torch.zeros_like(r)
     if start is not None:
         v = start / unit
-        residual = r - matvec(v)
+        residual = r - system(v)
         worse = ~(dot(residual, residual).sqrt() <= b_norm).unsqueeze(1)  # nan is worse
         v, r = v.masked_fill_(worse, 0.0), torch.where(worse, r, residual)
-    p, rr, threshold = r.clone(), dot(r, r), tol * b_norm
-    pp = rr  # |p|^2 by its own recursion, r and the last p being orthogonal
+    rr = dot(r, r)
+    z = r if inverse is None else inverse(r)
+    p, rz = z.clone(), rr if plain else dot(r, z)
+    pp = rr if plain else dot(p, p)
     largest, taken = torch.zeros_like(rr), torch.zeros_like(rr, dtype=torch.long)
     active, unknown, indefinite = ~(lost | zero), torch.zeros_like(zero), torch.zeros_like(zero)
+    threshold = system.enough(tol, b_norm, v)
     for _ in range(steps):
         active = active & ~(rr.sqrt() <= threshold)
         if not bool(active.any()):
             break
-        h = matvec(p)
+        h = system(p)
         curvature, square = dot(p, h), torch.where(active, pp, 1.0)
-        finite = curvature.isfinite()
+        finite = curvature.isfinite() & rz.isfinite()
         largest = torch.maximum(largest, torch.where(finite, curvature / square, 0.0))
         rounding = 4.0 * torch.finfo(h.dtype).eps * largest * square
         unknown |= active & ~finite
-        indefinite |= active & finite & (curvature <= rounding)
+        indefinite |= active & finite & ((curvature <= rounding) | (rz <= 0.0))
         active = active & ~(unknown | indefinite)
         if not bool(active.all()):
             h = torch.where(active.unsqueeze(1), h, 0.0)  # it may not be finite
-        eta = torch.where(active, rr / torch.where(active, curvature, 1.0), 0.0).unsqueeze(1)
+        eta = torch.where(active, rz / torch.where(active, curvature, 1.0), 0.0).unsqueeze(1)
         v.addcmul_(eta, p)
         r.addcmul_(eta, h, value=-1.0)
         taken += active
-        before, rr = rr, torch.where(active, dot(r, r), rr)
+        rr = torch.where(active, dot(r, r), rr)
         lost = lost | ~rr.isfinite()  # nothing of it can be trusted
         active = active & ~lost
-        zeta = torch.where(active, rr / torch.where(active, before, 1.0), 0.0)
-        torch.addcmul(r, zeta.unsqueeze(1), p, out=p)
-        pp = rr + zeta * zeta * pp
+        z, before = r if inverse is None else inverse(r), rz
+        rz = rr if plain else torch.where(active, dot(r, z), rz)
+        zeta = torch.where(active, rz / torch.where(active, before, 1.0), 0.0)
+        torch.addcmul(z, zeta.unsqueeze(1), p, out=p)
+        # |p|^2 by its own recursion where r and the last p are orthogonal.
+        pp = rr + zeta * zeta * pp if plain else dot(p, p)
+        threshold = system.enough(tol, b_norm, v)
     relative, v = rr.sqrt() / torch.where(b_norm > 0, b_norm, 1.0), v.mul_(unit)
     lost = lost | ~v.sum(1).isfinite()
     if bool(lost.any()):

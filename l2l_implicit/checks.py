@@ -28,7 +28,7 @@ _RENAMED = {
     "inner_tol": "max_error=...",
     "stop_tol": "the inner solver's tol, e.g. inner=Newton(tol=...)",
 }
-_KEYWORDS = ("l2", "anchor", "inner", "linear", "loss", "warm_start", "max_error")
+_KEYWORDS = ("l2", "anchor", "inner", "linear", "loss", "warm_start", "accuracy", "max_error")
 
 
 def keywords(name: str, unknown: Iterable[str]) -> None:
@@ -47,7 +47,7 @@ def renamed(key: str) -> None:
         raise TypeError(f"{key}: expected {_RENAMED[key]}, got the keyword of an earlier version")
 
 
-def settings(l2: Any, anchor: Any, inner: Any, linear: Any, max_error: Any) -> None:
+def settings(l2: Any, anchor: Any, inner: Any, linear: Any, accuracy: Any, max_error: Any) -> None:
     """The inner problem and its solvers."""
     coefficient(l2)
     choice("anchor", anchor, ("zero", "init"))
@@ -61,6 +61,8 @@ def settings(l2: Any, anchor: Any, inner: Any, linear: Any, max_error: Any) -> N
             f"linear: expected a linear solver such as CG() or Direct(), got {linear!r}; "
             "pass an object with a method solve(hvp, b, start)"
         )
+    if accuracy is not None:
+        positive("accuracy", accuracy)
     positive("max_error", max_error)
 
 

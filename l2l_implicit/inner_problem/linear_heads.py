@@ -160,9 +160,9 @@ class LinearHeads(Linearization):
     def kronecker_inverse(self, shift: float) -> Matvec:
         r"""The inverse of :math:`A \otimes B + \mu I`, an approximation of the (damped) Hessian.
 
-        A is the features' :math:`X^\top X`, B the mean over the samples of the loss's Hessian in the
-        outputs; in the eigenvectors of both the matrix is diagonal. For the squared error, and one
-        output, it is the Hessian itself. Of A only what the samples span is formed.
+        A is the features' :math:`X^\top X`, B the mean over the samples of the loss's Hessian in
+        the outputs; in the eigenvectors of both the matrix is diagonal. For the squared error it is
+        the Hessian itself. Where the samples are few, A stays in their span.
 
         Args:
             shift: :math:`\mu`, l2 plus the damping, above 0.

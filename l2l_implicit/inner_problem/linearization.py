@@ -118,6 +118,8 @@ class Linearization(ABC):
         differentiable: whether there are products; without them there are value and gradient.
         steps: inner steps that led here, where the solver counts them itself, ``[T]``.
         elsewhere: g and its gradient at other points, where a closure can compute them.
+        accuracy: the `inner_error` at which the learner ends the inner loop; a solver's own
+            tolerance then stands idle. None: there is none.
 
     Example:
         >>> import torch
@@ -135,6 +137,7 @@ class Linearization(ABC):
     differentiable = True
     steps: Tensor | None = None
     elsewhere: Evaluate | None = None
+    accuracy: float | None = None
 
     def __init__(self, point: Tensor, quadratic: SquaredDistance) -> None:
         self.point, self.quadratic = point, quadratic
@@ -203,6 +206,12 @@ class Linearization(ABC):
     # How wrong the hypergradient is: docs/mathematics.md derives it and names the constants.
 
     is_bound = False
+
+    def inner_error(self, first: float) -> float:
+        """The part of `errors` that is the inner minimum's, for T = 1, with the ``first`` norm."""
+        columns = self.gradient_norm, *self.scales()
+        norm, *scales = torch.cat([*map(Tensor.double, columns)]).tolist()
+        return self.errors(Sizes(norm, first, 0.0, 1.0, 1.0, tuple(scales)), 0.0, 0.0)[0]
 
     def scales(self) -> tuple[Tensor, ...]:
         """What `errors` needs to know of the point, each ``[T]``."""
@@ -343,4 +352,3 @@ def _flat(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
     """Gradients as one vector ``[1, n]``, with zeros where there was none."""
     pairs = zip(gradients, like, strict=True)
     return flatten(torch.zeros_like(t) if g is None else g for g, t in pairs).unsqueeze(0)
-

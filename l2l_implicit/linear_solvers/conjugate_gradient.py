@@ -34,13 +34,18 @@ class CG:
 
     Args:
         steps: the largest number N of steps.
-        tol: stop once ``norm(b - A v) <= tol * norm(b)``, with a preconditioner too.
+        tol: stop once ``norm(b - A v) <= tol * norm(b)``, with a preconditioner too; a learner's
+            ``accuracy`` takes its place.
         damping: added to the diagonal of the system in the backward pass.
         preconditioner: `Jacobi`, `Kronecker`, `Nystrom`, or one of your own, a `Preconditioner`;
             products that it costs are counted in the solution's steps, beyond N.
+        truncated: end where ``norm(v)`` would exceed ``norm(b)`` over l2 plus damping, on that
+            sphere. No convex loss's solution is as long, so there it changes nothing; where the
+            loss is not convex the answer is no solution, but no noise either.
 
     References:
-        Yang et al. (2025), Subroutine 1.
+        Yang et al. (2025), Subroutine 1; Steihaug (1983), The conjugate gradient method and trust
+        regions in large scale optimization (truncated).
 
     Example:
         >>> import torch
@@ -55,6 +60,7 @@ class CG:
     tol: float = 1e-4
     damping: float = 0.0
     preconditioner: Preconditioner | None = None
+    truncated: bool = False
     takes_factor = True
 
     def __post_init__(self) -> None:
@@ -66,23 +72,30 @@ class CG:
 
     def solve(self, hvp: Matvec, b: Tensor, start: Tensor | None = None) -> LinearSolution:
         """The last iterates, shape ``[T, n]``, for right-hand sides ``b`` of that shape."""
-        if self.preconditioner is None:
-            return conjugate_gradient(hvp, b, self.steps, self.tol, start)
-        system = System.of(hvp)
+        system, inverse, reach = System.of(hvp), None, None
+        if self.truncated:
+            if (shift := system.shift or self.damping) == 0.0:
+                raise ValueError(
+                    "linear=CG(truncated=True): expected l2 or damping above 0, by which the "
+                    "solution's length is bounded, got 0; set one"
+                )
+            reach = 1.0 / shift
         before = system.calls
-        inverse = self.preconditioner.inverse(system, b)
+        if self.preconditioner is not None:
+            inverse = self.preconditioner.inverse(system, b)
         spent = system.calls - before
-        answer = conjugate_gradient(system, b, self.steps, self.tol, start, inverse)
-        return replace(answer, steps=answer.steps + spent)
+        answer = conjugate_gradient(system, b, self.steps, self.tol, start, inverse, reach)
+        return replace(answer, steps=answer.steps + spent) if spent else answer
 
 
 def conjugate_gradient(
     matvec: Matvec, b: Tensor, steps: int, tol: float, start: Tensor | None = None,
-    inverse: Matvec | None = None,
+    inverse: Matvec | None = None, reach: float | None = None,
 ) -> LinearSolution:  # fmt: skip
     """Subroutine 1 for T systems; see `CG`. All scalars are ``[T]``; p is the direction, h = A p.
 
-    With the ``inverse`` of a preconditioner M the directions are made of z = M^-1 r instead of r.
+    With the ``inverse`` of a preconditioner M the directions are made of z = M^-1 r instead of r;
+    with a ``reach`` v stays no longer than that times b.
 
     Works in place: memory is three vectors and a product, whatever happens; z is one more.
 
@@ -107,7 +120,7 @@ def conjugate_gradient(
     pp = rr if plain else dot(p, p)
     largest, taken = torch.zeros_like(rr), torch.zeros_like(rr, dtype=torch.long)
     active, unknown, indefinite = ~(lost | zero), torch.zeros_like(zero), torch.zeros_like(zero)
-    threshold = system.enough(tol, b_norm, v)
+    threshold, short = system.enough(tol, b_norm, v), torch.zeros_like(zero)
     for _ in range(steps):
         active = active & ~(rr.sqrt() <= threshold)
         if not bool(active.any()):
@@ -118,15 +131,22 @@ def conjugate_gradient(
         largest = torch.maximum(largest, torch.where(finite, curvature / square, 0.0))
         rounding = 4.0 * torch.finfo(h.dtype).eps * largest * square
         unknown |= active & ~finite
-        indefinite |= active & finite & ((curvature <= rounding) | (rz <= 0.0))
+        negative = active & finite & ((curvature <= rounding) | (rz <= 0.0))
+        if reach is None:
+            indefinite |= negative
         active = active & ~(unknown | indefinite)
         if not bool(active.all()):
             h = torch.where(active.unsqueeze(1), h, 0.0)  # it may not be finite
-        eta = torch.where(active, rz / torch.where(active, curvature, 1.0), 0.0).unsqueeze(1)
-        v.addcmul_(eta, p)
-        r.addcmul_(eta, h, value=-1.0)
+        eta = torch.where(active, rz / torch.where(active, curvature, 1.0), 0.0)
+        if reach is not None:
+            most = _to_sphere(v, p, square, reach * b_norm)
+            short |= active & (negative | (eta > most))
+            eta = torch.where(short & active, most, eta)
+        v.addcmul_(eta.unsqueeze(1), p)
+        r.addcmul_(eta.unsqueeze(1), h, value=-1.0)
         taken += active
-        rr = torch.where(active, dot(r, r), rr)
+        active = active & ~short
+        rr = torch.where(active | short, dot(r, r), rr)
         lost = lost | ~rr.isfinite()  # nothing of it can be trusted
         active = active & ~lost
         z, before = r if inverse is None else inverse(r), rz
@@ -143,6 +163,13 @@ def conjugate_gradient(
         relative = torch.where(lost, math.inf, relative)
     reasons = {
         solution.NON_FINITE: lost | unknown, solution.ZERO: zero,
-        solution.NOT_POSITIVE: indefinite, solution.CONVERGED: rr.sqrt() <= threshold,
+        solution.NOT_POSITIVE: indefinite, solution.TRUNCATED: short,
+        solution.CONVERGED: rr.sqrt() <= threshold,
     }  # fmt: skip
     return LinearSolution(v, taken, relative, solution.first_reason(reasons))
+
+
+def _to_sphere(v: Tensor, p: Tensor, pp: Tensor, radius: Tensor) -> Tensor:
+    """How far along ``p`` the sphere of this radius is from ``v`` inside it, ``[T]``."""
+    along, left = dot(v, p), (radius.square() - dot(v, v)).clamp_min_(0.0)
+    return (torch.sqrt(along.square() + pp * left) - along) / pp

@@ -69,9 +69,7 @@ class Nystrom:
             )
         rows, values, indefinite = self._sketch(system, b, shift)
         share = values / (values + shift)
-        answer = applied_once(
-            system, b, lambda v: (v - _along(rows, share, v)) / shift, indefinite
-        )
+        answer = applied_once(system, b, lambda v: (v - _along(rows, share, v)) / shift, indefinite)
         return replace(answer, steps=answer.steps + rows.shape[1])
 
     def inverse(self, hvp: Matvec, like: Tensor) -> Matvec:
@@ -86,9 +84,7 @@ class Nystrom:
         gain = torch.where(values > 0, kept / values, 1.0)
         return lambda vector: vector - _along(rows, 1.0 - gain, vector)
 
-    def _sketch(
-        self, system: System, like: Tensor, shift: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _sketch(self, system: System, like: Tensor, shift: float) -> tuple[Tensor, Tensor, Tensor]:
         r"""U as rows ``[T, r, n]``, :math:`\Lambda` ``[T, r]``, and whether negative curvature was
         met, ``[T]``; nothing of a task whose products are not finite."""
         n, eps = like.shape[1], torch.finfo(like.dtype).eps

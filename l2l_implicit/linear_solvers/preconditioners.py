@@ -120,13 +120,11 @@ class Kronecker:
         Raises:
             ValueError: for anything but a regularised linear head.
         """
-        system = System.of(hvp)
-        inverse = None
-        if system.at is not None and system.shift > 0.0:
-            inverse = system.at.kronecker_inverse(system.shift)
+        system, inverse, got = System.of(hvp), None, "products alone"
+        if (at := system.at) is not None:
+            got = "another module or loss" if system.shift > 0.0 else "l2=0 and no damping"
+            inverse = at.kronecker_inverse(system.shift) if system.shift > 0.0 else None
         if inverse is None:
-            what = "products alone" if system.at is None else type(system.at).__name__
-            got = "l2=0 and no damping" if system.shift == 0.0 else what
             raise ValueError(
                 "preconditioner=Kronecker(): expected a linear head with cross-entropy or squared "
                 f"error and l2 above 0, got {got}; use preconditioner=Nystrom() or Jacobi()"

@@ -23,6 +23,7 @@ MAX_STEPS = "step limit reached"
 ZERO = "right-hand side is zero"
 NOT_POSITIVE = "matrix is singular or indefinite along the search direction"
 NON_FINITE = "non-finite value"
+TRUNCATED = "solution too long: the loss is not convex there"
 APPROXIMATED = "an approximate inverse was applied once"
 DIVERGED = "series diverges: its step size is too large, or the matrix not positive definite"
 
@@ -30,6 +31,7 @@ REMEDIES = {
     MAX_STEPS: "give linear= more steps, or raise l2",
     NOT_POSITIVE: "raise l2, or give linear= a damping: the inner problem is not convex there",
     DIVERGED: "give linear= a smaller step_size, or take CG",
+    TRUNCATED: "raise l2, or take more inner steps: away from its minimum a network is as that",
     APPROXIMATED: "take CG, or give Nystrom a higher rank, or raise l2",
     NON_FINITE: "look for nan in the data or the query loss, or raise l2",
 }

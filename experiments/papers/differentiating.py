@@ -6,9 +6,9 @@ r"""Ways to differentiate, side by side: what they cost and how wrong they are.
         parameters='["runs/1/parameters.pt"]' root=DATA
 
 Four parts. ``systems``: preconditioners on ill-conditioned linear systems. ``features``: fixed
-numbers of steps against `accuracy`, on CIFAR-FS and the features of ``parameters``. ``network``: the
-linear system of a CNN4 on Omniglot a few gradient steps from theta. ``time``: error against time,
-on a head and on a small network, as a picture.
+numbers of steps against ``accuracy``, on CIFAR-FS and the features of ``parameters``.
+``network``: the linear system of a CNN4 on Omniglot a few gradient steps from theta. ``time``:
+error against time, on a head and on a small network, as a picture.
 """
 
 # ruff: noqa: F841  (Sacred reads a config function's local variables)
@@ -21,7 +21,6 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -48,7 +47,6 @@ from l2l_implicit import (
     ImplicitMAML,
     Jacobi,
     Kronecker,
-    Linearization,
     LinearSolver,
     Neumann,
     Newton,
@@ -184,14 +182,14 @@ def systems(c: DifferentiatingSettings) -> Iterator[tuple[str, Table]]:
     few, many = data(c.samples, c.width, 0.0), data(16 * c.samples, 64, 0.3)
     kinds: dict[str, tuple[tuple[Tensor, Tensor], type[OutputLoss], int]] = {
         f"squared error, {c.samples} samples, {c.width} features": (few, SquaredError, 0),
-        f"the same with cross-entropy, after 20 gradient steps": (few, CrossEntropy, 20),
+        "the same with cross-entropy, after 20 gradient steps": (few, CrossEntropy, 20),
         f"cross-entropy, {16 * c.samples} samples, 64 features": (many, CrossEntropy, 0),
     }
     for title, (samples, kind, steps) in kinds.items():
         for condition in c.conditions:
             at = head(*samples, kind, condition, steps)
             query = normal(10, samples[0].shape[1]) * samples[0].std(0)
-            b = replace_x(at, query).in_phi(normal(1, 10, 5))
+            b = at.problem._replace(x=query.unsqueeze(0)).in_phi(normal(1, 10, 5))
             truth, table = exactly(at, b), Table()
             for name, make in SOLVERS.items():
                 def run(make: Any = make) -> Any:
@@ -202,10 +200,6 @@ def systems(c: DifferentiatingSettings) -> Iterator[tuple[str, Table]]:
                 table[name] = {"products": float(answer.steps), "ms": ms, "error": error}
             real = 1.0 + float(largest_curvature(at.hvp, b, 30)) / L2
             yield f"{title}, L / l2 = {condition:.0e} at zero, {real:.1e} here", table
-
-
-def replace_x(at: LinearHeads, x: Tensor) -> Any:
-    return at.problem._replace(x=x.unsqueeze(0))
 
 
 # Accuracy instead of steps.
@@ -258,8 +252,9 @@ def one_task(
             leaf = h.clone().requires_grad_()
             ms, (got, said) = timed(repetitions, lambda: hypergradient(
                 leaf, steps, inner=solver, linear=linear, **settings))  # noqa: B023  # fmt: skip
-            row = {"K": said.inner_steps, "N": said.cg_steps, "ms": ms,
-                   "error": error_of(got.double(), truth), "said": said.hypergradient_error}  # fmt: skip
+            error = error_of(got.double(), truth)
+            row = {"K": said.inner_steps, "N": said.cg_steps, "ms": ms, "error": error,
+                   "said": said.hypergradient_error}  # fmt: skip
             found.setdefault(f"{inner}, {name}", []).append(row)
 
 
@@ -275,7 +270,8 @@ def network(c: DifferentiatingSettings) -> Iterator[tuple[str, Table]]:
     net, l2, lr = nn.Sequential(backbone, nn.Linear(width, 5)).double(), 2.0, 0.1
     ways: dict[str, LinearSolver] = {
         "CG(5)": CG(5), "CG(20)": CG(20), "CG(5, damping=20)": CG(5, damping=20.0),
-        "CG(20, damping=20)": CG(20, damping=20.0), "CG(20, truncated=True)": CG(20, truncated=True),
+        "CG(20, damping=20)": CG(20, damping=20.0),
+        "CG(20, truncated=True)": CG(20, truncated=True),
         "Identity(1 / l2)": Identity(1 / l2),
     }  # fmt: skip
     stream, found = given.stream("train", c.seed), {name: list[Any]() for name in ways}
@@ -320,14 +316,12 @@ class Way(NamedTuple):
     Attributes:
         budgets: steps, ranks or accuracies.
         learner: from a problem and a budget.
-        steps: K as a function of the budget; None: as many as the inner solver takes.
-        penalty: the regulariser is in the loss.
+        steps: K by the budget, of a way that unrolls them; None: an inner solver that ends.
     """
 
     budgets: Sequence[float]
     learner: Callable[[Any, Any], Any]
     steps: Callable[[Any], int] | None = None
-    penalty: bool = False
 
 
 def implicit(make: Callable[[Any, Any], LinearSolver]) -> Callable[[Any, Any], Any]:
@@ -353,7 +347,7 @@ CURVES: dict[str, Way] = {
         lambda task, k: UnrolledMAML(
             copy.deepcopy(task.module), task.lr, learn_init=task.kind is ImplicitMAML
         ),
-        steps=int, penalty=True,
+        steps=int,
     ),
     "accuracy": Way(
         (0.3, 1e-1, 1e-2, 1e-3, 1e-4),
@@ -367,18 +361,46 @@ CURVES: dict[str, Way] = {
 
 
 class Head(Classification):
-    """A logistic head on 64 features; the hypergradient is that of the layer before."""
+    """A logistic head on the features of a layer; the hypergradient is that of the layer."""
 
-    preconditioner = Kronecker()
+    preconditioner: Any = Kronecker()
 
-    def learner(self, method: Any) -> Any:
-        return method.made
+    def theta(self, learner: Any) -> list[Tensor]:
+        return [self.layer]
+
+    def features(self) -> list[Tensor]:
+        return [torch.tanh(x @ self.layer) for x in self.inputs]
+
+    def measured(self, way: Way, budget: Any) -> tuple[Tensor, float]:
+        """The hypergradient, and the milliseconds that ``backward()`` took, with all K steps of a
+        way that unrolls."""
+        learner = way.learner(self, budget)
+        theta, clone, (support, query) = self.theta(learner), learner.clone(), self.features()
+
+        def inner() -> Tensor:
+            loss = cross_entropy(clone(support), self.labels)
+            if way.steps:
+                anchor = theta if self.kind is ImplicitMAML else [torch.zeros(())]
+                pairs = zip(clone.module.parameters(), anchor, strict=True)
+                far = [(phi - a).square().sum() for phi, a in pairs]
+                loss = loss + 0.5 * self.l2 * torch.stack(far).sum()
+            return loss
+
+        begin = time.process_time()
+        clone.adapt(inner, steps=way.steps(budget) if way.steps else 500)
+        loss = cross_entropy(clone(query), self.labels)
+        if not way.steps:
+            begin = time.process_time()
+        gradients = torch.autograd.grad(loss, theta)
+        passed = 1e3 * (time.process_time() - begin)
+        return torch.cat([g.flatten() for g in gradients]), passed
 
 
 class Network(Head):
     """Two layers, all of it adapted and anchored at the initial value, which is theta."""
 
-    kind, preconditioner = ImplicitMAML, Jacobi()
+    kind: Any = ImplicitMAML
+    preconditioner: Any = Jacobi()
 
     def __init__(self, seed: int) -> None:
         super().__init__(5, 5, 16, 0.1, seed)
@@ -386,6 +408,12 @@ class Network(Head):
         self.module = nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 5)).double()
         self.inputs = [torch.tanh(x @ self.layer.detach()) for x in self.inputs]
         self.lr = 0.5
+
+    def theta(self, learner: Any) -> list[Tensor]:
+        return list(learner.module.parameters())
+
+    def features(self) -> list[Tensor]:
+        return self.inputs
 
     def _at(self, phi: Tensor, x: Tensor) -> Tensor:
         named = dict(self.module.named_parameters())
@@ -409,42 +437,17 @@ class Network(Head):
         b = grad(lambda p: cross_entropy(self._at(p, self.inputs[1]), self.labels))(phi)
         return self.l2 * torch.linalg.solve(hessian(inner)(phi), b)
 
-    def estimate(self, method: Any, steps: int) -> Tensor:
-        theta, clone = list(method.made.module.parameters()), method.made.clone()
-
-        def inner() -> Tensor:
-            loss = cross_entropy(clone(self.inputs[0]), self.labels)
-            if method.penalty:
-                pairs = zip(clone.module.parameters(), theta, strict=True)
-                loss = loss + 0.5 * self.l2 * sum((p - t).square().sum() for p, t in pairs)
-            return loss
-
-        clone.adapt(inner, steps=steps)
-        outer = cross_entropy(clone(self.inputs[1]), self.labels)
-        return torch.cat([g.flatten() for g in torch.autograd.grad(outer, theta)])
-
-
-class Made(NamedTuple):
-    """A learner that is made already, in the place of a `Method`."""
-
-    made: Any
-    penalty: bool
-
 
 def against_time(c: DifferentiatingSettings) -> Iterator[tuple[str, Table]]:
-    """Processor time of a whole task, and the error, for each budget of each way."""
+    """Processor time of the backward pass, and the error, for each budget of each way."""
     problems = {"head": Head(5, 10, 64, 1e-3, c.seed), "network": Network(c.seed)}
     for title, task in problems.items():
         truth, table = task.exact(), Table()
         for name, way in CURVES.items():
             for budget in way.budgets:
-                def run(way: Way = way, budget: Any = budget) -> Tensor:
-                    made = Made(way.learner(task, budget), way.penalty)  # noqa: B023
-                    return task.estimate(made, way.steps(budget) if way.steps else 500)  # noqa: B023
-
-                run()
-                ms, got = timed(c.repetitions, run)
-                error = max(error_of(got, truth), 1e-14)
+                runs = [task.measured(way, budget) for _ in range(1 + c.repetitions)]
+                ms = statistics.median(passed for _, passed in runs[1:])
+                error = max(error_of(runs[0][0], truth), 1e-14)
                 table[f"{name}, {budget:g}"] = {"ms": ms, "error": error}
         yield title, table
 
@@ -458,7 +461,7 @@ def draw(found: dict[str, Table]) -> Figure:
             rows = [row for key, row in table.items() if key.rpartition(",")[0] == name]
             axes.loglog([r["ms"] for r in rows], [r["error"] for r in rows], "o-", label=name,
                         markersize=4)  # fmt: skip
-        axes.set(xlabel="processor time of a task, ms", title=title,
+        axes.set(xlabel="processor time of the backward pass, ms", title=title,
                  ylabel="relative error of the hypergradient")  # fmt: skip
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")

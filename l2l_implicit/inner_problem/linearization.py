@@ -211,7 +211,7 @@ class Linearization(ABC):
         """The part of `errors` that is the inner minimum's, for T = 1, with the ``first`` norm."""
         columns = self.gradient_norm, *self.scales()
         norm, *scales = torch.cat([*map(Tensor.double, columns)]).tolist()
-        return self.errors(Sizes(norm, first, 0.0, 1.0, 1.0, tuple(scales)), 0.0, 0.0)[0]
+        return self.errors(Sizes(norm, first, 0.0, 1.0, 0.0, tuple(scales)), 0.0, 0.0)[0]
 
     def scales(self) -> tuple[Tensor, ...]:
         """What `errors` needs to know of the point, each ``[T]``."""
@@ -232,12 +232,14 @@ class Linearization(ABC):
             strongly convex with :math:`\mu = l_2`, relative to the distance from the anchor;
             without a closed-form regulariser the gradient relative to the first one. Of the linear
             system: :math:`\|r\| / (\mu \|v\|)` with its residual r, :math:`\mu` with the damping.
-            Of rounding: not known here.
+            Where v is longer than :math:`\|b\| / \mu`, some curvature is below :math:`\mu`, and
+            :math:`\|b\| / \|v\|` takes its place in both. Of rounding: not known here.
         """
         strength = damping + self.quadratic.strength
+        weaker = max(1.0, strength * sizes.v / sizes.b) if sizes.b > 0.0 else 1.0
         scale = sizes.scales[0] or sizes.first
         inner = sizes.gradient / scale if scale > 0.0 else sizes.gradient
-        return inner, sizes.linear_error(strength), 0.0
+        return inner * weaker, sizes.linear_error(strength) * weaker, 0.0
 
 
 class AutogradLinearization(Linearization):

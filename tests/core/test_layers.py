@@ -34,8 +34,8 @@ LAYERS = [
 WITHIN = {
     "linear_solvers": [
         {"solution"},
-        {"conjugate_gradient", "curvature", "direct"},
-        {"neumann"},
+        {"preconditioners", "nystrom", "identity", "curvature", "direct"},
+        {"conjugate_gradient", "neumann"},
     ],
     "inner_problem": [
         {"boundary", "losses"},

@@ -185,11 +185,12 @@ def systems(c: DifferentiatingSettings) -> Iterator[tuple[str, Table]]:
         labels = torch.where(noise, torch.randint(5, (samples,), generator=draw), labels)
         return x * torch.logspace(0, -1.5, width, dtype=torch.float64), labels
 
-    few, many = data(c.samples, c.width, 0.0), data(16 * c.samples, 64, 0.3)
+    few, many = data(c.samples, c.width, 0.0), 16 * c.samples
     kinds: dict[str, tuple[tuple[Tensor, Tensor], type[OutputLoss], int]] = {
         f"squared error, {c.samples} samples, {c.width} features": (few, SquaredError, 0),
         "the same with cross-entropy, after 20 gradient steps": (few, CrossEntropy, 20),
-        f"cross-entropy, {16 * c.samples} samples, 64 features": (many, CrossEntropy, 0),
+        f"cross-entropy, {many} samples, 64 features": (data(many, 64, 0.3), CrossEntropy, 0),
+        "the same with labels that features tell": (data(many, 64, 0.0), CrossEntropy, 0),
     }
     for title, (samples, kind, steps) in kinds.items():
         for condition in c.conditions:

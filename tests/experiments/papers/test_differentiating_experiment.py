@@ -31,7 +31,7 @@ def test_the_systems_are_solved_as_accurately_as_asked(monkeypatch: pytest.Monke
     changes = {"parts": ["systems"], "width": 40, "samples": 15, "conditions": [100.0]}
     options = {"--unobserved": True, "--loglevel": "ERROR"}
     found = ex.run(config_updates=changes, named_configs=["quick"], options=options).result
-    assert len(found) == 3 * 4 and max(found.values()) <= 1e-2
+    assert len(found) == 4 * 4 and max(found.values()) <= 1e-2
     products = {key: value for key, value in points.items() if key.endswith("products")}
     for key, value in products.items():
         if "/Kronecker/" in key:

@@ -141,6 +141,9 @@ class AlgorithmSettings(Settings):
         if self.solver not in ("cg", None) and (self.preconditioner != "none" or self.truncated):
             yield (f"solver: expected cg with a preconditioner or truncated=True, got "
                    f"{self.solver!r}; leave them out")
+        if self.scope == "network" and self.preconditioner == "kronecker":
+            yield (f"preconditioner: expected jacobi or nystrom for {name}, got 'kronecker', which "
+                   "only a linear head has")
         if self.lr == "auto" and self.step != "gradient":
             yield "lr: expected a number without step=gradient, got 'auto'; try 0.1"
         if self.together is True and self.features == "as_published":

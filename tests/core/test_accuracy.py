@@ -33,7 +33,8 @@ from l2l_implicit.linear_solvers.solution import CONVERGED, System
 
 pytestmark = pytest.mark.usefixtures("float64")
 HEADS = ["softmax mean bias", "anchored softmax", "ridge mean"]
-ACCURACIES = [1e-1, 1e-2, 1e-3, 1e-6]
+ACCURACIES = [1e-1, 1e-3, 1e-6]
+MOST = 300  # steps, which nothing here needs
 
 
 class Own:
@@ -57,7 +58,7 @@ def solved(task: Problem, how: str = "closure", **settings: Any) -> tuple[Any, l
     parent = make_learner(task, **{"linear": LINEAR[0], **settings})
     with warnings.catch_warnings():
         warnings.simplefilter("error", UnsolvedWarning)
-        learner, loss = adapt(parent, task, how, 1000)
+        learner, loss = adapt(parent, task, how, MOST)
         return learner, hypergradient(task, loss)
 
 
@@ -73,12 +74,12 @@ def test_a_head_is_as_accurate_as_asked_and_steps_follow(name: str, inner: str, 
         assert relative_error(got, truth(name)) <= said.hypergradient_error <= accuracy
         assert said.cg_reason == CONVERGED and said.unsolved == 0
         steps.append((said.inner_steps, said.cg_steps))
-    assert steps == sorted(steps) and steps[0][0] < steps[-1][0] < 1000
+    assert steps == sorted(steps) and steps[0][0] < steps[-1][0] < MOST
     assert steps[0][1] < steps[-1][1]
 
 
 @pytest.mark.parametrize("linear", LINEAR, ids=repr)
-@pytest.mark.parametrize("name", ["two layers anchored", "whole network", "binary logits"])
+@pytest.mark.parametrize("name", ["two layers anchored", "whole network"])
 def test_a_network_ends_where_its_estimate_says(name: str, linear: LinearSolver) -> None:
     errors = []
     for accuracy in ACCURACIES:
@@ -107,7 +108,7 @@ def test_loss_tensors_and_closures_take_the_same_steps() -> None:
 def test_further_calls_change_nothing(name: str, how: str) -> None:
     task = problem(name)
     parent = make_learner(task, inner=GradientDescent(), accuracy=1e-2)
-    learner, _ = adapt(parent, task, how, 1000)
+    learner, _ = adapt(parent, task, how, MOST)
     theta = {**task.theta, "initial": next(iter(task.head.parameters()))}
     before = [p.detach().clone() for p in learner.parameters()]
     learner.adapt(task.support(learner, theta, task.embed(theta)))

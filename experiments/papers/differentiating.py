@@ -222,6 +222,7 @@ WAYS: dict[str, dict[str, Any]] = {
 def features(c: DifferentiatingSettings) -> Iterator[tuple[str, Table]]:
     """K, N, time and true error on CIFAR-FS, 5-way 5-shot, for the features of each file."""
     given = make_tasks(name="cifarfs", root=c.root)
+    torch.manual_seed(c.seed)  # of the initial heads
     for path in c.parameters:
         if not Path(path).is_file():
             raise UserError(f"parameters: expected a file that a run left, got {path!r}; train one")

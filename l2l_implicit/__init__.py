@@ -14,7 +14,10 @@ from l2l_implicit.inner_solvers.protocol import InnerSolver, InnerStep
 from l2l_implicit.learner import ImplicitCGHead
 from l2l_implicit.linear_solvers.conjugate_gradient import CG
 from l2l_implicit.linear_solvers.direct import Direct
+from l2l_implicit.linear_solvers.identity import Identity
 from l2l_implicit.linear_solvers.neumann import Neumann
+from l2l_implicit.linear_solvers.nystrom import Nystrom
+from l2l_implicit.linear_solvers.preconditioners import Jacobi, Kronecker, Preconditioner
 from l2l_implicit.linear_solvers.solution import LinearSolution, LinearSolver
 from l2l_implicit.perturbed import Perturbed
 
@@ -26,17 +29,22 @@ __all__ = [
     "Diagnostics",
     "Direct",
     "GradientDescent",
+    "Identity",
     "ImplicitCGHead",
     "ImplicitGBML",
     "ImplicitMAML",
     "InnerSolver",
     "InnerStep",
+    "Jacobi",
+    "Kronecker",
     "LBFGS",
     "LinearSolution",
     "LinearSolver",
     "Linearization",
     "Neumann",
     "Newton",
+    "Nystrom",
     "Perturbed",
+    "Preconditioner",
     "UnsolvedWarning",
 ]

@@ -30,7 +30,7 @@ _RENAMED = {
     "inner_tol": "max_error=...",
     "stop_tol": "the inner solver's tol, e.g. inner=Newton(tol=...)",
 }
-_KEYWORDS = ("l2", "anchor", "inner", "linear", "loss", "warm_start", "max_error")
+_KEYWORDS = ("l2", "anchor", "inner", "linear", "loss", "warm_start", "accuracy", "max_error")
 
 
 def keywords(name: str, unknown: Iterable[str]) -> None:
@@ -49,7 +49,7 @@ def renamed(key: str) -> None:
         raise TypeError(f"{key}: expected {_RENAMED[key]}, got the keyword of an earlier version")
 
 
-def settings(l2: Any, anchor: Any, inner: Any, linear: Any, max_error: Any) -> None:
+def settings(l2: Any, anchor: Any, inner: Any, linear: Any, accuracy: Any, max_error: Any) -> None:
     """The inner problem and its solvers."""
     coefficient(l2)
     choice("anchor", anchor, ("zero", "init"))
@@ -64,6 +64,8 @@ def settings(l2: Any, anchor: Any, inner: Any, linear: Any, max_error: Any) -> N
             f"linear: expected a linear solver such as CG() or Direct(), got {linear!r}; "
             "pass an object with a method solve(hvp, b, start)"
         )
+    if accuracy is not None:
+        positive("accuracy", accuracy)
     positive("max_error", max_error)
 
 
@@ -164,6 +166,15 @@ def coefficient(l2: Any) -> None:
         raise ValueError(
             f"l2: expected a number of at least 0, got {float(l2)}; a negative one makes the inner "
             "problem unbounded: clamp it, or learn its logarithm by overriding regularizer()"
+        )
+
+
+def has_method(name: str, value: Any, signature: str) -> None:
+    """An object, not a class, with a method of this signature."""
+    if isinstance(value, type) or not callable(getattr(value, signature.split("(")[0], None)):
+        raise TypeError(
+            f"{name}: expected an object with a method {signature}, got {value!r}; "
+            "call the class, or write the method"
         )
 
 

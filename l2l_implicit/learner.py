@@ -42,7 +42,7 @@ from l2l_implicit.linear_solvers.solution import (
     LinearSolution,
     LinearSolver,
     Matvec,
-    damped,
+    System,
 )
 from l2l_implicit.mixed_precision import as_now, autocast_enabled, precision_of, without_autocast
 from l2l_implicit.perturbed import Again, Perturbed, RandomState
@@ -56,6 +56,7 @@ Closure = Callable[[], Tensor]
 
 _LOOKS = 40  # steps of loss tensors at which the second derivative is compared, at most
 _LOSSES = 20  # different losses of which it is
+_PART = 0.45  # of `accuracy` that either solver may leave: a tenth is for rounding
 
 
 class Remembered(NamedTuple):
@@ -156,14 +157,18 @@ class ImplicitCGHead(MAML):
             initial value, which is meta-learned (Rajeswaran et al.).
         inner: the inner solver: `Newton`, `GradientDescent` (the papers'), `LBFGS`, or one of your
             own, an `InnerSolver`.
-        linear: the solver of the linear system in the backward pass: `CG`, `Neumann`, `Direct`, or
-            one of your own, a `LinearSolver`; or `Perturbed`, without second derivatives.
+        linear: the solver of the linear system in the backward pass: `CG`, `Neumann`, `Nystrom`,
+            `Identity`, `Direct`, or one of your own, a `LinearSolver`; or `Perturbed`, without
+            second derivatives.
         loss: what `adapt_together` minimises: ``nn.CrossEntropyLoss`` or ``nn.MSELoss`` with
             reduction ``mean`` or ``sum``; None: the mean of the one that fits the targets.
         warm_start: remember phi and v of each task named in ``clone(task=...)`` and start from
             them at its next visit (Algorithm 1, line 6; Subroutine 1, line 2).
-        max_error: relative error of the hypergradient, by its bound or estimate, above which it
-            counts as unsolved and the first one warns (`UnsolvedWarning`).
+        accuracy: relative error of the hypergradient, by its bound or estimate, at which the inner
+            and the linear solver end, in place of their tolerances; their numbers of steps stay
+            the most. None: they end by their own.
+        max_error: the error above which it counts as unsolved and the first one warns
+            (`UnsolvedWarning`). None: ``accuracy`` where that is given, else 0.01.
 
     Raises:
         ValueError, TypeError: for a setting out of its range, in one line.
@@ -198,7 +203,8 @@ class ImplicitCGHead(MAML):
         linear: LinearSolver | Perturbed = CG(),  # noqa: B008
         loss: nn.Module | None = None,
         warm_start: bool = False,
-        max_error: float = 0.01,
+        accuracy: float | None = None,
+        max_error: float | None = None,
         **unknown: Any,
     ) -> None:
         checks.keywords(type(self).__name__, unknown)
@@ -206,9 +212,10 @@ class ImplicitCGHead(MAML):
         super().__init__(model, lr, first_order, allow_unused, allow_nograd)
         self.lr = float(lr)
         self.l2, self.anchor, self.inner, self.linear = l2, anchor, inner, linear
-        self.loss, self.max_error = loss, float(max_error)
-        self._settings = anchor, inner, linear, max_error
+        max_error = (accuracy or 0.01) if max_error is None else max_error
+        self._settings = anchor, inner, linear, accuracy, max_error
         checks.settings(l2, *self._settings)
+        self.loss, self.accuracy, self.max_error = loss, accuracy, float(max_error)
         checks.head_loss(loss)
         cls, own = type(self), ImplicitCGHead
         self._plain_regularizer = cls.regularizer is own.regularizer
@@ -328,7 +335,7 @@ class ImplicitCGHead(MAML):
         allow_nograd = self.allow_nograd if allow_nograd is None else allow_nograd
         unused = self.allow_unused if allow_unused is None else allow_unused
         checks.adapt(loss, steps)
-        settings = self.anchor, self.inner, self.linear, self.max_error
+        settings = self.anchor, self.inner, self.linear, self.accuracy, self.max_error
         if settings != self._settings:
             checks.settings(self.l2, *settings)
             self._settings = settings
@@ -490,7 +497,8 @@ class ImplicitCGHead(MAML):
     def _on_heads(self, at: LinearHeads, steps: int) -> LinearHeads:
         """The inner loop of linear heads: their objectives are known everywhere."""
         task, there = self._task, None
-        if self._plain_step and hasattr(self.inner, "solve_heads"):
+        exact = getattr(self.inner, "at_once", False)  # beyond any accuracy
+        if self._plain_step and hasattr(self.inner, "solve_heads") and (exact or not self.accuracy):
             there = self.inner.solve_heads(at, steps, self.lr)
         if there is None:
             points: list[Tensor] = []
@@ -529,6 +537,11 @@ class ImplicitCGHead(MAML):
                 "look for nan in the data, smaller lr, or inner=Newton()"
             )
         task.first_norm = task.first_norm or norm
+        if self.accuracy is not None:
+            at.accuracy = _PART * self.accuracy
+            if at.inner_error(float(task.first_norm)) <= at.accuracy:
+                task.steps -= 1
+                return at.point
         phi = self.inner_step(at)
         return phi if phi is at.point else phi.detach()
 
@@ -652,7 +665,8 @@ class ImplicitCGHead(MAML):
             assert isinstance(at, LinearHeads | FirstDerivatives)
             answer = perturbed.respond(self, at, b, start)
         else:
-            answer = self.linear_solve(damped(at.hvp, damping), b, start)
+            part = None if self.accuracy is None else _PART * self.accuracy
+            answer = self.linear_solve(System(at.hvp, damping, at, part), b, start)
         if NON_FINITE in answer.reason:
             bad = [t for t, reason in enumerate(answer.reason) if reason == NON_FINITE]
             raise FloatingPointError(

@@ -33,12 +33,16 @@ from l2l_implicit import (
     LBFGS,
     Direct,
     GradientDescent,
+    Identity,
     ImplicitCGHead,
     ImplicitMAML,
     InnerSolver,
+    Jacobi,
+    Kronecker,
     LinearSolver,
     Neumann,
     Newton,
+    Nystrom,
 )
 from l2l_implicit.baselines import Learn2LearnMAML, Reptile, UnrolledMAML
 
@@ -129,7 +133,7 @@ def _learner(s: AlgorithmSettings) -> Callable[[nn.Module], Any]:
     if "implicit" in ALGORITHMS[s.name][0]:
         l2: Any = nn.Parameter(torch.tensor(float(s.l2))) if s.learn_l2 else s.l2
         cls = ImplicitCGHead if s.scope == "head" else ImplicitMAML
-        both = {"inner": _inner(s), "linear": _linear(s)}
+        both = {"inner": _inner(s), "linear": _linear(s), "accuracy": s.accuracy or None}
         return lambda module: cls(module, lr, l2=l2, **both)
     first_order = s.name in ("fo_anil", "fomaml")
     if s.name == "reptile":
@@ -153,9 +157,9 @@ def solvers(**settings: Any) -> dict[str, Any]:
 
     Example:
         >>> from experiments.ingredients.algorithm import solvers
-        >>> found = solvers(step="newton", cg_steps=5)
+        >>> found = solvers(step="newton", solver="nystrom", cg_steps=5)
         >>> found["inner"], found["linear"]
-        (Newton(cg_steps=5, tol=1e-05), CG(steps=5, tol=0.0001, damping=0.0))
+        (Newton(cg_steps=5, tol=1e-05), Nystrom(rank=5, damping=0.0, seed=0))
     """
     s = AlgorithmSettings.of(settings)
     return {"inner": _inner(s), "linear": _linear(s)}
@@ -173,5 +177,11 @@ def _inner(s: AlgorithmSettings) -> InnerSolver:
 def _linear(s: AlgorithmSettings) -> LinearSolver:
     if s.solver == "direct":
         return Direct(damping=s.damping)
-    kind = CG if s.solver == "cg" else Neumann
-    return kind(steps=s.cg_steps, tol=s.cg_tol, damping=s.damping)
+    if s.solver == "nystrom":
+        return Nystrom(rank=s.cg_steps, damping=s.damping)
+    if s.solver == "identity":  # the derivative of one gradient step
+        return Identity(ANY_STEP_SIZE if s.lr == "auto" else s.lr, damping=s.damping)
+    if s.solver == "neumann":
+        return Neumann(steps=s.cg_steps, tol=s.cg_tol, damping=s.damping)
+    preconditioners = {"jacobi": Jacobi(), "nystrom": Nystrom(), "kronecker": Kronecker()}
+    return CG(s.cg_steps, s.cg_tol, s.damping, preconditioners.get(s.preconditioner), s.truncated)

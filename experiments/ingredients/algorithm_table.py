@@ -85,8 +85,13 @@ class AlgorithmSettings(Settings):
     test_scope: Literal["head"] | None = None
     l2: NotNegative = own()  # inner regulariser
     step: Literal["newton", "lbfgs", "gradient"] = own()  # inner solver: newton, lbfgs or gradient
-    # linear solver: cg, neumann or direct
-    solver: Literal["cg", "neumann", "direct"] = own(implicit="cg")
+    # linear solver: cg, neumann, nystrom, identity or direct
+    solver: Literal["cg", "neumann", "nystrom", "identity", "direct"] = own(implicit="cg")
+    # of cg: none, jacobi, nystrom or kronecker (a linear head)
+    preconditioner: Literal["none", "jacobi", "nystrom", "kronecker"] = own(implicit="none")
+    truncated: bool = own(implicit=False)  # of cg: end where the loss is not convex
+    # relative error of the hypergradient at which both solvers end; 0: by their own tolerances
+    accuracy: NotNegative = own(implicit=0.0)
     cg_steps: Count = own(implicit=20)  # the most steps N of the linear solver
     cg_tol: Positive = own(implicit=1e-4)  # relative residual at which the linear solver stops
     damping: NotNegative = own(implicit=0.0)  # added to the diagonal of the linear system
@@ -150,6 +155,12 @@ class AlgorithmSettings(Settings):
             yield f"test_scope: expected none for {name}, got 'head'; leave it out"
         if self.test_steps is not None and self.steps is None:
             yield f"test_steps: expected none for {name}, got {self.test_steps}; leave it out"
+        if self.solver not in ("cg", None) and (self.preconditioner != "none" or self.truncated):
+            yield (f"solver: expected cg with a preconditioner or truncated=True, got "
+                   f"{self.solver!r}; leave them out")
+        if self.scope == "network" and self.preconditioner == "kronecker":
+            yield (f"preconditioner: expected jacobi or nystrom for {name}, got 'kronecker', which "
+                   "only a linear head has")
         if self.lr == "auto" and self.step != "gradient":
             yield "lr: expected a number without step=gradient, got 'auto'; try 0.1"
         if self.together is True and self.features == "as_published":

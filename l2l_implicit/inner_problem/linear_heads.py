@@ -33,7 +33,14 @@ from l2l_implicit.inner_problem.linearization import (
 )
 from l2l_implicit.inner_problem.losses import Inverse, OutputLoss
 from l2l_implicit.linear_solvers.conjugate_gradient import conjugate_gradient
-from l2l_implicit.linear_solvers.solution import FACTORED, NON_FINITE, ZERO, LinearSolution, damped
+from l2l_implicit.linear_solvers.solution import (
+    FACTORED,
+    NON_FINITE,
+    ZERO,
+    LinearSolution,
+    Matvec,
+    System,
+)
 
 MOST_SAMPLES = 512  # of a task whose problem is solved in the span of its samples
 GOALS = {torch.float64: 1e-13}  # what is small enough; 1e-6 for features of less precision
@@ -71,6 +78,18 @@ class HeadProblem(NamedTuple):
     def weights(self, vector: Tensor) -> Tensor:
         """The weights ``[T, k, d]`` in a vector ``[T, n]``, a view."""
         return vector[:, : self.weight.numel()].view(-1, *self.weight)
+
+    def columns(self, vector: Tensor) -> Tensor:
+        """Heads ``[T, n]`` as matrices ``[T, d, k]``, with the bias as one more row."""
+        weights = self.weights(vector).mT
+        if not self.bias:
+            return weights
+        return torch.cat([weights, vector[:, self.weight.numel() :].unsqueeze(1)], 1)
+
+    def vector(self, columns: Tensor) -> Tensor:
+        """The inverse of `columns`."""
+        weights = columns[:, : self.weight[1]].mT.flatten(1)
+        return torch.cat([weights, columns[:, -1]], 1) if self.bias else weights
 
     def in_phi(self, per_output: Tensor) -> Tensor:
         """Gradients in phi, ``[T, n]``, of functions with ``[T, m, k]`` in the outputs."""
@@ -131,6 +150,53 @@ class LinearHeads(Linearization):
     def hvp(self, vector: Tensor) -> Tensor:
         change = self.loss.curve(self.problem.outputs(vector))
         return self.problem.in_phi(change).add_(vector, alpha=self.quadratic.strength)
+
+    def diagonal(self) -> Tensor:
+        """That of the Hessian, exactly, ``[T, n]``."""
+        problem = self.problem
+        own = [self.loss.curve(one)[..., c] for c, one in enumerate(self._one_output_each())]
+        squares = problem._replace(x=problem.x.square())
+        return squares.in_phi(torch.stack(own, 2)).add_(self.quadratic.strength)
+
+    def kronecker_inverse(self, shift: float) -> Matvec:
+        r"""The inverse of :math:`A \otimes B + \mu I`, an approximation of the (damped) Hessian.
+
+        A is the features' :math:`X^\top X`, B the mean over the samples of the loss's Hessian in
+        the outputs; in the eigenvectors of both the matrix is diagonal. For the squared error it is
+        the Hessian itself. Where the samples are few, A stays in their span.
+
+        Args:
+            shift: :math:`\mu`, l2 plus the damping, above 0.
+
+        References:
+            Martens, Grosse (2015), Optimizing Neural Networks with Kronecker-factored Approximate
+            Curvature.
+        """
+        problem = self.problem
+        x, (_, m, d) = problem.x, problem.x.shape
+        if problem.bias:
+            x = torch.cat([x, torch.ones_like(x[..., :1])], 2)
+        mean = torch.stack([self.loss.curve(one).mean(1) for one in self._one_output_each()], 2)
+        outputs, turn = torch.linalg.eigh(mean)
+        values, basis = torch.linalg.eigh(torch.bmm(x.mT, x) if m > d else problem.gram())
+        rows = basis.mT if m > d else torch.bmm(basis.mT, x)
+        outputs, values = outputs.clamp_min_(0.0).unsqueeze(1), values.clamp_min_(0.0).unsqueeze(2)
+        share = outputs / (outputs * values + shift)
+        if m > d:
+            share = share * values
+
+        def inverse(vector: Tensor) -> Tensor:
+            weights = problem.columns(vector)
+            curved = share * torch.bmm(torch.bmm(rows, weights), turn)
+            part = torch.bmm(rows.mT, torch.bmm(curved, turn.mT))
+            return problem.vector(weights - part).div_(shift)
+
+        return inverse
+
+    def _one_output_each(self) -> list[Tensor]:
+        """Changes by 1 of one output of all samples, ``[T, m, k]``, for each output."""
+        zero, k = torch.zeros_like(self.loss.outputs), self.problem.weight[0]
+        return [zero.index_fill(2, torch.tensor(c, device=zero.device), 1.0) for c in range(k)]
 
     def moved(self, point: Tensor) -> LinearHeads:
         """The same objectives linearized at another ``point``, shape ``[T, n]``."""
@@ -282,7 +348,7 @@ class LinearHeads(Linearization):
         """
         problem, mu = self.problem, self.quadratic.strength + damping
         if self._factored is None:
-            return conjugate_gradient(damped(self.hvp, damping), b, 1000, 1e-10)
+            return conjugate_gradient(System(self.hvp, damping), b, 1000, 1e-10)
         gram, inverse = self._factored
         kernel = gram / mu
         if inverse is None or damping:

@@ -15,7 +15,7 @@ from torch.linalg import vector_norm
 
 from l2l_implicit import checks
 from l2l_implicit.inner_problem.boundary import find_meta_inputs
-from l2l_implicit.linear_solvers.solution import LinearSolution
+from l2l_implicit.linear_solvers.solution import LinearSolution, Matvec
 from l2l_implicit.vectors import flatten, unflatten
 
 Products = list[Tensor | None]
@@ -132,6 +132,8 @@ class Linearization(ABC):
         differentiable: whether there are products; without them there are value and gradient.
         steps: inner steps that led here, where the solver counts them itself, ``[T]``.
         elsewhere: g and its gradient at other points, where a closure can compute them.
+        accuracy: the `inner_error` at which the learner ends the inner loop; a solver's own
+            tolerance then stands idle. None: there is none.
 
     Example:
         >>> import torch
@@ -149,6 +151,7 @@ class Linearization(ABC):
     differentiable = True
     steps: Tensor | None = None
     elsewhere: Evaluate | None = None
+    accuracy: float | None = None
 
     def __init__(self, point: Tensor, quadratic: SquaredDistance) -> None:
         self.point, self.quadratic = point, quadratic
@@ -183,6 +186,14 @@ class Linearization(ABC):
             Yang et al. (2025), eq. (8), and Algorithm 1, line 11 (misprinted there).
         """
 
+    def diagonal(self) -> Tensor | None:
+        """The Hessian's diagonal, ``[T, n]``, where it is known without products."""
+        return None
+
+    def kronecker_inverse(self, shift: float) -> Matvec | None:
+        """An approximate inverse of ``H + damping I`` where H has Kronecker factors."""
+        return None
+
     @property
     def can_evaluate(self) -> bool:
         """Whether `evaluate` works."""
@@ -210,6 +221,12 @@ class Linearization(ABC):
 
     is_bound = False
 
+    def inner_error(self, first: float) -> float:
+        """The part of `errors` that is the inner minimum's, for T = 1, with the ``first`` norm."""
+        columns = self.gradient_norm, *self.scales()
+        norm, *scales = torch.cat([*map(Tensor.double, columns)]).tolist()
+        return self.errors(Sizes(norm, first, 0.0, 1.0, 0.0, tuple(scales)), 0.0, 0.0)[0]
+
     def scales(self) -> tuple[Tensor, ...]:
         """What `errors` needs to know of the point, each ``[T]``."""
         least = torch.finfo(self.point.dtype).eps ** 0.5 * self.quadratic.strength
@@ -229,12 +246,14 @@ class Linearization(ABC):
             strongly convex with :math:`\mu = l_2`, relative to the distance from the anchor;
             without a closed-form regulariser the gradient relative to the first one. Of the linear
             system: :math:`\|r\| / (\mu \|v\|)` with its residual r, :math:`\mu` with the damping.
-            Of rounding: not known here.
+            Where v is longer than :math:`\|b\| / \mu`, some curvature is below :math:`\mu`, and
+            :math:`\|b\| / \|v\|` takes its place in both. Of rounding: not known here.
         """
         strength = damping + self.quadratic.strength
+        weaker = max(1.0, strength * sizes.v / sizes.b) if sizes.b > 0.0 else 1.0
         scale = sizes.scales[0] or sizes.first
         inner = sizes.gradient / scale if scale > 0.0 else sizes.gradient
-        return inner, sizes.linear_error(strength), 0.0
+        return inner * weaker, sizes.linear_error(strength) * weaker, 0.0
 
 
 class AutogradLinearization(Linearization):

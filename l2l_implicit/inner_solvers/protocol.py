@@ -82,8 +82,9 @@ class Stop:
         return norm <= self.floor(at) * max(self._largest, float(at.regularizer_norm()))
 
     def floor(self, at: Linearization) -> float:
-        """The tolerance, no smaller than what the dtype can show."""
-        return max(self._tol, 10 * torch.finfo(at.point.dtype).eps)
+        """The tolerance, no smaller than what the dtype can show; only that with an accuracy."""
+        tol = self._tol if at.accuracy is None else 0.0
+        return max(tol, 10 * torch.finfo(at.point.dtype).eps)
 
     def progress(self, at: Linearization) -> float:
         """The gradient's norm relative to its largest; 0 for a start without a gradient."""

@@ -12,7 +12,7 @@ from torch.linalg import vector_norm
 from l2l_implicit import checks
 from l2l_implicit.linear_solvers import solution
 from l2l_implicit.linear_solvers.curvature import largest_curvature
-from l2l_implicit.linear_solvers.solution import LinearSolution, Matvec
+from l2l_implicit.linear_solvers.solution import LinearSolution, Matvec, System
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,16 @@ class Neumann:
 
     def solve(self, hvp: Matvec, b: Tensor, start: Tensor | None = None) -> LinearSolution:
         """The sums of the smallest residuals, ``[T, n]``, for right-hand sides ``b``."""
-        b_norm, v = vector_norm(b, dim=1), torch.zeros_like(b)
+        system, b_norm, v = System.of(hvp), vector_norm(b, dim=1), torch.zeros_like(b)
         broken, zero = ~b_norm.isfinite(), b_norm == 0
         r = torch.where(broken.unsqueeze(1), 0.0, b)
         if start is not None:
-            residual = r - hvp(start)
+            residual = r - system(start)
             better = vector_norm(residual, dim=1) <= b_norm  # False for one that is not finite
             v = torch.where(better.unsqueeze(1), start, v)
             r = torch.where(better.unsqueeze(1), residual, r)
         if self.step_size is None:
-            largest = largest_curvature(hvp, b)
+            largest = largest_curvature(system, b)
             broken, alpha = broken | ~largest.isfinite(), torch.where(largest > 0, 1 / largest, 0.0)
         else:
             alpha = torch.full_like(b_norm, self.step_size)
@@ -75,11 +75,11 @@ class Neumann:
         best, diverged = v, (alpha == 0.0) & ~broken
         active, steps = ~(broken | zero | diverged), torch.zeros_like(zero, dtype=torch.long)
         for _ in range(self.steps):
-            active = active & (norm > self.tol * b_norm) & norm.isfinite()
+            active = active & (norm > system.enough(self.tol, b_norm, v)) & norm.isfinite()
             if not bool(active.any()):
                 break
             share = torch.where(active, alpha, 0.0).unsqueeze(1)
-            product = torch.where(active.unsqueeze(1), hvp(r), 0.0)
+            product = torch.where(active.unsqueeze(1), system(r), 0.0)
             v, r, steps = v + share * r, r - share * product, steps + active
             norm = torch.where(active, vector_norm(r, dim=1), norm)
             broken = broken | (active & ~norm.isfinite() & (steps == 1))
@@ -92,6 +92,7 @@ class Neumann:
         relative = torch.where(broken, math.inf, relative)
         reasons = {
             solution.NON_FINITE: broken, solution.ZERO: zero,
-            solution.CONVERGED: smallest <= self.tol * b_norm, solution.DIVERGED: diverged,
+            solution.CONVERGED: smallest <= system.enough(self.tol, b_norm, best),
+            solution.DIVERGED: diverged,
         }  # fmt: skip
         return LinearSolution(best, steps, relative, solution.first_reason(reasons))

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
+
+if TYPE_CHECKING:
+    from l2l_implicit.inner_problem.linearization import Linearization
 
 Matvec = Callable[[Tensor], Tensor]
 
@@ -20,12 +25,16 @@ NOT_POSITIVE = "matrix is singular or indefinite along the search direction"
 NON_FINITE = "non-finite value"
 STALLED = "the inner solver moves no further"
 INEXACT = "the difference of the solutions is inexact"
+TRUNCATED = "solution too long: the loss is not convex there"
+APPROXIMATED = "an approximate inverse was applied once"
 DIVERGED = "series diverges: its step size is too large, or the matrix not positive definite"
 
 REMEDIES = {
     MAX_STEPS: "give linear= more steps, or raise l2",
     NOT_POSITIVE: "raise l2, or give linear= a damping: the inner problem is not convex there",
     DIVERGED: "give linear= a smaller step_size, or take CG",
+    TRUNCATED: "raise l2, or take more inner steps: away from its minimum a network is as that",
+    APPROXIMATED: "take CG, or give Nystrom a higher rank, or raise l2",
     NON_FINITE: "look for nan in the data or the query loss, or raise l2",
     STALLED: "give inner= a smaller tol, use float64, or raise l2",
     INEXACT: "use float64, or give linear= another step",
@@ -114,6 +123,81 @@ def first_reason(masks: Mapping[str, Tensor]) -> list[str]:
     return [next(itertools.compress(masks, row), MAX_STEPS) for row in rows]
 
 
-def damped(matvec: Matvec, damping: float) -> Matvec:
-    """Products with ``A + damping I``."""
-    return (lambda v: torch.add(matvec(v), v, alpha=damping)) if damping else matvec
+class System:
+    """Products with ``A + damping I``: the ``hvp`` that a learner hands to its linear solver.
+
+    A solver may take any function of vectors for it, and asks `of` where it wants to know more.
+
+    Args:
+        matvec: products with A, ``[T, n] -> [T, n]``.
+        damping: what is added to A's diagonal.
+        at: the linearization whose Hessian A is.
+        accuracy: relative error of the solution at which to stop; None: the solver's tolerance.
+
+    Attributes:
+        damping, at: see above; ``at`` is None where only the products are known.
+        shift: the multiple of the identity that is known to be in the matrix: l2 plus damping.
+        calls: how many products there were.
+
+    Example:
+        >>> import torch
+        >>> from l2l_implicit.linear_solvers.solution import System
+        >>> system = System(lambda p: 2.0 * p, damping=0.5)
+        >>> system(torch.ones(1, 2)), system.shift, system.calls
+        (tensor([[2.5000, 2.5000]]), 0.5, 1)
+    """
+
+    def __init__(
+        self, matvec: Matvec, damping: float = 0.0, at: Linearization | None = None,
+        accuracy: float | None = None,
+    ) -> None:  # fmt: skip
+        self._matvec, self.damping, self.at = matvec, damping, at
+        self.shift = damping if at is None else damping + at.quadratic.strength
+        self.calls, self._accuracy = 0, accuracy
+
+    @classmethod
+    def of(cls, hvp: Matvec) -> System:
+        """``hvp`` itself, or products of which nothing else is known."""
+        return hvp if isinstance(hvp, cls) else cls(hvp)
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        self.calls += 1
+        product = self._matvec(vector)
+        return torch.add(product, vector, alpha=self.damping) if self.damping else product
+
+    def enough(self, tol: float, b_norm: Tensor, v: Tensor) -> Tensor:
+        r"""The norm of a residual that is small enough, ``[T]``.
+
+        That is ``tol`` times b's, or where the learner has an ``accuracy`` that much times
+        :math:`\mu \|v\|`, :math:`\mu` the `shift`: what is left of :math:`A^{-1} b` is then at
+        most that much of v, if the loss is convex.
+        """
+        if self._accuracy is None:
+            return tol * b_norm
+        scale = self.shift * vector_norm(v, dim=1) if self.shift > 0.0 else b_norm
+        return self._accuracy * scale
+
+
+def applied_once(
+    hvp: Matvec, b: Tensor, inverse: Matvec, indefinite: Tensor | None = None
+) -> LinearSolution:
+    """``inverse(b)`` as the solution, with its true residual, for which one product is spent.
+
+    Args:
+        hvp, b: of the system.
+        inverse: products with an approximate inverse, ``[T, n]``.
+        indefinite: the tasks whose matrix was found not to be positive semidefinite, ``[T]``.
+    """
+    b_norm = vector_norm(b, dim=1)
+    zero, lost = b_norm == 0, ~b_norm.isfinite()
+    v = inverse(torch.where(lost.unsqueeze(1), 0.0, b))
+    relative = vector_norm(b - hvp(v), dim=1) / torch.where(zero, 1.0, b_norm)
+    lost = lost | ~(relative.isfinite() & v.sum(1).isfinite())
+    reasons = {NON_FINITE: lost, ZERO: zero}
+    if indefinite is not None:
+        reasons[NOT_POSITIVE] = indefinite
+    reasons[APPROXIMATED] = ~lost
+    return LinearSolution(
+        torch.where(lost.unsqueeze(1), 0.0, v), torch.ones_like(zero, dtype=torch.long),
+        torch.where(lost, math.inf, relative), first_reason(reasons),
+    )  # fmt: skip

@@ -166,6 +166,25 @@ def test_the_estimate_is_the_distance_from_the_minimum() -> None:
     assert said.hypergradient_error == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_solution_that_is_too_long_makes_the_estimate_larger() -> None:
+    """H = diag(4, 0.1) with l2 = 1: b along the second is solved by ten times b."""
+    module, curvatures = nn.Linear(2, 1, bias=False), torch.tensor([3.0, -0.9])
+    nn.init.constant_(module.weight, 0.3)
+    solvers = {"inner": GradientDescent(), "linear": Direct()}
+    for query, factor in ((torch.tensor([0.0, 1.0]), 10.0), (torch.tensor([1.0, 0.0]), 1.0)):
+        learner = ImplicitCGHead(module, 0.1, l2=1.0, max_error=1e9, **solvers).clone()
+
+        def loss(learner: ImplicitCGHead = learner) -> Tensor:
+            phi = learner.module.weight[0]
+            return 0.5 * (curvatures * phi.square()).sum() - phi.sum()
+
+        learner.adapt(loss, steps=3)
+        (learner.module.weight[0] * query).sum().backward()
+        said = learner.diagnostics
+        plain = said.inner_gradient_norm / float(flat(learner.parameters()).norm())
+        assert said.hypergradient_error == pytest.approx(factor * plain, rel=1e-9)
+
+
 def test_without_a_regulariser_the_estimate_is_the_gradient_relative_to_the_first() -> None:
     """Where no closed form knows the span's curvature (`test_no_regulariser` of never_silent)."""
     x, y, module = data(), torch.randn(25, 5), nn.Linear(10, 5)

@@ -22,6 +22,7 @@ from l2l_implicit import (
     LinearSolver,
     Neumann,
     Newton,
+    Nystrom,
 )
 from l2l_implicit.inner_problem.linearization import AutogradLinearization, Linearization
 from l2l_implicit.inner_solvers.gradient_descent import GradientStep
@@ -46,7 +47,9 @@ INNER: dict[str, tuple[InnerSolver, int]] = {
     "lbfgs": (LBFGS(tol=1e-13), 100),
     "one's own": (Own(), 30),
 }
-LINEAR: list[LinearSolver] = [CG(3000, 1e-13), Neumann(3000, 1e-13), Direct()]
+LINEAR: list[LinearSolver] = [
+    CG(3000, 1e-13), CG(3000, 1e-13, preconditioner=Nystrom(5)), Neumann(3000, 1e-13), Direct()
+]  # fmt: skip
 HEADS = ["softmax mean bias", "ridge mean", "two layers anchored"]
 
 

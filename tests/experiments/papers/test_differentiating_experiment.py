@@ -1,0 +1,73 @@
+"""`experiments.papers.differentiating`: its tables against what must hold, and its refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from experiments.papers.differentiating import (
+    CURVES,
+    DifferentiatingSettings,
+    Head,
+    Network,
+    Table,
+    Way,
+    draw,
+    ex,
+    features,
+    number,
+)
+from experiments.tracking import UserError
+from experiments.tracking.values import CheckedMetrics
+
+pytestmark = pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
+
+
+def test_the_systems_are_solved_as_accurately_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    points: dict[str, float] = {}
+    keep = staticmethod(lambda name, value, step, now: points.update({name: value}))
+    monkeypatch.setattr(CheckedMetrics, "sink", keep)
+    changes = {"parts": ["systems"], "width": 40, "samples": 15, "conditions": [100.0]}
+    options = {"--unobserved": True, "--loglevel": "ERROR"}
+    found = ex.run(config_updates=changes, named_configs=["quick"], options=options).result
+    assert len(found) == 4 * 4 and max(found.values()) <= 1e-2
+    products = {key: value for key, value in points.items() if key.endswith("products")}
+    for key, value in products.items():
+        if "/Kronecker/" in key:
+            assert value <= products[key.replace("Kronecker", "CG")]
+            assert value == 1 or "squared" not in key
+
+
+@pytest.mark.parametrize("task", [Head(3, 4, 6, 0.1, 0), Network(0)], ids=["head", "network"])
+def test_every_way_leads_to_the_dense_oracle(task: Head) -> None:
+    """The last budget of those that can get there; one step can not."""
+    truth = task.exact()
+
+    def error(way: Way, budget: float) -> float:
+        got, milliseconds = task.measured(way, budget)
+        assert milliseconds > 0.0
+        return float((got - truth).norm() / truth.norm())
+
+    assert error(CURVES["conjugate gradient"], 80) < 1e-6
+    assert error(CURVES["preconditioned"], 80) < 1e-6
+    assert error(CURVES["accuracy"], 1e-4) < 1e-3
+    assert error(CURVES["Neumann"], 300) < error(CURVES["Neumann"], 3)
+    assert error(CURVES["one step"], 1) > 0.1
+
+
+def test_the_picture_has_a_curve_for_each_way(tmp_path: Path) -> None:
+    row = {"ms": 1.0, "error": 0.1}
+    table: Table = {f"{name}, {b:g}": row for name, way in CURVES.items() for b in way.budgets}
+    drawing = draw({"head": table})
+    assert [len(line.get_xdata()) for line in drawing.axes[0].lines] == [
+        len(way.budgets) for way in CURVES.values()
+    ]
+    assert [number(x) for x in (1e30, 150.4, 3.0, 0.0123)] == ["above 1e5", "150", "3", "0.012"]
+
+
+def test_a_file_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("experiments.papers.differentiating.make_tasks", lambda **_: None)
+    settings = DifferentiatingSettings(parameters=["nowhere.pt"])
+    with pytest.raises(UserError, match=r"parameters: expected a file .* got 'nowhere.pt'; train"):
+        next(features(settings))

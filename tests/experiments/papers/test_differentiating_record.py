@@ -1,0 +1,63 @@
+"""docs/differentiating.md says what docs/records/differentiating.jsonl.gz holds."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from experiments.papers.differentiating import number
+
+DOCS = Path(__file__).parents[3] / "docs"
+PAGE = (DOCS / "differentiating.md").read_text(encoding="utf-8")
+RECORD = json.loads(gzip.open(DOCS / "records" / "differentiating.jsonl.gz").readline())
+RESULT: dict[str, float] = RECORD["runs"]["result"]
+
+
+def of(part: str) -> Iterator[tuple[str, str, float]]:
+    """Table, row and its error or cosine."""
+    for key, value in RESULT.items():
+        if key.startswith(f"{part}/"):
+            title, _, name = key.removeprefix(f"{part}/").rpartition("/")
+            if name.endswith("l2)"):  # Identity(1 / l2)
+                title, name = key.removeprefix(f"{part}/").split("/", 1)
+            yield title, name, value
+
+
+def line(start: str) -> str:
+    (found,) = (row for row in PAGE.splitlines() if row.startswith(f"| {start} |"))
+    return found
+
+
+def test_every_accuracy_was_kept_and_stands_in_the_table() -> None:
+    seen = 0
+    for _, name, error in of("features"):
+        inner, _, accuracy = name.partition(", ")
+        if accuracy != "20, 20":
+            row = line(f"{inner.replace('gradient', 'gradient, adaptive')}, accuracy {accuracy}")
+            assert error <= float(accuracy) and f" ms, {number(error)} (" in row
+            seen += 1
+    assert seen == 3 * 2 * 3
+
+
+def test_the_cosines_of_the_network_are_those_of_the_run() -> None:
+    rows = {name: value for _, name, value in of("network")}
+    for name, cosine in rows.items():
+        assert line(name).split("|")[2].strip() == number(cosine)
+    truncated = rows["CG(20, truncated=True)"]
+    assert truncated == max(rows.values())
+
+
+def test_every_system_was_solved_as_accurately_as_asked() -> None:
+    errors = [error for _, _, error in of("systems")]
+    assert len(errors) == 4 * 3 * 4 and max(errors) <= 1e-2
+
+
+@pytest.mark.parametrize("way, error", [("conjugate gradient, 1", 0.77), ("one step, 1", 0.77)])
+def test_one_step_is_one_step_of_conjugate_gradient(way: str, error: float) -> None:
+    found = {name: value for title, name, value in of("time") if title == "head"}
+    assert found[way] == pytest.approx(error, abs=0.005)
+    assert f"({error} and {error} on the head)" in PAGE

@@ -7,7 +7,6 @@ file and `recognition` are the only ones that know torch's graph from the inside
 from __future__ import annotations
 
 import copy
-import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
@@ -46,17 +45,30 @@ def mark_boundaries(value: Any, dtype: torch.dtype | None, mark: bool) -> Any:
 
     With a ``dtype``, tensors of half precision are widened to it; without ``mark`` nothing else.
     """
+
+    def marked(tensor: Tensor) -> Tensor:
+        if mark and tensor.requires_grad:
+            return Boundary.apply(tensor, dtype)
+        return tensor if dtype is None else widened(tensor, dtype)
+
+    return each_tensor(value, marked)
+
+
+def each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """``value`` with ``change`` applied to every tensor, in lists, tuples and dicts too, in order.
+
+    What holds none of these is returned as it is.
+    """
     if isinstance(value, Tensor):
-        if mark and value.requires_grad:
-            return Boundary.apply(value, dtype)
-        return value if dtype is None else widened(value, dtype)
+        return change(value)
     if not isinstance(value, tuple | list | dict) or not value:
         return value
     if isinstance(value, dict):
         mapped: Any = copy.copy(value)  # keeps a class of the caller's own
-        mapped.update(zip(value, mark_boundaries([*value.values()], dtype, mark), strict=True))
+        for key, part in value.items():
+            mapped[key] = each_tensor(part, change)
         return mapped
-    parts = [*map(functools.partial(mark_boundaries, dtype=dtype, mark=mark), value)]
+    parts = [each_tensor(part, change) for part in value]
     if isinstance(value, list):
         mapped = copy.copy(value)
         mapped[:] = parts

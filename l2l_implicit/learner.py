@@ -18,7 +18,8 @@ from torch.linalg import vector_norm
 from l2l_implicit import checks
 from l2l_implicit.diagnostics import Diagnostics, UnsolvedWarning
 from l2l_implicit.implicit_diff import SHAPE, SavedLinearization, attach
-from l2l_implicit.inner_problem.boundary import end_of_gradients, mark_boundaries
+from l2l_implicit.inner_problem.boundary import end_of_gradients, mark_boundaries, mark_outputs
+from l2l_implicit.inner_problem.gauss_newton import Curvature, Hessian, Pass
 from l2l_implicit.inner_problem.linear_heads import LinearHeads
 from l2l_implicit.inner_problem.linearization import (
     AutogradLinearization,
@@ -187,6 +188,7 @@ class ImplicitCGHead(MAML):
         anchor: str = "zero",
         inner: InnerSolver = Newton(),  # noqa: B008  (frozen)
         linear: LinearSolver = CG(),  # noqa: B008
+        curvature: Curvature = Hessian(),  # noqa: B008
         loss: nn.Module | None = None,
         warm_start: bool = False,
         max_error: float = 0.01,
@@ -197,9 +199,10 @@ class ImplicitCGHead(MAML):
         super().__init__(model, lr, first_order, allow_unused, allow_nograd)
         self.lr = float(lr)
         self.l2, self.anchor, self.inner, self.linear = l2, anchor, inner, linear
-        self.loss, self.max_error = loss, float(max_error)
+        self.curvature, self.loss, self.max_error = curvature, loss, float(max_error)
         self._settings = anchor, inner, linear, max_error
         checks.settings(l2, *self._settings)
+        checks.curvature(curvature)
         checks.head_loss(loss)
         cls, own = type(self), ImplicitCGHead
         self._plain_regularizer = cls.regularizer is own.regularizer
@@ -276,10 +279,18 @@ class ImplicitCGHead(MAML):
         args = mark_boundaries(args, dtype, mark)
         if kwargs:
             kwargs = mark_boundaries(kwargs, dtype, mark)
+        run = self._noted if mark and self.curvature.notes_passes else self.module
         if low is None:
-            return self.module(*args, **kwargs)
+            return run(*args, **kwargs)
         with torch.autocast(low[0], enabled=False):
-            return self.module(*args, **kwargs)
+            return run(*args, **kwargs)
+
+    def _noted(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's output, with a note of how to compute it again."""
+        first = next(self.module.parameters(), None)
+        noted = Pass(self.module, torch.device("cpu") if first is None else first.device)
+        noted.arguments = args, kwargs
+        return mark_outputs(self.module(*args, **kwargs), noted)
 
     def adapt(
         self,
@@ -535,7 +546,7 @@ class ImplicitCGHead(MAML):
             anchor = self._initial_of(phi) if self.anchor == "init" else []
             stand_ins = [a.detach().requires_grad_() for a in anchor]
             loss = loss + self.regularizer(phi, stand_ins or [torch.zeros_like(p) for p in phi])
-        return AutogradLinearization(
+        return self.curvature.linearize(
             loss, phi, quadratic=quadratic, anchor=anchor, stand_ins=stand_ins, unused=unused,
             differentiable=differentiable,
         )  # fmt: skip
@@ -630,8 +641,8 @@ class ImplicitCGHead(MAML):
     # Whether autograd's second derivative is one.
 
     def _is_new(self, at: AutogradLinearization) -> bool:
-        """Whether it is not known yet of a loss of these operations."""
-        return hash(tuple(at.operations)) not in self._compared and len(self._compared) < _LOSSES
+        """Whether it is not known yet of a loss of these operations, and has to be."""
+        return at.needs_second and hash(tuple(at.operations)) not in self._compared and len(self._compared) < _LOSSES
 
     def _look(self, at: AutogradLinearization) -> None:
         """Compare the gradient's change since the last loss tensor with the products."""

@@ -1,4 +1,5 @@
-"""Marks in autograd's graph: where theta enters an inner loss, and where an inner step has ended.
+"""Marks in autograd's graph: where theta enters an inner loss, where the module's outputs leave, and
+where an inner step has ended.
 
 Theta enters by the tensors given to ``forward``, and by leaves that the loss uses directly. This
 file and `recognition` are the only ones that know torch's graph from the inside.
@@ -6,6 +7,7 @@ file and `recognition` are the only ones that know torch's graph from the inside
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -80,7 +82,12 @@ def each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 def is_boundary(node: Any) -> bool:
     """Whether a node of the graph is a `Boundary` that no gradient of phi has passed."""
-    return isinstance(node, Boundary._backward_cls) and not node.inner  # type: ignore[attr-defined]
+    return is_marked(node) and not node.inner
+
+
+def is_marked(node: Any) -> bool:
+    """Whether a node of the graph is a `Boundary`, passed by a gradient of phi or not."""
+    return isinstance(node, Boundary._backward_cls)  # type: ignore[attr-defined]
 
 
 def source_of(node: Any) -> Tensor:
@@ -92,6 +99,90 @@ def source_of(node: Any) -> Tensor:
             "inner loss: expected the inputs of learner(...) as they were when it was called, got "
             "one that was changed in place since; clone it first, or change it after backward()"
         ) from error
+
+
+class Outputs(Function):
+    """Copies of the tensors that one pass of a module gave, from which the loss is computed.
+
+    As with `Boundary` the node is the record: it has saved the outputs, and knows the ``made_by``
+    that computed them. While ``cut``, no gradient passes it: what then reaches phi from the loss
+    has gone around the outputs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, made_by: Any, *outputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*outputs)
+        ctx.set_materialize_grads(False)
+        ctx.made_by, ctx.cut = made_by, False
+        return tuple(map(Tensor.clone, outputs))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *((None,) * len(gradients) if ctx.cut else gradients)
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """Every tensor in ``value`` that may have a derivative, in the order of `each_tensor`."""
+    found: list[Tensor] = []
+    each_tensor(value, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    return [tensor for tensor in found if tensor.is_floating_point()]
+
+
+def mark_outputs(value: Any, made_by: Any) -> Any:
+    """``value`` with the tensors of `tensors_of` marked as the outputs of the pass ``made_by``."""
+    outputs = tensors_of(value)
+    if not any(output.requires_grad for output in outputs):
+        return value
+    marked = iter(Outputs.apply(made_by, *outputs))
+    return each_tensor(value, lambda tensor: next(marked) if tensor.is_floating_point() else tensor)
+
+
+def is_outputs(node: Any) -> bool:
+    """Whether a node of the graph is an `Outputs`."""
+    return isinstance(node, Outputs._backward_cls)  # type: ignore[attr-defined]
+
+
+def outputs_of(node: Any) -> Sequence[Tensor]:
+    """The tensors that the node of an `Outputs` marks; an error if the graph has been freed."""
+    try:
+        return node.saved_tensors
+    except RuntimeError as error:
+        raise RuntimeError(
+            "inner loss: expected its graph as it was when learner(...) was called, got one that "
+            "was freed, or whose outputs were changed in place; call backward() on it afterwards"
+        ) from error
+
+
+def find_outputs(loss: Tensor, inner: Sequence[Tensor]) -> tuple[list[Any], bool]:
+    """The `Outputs` of phi's passes that ``loss`` is made of, and whether it uses phi besides.
+
+    Args:
+        loss: a scalar.
+        inner: phi; a pass with other parameters is an operation like any other.
+    """
+    known = {id(tensor) for tensor in inner}
+    made = {tensor.grad_fn for tensor in inner if tensor.grad_fn is not None}
+    found, around, stack = list[Any](), False, [cast(Any, loss.grad_fn)]
+    for node in unseen(stack, set()):
+        if is_outputs(node) and known <= node.made_by.parameters:
+            found.append(node)
+        elif node in made or (is_leaf(node) and id(node.variable) in known):
+            around = True
+        else:
+            stack.extend(map(CHILD, node.next_functions))
+    return found, around
+
+
+@contextlib.contextmanager
+def cut(nodes: Sequence[Any]) -> Iterator[None]:
+    """Within, no gradient passes these `Outputs`."""
+    for node in nodes:
+        node.cut = True
+    try:
+        yield
+    finally:
+        for node in nodes:
+            node.cut = False
 
 
 class MetaInputs(NamedTuple):
@@ -139,6 +230,11 @@ def unseen(stack: list[Any], seen: set[Any]) -> Iterator[Any]:
             yield node
 
 
+def is_leaf(node: Any) -> bool:
+    """Whether a node of the graph is where a leaf's gradient ends."""
+    return type(node).__name__ == "AccumulateGrad"
+
+
 CHILD = operator.itemgetter(0)  # of an edge in ``node.next_functions``
 
 
@@ -156,7 +252,7 @@ def find_meta_inputs(objective: Tensor, inner: Sequence[Tensor]) -> MetaInputs:
     for node in unseen(stack, seen):
         if is_boundary(node):
             found.boundaries.append(node)
-        elif type(node).__name__ != "AccumulateGrad":
+        elif not is_leaf(node):
             found.names.append(node.name())
             stack.extend(map(CHILD, node.next_functions))
         elif id(node.variable) not in known:

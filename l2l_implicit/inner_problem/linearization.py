@@ -235,6 +235,8 @@ class AutogradLinearization(Linearization):
             anchor, often one tensor, stay two arguments.
         unused: let parameters be absent from ``loss``; their loss gradient is zero.
         differentiable: keep the graph; without it there are no products.
+        keeps_second: keep the gradient's graph; without it the loss's alone, from which that is
+            made anew for each product.
     """
 
     def __init__(
@@ -247,34 +249,47 @@ class AutogradLinearization(Linearization):
         stand_ins: Sequence[Tensor] = (),
         unused: bool = False,
         differentiable: bool = True,
+        keeps_second: bool = True,
     ) -> None:
         super().__init__(flatten(parameters).detach().unsqueeze(0), quadratic or _NOTHING)
-        gradients = inner_gradient(loss, parameters, unused, create_graph=differentiable)
+        gradients = inner_gradient(
+            loss, parameters, unused, create_graph=differentiable and keeps_second,
+            retain_graph=differentiable,
+        )  # fmt: skip
         self.parameters, self.differentiable = parameters, differentiable
         self._value = loss.detach().view(1)
-        self._loss_gradient = _flat(gradients, parameters).detach()
+        self._loss_gradient = flat(gradients, parameters).detach()
         offset, strength = self.quadratic.offset(self.point), self.quadratic.strength
         self.gradient = self._loss_gradient.add(offset, alpha=strength)
         if differentiable:
-            kept = [(g, i) for i, g in enumerate(gradients) if g is not None and g.requires_grad]
-            self._gradients, self._kept = [g for g, _ in kept], [i for _, i in kept]
+            self._gradients = gradients if keeps_second else None
             self.loss, self._anchor, self._stand_ins = loss, list(anchor), list(stand_ins)
             self._inputs = find_meta_inputs(loss, [*parameters, *stand_ins])
             self.operations = self._inputs.names
+
+    @property
+    def needs_second(self) -> bool:
+        """Whether a product comes from the gradient's graph."""
+        return True
 
     @property
     def objective(self) -> Tensor:
         return self._value + self.quadratic.value(self.point)
 
     def hvp(self, vector: Tensor) -> Tensor:
-        product = _flat(self._vjp(self.parameters, vector), self.parameters)
+        return self.derivative(vector)
+
+    def derivative(self, vector: Tensor) -> Tensor:
+        """The gradient's derivative along ``vector``, whatever matrix `hvp` has in its place."""
+        product = flat(self._vjp(self.parameters, vector), self.parameters)
         return product.add_(vector, alpha=self.quadratic.strength)
 
     def sources(self) -> list[Tensor]:
         return [*self._inputs.sources(), *self._anchor, *self.quadratic.sources()]
 
     def mixed_vjp(self, answer: LinearSolution) -> Products:
-        self._check_unchanged()
+        if self.needs_second:
+            self._check_unchanged()
         vector = answer.solution
         products = self._inputs.vjp(lambda inputs: self._vjp(inputs, vector), self.parameters)
         products += self._vjp(self._stand_ins, vector)
@@ -282,13 +297,17 @@ class AutogradLinearization(Linearization):
 
     def _vjp(self, inputs: Sequence[Any], vector: Tensor) -> Sequence[Tensor | None]:
         """The kept gradient's product with ``vector``, with respect to ``inputs``."""
-        if not inputs or not self._gradients:
+        if not inputs:
+            return []
+        gradients = self._gradients
+        if gradients is None:
+            gradients = gradients_of(self.loss, self.parameters, create_graph=True, allow_unused=True)
+        pairs = zip(gradients, unflatten(vector[0], self.parameters), strict=True)
+        kept = [(g, p) for g, p in pairs if g is not None and g.requires_grad]
+        if not kept:
             return [None] * len(inputs)
-        pieces = unflatten(vector[0], self.parameters)
-        return _again(
-            self._gradients, inputs, [pieces[i] for i in self._kept], retain_graph=True,
-            allow_unused=True,
-        )  # fmt: skip
+        ends, pieces = zip(*kept, strict=True)
+        return gradients_of(ends, inputs, pieces, retain_graph=True, allow_unused=True)
 
     def _check_unchanged(self) -> None:
         """Whether the graph still computes the gradient that it computed first.
@@ -296,8 +315,8 @@ class AutogradLinearization(Linearization):
         It does not where its data were changed without a trace (``.data``), and where it runs a
         part of the module again (activation checkpointing) after the weights have moved.
         """
-        again = _again(self.loss, self.parameters, retain_graph=True, allow_unused=True)
-        now, before = _flat(again, self.parameters), self._loss_gradient
+        again = gradients_of(self.loss, self.parameters, retain_graph=True, allow_unused=True)
+        now, before = flat(again, self.parameters), self._loss_gradient
         tol = torch.finfo(now.dtype).eps ** 0.5
         if not bool((now - before).norm() <= tol * before.norm()):
             raise RuntimeError(
@@ -309,15 +328,15 @@ class AutogradLinearization(Linearization):
 
 
 def inner_gradient(
-    loss: Tensor, parameters: Sequence[Tensor], unused: bool, create_graph: bool = False
+    loss: Tensor, parameters: Sequence[Tensor], unused: bool, **graph: bool
 ) -> tuple[Tensor | None, ...]:
     """The loss's gradients in ``parameters``; None for an unused one, where that is allowed."""
-    gradients = _again(loss, parameters, create_graph=create_graph, allow_unused=True)
+    gradients = gradients_of(loss, parameters, allow_unused=True, **graph)
     checks.used(gradients, unused)
     return gradients
 
 
-def _again(*arguments: Any, **options: Any) -> tuple[Tensor | None, ...]:
+def gradients_of(*arguments: Any, **options: Any) -> tuple[Tensor | None, ...]:
     """``torch.autograd.grad``, whose refusals say what to do."""
     try:
         return grad(*arguments, **options)
@@ -331,7 +350,7 @@ def _again(*arguments: Any, **options: Any) -> tuple[Tensor | None, ...]:
         ) from error
 
 
-def _flat(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
+def flat(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
     """Gradients as one vector ``[1, n]``, with zeros where there was none."""
     pairs = zip(gradients, like, strict=True)
     return flatten(torch.zeros_like(t) if g is None else g for g, t in pairs).unsqueeze(0)

@@ -19,7 +19,7 @@ from l2l_implicit import checks
 from l2l_implicit.diagnostics import Diagnostics, UnsolvedWarning
 from l2l_implicit.implicit_diff import SHAPE, SavedLinearization, attach
 from l2l_implicit.inner_problem.boundary import end_of_gradients, mark_boundaries, mark_outputs
-from l2l_implicit.inner_problem.gauss_newton import Curvature, Hessian, Pass
+from l2l_implicit.inner_problem.gauss_newton import Curvature, Hessian
 from l2l_implicit.inner_problem.linear_heads import LinearHeads
 from l2l_implicit.inner_problem.linearization import (
     AutogradLinearization,
@@ -28,6 +28,7 @@ from l2l_implicit.inner_problem.linearization import (
     SquaredDistance,
     inner_gradient,
 )
+from l2l_implicit.inner_problem.passes import Pass
 from l2l_implicit.inner_problem.recognition import HeadLoss, recognize
 from l2l_implicit.inner_problem.second_derivative import (
     StepTaken,

@@ -12,32 +12,19 @@ in the outputs vanishes. For a loss that is convex in the outputs it is positive
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from l2l_implicit.inner_problem.boundary import (
-    cut,
-    find_outputs,
-    is_boundary,
-    is_marked,
-    outputs_of,
-    tensors_of,
-)
-from l2l_implicit.inner_problem.linearization import (
-    AutogradLinearization,
-    gradients_of,
-    flat,
-)
-from l2l_implicit.vectors import buffers_apart, shallow_copy, substitute, unflatten
+from l2l_implicit.inner_problem.boundary import cut, find_outputs, outputs_of
+from l2l_implicit.inner_problem.linearization import AutogradLinearization, flat, gradients_of
+from l2l_implicit.vectors import unflatten
 
 
 class Curvature(Protocol):
@@ -125,79 +112,6 @@ class GaussNewton:
     ) -> AutogradLinearization:
         """The gradient by one backward pass, whose graph is kept for the products."""
         return GaussNewtonLinearization(loss, parameters, fallback=self.fallback, **options)
-
-
-class Pass:
-    """One pass of a module, as a record from which it can be run again.
-
-    Made before the pass: of a module that shares the parameters and has buffers of its own, so that
-    another pass leaves running statistics alone, and of the state of the random numbers.
-
-    Args:
-        module: what is about to run.
-        device: where its parameters are.
-
-    Attributes:
-        parameters: the ids of its parameters.
-        arguments: positional and by name, to be set by who calls the module.
-    """
-
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self._module, self._device = _twin(module, {}), device
-        self.parameters = {id(p) for p in self._module.parameters()}
-        self.arguments: tuple[Sequence[Any], dict[str, Any]] = (), {}
-        self._random = torch.get_rng_state()
-        cuda = device.type == "cuda"
-        self._device_random = torch.cuda.get_rng_state(device) if cuda else None
-
-    def inner_inputs(self) -> bool:
-        """Whether an input depends on phi, as far as gradients have shown it."""
-        return any(
-            t.grad_fn is not None and is_marked(t.grad_fn) and not is_boundary(t.grad_fn)
-            for t in tensors_of([*self.arguments])
-        )
-
-    @torch.no_grad()
-    def tangents(
-        self, phi: Sequence[Tensor], direction: Sequence[Tensor]
-    ) -> list[tuple[Tensor, Tensor | None]]:
-        """The outputs again, each with its derivative along ``direction``; None for zero.
-
-        Raises:
-            NotImplementedError: torch's own, for an operation without forward mode.
-        """
-        positional, named = self.arguments
-        with forward_ad.dual_level(), buffers_apart(self._module), self._same_random():
-            pairs = zip(phi, direction, strict=True)
-            duals = [forward_ad.make_dual(p.detach(), d) for p, d in pairs]
-            substitute(self._module, phi, duals)
-            try:
-                outputs = tensors_of(self._module(*positional, **named))
-            finally:
-                substitute(self._module, duals, phi)
-            return [(z, d) for z, d in map(forward_ad.unpack_dual, outputs)]
-
-    @contextlib.contextmanager
-    def _same_random(self) -> Iterator[None]:
-        on_device = self._device_random
-        with torch.random.fork_rng(devices=[] if on_device is None else [self._device]):
-            torch.set_rng_state(self._random)
-            if on_device is not None:
-                torch.cuda.set_rng_state(on_device, self._device)
-            yield
-
-
-def _twin(module: nn.Module, known: dict[int, Any]) -> Any:
-    """A copy of a module and all below it that shares parameters, with buffers of its own."""
-    if id(module) in known:
-        return known[id(module)]
-    known[id(module)] = copy = shallow_copy(module)
-    for name, buffer in module._buffers.items():
-        if buffer is not None:
-            copy._buffers[name] = known.setdefault(id(buffer), buffer.detach().clone())
-    for name, child in module._modules.items():
-        copy._modules[name] = child if child is None else _twin(child, known)
-    return copy
 
 
 class GaussNewtonLinearization(AutogradLinearization):

@@ -24,7 +24,9 @@ from l2l_implicit import (
     CG,
     LBFGS,
     Direct,
+    GaussNewton,
     GradientDescent,
+    Hessian,
     ImplicitCGHead,
     ImplicitMAML,
     InnerSolver,
@@ -107,8 +109,10 @@ def _learner(s: AlgorithmSettings) -> Callable[[nn.Module], Any]:
     if s.name in ("rm_metal", "imaml_gd", "imaml_hf"):
         l2: Any = nn.Parameter(torch.tensor(float(s.l2))) if s.learn_l2 else s.l2
         cls = ImplicitCGHead if s.name == "rm_metal" else ImplicitMAML
-        both = {"inner": _inner(s), "linear": _linear(s)}
-        return lambda module: cls(module, lr, l2=l2, **both)
+        chosen: dict[str, Any] = {"inner": _inner(s), "linear": _linear(s)}
+        if s.curvature is not None:
+            chosen["curvature"] = {"hessian": Hessian, "gauss_newton": GaussNewton}[s.curvature]()
+        return lambda module: cls(module, lr, l2=l2, **chosen)
     first_order = s.name in ("fo_anil", "fomaml")
     if s.name == "reptile":
         return lambda module: Reptile(module, lr, optimizer=s.optimizer)

@@ -163,7 +163,7 @@ class GaussNewtonLinearization(AutogradLinearization):
             except NotImplementedError as error:
                 if not self._fallback:
                     raise _no_forward_mode(error) from error
-                self._use_hessian = True
+                self._use_hessian, self._gradients = True, self._graph()
             else:
                 return product.add_(vector, alpha=self.quadratic.strength)
         return self.derivative(vector)
@@ -238,8 +238,9 @@ def _products(
 def _inner_product(
     a: Sequence[Tensor | None], b: Sequence[Tensor | None]
 ) -> tuple[float, float]:
-    """The inner product of two lists of tensors, and the product of their norms' squares' roots."""
-    pairs = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
+    """The inner product of two lists of tensors, and what Cauchy and Schwarz allow it."""
+    both = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
+    pairs = [(x.detach(), y) for x, y in both]
     value = math.fsum(float((x * y).sum()) for x, y in pairs)
     return value, math.fsum(float(x.norm() * y.norm()) for x, y in pairs)
 

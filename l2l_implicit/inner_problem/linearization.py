@@ -6,6 +6,7 @@ import math
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -281,27 +282,35 @@ class AutogradLinearization(Linearization):
 
     def derivative(self, vector: Tensor) -> Tensor:
         """The gradient's derivative along ``vector``, whatever matrix `hvp` has in its place."""
-        product = flat(self._vjp(self.parameters, vector), self.parameters)
+        product = flat(self._vjp(self._graph(), self.parameters, vector), self.parameters)
         return product.add_(vector, alpha=self.quadratic.strength)
 
     def sources(self) -> list[Tensor]:
         return [*self._inputs.sources(), *self._anchor, *self.quadratic.sources()]
 
     def mixed_vjp(self, answer: LinearSolution) -> Products:
+        gradients: Sequence[Tensor | None] = ()
         if self.needs_second:
             self._check_unchanged()
+            gradients = self._graph()
         vector = answer.solution
-        products = self._inputs.vjp(lambda inputs: self._vjp(inputs, vector), self.parameters)
-        products += self._vjp(self._stand_ins, vector)
+        product = partial(self._vjp, gradients, vector=vector)
+        products = self._inputs.vjp(product, self.parameters)
+        products += product(self._stand_ins)
         return products + self.quadratic.mixed_vjp(self.point, vector)
 
-    def _vjp(self, inputs: Sequence[Any], vector: Tensor) -> Sequence[Tensor | None]:
-        """The kept gradient's product with ``vector``, with respect to ``inputs``."""
+    def _graph(self) -> Sequence[Tensor | None]:
+        """The loss's gradient with its graph, as it was kept or made anew."""
+        if self._gradients is not None:
+            return self._gradients
+        return gradients_of(self.loss, self.parameters, create_graph=True, allow_unused=True)
+
+    def _vjp(
+        self, gradients: Sequence[Tensor | None], inputs: Sequence[Any], vector: Tensor
+    ) -> Sequence[Tensor | None]:
+        """The product of ``gradients`` with ``vector``, with respect to ``inputs``."""
         if not inputs:
             return []
-        gradients = self._gradients
-        if gradients is None:
-            gradients = gradients_of(self.loss, self.parameters, create_graph=True, allow_unused=True)
         pairs = zip(gradients, unflatten(vector[0], self.parameters), strict=True)
         kept = [(g, p) for g, p in pairs if g is not None and g.requires_grad]
         if not kept:

@@ -63,6 +63,10 @@ def vector_of(module: nn.Module) -> Tensor:
 def function_of(module: nn.Module) -> Callable[..., Any]:
     """Outputs of a copy of the module at a vector phi."""
     plain = copy.deepcopy(module)
+    for part in plain.modules():  # torch.func refuses writing into running statistics
+        if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d) and part.training:
+            part.running_mean = part.running_var = part.num_batches_tracked = None
+            part.track_running_stats = False
     shapes = {name: p.shape for name, p in plain.named_parameters()}
 
     def run(phi: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -185,8 +189,8 @@ def test_theta_of_every_kind(how: str) -> None:
         return cross_entropy(scale * learner(h), LABELS)
 
     adapt(learner, closure, how, 2)
+    phi = vector_of(learner) if how == "closure" else at[-1]  # it is called to compare, too
     cross_entropy(learner(query), LABELS).backward()
-    phi = at[-1]
 
     def objective(p: Tensor, w: Tensor, s: Tensor, coefficient: Tensor, anchor: Tensor) -> Tensor:
         z = outputs(p, torch.tanh(raw @ w))
@@ -398,7 +402,7 @@ def test_no_second_derivative_is_asked_of_the_module() -> None:
     pairs = zip(system_of(module, GaussNewton()), system_of(twin, GaussNewton()), strict=True)
     for one, other in pairs:
         assert (one - other).norm() <= 1e-12 * other.norm()
-    with pytest.raises(RuntimeError, match="differentiate twice"):
+    with pytest.warns(UnsolvedWarning, match="second derivative"):
         system_of(module, Hessian())
 
 
@@ -467,7 +471,6 @@ class Outside(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(5, 3)
-        self.itself = [self]
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(self.itself[0].layer(x))
@@ -476,6 +479,7 @@ class Outside(nn.Module):
 @pytest.mark.parametrize("module", [Detached, Outside])
 def test_two_derivatives_that_differ_are_seen(module: type[nn.Module]) -> None:
     learner = recorded(module(), inner=Newton()).clone()
+    learner.module.itself = [learner.module]
     with pytest.raises(RuntimeError, match="expected one derivative"):
         learner.adapt(lambda: cross_entropy(learner(torch.ones(8, 5)), LABELS), steps=1)
 
@@ -518,7 +522,7 @@ def test_nothing_outlives_the_graph() -> None:
     gc.disable()
     try:
         module, x = dense_net(), torch.randn(8, 5)
-        learner = recorded(module).clone()
+        learner = ImplicitMAML(module, 0.1, curvature=GaussNewton()).clone()
         learner.adapt(lambda: cross_entropy(learner(x), LABELS), steps=2)
         loss = cross_entropy(learner(x), LABELS)
         held = weakref.ref(learner._task.linearization())

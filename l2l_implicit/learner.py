@@ -643,7 +643,8 @@ class ImplicitCGHead(MAML):
 
     def _is_new(self, at: AutogradLinearization) -> bool:
         """Whether it is not known yet of a loss of these operations, and has to be."""
-        return at.needs_second and hash(tuple(at.operations)) not in self._compared and len(self._compared) < _LOSSES
+        known = hash(tuple(at.operations)) in self._compared or len(self._compared) >= _LOSSES
+        return at.needs_second and not known
 
     def _look(self, at: AutogradLinearization) -> None:
         """Compare the gradient's change since the last loss tensor with the products."""

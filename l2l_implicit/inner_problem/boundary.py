@@ -1,4 +1,4 @@
-"""Marks in autograd's graph: where theta enters an inner loss, where the module's outputs leave, and
+"""Marks in autograd's graph: where theta enters an inner loss, where outputs leave the module, and
 where an inner step has ended.
 
 Theta enters by the tensors given to ``forward``, and by leaves that the loss uses directly. This

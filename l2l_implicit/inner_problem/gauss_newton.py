@@ -186,7 +186,9 @@ class GaussNewtonLinearization(AutogradLinearization):
         found: Sequence[Tensor | None] = [None] * len(pieces)
         if back:
             ends, weights = zip(*back, strict=True)
-            found = gradients_of(ends, self.parameters, weights, retain_graph=True, allow_unused=True)
+            found = gradients_of(
+                ends, self.parameters, weights, retain_graph=True, allow_unused=True
+            )
         product = flat(found, self.parameters)
         self._check_adjoint(tangents, curved, product, vector)
         if self._direct:
@@ -235,9 +237,7 @@ def _products(
         return gradients_of(ends, inputs, weights, retain_graph=True, allow_unused=True)
 
 
-def _inner_product(
-    a: Sequence[Tensor | None], b: Sequence[Tensor | None]
-) -> tuple[float, float]:
+def _inner_product(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> tuple[float, float]:
     """The inner product of two lists of tensors, and what Cauchy and Schwarz allow it."""
     both = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
     pairs = [(x.detach(), y) for x, y in both]

@@ -263,7 +263,7 @@ class AutogradLinearization(Linearization):
         offset, strength = self.quadratic.offset(self.point), self.quadratic.strength
         self.gradient = self._loss_gradient.add(offset, alpha=strength)
         if differentiable:
-            self._gradients = gradients if keeps_second else None
+            self._gradients: Sequence[Tensor | None] | None = gradients if keeps_second else None
             self.loss, self._anchor, self._stand_ins = loss, list(anchor), list(stand_ins)
             self._inputs = find_meta_inputs(loss, [*parameters, *stand_ins])
             self.operations = self._inputs.names

@@ -1,5 +1,4 @@
-"""One pass of a module as a record: run again, with the derivative of its outputs along a direction.
-"""
+"""One pass of a module as a record: it runs again, with its derivative by forward mode."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from l2l_implicit import (
     LBFGS,
     Direct,
     GradientDescent,
+    Hessian,
     ImplicitCGHead,
     ImplicitMAML,
     Neumann,
@@ -204,7 +205,8 @@ def test_the_linear_solver_is_the_one_that_is_set(
 ) -> None:
     def gradient() -> Tensor:
         learner = ImplicitMAML(
-            net, LR, l2=0.5, inner=Newton(), linear=CG(steps=1, damping=3.0)
+            net, LR, l2=0.5, inner=Newton(), linear=CG(steps=1, damping=3.0),
+            curvature=Hessian(),
         ).clone()
         if moment == "before adapt":
             learner.linear = linear

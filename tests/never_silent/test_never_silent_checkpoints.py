@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from two_layers import FIRST, HIDDEN, QUERY, WAYS, D, Net, X, Y, net_of, on_start, truth
 from verdict import Heard, judge, off
 
-from l2l_implicit import GradientDescent, ImplicitCGHead, ImplicitMAML, Newton
+from l2l_implicit import GradientDescent, Hessian, ImplicitCGHead, ImplicitMAML, Newton
 
 KINDS: dict[str, dict[str, Any]] = {
     "not reentrant": {"use_reentrant": False},
@@ -70,7 +70,7 @@ def test_a_few_steps_are_those_without(kind: str, how: str, inner: Any) -> None:
                 net = net_of()
             else:
                 net = whole() if kind == "whole" else net_of(First(kind))
-            learner = ImplicitMAML(net, lr=0.5, l2=0.5, inner=inner).clone()
+            learner = ImplicitMAML(net, lr=0.5, l2=0.5, inner=inner, curvature=Hessian()).clone()
             adapt(learner, lambda: F.cross_entropy(learner(X), Y), how, 2)
             F.cross_entropy(learner(QUERY), Y).backward()
             return flat([*(p.grad for p in net.parameters()), *learner.module.parameters()])

@@ -15,7 +15,7 @@ from torch import Tensor
 from two_layers import LR, NETS, QUERY, D, X, Y, fit, forward, objective, outer, start_of
 from verdict import judge, must_be_right
 
-from l2l_implicit import ImplicitMAML, Newton
+from l2l_implicit import Hessian, ImplicitMAML, Newton
 
 IN_PLACE: dict[str, Callable[[Tensor], object]] = {
     "mul_": lambda t: t.mul_(3.0),
@@ -63,7 +63,7 @@ def test_data_changed_before_backward(name: str, how: str, change: str, what: st
         x, y = X.clone().requires_grad_(what == "a leaf"), Y.clone()
         weight = torch.ones(12, dtype=D)
         l2 = torch.tensor(0.5, dtype=D, requires_grad=True)
-        learner = ImplicitMAML(net, LR, l2=l2, inner=Newton()).clone()
+        learner = ImplicitMAML(net, LR, l2=l2, inner=Newton(), curvature=Hessian()).clone()
 
         def loss() -> Tensor:
             if what != "weights of the loss":
@@ -93,7 +93,7 @@ def test_data_changed_between_two_adapts(name: str, how: str, change: str, what:
     def adapted(late: bool) -> Tensor:
         net, x, y = copy.deepcopy(NETS[name]), X.clone(), Y.clone()
         l2 = torch.tensor(0.5, dtype=D, requires_grad=True)
-        maml = ImplicitMAML(net, LR, l2=l2, inner=Newton())
+        maml = ImplicitMAML(net, LR, l2=l2, inner=Newton(), curvature=Hessian())
 
         def changed() -> None:
             write(change, {"x": x, "y": y, "l2": l2}[what])
@@ -142,7 +142,7 @@ def test_nothing_changed_is_right(name: str) -> None:
 
     def gradient() -> Tensor:
         net = copy.deepcopy(NETS[name])
-        learner = ImplicitMAML(net, LR, l2=0.5, inner=Newton()).clone()
+        learner = ImplicitMAML(net, LR, l2=0.5, inner=Newton(), curvature=Hessian()).clone()
         fit(learner, "closure", 30)
         F.cross_entropy(learner(QUERY), Y).backward()
         return flat(p.grad for p in net.parameters())

@@ -19,7 +19,15 @@ from small_task import adapt
 from torch import Tensor, nn
 from verdict import judge, must_be_right
 
-from l2l_implicit import LBFGS, Direct, GradientDescent, ImplicitCGHead, ImplicitMAML, Newton
+from l2l_implicit import (
+    LBFGS,
+    Direct,
+    GradientDescent,
+    Hessian,
+    ImplicitCGHead,
+    ImplicitMAML,
+    Newton,
+)
 
 D = torch.float64
 SLACK = 0.05  # of the differences, and of the rounded kinks
@@ -67,7 +75,8 @@ class TwoLayers:
     def slope(self, how: str, settings: dict[str, Any], steps: int) -> Callable[[], Tensor]:
         def call() -> Tensor:
             self.net.zero_grad()
-            learner = ImplicitMAML(self.net, lr=0.1, l2=self.l2, **settings).clone()
+            exact = {"curvature": Hessian(), **settings}
+            learner = ImplicitMAML(self.net, lr=0.1, l2=self.l2, **exact).clone()
             adapt(learner, lambda: F.cross_entropy(learner(self.x), self.y), how, steps)
             self.end = flat(learner.module.parameters())
             F.cross_entropy(learner(self.query), self.y).backward()
@@ -245,7 +254,7 @@ def test_maxima_at_ties(how: str, way: str) -> None:
 
     def gradient() -> Tensor:
         net.zero_grad()
-        learner = ImplicitMAML(net, lr=0.1, l2=l2, **settings).clone()
+        learner = ImplicitMAML(net, lr=0.1, l2=l2, curvature=Hessian(), **settings).clone()
         learner.adapt(lambda: F.mse_loss(learner(x), y), steps=steps)
         ends.append(flat(learner.module.parameters()))
         F.mse_loss(learner(query), query[:, :3]).backward()

@@ -17,7 +17,7 @@ from torch.func import grad
 from two_layers import L2, QUERY, WAYS, D, Loss, X, Y, entropy, in_order, net_of, on_start, truth
 from verdict import judge, must_be_right
 
-from l2l_implicit import ImplicitCGHead, ImplicitMAML, Newton
+from l2l_implicit import Hessian, ImplicitCGHead, ImplicitMAML, Newton
 
 
 class Entropy(Operation):
@@ -104,7 +104,7 @@ def test_a_loss_that_comes_after_a_good_one(name: str, how: str) -> None:
     """The same learner's second task: what was seen of the first says nothing of it."""
     loss, written_out = LOSSES[name]
     net = net_of()
-    maml = ImplicitMAML(net, lr=0.1, l2=L2, inner=Newton())
+    maml = ImplicitMAML(net, lr=0.1, l2=L2, inner=Newton(), curvature=Hessian())
 
     def adapted(loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         net.zero_grad()

@@ -136,9 +136,7 @@ CASES = {
         dense_net, lambda z, phi: cross_entropy(3.0 * z, LABELS, label_smoothing=0.1)
     ),
     "not convex in the outputs": Case(dense_net, lambda z, phi: (z - TARGETS).sin().sum()),
-    "penalty": Case(
-        dense_net, lambda z, phi: cross_entropy(z, LABELS) + 0.3 * phi.pow(4).sum()
-    ),
+    "penalty": Case(dense_net, lambda z, phi: cross_entropy(z, LABELS) + 0.3 * phi.pow(4).sum()),
     "penalty times outputs": Case(
         lambda: dense_net(nn.BatchNorm1d(4)),
         lambda z, phi: cross_entropy(z, LABELS) + 0.1 * z.square().mean() * phi.square().sum(),
@@ -322,7 +320,9 @@ def test_positive_definite_where_the_hessian_is_not() -> None:
         learner = maml.clone()
         learner.adapt(lambda: cross_entropy(5 * learner(x), LABELS), steps=1)  # noqa: B023
         cross_entropy(learner(x), LABELS).backward()
-        matrix = torch.cat([maml.system["hvp"](row[None]) for row in torch.eye(len(vector_of(module)))])
+        matrix = torch.cat(
+            [maml.system["hvp"](row[None]) for row in torch.eye(len(vector_of(module)))]
+        )
         reasons[type(curvature)] = float(torch.linalg.eigvalsh((matrix + matrix.T) / 2)[0])
     assert reasons[GaussNewton] >= 1e-4 * (1 - 1e-6)
     assert reasons[Hessian] < -1e-3

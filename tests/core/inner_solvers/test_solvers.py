@@ -19,6 +19,7 @@ from l2l_implicit import (
     LBFGS,
     Direct,
     GradientDescent,
+    Hessian,
     ImplicitCGHead,
     ImplicitMAML,
     InnerSolver,
@@ -224,7 +225,8 @@ def test_hessian_free_imaml_makes_progress_at_every_step() -> None:
                 seen.append(float(at.objective))
                 return super().inner_step(at)
 
-        learner = Watched(module, lr, l2=0.5, inner=solvers[name], linear=CG(5)).clone()
+        settings = {"inner": solvers[name], "linear": CG(5), "curvature": Hessian()}
+        learner = Watched(module, lr, l2=0.5, **settings).clone()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             learner.adapt(

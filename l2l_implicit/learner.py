@@ -18,7 +18,7 @@ from torch.linalg import vector_norm
 from l2l_implicit import checks
 from l2l_implicit.diagnostics import Diagnostics, UnsolvedWarning
 from l2l_implicit.implicit_diff import SHAPE, SavedLinearization, attach
-from l2l_implicit.inner_problem.boundary import end_of_gradients, mark_boundaries, mark_outputs
+from l2l_implicit.inner_problem.boundary import end_of_gradients, mark_boundaries
 from l2l_implicit.inner_problem.gauss_newton import Curvature, Hessian
 from l2l_implicit.inner_problem.linear_heads import LinearHeads
 from l2l_implicit.inner_problem.linearization import (
@@ -28,7 +28,7 @@ from l2l_implicit.inner_problem.linearization import (
     SquaredDistance,
     inner_gradient,
 )
-from l2l_implicit.inner_problem.passes import Pass
+from l2l_implicit.inner_problem.passes import noted
 from l2l_implicit.inner_problem.recognition import HeadLoss, recognize
 from l2l_implicit.inner_problem.second_derivative import (
     StepTaken,
@@ -280,18 +280,13 @@ class ImplicitCGHead(MAML):
         args = mark_boundaries(args, dtype, mark)
         if kwargs:
             kwargs = mark_boundaries(kwargs, dtype, mark)
-        run = self._noted if mark and self.curvature.notes_passes else self.module
+        run = self.module
+        if mark and self.curvature.notes_passes:
+            run = functools.partial(noted, self.module)
         if low is None:
             return run(*args, **kwargs)
         with torch.autocast(low[0], enabled=False):
             return run(*args, **kwargs)
-
-    def _noted(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's output, with a note of how to compute it again."""
-        first = next(self.module.parameters(), None)
-        noted = Pass(self.module, torch.device("cpu") if first is None else first.device)
-        noted.arguments = args, kwargs
-        return mark_outputs(self.module(*args, **kwargs), noted)
 
     def adapt(
         self,

@@ -122,19 +122,19 @@ class Outputs(Function):
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    """Every tensor in ``value`` that may have a derivative, in the order of `each_tensor`."""
+    """Every tensor in ``value``, in the order of `each_tensor`."""
     found: list[Tensor] = []
     each_tensor(value, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
-    return [tensor for tensor in found if tensor.is_floating_point()]
+    return found
 
 
 def mark_outputs(value: Any, made_by: Any) -> Any:
-    """``value`` with the tensors of `tensors_of` marked as the outputs of the pass ``made_by``."""
-    outputs = tensors_of(value)
-    if not any(output.requires_grad for output in outputs):
+    """``value`` with every tensor that has history marked as an output of the pass ``made_by``."""
+    outputs = [tensor for tensor in tensors_of(value) if tensor.requires_grad]
+    if not outputs:
         return value
     marked = iter(Outputs.apply(made_by, *outputs))
-    return each_tensor(value, lambda tensor: next(marked) if tensor.is_floating_point() else tensor)
+    return each_tensor(value, lambda tensor: next(marked) if tensor.requires_grad else tensor)
 
 
 def is_outputs(node: Any) -> bool:

@@ -77,13 +77,13 @@ class GaussNewton:
     Hessian. A linear head that is recognised has its Hessian, which is the same matrix.
 
     Args:
-        fallback: take the Hessian where an operation has no forward mode (fused attention, a
-            custom ``autograd.Function`` without ``jvp``, ``weight_norm``, ``nn.LSTM``); without it
-            that is an error.
+        fallback: take the Hessian where there is no such product; without it that is an error.
+            An operation may have no forward mode (fused attention, ``nn.LSTM``, ``weight_norm``, a
+            custom ``autograd.Function`` without ``jvp``), the loss may pass by ``learner(...)``,
+            or outputs of it may be inputs again.
 
     Raises:
-        RuntimeError: in ``adapt`` or ``backward()``, in one line: no forward mode; a loss that
-            passes by ``learner(...)``; outputs that are its inputs again; a second pass of the
+        RuntimeError: at the first product, in one line: one of these; or a second pass of the
             module that gives something else than the first.
 
     References:
@@ -132,24 +132,14 @@ class GaussNewtonLinearization(AutogradLinearization):
         self._fallback, self._use_hessian = fallback, False
         if not self.differentiable:
             return
-        self._passes, self._around = find_outputs(loss, parameters)
-        if not self._passes:
-            raise RuntimeError(
-                "GaussNewton: expected a loss of the outputs of learner(...), got one that does "
-                "not use them; call the learner, not its module, or use curvature=Hessian()"
-            )
-        if any(node.made_by.inner_inputs() for node in self._passes):
-            raise RuntimeError(
-                "GaussNewton: expected inputs of learner(...) that do not depend on its "
-                "parameters, got some that do, such as outputs given back to it; use "
-                "curvature=Hessian()"
-            )
-        self._edges = [GradientEdge(n, i) for n in self._passes for i in range(_outputs(n))]
-        self._direct = list(parameters) if self._around else []
+        self._passes, around = find_outputs(loss, parameters)
+        self._refusal = _refusal(self._passes)
+        self._edges = [GradientEdge(n, i) for n in self._passes for i in range(len(outputs_of(n)))]
+        self._direct = list(parameters) if around else []
         with cut(self._passes):
-            slopes = gradients_of(loss, [*self._edges, *self._direct], create_graph=True,
-                           allow_unused=True)  # fmt: skip
-        self._slopes = slopes
+            self._slopes = gradients_of(
+                loss, [*self._edges, *self._direct], create_graph=True, allow_unused=True
+            )
 
     @property
     def needs_second(self) -> bool:
@@ -158,14 +148,16 @@ class GaussNewtonLinearization(AutogradLinearization):
 
     def hvp(self, vector: Tensor) -> Tensor:
         if not self._use_hessian:
-            try:
-                product = self._gauss_newton(vector)
-            except NotImplementedError as error:
-                if not self._fallback:
-                    raise _no_forward_mode(error) from error
-                self._use_hessian, self._gradients = True, self._graph()
-            else:
-                return product.add_(vector, alpha=self.quadratic.strength)
+            refusal, cause = self._refusal, None
+            if refusal is None:
+                try:
+                    product = self._gauss_newton(vector)
+                    return product.add_(vector, alpha=self.quadratic.strength)
+                except NotImplementedError as error:  # torch's own, where forward mode is missing
+                    refusal, cause = _no_forward_mode(str(error)), error
+            if not self._fallback:
+                raise RuntimeError(f"GaussNewton: {refusal}, or curvature=Hessian()") from cause
+            self._use_hessian, self._gradients = True, self._graph()
         return self.derivative(vector)
 
     def _gauss_newton(self, vector: Tensor) -> Tensor:
@@ -219,10 +211,6 @@ class GaussNewtonLinearization(AutogradLinearization):
         _check_equal(forward, backward, max(size, abs(backward)), rounding, vector)
 
 
-def _outputs(node: Any) -> int:
-    return len(outputs_of(node))
-
-
 def _products(
     slopes: Sequence[Tensor | None], inputs: Sequence[Any], moved: Sequence[Tensor | None],
     passes: Sequence[Any],
@@ -274,15 +262,28 @@ def _check_same(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
         )
 
 
-def _no_forward_mode(error: NotImplementedError) -> RuntimeError:
-    """One line for an operation without forward mode."""
-    text = str(error)
+def _refusal(passes: Sequence[Any]) -> str | None:
+    """Why there is no product with a loss of the outputs of these passes, if there is none."""
+    if not passes:
+        return (
+            "expected a loss of the outputs of learner(...), got one that does not use them; call "
+            "the learner, not its module"
+        )
+    if any(node.made_by.inner_inputs() for node in passes):
+        return (
+            "expected inputs of learner(...) that do not depend on its parameters, got some that "
+            "do, such as outputs given back to it; use GaussNewton(fallback=True)"
+        )
+    return None
+
+
+def _no_forward_mode(text: str) -> str:
+    """The operation without forward mode, from torch's message."""
     known = re.search(r"forward AD with (\S+)", text)
     custom = "custom autograd.Function" in text
     name = "a custom autograd.Function without jvp" if custom else "an operation without it"
-    return RuntimeError(
-        "GaussNewton: expected a module whose operations all have a forward mode, got "
-        f"{known[1] if known else name}; use GaussNewton(fallback=True), which takes the Hessian "
-        "there, or curvature=Hessian() (for attention also "
-        "torch.nn.attention.sdpa_kernel(SDPBackend.MATH))"
+    return (
+        "expected a module whose operations all have a forward mode, got "
+        f"{known[1] if known else name}; for attention use "
+        "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), else GaussNewton(fallback=True)"
     )

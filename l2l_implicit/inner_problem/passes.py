@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,8 +14,22 @@ from torch.autograd import forward_ad
 from torch.nn.functional import batch_norm
 from torch.overrides import TorchFunctionMode
 
-from l2l_implicit.inner_problem.boundary import is_boundary, is_marked, tensors_of
+from l2l_implicit.inner_problem.boundary import (
+    is_boundary,
+    is_marked,
+    mark_outputs,
+    tensors_of,
+)
 from l2l_implicit.vectors import buffers_apart, shallow_copy, substitute
+
+
+def noted(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The module's output, its tensors marked with the `Pass` that gave them."""
+    made_by = Pass(module)
+    value = module(*args, **kwargs)
+    made_by.arguments = args, kwargs
+    made_by.differentiable = [tensor.requires_grad for tensor in tensors_of(value)]
+    return mark_outputs(value, made_by)
 
 
 class Pass:
@@ -25,20 +40,22 @@ class Pass:
 
     Args:
         module: what is about to run.
-        device: where its parameters are.
 
     Attributes:
         parameters: the ids of its parameters.
-        arguments: positional and by name, to be set by who calls the module.
+        arguments: positional and by name.
+        differentiable: which of the tensors that it gave have a history.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self._module, self._device = _twin(module, {}), device
-        self.parameters = {id(p) for p in self._module.parameters()}
-        self.arguments: tuple[Sequence[Any], dict[str, Any]] = (), {}
-        self._random = torch.get_rng_state()
-        cuda = device.type == "cuda"
-        self._device_random = torch.cuda.get_rng_state(device) if cuda else None
+    arguments: tuple[Sequence[Any], dict[str, Any]]
+    differentiable: list[bool]
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = _twin(module, {})
+        parameters = [*self._module.parameters()]
+        self.parameters = {*map(id, parameters)}
+        cuda = [p.device for p in parameters[:1] if p.is_cuda]
+        self._random = torch.get_rng_state(), [(d, torch.cuda.get_rng_state(d)) for d in cuda]
 
     def inner_inputs(self) -> bool:
         """Whether an input depends on phi, as far as gradients have shown it."""
@@ -66,15 +83,16 @@ class Pass:
                 outputs = tensors_of(self._module(*positional, **named))
             finally:
                 substitute(self._module, duals, phi)
-            return [(z, d) for z, d in map(forward_ad.unpack_dual, outputs)]
+            kept = itertools.compress(outputs, self.differentiable)
+            return [(z, d) for z, d in map(forward_ad.unpack_dual, kept)]
 
     @contextlib.contextmanager
     def _same_random(self) -> Iterator[None]:
-        on_device = self._device_random
-        with torch.random.fork_rng(devices=[] if on_device is None else [self._device]):
-            torch.set_rng_state(self._random)
-            if on_device is not None:
-                torch.cuda.set_rng_state(on_device, self._device)
+        state, on_devices = self._random
+        with torch.random.fork_rng(devices=[device for device, _ in on_devices]):
+            torch.set_rng_state(state)
+            for device, its_state in on_devices:
+                torch.cuda.set_rng_state(its_state, device)
             yield
 
 

@@ -216,7 +216,7 @@ class Several(nn.Module):
 
     def forward(self, x: Tensor, *, gain: Tensor) -> dict[str, Any]:
         h = dropout(torch.tanh(self.inside(x)), self.share, self.training)
-        return {"logits": gain * self.outside(h), "all": [h, torch.arange(3)]}
+        return {"logits": gain * self.outside(h), "all": [h, torch.ones(3)]}
 
 
 def test_several_passes_named_inputs_nested_outputs() -> None:
@@ -234,8 +234,9 @@ def test_several_passes_named_inputs_nested_outputs() -> None:
         return loss(first["logits"], second["logits"], second["all"][0])
 
     learner.adapt(closure, steps=2)
-    phi = vector_of(learner)
-    learner(x[0], gain=gain)["logits"].square().sum().backward()
+    phi, answer = vector_of(learner), learner(x[0], gain=gain)
+    assert answer["logits"].requires_grad and not answer["all"][1].requires_grad
+    answer["logits"].square().sum().backward()
 
     def everything(p: Tensor) -> Tensor:
         first, second = (outputs(p, part, gain=gain) for part in x)
@@ -449,6 +450,18 @@ def test_refused_in_one_line(name: str) -> None:
     with pytest.raises(RuntimeError, match=text) as caught:
         learner.adapt(lambda: loss(learner, torch.randn(8, 5)), steps=1)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["around the learner", "fed back"])
+def test_not_refused_where_asked(name: str) -> None:
+    loss, _ = refusals()[name]
+    x, ends = torch.randn(8, 5), []
+    module = dense_net()
+    for curvature in (GaussNewton(fallback=True), Hessian()):
+        learner = recorded(module, inner=Newton(), curvature=curvature).clone()
+        learner.adapt(lambda: loss(learner, x), steps=3)  # noqa: B023
+        ends.append(vector_of(learner))
+    assert torch.allclose(*ends, rtol=1e-12, atol=1e-14)
 
 
 class Detached(nn.Module):

@@ -39,8 +39,8 @@ WITHIN = {
     ],
     "inner_problem": [
         {"boundary", "losses"},
-        {"linearization"},
-        {"linear_heads", "second_derivative"},
+        {"linearization", "passes"},
+        {"linear_heads", "second_derivative", "gauss_newton"},
         {"recognition"},
     ],
     "inner_solvers": [

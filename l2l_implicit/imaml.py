@@ -25,12 +25,12 @@ class ImplicitMAML(ImplicitCGHead):
     linear=CG(steps=5)``: five CG steps for the search direction and for the meta-gradient, and a
     line search on the regularised training loss.
 
-    Two defaults differ from the paper, with which a convolutional network does not learn
+    Two defaults differ from the paper, with which a convolutional network hardly learns
     (docs/choosing.md). ``l2=0.5``, the paper's on miniImageNet, not its 2.0 on Omniglot: that
-    leaves a task half a gradient step, and its released code has no such term in the inner loop.
-    And `GaussNewton` in place of the Hessian, which a few steps from theta is indefinite:
-    ``curvature=Hessian()`` is eq. (6) as it stands, exact where the inner problem is solved, and
-    needs a damping on such a network, ``linear=CG(damping=20)``.
+    leaves a task half a gradient step, and the released code has no such term in the inner loop.
+    And ``GaussNewton(fallback=True)`` in place of the Hessian, which a few steps from theta is
+    indefinite: ``curvature=Hessian()`` is eq. (6) as it stands, exact where the inner problem is
+    solved, and needs a damping on such a network, ``linear=CG(damping=20)``.
 
     References:
         Rajeswaran et al. (2019), Algorithms 1 and 2, eq. (6), and section 4.
@@ -59,7 +59,7 @@ class ImplicitMAML(ImplicitCGHead):
         l2: float | Tensor = 0.5,
         anchor: str = "init",
         inner: InnerSolver = GradientDescent(),  # noqa: B008  (frozen)
-        curvature: Curvature = GaussNewton(),  # noqa: B008
+        curvature: Curvature = GaussNewton(fallback=True),  # noqa: B008
         **settings: Any,
     ) -> None:
         super().__init__(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -77,7 +78,8 @@ class GaussNewton:
     Hessian. A linear head that is recognised has its Hessian, which is the same matrix.
 
     Args:
-        fallback: take the Hessian where there is no such product; without it that is an error.
+        fallback: warn, and take the Hessian, where there is no such product; without it that is an
+            error.
             An operation may have no forward mode (fused attention, ``nn.LSTM``, ``weight_norm``, a
             custom ``autograd.Function`` without ``jvp``), the loss may pass by ``learner(...)``,
             or outputs of it may be inputs again.
@@ -157,6 +159,7 @@ class GaussNewtonLinearization(AutogradLinearization):
                     refusal, cause = _no_forward_mode(str(error)), error
             if not self._fallback:
                 raise RuntimeError(f"GaussNewton: {refusal}, or curvature=Hessian()") from cause
+            warnings.warn(f"GaussNewton: {refusal}; here the Hessian takes its place", stacklevel=2)
             self._use_hessian, self._gradients = True, self._graph()
         return self.derivative(vector)
 

@@ -121,7 +121,7 @@ def test_unused_parameters_go_to_their_anchor(how: str) -> None:
 def test_imaml_is_the_same_class_with_other_defaults() -> None:
     maml = ImplicitMAML(nn.Linear(4, 3), 0.1)
     assert isinstance(maml, ImplicitCGHead)
-    assert (maml.anchor, maml.l2, maml.curvature) == ("init", 0.5, GaussNewton())
+    assert (maml.anchor, maml.l2, maml.curvature) == ("init", 0.5, GaussNewton(fallback=True))
     assert (maml.inner, maml.linear) == (GradientDescent(), CG())
     assert type(maml.clone()) is ImplicitMAML
 

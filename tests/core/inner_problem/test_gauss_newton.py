@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -205,6 +205,34 @@ def test_theta_of_every_kind(how: str) -> None:
     initial = torch.cat([p.grad.reshape(-1) for p in module.parameters()])
     for found, product in zip((backbone.grad, scale.grad, l2.grad, initial), mixed, strict=True):
         assert (found + product).norm() <= 1e-9 * product.norm()
+
+
+class Quartic(Recorded):
+    """A regulariser of its own, which is no quadratic."""
+
+    def regularizer(self, parameters: Sequence[Tensor], anchor: Sequence[Tensor]) -> Tensor:
+        offset = torch.cat([(p - a).reshape(-1) for p, a in zip(parameters, anchor, strict=True)])
+        return 0.5 * L2 * offset.square().sum() + offset.pow(4).sum()
+
+
+def test_a_regularizer_of_ones_own_has_its_hessian() -> None:
+    module, (x, query) = dense_net(), torch.randn(2, 8, 5)
+    outputs, start = function_of(module), vector_of(module)
+    maml = Quartic(module, 0.1, curvature=GaussNewton(), linear=EXACT)
+    maml.system = {}
+    learner = maml.clone()
+    learner.adapt(lambda: cross_entropy(learner(x), LABELS), steps=3)
+    phi = vector_of(learner)
+    cross_entropy(learner(query), LABELS).backward()
+
+    def loss(z: Tensor, p: Tensor) -> Tensor:
+        return cross_entropy(z, LABELS)
+
+    own = torch.diag(L2 + 12 * (phi - start).square())
+    matrix = dense(lambda p: outputs(p, x).reshape(-1), loss, phi) + own
+    wanted = own @ torch.linalg.solve(matrix, maml.system["b"][0])
+    found = torch.cat([p.grad.reshape(-1) for p in module.parameters()])
+    assert (found - wanted).norm() <= 1e-9 * wanted.norm()
 
 
 class Several(nn.Module):
@@ -420,7 +448,8 @@ def test_without_forward_mode_one_line_or_the_hessian(
     module = dense_net(layer())
     with pytest.raises(RuntimeError, match=f"^GaussNewton: expected a module .* got {name};"):
         system_of(module, GaussNewton(), linear=CG(damping=5))
-    asked = system_of(module, GaussNewton(fallback=True), linear=CG(damping=5))
+    with pytest.warns(UserWarning, match=f"{name}.* Hessian takes its place"):
+        asked = system_of(module, GaussNewton(fallback=True), linear=CG(damping=5))
     for one, other in zip(asked, system_of(module, Hessian(), linear=CG(damping=5)), strict=True):
         assert (one - other).norm() <= 1e-12 * other.norm()
 
@@ -459,7 +488,9 @@ def test_not_refused_where_asked(name: str) -> None:
     module = dense_net()
     for curvature in (GaussNewton(fallback=True), Hessian()):
         learner = recorded(module, inner=Newton(), curvature=curvature).clone()
-        learner.adapt(lambda: loss(learner, x), steps=3)  # noqa: B023
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            learner.adapt(lambda: loss(learner, x), steps=3)  # noqa: B023
         ends.append(vector_of(learner))
     assert torch.allclose(*ends, rtol=1e-12, atol=1e-14)
 

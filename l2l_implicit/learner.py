@@ -18,7 +18,7 @@ from torch.linalg import vector_norm
 from l2l_implicit import checks
 from l2l_implicit.diagnostics import Diagnostics, UnsolvedWarning
 from l2l_implicit.implicit_diff import SHAPE, SavedLinearization, attach
-from l2l_implicit.inner_problem.boundary import end_of_gradients, mark_boundaries
+from l2l_implicit.inner_problem.boundary import each_tensor, end_of_gradients, marked
 from l2l_implicit.inner_problem.gauss_newton import Curvature, Hessian
 from l2l_implicit.inner_problem.linear_heads import LinearHeads
 from l2l_implicit.inner_problem.linearization import (
@@ -277,9 +277,8 @@ class ImplicitCGHead(MAML):
         low = precision_of(self.module)
         dtype = None if low is None else low[1]
         mark = torch.is_grad_enabled() and not self.first_order
-        args = mark_boundaries(args, dtype, mark)
-        if kwargs:
-            kwargs = mark_boundaries(kwargs, dtype, mark)
+        change = functools.partial(marked, dtype=dtype, mark=mark)
+        args, kwargs = each_tensor(args, change), each_tensor(kwargs, change)
         run = self.module
         if mark and self.curvature.notes_passes:
             run = functools.partial(noted, self.module)

@@ -42,18 +42,14 @@ class Boundary(Function):
         return gradient, None  # autograd rounds it to the source's dtype
 
 
-def mark_boundaries(value: Any, dtype: torch.dtype | None, mark: bool) -> Any:
-    """``value`` with every tensor that has history, in lists, tuples and dicts too, marked.
+def marked(tensor: Tensor, dtype: torch.dtype | None, mark: bool) -> Tensor:
+    """An input of the module: marked if it has history, unless ``mark`` is False.
 
-    With a ``dtype``, tensors of half precision are widened to it; without ``mark`` nothing else.
+    With a ``dtype``, one of half precision is widened to it.
     """
-
-    def marked(tensor: Tensor) -> Tensor:
-        if mark and tensor.requires_grad:
-            return Boundary.apply(tensor, dtype)
-        return tensor if dtype is None else widened(tensor, dtype)
-
-    return each_tensor(value, marked)
+    if mark and tensor.requires_grad:
+        return Boundary.apply(tensor, dtype)
+    return tensor if dtype is None else widened(tensor, dtype)
 
 
 def each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -82,12 +78,13 @@ def each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 def is_boundary(node: Any) -> bool:
     """Whether a node of the graph is a `Boundary` that no gradient of phi has passed."""
-    return is_marked(node) and not node.inner
+    return isinstance(node, Boundary._backward_cls) and not node.inner  # type: ignore[attr-defined]
 
 
-def is_marked(node: Any) -> bool:
-    """Whether a node of the graph is a `Boundary`, passed by a gradient of phi or not."""
-    return isinstance(node, Boundary._backward_cls)  # type: ignore[attr-defined]
+def depends_on_phi(tensor: Tensor) -> bool:
+    """Whether a marked input is one that a gradient of phi has passed."""
+    node: Any = tensor.grad_fn
+    return isinstance(node, Boundary._backward_cls) and node.inner  # type: ignore[attr-defined]
 
 
 def source_of(node: Any) -> Tensor:
@@ -137,11 +134,6 @@ def mark_outputs(value: Any, made_by: Any) -> Any:
     return each_tensor(value, lambda tensor: next(marked) if tensor.requires_grad else tensor)
 
 
-def is_outputs(node: Any) -> bool:
-    """Whether a node of the graph is an `Outputs`."""
-    return isinstance(node, Outputs._backward_cls)  # type: ignore[attr-defined]
-
-
 def outputs_of(node: Any) -> Sequence[Tensor]:
     """The tensors that the node of an `Outputs` marks; an error if the graph has been freed."""
     try:
@@ -164,13 +156,19 @@ def find_outputs(loss: Tensor, inner: Sequence[Tensor]) -> tuple[list[Any], bool
     made = {tensor.grad_fn for tensor in inner if tensor.grad_fn is not None}
     found, around, stack = list[Any](), False, [cast(Any, loss.grad_fn)]
     for node in unseen(stack, set()):
-        if is_outputs(node) and known <= node.made_by.parameters:
+        ours = isinstance(node, Outputs._backward_cls)  # type: ignore[attr-defined]
+        if ours and known <= node.made_by.parameters:
             found.append(node)
-        elif node in made or (is_leaf(node) and id(node.variable) in known):
+        elif node in made or id(getattr(node, "variable", None)) in known:
             around = True
         else:
             stack.extend(map(CHILD, node.next_functions))
     return found, around
+
+
+def edges_of(nodes: Iterable[Any]) -> list[GradientEdge]:
+    """Where the gradients in the tensors of these `Outputs` arrive, in their order."""
+    return [GradientEdge(node, i) for node in nodes for i in range(len(outputs_of(node)))]
 
 
 @contextlib.contextmanager
@@ -230,11 +228,6 @@ def unseen(stack: list[Any], seen: set[Any]) -> Iterator[Any]:
             yield node
 
 
-def is_leaf(node: Any) -> bool:
-    """Whether a node of the graph is where a leaf's gradient ends."""
-    return type(node).__name__ == "AccumulateGrad"
-
-
 CHILD = operator.itemgetter(0)  # of an edge in ``node.next_functions``
 
 
@@ -252,7 +245,7 @@ def find_meta_inputs(objective: Tensor, inner: Sequence[Tensor]) -> MetaInputs:
     for node in unseen(stack, seen):
         if is_boundary(node):
             found.boundaries.append(node)
-        elif not is_leaf(node):
+        elif type(node).__name__ != "AccumulateGrad":
             found.names.append(node.name())
             stack.extend(map(CHILD, node.next_functions))
         elif id(node.variable) not in known:

@@ -21,9 +21,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
-from l2l_implicit.inner_problem.boundary import cut, find_outputs, outputs_of
+from l2l_implicit.inner_problem.boundary import cut, edges_of, find_outputs, outputs_of
 from l2l_implicit.inner_problem.linearization import AutogradLinearization, flat, gradients_of
 from l2l_implicit.vectors import unflatten
 
@@ -136,7 +135,7 @@ class GaussNewtonLinearization(AutogradLinearization):
             return
         self._passes, around = find_outputs(loss, parameters)
         self._refusal = _refusal(self._passes)
-        self._edges = [GradientEdge(n, i) for n in self._passes for i in range(len(outputs_of(n)))]
+        self._edges = edges_of(self._passes)
         self._direct = list(parameters) if around else []
         with cut(self._passes):
             self._slopes = gradients_of(

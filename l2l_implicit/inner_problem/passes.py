@@ -14,12 +14,7 @@ from torch.autograd import forward_ad
 from torch.nn.functional import batch_norm
 from torch.overrides import TorchFunctionMode
 
-from l2l_implicit.inner_problem.boundary import (
-    is_boundary,
-    is_marked,
-    mark_outputs,
-    tensors_of,
-)
+from l2l_implicit.inner_problem.boundary import depends_on_phi, mark_outputs, tensors_of
 from l2l_implicit.vectors import buffers_apart, shallow_copy, substitute
 
 
@@ -59,10 +54,7 @@ class Pass:
 
     def inner_inputs(self) -> bool:
         """Whether an input depends on phi, as far as gradients have shown it."""
-        return any(
-            t.grad_fn is not None and is_marked(t.grad_fn) and not is_boundary(t.grad_fn)
-            for t in tensors_of([*self.arguments])
-        )
+        return any(map(depends_on_phi, tensors_of([*self.arguments])))
 
     @torch.no_grad()
     def tangents(

@@ -202,7 +202,7 @@ CORE = (
     "learner.py", "together.py", "implicit_diff.py", "diagnostics.py", "per_task_norm.py",
     "inner_problem", "inner_solvers", "linear_solvers",
 )  # fmt: skip
-CORE_LINES, LIBRARY_LINES, FILES, FUNCTIONS = 3550, 7600, 12, 80
+CORE_LINES, LIBRARY_LINES, FILES, FUNCTIONS = 4150, 8220, 12, 82
 LABELS = torch.arange(25) % 5
 
 

@@ -24,7 +24,7 @@ ALGORITHMS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     # paper's l2 = 2 and the Hessian neither learns (docs/choosing.md).
     "imaml_gd": (_NETWORK, {"l2": 0.5, "step": "gradient", "lr": 0.2, "steps": 8, "cg_steps": 5,
                             "curvature": "gauss_newton", "meta_lr": 0.003}),
-    "imaml_hf": (_NETWORK, {"l2": 0.5, "step": "newton", "steps": 5, "cg_steps": 5,
+    "imaml_hf": (_NETWORK, {"l2": 0.1, "step": "newton", "steps": 3, "cg_steps": 5,
                             "curvature": "gauss_newton", "meta_lr": 0.003}),
     # Ji, Yang, Liang (2020): unrolled, theta = features only.
     "itd_bio": (_UNROLLED_HEAD, {"steps": 20}),

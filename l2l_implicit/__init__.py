@@ -6,6 +6,7 @@ from l2l_implicit.chunked import Chunked
 from l2l_implicit.diagnostics import Diagnostics, UnsolvedWarning
 from l2l_implicit.gbml import ImplicitGBML
 from l2l_implicit.imaml import ImplicitMAML
+from l2l_implicit.inner_problem.gauss_newton import GaussNewton, Hessian
 from l2l_implicit.inner_problem.linearization import Linearization
 from l2l_implicit.inner_solvers.gradient_descent import GradientDescent
 from l2l_implicit.inner_solvers.lbfgs import LBFGS
@@ -28,7 +29,9 @@ __all__ = [
     "Chunked",
     "Diagnostics",
     "Direct",
+    "GaussNewton",
     "GradientDescent",
+    "Hessian",
     "Identity",
     "ImplicitCGHead",
     "ImplicitGBML",

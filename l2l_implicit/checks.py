@@ -30,7 +30,9 @@ _RENAMED = {
     "inner_tol": "max_error=...",
     "stop_tol": "the inner solver's tol, e.g. inner=Newton(tol=...)",
 }
-_KEYWORDS = ("l2", "anchor", "inner", "linear", "loss", "warm_start", "accuracy", "max_error")
+_KEYWORDS = (
+    "l2", "anchor", "inner", "linear", "curvature", "loss", "warm_start", "accuracy", "max_error",
+)  # fmt: skip
 
 
 def keywords(name: str, unknown: Iterable[str]) -> None:
@@ -67,6 +69,15 @@ def settings(l2: Any, anchor: Any, inner: Any, linear: Any, accuracy: Any, max_e
     if accuracy is not None:
         positive("accuracy", accuracy)
     positive("max_error", max_error)
+
+
+def curvature(value: Any) -> None:
+    """The matrix that stands for the Hessian."""
+    if isinstance(value, type) or not callable(getattr(value, "linearize", None)):
+        raise TypeError(
+            f"curvature: expected Hessian() or GaussNewton(), got {value!r}; pass an object with "
+            "a method linearize(loss, parameters, ...)"
+        )
 
 
 def model_and_lr(model: Any, lr: Any) -> None:

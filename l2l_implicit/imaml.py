@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from l2l_implicit.inner_problem.gauss_newton import Curvature, GaussNewton
 from l2l_implicit.inner_solvers.gradient_descent import GradientDescent
 from l2l_implicit.inner_solvers.protocol import InnerSolver
 from l2l_implicit.learner import ImplicitCGHead
@@ -20,16 +21,16 @@ class ImplicitMAML(ImplicitCGHead):
               \qquad \lambda = \texttt{l2}.
 
     Takes the place of ``learn2learn.algorithms.MAML(model, lr)``; arguments as there and in
-    `ImplicitCGHead`. The default ``l2=2.0`` is the paper's on Omniglot (0.5 on miniImageNet).
-    The paper's Hessian-free variant is ``inner=Newton(cg_steps=5), linear=CG(steps=5)``: five CG
-    steps for the search direction and for the meta-gradient, and a line search on the regularised
-    training loss.
+    `ImplicitCGHead`. The paper's Hessian-free variant is ``inner=Newton(cg_steps=5),
+    linear=CG(steps=5)``: five CG steps for the search direction and for the meta-gradient, and a
+    line search on the regularised training loss.
 
-    Give a convolutional network ``linear=CG(damping=20)``. A few steps from theta its training loss
-    is not convex; eq. (6) then divides by curvatures near or below ``-l2``, and the meta-gradients
-    of most tasks are noise. The paper does not say so, its released code does: it solves
-    ``(2 I + H / (l2 + 10)) v = b``, H of the loss alone, which is ``damping = l2 + 20`` up to a
-    factor. The default, 0, is eq. (6), exact where the inner problem is solved.
+    Two defaults differ from the paper, with which a convolutional network hardly learns
+    (docs/choosing.md). ``l2=0.5``, the paper's on miniImageNet, not its 2.0 on Omniglot: that
+    leaves a task half a gradient step, and the released code has no such term in the inner loop.
+    And ``GaussNewton(fallback=True)`` in place of the Hessian, which a few steps from theta is
+    indefinite: ``curvature=Hessian()`` is eq. (6) as it stands, exact where the inner problem is
+    solved, and needs a damping on such a network, ``linear=CG(damping=20)``.
 
     References:
         Rajeswaran et al. (2019), Algorithms 1 and 2, eq. (6), and section 4.
@@ -55,9 +56,10 @@ class ImplicitMAML(ImplicitCGHead):
         allow_unused: bool | None = None,
         allow_nograd: bool = False,
         *,
-        l2: float | Tensor = 2.0,
+        l2: float | Tensor = 0.5,
         anchor: str = "init",
         inner: InnerSolver = GradientDescent(),  # noqa: B008  (frozen)
+        curvature: Curvature = GaussNewton(fallback=True),  # noqa: B008
         **settings: Any,
     ) -> None:
         super().__init__(
@@ -69,5 +71,6 @@ class ImplicitMAML(ImplicitCGHead):
             l2=l2,
             anchor=anchor,
             inner=inner,
+            curvature=curvature,
             **settings,
         )

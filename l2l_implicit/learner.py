@@ -18,7 +18,8 @@ from torch.linalg import vector_norm
 from l2l_implicit import checks
 from l2l_implicit.diagnostics import Diagnostics, UnsolvedWarning
 from l2l_implicit.implicit_diff import SHAPE, SavedLinearization, attach
-from l2l_implicit.inner_problem.boundary import end_of_gradients, mark_boundaries
+from l2l_implicit.inner_problem.boundary import each_tensor, end_of_gradients, marked
+from l2l_implicit.inner_problem.gauss_newton import Curvature, Hessian
 from l2l_implicit.inner_problem.linear_heads import LinearHeads
 from l2l_implicit.inner_problem.linearization import (
     AutogradLinearization,
@@ -28,6 +29,7 @@ from l2l_implicit.inner_problem.linearization import (
     SquaredDistance,
     inner_gradient,
 )
+from l2l_implicit.inner_problem.passes import noted
 from l2l_implicit.inner_problem.recognition import HeadLoss, recognize
 from l2l_implicit.inner_problem.second_derivative import (
     StepTaken,
@@ -201,6 +203,7 @@ class ImplicitCGHead(MAML):
         anchor: str = "zero",
         inner: InnerSolver = Newton(),  # noqa: B008  (frozen)
         linear: LinearSolver | Perturbed = CG(),  # noqa: B008
+        curvature: Curvature = Hessian(),  # noqa: B008
         loss: nn.Module | None = None,
         warm_start: bool = False,
         accuracy: float | None = None,
@@ -215,7 +218,9 @@ class ImplicitCGHead(MAML):
         max_error = (accuracy or 0.01) if max_error is None else max_error
         self._settings = anchor, inner, linear, accuracy, max_error
         checks.settings(l2, *self._settings)
-        self.loss, self.accuracy, self.max_error = loss, accuracy, float(max_error)
+        checks.curvature(curvature)
+        self.curvature, self.loss, self.accuracy = curvature, loss, accuracy
+        self.max_error = float(max_error)
         checks.head_loss(loss)
         cls, own = type(self), ImplicitCGHead
         self._plain_regularizer = cls.regularizer is own.regularizer
@@ -290,15 +295,17 @@ class ImplicitCGHead(MAML):
         low = precision_of(self.module)
         dtype = None if low is None else low[1]
         mark = torch.is_grad_enabled() and not self.first_order
-        args = mark_boundaries(args, dtype, mark)
-        if kwargs:
-            kwargs = mark_boundaries(kwargs, dtype, mark)
-        again = self._task.again
-        module = self.module if again is None else functools.partial(again.forward, self.module)
+        change = functools.partial(marked, dtype=dtype, mark=mark)
+        args, kwargs = each_tensor(args, change), each_tensor(kwargs, change)
+        run, again = self.module, self._task.again
+        if again is not None:
+            run = functools.partial(again.forward, self.module)
+        elif mark and self.curvature.notes_passes and not isinstance(self.linear, Perturbed):
+            run = functools.partial(noted, self.module)
         if low is None:
-            return module(*args, **kwargs)
+            return run(*args, **kwargs)
         with torch.autocast(low[0], enabled=False):
-            return module(*args, **kwargs)
+            return run(*args, **kwargs)
 
     def adapt(
         self,
@@ -586,9 +593,11 @@ class ImplicitCGHead(MAML):
         settings: Any = {
             "quadratic": quadratic, "anchor": anchor, "stand_ins": stand_ins, "unused": unused,
         }  # fmt: skip
-        if differentiable and isinstance(self.linear, Perturbed):
+        if not isinstance(self.linear, Perturbed):
+            return self.curvature.linearize(loss, phi, differentiable=differentiable, **settings)
+        if differentiable:
             return FirstDerivatives(loss, phi, **settings)
-        return AutogradLinearization(loss, phi, differentiable=differentiable, **settings)
+        return AutogradLinearization(loss, phi, differentiable=False, **settings)
 
     def _initial_of(self, phi: Sequence[Tensor]) -> list[Tensor]:
         """The initial values of phi, which may be some of the module's parameters."""
@@ -699,8 +708,9 @@ class ImplicitCGHead(MAML):
     # Whether autograd's second derivative is one.
 
     def _is_new(self, at: AutogradLinearization) -> bool:
-        """Whether it is not known yet of a loss of these operations."""
-        return hash(tuple(at.operations)) not in self._compared and len(self._compared) < _LOSSES
+        """Whether it is not known yet of a loss of these operations, and has to be."""
+        known = hash(tuple(at.operations)) in self._compared or len(self._compared) >= _LOSSES
+        return at.needs_second and not known
 
     def _look(self, at: AutogradLinearization) -> None:
         """Compare the gradient's change since the last loss tensor with the products."""

@@ -24,13 +24,22 @@ from experiments.tracking import UserError
 from experiments.tracking.config import Count, Counts, Positive, RunSettings, Seed, Text, Threads
 from experiments.training.episodes import Episode
 from experiments.training.meta_learner import MEASURES, MetaLearner
-from l2l_implicit import ImplicitCGHead, ImplicitMAML, LinearSolution, checks
+from l2l_implicit import (
+    GaussNewton,
+    Hessian,
+    ImplicitCGHead,
+    ImplicitMAML,
+    LinearSolution,
+    checks,
+)
 from l2l_implicit.chunked import Chunked
+from l2l_implicit.inner_problem.gauss_newton import Curvature
 
 GROWTH, FLAT = 1.10, 1.01  # over all K or N: of time, of memory
 TASKS = 8  # of a meta batch
 RELEASED, NEVER_SLOWER, NEVER_LARGER = 5.0, 1.01, 1.01
-GRADIENTS, HVP = 2.5, 2.2  # memory of an iMAML step and time of a product, in gradients
+# Memory of an iMAML step, and time of a Gauss-Newton product and of a Hessian one, in gradients.
+GRADIENTS, GNP, HVP = 2.5, 2.8, 2.2
 
 
 Limits = Mapping[str, tuple[float, ...]]
@@ -346,7 +355,7 @@ def _duel(k: int, name: str, costs: Mapping[str, Cost]) -> tuple[Bar, ...]:
 
 
 class TimedSolve(ImplicitMAML):
-    """`ImplicitMAML` that takes the time of its Hessian-vector products."""
+    """`ImplicitMAML` that takes the time of its products."""
 
     seconds: list[float]
 
@@ -377,12 +386,18 @@ def whole_network(c: BenchmarkSettings) -> list[Row]:
     for k, n in [(k, least) for k in c.network_steps] + [(least, most)]:
         learner = ImplicitMAML(network, 0.01, **_all_products(n))
         steps[f"iMAML, K = {k}, N = {n}"] = outer.apart(problem, learner, closure(k), whole=True)
-    floor, *rows = c.compared(case, steps)
+    learner = ImplicitMAML(network, 0.01, curvature=Hessian(), **_all_products(least))
+    exact = f"iMAML, K = {least}, N = {least}, Hessian"
+    steps[exact] = outer.apart(problem, learner, closure(least), whole=True)
+    floor, *rows, hessian = c.compared(case, steps)
     bars = [Bar("gradients' memory", row.cost.memory_ratio, GRADIENTS) for row in rows]
     rows = [floor, *(row._replace(bars=(bar,)) for row, bar in zip(rows, bars, strict=True))]
     flat = _range("memory", [row.cost.peak_bytes for row in rows[1:]], FLAT)
-    product = _products(case, problem, network, gradient)
-    return [*rows, Row(case, "all K and N", bars=(flat,)), product]
+    products = [
+        _products(case, problem, network, gradient, curvature, limit)
+        for curvature, limit in ((GaussNewton(), GNP), (Hessian(), HVP))
+    ]
+    return [*rows, hessian, Row(case, "all K and N", bars=(flat,)), *products]
 
 
 def _all_products(cg_steps: int) -> dict[str, Any]:
@@ -390,9 +405,12 @@ def _all_products(cg_steps: int) -> dict[str, Any]:
     return solvers(step="gradient", cg_steps=cg_steps, cg_tol=1e-12)
 
 
-def _products(case: str, problem: Problem, network: nn.Module, gradient: Step) -> Row:
-    """A Hessian-vector product's time, each next to a gradient's: medians of three."""
-    parent = TimedSolve(network, 0.01, **_all_products(5))
+def _products(
+    case: str, problem: Problem, network: nn.Module, gradient: Step, curvature: Curvature,
+    limit: float,
+) -> Row:  # fmt: skip
+    """A product's time, each next to a gradient's: medians of three."""
+    parent = TimedSolve(network, 0.01, curvature=curvature, **_all_products(5))
     parent.seconds = []  # clones share it
     step = outer.apart(problem, parent, closure(1), whole=True)
     step()
@@ -405,8 +423,8 @@ def _products(case: str, problem: Problem, network: nn.Module, gradient: Step) -
         ratios.append(products[-1] / alone)
     ratio = statistics.median(ratios)
     cost = Cost(statistics.median(products), math.nan, ratio, math.nan)
-    bars = (Bar("gradients' time", ratio, HVP),)
-    return Row(case, "one Hessian-vector product", cost=cost, bars=bars)
+    bars = (Bar("gradients' time", ratio, limit),)
+    return Row(case, f"one product, {type(curvature).__name__}", cost=cost, bars=bars)
 
 
 # By name

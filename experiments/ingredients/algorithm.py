@@ -32,7 +32,9 @@ from l2l_implicit import (
     CG,
     LBFGS,
     Direct,
+    GaussNewton,
     GradientDescent,
+    Hessian,
     Identity,
     ImplicitCGHead,
     ImplicitMAML,
@@ -133,8 +135,11 @@ def _learner(s: AlgorithmSettings) -> Callable[[nn.Module], Any]:
     if "implicit" in ALGORITHMS[s.name][0]:
         l2: Any = nn.Parameter(torch.tensor(float(s.l2))) if s.learn_l2 else s.l2
         cls = ImplicitCGHead if s.scope == "head" else ImplicitMAML
-        both = {"inner": _inner(s), "linear": _linear(s), "accuracy": s.accuracy or None}
-        return lambda module: cls(module, lr, l2=l2, **both)
+        chosen: dict[str, Any] = {"inner": _inner(s), "linear": _linear(s)}
+        chosen["accuracy"] = s.accuracy or None
+        if s.curvature is not None:
+            chosen["curvature"] = {"hessian": Hessian, "gauss_newton": GaussNewton}[s.curvature]()
+        return lambda module: cls(module, lr, l2=l2, **chosen)
     first_order = s.name in ("fo_anil", "fomaml")
     if s.name == "reptile":
         return lambda module: Reptile(module, lr, optimizer=s.optimizer)

@@ -32,8 +32,8 @@ FASTER = {"algorithm.engine": "learn2learn"}
 # layout; imaml_gd takes the same in both, the other methods longer.
 OWN_LAYOUT = {"model.channels_last": False}
 
-# imaml_*'s own default, written out: cells that ran before it was there are other cells.
-DAMPED = {"algorithm.damping": 20.0}
+# How iMAML was run before it had another curvature; cells that ran without the words are others.
+DAMPED = {"algorithm.damping": 20.0, "algorithm.curvature": "hessian"}
 
 # A task costs it a second, and validations are not part of the budget.
 SELDOM = {"validate_seconds": 60, "validation_tasks": 50}

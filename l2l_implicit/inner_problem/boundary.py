@@ -1,4 +1,5 @@
-"""Marks in autograd's graph: where theta enters an inner loss, and where an inner step has ended.
+"""Marks in autograd's graph: where theta enters an inner loss, where outputs leave the module, and
+where an inner step has ended.
 
 Theta enters by the tensors given to ``forward``, and by leaves that the loss uses directly. This
 file and `recognition` are the only ones that know torch's graph from the inside.
@@ -6,8 +7,8 @@ file and `recognition` are the only ones that know torch's graph from the inside
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
@@ -41,22 +42,31 @@ class Boundary(Function):
         return gradient, None  # autograd rounds it to the source's dtype
 
 
-def mark_boundaries(value: Any, dtype: torch.dtype | None, mark: bool) -> Any:
-    """``value`` with every tensor that has history, in lists, tuples and dicts too, marked.
+def marked(tensor: Tensor, dtype: torch.dtype | None, mark: bool) -> Tensor:
+    """An input of the module: marked if it has history, unless ``mark`` is False.
 
-    With a ``dtype``, tensors of half precision are widened to it; without ``mark`` nothing else.
+    With a ``dtype``, one of half precision is widened to it.
+    """
+    if mark and tensor.requires_grad:
+        return Boundary.apply(tensor, dtype)
+    return tensor if dtype is None else widened(tensor, dtype)
+
+
+def each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """``value`` with ``change`` applied to every tensor, in lists, tuples and dicts too, in order.
+
+    What holds none of these is returned as it is.
     """
     if isinstance(value, Tensor):
-        if mark and value.requires_grad:
-            return Boundary.apply(value, dtype)
-        return value if dtype is None else widened(value, dtype)
+        return change(value)
     if not isinstance(value, tuple | list | dict) or not value:
         return value
     if isinstance(value, dict):
         mapped: Any = copy.copy(value)  # keeps a class of the caller's own
-        mapped.update(zip(value, mark_boundaries([*value.values()], dtype, mark), strict=True))
+        for key, part in value.items():
+            mapped[key] = each_tensor(part, change)
         return mapped
-    parts = [*map(functools.partial(mark_boundaries, dtype=dtype, mark=mark), value)]
+    parts = [each_tensor(part, change) for part in value]
     if isinstance(value, list):
         mapped = copy.copy(value)
         mapped[:] = parts
@@ -71,6 +81,12 @@ def is_boundary(node: Any) -> bool:
     return isinstance(node, Boundary._backward_cls) and not node.inner  # type: ignore[attr-defined]
 
 
+def depends_on_phi(tensor: Tensor) -> bool:
+    """Whether a marked input is one that a gradient of phi has passed."""
+    node: Any = tensor.grad_fn
+    return isinstance(node, Boundary._backward_cls) and node.inner  # type: ignore[attr-defined]
+
+
 def source_of(node: Any) -> Tensor:
     """The tensor that a boundary's node marks; an error if it was changed in place since."""
     try:
@@ -80,6 +96,91 @@ def source_of(node: Any) -> Tensor:
             "inner loss: expected the inputs of learner(...) as they were when it was called, got "
             "one that was changed in place since; clone it first, or change it after backward()"
         ) from error
+
+
+class Outputs(Function):
+    """Copies of the tensors that one pass of a module gave, from which the loss is computed.
+
+    As with `Boundary` the node is the record: it has saved the outputs, and knows the ``made_by``
+    that computed them. While ``cut``, no gradient passes it: what then reaches phi from the loss
+    has gone around the outputs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, made_by: Any, *outputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*outputs)
+        ctx.set_materialize_grads(False)
+        ctx.made_by, ctx.cut = made_by, False
+        return tuple(map(Tensor.clone, outputs))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *((None,) * len(gradients) if ctx.cut else gradients)
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """Every tensor in ``value``, in the order of `each_tensor`."""
+    found: list[Tensor] = []
+    each_tensor(value, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    return found
+
+
+def mark_outputs(value: Any, made_by: Any) -> Any:
+    """``value`` with every tensor that has history marked as an output of the pass ``made_by``."""
+    outputs = [tensor for tensor in tensors_of(value) if tensor.requires_grad]
+    if not outputs:
+        return value
+    marked = iter(Outputs.apply(made_by, *outputs))
+    return each_tensor(value, lambda tensor: next(marked) if tensor.requires_grad else tensor)
+
+
+def outputs_of(node: Any) -> Sequence[Tensor]:
+    """The tensors that the node of an `Outputs` marks; an error if the graph has been freed."""
+    try:
+        return node.saved_tensors
+    except RuntimeError as error:
+        raise RuntimeError(
+            "inner loss: expected its graph as it was when learner(...) was called, got one that "
+            "was freed, or whose outputs were changed in place; call backward() on it afterwards"
+        ) from error
+
+
+def find_outputs(loss: Tensor, inner: Sequence[Tensor]) -> tuple[list[Any], bool]:
+    """The `Outputs` of phi's passes that ``loss`` is made of, and whether it uses phi besides.
+
+    Args:
+        loss: a scalar.
+        inner: phi; a pass with other parameters is an operation like any other.
+    """
+    known = {id(tensor) for tensor in inner}
+    made = {tensor.grad_fn for tensor in inner if tensor.grad_fn is not None}
+    found, around, stack = list[Any](), False, [cast(Any, loss.grad_fn)]
+    for node in unseen(stack, set()):
+        ours = isinstance(node, Outputs._backward_cls)  # type: ignore[attr-defined]
+        if ours and known <= node.made_by.parameters:
+            found.append(node)
+        elif node in made or id(getattr(node, "variable", None)) in known:
+            around = True
+        else:
+            stack.extend(map(CHILD, node.next_functions))
+    return found, around
+
+
+def edges_of(nodes: Iterable[Any]) -> list[GradientEdge]:
+    """Where the gradients in the tensors of these `Outputs` arrive, in their order."""
+    return [GradientEdge(node, i) for node in nodes for i in range(len(outputs_of(node)))]
+
+
+@contextlib.contextmanager
+def cut(nodes: Sequence[Any]) -> Iterator[None]:
+    """Within, no gradient passes these `Outputs`."""
+    for node in nodes:
+        node.cut = True
+    try:
+        yield
+    finally:
+        for node in nodes:
+            node.cut = False
 
 
 class MetaInputs(NamedTuple):

@@ -6,6 +6,7 @@ import math
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -268,6 +269,8 @@ class AutogradLinearization(Linearization):
             anchor, often one tensor, stay two arguments.
         unused: let parameters be absent from ``loss``; their loss gradient is zero.
         differentiable: keep the graph; without it there are no products.
+        keeps_second: keep the gradient's graph; without it the loss's alone, from which that is
+            made anew for each product.
         retain: keep the loss's own graph, for its derivatives in theta.
     """
 
@@ -281,22 +284,30 @@ class AutogradLinearization(Linearization):
         stand_ins: Sequence[Tensor] = (),
         unused: bool = False,
         differentiable: bool = True,
+        keeps_second: bool = True,
         retain: bool = False,
     ) -> None:
         super().__init__(flatten(parameters).detach().unsqueeze(0), quadratic or _NOTHING)
-        gradients = inner_gradient(loss, parameters, unused, differentiable, retain)
+        gradients = inner_gradient(
+            loss, parameters, unused, create_graph=differentiable and keeps_second,
+            retain_graph=differentiable or retain,
+        )  # fmt: skip
         self.parameters, self.differentiable = parameters, differentiable
         self._value = loss.detach().view(1)
-        self._loss_gradient = _flat(gradients, parameters).detach()
+        self._loss_gradient = flat(gradients, parameters).detach()
         offset, strength = self.quadratic.offset(self.point), self.quadratic.strength
         self.gradient = self._loss_gradient.add(offset, alpha=strength)
         if differentiable:
-            kept = [(g, i) for i, g in enumerate(gradients) if g is not None and g.requires_grad]
-            self._gradients, self._kept = [g for g, _ in kept], [i for _, i in kept]
+            self._gradients: Sequence[Tensor | None] | None = gradients if keeps_second else None
         if differentiable or retain:
             self.loss, self._anchor, self._stand_ins = loss, list(anchor), list(stand_ins)
             self._inputs = find_meta_inputs(loss, [*parameters, *stand_ins])
             self.operations = self._inputs.names
+
+    @property
+    def needs_second(self) -> bool:
+        """Whether a product comes from the gradient's graph."""
+        return True
 
     @property
     def objective(self) -> Tensor:
@@ -310,28 +321,45 @@ class AutogradLinearization(Linearization):
                 "(Newton() on this module, GradientDescent(adaptive=True)); use inner=LBFGS() or "
                 "GradientDescent()"
             )
-        product = _flat(self._vjp(self.parameters, vector), self.parameters)
+        return self.derivative(vector)
+
+    def derivative(self, vector: Tensor) -> Tensor:
+        """The gradient's derivative along ``vector``, whatever matrix `hvp` has in its place."""
+        product = flat(self._vjp(self._graph(), self.parameters, vector), self.parameters)
         return product.add_(vector, alpha=self.quadratic.strength)
 
     def sources(self) -> list[Tensor]:
         return [*self._inputs.sources(), *self._anchor, *self.quadratic.sources()]
 
     def mixed_vjp(self, answer: LinearSolution) -> Products:
-        self._check_unchanged()
+        gradients: Sequence[Tensor | None] = ()
+        if self.needs_second:
+            self._check_unchanged()
+            gradients = self._graph()
         vector = answer.solution
-        products = self._inputs.vjp(lambda inputs: self._vjp(inputs, vector), self.parameters)
-        products += self._vjp(self._stand_ins, vector)
+        product = partial(self._vjp, gradients, vector=vector)
+        products = self._inputs.vjp(product, self.parameters)
+        products += product(self._stand_ins)
         return products + self.quadratic.mixed_vjp(self.point, vector)
 
-    def _vjp(self, inputs: Sequence[Any], vector: Tensor) -> Sequence[Tensor | None]:
-        """The kept gradient's product with ``vector``, with respect to ``inputs``."""
-        if not inputs or not self._gradients:
+    def _graph(self) -> Sequence[Tensor | None]:
+        """The loss's gradient with its graph, as it was kept or made anew."""
+        if self._gradients is not None:
+            return self._gradients
+        return gradients_of(self.loss, self.parameters, create_graph=True, allow_unused=True)
+
+    def _vjp(
+        self, gradients: Sequence[Tensor | None], inputs: Sequence[Any], vector: Tensor
+    ) -> Sequence[Tensor | None]:
+        """The product of ``gradients`` with ``vector``, with respect to ``inputs``."""
+        if not inputs:
+            return []
+        pairs = zip(gradients, unflatten(vector[0], self.parameters), strict=True)
+        kept = [(g, p) for g, p in pairs if g is not None and g.requires_grad]
+        if not kept:
             return [None] * len(inputs)
-        pieces = unflatten(vector[0], self.parameters)
-        return _again(
-            self._gradients, inputs, [pieces[i] for i in self._kept], retain_graph=True,
-            allow_unused=True,
-        )  # fmt: skip
+        ends, pieces = zip(*kept, strict=True)
+        return gradients_of(ends, inputs, pieces, retain_graph=True, allow_unused=True)
 
     def _check_unchanged(self) -> None:
         """Whether the graph still computes the gradient that it computed first.
@@ -339,8 +367,8 @@ class AutogradLinearization(Linearization):
         It does not where its data were changed without a trace (``.data``), and where it runs a
         part of the module again (activation checkpointing) after the weights have moved.
         """
-        again = _again(self.loss, self.parameters, retain_graph=True, allow_unused=True)
-        now, before = _flat(again, self.parameters), self._loss_gradient
+        again = gradients_of(self.loss, self.parameters, retain_graph=True, allow_unused=True)
+        now, before = flat(again, self.parameters), self._loss_gradient
         tol = torch.finfo(now.dtype).eps ** 0.5
         if not bool((now - before).norm() <= tol * before.norm()):
             raise RuntimeError(
@@ -373,7 +401,7 @@ class FirstDerivatives(AutogradLinearization):
         def gradients(inputs: Sequence[Any]) -> Sequence[Tensor | None]:
             if not inputs:
                 return []
-            return _again(self.loss, inputs, retain_graph=True, allow_unused=True)
+            return gradients_of(self.loss, inputs, retain_graph=True, allow_unused=True)
 
         return [*self._inputs.vjp(gradients, self.parameters), *gradients(self._stand_ins)]
 
@@ -428,20 +456,16 @@ _ANOTHER = (
 
 
 def inner_gradient(
-    loss: Tensor, parameters: Sequence[Tensor], unused: bool, create_graph: bool = False,
-    retain: bool = False,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+    loss: Tensor, parameters: Sequence[Tensor], unused: bool, **graph: bool
+) -> tuple[Tensor | None, ...]:
     """The loss's gradients in ``parameters``; None for an unused one, where that is allowed."""
-    keep = create_graph or retain
-    gradients = _again(
-        loss, parameters, create_graph=create_graph, retain_graph=keep, allow_unused=True
-    )
+    gradients = gradients_of(loss, parameters, allow_unused=True, **graph)
     checks.used(gradients, unused)
     checks.dense(gradients)
     return gradients
 
 
-def _again(*arguments: Any, **options: Any) -> tuple[Tensor | None, ...]:
+def gradients_of(*arguments: Any, **options: Any) -> tuple[Tensor | None, ...]:
     """``torch.autograd.grad``, whose refusals say what to do."""
     try:
         return grad(*arguments, **options)
@@ -455,7 +479,7 @@ def _again(*arguments: Any, **options: Any) -> tuple[Tensor | None, ...]:
         ) from error
 
 
-def _flat(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
+def flat(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
     """Gradients as one vector ``[1, n]``, with zeros where there was none."""
     pairs = zip(gradients, like, strict=True)
     return flatten(torch.zeros_like(t) if g is None else g for g, t in pairs).unsqueeze(0)

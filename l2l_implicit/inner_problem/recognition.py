@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from l2l_implicit.inner_problem.boundary import CHILD, is_boundary, source_of, unseen
+from l2l_implicit.inner_problem.boundary import CHILD, Outputs, is_boundary, source_of, unseen
 from l2l_implicit.inner_problem.linear_heads import GOALS, HeadProblem, LinearHeads
 from l2l_implicit.inner_problem.linearization import SquaredDistance
 from l2l_implicit.inner_problem.losses import CrossEntropy, OutputLoss, SquaredError
@@ -88,6 +88,8 @@ def recognize(
     if found is None:
         return None
     kind, targets, scale, linear = found
+    if isinstance(linear, Outputs._backward_cls):  # type: ignore[attr-defined]
+        linear = linear.next_functions[0][0]
     if scale is None or linear is None or linear.name() not in ("AddmmBackward0", "MmBackward0"):
         return None
     *bias, (origin, _), (transpose, _) = linear.next_functions

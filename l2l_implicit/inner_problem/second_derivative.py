@@ -49,7 +49,7 @@ def products_agree(at: AutogradLinearization, evaluate: Evaluate) -> bool | None
         return (up - down) / (2.0 * step)
 
     wide, narrow = difference(2.0 * size), difference(size)
-    product, scale = at.hvp(direction), float(narrow.norm())
+    product, scale = at.derivative(direction), float(narrow.norm())
     rounding = eps * float(at.gradient_norm) / size
     if not float((wide - narrow).norm()) <= 0.5 * _TOL * scale + _FLAT * rounding:
         return None
@@ -70,7 +70,7 @@ class StepTaken(NamedTuple):
     @classmethod
     def of(cls, at: AutogradLinearization, to: Tensor) -> StepTaken:
         """The step from ``at`` to the point ``to``."""
-        return cls(at.point, to.norm(), at.gradient, at.hvp(to - at.point))
+        return cls(at.point, to.norm(), at.gradient, at.derivative(to - at.point))
 
     def agrees(self, at: AutogradLinearization, before: float) -> tuple[bool | None, float]:
         """Whether the gradient has changed as the products at both ends say; None: no telling.
@@ -91,7 +91,7 @@ class StepTaken(NamedTuple):
         if not torch.equal(self.length, at.point.norm()) or any(kinks):  # which finite steps cross
             return None, math.inf
         step, eps = at.point - self.point, torch.finfo(at.point.dtype).eps
-        moved, product = float(step.norm()) > eps**0.5 * float(self.length), at.hvp(step)
+        moved, product = float(step.norm()) > eps**0.5 * float(self.length), at.derivative(step)
         del step  # before there is another vector
         change = at.gradient - self.gradient
         size, norm = float(change.norm()), float(self.gradient.norm())

@@ -33,8 +33,8 @@ LAYERS: dict[str, list[set[str]]] = {
     ],
     "linear_solvers": [{"solution"}, {"preconditioners", "nystrom", "identity", "curvature",
                                       "direct"}, {"conjugate_gradient", "neumann"}],
-    "inner_problem": [{"boundary", "losses"}, {"linearization"},
-                      {"linear_heads", "second_derivative"}, {"recognition"}],
+    "inner_problem": [{"boundary", "losses"}, {"linearization", "passes"},
+                      {"linear_heads", "second_derivative", "gauss_newton"}, {"recognition"}],
     "inner_solvers": [{"protocol"}, {"gradient_descent", "newton", "lbfgs"}],
 }  # fmt: skip
 BESIDE = {"baselines", "lightning", "tasks"}  # packages on top of the core
@@ -140,7 +140,7 @@ CORE = (
     "learner.py", "together.py", "implicit_diff.py", "diagnostics.py", "per_task_norm.py",
     "inner_problem", "inner_solvers", "linear_solvers",
 )  # fmt: skip
-CORE_LINES, LIBRARY_LINES, FILES, FUNCTIONS = 4400, 9200, 12, 80
+CORE_LINES, LIBRARY_LINES, FILES, FUNCTIONS = 4500, 9600, 12, 82
 LABELS = torch.arange(25) % 5
 
 

@@ -10,10 +10,12 @@ from small_task import HOWS, adapt
 from torch import nn
 
 from experiments.training.peak_memory import peak_memory
-from l2l_implicit import CG, GradientDescent, ImplicitCGHead, Newton
+from l2l_implicit import CG, GradientDescent, ImplicitCGHead, ImplicitMAML, Newton
 from l2l_implicit.inner_solvers.protocol import InnerSolver
 
-from learn2learn.algorithms import MAML  # isort: skip  (after l2l_implicit, which repairs it)
+# After l2l_implicit, which repairs it.
+from learn2learn.algorithms import MAML  # isort: skip
+from learn2learn.vision.models import CNN4Backbone  # isort: skip
 
 MIB = 2**20
 Y = torch.arange(10) % 5
@@ -96,3 +98,29 @@ def test_many_tasks_in_turn_hold_no_more_than_one() -> None:
     one()
     many = peak_of_live_tensors(lambda: [one() for _ in range(20)])
     assert many < 1.02 * peak_of_live_tensors(one)
+
+
+def test_a_step_of_imaml_takes_two_and_a_half_gradients() -> None:
+    """On a convolutional network with batch statistics, whatever the numbers of steps."""
+    network = nn.Sequential(CNN4Backbone(hidden_size=64), nn.Linear(256, 5))
+    x, y = torch.randn(25, 3, 32, 32), torch.arange(25) % 5
+
+    def gradient() -> None:
+        F.cross_entropy(network(x), y).backward()
+
+    def step(steps: int, products: int) -> Callable[[], None]:
+        parent = ImplicitMAML(network, 0.01, linear=CG(products, tol=1e-12))
+
+        def run() -> None:
+            learner = parent.clone()
+            learner.adapt(lambda: F.cross_entropy(learner(x), y), steps=steps)
+            F.cross_entropy(learner(x), y).backward()
+
+        return run
+
+    gradient()  # leaves the gradients' own memory behind
+    step(1, 1)()
+    one = peak_memory(gradient)
+    found = [peak_memory(step(k, n)) for k, n in ((1, 1), (5, 1), (1, 8))]
+    assert max(found) <= 2.5 * one
+    assert max(found) <= 1.01 * min(found)

@@ -19,7 +19,15 @@ from small_task import adapt
 from torch import Tensor, nn
 from verdict import judge, must_be_right
 
-from l2l_implicit import LBFGS, Direct, GradientDescent, ImplicitCGHead, ImplicitMAML, Newton
+from l2l_implicit import (
+    LBFGS,
+    Direct,
+    GradientDescent,
+    Hessian,
+    ImplicitCGHead,
+    ImplicitMAML,
+    Newton,
+)
 
 D = torch.float64
 SLACK = 0.05  # of the differences, and of the rounded kinks
@@ -92,7 +100,8 @@ class Network:
     def slope(self, how: str, settings: dict[str, Any], steps: int) -> Callable[[], Tensor]:
         def call() -> Tensor:
             self.net.zero_grad()
-            learner = ImplicitMAML(self.net, lr=0.1, l2=self.l2, **settings).clone()
+            exact = {"curvature": Hessian(), **settings}
+            learner = ImplicitMAML(self.net, lr=0.1, l2=self.l2, **exact).clone()
             adapt(learner, lambda: self.loss(learner(self.x), self.y), how, steps)
             self.end = flat(learner.module.parameters())
             self.loss(learner(self.query), self.query_y).backward()

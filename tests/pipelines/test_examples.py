@@ -157,7 +157,6 @@ def test_the_whole_network_learns() -> None:
     _, found = outcome("maml_omniglot", "changed")
     weights = [p for p in found["maml"].parameters() if p.dim() == 2]
     assert len(weights) == 5 and all(bool(p.grad.any()) for p in weights)
-    assert found["maml"].diagnostics.hypergradient_error < 0.1
 
 
 @pytest.mark.parametrize("version", VERSIONS)

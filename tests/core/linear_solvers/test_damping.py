@@ -14,7 +14,15 @@ from oracles import flat, implicit, relative_error
 from problems import EXACT, NAMES, adapt, hypergradient, make_learner, problem, truth
 from torch import nn
 
-from l2l_implicit import CG, Direct, GradientDescent, ImplicitMAML, LinearSolver, Neumann
+from l2l_implicit import (
+    CG,
+    Direct,
+    GradientDescent,
+    Hessian,
+    ImplicitMAML,
+    LinearSolver,
+    Neumann,
+)
 from l2l_implicit.tasks import get_tasksets, split_support_query
 
 from learn2learn.vision.models import CNN4Backbone  # isort: skip  (after ours)
@@ -59,7 +67,9 @@ def meta_gradients(damping: float, tasks: int = 6) -> tuple[torch.Tensor, int]:
     backbone = CNN4Backbone(hidden_size=4, channels=1)
     net = nn.Sequential(backbone, nn.Flatten(), nn.LazyLinear(5))
     net(sets.train.sample()[0])
-    maml = ImplicitMAML(net, lr=0.1, linear=CG(steps=5, damping=damping))
+    maml = ImplicitMAML(
+        net, lr=0.1, l2=2.0, linear=CG(steps=5, damping=damping), curvature=Hessian()
+    )
     norms = []
     for _ in range(tasks):
         (x, y), (x_query, y_query) = split_support_query(*sets.train.sample(), shots=SIZE // 2)

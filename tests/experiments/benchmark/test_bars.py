@@ -13,13 +13,12 @@ SETTINGS = BenchmarkSettings(
 SMALL = [name for name in CASES if not name.startswith("resnet12")]
 # Which time is met exactly is the processor's to say (docs/cost.md has one's); what doubles is not.
 SLACK = 2.0
-MISSED = {"gradients' memory": 4.5}  # iMAML's, on every machine: docs/cost.md says why
 TRIES = 3  # of a case: something else may have the processor for a while
 
 
 def holds(bar: Bar) -> bool:
     if "memory" in bar.quantity:
-        return bar.value <= MISSED.get(bar.quantity, bar.limit)
+        return bar.met
     least, most = bar.limit / SLACK, bar.limit * SLACK
     return bar.value >= least if bar.at_least else bar.value <= most
 
@@ -28,7 +27,7 @@ def test_a_bar_that_does_not_hold_is_seen() -> None:
     assert holds(Bar("time", 1.6, 1.05)) and not holds(Bar("time", 2.2, 1.05))
     assert holds(Bar("memory", 1.0, 1.01)) and not holds(Bar("newton's memory", 1.02, 1.01))
     assert not holds(Bar("times slower than newton", 2.4, 5.0, at_least=True))
-    assert holds(Bar("gradients' memory", 4.3, 2.5)) and not holds(Bar("gradients' memory", 5, 2.5))
+    assert holds(Bar("gradients' memory", 2.1, 2.5)) and not holds(Bar("gradients' memory", 3, 2.5))
 
 
 @pytest.mark.slow

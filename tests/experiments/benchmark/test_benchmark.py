@@ -204,7 +204,7 @@ SETTINGS = BenchmarkSettings.of(TINY)
 BARS = {
     "cnn4-32px": 8, "two-threads": 8, "20-shot": 4, "wide": 4, "wide-20-way-1-shot": 2,
     "chunked": 2, "meta-batch": 1, "head": 2, "k-sweep": 2, "n-sweep": 4, "k-memory": 2,
-    "peers": 18, "imaml": 5, "layouts": 0,
+    "peers": 18, "imaml": 6, "layouts": 0,
 }  # fmt: skip
 
 

@@ -45,10 +45,13 @@ def test_yang(benchmark: str) -> None:
 @pytest.mark.parametrize(("ways", "steps"), [(5, 16), (20, 25)])
 @pytest.mark.parametrize("shots", [1, 5])
 def test_rajeswaran(ways: int, steps: int, shots: int) -> None:
-    for kind, own in {"gd": {"step": "gradient", "steps": steps}, "hf": {"step": "newton"}}.items():
+    """Not the paper's l2 of 2, which does not learn."""
+    both = {"cg_steps": 5, "curvature": "gauss_newton", "damping": 0.0}
+    gd, hf = {"step": "gradient", "steps": steps, "l2": 0.5}, {"step": "newton", "l2": 0.1}
+    for kind, settings in (("gd", gd), ("hf", hf)):
         config = resolved(f"rajeswaran_omniglot_{ways}way_{shots}shot_{kind}")
-        assert has(config["algorithm"], l2=2.0, cg_steps=5, **own)
-        assert has(config["tasks"], ways=ways, shots=shots)
+        assert has(config["algorithm"], **both, **settings)
+        assert has(config["tasks"], ways=ways, shots=shots, test_queries=shots)
     large = resolved("rajeswaran_mini_imagenet_gd")["algorithm"]
     assert has(large, l2=0.5, steps=10, cg_steps=5)
 

@@ -178,7 +178,7 @@ BAD = {
     "algorithm.scale=2.0": "algorithm.scale: expected no such setting for rm_metal, got 2.0",
     **{f"algorithm.name={name} tasks.name=sine tasks.level=None":
        f"name={name}: expected tasks of classes, got a regression" for name in OF_CLASSES},
-    "algorithm.solver=gc": "algorithm.solver: expected one of 'cg', 'neumann', 'direct', got 'gc'",
+    "algorithm.solver=gc": "'identity', 'direct', got 'gc'; did you mean 'cg'?",
     "algorithm.features=cashed": "did you mean 'cached'?",
     "algorithm.test_scope=head": "algorithm.test_scope: expected none for rm_metal",
     "test_at=[5]": "test_at: expected outer iterations up to iterations=4, got 5",

@@ -1,0 +1,588 @@
+"""Gauss-Newton products and hypergradients against dense J^T H_L J, in float64.
+
+The oracle knows a module as a function of one vector (`torch.func`), the loss as a function of its
+outputs and of phi, and multiplies dense matrices.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from small_task import HOWS, adapt
+from torch import Tensor, nn
+from torch.func import functional_call, hessian, jacrev
+from torch.nn.functional import cross_entropy, dropout, huber_loss, mse_loss
+from torch.utils.checkpoint import checkpoint
+
+from l2l_implicit import (
+    CG,
+    GaussNewton,
+    GradientDescent,
+    Hessian,
+    ImplicitCGHead,
+    ImplicitMAML,
+    Newton,
+    UnsolvedWarning,
+)
+from l2l_implicit.linear_solvers.solution import LinearSolution, Matvec
+
+pytestmark = [
+    pytest.mark.usefixtures("float64"),
+    pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning"),
+]
+L2, LABELS = 0.5, torch.arange(8) % 3
+EXACT = CG(steps=300, tol=1e-13)
+
+
+class Recorded(ImplicitMAML):
+    """Keeps the system of its last backward pass."""
+
+    system: dict[str, Any]
+
+    def linear_solve(self, hvp: Matvec, b: Tensor, start: Tensor | None) -> LinearSolution:
+        self.system.update(hvp=hvp, b=b)
+        return super().linear_solve(hvp, b, start)
+
+
+def recorded(module: nn.Module, **settings: Any) -> Recorded:
+    usual = {"l2": L2, "curvature": GaussNewton(), "linear": EXACT}
+    learner = Recorded(module, 0.1, **{**usual, **settings})
+    learner.system = {}
+    return learner
+
+
+def vector_of(module: nn.Module) -> Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in module.parameters()])
+
+
+def function_of(module: nn.Module) -> Callable[..., Any]:
+    """Outputs of a copy of the module at a vector phi."""
+    plain = copy.deepcopy(module)
+    for part in plain.modules():  # torch.func refuses writing into running statistics
+        if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d) and part.training:
+            part.running_mean = part.running_var = part.num_batches_tracked = None
+            part.track_running_stats = False
+    shapes = {name: p.shape for name, p in plain.named_parameters()}
+
+    def run(phi: Tensor, *args: Any, **kwargs: Any) -> Any:
+        pieces = phi.split([shape.numel() for shape in shapes.values()])
+        named = {k: p.view(s) for (k, s), p in zip(shapes.items(), pieces, strict=True)}
+        return functional_call(plain, named, args, kwargs)
+
+    return run
+
+
+def dense(outputs: Callable[[Tensor], Tensor], loss: Callable[..., Tensor], phi: Tensor) -> Tensor:
+    """[J; I]^T (Hessian of the loss in outputs and phi) [J; I]."""
+    z = outputs(phi)
+    both = torch.cat([jacrev(outputs)(phi), torch.eye(len(phi))])
+    inner = hessian(lambda zp: loss(zp[: len(z)].view(8, -1), zp[len(z) :]))(torch.cat([z, phi]))
+    return both.T @ inner @ both
+
+
+class Case(NamedTuple):
+    """A module, and a loss of its outputs ``[8, k]`` and of phi as one vector."""
+
+    module: Callable[[], nn.Module]
+    loss: Callable[[Tensor, Tensor], Tensor] = lambda z, phi: cross_entropy(z, LABELS)
+    pixels: bool = False
+
+
+def images_to(norm: nn.Module) -> nn.Module:
+    layers = nn.Conv2d(2, 4, 3), norm, nn.Tanh(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 3)
+    return nn.Sequential(*layers)
+
+
+def dense_net(*middle: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 4), *middle, nn.Tanh(), nn.Linear(4, 3))
+
+
+def warm(norm: nn.Module) -> nn.Module:
+    """Its running statistics are some."""
+    with torch.no_grad():
+        norm(torch.randn(20, 4, *([3, 3] if isinstance(norm, nn.BatchNorm2d) else [])))
+    return norm.eval()
+
+
+class Twice(nn.Module):
+    """One batch norm at two places, and tied weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(5, 5), nn.BatchNorm1d(5)
+        self.last = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.first(x))
+        return self.last(self.norm(torch.tanh(self.first(h))))
+
+
+TARGETS = torch.linspace(-1, 1, 24, dtype=torch.float64).view(8, 3)
+CASES = {
+    "batch norm": Case(lambda: images_to(nn.BatchNorm2d(4)), pixels=True),
+    "batch norm, eval": Case(lambda: images_to(warm(nn.BatchNorm2d(4))), pixels=True),
+    "batch norm, no running": Case(lambda: dense_net(nn.BatchNorm1d(4, track_running_stats=False))),
+    "batch norm, no affine": Case(lambda: dense_net(nn.BatchNorm1d(4, affine=False))),
+    "batch norm, twice": Case(Twice),
+    "group norm": Case(lambda: images_to(nn.GroupNorm(2, 4)), pixels=True),
+    "squared error": Case(dense_net, lambda z, phi: mse_loss(z, TARGETS)),
+    "huber": Case(dense_net, lambda z, phi: huber_loss(z, TARGETS, reduction="sum", delta=0.7)),
+    "scaled, smoothed": Case(
+        dense_net, lambda z, phi: cross_entropy(3.0 * z, LABELS, label_smoothing=0.1)
+    ),
+    "not convex in the outputs": Case(dense_net, lambda z, phi: (z - TARGETS).sin().sum()),
+    "penalty": Case(dense_net, lambda z, phi: cross_entropy(z, LABELS) + 0.3 * phi.pow(4).sum()),
+    "penalty times outputs": Case(
+        lambda: dense_net(nn.BatchNorm1d(4)),
+        lambda z, phi: cross_entropy(z, LABELS) + 0.1 * z.square().mean() * phi.square().sum(),
+    ),
+    "linear in the outputs": Case(dense_net, lambda z, phi: (z * TARGETS).sum()),
+}
+
+
+@HOWS
+@pytest.mark.parametrize("name", CASES)
+def test_products_and_hypergradient_are_the_dense_ones(name: str, how: str) -> None:
+    module, loss, pixels = CASES[name].module(), CASES[name].loss, CASES[name].pixels
+    x, query = torch.randn(2, 8, *([2, 6, 6] if pixels else [5]))
+    outputs = function_of(module)
+    maml = recorded(module, inner=GradientDescent())
+    learner, at = maml.clone(), []
+
+    def closure() -> Tensor:
+        phi = torch.cat([p.reshape(-1) for p in learner.parameters()])
+        at.append(phi.detach())
+        return loss(learner(x), phi)
+
+    adapt(learner, closure, how, 3)
+    cross_entropy(learner(query), LABELS).backward()
+    matrix = dense(lambda p: outputs(p, x).reshape(-1), loss, at[-1]) + L2 * torch.eye(len(at[-1]))
+    b, vector = maml.system["b"], torch.randn_like(maml.system["b"])
+    wanted = vector @ matrix
+    assert (maml.system["hvp"](vector) - wanted).norm() <= 1e-12 * wanted.norm()
+    if name == "not convex in the outputs":
+        return
+    found = torch.cat([p.grad.reshape(-1) for p in module.parameters()])
+    wanted = L2 * torch.linalg.solve(matrix, b[0])
+    assert (found - wanted).norm() <= 1e-9 * wanted.norm()
+
+
+@HOWS
+def test_theta_of_every_kind(how: str) -> None:
+    """Inputs with a history, a leaf in the loss, l2 and the anchor: the mixed product is exact."""
+    module, query = dense_net(), torch.randn(8, 5)
+    backbone = torch.randn(6, 5).requires_grad_()
+    scale, l2 = torch.tensor(1.5, requires_grad=True), torch.tensor(0.4, requires_grad=True)
+    raw = torch.randn(8, 6)
+    maml, outputs, start = recorded(module, l2=l2), function_of(module), vector_of(module)
+    learner, h, at = maml.clone(), torch.tanh(raw @ backbone), []
+
+    def closure() -> Tensor:
+        at.append(vector_of(learner))
+        return cross_entropy(scale * learner(h), LABELS)
+
+    adapt(learner, closure, how, 2)
+    phi = vector_of(learner) if how == "closure" else at[-1]  # it is called to compare, too
+    cross_entropy(learner(query), LABELS).backward()
+
+    def objective(p: Tensor, w: Tensor, s: Tensor, coefficient: Tensor, anchor: Tensor) -> Tensor:
+        z = outputs(p, torch.tanh(raw @ w))
+        return cross_entropy(s * z, LABELS) + 0.5 * coefficient * (p - anchor).square().sum()
+
+    z = outputs(phi, h.detach())
+    jacobian = jacrev(lambda p: outputs(p, h.detach()).reshape(-1))(phi)
+    inner = hessian(lambda u: cross_entropy(1.5 * u.view(8, 3), LABELS))(z.reshape(-1))
+    matrix = jacobian.T @ inner @ jacobian + 0.4 * torch.eye(len(phi))
+    v = torch.linalg.solve(matrix, maml.system["b"][0])
+    theta = backbone.detach(), scale.detach(), l2.detach(), start
+    slope = torch.func.grad(objective)
+    mixed = torch.func.grad(lambda t: slope(phi, *t) @ v)(theta)
+    initial = torch.cat([p.grad.reshape(-1) for p in module.parameters()])
+    for found, product in zip((backbone.grad, scale.grad, l2.grad, initial), mixed, strict=True):
+        assert (found + product).norm() <= 1e-9 * product.norm()
+
+
+class Quartic(Recorded):
+    """A regulariser of its own, which is no quadratic."""
+
+    def regularizer(self, parameters: Sequence[Tensor], anchor: Sequence[Tensor]) -> Tensor:
+        offset = torch.cat([(p - a).reshape(-1) for p, a in zip(parameters, anchor, strict=True)])
+        return 0.5 * L2 * offset.square().sum() + offset.pow(4).sum()
+
+
+def test_a_regularizer_of_ones_own_has_its_hessian() -> None:
+    module, (x, query) = dense_net(), torch.randn(2, 8, 5)
+    outputs, start = function_of(module), vector_of(module)
+    maml = Quartic(module, 0.1, curvature=GaussNewton(), linear=EXACT)
+    maml.system = {}
+    learner = maml.clone()
+    learner.adapt(lambda: cross_entropy(learner(x), LABELS), steps=3)
+    phi = vector_of(learner)
+    cross_entropy(learner(query), LABELS).backward()
+
+    def loss(z: Tensor, p: Tensor) -> Tensor:
+        return cross_entropy(z, LABELS)
+
+    own = torch.diag(L2 + 12 * (phi - start).square())
+    matrix = dense(lambda p: outputs(p, x).reshape(-1), loss, phi) + own
+    wanted = own @ torch.linalg.solve(matrix, maml.system["b"][0])
+    found = torch.cat([p.grad.reshape(-1) for p in module.parameters()])
+    assert (found - wanted).norm() <= 1e-9 * wanted.norm()
+
+
+class Several(nn.Module):
+    """Named inputs, and outputs in a dict; a dropout between."""
+
+    def __init__(self, share: float = 0.0) -> None:
+        super().__init__()
+        self.inside, self.outside, self.share = nn.Linear(5, 4), nn.Linear(4, 3), share
+
+    def forward(self, x: Tensor, *, gain: Tensor) -> dict[str, Any]:
+        h = dropout(torch.tanh(self.inside(x)), self.share, self.training)
+        return {"logits": gain * self.outside(h), "all": [h, torch.ones(3)]}
+
+
+def test_several_passes_named_inputs_nested_outputs() -> None:
+    module, x, gain = Several(), torch.randn(2, 8, 5), torch.tensor(2.0)
+    outputs, maml = function_of(module), recorded(module)
+
+    def loss(first: Tensor, second: Tensor, hidden: Tensor) -> Tensor:
+        apart = (first.softmax(1) - second.softmax(1)).square().sum()
+        return cross_entropy(first, LABELS) + apart + 0.1 * hidden.pow(4).sum()
+
+    learner = maml.clone()
+
+    def closure() -> Tensor:
+        first, second = (learner(part, gain=gain) for part in x)
+        return loss(first["logits"], second["logits"], second["all"][0])
+
+    learner.adapt(closure, steps=2)
+    phi, answer = vector_of(learner), learner(x[0], gain=gain)
+    assert answer["logits"].requires_grad and not answer["all"][1].requires_grad
+    answer["logits"].square().sum().backward()
+
+    def everything(p: Tensor) -> Tensor:
+        first, second = (outputs(p, part, gain=gain) for part in x)
+        parts = first["logits"], second["logits"], second["all"][0]
+        return torch.cat([part.reshape(-1) for part in parts])
+
+    def of_outputs(z: Tensor) -> Tensor:
+        first, second, hidden = z.split([24, 24, 32])
+        return loss(first.view(8, 3), second.view(8, 3), hidden.view(8, 4))
+
+    jacobian = jacrev(everything)(phi)
+    matrix = jacobian.T @ hessian(of_outputs)(everything(phi)) @ jacobian + L2 * torch.eye(len(phi))
+    vector = torch.randn_like(maml.system["b"])
+    assert (maml.system["hvp"](vector) - vector @ matrix).norm() <= 1e-12 * (vector @ matrix).norm()
+
+
+def test_newton_inside_takes_the_same_matrix() -> None:
+    """One step of enough products is the dense step, where the whole of it is accepted."""
+    module, x = dense_net(), torch.randn(8, 5)
+    start, outputs = vector_of(module), function_of(module)
+    learner = ImplicitMAML(
+        module, 0.1, l2=5.0, inner=Newton(cg_steps=200, tol=1e-9), curvature=GaussNewton()
+    ).clone()
+    learner.adapt(lambda: cross_entropy(learner(x), LABELS), steps=20)
+
+    def loss(z: Tensor, phi: Tensor) -> Tensor:
+        return cross_entropy(z, LABELS)
+
+    def flat_outputs(p: Tensor) -> Tensor:
+        return outputs(p, x).reshape(-1)
+
+    phi = start
+    for _ in range(20):
+        slope = torch.func.grad(lambda p: loss(outputs(p, x), p))(phi) + 5.0 * (phi - start)
+        matrix = dense(flat_outputs, loss, phi) + 5.0 * torch.eye(len(phi))
+        phi = phi - torch.linalg.solve(matrix, slope)
+    assert (vector_of(learner) - phi).norm() <= 1e-6 * (phi - start).norm()
+
+
+def test_running_statistics_and_random_numbers_move_as_with_the_hessian() -> None:
+    def run(curvature: Any) -> tuple[list[Tensor], Tensor]:
+        torch.manual_seed(1)
+        module = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Dropout(0.4), nn.Linear(4, 3))
+        maml = recorded(module, curvature=curvature)
+        learner, x = maml.clone(), torch.randn(8, 5)
+        for _ in range(2):
+            learner.adapt(cross_entropy(learner(x), LABELS))
+        cross_entropy(learner(x), LABELS).backward()
+        return [*learner.buffers(), *module.buffers()], torch.get_rng_state()
+
+    # Loss tensors: the first closure of a kind is looked at with more passes.
+    (one, after), (other, also_after) = run(GaussNewton()), run(Hessian())
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert torch.equal(after, also_after)
+
+
+def test_dropout_is_that_of_the_pass() -> None:
+    module, x = Several(share=0.5), torch.randn(8, 5)
+    maml, gain = recorded(module), torch.tensor(1.0)
+    learner, outputs = maml.clone(), function_of(module)
+    torch.manual_seed(3)
+    learner.adapt(cross_entropy(learner(x, gain=gain)["logits"], LABELS))
+    phi = vector_of(module)
+    learner(x, gain=gain)["logits"].sum().backward()
+
+    def drawn(p: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return outputs(p, x, gain=gain)["logits"].reshape(-1)
+
+    jacobian = torch.autograd.functional.jacobian(drawn, phi)
+    inner = hessian(lambda z: cross_entropy(z.view(8, 3), LABELS))(drawn(phi))
+    matrix = jacobian.T @ inner @ jacobian + L2 * torch.eye(len(phi))
+    vector = torch.randn_like(maml.system["b"])
+    assert (maml.system["hvp"](vector) - vector @ matrix).norm() <= 1e-12 * (vector @ matrix).norm()
+
+
+def test_positive_definite_where_the_hessian_is_not() -> None:
+    module, x = images_to(nn.BatchNorm2d(4)), torch.randn(8, 2, 6, 6)
+    reasons = {}
+    for curvature in (GaussNewton(), Hessian()):
+        maml = recorded(module, l2=1e-4, curvature=curvature)
+        learner = maml.clone()
+        learner.adapt(lambda: cross_entropy(5 * learner(x), LABELS), steps=1)  # noqa: B023
+        cross_entropy(learner(x), LABELS).backward()
+        matrix = torch.cat(
+            [maml.system["hvp"](row[None]) for row in torch.eye(len(vector_of(module)))]
+        )
+        reasons[type(curvature)] = float(torch.linalg.eigvalsh((matrix + matrix.T) / 2)[0])
+    assert reasons[GaussNewton] >= 1e-4 * (1 - 1e-6)
+    assert reasons[Hessian] < -1e-3
+
+
+def test_a_linear_head_has_its_own_matrix() -> None:
+    torch.manual_seed(0)
+    head, h = nn.Linear(5, 3), torch.randn(8, 5)
+    gradients = []
+    for curvature in (GaussNewton(), Hessian()):
+        learner = ImplicitCGHead(head, 0.1, curvature=curvature).clone()
+        features = h.clone().requires_grad_()
+        learner.adapt(cross_entropy(learner(features), LABELS))
+        cross_entropy(learner(features), LABELS).backward()
+        gradients.append(features.grad)
+        assert learner.diagnostics.is_bound
+    assert torch.equal(*gradients)
+
+
+class Hooked(torch.autograd.Function):
+    """A square with forward mode and without a second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+        return x.square()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * g * ctx.saved_tensors[0]
+
+    @staticmethod
+    def jvp(ctx: Any, d: Tensor) -> Tensor:
+        return 2 * d * ctx.saved_tensors[0]
+
+
+class Plain(torch.autograd.Function):
+    """The same without forward mode."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * g * ctx.saved_tensors[0]
+
+
+class Layer(nn.Module):
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.change(x)
+
+
+def system_of(module: nn.Module, curvature: Any, **settings: Any) -> tuple[Tensor, Tensor]:
+    """The hypergradient of the initial value after one step, and a product of the system."""
+    maml = recorded(module, curvature=curvature, **settings)
+    learner, x = maml.clone(), torch.linspace(-1, 1, 40).view(8, 5)
+    learner.adapt(lambda: cross_entropy(learner(x), LABELS), steps=1)
+    for p in module.parameters():
+        p.grad = None
+    cross_entropy(learner(x), LABELS).backward()
+    found = torch.cat([p.grad.reshape(-1) for p in module.parameters()])
+    return found, maml.system["hvp"](torch.linspace(-1, 1, len(found))[None])
+
+
+def test_no_second_derivative_is_asked_of_the_module() -> None:
+    module = dense_net(Layer(Hooked.apply))
+    twin = dense_net(Layer(torch.square))
+    twin.load_state_dict(module.state_dict())
+    pairs = zip(system_of(module, GaussNewton()), system_of(twin, GaussNewton()), strict=True)
+    for one, other in pairs:
+        assert (one - other).norm() <= 1e-12 * other.norm()
+    with pytest.warns(UnsolvedWarning, match="second derivative"):
+        system_of(module, Hessian())
+
+
+@pytest.mark.parametrize(
+    ("layer", "name"),
+    [
+        (lambda: Layer(Plain.apply), "a custom autograd.Function without jvp"),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "_weight_norm_interface"),
+    ],
+)
+def test_without_forward_mode_one_line_or_the_hessian(
+    layer: Callable[[], nn.Module], name: str
+) -> None:
+    module = dense_net(layer())
+    with pytest.raises(RuntimeError, match=f"^GaussNewton: expected a module .* got {name};"):
+        system_of(module, GaussNewton(), linear=CG(damping=5))
+    with pytest.warns(UserWarning, match=f"{name}.* Hessian takes its place"):
+        asked = system_of(module, GaussNewton(fallback=True), linear=CG(damping=5))
+    for one, other in zip(asked, system_of(module, Hessian(), linear=CG(damping=5)), strict=True):
+        assert (one - other).norm() <= 1e-12 * other.norm()
+
+
+def refusals() -> dict[str, tuple[Callable[[Any, Tensor], Tensor], str]]:
+    def fed_back(learner: Any, x: Tensor) -> Tensor:
+        return cross_entropy(learner(torch.cat([learner(x), x[:, :2]], 1)), LABELS)
+
+    def changed(learner: Any, x: Tensor) -> Tensor:
+        loss = cross_entropy(learner(x), LABELS)
+        x.data.mul_(2.0)
+        return loss
+
+    return {
+        "around the learner": (
+            lambda learner, x: cross_entropy(learner.module(x), LABELS), "does not use them"
+        ),
+        "fed back": (fed_back, "do not depend on its parameters"),
+        "changed inputs": (changed, "expected the same outputs"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", refusals())
+def test_refused_in_one_line(name: str) -> None:
+    loss, text = refusals()[name]
+    learner = recorded(dense_net(), inner=Newton()).clone()
+    with pytest.raises(RuntimeError, match=text) as caught:
+        learner.adapt(lambda: loss(learner, torch.randn(8, 5)), steps=1)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["around the learner", "fed back"])
+def test_not_refused_where_asked(name: str) -> None:
+    loss, _ = refusals()[name]
+    x, ends = torch.randn(8, 5), []
+    module = dense_net()
+    for curvature in (GaussNewton(fallback=True), Hessian()):
+        learner = recorded(module, inner=Newton(), curvature=curvature).clone()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            learner.adapt(lambda: loss(learner, x), steps=3)  # noqa: B023
+        ends.append(vector_of(learner))
+    assert torch.allclose(*ends, rtol=1e-12, atol=1e-14)
+
+
+class Detached(nn.Module):
+    """Half of its output has no gradient by ``no_grad``, which forward mode does not see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.tanh(self.layer(x))
+        with torch.no_grad():
+            constant = self.layer(x).square()
+        return z + constant
+
+
+class Outside(nn.Module):
+    """Its parameters are used through an object that is not among its children."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.itself[0].layer(x))
+
+
+@pytest.mark.parametrize("module", [Detached, Outside])
+def test_two_derivatives_that_differ_are_seen(module: type[nn.Module]) -> None:
+    learner = recorded(module(), inner=Newton()).clone()
+    learner.module.itself = [learner.module]
+    with pytest.raises(RuntimeError, match="expected one derivative"):
+        learner.adapt(lambda: cross_entropy(learner(torch.ones(8, 5)), LABELS), steps=1)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = dense_net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.net, x, use_reentrant=False)
+
+
+def test_activation_checkpointing() -> None:
+    module = Checkpointed()
+    plain = copy.deepcopy(module.net)
+    pairs = zip(system_of(module, GaussNewton()), system_of(plain, GaussNewton()), strict=True)
+    for one, other in pairs:
+        assert (one - other).norm() <= 1e-12 * other.norm()
+
+
+def test_under_autocast_the_products_keep_phis_precision() -> None:
+    module = dense_net().float()
+    x = torch.randn(8, 5, dtype=torch.float32)
+    systems = []
+    for low in (True, False):
+        maml = recorded(module, linear=CG(steps=50, tol=1e-5))
+        learner = maml.clone()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
+            learner.adapt(lambda: cross_entropy(learner(x), LABELS), steps=2)  # noqa: B023
+        learner(x).square().sum().backward()
+        systems.append(maml.system["hvp"](torch.ones_like(maml.system["b"])))
+    assert (systems[0] - systems[1]).norm() <= 1e-5 * systems[1].norm()
+
+
+def test_nothing_outlives_the_graph() -> None:
+    import gc
+    import weakref
+
+    gc.disable()
+    try:
+        module, x = dense_net(), torch.randn(8, 5)
+        learner = ImplicitMAML(module, 0.1, curvature=GaussNewton()).clone()
+        learner.adapt(lambda: cross_entropy(learner(x), LABELS), steps=2)
+        loss = cross_entropy(learner(x), LABELS)
+        held = weakref.ref(learner._task.linearization())
+        loss.backward()
+        assert held() is None
+    finally:
+        gc.enable()
+
+
+def test_no_warning_about_second_derivatives() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnsolvedWarning)
+        warnings.filterwarnings("error", ".*second derivative")
+        system_of(dense_net(Layer(Hooked.apply)), GaussNewton())
+
+
+def test_another_object_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"^curvature: expected Hessian\(\) or GaussNewton\(\)"):
+        ImplicitMAML(nn.Linear(2, 2), 0.1, curvature=GaussNewton)

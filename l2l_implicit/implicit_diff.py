@@ -17,6 +17,7 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
@@ -33,6 +34,7 @@ from l2l_implicit.mixed_precision import without_autocast
 Solve = Callable[[Linearization, Tensor], LinearSolution]
 
 
+@dataclass(eq=False)
 class SavedLinearization:
     """Holds the one linearization of a learner until it is used or superseded.
 
@@ -42,11 +44,9 @@ class SavedLinearization:
         unreached: called where eq. (8) has no term besides the query loss's own gradient.
     """
 
-    def __init__(
-        self, linearization: Linearization, solve: Solve, unreached: Callable[[], None]
-    ) -> None:
-        self.linearization: Linearization | None = linearization
-        self.solve, self.unreached = solve, unreached
+    linearization: Linearization | None
+    solve: Solve
+    unreached: Callable[[], None]
 
 
 class ImplicitSolution(Function):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
@@ -66,7 +67,7 @@ def each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         for key, part in value.items():
             mapped[key] = each_tensor(part, change)
         return mapped
-    parts = [each_tensor(part, change) for part in value]
+    parts = [*map(functools.partial(each_tensor, change=change), value)]
     if isinstance(value, list):
         mapped = copy.copy(value)
         mapped[:] = parts

@@ -40,6 +40,7 @@ def warned() -> Iterator[list[str]]:
     """The warnings of a test, as they come."""
     with warnings.catch_warnings():
         warnings.simplefilter("always")
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own
         found: list[str] = []
         warnings.showwarning = lambda message, *_: found.append(str(message))  # type: ignore[assignment]
         yield found

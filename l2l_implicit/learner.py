@@ -40,7 +40,9 @@ from l2l_implicit.inner_solvers.newton import Newton
 from l2l_implicit.inner_solvers.protocol import InnerSolver, InnerStep, descend
 from l2l_implicit.linear_solvers.conjugate_gradient import CG
 from l2l_implicit.linear_solvers.solution import (
+    FACTORED,
     NON_FINITE,
+    ZERO,
     LinearSolution,
     LinearSolver,
     Matvec,
@@ -699,7 +701,7 @@ class ImplicitCGHead(MAML):
             sizes = Sizes(row[0], row[1], row[2], row[3], row[4], scales=row[8:])
             errors = at.errors(sizes, damping, torch.finfo(phi.dtype).eps)
             errors = errors[0], errors[1], errors[2] + row[7]
-            bound = at.is_bound and perturbed is None
+            bound = at.is_bound and reason in (FACTORED, ZERO)  # another v is not bounded in theta
             found.record(int(row[6]), int(row[5]), reason, sizes, errors, bound, settings)
         if memory is not None and key is not None:
             memory[key] = Remembered(phi, answer.solution)

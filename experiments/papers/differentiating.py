@@ -42,6 +42,7 @@ from l2l_implicit import (
     LBFGS,
     Direct,
     GradientDescent,
+    Hessian,
     Identity,
     ImplicitCGHead,
     ImplicitMAML,
@@ -52,6 +53,7 @@ from l2l_implicit import (
     Neumann,
     Newton,
     Nystrom,
+    Perturbed,
     UnsolvedWarning,
 )
 from l2l_implicit.baselines import UnrolledMAML
@@ -304,7 +306,8 @@ def network(c: DifferentiatingSettings) -> Iterator[tuple[str, Table]]:
 
         truth = gradient(UnrolledMAML(copy.deepcopy(net), lr), l2)
         for name, linear in ways.items():
-            learner = ImplicitMAML(copy.deepcopy(net), lr, l2=l2, linear=linear)
+            settings = {"l2": l2, "linear": linear, "curvature": Hessian()}
+            learner = ImplicitMAML(copy.deepcopy(net), lr, **settings)
             got = gradient(learner, 0.0)
             size, cosine = float(got.norm() / truth.norm()), torch.cosine_similarity(got, truth, 0)
             found[name].append((float(cosine), size, learner.diagnostics.cg_steps))
@@ -338,7 +341,7 @@ def implicit(make: Callable[[Any, Any], LinearSolver]) -> Callable[[Any, Any], A
     """The learner with an inner problem that is solved, by L-BFGS, which leaves no factor."""
     return lambda task, budget: task.kind(
         copy.deepcopy(task.module), task.lr, l2=task.l2, inner=LBFGS(tol=1e-10),
-        linear=make(task, budget), max_error=1e300,
+        linear=make(task, budget), curvature=Hessian(), max_error=1e300,
     )  # fmt: skip
 
 
@@ -363,10 +366,10 @@ CURVES: dict[str, Way] = {
         (0.3, 1e-1, 1e-2, 1e-3, 1e-4),
         lambda task, a: task.kind(
             copy.deepcopy(task.module), task.lr, l2=task.l2, inner=LBFGS(), linear=CG(500),
-            accuracy=a, max_error=1e300,
+            curvature=Hessian(), accuracy=a, max_error=1e300,
         ),
     ),
-    # One line for another way: its budgets, and the learner of each.
+    "perturbed": Way(NUMBERS[2:], implicit(lambda task, n: Perturbed(steps=n, tol=1e-14))),
 }  # fmt: skip
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,6 +18,15 @@ from torch.overrides import TorchFunctionMode
 
 from l2l_implicit.inner_problem.boundary import depends_on_phi, mark_outputs, tensors_of
 from l2l_implicit.vectors import buffers_apart, shallow_copy, substitute
+
+
+@functools.cache
+def _load_forward_mode() -> None:
+    """What torch loads at the first use says that a part of torch is deprecated: not the user's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        with forward_ad.dual_level():
+            forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
 
 def noted(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -67,6 +78,7 @@ class Pass:
         """
         positional, named = self.arguments
         apart = buffers_apart(self._module)
+        _load_forward_mode()
         with forward_ad.dual_level(), apart, self._same_random(), _BatchNormTangents():
             pairs = zip(phi, direction, strict=True)
             duals = [forward_ad.make_dual(p.detach(), d) for p, d in pairs]

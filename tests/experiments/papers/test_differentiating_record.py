@@ -61,3 +61,17 @@ def test_one_step_is_one_step_of_conjugate_gradient(way: str, error: float) -> N
     found = {name: value for title, name, value in of("time") if title == "head"}
     assert found[way] == pytest.approx(error, abs=0.005)
     assert f"({error} and {error} on the head)" in PAGE
+
+
+def test_perturbed_is_as_exact_for_more_time() -> None:
+    """The figures of the picture's own record."""
+    again = json.loads(gzip.open(DOCS / "records" / "differentiating_time.jsonl.gz").readline())
+    result, ratios = again["runs"]["result"], []
+    times = {name: series["values"][0] for name, series in again["metrics"].items()}
+    for problem, error in (("head", "3e-8"), ("network", "4e-9")):
+        found = result[f"time/{problem}/perturbed, 80"]
+        assert f"{found:.0e}".replace("e-0", "e-") == error and error in PAGE
+        perturbed, cg = (times[f"time/{problem}/{way}, 80/ms"]
+                         for way in ("perturbed", "conjugate gradient"))  # fmt: skip
+        ratios.append(perturbed / cg)
+    assert 5 < min(ratios) < max(ratios) < 7 and "five to seven times the time" in PAGE

@@ -161,9 +161,15 @@ def check_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """
     old, new = (dict(iterate_flattened(settings))
                 for settings in (before, json.loads(settings_text(now))))  # fmt: skip
-    differ = ", ".join(f"{key}={new.get(key)!r} (it has {old.get(key)!r})" for key in {**old, **new}
-                       if old.get(key) != new.get(key) and key not in MAY_DIFFER)
-    if differ:
+    other = [key for key in {**old, **new}
+             if old.get(key) != new.get(key) and key not in MAY_DIFFER]  # fmt: skip
+    if other and not any(key in old and key in new for key in other):
+        raise UserError(
+            f"resume: expected a checkpoint of this version, got one of a version whose settings "
+            f"differ in {', '.join(other)}; go on with that version, or start anew"
+        )
+    if other:
+        differ = ", ".join(f"{key}={new.get(key)!r} (it has {old.get(key)!r})" for key in other)
         raise UserError(
             f"resume: expected the run's own settings, got {differ}; leave that out, or start anew"
         )

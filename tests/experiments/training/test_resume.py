@@ -117,6 +117,9 @@ def test_no_other_setting_is_taken() -> None:
         with pytest.raises(UserError, match=f"got {key}='other' "):
             checkpoint.check_settings(config, other)
     checkpoint.check_settings(config, {**config, "output": "x", "resume": "y"})
+    for here, there in ((config, {**config, "newer": 1}), ({**config, "older": 1}, config)):
+        with pytest.raises(UserError, match="differ in (newer|older); go on with that version"):
+            checkpoint.check_settings(here, there)
 
 
 @pytest.mark.parametrize("which", ["latest", "8", "''"])

@@ -51,7 +51,9 @@ def renamed(key: str) -> None:
         raise TypeError(f"{key}: expected {_RENAMED[key]}, got the keyword of an earlier version")
 
 
-def settings(l2: Any, anchor: Any, inner: Any, linear: Any, accuracy: Any, max_error: Any) -> None:
+def settings(
+    l2: Any, anchor: Any, inner: Any, linear: Any, curvature: Any, accuracy: Any, max_error: Any
+) -> None:
     """The inner problem and its solvers."""
     coefficient(l2)
     choice("anchor", anchor, ("zero", "init"))
@@ -66,18 +68,11 @@ def settings(l2: Any, anchor: Any, inner: Any, linear: Any, accuracy: Any, max_e
             f"linear: expected a linear solver such as CG() or Direct(), got {linear!r}; "
             "pass an object with a method solve(hvp, b, start)"
         )
+    examples, signature = "Hessian() or GaussNewton()", "linearize(loss, parameters, **options)"
+    has_method("curvature", curvature, examples, signature)
     if accuracy is not None:
         positive("accuracy", accuracy)
     positive("max_error", max_error)
-
-
-def curvature(value: Any) -> None:
-    """The matrix that stands for the Hessian."""
-    if isinstance(value, type) or not callable(getattr(value, "linearize", None)):
-        raise TypeError(
-            f"curvature: expected Hessian() or GaussNewton(), got {value!r}; pass an object with "
-            "a method linearize(loss, parameters, ...)"
-        )
 
 
 def model_and_lr(model: Any, lr: Any) -> None:
@@ -180,12 +175,12 @@ def coefficient(l2: Any) -> None:
         )
 
 
-def has_method(name: str, value: Any, signature: str) -> None:
+def has_method(name: str, value: Any, examples: str, signature: str) -> None:
     """An object, not a class, with a method of this signature."""
     if isinstance(value, type) or not callable(getattr(value, signature.split("(")[0], None)):
         raise TypeError(
-            f"{name}: expected an object with a method {signature}, got {value!r}; "
-            "call the class, or write the method"
+            f"{name}: expected {examples}, got {value!r}; call the class, or pass an object with a "
+            f"method {signature}"
         )
 
 

@@ -49,8 +49,15 @@ from l2l_implicit.linear_solvers.solution import (
     System,
 )
 from l2l_implicit.mixed_precision import as_now, autocast_enabled, precision_of, without_autocast
-from l2l_implicit.perturbed import Again, Perturbed, RandomState
-from l2l_implicit.vectors import buffers_apart, flatten, shallow_copy, substitute, unflatten
+from l2l_implicit.perturbed import Again, Perturbed
+from l2l_implicit.vectors import (
+    RandomState,
+    buffers_apart,
+    flatten,
+    shallow_copy,
+    substitute,
+    unflatten,
+)
 
 if TYPE_CHECKING:
     from l2l_implicit.together import AdaptedHeads
@@ -218,9 +225,8 @@ class ImplicitCGHead(MAML):
         self.lr = float(lr)
         self.l2, self.anchor, self.inner, self.linear = l2, anchor, inner, linear
         max_error = (accuracy or 0.01) if max_error is None else max_error
-        self._settings = anchor, inner, linear, accuracy, max_error
+        self._settings = anchor, inner, linear, curvature, accuracy, max_error
         checks.settings(l2, *self._settings)
-        checks.curvature(curvature)
         self.curvature, self.loss, self.accuracy = curvature, loss, accuracy
         self.max_error = float(max_error)
         checks.head_loss(loss)
@@ -344,7 +350,8 @@ class ImplicitCGHead(MAML):
         allow_nograd = self.allow_nograd if allow_nograd is None else allow_nograd
         unused = self.allow_unused if allow_unused is None else allow_unused
         checks.adapt(loss, steps)
-        settings = self.anchor, self.inner, self.linear, self.accuracy, self.max_error
+        solvers = self.inner, self.linear, self.curvature
+        settings = self.anchor, *solvers, self.accuracy, self.max_error
         if settings != self._settings:
             checks.settings(self.l2, *settings)
             self._settings = settings

@@ -15,10 +15,9 @@ need have nothing else.
 
 from __future__ import annotations
 
-import contextlib
 import operator
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -38,7 +37,7 @@ from l2l_implicit.inner_problem.linearization import (
 from l2l_implicit.inner_solvers.protocol import descend
 from l2l_implicit.linear_solvers import solution
 from l2l_implicit.linear_solvers.solution import LinearSolution, dot
-from l2l_implicit.vectors import buffers_apart, substitute
+from l2l_implicit.vectors import RandomState, buffers_apart, substitute
 
 if TYPE_CHECKING:
     from l2l_implicit.learner import ImplicitCGHead
@@ -434,20 +433,3 @@ class _Held(Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         return None, *gradients
-
-
-class RandomState:
-    """Torch's random numbers from now on, on the CPU and a device: dropout draws the same again."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._devices = [device] if device.type == "cuda" else []
-        self._states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._devices)]
-
-    @contextlib.contextmanager
-    def again(self) -> Iterator[None]:
-        """Within, the same numbers; after it those that would have come."""
-        with torch.random.fork_rng(devices=self._devices):
-            torch.set_rng_state(self._states[0])
-            for state, device in zip(self._states[1:], self._devices, strict=True):
-                torch.cuda.set_rng_state(state, device)
-            yield

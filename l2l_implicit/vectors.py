@@ -61,6 +61,23 @@ def buffers_apart(module: nn.Module) -> Iterator[None]:
             part._buffers.update(buffers)
 
 
+class RandomState:
+    """Torch's random numbers from now on, on the CPU and a device: dropout draws the same again."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._devices = [device] if device.type == "cuda" else []
+        self._states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._devices)]
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """Within, the same numbers; after it those that would have come."""
+        with torch.random.fork_rng(devices=self._devices):
+            torch.set_rng_state(self._states[0])
+            for state, device in zip(self._states[1:], self._devices, strict=True):
+                torch.cuda.set_rng_state(state, device)
+            yield
+
+
 def shallow_copy(module: Module) -> Module:
     """A module of the same class and state whose tables of tensors are its own."""
     twin = module.__new__(type(module))

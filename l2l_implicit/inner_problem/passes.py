@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch.nn.functional import batch_norm
 from torch.overrides import TorchFunctionMode
 
 from l2l_implicit.inner_problem.boundary import depends_on_phi, mark_outputs, tensors_of
-from l2l_implicit.vectors import buffers_apart, shallow_copy, substitute
+from l2l_implicit.vectors import RandomState, buffers_apart, shallow_copy, substitute
 
 
 @functools.cache
@@ -60,8 +59,8 @@ class Pass:
         self._module = _twin(module, {})
         parameters = [*self._module.parameters()]
         self.parameters = {*map(id, parameters)}
-        cuda = [p.device for p in parameters[:1] if p.is_cuda]
-        self._random = torch.get_rng_state(), [(d, torch.cuda.get_rng_state(d)) for d in cuda]
+        first = parameters[0].device if parameters else torch.device("cpu")
+        self._random = RandomState(first)
 
     def inner_inputs(self) -> bool:
         """Whether an input depends on phi, as far as gradients have shown it."""
@@ -79,7 +78,7 @@ class Pass:
         positional, named = self.arguments
         apart = buffers_apart(self._module)
         _load_forward_mode()
-        with forward_ad.dual_level(), apart, self._same_random(), _BatchNormTangents():
+        with forward_ad.dual_level(), apart, self._random.again(), _BatchNormTangents():
             pairs = zip(phi, direction, strict=True)
             duals = [forward_ad.make_dual(p.detach(), d) for p, d in pairs]
             substitute(self._module, phi, duals)
@@ -89,15 +88,6 @@ class Pass:
                 substitute(self._module, duals, phi)
             kept = itertools.compress(outputs, self.differentiable)
             return [(z, d) for z, d in map(forward_ad.unpack_dual, kept)]
-
-    @contextlib.contextmanager
-    def _same_random(self) -> Iterator[None]:
-        state, on_devices = self._random
-        with torch.random.fork_rng(devices=[device for device, _ in on_devices]):
-            torch.set_rng_state(state)
-            for device, its_state in on_devices:
-                torch.cuda.set_rng_state(its_state, device)
-            yield
 
 
 def _twin(module: nn.Module, known: dict[int, Any]) -> Any:

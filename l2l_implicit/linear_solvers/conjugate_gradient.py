@@ -68,7 +68,10 @@ class CG:
         checks.positive("CG: tol", self.tol)
         checks.not_negative("CG: damping", self.damping)
         if self.preconditioner is not None:
-            checks.has_method("CG: preconditioner", self.preconditioner, "inverse(hvp, like)")
+            examples = "Jacobi(), Kronecker() or Nystrom()"
+            checks.has_method(
+                "CG: preconditioner", self.preconditioner, examples, "inverse(hvp, like)"
+            )
 
     def solve(self, hvp: Matvec, b: Tensor, start: Tensor | None = None) -> LinearSolution:
         """The last iterates, shape ``[T, n]``, for right-hand sides ``b`` of that shape."""

@@ -17,6 +17,7 @@ from l2l_implicit import (
     Direct,
     GradientDescent,
     ImplicitCGHead,
+    Neumann,
     Newton,
     UnsolvedWarning,
 )
@@ -71,6 +72,15 @@ def test_solved_says_nothing(inner: InnerSolver, steps: int, anchor: str, how: s
         else:
             assert found.inner_steps <= steps and 0 < found.cg_steps <= 60
             assert found.cg_reason == CONVERGED
+
+
+@pytest.mark.parametrize("linear", [CG(), Direct(), Neumann(300), CG(60)], ids=repr)
+def test_a_bound_is_claimed_for_the_factor_alone(linear: Any) -> None:
+    """Another solver's v may be near in phi and less so in theta."""
+    parent = head(linear=linear)
+    run(parent, data(), 1)
+    assert parent.diagnostics.is_bound == (parent.diagnostics.cg_reason == FACTORED)
+    assert parent.diagnostics.is_bound == (not isinstance(linear, Neumann))
 
 
 CASES: dict[str, tuple[str, dict[str, Any], float, int]] = {

@@ -21,6 +21,7 @@ from l2l_implicit import (
     CG,
     LBFGS,
     Direct,
+    GaussNewton,
     GradientDescent,
     Hessian,
     ImplicitCGHead,
@@ -177,14 +178,16 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "anchor": ({"anchor": "zero"}, {"anchor": "init"}),
     "lr": ({"inner": GradientDescent(), "lr": 1e-5}, {"lr": 0.5}),
     "linear": ({"linear": CG(steps=1)}, {"linear": Direct()}),
+    "curvature": ({}, {"curvature": GaussNewton()}),
+    "accuracy": ({"inner": LBFGS()}, {"accuracy": 1e-6}),
     "linear's damping": ({"linear": CG(damping=50.0)}, {"linear": CG(steps=200, tol=1e-12)}),
 }
 
 
 @EACH_NET
 @pytest.mark.parametrize("setting, how", [
-    (name, how) for name, (_, then) in SETTINGS.items() for how in ("closure", "loss")
-    if how == "closure" or not isinstance(then.get("inner"), LBFGS)  # which wants a closure
+    (name, how) for name, (first, then) in SETTINGS.items() for how in ("closure", "loss")
+    if how == "closure" or not isinstance({**first, **then}.get("inner"), LBFGS)  # wants a closure
 ])  # fmt: skip
 @pytest.mark.parametrize("of_parent", [False, True], ids=["clone", "parent"])
 def test_a_setting_that_is_changed_is_used(

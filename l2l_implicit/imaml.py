@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from l2l_implicit.inner_problem.gauss_newton import Curvature, GaussNewton
 from l2l_implicit.inner_solvers.gradient_descent import GradientDescent
 from l2l_implicit.inner_solvers.protocol import InnerSolver
 from l2l_implicit.learner import ImplicitCGHead
@@ -25,12 +24,12 @@ class ImplicitMAML(ImplicitCGHead):
     linear=CG(steps=5)``: five CG steps for the search direction and for the meta-gradient, and a
     line search on the regularised training loss.
 
-    Two defaults differ from the paper, with which a convolutional network hardly learns
-    (docs/choosing.md). ``l2=0.5``, the paper's on miniImageNet, not its 2.0 on Omniglot: that
-    leaves a task half a gradient step, and the released code has no such term in the inner loop.
-    And ``GaussNewton(fallback=True)`` in place of the Hessian, which a few steps from theta is
-    indefinite: ``curvature=Hessian()`` is eq. (6) as it stands, exact where the inner problem is
-    solved, and needs a damping on such a network, ``linear=CG(damping=20)``.
+    The default ``l2=0.5`` is the paper's on miniImageNet, not its 2.0 on Omniglot, which leaves a
+    task half a gradient step; the released code has no such term in the inner loop.
+
+    Give a convolutional network ``curvature=GaussNewton()`` (docs/choosing.md). The default, the
+    Hessian, is eq. (6) as it stands, exact where the inner problem is solved; a few steps from
+    theta it is indefinite there, and the meta-gradients of most tasks are noise.
 
     References:
         Rajeswaran et al. (2019), Algorithms 1 and 2, eq. (6), and section 4.
@@ -59,7 +58,6 @@ class ImplicitMAML(ImplicitCGHead):
         l2: float | Tensor = 0.5,
         anchor: str = "init",
         inner: InnerSolver = GradientDescent(),  # noqa: B008  (frozen)
-        curvature: Curvature = GaussNewton(fallback=True),  # noqa: B008
         **settings: Any,
     ) -> None:
         super().__init__(
@@ -71,6 +69,5 @@ class ImplicitMAML(ImplicitCGHead):
             l2=l2,
             anchor=anchor,
             inner=inner,
-            curvature=curvature,
             **settings,
         )

@@ -260,7 +260,7 @@ MUTATIONS = (
     m("perturbed: what is left is no part of the tilt", PERTURBED, "(base.gradient - tilt.left)",
       "(base.gradient + 0.0)",
       "perturbed::test_the_tilt_is_relative_to_what_the_inner_solver_left"),
-    m("perturbed: random numbers drawn anew", PERTURBED,
+    m("perturbed: random numbers drawn anew", "vectors.py",
       "torch.set_rng_state(self._states[0])", "pass", "perturbed::test_batch_norm_and_dropout"),
     m("perturbed: statistics updated again", PERTURBED,
       "torch.enable_grad(), buffers_apart(self._module), ", "torch.enable_grad(), ",

@@ -384,9 +384,10 @@ def whole_network(c: BenchmarkSettings) -> list[Row]:
 
     steps: dict[str, Step] = {"one gradient, support set": gradient}
     for k, n in [(k, least) for k in c.network_steps] + [(least, most)]:
-        learner = ImplicitMAML(network, 0.01, **_all_products(n))
+        settings = _all_products(n)
+        learner = ImplicitMAML(network, 0.01, curvature=GaussNewton(), **settings)
         steps[f"iMAML, K = {k}, N = {n}"] = outer.apart(problem, learner, closure(k), whole=True)
-    learner = ImplicitMAML(network, 0.01, curvature=Hessian(), **_all_products(least))
+    learner = ImplicitMAML(network, 0.01, **_all_products(least))
     exact = f"iMAML, K = {least}, N = {least}, Hessian"
     steps[exact] = outer.apart(problem, learner, closure(least), whole=True)
     floor, *rows, hessian = c.compared(case, steps)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from l2l_implicit import (
     CG,
-    GaussNewton,
     GradientDescent,
     Hessian,
     ImplicitCGHead,
@@ -87,7 +86,7 @@ def test_unused_parameters_go_to_their_anchor(how: str) -> None:
 def test_imaml_is_the_same_class_with_other_defaults() -> None:
     maml = ImplicitMAML(nn.Linear(4, 3), 0.1)
     assert isinstance(maml, ImplicitCGHead)
-    assert (maml.anchor, maml.l2, maml.curvature) == ("init", 0.5, GaussNewton(fallback=True))
+    assert (maml.anchor, maml.l2, maml.curvature) == ("init", 0.5, Hessian())
     assert (maml.inner, maml.linear) == (GradientDescent(), CG())
     assert type(maml.clone()) is ImplicitMAML
 
@@ -96,7 +95,7 @@ def test_imaml_is_the_same_class_with_other_defaults() -> None:
 def test_batch_norm_may_be_adapted_by_a_closure() -> None:
     """The look at the second derivative puts running statistics back as if it had not been."""
     network = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
-    maml, inputs = ImplicitMAML(network, 0.1, curvature=Hessian()), x()
+    maml, inputs = ImplicitMAML(network, 0.1), x()
     passes = []
     for _ in range(2):  # it looks at the first task alone
         learner = maml.clone()

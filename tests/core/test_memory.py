@@ -10,7 +10,7 @@ from small_task import HOWS, adapt
 from torch import nn
 
 from experiments.training.peak_memory import peak_memory
-from l2l_implicit import CG, GradientDescent, ImplicitCGHead, ImplicitMAML, Newton
+from l2l_implicit import CG, GaussNewton, GradientDescent, ImplicitCGHead, ImplicitMAML, Newton
 from l2l_implicit.inner_solvers.protocol import InnerSolver
 
 # After l2l_implicit, which repairs it.
@@ -109,7 +109,9 @@ def test_a_step_of_imaml_takes_two_and_a_half_gradients() -> None:
         F.cross_entropy(network(x), y).backward()
 
     def step(steps: int, products: int) -> Callable[[], None]:
-        parent = ImplicitMAML(network, 0.01, linear=CG(products, tol=1e-12))
+        parent = ImplicitMAML(
+            network, 0.01, linear=CG(products, tol=1e-12), curvature=GaussNewton()
+        )
 
         def run() -> None:
             learner = parent.clone()

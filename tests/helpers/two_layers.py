@@ -19,7 +19,7 @@ from small_task import adapt
 from torch import Tensor, nn
 from torch.func import grad
 
-from l2l_implicit import LBFGS, Direct, GradientDescent, Hessian, ImplicitMAML, Newton
+from l2l_implicit import LBFGS, Direct, GradientDescent, ImplicitMAML, Newton
 
 D = torch.float64
 L2, HIDDEN = 0.5, 4
@@ -72,7 +72,7 @@ def on_start(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch's own, of old weight_norm
             net = make()
-        learner = ImplicitMAML(net, lr=0.1, l2=L2, curvature=Hessian(), **settings).clone()
+        learner = ImplicitMAML(net, lr=0.1, l2=L2, **settings).clone()
         adapt(learner, lambda: loss(learner(X), Y), how, steps)
         F.cross_entropy(learner(QUERY), Y).backward()
         return flat(in_order([p.grad for p in net.parameters()], net))

@@ -23,7 +23,6 @@ from l2l_implicit import (
     Direct,
     GaussNewton,
     GradientDescent,
-    Hessian,
     ImplicitCGHead,
     ImplicitMAML,
     Neumann,
@@ -59,7 +58,7 @@ def test_nothing_changed_is_right(name: str) -> None:
     net = copy.deepcopy(NETS[name])
 
     def gradient() -> Tensor:
-        learner = ImplicitMAML(net, LR, l2=L2, inner=Newton(), curvature=Hessian()).clone()
+        learner = ImplicitMAML(net, LR, l2=L2, inner=Newton()).clone()
         fit(learner, "closure", 30)
         query_loss(learner).backward()
         return flat(p.grad for p in net.parameters())
@@ -224,7 +223,7 @@ def test_the_linear_solver_is_the_one_that_is_set(
 
     def gradient() -> Tensor:
         net.zero_grad()
-        settings = {"inner": Newton(), "linear": CG(steps=1, damping=3.0), "curvature": Hessian()}
+        settings = {"inner": Newton(), "linear": CG(steps=1, damping=3.0)}
         learner = ImplicitMAML(net, LR, l2=L2, **settings).clone()
         if moment == "before adapt":
             learner.linear = linear
@@ -271,7 +270,7 @@ def test_data_changed_before_backward(name: str, how: str, change: str, what: st
         x, y = X.clone().requires_grad_(what == "a leaf"), Y.clone()
         weight = torch.ones(12, dtype=D)
         l2 = torch.tensor(L2, dtype=D, requires_grad=True)
-        learner = ImplicitMAML(net, LR, l2=l2, inner=Newton(), curvature=Hessian()).clone()
+        learner = ImplicitMAML(net, LR, l2=l2, inner=Newton()).clone()
 
         def loss() -> Tensor:
             if what != "weights of the loss":
@@ -300,7 +299,7 @@ def test_data_changed_between_two_adapts(name: str, how: str, change: str, what:
     def adapted(late: bool) -> Tensor:
         net, x, y = copy.deepcopy(NETS[name]), X.clone(), Y.clone()
         l2 = torch.tensor(L2, dtype=D, requires_grad=True)
-        learner = ImplicitMAML(net, LR, l2=l2, inner=Newton(), curvature=Hessian()).clone()
+        learner = ImplicitMAML(net, LR, l2=l2, inner=Newton()).clone()
         for now in (not late, late):
             if now:
                 write(change, {"x": x, "y": y, "l2": l2}[what])

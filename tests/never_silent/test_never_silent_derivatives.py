@@ -40,7 +40,7 @@ from two_layers import (
 )
 from verdict import Heard, judge, must_be_right
 
-from l2l_implicit import GradientDescent, Hessian, ImplicitCGHead, ImplicitMAML, Newton
+from l2l_implicit import GradientDescent, ImplicitCGHead, ImplicitMAML, Newton
 
 EACH_WAY = pytest.mark.parametrize("way", WAYS)
 
@@ -314,7 +314,7 @@ def test_a_loss_that_comes_after_a_good_one(name: str, how: str) -> None:
     """The same learner's second task: what was seen of the first says nothing of it."""
     loss, written_out = LOSSES[name]
     net = net_of()
-    maml = ImplicitMAML(net, lr=0.1, l2=L2, inner=Newton(), curvature=Hessian())
+    maml = ImplicitMAML(net, lr=0.1, l2=L2, inner=Newton())
 
     def adapted(loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         net.zero_grad()

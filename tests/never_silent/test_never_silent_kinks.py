@@ -23,7 +23,6 @@ from l2l_implicit import (
     LBFGS,
     Direct,
     GradientDescent,
-    Hessian,
     ImplicitCGHead,
     ImplicitMAML,
     Newton,
@@ -100,8 +99,7 @@ class Network:
     def slope(self, how: str, settings: dict[str, Any], steps: int) -> Callable[[], Tensor]:
         def call() -> Tensor:
             self.net.zero_grad()
-            exact = {"curvature": Hessian(), **settings}
-            learner = ImplicitMAML(self.net, lr=0.1, l2=self.l2, **exact).clone()
+            learner = ImplicitMAML(self.net, lr=0.1, l2=self.l2, **settings).clone()
             adapt(learner, lambda: self.loss(learner(self.x), self.y), how, steps)
             self.end = flat(learner.module.parameters())
             self.loss(learner(self.query), self.query_y).backward()

@@ -16,7 +16,6 @@ from l2l_implicit import (
     LBFGS,
     Direct,
     GradientDescent,
-    Hessian,
     ImplicitCGHead,
     ImplicitMAML,
     InnerSolver,
@@ -186,7 +185,7 @@ def test_hessian_free_imaml_makes_progress_at_every_step() -> None:
                 seen.append(float(at.objective))
                 return super().inner_step(at)
 
-        settings = {"inner": solvers[name], "linear": CG(5), "curvature": Hessian()}
+        settings = {"inner": solvers[name], "linear": CG(5)}
         learner = Watched(module, lr, l2=0.5, **settings).clone()
         learner.adapt(lambda n=learner: F.cross_entropy(n(images), labels), steps=12)
         ends[name, lr] = values[-1]

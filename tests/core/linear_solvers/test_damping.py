@@ -18,7 +18,6 @@ from l2l_implicit import (
     CG,
     Direct,
     GradientDescent,
-    Hessian,
     ImplicitMAML,
     LinearSolver,
     Neumann,
@@ -68,7 +67,7 @@ def meta_gradients(damping: float, tasks: int = 6) -> tuple[torch.Tensor, int]:
     net = nn.Sequential(backbone, nn.Flatten(), nn.LazyLinear(5))
     net(sets.train.sample()[0])
     maml = ImplicitMAML(
-        net, lr=0.1, l2=2.0, linear=CG(steps=5, damping=damping), curvature=Hessian()
+        net, lr=0.1, l2=2.0, linear=CG(steps=5, damping=damping)
     )
     norms = []
     for _ in range(tasks):

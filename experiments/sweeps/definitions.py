@@ -97,21 +97,6 @@ ACCURACY = Sweep(
     stage2={"budget": 240},
 )
 
-# Other methods on the terms of `accuracy`, whose own cells stay as they are.
-BASELINES = replace(
-    ACCURACY,
-    methods={
-        "r2d2": Method(("r2d2",), _three(L2, 0.1, 1.0), final=HEAD_ONLY),
-        "logistic": Method(("logistic",), _three(L2, 0.1, 0.3), final=HEAD_ONLY),
-        # there is no inner setting
-        "protonet": Method(("protonet",), tuple({"meta_lr": lr} for lr in (0.001, 0.0003, 0.003)),
-                           final=HEAD_ONLY),
-        "meta_sgd": Method(("meta_sgd",), _three(LR, 0.1, 0.03), settings=OWN_LAYOUT),
-        "maml_msl": Method(("maml_msl",), _three(LR, 0.1, 0.5),
-                           settings={**FASTER, **OWN_LAYOUT, "algorithm.anneal": 200}),
-    },
-)
-
 # Other regularisers of the inner problem, outside the comparison of `accuracy`, whose two rows at
 # the top are its runs: their grids chose these settings on Caltech-101. First-order ANIL gets the
 # same freedom: the settings that its grid did not choose, for the whole budget.
@@ -144,25 +129,60 @@ SEARCHED_ITD = tuple(
     for k, phi, theta in product(COUNTS, INNER, OUTER)
 )
 
+# Algorithm 1 as printed, with the inner sizes that the paper prints; `ADAM` is the outer step of
+# the released code.
+PRINTED = Method(("yang_{benchmark}_rm_metal",), grids={"paper": SEARCHED})
+ADAM = {"meta_optimizer": "adam", "meta_lr": 1e-4}
+PAPERS_K = {"algorithm.steps": 20, "algorithm.test_steps": 20}
+MAIN = {
+    "rm_metal": Method(("rm_metal",), _three(L2, 0.1, 0.3)),
+    "anil": Method(("anil",), _three(LR, 0.1, 0.03),
+                   settings={**FASTER, "algorithm.test_steps": 20}),
+    "itd_bio": Method(("itd_bio",), _three(LR, 0.1, 0.03), {"paper": SEARCHED_ITD}),
+}
+
+# Yang et al., Tables 1 and 2, Figure 1: 2,000 outer iterations of 32 tasks, 5-way 5-shot, a test
+# on 600 tasks after 20 inner steps. The step sizes are from grids of equal size and time, or the
+# paper's. A grid's runs are the same in all of these sweeps.
 YANG_TABLE1 = Sweep(
     methods={
-        "rm_metal": Method(("yang_{benchmark}_rm_metal",), grids={"paper": SEARCHED}),
-        "itd_bio": Method(("yang_{benchmark}_itd_bio",), grids={"paper": SEARCHED_ITD}),
-        "anil": Method(("yang_{benchmark}_anil",)),
-        "maml": Method(("yang_{benchmark}_maml",)),
+        **MAIN,
+        "rm_metal_printed_adam": replace(PRINTED, settings=ADAM),
+        "rm_metal_as_released": Method(("rm_metal", "as_released"), settings={**PAPERS_K, **ADAM}),
+        "rm_metal_printed": replace(PRINTED, final={"budget": 600}),  # enough to see what it does
+        "maml_printed": Method(("yang_{benchmark}_maml",), settings={**FASTER, **OWN_LAYOUT}),
     },
-    benchmarks={
-        **{name: Benchmark(like=name)
-           for name in ("cifarfs", "fc100", "mini_imagenet", "tiered_imagenet")},
-        # not in the paper: the settings of CIFAR-FS, whose images are as large
-        "caltech101": Benchmark((), {"tasks.name": "caltech101", "tasks.size": 32}, "cifarfs"),
+    benchmarks={name: Benchmark((name,), like=name)
+                for name in ("cifarfs", "fc100", "mini_imagenet", "tiered_imagenet")},
+    settings={"meta_batch": 32, "iterations": 2000, "test_tasks": 600, "validate_seconds": 20,
+              "budget_clock": "cpu", "threads": 1},
+    stage1={"budget": 150, "test_tasks": 10, "validate_seconds": 75},
+    stage2={"early_stopping": True},
+)
+
+# A quarter of those tasks, where more methods can be paid: the whole-network one gets the time
+# that the others take.
+YANG_QUARTER = replace(
+    YANG_TABLE1,
+    methods={
+        **MAIN,
+        "fo_anil": Method(("fo_anil",), _three(LR, 0.3, 0.1),
+                          settings={**FASTER, "algorithm.test_steps": 20}),
+        "r2d2": Method(("r2d2",), _three(L2, 0.1, 1.0)),
+        "logistic": Method(("logistic",), _three(L2, 0.1, 0.3)),
+        # there is no inner setting
+        "protonet": Method(("protonet",), tuple({"meta_lr": lr} for lr in (0.001, 0.0003, 0.003))),
+        "maml": Method(("maml",), _three(LR, 0.1, 0.5), settings={**FASTER, **OWN_LAYOUT},
+                       final={"budget": 900}),
     },
+    benchmarks={name: YANG_TABLE1.benchmarks[name] for name in ("cifarfs", "fc100")},
+    stage2={"early_stopping": True, "iterations": 500},
 )
 
 SWEEPS = {
     "accuracy": ACCURACY,
-    "baselines": BASELINES,
     "regularisers": REGULARISERS,
     "yang_table1": YANG_TABLE1,
+    "yang_quarter": YANG_QUARTER,
     "smoke": Sweep({"rm_metal": Method(())}, {"glyphs": Benchmark(("smoke",))}, seeds=2),
 }

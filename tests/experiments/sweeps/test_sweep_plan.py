@@ -70,12 +70,15 @@ def test_every_definition_gives_different_cells(name: str) -> None:
             assert all(type(c.settings["seed"]) is int for c in grids + finals)
 
 
-@pytest.mark.parametrize(("name", "methods"), [("accuracy", 11), ("baselines", 5)])
-@pytest.mark.parametrize("benchmark", list(SWEEPS["accuracy"].benchmarks))
-def test_the_comparison_is_fair(benchmark: str, name: str, methods: int) -> None:
+FAIR = [("accuracy", benchmark) for benchmark in SWEEPS["accuracy"].benchmarks]
+FAIR += [("yang_quarter", benchmark) for benchmark in SWEEPS["yang_quarter"].benchmarks]
+
+
+@pytest.mark.parametrize(("name", "benchmark"), FAIR)
+def test_the_comparison_is_fair(name: str, benchmark: str) -> None:
     """Equal grids and equal budgets, 3 settings, 3 seeds; the outer step for all."""
     plan = make_plan(SWEEPS[name], {"benchmark": benchmark})
-    assert len(plan.names()) == methods * (3 + 3)
+    assert len(plan.names()) == len(SWEEPS[name].methods) * (3 + 3)
     for key, method in SWEEPS[name].methods.items():
         if key == "protonet":  # which has an outer step size alone
             assert [list(c) for c in method.grid] == 3 * [["meta_lr"]]
@@ -83,9 +86,21 @@ def test_the_comparison_is_fair(benchmark: str, name: str, methods: int) -> None
         assert [len(c) for c in method.grid] == [1, 1, 2]
         assert [c for c in method.grid if "meta_lr" in c] == [method.grid[2]]
     grids, finals = cells_of(plan)
-    for cells in (grids, finals):
-        assert len({(c.settings["budget"], c.settings["meta_batch"]) for c in cells}) == 1
-    assert finals[0].settings["budget"] == 2 * grids[0].settings["budget"]
+    assert len({(c.settings["budget"], c.settings["meta_batch"]) for c in grids}) == 1
+    if name == "accuracy":
+        assert {c.settings["budget"] for c in finals} == {2 * grids[0].settings["budget"]}
+    else:  # equal tasks; equal time where an outer step costs many times as much
+        assert {c.settings["iterations"] for c in finals} == {500}
+        assert {c.settings.get("budget") for c in finals if "maml" not in c.configs} == {None}
+
+
+def test_a_quarter_and_the_whole_share_their_grids() -> None:
+    for benchmark in SWEEPS["yang_quarter"].benchmarks:
+        quarter, whole = (make_plan(SWEEPS[name], {"benchmark": benchmark, "methods": "rm_metal"})
+                          for name in ("yang_quarter", "yang_table1"))  # fmt: skip
+        assert [c.identity for c in cells_of(quarter)[0]] == [
+            c.identity for c in cells_of(whole)[0]
+        ]
 
 
 def test_a_benchmark_may_have_budgets_of_its_own() -> None:

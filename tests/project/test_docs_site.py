@@ -85,11 +85,15 @@ def test_the_navigation_has_every_page() -> None:
     assert {page for page in listed if not page.startswith("repository/")} == pages
 
 
-def test_the_home_figure_shows_the_table() -> None:
+def test_the_home_figure_shows_the_table_and_the_runs() -> None:
     pytest.importorskip("matplotlib")
-    program = runpy.run_path(str(DOCS / "figures" / "time_and_memory.py"))
+    program = runpy.run_path(str(DOCS / "figures" / "accuracy_and_memory.py"))
     costs = program["read"]((DOCS / "cost.md").read_text(encoding="utf-8"))
     assert set(costs["implicit, newton"]) == {1, 5, 20, 100}
     assert all(cost.memory < 1.1 for cost in costs["implicit, newton"].values())
-    with Image.open(DOCS / "figures" / "time_and_memory.png") as picture:
-        assert picture.text["Description"] == program["digest"](costs)
+    curves = program["read_runs"]()
+    assert all(set(seeds) == {0, 1, 2} for seeds in curves.values())
+    ours = curves["ImplicitCGHead"].values()
+    assert all(max(run.accuracies) - min(run.accuracies[-3:]) < 0.1 for run in ours)
+    with Image.open(DOCS / "figures" / "accuracy_and_memory.png") as picture:
+        assert picture.text["Description"] == program["digest"](costs, curves)

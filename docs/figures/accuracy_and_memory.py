@@ -27,13 +27,13 @@ BUDGET = 240  # seconds of training: the final runs
 CURVES = (
     ("anil", None, None, "ANIL", "#1a7f5a", 1.2),
     ("itd_bio", None, None, "ITD-BiO", "#b03a2e", 1.2),
-    ("rm_metal", "gradient", 0.1, "Algorithm 1 as printed (20 gradient steps)", "#7d8a97", 1.2),
+    ("rm_metal", "gradient", 0.1, "Algorithm 1, fixed steps", "#7d8a97", 1.2),
     ("rm_metal", "newton", 0.1, "ImplicitCGHead", "#3f51b5", 2.2),
 )
 # Name in the table, name in the figure, colour, width.
 METHODS = (
     ("MAML (learn2learn), whole network", "MAML", "#b8860b", 1.6),
-    ("ANIL (learn2learn), as published", "ANIL, ITD-BiO as published", "#b03a2e", 1.6),
+    ("ANIL (learn2learn), as published", "ANIL, ITD-BiO published", "#b03a2e", 1.6),
     ("ANIL (learn2learn), features cached", "ANIL, features cached", "#1a7f5a", 4.5),
     ("implicit, newton", "ImplicitCGHead", "#3f51b5", 2.2),
 )
@@ -90,14 +90,14 @@ def digest(costs: dict[str, dict[int, Cost]], curves: dict[str, dict[int, Curve]
 
 def draw(costs: dict[str, dict[int, Cost]], curves: dict[str, dict[int, Curve]]) -> Figure:
     """Accuracy and memory side by side."""
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    figure = Figure(figsize=(6.4, 3.9), layout="constrained")
     left, right = figure.subplots(1, 2)
     _draw_accuracy(left, curves)
     _draw_memory(right, costs)
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), frameon=False, fontsize=9)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.17), frameon=False, fontsize=9)
     return figure
 
 
@@ -110,8 +110,8 @@ def _draw_accuracy(axes: Axes, curves: dict[str, dict[int, Curve]]) -> None:
             axes.plot(iterations, percent, label=label, color=colour, lw=width)
             if diverged:
                 axes.plot(iterations[-1:], percent[-1:], "x", color=colour, ms=9, mew=2)
-    axes.set(xlabel="outer iterations", ylim=(15, 80))
-    axes.set_title("validation accuracy, %: three seeds each", loc="left", fontsize=10)
+    axes.set(xlabel="outer iterations", ylim=(15, 80), xticks=[0, 500, 1000, 1500])
+    axes.set_title("validation accuracy, %, three seeds", loc="left", fontsize=10)
 
 
 def _draw_memory(axes: Axes, costs: dict[str, dict[int, Cost]]) -> None:

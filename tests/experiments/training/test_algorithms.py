@@ -435,3 +435,31 @@ def test_convolutions_follow_the_layout_and_no_pixel_moves(
         made = convolution(shown)
         assert made.is_contiguous(memory_format=torch.channels_last) == channels_last
         torch.testing.assert_close(made, convolution(given.contiguous()))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_the_outer_step_decays_along_a_cosine(optimizer: str) -> None:
+    """Four steps by hand: the step size, and the share of theta that each takes away."""
+    algorithms = meta_learner("rm_metal").algorithms
+    lr, decay, steps = 0.1, 0.02, 4
+    rest = ("classification", optimizer, lr)
+    learner = MetaLearner(algorithms, MEASURES[rest[0]], *rest[1:], channels_last=False,
+                          weight_decay=decay, cosine=steps)  # fmt: skip
+    first = [torch.zeros_like(p) for p in learner.parameters]
+    second = [torch.zeros_like(p) for p in learner.parameters]
+    for n in range(steps):
+        before = [p.detach().clone() for p in learner.parameters]
+        learner.step([episode(n)])
+        size = lr * (1 + math.cos(math.pi * n / steps)) / 2
+        for p, old, m, v in zip(learner.parameters, before, first, second, strict=True):
+            if p.grad is None:
+                continue
+            if optimizer == "sgd":
+                expected = old - size * (p.grad + decay * old)
+            else:  # Kingma, Ba (2015), Algorithm 1; Loshchilov, Hutter (2019), Algorithm 2
+                m.mul_(0.9).add_(p.grad, alpha=0.1)
+                v.mul_(0.999).add_(p.grad**2, alpha=0.001)
+                mean, square = m / (1 - 0.9 ** (n + 1)), v / (1 - 0.999 ** (n + 1))
+                expected = old - size * (mean / (square.sqrt() + 1e-8) + decay * old)
+            torch.testing.assert_close(p.detach(), expected, rtol=1e-10, atol=1e-12)
+    assert size < 0.2 * lr

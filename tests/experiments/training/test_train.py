@@ -105,6 +105,20 @@ def test_the_same_seed_gives_the_same_run(finished: Any, folder: Path) -> None:
     assert first == second
 
 
+def test_trained_parameters_are_evaluated_to_the_same_score(
+    document: Any, folder: Path, tmp_path: Path
+) -> None:
+    file = folder / "runs" / "1" / "parameters.pt"
+    said = run("train", "evaluate", "with", "smoke", f"parameters={file}", cwd=tmp_path)
+    assert said.returncode == 0, said.stdout + said.stderr
+    found = document[0]["result"]
+    shown = f"{100 * found['test_accuracy']:.1f} ± {100 * found['test_half_width']:.1f} % over 8"
+    assert shown in said.stdout, said.stdout
+    assert not list(tmp_path.iterdir())
+    untrained = run("train", "evaluate", "with", "smoke", cwd=tmp_path)
+    assert untrained.returncode == 0 and shown not in untrained.stdout
+
+
 @pytest.mark.parametrize("name", ["r2d2", "logistic", "protonet", "meta_sgd", "maml_msl"])
 def test_it_learns_glyphs(name: str, tmp_path: Path) -> None:
     """Accuracy on 60 new tasks after 60 outer iterations, and after one: a gap of 0.1 or more."""
@@ -150,6 +164,10 @@ BAD = {
     "device=cuda:99": "device: expected auto, cpu or a GPU that is there, got 'cuda:99'",
     "score=mse": "score: expected 'accuracy' for glyphs",
     "budget=0": "budget: expected a finite number above 0 or None",
+    "meta_lr_schedule=cosine budget=5": "meta_lr_schedule: expected constant with budget=5",
+    "meta_lr_schedule=cos": "'constant', 'cosine', got 'cos'; did you mean",
+    "model.name=resnet12 model.hidden=None model.last_pool=False": "last_pool: expected True for",
+    "parameters=nowhere.pt": "parameters: expected those of a run with this model and algorithm",
     "test_at=[0]": "test_at: expected a list, each a whole number from 1",
     "validate_seconds=-1": "validate_seconds: expected a finite number above 0 or None",
     "meta_optimizer=adamm": "did you mean 'adam'?",

@@ -95,7 +95,11 @@ class ResumableExperiment(TrackedExperiment):
             with checkpoint.in_one_line(folder / checkpoint.STATE):
                 self.named_configs["resumed"] = ConfigDict(checkpoint.load(folder)["settings"])
             named_configs, updates["resume"] = ["resumed", *named_configs], str(folder)
-        return super()._create_run(command_name, updates, named_configs, *more, **options)
+        run = super()._create_run(command_name, updates, named_configs, *more, **options)
+        task, method, seed = (run.config[part] for part in ("tasks", "algorithm", "seed"))
+        name = " ".join(filter(None, (task["name"], method["name"], method["variant"])))
+        run.meta_info.setdefault("comment", f"{name}, seed {seed}")  # what Omniboard shows
+        return run
 
 
 ex = ResumableExperiment(

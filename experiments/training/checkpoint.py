@@ -33,7 +33,7 @@ from sacred.utils import iterate_flattened
 from experiments.tracking import Terminated, TrackingError, UserError
 
 CONFIG, STATE, LOCK = "config.json", "checkpoint.pt", "lock"
-MAY_DIFFER = ("iterations", "checkpoint_seconds", "output", "resume")
+MAY_DIFFER = ("iterations", "checkpoint_seconds", "metrics_csv", "output", "resume")
 """What a resumed run may set anew; all else would hold for a part of the result only.
 
 A step size that decays over the iterations depends on their number.

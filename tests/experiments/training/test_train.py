@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gridfs
+import pandas as pd
 import pytest
 import torch
 from matplotlib.image import imread
@@ -43,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def finished(folder: Path) -> Any:
-    return run("train", "with", "smoke", cwd=folder)
+    return run("train", "with", "smoke", "metrics_csv=True", cwd=folder)
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,7 @@ def test_it_says_what_a_newcomer_wants_to_know(finished: Any, folder: Path) -> N
     assert "with nearest centroid on the same tasks" in finished.stdout
     assert "MiB of tensors at its peak" in finished.stdout
     assert "run 1 of the embedded database" in finished.stdout
+    assert "Result: " not in finished.stdout + finished.stderr
     assert "meta-training" in finished.stderr and "iteration/s" in finished.stderr
     picture = finished.stdout.split("learning curve")[1].split()[0]
     assert imread(folder / picture).shape[2] == 4
@@ -69,6 +71,7 @@ def test_the_document_has_configuration_versions_host_and_seeds(document: Any) -
     assert entry["config"]["algorithm"]["l2"] == 0.1
     assert entry["config"]["tasks"]["level"] == "easy"
     assert entry["config"]["seed"] == 0
+    assert entry["meta"]["comment"] == "glyphs ImplicitCGHead, seed 0"
     names = " ".join(entry["experiment"]["dependencies"])
     assert all(name in names for name in ("torch", "learn2learn", "sacred", "pymongo"))
     assert entry["host"]["hostname"] and entry["host"]["python_version"]
@@ -82,6 +85,18 @@ def test_every_iteration_is_recorded(document: Any) -> None:
         assert all(isinstance(value, int | float) for value in series[f"train/{name}"]["values"])
     assert series["validation/accuracy"]["steps"] == [2, 4]
     assert series["train/step_peak_bytes"]["values"][0] > 1e6
+
+
+def test_every_metric_is_in_the_csv_file(document: Any, folder: Path) -> None:
+    (run, database), table = document, pd.read_csv(
+        folder / "runs/1/metrics.csv", index_col=0, float_precision="round_trip"
+    )
+    names = {metric["name"] for metric in run["info"]["metrics"]}
+    assert names and names == set(table) and table.index.tolist() == [1, 2, 3, 4]
+    for name in names:
+        recorded = database["metrics"].find_one({"run_id": 1, "name": name})
+        column = table[name].dropna()
+        assert (column.index.tolist(), column.tolist()) == (recorded["steps"], recorded["values"])
 
 
 def test_the_result_and_the_artifacts_are_in_the_database(document: Any) -> None:

@@ -4,6 +4,7 @@
     python -m experiments.train with caltech101 anil tasks.root=DATA
     python -m experiments.train print_config with caltech101 maml
     python -m experiments.train resume=latest
+    python -m experiments.train evaluate with caltech101 anil parameters=runs/1/parameters.pt
 """
 
 # ruff: noqa: E402
@@ -14,6 +15,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +25,7 @@ if __name__ == "__main__":  # Ctrl-C while torch is imported: no traceback
 from experiments import extra  # noqa: F401, I001  (first: it says what to install)
 
 import torch
+from pydantic import model_validator
 from sacred.config import ConfigDict
 from tqdm import tqdm
 
@@ -30,14 +33,14 @@ from experiments.ingredients import algorithm, model, named_configs, tasks
 from experiments.ingredients.algorithm_table import AlgorithmSettings, defaults_of
 from experiments.ingredients.model import ModelSettings
 from experiments.tracking import TrackedExperiment, UserError
-from experiments.tracking.config import Positive, Seed, Text, Threads, Values
+from experiments.tracking.config import NotNegative, Positive, Seed, Text, Threads, Values
 from experiments.training import checkpoint, outcome
-from experiments.training.episodes import Tasks
+from experiments.training.episodes import CheckedStream, Tasks
 from experiments.training.loop import Schedule, Training
 from experiments.training.meta_learner import MEASURES, Interval, MetaLearner
 from experiments.training.peak_memory import keep_freed_memory
 from l2l_implicit import Chunked
-from l2l_implicit.distributed import RankLost, Ranks, connect
+from l2l_implicit.distributed import ALONE, RankLost, Ranks, connect
 from l2l_implicit.tasks import nearest_centroid_accuracy
 
 
@@ -48,15 +51,28 @@ class TrainSettings(Schedule):
     # the algorithm's own default: adam, or sgd for reptile and paper
     meta_optimizer: Literal["adam", "sgd"] = "adam"
     meta_lr: Positive = 0.001  # outer step size; the algorithm's own default
+    # constant, or cosine: from meta_lr to 0 over the iterations
+    meta_lr_schedule: Literal["constant", "cosine"] = "constant"
+    meta_weight_decay: NotNegative = 0.0  # share of theta, times the step size, lost in a step
     # what is reported: accuracy (classification) or mse (regression); None: its own
     score: Literal["accuracy", "mse"] | None = None
     threads: Threads = 1  # of torch; 0 leaves torch's own choice
     device: Text = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU if there is one
+    parameters: Text | None = None  # file of a run's trained parameters, to begin with or evaluate
     output: Text = "runs"  # folder of the learning curve, the trained parameters, the checkpoints
     # with wrong data, or that diverges: stop, the default, or skip
     on_bad_task: Literal["stop", "skip"] | None = None
     resume: Text | None = None  # set by the command line's resume=
     cell: Text | None = None  # of a sweep (python -m experiments.sweep)
+
+    @model_validator(mode="after")
+    def _ends_where_its_schedule_does(self) -> TrainSettings:
+        if self.meta_lr_schedule == "cosine" and self.budget is not None:
+            raise ValueError(
+                f"meta_lr_schedule: expected constant with budget={self.budget}, got 'cosine', "
+                "which ends with the iterations; leave budget out"
+            )
+        return self
 
     @classmethod
     def own_defaults(cls, given: Values, others: Values) -> Values:
@@ -79,7 +95,11 @@ class ResumableExperiment(TrackedExperiment):
             with checkpoint.in_one_line(folder / checkpoint.STATE):
                 self.named_configs["resumed"] = ConfigDict(checkpoint.load(folder)["settings"])
             named_configs, updates["resume"] = ["resumed", *named_configs], str(folder)
-        return super()._create_run(command_name, updates, named_configs, *more, **options)
+        run = super()._create_run(command_name, updates, named_configs, *more, **options)
+        task, method, seed = (run.config[part] for part in ("tasks", "algorithm", "seed"))
+        name = " ".join(filter(None, (task["name"], method["name"], method["variant"])))
+        run.meta_info.setdefault("comment", f"{name}, seed {seed}")  # what Omniboard shows
+        return run
 
 
 ex = ResumableExperiment(
@@ -107,8 +127,26 @@ def _learner(config: Values, given: Tasks, ranks: Ranks) -> MetaLearner:
     algorithms = algorithm.make_algorithms(method, backbone, width, *outputs, measure.loss, device)
     return MetaLearner(
         algorithms, measure, config["meta_optimizer"], config["meta_lr"], network.channels_last,
-        ranks, config["on_bad_task"] == "skip", tqdm.write,
+        ranks, config["on_bad_task"] == "skip", tqdm.write, config["meta_weight_decay"],
+        config["iterations"] if config["meta_lr_schedule"] == "cosine" else None,
     )  # fmt: skip
+
+
+def _prepare(config: Values, ranks: Ranks) -> tuple[Tasks, MetaLearner]:
+    """The tasks, and theta as it is before the first outer iteration."""
+    model.use_threads(config["threads"])
+    torch.manual_seed(config["seed"])
+    given = tasks.make_tasks(**config["tasks"])
+    learner = _learner(config, given, ranks)
+    if (file := config["parameters"]) is not None:
+        try:
+            learner.load_parameters(torch.load(file, weights_only=True, map_location="cpu"))
+        except Exception as error:  # torch's reader of plain data raises what its bytes lead to
+            raise UserError(
+                f"parameters: expected those of a run with this model and algorithm, got {file}: "
+                f"{model.reason(error)}; give its settings, or leave parameters out"
+            ) from error
+    return given, learner
 
 
 def _check_chunks(backbone: Chunked, given: Tasks, together: bool) -> None:
@@ -172,7 +210,6 @@ def train(_run: Any, _config: Values) -> dict[str, Any]:
 
 
 def _train(run: Any, config: Values, ranks: Ranks) -> dict[str, Any]:
-    model.use_threads(config["threads"])
     old = None if config["resume"] is None else Path(config["resume"])
     if old is not None:
         if ranks.first:
@@ -180,10 +217,8 @@ def _train(run: Any, config: Values, ranks: Ranks) -> dict[str, Any]:
         state = checkpoint.load(old)
         checkpoint.check_settings(state["settings"], config)
     run.info["keeps_freed_memory"] = keep_freed_memory()
-    torch.manual_seed(config["seed"])
-    given = tasks.make_tasks(**config["tasks"])
-    run.info["tasks"] = given.describe()
-    learner, folder = _learner(config, given, ranks), Path(config["output"])
+    given, learner = _prepare(config, ranks)
+    run.info["tasks"], folder = given.describe(), Path(config["output"])
     if ranks.first:
         folder = outcome.folder_of(run, config["output"])
         text = checkpoint.settings_text(config).encode()
@@ -204,6 +239,21 @@ def _train(run: Any, config: Values, ranks: Ranks) -> dict[str, Any]:
     run.info["result"] = result
     outcome.announce(run, training, result, centroid)
     return result
+
+
+@ex.command(unobserved=True)
+def evaluate(_config: Values) -> float:
+    """Test a run's trained parameters on test tasks, and train nothing; nothing is recorded."""
+    with model.within_limits():
+        given, learner = _prepare(_config, ALONE)
+        stream = CheckedStream(given.stream("test", 0), given.outputs("test"), learner.skip,
+                               tqdm.write, "test")  # fmt: skip
+        progress = partial(tqdm, desc="meta-testing", unit="task", leave=False)
+        number = _config["test_tasks"]
+        score = learner.evaluate(stream, number, progress)
+    name, shown = learner.measure.name, learner.measure.show(score)
+    print(f"test {name:11} {shown} over {number} new tasks (95 % interval)")
+    return score.mean
 
 
 def main(argv: Sequence[str]) -> None:

@@ -81,7 +81,7 @@ def _build(
 ) -> Algorithms:
     if s.name in OF_CLASSES and not isinstance(loss, nn.CrossEntropyLoss):
         raise ValueError(
-            f"name={s.name}: expected tasks of classes, got a regression; use rm_metal or anil"
+            f"name={s.name}: expected tasks of classes, got a regression; use ImplicitCGHead"
         )
     learn, test_steps, initial = _learner(s), s.test_steps or s.steps, head
     if s.batch_norm == "eval":  # running statistics, from now on
@@ -92,7 +92,7 @@ def _build(
         if s.scope == "network" or s.name in LEARNED_INITIAL_HEAD:
             raise ValueError(
                 f"name={s.name}: expected test_ways={trained} as in training, got {test_outputs}; "
-                "the initial head is meta-learned and has that many outputs: use rm_metal or "
+                "the initial head is meta-learned and has that many outputs: use ImplicitCGHead or "
                 "itd_bio, or equal ways"
             )
         head = nn.Linear(head.in_features, test_outputs).to(head.weight.device)
@@ -155,7 +155,7 @@ def _learner(s: AlgorithmSettings) -> Callable[[nn.Module], Any]:
 
 
 def solvers(**settings: Any) -> dict[str, Any]:
-    """``inner`` and ``linear`` of `ImplicitCGHead`, from settings of ``rm_metal``.
+    """``inner`` and ``linear`` of `ImplicitCGHead`, from settings of ``ImplicitCGHead``.
 
     Raises:
         UserError: for one that there is not, in one line.

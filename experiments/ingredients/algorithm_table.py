@@ -7,9 +7,9 @@ that has it, its words. An algorithm's own defaults stand in `ALGORITHMS`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from experiments.tracking.config import Count, NotNegative, Positive, Settings, Values
 
@@ -19,13 +19,13 @@ _UNROLLED_HEAD, _UNROLLED = ("head", "unrolled"), ("network", "unrolled")
 # The families of an algorithm, and what differs from their defaults.
 ALGORITHMS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     # Yang, Ma, Yu (2025), Algorithm 1.
-    "rm_metal": (_HEAD, {"l2": 0.1, "step": "newton", "together": "auto"}),
+    "ImplicitCGHead": (_HEAD, {"l2": 0.1, "step": "newton", "together": "auto"}),
     # Rajeswaran et al. (2019), Algorithm 2 with gradient descent, or Hessian-free, inside. With the
     # paper's l2 = 2 and the Hessian neither learns (docs/choosing.md).
-    "imaml_gd": (_NETWORK, {"l2": 0.5, "step": "gradient", "lr": 0.2, "steps": 8, "cg_steps": 5,
-                            "curvature": "gauss_newton", "meta_lr": 0.003}),
-    "imaml_hf": (_NETWORK, {"l2": 0.1, "step": "newton", "steps": 3, "cg_steps": 5,
-                            "curvature": "gauss_newton", "meta_lr": 0.003}),
+    "ImplicitMAML": (_NETWORK, {"l2": 0.5, "step": "gradient", "lr": 0.2, "steps": 8,
+                                "cg_steps": 5, "curvature": "gauss_newton", "meta_lr": 0.003}),
+    "ImplicitMAML_HF": (_NETWORK, {"l2": 0.1, "step": "newton", "steps": 3, "cg_steps": 5,
+                                   "curvature": "gauss_newton", "meta_lr": 0.003}),
     # Ji, Yang, Liang (2020): unrolled, theta = features only.
     "itd_bio": (_UNROLLED_HEAD, {"steps": 20}),
     # Raghu et al. (2019).
@@ -42,7 +42,7 @@ ALGORITHMS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     # Bertinetto et al. (2019): a ridge head in closed form.
     "r2d2": (_HEAD, {"l2": 0.1, "step": "newton", "together": "auto", "learn_l2": True,
                      "scale": 10.0}),
-    # rm_metal's head with a learned l2, and a learned factor as in Lee et al. (2019), MetaOptNet.
+    # ImplicitCGHead with a learned l2, and a learned factor as in Lee et al. (2019), MetaOptNet.
     "logistic": (_HEAD, {"l2": 0.1, "step": "newton", "together": "auto", "learn_l2": True,
                          "scale": 1.0}),
     # Snell, Swersky, Zemel (2017).
@@ -52,6 +52,9 @@ ALGORITHMS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     # Antoniou et al. (2019): of MAML++, the multi-step loss; a tenth of a default run is ours.
     "maml_msl": (_UNROLLED, {"steps": 5, "anneal": 60}),
 }  # fmt: skip
+
+ALIASES = {"rm_metal": "ImplicitCGHead", "imaml_gd": "ImplicitMAML", "imaml_hf": "ImplicitMAML_HF"}
+"""The papers' names of them, and those of earlier records."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
     # Algorithm 1 as printed: fixed gradient steps, plain gradient outside.
@@ -64,6 +67,11 @@ OF_CLASSES = ("r2d2", "logistic", "protonet")
 OUTER = {"meta_optimizer": "adam", "meta_lr": 0.001}
 
 
+def canonical(name: Any) -> Any:
+    """An algorithm's name, where it is called by another."""
+    return ALIASES.get(name, name) if isinstance(name, str) else name
+
+
 def own(**families: Any) -> Any:
     """A setting that the algorithms of these families have, with its default there."""
     return Field(default=None, json_schema_extra={"own": families})
@@ -72,8 +80,11 @@ def own(**families: Any) -> Any:
 class AlgorithmSettings(Settings):
     """The settings of all algorithms; None where an algorithm has no such setting."""
 
-    name: Literal[tuple(ALGORITHMS)] = "rm_metal"  # one of docs/algorithms.md
-    # rm_metal: None (the learner's own defaults), paper or as_released
+    # one of docs/algorithms.md
+    name: Annotated[
+        Literal[tuple(ALGORITHMS)], BeforeValidator(lambda name: canonical(name))
+    ] = "ImplicitCGHead"
+    # ImplicitCGHead: None (the learner's own defaults), paper or as_released
     variant: Literal[tuple(VARIANTS)] | None = None
     # what is adapted: head or network
     scope: Literal["head", "network"] = own(head="head", network="network")
@@ -141,7 +152,7 @@ class AlgorithmSettings(Settings):
                 yield f"{key}: expected no such setting for {name}, got {value!r}; leave it out"
             if default is not None and value is None:
                 yield f"{key}: expected a value for {name}, got None; try {default!r}"
-        if variant is not None and name != "rm_metal":
+        if variant is not None and name != "ImplicitCGHead":
             yield f"variant: expected none for {name}, got {variant!r}; leave it out"
         usual = defaults_of(name, None)["scope"]
         if self.scope != usual and name != "unrolled":
@@ -186,9 +197,9 @@ _OWN: dict[str, Any] = {
 def defaults_of(name: Any, variant: Any) -> dict[str, Any]:
     """The settings of an algorithm that depend on its name, those of the outer problem too.
 
-    Those of an unknown name are rm_metal's: it is the name that the user has to hear of.
+    Those of an unknown name are ImplicitCGHead's: it is the name that the user has to hear of.
     """
-    families, values = ALGORITHMS.get(str(name), ALGORITHMS["rm_metal"])
+    families, values = ALGORITHMS.get(canonical(str(name)), ALGORITHMS["ImplicitCGHead"])
     found = {
         key: next((given[family] for family in families if family in given), None)
         for key, given in _OWN.items()

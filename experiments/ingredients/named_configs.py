@@ -10,7 +10,7 @@ from typing import Any
 
 from sacred import Experiment
 
-from experiments.ingredients.algorithm_table import ALGORITHMS, VARIANTS
+from experiments.ingredients.algorithm_table import ALGORITHMS, ALIASES, VARIANTS, canonical
 
 Config = dict[str, Any]
 
@@ -27,8 +27,8 @@ BENCHMARKS: dict[str, Config] = {
 }
 
 _METHODS: dict[str, Config] = {
-    **{name: {"algorithm": {"name": name}} for name in ALGORITHMS},
-    **{name: {"algorithm": {"name": "rm_metal", "variant": name}} for name in VARIANTS},
+    **{name: {"algorithm": {"name": canonical(name)}} for name in (*ALGORITHMS, *ALIASES)},
+    **{name: {"algorithm": {"name": "ImplicitCGHead", "variant": name}} for name in VARIANTS},
 }
 
 # A run of seconds, to see that everything works.

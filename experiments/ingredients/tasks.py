@@ -10,6 +10,7 @@ from experiments.tracking import TrackedIngredient, UserError
 from experiments.tracking.config import Settings, Text, Values
 from experiments.training.episodes import Sizes, Tasks
 from l2l_implicit.tasks import canonical, get_tasksets
+from l2l_implicit.tasks.learn2learn_benchmarks import AUGMENTATIONS
 from l2l_implicit.tasks.registry import LEARN2LEARN, TASKSETS
 
 MOST_SAMPLES = 1_000_000  # of a class in a task
@@ -39,8 +40,8 @@ class TaskSettings(Settings):
     size: Annotated[int, Field(le=10_000)] | None = of("caltech101", "folder")
     # omniglot, folder: seed of the split into training, validation and test
     split_seed: int | None = of("omniglot", "folder")
-    # mini_imagenet, tiered_imagenet: normalize
-    augmentation: Text | None = of("mini_imagenet", "tiered_imagenet")
+    # of training images: lee2019 (mini_imagenet, tiered_imagenet: also normalize)
+    augmentation: Text | None = of(*AUGMENTATIONS)
     # folder: leave out images that cannot be read, and count them
     skip_unreadable: bool = of("folder", default=False)
 

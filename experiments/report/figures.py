@@ -40,14 +40,14 @@ class Look(NamedTuple):
 
 HEAD, NETWORK = "head adapted", "whole network adapted"
 LOOKS = {
-    "rm_metal": Look("#0072B2", "-", "o", HEAD),
-    "rm_metal_paper": Look("#56B4E9", "--", "s", HEAD),
-    "rm_metal_as_released": Look("#332288", ":", "^", HEAD),
+    "ImplicitCGHead": Look("#0072B2", "-", "o", HEAD),
+    "as_printed": Look("#56B4E9", "--", "s", HEAD),
+    "as_released": Look("#332288", ":", "^", HEAD),
     "itd_bio": Look("#D55E00", "-", "v", HEAD),
     "anil": Look("#E69F00", "-", "D", HEAD),
     "fo_anil": Look("#882255", "--", "P", HEAD),
-    "imaml_gd": Look("#009E73", "-", "o", NETWORK),
-    "imaml_hf": Look("#117733", "--", "s", NETWORK),
+    "ImplicitMAML": Look("#009E73", "-", "o", NETWORK),
+    "ImplicitMAML_HF": Look("#117733", "--", "s", NETWORK),
     "maml": Look("#CC79A7", "-", "v", NETWORK),
     "fomaml": Look("#000000", "--", "D", NETWORK),
     "reptile": Look("#999933", "-.", "P", NETWORK),

@@ -172,6 +172,7 @@ class SweepState:
         self, name: str, sweep: Sweep, benchmark: str, given: Settings, archive: Archive
     ) -> None:
         self.name, self.benchmark = name, benchmark
+        self.published = sweep.published.get(benchmark, {})
         plan = make_plan(sweep, {**given, "benchmark": benchmark})
         self.methods = [MethodState(group, archive.by_cell) for group in plan.groups]
         grids = [cell for method in self.methods for cell in method.grid]

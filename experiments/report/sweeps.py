@@ -14,11 +14,12 @@ from experiments.report.figures import curve_caption, curve_records, draw_accura
 from experiments.report.runs import difference_lines, run_list
 from experiments.report.summary import DROP, MethodState, Request, Summary, SweepState, mean_record
 from experiments.statistics import Mean, seeds_mean
-from experiments.sweeps.definition import COMPLETED, describe
+from experiments.sweeps.definition import COMPLETED, Published, describe
 
 SHARE = 0.90
 """Of the best validation accuracy, for the time to it."""
 
+RATIOS = {"ratio": "seconds", "published_ratio": "published_seconds"}
 FOLDED_FROM = 13
 Found = Mapping[str, Sequence[Summary]]
 """The complete final runs by method."""
@@ -32,7 +33,8 @@ def sections(request: Request) -> list[Section]:
 def _section(state: SweepState) -> Section:
     found = {method.name: list(map(Summary, method.runs)) for method in state.methods}
     first = found[state.methods[0].name]
-    records = [_record(method, found[method.name], first) for method in state.methods]
+    records = [{**_record(method, found[method.name], first), **_published(state, method.name)}
+               for method in state.methods]  # fmt: skip
     items: list[Table | Figure] = [
         _summary_table(state, records, found), *_accuracy_figure(state, found),
         *_curves(state, found), *_time_table(state, found), *_details_table(state, records),
@@ -71,6 +73,13 @@ def _record(method: MethodState, runs: Sequence[Summary], first: Sequence[Summar
     }
 
 
+def _published(state: SweepState, name: str) -> Record:
+    """What the paper prints of a method here, or nan."""
+    paper = state.published.get(name, Published(math.nan, math.nan, math.nan))
+    return {"published_mean": paper.accuracy, "published_half_width": paper.half_width,
+            "published_seconds": paper.seconds}  # fmt: skip
+
+
 def _lead(runs: Sequence[Summary], first: Sequence[Summary], score: str) -> Mean:
     """Their score minus that of these runs, seed by seed: equal seeds see equal tasks."""
     theirs = {run.run.seed: getattr(run, score) for run in first if runs is not first}
@@ -96,6 +105,7 @@ def _summary_table(state: SweepState, records: Sequence[Record], found: Found) -
         Column("seeds", lambda r: f"{r['seeds']}/{r['seeds_planned']}"),
         Column("test accuracy, %", _accuracy, _best("test")),
         columns.number("95 % over seeds", "test_half_width", 100),
+        *([columns.mean("the paper, %", "published")] if state.published else ()),
         columns.mean(f"{first} leads by", "lead", 100),
         *(early if stopped else ()),
         *([columns.number(f"at {equal} iterations, %", "equal_mean", 100)] if equal else ()),
@@ -257,17 +267,24 @@ def _time_table(state: SweepState, found: Found) -> Items:
         f" best validation accuracy of {leader}, the highest mean over seeds of all methods here"
         f"{so_far}. Means over the seeds that reach it, with the 95 % interval over seeds."
         " Only validations within the budget count, and they are the resolution. ≤: at a run's"
-        " first validation already."
+        f" first validation already. Ratio: to the seconds of {next(n for n in found if found[n])}."
     )
     heads = (
         *columns.texts("method"),
         Column("reached by", lambda r: f"{r['reached']} of {r['seeds']}"),
         Column("seconds", lambda r: _shown_time(r, "seconds", 1), _speed),
         Column("outer iterations", lambda r: _shown_time(r, "iterations", 0)),
+        columns.number("ratio", "ratio", digits=2),
+        *([columns.number("the paper's seconds", "published_seconds", digits=0),
+           columns.number("the paper's ratio", "published_ratio", digits=2)]
+          if state.published else ()),
         *columns.texts("runs"),
-    )
+    )  # fmt: skip
     caption = f"Seconds of training to {SHARE:.2f} of the best validation accuracy, "
-    records = [_time_record(name, of, SHARE * highest) for name, of in found.items() if of]
+    made = [{**_time_record(name, of, SHARE * highest), **_published(state, name)}
+            for name, of in found.items() if of]  # fmt: skip
+    records = [{**record, **{ratio: record[key] / made[0][key] for ratio, key in RATIOS.items()}}
+               for record in made]  # fmt: skip
     yield Table("time", f"{caption}{state.benchmark}.", heads, records, notes=[note])
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from experiments.tracking import UserError
 from experiments.tracking.config import plain_value
@@ -46,6 +46,15 @@ class Benchmark:
     methods: Mapping[str, Settings] = field(default_factory=dict)  # for some methods
 
 
+class Published(NamedTuple):
+    """What a paper prints of a method: test accuracy and its interval in per cent, seconds to 0.90
+    of the best validation accuracy (nan: never)."""
+
+    accuracy: float
+    half_width: float
+    seconds: float
+
+
 @dataclass(frozen=True)
 class Sweep:
     """Stage 1: each method's grid with seed 0. Stage 2: its best candidate, several seeds.
@@ -62,6 +71,8 @@ class Sweep:
     stage1: Settings = field(default_factory=dict)  # for the grid's runs
     stage2: Settings = field(default_factory=dict)  # for the final runs
     seeds: int = 3  # of the final runs: 0, 1, ...
+    # by benchmark and method, for the report
+    published: Mapping[str, Mapping[str, Published]] = field(default_factory=dict)
     module: str = "experiments.train"  # run as ``python -m MODULE with ...``
 
 

@@ -3,15 +3,18 @@
 In `accuracy` everybody has three candidates: two values of the inner setting that matters most for
 the method (a step size; the regulariser where the inner problem is solved anyway), and a larger
 outer step size with the first of them.
+
+A cell is known by the words of its command line: those of recorded ones stay, such as ``rm_metal``
+for ImplicitCGHead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
+from math import nan
 
-from experiments.sweeps.definition import Benchmark, Grid, Method, Settings, Sweep
+from experiments.sweeps.definition import Benchmark, Grid, Method, Published, Sweep
 
 
 def _three(key: str, usual: float, other: float, meta_lr: float = 0.003) -> Grid:
@@ -29,64 +32,34 @@ HEAD_ONLY = {"test_at": [1500]}
 FASTER = {"algorithm.engine": "learn2learn"}
 
 # Measured on one core: second derivatives of the whole network take 0.8 of the time in the default
-# layout; imaml_gd takes the same in both, the other methods longer.
+# layout; ImplicitMAML takes the same in both, the other methods longer.
 OWN_LAYOUT = {"model.channels_last": False}
 
-# What imaml_* had by default when these cells ran, with the Hessian; today's defaults are others.
+# What ImplicitMAML had by default, with the Hessian, when these cells ran.
 DAMPED = {"algorithm.damping": 20.0}
 
 # A task costs it a second, and validations are not part of the budget.
 SELDOM = {"validate_seconds": 60, "validation_tasks": 50}
 
-
-def _beside(config: str, settings: Settings, methods: Mapping[str, Settings],
-            test_tasks: int = 200) -> Benchmark:
-    """A benchmark beside the two main ones: a quarter of the budget, fewer test tasks.
-
-    Theta of the best validation is tested too, which the two main ones were run without.
-    """
-    grid = {"budget": 30, "test_tasks": 10, "validate_seconds": 15}
-    final = {"test_tasks": test_tasks, "test_at": [], "early_stopping": True}
-    return Benchmark((config,), settings, "", grid, {**grid, "budget": 60, **final}, methods)
-
-
-# With one validation, at the end, theta of the best one is the last.
-ONCE = {**SELDOM, "validation_tasks": 25, "early_stopping": False}
-FEW = {"imaml_hf": {**ONCE, "test_tasks": 50}}
-RARE = {"validate_seconds": 30, "validation_tasks": 25, "test_tasks": 50}
-FEWER = {
-    **dict.fromkeys(("maml", "fomaml", "reptile"), RARE),
-    "imaml_gd": {**ONCE, "test_tasks": 25},
-    "imaml_hf": {**ONCE, "validation_tasks": 10, "test_tasks": 10},
-}
-
 MEDIUM = {"tasks.level": "medium"}
 ACCURACY = Sweep(
     methods={
-        "rm_metal": Method(("rm_metal",), _three(L2, 0.1, 0.3), final=HEAD_ONLY),
+        "ImplicitCGHead": Method(("rm_metal",), _three(L2, 0.1, 0.3), final=HEAD_ONLY),
         "itd_bio": Method(("itd_bio",), _three(LR, 0.1, 0.03), final=HEAD_ONLY),
         "anil": Method(("anil",), _three(LR, 0.1, 0.03), {}, FASTER, HEAD_ONLY),
-        "rm_metal_paper": Method(("rm_metal", "paper"), _three(LR, 0.1, 0.03, 0.3),
-                                 final=HEAD_ONLY),
-        "rm_metal_as_released": Method(("rm_metal", "as_released"), _three(LR, 0.1, 0.03),
-                                       final=HEAD_ONLY),
+        "as_printed": Method(("rm_metal", "paper"), _three(LR, 0.1, 0.03, 0.3), final=HEAD_ONLY),
+        "as_released": Method(("rm_metal", "as_released"), _three(LR, 0.1, 0.03), final=HEAD_ONLY),
         "fo_anil": Method(("fo_anil",), _three(LR, 0.3, 0.1), {}, FASTER, HEAD_ONLY),
         "maml": Method(("maml",), _three(LR, 0.1, 0.5), settings={**FASTER, **OWN_LAYOUT}),
         "fomaml": Method(("fomaml",), _three(LR, 0.1, 0.5), settings=FASTER),
         "reptile": Method(("reptile",), _three(LR, 0.05, 0.1, 1.0)),
-        "imaml_gd": Method(("imaml_gd",), _three(LR, 0.1, 0.05), settings=DAMPED),
-        "imaml_hf": Method(("imaml_hf",), _three(L2, 2.0, 0.5),
-                           settings={**SELDOM, **OWN_LAYOUT, **DAMPED}),
+        "ImplicitMAML": Method(("imaml_gd",), _three(LR, 0.1, 0.05), settings=DAMPED),
+        "ImplicitMAML_HF": Method(("imaml_hf",), _three(L2, 2.0, 0.5),
+                                  settings={**SELDOM, **OWN_LAYOUT, **DAMPED}),
     },
     benchmarks={
         "caltech101": Benchmark(("caltech101",), {"tasks.size": 32}),
         "glyphs": Benchmark(("glyphs",), {**MEDIUM, "tasks.split": "random"}),
-        "glyphs_script": _beside("glyphs", {**MEDIUM, "tasks.split": "script"}, FEW),
-        # five alphabets as one folder of classes: docs/tasks.md
-        "omniglot5": _beside("folder", {"tasks.size": 28}, FEW),
-        # A task costs seven times what it does with 32 pixels.
-        "caltech101_84": _beside("caltech101", {"tasks.size": 84, "meta_batch": 2,
-                                                "validation_tasks": 50}, FEWER, test_tasks=100),
     },
     settings={
         "model.hidden": 32, "tasks.ways": 5, "tasks.shots": 5, "meta_batch": 8,
@@ -95,25 +68,6 @@ ACCURACY = Sweep(
     },
     stage1={"budget": 120, "test_tasks": 100},
     stage2={"budget": 240},
-)
-
-# Other regularisers of the inner problem, outside the comparison of `accuracy`, whose two rows at
-# the top are its runs: their grids chose these settings on Caltech-101. First-order ANIL gets the
-# same freedom: the settings that its grid did not choose, for the whole budget.
-REGULARISERS = Sweep(
-    methods={
-        "rm_metal": Method(("rm_metal",), ({L2: 0.1, "meta_lr": 0.003},), final=HEAD_ONLY),
-        "fo_anil": Method(("fo_anil",), ({LR: 0.3, "meta_lr": 0.003},), {}, FASTER, HEAD_ONLY),
-        "slower": Method(("rm_metal",), ({L2: 0.1, "meta_lr": 0.001},)),
-        "stronger": Method(("rm_metal",), ({L2: 0.3, "meta_lr": 0.001},)),
-        "strongest": Method(("rm_metal",), ({L2: 1.0, "meta_lr": 0.001},)),
-        "learned": Method(("rm_metal",), ({"algorithm.learn_l2": True, "meta_lr": 0.001},)),
-        "fo_anil_slower": Method(("fo_anil",), ({LR: 0.3, "meta_lr": 0.001},), settings=FASTER),
-        "fo_anil_gentler": Method(("fo_anil",), ({LR: 0.1, "meta_lr": 0.001},), settings=FASTER),
-    },
-    benchmarks={"caltech101": ACCURACY.benchmarks["caltech101"]},
-    settings=ACCURACY.settings,
-    stage2=ACCURACY.stage2,
 )
 
 # Yang et al., appendix C.2: the values searched for Algorithm 1 and, without N, for ITD-BiO.
@@ -135,29 +89,50 @@ PRINTED = Method(("yang_{benchmark}_rm_metal",), grids={"paper": SEARCHED})
 ADAM = {"meta_optimizer": "adam", "meta_lr": 1e-4}
 PAPERS_K = {"algorithm.steps": 20, "algorithm.test_steps": 20}
 MAIN = {
-    "rm_metal": Method(("rm_metal",), _three(L2, 0.1, 0.3)),
+    "ImplicitCGHead": Method(("rm_metal",), _three(L2, 0.1, 0.3)),
     "anil": Method(("anil",), _three(LR, 0.1, 0.03),
                    settings={**FASTER, "algorithm.test_steps": 20}),
     "itd_bio": Method(("itd_bio",), _three(LR, 0.1, 0.03), {"paper": SEARCHED_ITD}),
+}
+
+
+def _printed(*rows: tuple[float, float, float]) -> dict[str, Published]:
+    """Of Tables 1 and 2, on one benchmark: Algorithm 1, ANIL, ITD-BiO, MAML."""
+    ours, anil, itd_bio, maml = (Published(*row) for row in rows)
+    algorithm_1 = ("ImplicitCGHead", *(name for name in YANG_METHODS if name.startswith("as_")))
+    return {**dict.fromkeys(algorithm_1, ours), "anil": anil, "itd_bio": itd_bio,
+            "maml_printed": maml}  # fmt: skip
+
+
+YANG_METHODS = {
+    **MAIN,
+    "as_printed_adam": replace(PRINTED, settings=ADAM),
+    "as_released": Method(("rm_metal", "as_released"), settings={**PAPERS_K, **ADAM}),
+    "as_printed": replace(PRINTED, final={"budget": 600}),  # enough to see what it does
+    "maml_printed": Method(("yang_{benchmark}_maml",), settings={**FASTER, **OWN_LAYOUT}),
 }
 
 # Yang et al., Tables 1 and 2, Figure 1: 2,000 outer iterations of 32 tasks, 5-way 5-shot, a test
 # on 600 tasks after 20 inner steps. The step sizes are from grids of equal size and time, or the
 # paper's. A grid's runs are the same in all of these sweeps.
 YANG_TABLE1 = Sweep(
-    methods={
-        **MAIN,
-        "rm_metal_printed_adam": replace(PRINTED, settings=ADAM),
-        "rm_metal_as_released": Method(("rm_metal", "as_released"), settings={**PAPERS_K, **ADAM}),
-        "rm_metal_printed": replace(PRINTED, final={"budget": 600}),  # enough to see what it does
-        "maml_printed": Method(("yang_{benchmark}_maml",), settings={**FASTER, **OWN_LAYOUT}),
-    },
+    methods=YANG_METHODS,
     benchmarks={name: Benchmark((name,), like=name)
                 for name in ("cifarfs", "fc100", "mini_imagenet", "tiered_imagenet")},
     settings={"meta_batch": 32, "iterations": 2000, "test_tasks": 600, "validate_seconds": 20,
               "budget_clock": "cpu", "threads": 1},
     stage1={"budget": 150, "test_tasks": 10, "validate_seconds": 75},
     stage2={"early_stopping": True},
+    published={
+        "cifarfs": _printed((64.24, 1.41, 832.40), (63.52, 1.31, 1130.16), (63.69, 1.10, 1740.76),
+                            (54.85, 1.23, nan)),
+        "fc100": _printed((48.52, 1.13, 621.67), (47.70, 0.95, 879.33), (47.88, 0.74, 1607.74),
+                          (47.50, 1.06, 2638.45)),
+        "mini_imagenet": _printed((59.58, 1.08, 739.62), (57.80, 1.14, 1639.85),
+                                  (55.58, 1.31, 3031.51), (43.33, 0.95, 10065.83)),
+        "tiered_imagenet": _printed((61.97, 0.86, 693.46), (58.16, 0.94, 1417.64),
+                                    (60.78, 0.10, 2059.43), (48.37, 1.17, 9453.75)),
+    },
 )
 
 # A quarter of those tasks, where more methods can be paid: the whole-network one gets the time
@@ -181,7 +156,6 @@ YANG_QUARTER = replace(
 
 SWEEPS = {
     "accuracy": ACCURACY,
-    "regularisers": REGULARISERS,
     "yang_table1": YANG_TABLE1,
     "yang_quarter": YANG_QUARTER,
     "smoke": Sweep({"rm_metal": Method(())}, {"glyphs": Benchmark(("smoke",))}, seeds=2),

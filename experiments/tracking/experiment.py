@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -171,6 +172,7 @@ class TrackedExperiment(Experiment):
         run.host_info["gpus"] = None if run.unobserved else gpu_info()
         run._metrics = CheckedMetrics()
         run.journal, run.afterwards = None, []
+        run.run_logger.addFilter(_is_for_people)
         if not run.unobserved:
             database = Database(choose(asked.get(MONGO_OPTION)))
             try:
@@ -187,6 +189,11 @@ def record(run: Run, values: Mapping[str, Any], step: int | None = None) -> None
     """Log several metrics at one step, as `run.log_scalar` does for one."""
     for name, value in values.items():
         run.log_scalar(name, value, step)
+
+
+def _is_for_people(line: logging.LogRecord) -> bool:
+    """All but a result of many values, which Sacred writes as it is; the record has it."""
+    return not str(line.msg).startswith("Result: {")
 
 
 def _run_to_its_end(run: TrackedRun) -> None:

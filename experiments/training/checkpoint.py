@@ -33,8 +33,11 @@ from sacred.utils import iterate_flattened
 from experiments.tracking import Terminated, TrackingError, UserError
 
 CONFIG, STATE, LOCK = "config.json", "checkpoint.pt", "lock"
-MAY_DIFFER = ("iterations", "checkpoint_seconds", "output", "resume")
-"""What a resumed run may set anew; all else would hold for a part of the result only."""
+MAY_DIFFER = ("iterations", "checkpoint_seconds", "metrics_csv", "output", "resume")
+"""What a resumed run may set anew; all else would hold for a part of the result only.
+
+A step size that decays over the iterations depends on their number.
+"""
 
 _CHECKSUM = hashlib.sha256().digest_size
 _held: dict[Path, IO[str]] = {}
@@ -161,8 +164,9 @@ def check_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """
     old, new = (dict(iterate_flattened(settings))
                 for settings in (before, json.loads(settings_text(now))))  # fmt: skip
-    other = [key for key in {**old, **new}
-             if old.get(key) != new.get(key) and key not in MAY_DIFFER]  # fmt: skip
+    decays = old.get("meta_lr_schedule") == "cosine"
+    may = set(MAY_DIFFER) - ({"iterations"} if decays else set())
+    other = [key for key in {**old, **new} if old.get(key) != new.get(key) and key not in may]
     if other and not any(key in old and key in new for key in other):
         raise UserError(
             f"resume: expected a checkpoint of this version, got one of a version whose settings "

@@ -41,6 +41,8 @@ class Schedule(RunSettings):
     # cpu (of this process, whatever else the machine does) or wall
     budget_clock: Literal["cpu", "wall"] = "cpu"
     checkpoint_seconds: Positive = 60.0  # between checkpoints
+    # write metrics.csv into the run's folder at every checkpoint: a row an outer iteration
+    metrics_csv: bool = False
 
     @model_validator(mode="after")
     def _reaches_its_tests(self) -> Schedule:
@@ -242,6 +244,9 @@ class Training:
     def _save(self) -> None:
         if self.learner.ranks.first:
             checkpoint.save(self.folder, self.state_dict())
+            if self.schedule.metrics_csv:
+                text = self.history.table().to_csv(index_label="iteration").encode()
+                checkpoint.replace(self.folder / "metrics.csv", lambda file: file.write(text))
         self._saved_at = time.monotonic()
 
     def state_dict(self) -> dict[str, Any]:

@@ -74,7 +74,10 @@ class MetaLearner:
     """Theta (the backbone and what the algorithm meta-learns), its optimiser, and the steps.
 
     Args:
-        optimizer, meta_lr: "adam" or "sgd", of the outer problem, and its step size.
+        optimizer, meta_lr, weight_decay: "adam" or "sgd", of the outer problem, its step size,
+            and the share of theta that it takes away (Adam: decoupled, Loshchilov, Hutter 2019).
+        cosine: outer iterations in which the step size falls to 0 along a half cosine
+            (Loshchilov, Hutter 2017); None: it stays.
         channels_last: memory layout of images.
         ranks: the processes that share the tasks of a batch out.
         skip: leave tasks out whose numbers go wrong, and ``say`` which, instead of raising
@@ -84,13 +87,17 @@ class MetaLearner:
     def __init__(
         self, algorithms: Algorithms, measure: Measure, optimizer: str, meta_lr: float,
         channels_last: bool, ranks: Ranks = ALONE, skip: bool = False,
-        say: Callable[[str], None] = print,
+        say: Callable[[str], None] = print, weight_decay: float = 0.0, cosine: int | None = None,
     ) -> None:  # fmt: skip
         self.ranks, self.skip, self._say, self.skipped = ranks, skip, say, 0
         self.algorithms, self.measure = algorithms, measure
         self.parameters = algorithms.training.theta()
-        kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[optimizer]
-        self.optimizer = kind(self.parameters, lr=meta_lr)
+        adam = torch.optim.AdamW if weight_decay else torch.optim.Adam
+        kind = {"adam": adam, "sgd": torch.optim.SGD}[optimizer]
+        self.optimizer = kind(self.parameters, lr=meta_lr, weight_decay=weight_decay)
+        self.schedule = None
+        if cosine is not None:
+            self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, cosine)
         self.device = self.parameters[0].device
         self._channels_last = channels_last
         ranks.broadcast(p.data for p in self.parameters)
@@ -171,6 +178,8 @@ class MetaLearner:
         self.ranks.average(self.parameters, good / len(results))
         norm = self._norm()
         self.optimizer.step()
+        if self.schedule is not None:
+            self.schedule.step()
         self._project()
         noted = [r.diagnostics for r in results if r.diagnostics is not None]
         means = {name: [getattr(d, name) for d in noted] for name in MEANS if noted}
@@ -252,14 +261,26 @@ class MetaLearner:
         for parameter, value in zip(self.parameters, state["theta"], strict=True):
             parameter.copy_(value)
 
+    @torch.no_grad()
+    def load_parameters(self, state: Mapping[str, Any]) -> None:
+        """From what a run has left (``parameters.pt``): theta, and the buffers of its modules."""
+        self.algorithms.backbone.load_state_dict(state["backbone"])
+        self.algorithms.head.load_state_dict(state["head"])
+        for parameter, value in zip(self.parameters, state["theta"], strict=True):
+            parameter.copy_(value)
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that training changes."""
-        return {**self.theta_state(), "optimizer": self.optimizer.state_dict()}
+        schedule = self.schedule and self.schedule.state_dict()
+        own = {"optimizer": self.optimizer.state_dict(), "schedule": schedule}
+        return {**self.theta_state(), **own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""
         self.load_theta_state(state)
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
 
 
 def interval(values: Sequence[float]) -> Interval:

@@ -10,6 +10,7 @@ from copy import deepcopy
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from experiments.training.meta_learner import Diverged, Interval, MetaLearner
@@ -177,6 +178,11 @@ class History:
         for name, column in self._columns.items():
             for iteration, value in zip(*column, strict=True):
                 yield name, iteration, value
+
+    def table(self) -> pd.DataFrame:
+        """A row an iteration, a column a metric; empty where it has no value."""
+        columns = {name: pd.Series(values, at) for name, (at, values) in self._columns.items()}
+        return pd.DataFrame(columns).sort_index()
 
     def state_dict(self) -> dict[str, Any]:
         """Iterations and values as tensors, by name."""

@@ -1,7 +1,7 @@
 """Labelled images, in memory or decoded when asked for: what every image data set here is."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,8 @@ class ImageTable(Dataset):
     Attributes:
         labels: int64 [n]; `labels_to_indices`: dict from label to the list of its indices, as
         `learn2learn.data.MetaDataset` takes it; `classes`: names by label; `notes`: what is worth
-        recording with a run, fit for JSON.
+        recording with a run, fit for JSON; `augment`: an image's random changes [c, h, w], anew
+        each time it is read, None for none.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class ImageTable(Dataset):
         whole = isinstance(images, Tensor)
         read = images.__getitem__ if whole else lambda index: images[index][0]
         self._read = functools.cache(read) if keep and not whole else read
+        self.augment: Callable[[Tensor], Tensor] | None = None
         self._table = None
         if device is not None:
             every = images if whole else torch.stack([read(index) for index in range(len(self))])
@@ -65,8 +67,12 @@ class ImageTable(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         if self._table is not None:
-            return self._table[index], self._labels[index]
-        return self._as_float(self._read(index)), self._labels[index]
+            image = self._table[index]
+            return self._changed(image), self._labels[index]
+        return self._as_float(self._changed(self._read(index))), self._labels[index]
+
+    def _changed(self, image: Tensor) -> Tensor:
+        return image if self.augment is None else self.augment(image)
 
     def _as_float(self, images: Tensor) -> Tensor:
         if self._mean is None or self._std is None:

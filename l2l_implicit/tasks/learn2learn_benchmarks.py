@@ -20,8 +20,10 @@ import torch
 from learn2learn.vision.datasets import CIFARFS, FC100, MiniImagenet, TieredImagenet
 from PIL import Image
 from torch import Tensor
+from torchvision import transforms
 from torchvision.transforms.functional import pil_to_tensor
 
+from l2l_implicit import checks
 from l2l_implicit.tasks import omniglot
 from l2l_implicit.tasks.image_table import Device, ImageTable
 from l2l_implicit.tasks.provide import Needed, damage_explained, provide, removed_if_interrupted
@@ -43,8 +45,11 @@ NEEDED: dict[str, list[Needed]] = {
     ],
     "omniglot": list(omniglot.NEEDED),
 }
-OWN = {"omniglot": ("split_seed",), "mini_imagenet": ("data_augmentation",),
-       "tiered_imagenet": ("data_augmentation",)}  # fmt: skip
+AUGMENTATIONS: dict[str, tuple[str, ...]] = {
+    "cifarfs": ("lee2019",), "fc100": ("lee2019",),
+    "mini_imagenet": ("normalize", "lee2019"), "tiered_imagenet": ("normalize", "lee2019"),
+}  # fmt: skip
+OWN = {"omniglot": ("split_seed",), **dict.fromkeys(AUGMENTATIONS, ("data_augmentation",))}
 # Classes and images of each mode where the data is complete.
 COMPLETE = {
     "cifarfs": ((64, 38400), (16, 9600), (20, 12000)),
@@ -131,6 +136,23 @@ def tiered_imagenet(root: Path, mode: str, device: Device) -> ImageTable:
     return ImageTable(data, labels, names, device=device, keep=False)
 
 
+def lee2019(side: int) -> Callable[[Tensor], Tensor]:
+    """A random crop of the padded image, other colours, and its mirror image half the time.
+
+    Args:
+        side: of the images, in pixels.
+
+    References:
+        Lee, Maji, Ravichandran, Soatto (2019), section 4.1, and their code: 4 pixels of padding
+        on 32, 8 on 84.
+    """
+    return transforms.Compose([
+        transforms.RandomCrop(side, padding=4 if side < 64 else 8),
+        transforms.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4),
+        transforms.RandomHorizontalFlip(),
+    ])
+
+
 LOADERS = {
     "cifarfs": cifarfs,
     "fc100": fc100,
@@ -152,26 +174,27 @@ def learn2learn_tasksets(
         root: where the data lies; what is missing is downloaded there. None means "~/data".
         device: where the images live, all of them decoded; None decodes when a task asks.
         kwargs: see `get_tasksets`. Omniglot's `split_seed` is that of the split of its characters,
-            None means 0; the `data_augmentation` of mini_imagenet and tiered_imagenet is
-            "normalize" (divide by 255) or None, which means the same: "lee2019" is refused.
+            None means 0. `data_augmentation` is "lee2019" (random crops, colours and mirrorings of
+            the training images, Lee et al. 2019), or for mini_imagenet and tiered_imagenet
+            "normalize" (divide by 255), which None means too.
 
     Raises:
         FileNotFoundError: data that is missing and cannot be downloaded.
-        ValueError: damaged data, more ways or samples than there are, "lee2019".
+        ValueError: damaged data, more ways or samples than there are, an unknown
+            augmentation.
         TypeError: an option that this benchmark does not have.
     """
     refuse_unknown(kwargs, OWN.get(name, ()))
     augmentation, split_seed = kwargs.get("data_augmentation"), kwargs.get("split_seed")
-    if augmentation not in (None, "normalize"):
-        raise ValueError(
-            f"expected data_augmentation 'normalize', got {augmentation!r}: leave it out "
-            "(learn2learn 0.2.0 has 'lee2019' wrong: training images overflow 8 bit)"
-        )
+    if augmentation is not None:
+        checks.choice("data_augmentation", augmentation, dict.fromkeys(AUGMENTATIONS[name]))
     folder = Path(root or "~/data").expanduser()
     if name == "omniglot":
         tables = omniglot.omniglot_tables(folder, split_seed or 0, device)
     else:
         tables = {mode: LOADERS[name](folder, mode, device) for mode in MODES}
+        if augmentation == "lee2019":
+            tables["train"].augment = lee2019(tables["train"][0][0].shape[-1])
     found = tuple((len(tables[mode].classes), len(tables[mode])) for mode in MODES)
     if found != COMPLETE[name]:
         warnings.warn(

@@ -26,7 +26,7 @@ RESUMED = """
 from experiments.sweeps.definition import Benchmark, Method, Sweep
 SMALL = {"tasks.level": "easy", "model.hidden": 8, "meta_batch": 2, "validation_tasks": 4,
          "test_tasks": 8, "iterations": 16, "validate_every": 8}
-SWEEP = Sweep({"rm_metal": Method(("glyphs",), settings=SMALL)}, {"glyphs": Benchmark()}, seeds=1,
+SWEEP = Sweep({"default": Method(("glyphs",), settings=SMALL)}, {"glyphs": Benchmark()}, seeds=1,
               module="train_process")
 """
 """A sweep of one real training, to which `train_process` lets something happen."""

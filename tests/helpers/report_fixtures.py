@@ -44,7 +44,7 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> Plan:
     whole = SWEEPS["accuracy"]
     methods = {name: replace(m, grid=GRID) for name, m in whole.methods.items()}
     monkeypatch.setitem(SWEEPS, "accuracy", replace(whole, methods=methods))
-    return make_plan(SWEEPS["accuracy"], {"benchmark": "glyphs", "methods": "rm_metal,anil"})
+    return make_plan(SWEEPS["accuracy"], {"benchmark": "glyphs", "methods": "ImplicitCGHead,anil"})
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ COMMIT = "a" * 40
 CURVE = {100: 0.5, 200: 0.65, 300: 0.7}
 """A validation curve like any other."""
 
-WORDS = ("accuracy", "benchmark=glyphs", "methods=rm_metal,anil")
+WORDS = ("accuracy", "benchmark=glyphs", "methods=ImplicitCGHead,anil")
 """The sweep that the fixture `plan` plans, as the report is asked for it."""
 
 Report = Callable[..., Path]

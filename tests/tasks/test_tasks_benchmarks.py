@@ -14,10 +14,11 @@ import torch
 from disk_formats import WRITERS
 from PIL import Image
 from small_benchmarks import made, no_network
+from torch.nn import functional as F
 from torchvision import transforms
 
 from experiments.tracking import UserError
-from l2l_implicit.tasks import get_tasksets, split_support_query
+from l2l_implicit.tasks import get_tasksets, learn2learn_benchmarks, split_support_query
 from l2l_implicit.tasks.omniglot import SHARES
 from l2l_implicit.tasks.tasksets import draw_modes
 
@@ -89,6 +90,39 @@ def _seeded(taskset: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Support images and labels; in validation learn2learn does not order the classes."""
     random.seed(7)
     return split_support_query(*taskset.sample(), shots=3)[0]
+
+
+@pytest.mark.parametrize("name", ["cifarfs", "fc100", "mini_imagenet", "tiered_imagenet"])
+def test_training_images_alone_are_changed(name: str, data: Path) -> None:
+    """Anew each time, by torch's generator alone; the tasks stay the same."""
+    options = {"train_ways": 3, "train_samples": 4, "test_ways": 3, "test_samples": 4}
+    plain = get_tasksets(name, root=str(data), **options)
+    sets = get_tasksets(name, root=str(data), data_augmentation="lee2019", **options)
+    for mode in ("validation", "test"):
+        assert torch.equal(*(_seeded(getattr(of, mode))[0] for of in (plain, sets)))
+    torch.manual_seed(0)
+    (one, labels), (two, same) = _seeded(sets.train), _seeded(sets.train)
+    assert torch.equal(labels, same) and torch.equal(labels, _seeded(plain.train)[1])
+    assert one.shape == two.shape and not torch.equal(one, two)
+    assert 0 <= one.min() and one.max() <= 1
+    torch.manual_seed(0)
+    assert torch.equal(one, _seeded(sets.train)[0])
+
+
+def test_crops_and_mirrorings_move_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without other colours: every image is a window of the padded one, mirrored or not."""
+    monkeypatch.setattr(learn2learn_benchmarks.transforms, "ColorJitter",
+                        lambda **how: lambda image: image)  # fmt: skip
+    image, side = torch.arange(1, 1 + 3 * 32 * 32).reshape(3, 32, 32), 32
+    padded, change = F.pad(image, (4, 4, 4, 4)), learn2learn_benchmarks.lee2019(side)
+    windows = {
+        (top, left, turn): w.flip(-1) if turn else w
+        for top in range(9) for left in range(9) for turn in (False, True)
+        for w in [padded[:, top : top + side, left : left + side]]
+    }  # fmt: skip
+    found = {next(key for key, w in windows.items() if torch.equal(w, changed))
+             for changed in (change(image) for _ in range(60))}  # fmt: skip
+    assert len({key[:2] for key in found}) > 10 and {key[2] for key in found} == {False, True}
 
 
 @pytest.mark.parametrize("name", FIVE)
@@ -191,9 +225,9 @@ def _turns(image: torch.Tensor, upright: dict[int, torch.Tensor]) -> set[int]:
 
 
 @pytest.mark.parametrize(("name", "options", "message"), [
-    ("mini_imagenet", {"augmentation": "lee2019"}, "'lee2019': leave .* has 'lee2019' wrong"),
-    ("tiered_imagenet", {"augmentation": "norm"}, "'normalize', got 'norm'"),
-    ("cifarfs", {"augmentation": "normalize"}, "got augmentation='normalize'"),
+    ("tiered_imagenet", {"augmentation": "norm"}, "'normalize', 'lee2019', got 'norm'"),
+    ("cifarfs", {"augmentation": "normalize"}, "one of 'lee2019', got 'normalize'"),
+    ("omniglot", {"augmentation": "lee2019"}, "got augmentation='lee2019'"),
     ("cifarfs", {"split_seed": 1}, "got split_seed=1"),
     ("fc100", {"level": "easy"}, "got level='easy'"),
     ("omniglot", {"size": 28}, "got size=28"),

@@ -78,7 +78,7 @@ def test_a_new_setting_of_an_algorithm_is_one_line(tmp_path: Path) -> None:
     for given, expected in {
         ("maml", -1): "a.momentum: expected a finite number of at least 0, got -1; try 0.9",
         ("maml", None): "a.momentum: expected a value for maml, got None; try 0.9",
-        ("rm_metal", 0.5): "a.momentum: expected no such setting for rm_metal, got 0.5",
+        ("rm_metal", 0.5): "a.momentum: expected no such setting for ImplicitCGHead, got 0.5",
     }.items():
         with pytest.raises(UserError) as refused:
             settings.of({"name": given[0], "momentum": given[1]}, "a")
@@ -93,7 +93,8 @@ def test_variants_of_algorithm_1() -> None:
     released = resolved("as_released")
     assert (released["algorithm"]["l2"], released["meta_optimizer"]) == (0.0, "adam")
     assert resolved("paper")["meta_optimizer"] == "sgd"
-    assert resolved("rm_metal")["algorithm"]["step"] == "newton"
+    assert resolved("rm_metal") == resolved("ImplicitCGHead")
+    assert resolved("rm_metal")["algorithm"]["name"] == "ImplicitCGHead"
 
 
 def test_every_named_config_is_accepted() -> None:

@@ -19,7 +19,7 @@ def test_methods_are_compared_seed_by_seed(
     recorder: Recorder, plan: Plan, report: Report
 ) -> None:
     """Seed 1 of anil is missing: the differences are those of seeds 0 and 2 (t = 12.706)."""
-    scores = {"rm_metal": ((0.65, 0.70), (0.70, 0.73), (0.71, 0.76)),
+    scores = {"ImplicitCGHead": ((0.65, 0.70), (0.70, 0.73), (0.71, 0.76)),
               "anil": ((0.62, 0.69), None, (0.66, 0.71))}  # fmt: skip
     names = ("test_accuracy", "early_stopped_accuracy")
     for method, pairs in scores.items():
@@ -30,10 +30,10 @@ def test_methods_are_compared_seed_by_seed(
     folder = report(*WORDS)
     found = row(folder, SUMMARY, "anil")
     assert (found["seeds"], found["runs"], found["lead_seeds"]) == ("2", "10, 11", "2")
-    assert row(folder, SUMMARY, "rm_metal")["lead_seeds"] == "0"
+    assert row(folder, SUMMARY, "ImplicitCGHead")["lead_seeds"] == "0"
     assert found["source_command"].startswith("python -m experiments.sweep accuracy")
     summary = markdown(folder, SUMMARY)
-    assert "| early stopped, % | rm_metal then leads by |" in summary
+    assert "| early stopped, % | ImplicitCGHead then leads by |" in summary
     assert "| anil | algorithm.lr=0.1 | 2/3 | 64.0 ± 1.0 | 25.4 | 4.0 ± 12.7 | 70.0 |" in summary
     assert "| 3.0 ± 25.4 |" in summary and "| 300 | 0.100 | 32.0 | 0 of 2 |" in summary
     assert "Early stopped: test accuracy of theta" in summary
@@ -49,11 +49,12 @@ def test_missing_cells_have_their_command(recorder: Recorder, plan: Plan, report
     folder = report(*WORDS)
     found = {r["cell"]: (r["state"], r["attempts"]) for r in rows(folder, MISSING)}
     assert found == {
-        **{f"rm_metal/{cell}/{n}": ("pending", "") for cell in ("grid", "final") for n in range(3)},
+        **{f"ImplicitCGHead/{cell}/{n}": ("pending", "")
+           for cell in ("grid", "final") for n in range(3)},
         "anil/final/0": ("failed", "4"), "anil/final/1": ("interrupted", "5"),
         "anil/final/2": ("running", "6"),
     }  # fmt: skip
-    words = "python -m experiments.sweep accuracy benchmark=glyphs methods=rm_metal,anil"
+    words = "python -m experiments.sweep accuracy benchmark=glyphs methods=ImplicitCGHead,anil"
     assert f"{words} --cell anil/final/0" in [r["command"] for r in rows(folder, MISSING)]
     summary = markdown(folder, SUMMARY)
     assert "missing" in summary and "early stopped" not in summary
@@ -69,10 +70,10 @@ def test_missing_cells_have_their_command(recorder: Recorder, plan: Plan, report
 def test_commands_name_a_data_folder_only_where_one_was_given(
     recorder: Recorder, plan: Plan, report: Report, given: dict[str, Any]
 ) -> None:
-    cell = finals(plan, "rm_metal", 0)[0]
+    cell = finals(plan, "ImplicitCGHead", 0)[0]
     cell = replace(cell, settings={**cell.settings, "tasks.root": "~/data"})  # the default
     recorder.training(cell, CURVE, meta={"config_updates": given})
-    command = row(report(*WORDS), SUMMARY, "rm_metal")["source_command"]
+    command = row(report(*WORDS), SUMMARY, "ImplicitCGHead")["source_command"]
     assert ("tasks.root=DATA" in command) == bool(given)
 
 
@@ -131,9 +132,9 @@ def test_collapse_divergence_and_the_budget(recorder: Recorder, plan: Plan, repo
 def test_seconds_to_the_share_of_the_best_of_all(
     recorder: Recorder, plan: Plan, report: Report
 ) -> None:
-    """The best is 0.8, of rm_metal; the threshold 0.72. Who gets there at the same validation is
-    as fast."""
-    curves = {"rm_metal": {202: 0.8, 300: 0.8}, "anil": {200: 0.73, 300: 0.7}}
+    """The best is 0.8, of ImplicitCGHead; the threshold 0.72. Who gets there at the same validation
+    is as fast."""
+    curves = {"ImplicitCGHead": {202: 0.8, 300: 0.8}, "anil": {200: 0.73, 300: 0.7}}
     for method, curve in curves.items():
         grid(recorder, plan, method)
         for cell in finals(plan, method):
@@ -148,7 +149,8 @@ def test_seconds_to_the_share_of_the_best_of_all(
     assert float(row(folder, TIME, "anil")["threshold"]) == pytest.approx(0.72)
     text = markdown(folder, TIME)
     assert "**≤ 20.2 ± 0.0**" in text and "**≤ 20.0 ± 0.0**" in text
-    assert changed([0.73, 0.7], [0.7, 0.73]) == {"rm_metal": ("3", "20.2"), "anil": ("3", "30.0")}
+    ours = {"ImplicitCGHead": ("3", "20.2")}
+    assert changed([0.73, 0.7], [0.7, 0.73]) == {**ours, "anil": ("3", "30.0")}
     assert changed([0.7, 0.73], [0.6, 0.7])["anil"] == ("0", "nan")
 
 

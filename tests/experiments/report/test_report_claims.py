@@ -25,10 +25,13 @@ from report_runs import markdown, rows
 from experiments.report.__main__ import main as report
 
 DOCS = Path(__file__).parents[3] / "docs"
-FILES = sorted((DOCS / "records").glob("accuracy_*.jsonl.gz"))
-assert FILES, "docs/records holds no accuracy_*.jsonl.gz"
+SWEEPS = ("accuracy", "yang_table1", "yang_quarter")
+FILES = [file for name in SWEEPS for file in (DOCS / "records").glob(f"{name}_*.jsonl.gz")]
+assert len(FILES) > 1, "docs/records holds no runs of the sweeps"
 T_975 = {1: 12.706204736, 2: 4.302652730}
 """Student's t for 95 % intervals, by degrees of freedom."""
+NAMES = {"rm_metal": "ImplicitCGHead", "imaml_gd": "ImplicitMAML", "imaml_hf": "ImplicitMAML_HF"}
+"""Of today, by those of the records."""
 
 Recorded = list[dict[str, Any]]
 """A file's lines: {"runs": document, "metrics": {name: {"steps": ..., "values": ...}}}."""
@@ -44,14 +47,15 @@ class Final(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Final runs by method, the report's folder, the benchmark."""
+    """Final runs by method, the report's folder, the sweep and its benchmark."""
 
     finals: dict[str, list[Final]]
     folder: Path
+    sweep: str
     benchmark: str
 
     def rows(self, table: str) -> dict[str, dict[str, str]]:
-        name = f"{table}_accuracy_{self.benchmark}"
+        name = f"{table}_{self.sweep}_{self.benchmark}"
         return {row["method"]: row for row in rows(self.folder, name)}
 
 
@@ -70,22 +74,34 @@ def points(line: dict[str, Any], name: str) -> dict[int, float]:
 
 @pytest.fixture(scope="module", params=FILES, ids=lambda file: file.name.partition(".")[0])
 def drawn(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Drawn:
-    """The runs with the largest budget are the final ones; the grid's have half of it.
+    """The runs with the largest budget are the final ones, or those that are not cut short.
 
     Of those that ran again with other code the newest counts.
     """
-    folder = tmp_path_factory.mktemp("accuracy")
-    benchmark = request.param.name.partition(".")[0].removeprefix("accuracy_")
-    lines = reported(request.param, ["accuracy", f"benchmark={benchmark}"], folder)
+    folder, stem = tmp_path_factory.mktemp("accuracy"), request.param.name.partition(".")[0]
+    sweep = next(name for name in SWEEPS if stem.startswith(f"{name}_"))
+    benchmark = stem.removeprefix(f"{sweep}_")
+    lines = reported(request.param, [sweep, f"benchmark={benchmark}"], folder)
     complete = [line for line in lines if line["runs"]["status"] == "COMPLETED"]
-    largest = max(line["runs"]["config"]["budget"] for line in complete)
+    budgets = [line["runs"]["config"]["budget"] or math.inf for line in complete]
     found: dict[str, dict[int, Final]] = defaultdict(dict)
     for line in sorted(complete, key=lambda line: line["runs"]["stop_time"]):
         config = line["runs"]["config"]
-        name = "_".join(filter(None, (config["algorithm"]["name"], config["algorithm"]["variant"])))
-        if config["budget"] == largest:
-            found[name][config["seed"]] = final(line, largest)
-    return Drawn({name: list(of.values()) for name, of in found.items()}, folder, benchmark)
+        budget = config["budget"] or math.inf
+        if budget == max(budgets) if sweep == "accuracy" else config["early_stopping"]:
+            found[method_of(config, sweep)][config["seed"]] = final(line, budget)
+    return Drawn({name: list(of.values()) for name, of in found.items()}, folder, sweep, benchmark)
+
+
+def method_of(config: dict[str, Any], sweep: str) -> str:
+    """The row's name, from what the run was configured with."""
+    algorithm = config["algorithm"]
+    name, variant = algorithm["name"], algorithm["variant"]
+    if variant == "paper":
+        return "as_printed" + "_adam" * (config["meta_optimizer"] == "adam")
+    if sweep == "yang_table1" and name == "maml":
+        return "maml_printed"
+    return variant or NAMES.get(name, name)
 
 
 def final(line: dict[str, Any], budget: float) -> Final:
@@ -106,7 +122,7 @@ def half_width(values: list[float]) -> float:
 
 def test_accuracies_and_their_intervals(drawn: Drawn) -> None:
     """The lead is the mean of the differences seed by seed. In the table of all benchmarks: means
-    with intervals, a star where rm_metal leads beyond the interval."""
+    with intervals, a star where ImplicitCGHead leads beyond the interval."""
     shown, overall = drawn.rows("summary"), {}
 
     def of(name: str) -> dict[str, dict[int, float]]:
@@ -117,7 +133,7 @@ def test_accuracies_and_their_intervals(drawn: Drawn) -> None:
                 "within_run": {run.seed: run.result["test_half_width"] for run in runs},
                 "early_stopped": {seed: v for seed, v in early.items() if v is not None}}
 
-    ours = of("rm_metal")
+    ours = of("ImplicitCGHead")
     for name, runs in drawn.finals.items():
         values = {what: list(by_seed.values()) for what, by_seed in of(name).items()}
         for lead, what in {"lead": "test", "early_stopped_lead": "early_stopped"}.items():
@@ -125,7 +141,7 @@ def test_accuracies_and_their_intervals(drawn: Drawn) -> None:
                             if seed in ours[what]]
         assert len(values["test"]) == len(runs)
         for what, seeds in values.items():
-            if len(seeds) > 1 and (name != "rm_metal" or "lead" not in what):
+            if len(seeds) > 1 and (name != "ImplicitCGHead" or "lead" not in what):
                 row = [float(shown[name][f"{what}_{part}"]) for part in ("mean", "half_width")]
                 assert row == approx([mean(seeds), half_width(seeds)], rel=1e-9, abs=1e-12), name
         tests, leads = values["test"], values["lead"]
@@ -133,7 +149,8 @@ def test_accuracies_and_their_intervals(drawn: Drawn) -> None:
         overall[name] = f"{100 * mean(tests):.1f} ± {100 * half_width(tests):.1f}{led}"
     missing = {name for name, row in shown.items() if row["seeds"] == "0"}
     assert missing.isdisjoint(drawn.finals) and missing | set(drawn.finals) == set(shown)
-    column = column_of(DOCS / "reproduction.md", drawn.benchmark)
+    heading = drawn.benchmark + ", a quarter" * (drawn.sweep == "yang_quarter")
+    column = column_of(DOCS / "reproduction.md", heading)
     assert overall == {name: cell for name, cell in column.items() if cell != "missing"}
 
 
@@ -178,8 +195,8 @@ def cells(line: str) -> list[str]:
 
 @pytest.mark.parametrize("table", ["summary", "time"])
 def test_the_page_shows_the_report_s_tables(drawn: Drawn, table: str) -> None:
-    pages = (drawn.folder / f"{table}_accuracy_{drawn.benchmark}.md",
-             DOCS / "reproduction_accuracy.md")  # fmt: skip
+    pages = (drawn.folder / f"{table}_{drawn.sweep}_{drawn.benchmark}.md",
+             DOCS / "reproduction_tables.md")  # fmt: skip
     # every line of a table but the one under the head
     wanted, shown = ([cells(line) for line in page.read_text().splitlines()
                       if line.startswith("|") and line.strip("|-: ")] for page in pages)
@@ -280,14 +297,16 @@ def test_more_than_half_of_the_memory_is_saved_as_published_and_nothing_against_
 )  # fmt: skip
 def test_memory_is_flat_in_the_inner_steps(papers: Papers, name: str, table: str) -> None:
     _, method, variant = name.split("/")
-    peaks = papers.curve(name, table, method=method, variant=variant)
+    shown = {"rm_metal": "ImplicitCGHead", "imaml": "ImplicitMAML"}[method]
+    peaks = papers.curve(name, table, method=shown, variant=variant)
     assert max(peaks) >= 32 * min(peaks) and max(peaks.values()) < 1.01 * min(peaks.values())
 
 
 def test_imamls_compute_is_fomamls_plus_a_constant(papers: Papers) -> None:
     ours, first_order, maml = (
         papers.curve(f"imaml_seconds/{method}/{variant.replace(' ', '_')}",
-                     "memory_rajeswaran_seconds", method=method, variant=variant)
+                     "memory_rajeswaran_seconds", variant=variant,
+                     method="ImplicitMAML" if method == "imaml" else method)
         for method, variant in (("imaml", "gradient"), ("fomaml", "as published"),
                                 ("maml", "as published"))
     )  # fmt: skip

@@ -35,11 +35,12 @@ def test_memory_and_what_is_saved_at_five_steps(recorder: Recorder, report: Repo
     memory(recorder)
     folder = report("smoke")
     found = {(r["method"], r["variant"]): r for r in rows(folder, "memory_yang_peak")}
-    assert list(found) == [("maml", "as published"), ("rm_metal", "cached"), ("anil", "cached")]
+    ours = ("ImplicitCGHead", "cached")
+    assert list(found) == [("maml", "as published"), ours, ("anil", "cached")]
     assert float(found["maml", "as published"]["K_5"]) == 250 * MIB
     assert float(found["maml", "as published"]["saved"]) == pytest.approx(0.8)
     assert float(found["anil", "cached"]["saved"]) == pytest.approx(-0.25)
-    assert math.isnan(float(found["rm_metal", "cached"]["saved"]))
+    assert math.isnan(float(found[ours]["saved"]))
     text = markdown(folder, "memory_yang_peak")
     assert "| maml | as published | 100.0 | 250.0 | – | 80 |" in text
     assert "Missing: maml/as_published at K = 20" in text and "limit_gib=4.0" in text
@@ -56,7 +57,8 @@ def test_runs_are_never_averaged(recorder: Recorder, report: Report) -> None:
     memory(recorder, updates={"seed": 1}, status="FAILED")
     folder = report("smoke")
     for end, mib, runs in (("", 50, "2"), ("_1", 25, "3")):
-        (found,) = [r for r in rows(folder, f"memory_yang_peak{end}") if r["method"] == "rm_metal"]
+        table = rows(folder, f"memory_yang_peak{end}")
+        (found,) = [r for r in table if r["method"] == "ImplicitCGHead"]
         assert (float(found["K_5"]), found["source_runs"]) == (mib * MIB, runs)
     text = markdown(folder, "memory_yang_peak")
     assert "Run 2 is the newest of 2 runs of equal settings" in text and "code differs" in text

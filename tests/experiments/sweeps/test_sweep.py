@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import signal
 import subprocess
 import sys
@@ -68,6 +69,8 @@ def test_the_real_training(place: Place, database: Any) -> None:
     (run,) = database["runs"].find()
     # a run's code is the same, whoever starts it
     assert not [name for name, _ in run["experiment"]["sources"] if "sweep" in name]
+    # and so is its time: Dask's workers give memory back, which a training must not
+    assert run["info"]["keeps_freed_memory"] == (platform.libc_ver()[0] == "glibc")
 
 
 def test_a_dry_run_names_the_setting_that_is_refused(place: Place) -> None:

@@ -31,7 +31,7 @@ WAYS, SHOTS, SIDE = 3, 2, 8
 HEAD_ONLY = [name for name in ALGORITHMS
              if AlgorithmSettings.of({"name": name}).features is not None
              and AlgorithmSettings.of({"name": name}).scope == "head"]  # fmt: skip
-SOLVED = ("rm_metal", "r2d2", "logistic")
+SOLVED = ("ImplicitCGHead", "r2d2", "logistic")
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +93,7 @@ def test_batch_statistics_are_of_all_images_or_of_each_set() -> None:
 
 
 def test_eval_leaves_the_running_statistics_alone() -> None:
-    learner = meta_learner("rm_metal", batch_norm="eval")
+    learner = meta_learner("ImplicitCGHead", batch_norm="eval")
     before = {k: b.clone() for k, b in learner.algorithms.training.network().named_buffers()}
     learner.hypergradient([episode()])
     for name, buffer in learner.algorithms.training.network().named_buffers():
@@ -120,7 +120,7 @@ SOLVERS = {
 @pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
 @pytest.mark.parametrize("batch_norm", ["together", "separately", "eval"])
 @pytest.mark.parametrize(
-    ("name", "solver"), [("rm_metal", key) for key in SOLVERS] + [(n, "newton") for n in SOLVED[1:]]
+    ("name", "solver"), [(SOLVED[0], key) for key in SOLVERS] + [(n, "newton") for n in SOLVED[1:]]
 )
 def test_all_tasks_at_once_give_the_same_gradient(name: str, solver: str, batch_norm: str) -> None:
     same = {"batch_norm": batch_norm, **SOLVERS[solver]}
@@ -131,7 +131,7 @@ def test_all_tasks_at_once_give_the_same_gradient(name: str, solver: str, batch_
 
 def state_after(most_bytes: float = math.inf, **settings: Any) -> list[Tensor]:
     """What a backbone with batch norm and dropout has after a batch, and the generator's state."""
-    learner = meta_learner("rm_metal", **settings)
+    learner = meta_learner("ImplicitCGHead", **settings)
     training = learner.algorithms.training
     if isinstance(training, HeadsTogether):
         training._most_bytes = most_bytes
@@ -163,7 +163,7 @@ def test_a_batch_is_learnt_in_groups_of_what_may_be_kept(monkeypatch: pytest.Mon
         return whole(self, support, *rest)
 
     monkeypatch.setattr(HeadsTogether, "_learn_heads", noted)
-    learner = meta_learner("rm_metal")
+    learner = meta_learner("ImplicitCGHead")
     training, tasks = learner.algorithms.training, [episode(seed) for seed in range(5)]
     learner.hypergradient(tasks)
     (one,) = training._bytes.values()
@@ -181,7 +181,7 @@ def test_one_pass_of_the_backbone_is_one_for_each_task(batch_norm: str) -> None:
     """What a GPU does: the same features, running statistics and hypergradient."""
     tasks, found = [episode(seed) for seed in range(3)], []
     for one_pass in (True, False):
-        learner = meta_learner("rm_metal", batch_norm=batch_norm)
+        learner = meta_learner("ImplicitCGHead", batch_norm=batch_norm)
         training = learner.algorithms.training
         assert isinstance(training, HeadsTogether)
         if one_pass:
@@ -198,7 +198,7 @@ def test_one_pass_takes_sets_of_different_sizes() -> None:
     whole = [episode(seed) for seed in range(2)]
     tasks = [Episode(e.inputs[:-3], e.support_targets, torch.arange(3)) for e in whole]
     for batch_norm in ("together", "separately"):
-        training = meta_learner("rm_metal", batch_norm=batch_norm).algorithms.training
+        training = meta_learner("ImplicitCGHead", batch_norm=batch_norm).algorithms.training
         assert isinstance(training, HeadsTogether)
         found = training._in_one_pass(tasks)
         expected = zip(*(training._both(task) for task in tasks), strict=True)
@@ -209,13 +209,13 @@ def test_one_pass_takes_sets_of_different_sizes() -> None:
 def test_tasks_of_different_sizes_are_learnt_one_at_a_time() -> None:
     small = Episode(episode(1).inputs[3:], torch.arange(3), episode(1).query_targets)
     tasks = [episode(0), small, episode(2)]
-    at_once, alone = (gradients("rm_metal", *tasks, together=t) for t in (True, False))
+    at_once, alone = (gradients("ImplicitCGHead", *tasks, together=t) for t in (True, False))
     assert distance(at_once, alone) < 1e-12
 
 
 def test_heads_are_learnt_together_unless_that_gains_nothing() -> None:
     def together(**changes: Any) -> bool:
-        training = meta_learner("rm_metal", **changes).algorithms.training
+        training = meta_learner("ImplicitCGHead", **changes).algorithms.training
         return isinstance(training, HeadsTogether)
 
     assert together() and together(step="gradient") and together(step="lbfgs", together=True)
@@ -225,13 +225,13 @@ def test_heads_are_learnt_together_unless_that_gains_nothing() -> None:
 
 @pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
 def test_a_step_reports_what_was_solved_and_what_was_not() -> None:
-    step = meta_learner("rm_metal").step([episode(seed) for seed in range(3)])
+    step = meta_learner("ImplicitCGHead").step([episode(seed) for seed in range(3)])
     assert [step[name] for name in COUNTS] == [0, 0, 0]
     assert 0 < step["hypergradient_error"] < 1e-3
     plain = meta_learner("anil").step([episode()])
     assert set(plain) == {"query_loss", "query_accuracy", "hypergradient_norm", "seconds",
                           "cpu_seconds"}  # fmt: skip
-    learner = meta_learner("rm_metal", step="gradient", steps=1, cg_steps=1)
+    learner = meta_learner("ImplicitCGHead", step="gradient", steps=1, cg_steps=1)
     step = learner.step([episode(seed) for seed in range(3)])
     assert [step[name] for name in COUNTS] == [3, 3, 3]
 
@@ -409,10 +409,10 @@ def test_a_network_can_be_tested_by_its_head_alone() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
-@pytest.mark.parametrize("name", ["anil", "maml", "as_released", "imaml_gd", "reptile"])
+@pytest.mark.parametrize("name", ["anil", "maml", "as_released", "ImplicitMAML", "reptile"])
 def test_a_diverging_inner_loop_is_said_before_theta_moves(name: str) -> None:
-    variant = {"name": "rm_metal", "variant": name} if name == "as_released" else {"name": name}
-    learner = meta_learner(**variant, lr=1e200, steps=5)
+    variant = {"variant": name} if name == "as_released" else {}
+    learner = meta_learner("ImplicitCGHead" if variant else name, **variant, lr=1e200, steps=5)
     before = [p.detach().clone() for p in learner.parameters]
     with pytest.raises(Diverged):
         learner.step([episode()])
@@ -435,3 +435,31 @@ def test_convolutions_follow_the_layout_and_no_pixel_moves(
         made = convolution(shown)
         assert made.is_contiguous(memory_format=torch.channels_last) == channels_last
         torch.testing.assert_close(made, convolution(given.contiguous()))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_the_outer_step_decays_along_a_cosine(optimizer: str) -> None:
+    """Four steps by hand: the step size, and the share of theta that each takes away."""
+    algorithms = meta_learner("ImplicitCGHead").algorithms
+    lr, decay, steps = 0.1, 0.02, 4
+    rest = ("classification", optimizer, lr)
+    learner = MetaLearner(algorithms, MEASURES[rest[0]], *rest[1:], channels_last=False,
+                          weight_decay=decay, cosine=steps)  # fmt: skip
+    first = [torch.zeros_like(p) for p in learner.parameters]
+    second = [torch.zeros_like(p) for p in learner.parameters]
+    for n in range(steps):
+        before = [p.detach().clone() for p in learner.parameters]
+        learner.step([episode(n)])
+        size = lr * (1 + math.cos(math.pi * n / steps)) / 2
+        for p, old, m, v in zip(learner.parameters, before, first, second, strict=True):
+            if p.grad is None:
+                continue
+            if optimizer == "sgd":
+                expected = old - size * (p.grad + decay * old)
+            else:  # Kingma, Ba (2015), Algorithm 1; Loshchilov, Hutter (2019), Algorithm 2
+                m.mul_(0.9).add_(p.grad, alpha=0.1)
+                v.mul_(0.999).add_(p.grad**2, alpha=0.001)
+                mean, square = m / (1 - 0.9 ** (n + 1)), v / (1 - 0.999 ** (n + 1))
+                expected = old - size * (mean / (square.sqrt() + 1e-8) + decay * old)
+            torch.testing.assert_close(p.detach(), expected, rtol=1e-10, atol=1e-12)
+    assert size < 0.2 * lr

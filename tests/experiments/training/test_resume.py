@@ -28,6 +28,7 @@ from experiments.training import checkpoint
 
 pytest_plugins = ("train_process",)
 SETTINGS = ("with", "smoke", "iterations=24", "validate_every=5", "early_stopping=True",
+            "meta_lr_schedule=cosine", "meta_weight_decay=0.01",
             "checkpoint_seconds=1e-6")  # fmt: skip
 STATE: dict[str, Any] = {"value": 1, "settings": "{}"}
 
@@ -116,7 +117,11 @@ def test_no_other_setting_is_taken() -> None:
         group[key.split(".")[-1]] = "other"
         with pytest.raises(UserError, match=f"got {key}='other' "):
             checkpoint.check_settings(config, other)
-    checkpoint.check_settings(config, {**config, "output": "x", "resume": "y"})
+    checkpoint.check_settings(config, {**config, "output": "x", "resume": "y", "iterations": 60})
+    decays = {**config, "meta_lr_schedule": "cosine"}
+    checkpoint.check_settings(decays, {**decays, "output": "x"})
+    with pytest.raises(UserError, match="got iterations=60 "):
+        checkpoint.check_settings(decays, {**decays, "iterations": 60})
     for here, there in ((config, {**config, "newer": 1}), ({**config, "older": 1}, config)):
         with pytest.raises(UserError, match="differ in (newer|older); go on with that version"):
             checkpoint.check_settings(here, there)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gridfs
+import pandas as pd
 import pytest
 import torch
 from matplotlib.image import imread
@@ -43,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def finished(folder: Path) -> Any:
-    return run("train", "with", "smoke", cwd=folder)
+    return run("train", "with", "smoke", "metrics_csv=True", cwd=folder)
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,7 @@ def test_it_says_what_a_newcomer_wants_to_know(finished: Any, folder: Path) -> N
     assert "with nearest centroid on the same tasks" in finished.stdout
     assert "MiB of tensors at its peak" in finished.stdout
     assert "run 1 of the embedded database" in finished.stdout
+    assert "Result: " not in finished.stdout + finished.stderr
     assert "meta-training" in finished.stderr and "iteration/s" in finished.stderr
     picture = finished.stdout.split("learning curve")[1].split()[0]
     assert imread(folder / picture).shape[2] == 4
@@ -69,6 +71,7 @@ def test_the_document_has_configuration_versions_host_and_seeds(document: Any) -
     assert entry["config"]["algorithm"]["l2"] == 0.1
     assert entry["config"]["tasks"]["level"] == "easy"
     assert entry["config"]["seed"] == 0
+    assert entry["meta"]["comment"] == "glyphs ImplicitCGHead, seed 0"
     names = " ".join(entry["experiment"]["dependencies"])
     assert all(name in names for name in ("torch", "learn2learn", "sacred", "pymongo"))
     assert entry["host"]["hostname"] and entry["host"]["python_version"]
@@ -82,6 +85,18 @@ def test_every_iteration_is_recorded(document: Any) -> None:
         assert all(isinstance(value, int | float) for value in series[f"train/{name}"]["values"])
     assert series["validation/accuracy"]["steps"] == [2, 4]
     assert series["train/step_peak_bytes"]["values"][0] > 1e6
+
+
+def test_every_metric_is_in_the_csv_file(document: Any, folder: Path) -> None:
+    (run, database), table = document, pd.read_csv(
+        folder / "runs/1/metrics.csv", index_col=0, float_precision="round_trip"
+    )
+    names = {metric["name"] for metric in run["info"]["metrics"]}
+    assert names and names == set(table) and table.index.tolist() == [1, 2, 3, 4]
+    for name in names:
+        recorded = database["metrics"].find_one({"run_id": 1, "name": name})
+        column = table[name].dropna()
+        assert (column.index.tolist(), column.tolist()) == (recorded["steps"], recorded["values"])
 
 
 def test_the_result_and_the_artifacts_are_in_the_database(document: Any) -> None:
@@ -103,6 +118,20 @@ def test_the_same_seed_gives_the_same_run(finished: Any, folder: Path) -> None:
     assert again.returncode == 0
     first, second = (out.stdout.split("outer step")[0] for out in (finished, again))
     assert first == second
+
+
+def test_trained_parameters_are_evaluated_to_the_same_score(
+    document: Any, folder: Path, tmp_path: Path
+) -> None:
+    file = folder / "runs" / "1" / "parameters.pt"
+    said = run("train", "evaluate", "with", "smoke", f"parameters={file}", cwd=tmp_path)
+    assert said.returncode == 0, said.stdout + said.stderr
+    found = document[0]["result"]
+    shown = f"{100 * found['test_accuracy']:.1f} ± {100 * found['test_half_width']:.1f} % over 8"
+    assert shown in said.stdout, said.stdout
+    assert not list(tmp_path.iterdir())
+    untrained = run("train", "evaluate", "with", "smoke", cwd=tmp_path)
+    assert untrained.returncode == 0 and shown not in untrained.stdout
 
 
 @pytest.mark.parametrize("name", ["r2d2", "logistic", "protonet", "meta_sgd", "maml_msl"])
@@ -127,7 +156,7 @@ BAD = {
     "algorithm.cg_steps=0": "algorithm.cg_steps: expected a whole number from 1",
     "algorithm.lr=0.0": "algorithm.lr: expected a finite number above 0 or 'auto', got 0.0",
     "algorithm.l2=-1.0": "algorithm.l2: expected a finite number of at least 0, got -1.0; try 0.1",
-    "algorithm.name=rm_metall": "did you mean 'rm_metal'?",
+    "algorithm.name=ImplicitCGHed": "did you mean 'ImplicitCGHead'?",
     "algorithm.step=newtn": "did you mean 'newton'?",
     "tasks.name=glyfs": "did you mean 'glyphs'?",
     "tasks.level=mediun": "did you mean 'medium'?",
@@ -150,6 +179,10 @@ BAD = {
     "device=cuda:99": "device: expected auto, cpu or a GPU that is there, got 'cuda:99'",
     "score=mse": "score: expected 'accuracy' for glyphs",
     "budget=0": "budget: expected a finite number above 0 or None",
+    "meta_lr_schedule=cosine budget=5": "meta_lr_schedule: expected constant with budget=5",
+    "meta_lr_schedule=cos": "'constant', 'cosine', got 'cos'; did you mean",
+    "model.name=resnet12 model.hidden=None model.last_pool=False": "last_pool: expected True for",
+    "parameters=nowhere.pt": "parameters: expected those of a run with this model and algorithm",
     "test_at=[0]": "test_at: expected a list, each a whole number from 1",
     "validate_seconds=-1": "validate_seconds: expected a finite number above 0 or None",
     "meta_optimizer=adamm": "did you mean 'adam'?",
@@ -161,9 +194,9 @@ BAD = {
     "size=5": "no configuration entry 'size'; `print_config` lists them",
     "tasks.seed=5": "no configuration entry 'tasks.seed'; did you mean 'seed'?",
     "algorithm.lr=auto": "algorithm.lr: expected a number without step=gradient, got 'auto'",
-    "algorithm.lr=None": "algorithm.lr: expected a value for rm_metal, got None; try 0.1",
+    "algorithm.lr=None": "algorithm.lr: expected a value for ImplicitCGHead, got None; try 0.1",
     "algorithm=anil": "algorithm: expected a group of settings, got 'anil'",
-    "algorithm.name=[]": "algorithm.name: expected one of 'rm_metal', ",
+    "algorithm.name=[]": "algorithm.name: expected one of 'ImplicitCGHead', ",
     "algorithm.name=maml algorithm.batch_norm=together": "batch_norm: expected separately or eval",
     "algorithm.name=maml algorithm.scope=head": "scope: expected 'network' for maml, got 'head'",
     "algorithm.name=anil algorithm.variant=paper": "algorithm.variant: expected none for anil",
@@ -175,12 +208,12 @@ BAD = {
     "algorithm.name=protonet algorithm.test_steps=5": "test_steps: expected none for protonet, got",
     "algorithm.name=meta_sgd algorithm.test_scope=head": "test_scope: expected none for meta_sgd",
     "algorithm.name=meta_sgd algorithm.engine=learn2learn": "engine: expected higher for meta_sgd",
-    "algorithm.scale=2.0": "algorithm.scale: expected no such setting for rm_metal, got 2.0",
+    "algorithm.scale=2.0": "algorithm.scale: expected no such setting for ImplicitCGHead, got 2.0",
     **{f"algorithm.name={name} tasks.name=sine tasks.level=None":
        f"name={name}: expected tasks of classes, got a regression" for name in OF_CLASSES},
     "algorithm.solver=gc": "'identity', 'direct', got 'gc'; did you mean 'cg'?",
     "algorithm.features=cashed": "did you mean 'cached'?",
-    "algorithm.test_scope=head": "algorithm.test_scope: expected none for rm_metal",
+    "algorithm.test_scope=head": "algorithm.test_scope: expected none for ImplicitCGHead",
     "test_at=[5]": "test_at: expected outer iterations up to iterations=4, got 5",
     "tasks.ways=True": "tasks.ways: expected a whole number from 2",
     "meta_lr=1e400": "meta_lr: expected a finite number above 0, got inf; try 0.001",

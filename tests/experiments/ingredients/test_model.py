@@ -1,0 +1,43 @@
+"""The backbone's settings: how many features it gives, and in which precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from experiments.ingredients.model import ModelSettings, build_backbone
+
+
+@pytest.mark.parametrize(("last_pool", "width"), [(True, 8 * 2 * 2), (False, 8 * 4 * 4)])
+def test_without_the_last_pool_there_are_four_times_as_many_features(
+    last_pool: bool, width: int
+) -> None:
+    images, found = torch.randn(6, 3, 32, 32), []
+    for pool in (True, last_pool):
+        torch.manual_seed(0)
+        settings = ModelSettings.of({"hidden": 8, "last_pool": pool})
+        network, number = build_backbone(images.shape[1:], settings)
+        found.append(network(images))
+    assert number == found[1].shape[1] == width
+    # pooled, they are those of the whole network
+    sides = found[1].unflatten(1, (8, -1)).unflatten(2, (4 if not last_pool else 2, -1))
+    pooled = sides if last_pool else torch.nn.functional.max_pool2d(sides, 2)
+    torch.testing.assert_close(pooled.flatten(1), found[0])
+
+
+def test_low_precision_is_of_the_products_alone() -> None:
+    images, kinds = torch.randn(20, 3, 32, 32), ("float32", "bfloat16")
+    features, gradients = [], []
+    for precision in kinds:
+        torch.manual_seed(0)
+        settings = ModelSettings.of({"hidden": 8, "precision": precision})
+        network, _ = build_backbone(images.shape[1:], settings)
+        features.append(network(images))
+        features[-1].pow(2).mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in network.parameters()]))
+        assert {p.dtype for p in network.parameters()} == {torch.float32}
+    (exact, low), (there, here) = features, gradients
+    assert low.dtype == here.dtype == torch.float32
+    # eight bits a number, four layers, each normalised: some per cent, and not none
+    assert 1e-4 < (low - exact).norm() / exact.norm() < 0.05
+    assert 1e-4 < (here - there).norm() / there.norm() < 0.2

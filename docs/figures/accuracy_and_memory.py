@@ -3,7 +3,7 @@
     python docs/figures/accuracy_and_memory.py
 
 The accuracies are those of docs/records/accuracy_caltech101.jsonl.gz (final runs, three seeds), the
-memory is in the tables `peers at K = ...` of docs/cost.md.
+memory is that of docs/cost.md.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import re
+import runpy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,6 @@ from matplotlib.figure import Figure
 HERE = Path(__file__).parent
 TABLES = HERE.parent / "cost.md"
 RUNS = HERE.parent / "records" / "accuracy_caltech101.jsonl.gz"
-SECTION = re.compile(r"^#### peers at K = (\d+):.*?\n\n(.*?)\n\n", re.MULTILINE | re.DOTALL)
 BUDGET = 240  # seconds of training: the final runs
 # Algorithm, inner solver and l2 in the record; name in the figure, colour, width.
 CURVES = (
@@ -30,20 +29,13 @@ CURVES = (
     ("rm_metal", "gradient", 0.1, "Algorithm 1, fixed steps", "#7d8a97", 1.2),
     ("rm_metal", "newton", 0.1, "ImplicitCGHead", "#3f51b5", 2.2),
 )
-# Name in the table, name in the figure, colour, width.
+# Row of the table, name in the figure, colour, width.
 METHODS = (
     ("MAML (learn2learn), whole network", "MAML", "#b8860b", 1.6),
     ("ANIL (learn2learn), as published", "ANIL, ITD-BiO published", "#b03a2e", 1.6),
     ("ANIL (learn2learn), features cached", "ANIL, features cached", "#1a7f5a", 4.5),
     ("implicit, newton", "ImplicitCGHead", "#3f51b5", 2.2),
 )
-
-
-class Cost(NamedTuple):
-    """Of one method at one K, in units of the supervised step."""
-
-    time: float
-    memory: float
 
 
 class Curve(NamedTuple):
@@ -54,14 +46,11 @@ class Curve(NamedTuple):
     diverged: bool
 
 
-def read(text: str) -> dict[str, dict[int, Cost]]:
-    """Each method's costs by K, from the Markdown of docs/cost.md."""
-    costs: dict[str, dict[int, Cost]] = {}
-    for steps, table in SECTION.findall(text):
-        for row in table.splitlines()[3:]:  # after header, rule and the supervised step
-            name, _, _, _, time, _, memory, _ = (cell.strip() for cell in row.split("|")[1:-1])
-            costs.setdefault(name, {})[int(steps)] = Cost(float(time), float(memory))
-    return costs
+def read_memory() -> dict[str, dict[int, float]]:
+    """Each method's memory by K, over the supervised step's, from docs/cost.md."""
+    program = runpy.run_path(str(HERE / "time_and_memory.py"))
+    costs = program["read"](TABLES.read_text(encoding="utf-8"))
+    return {row: {k: cost.memory for k, cost in costs[row].items()} for row, *_ in METHODS}
 
 
 def read_runs(path: Path = RUNS) -> dict[str, dict[int, Curve]]:
@@ -83,17 +72,17 @@ def _key(algorithm: dict[str, Any]) -> tuple[str, str | None, float | None]:
     return algorithm["name"], algorithm["step"], algorithm["l2"]
 
 
-def digest(costs: dict[str, dict[int, Cost]], curves: dict[str, dict[int, Curve]]) -> str:
+def digest(memory: dict[str, dict[int, float]], curves: dict[str, dict[int, Curve]]) -> str:
     """Of the numbers; the picture carries it, so that a test can say when it is out of date."""
-    return hashlib.sha256(repr((costs, curves)).encode()).hexdigest()
+    return hashlib.sha256(repr((memory, curves)).encode()).hexdigest()
 
 
-def draw(costs: dict[str, dict[int, Cost]], curves: dict[str, dict[int, Curve]]) -> Figure:
+def draw(memory: dict[str, dict[int, float]], curves: dict[str, dict[int, Curve]]) -> Figure:
     """Accuracy and memory side by side."""
     figure = Figure(figsize=(6.4, 3.9), layout="constrained")
     left, right = figure.subplots(1, 2)
     _draw_accuracy(left, curves)
-    _draw_memory(right, costs)
+    _draw_memory(right, memory)
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -114,11 +103,11 @@ def _draw_accuracy(axes: Axes, curves: dict[str, dict[int, Curve]]) -> None:
     axes.set_title("validation accuracy, %, three seeds", loc="left", fontsize=10)
 
 
-def _draw_memory(axes: Axes, costs: dict[str, dict[int, Cost]]) -> None:
+def _draw_memory(axes: Axes, memory: dict[str, dict[int, float]]) -> None:
     for row, name, colour, width in METHODS:
-        steps = sorted(costs[row])
-        memory = [costs[row][k].memory for k in steps]
-        axes.plot(steps, memory, "o-", label=name, color=colour, lw=width, ms=width + 2.5)
+        steps = sorted(memory[row])
+        values = [memory[row][k] for k in steps]
+        axes.plot(steps, values, "o-", label=name, color=colour, lw=width, ms=width + 2.5)
     axes.set(xscale="log", yscale="log", xlabel="inner steps K")
     axes.set_title("memory, in supervised steps", loc="left", fontsize=10)
     axes.set_xticks([1, 5, 20, 100], ["1", "5", "20", "100"])
@@ -127,6 +116,6 @@ def _draw_memory(axes: Axes, costs: dict[str, dict[int, Cost]]) -> None:
 
 
 if __name__ == "__main__":
-    costs, curves = read(TABLES.read_text(encoding="utf-8")), read_runs()
-    about = {"Software": None, "Description": digest(costs, curves)}
-    draw(costs, curves).savefig(HERE / "accuracy_and_memory.png", dpi=150, metadata=about)
+    memory, curves = read_memory(), read_runs()
+    about = {"Software": None, "Description": digest(memory, curves)}
+    draw(memory, curves).savefig(HERE / "accuracy_and_memory.png", dpi=150, metadata=about)

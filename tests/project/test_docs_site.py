@@ -88,12 +88,11 @@ def test_the_navigation_has_every_page() -> None:
 def test_the_home_figure_shows_the_table_and_the_runs() -> None:
     pytest.importorskip("matplotlib")
     program = runpy.run_path(str(DOCS / "figures" / "accuracy_and_memory.py"))
-    costs = program["read"]((DOCS / "cost.md").read_text(encoding="utf-8"))
-    assert set(costs["implicit, newton"]) == {1, 5, 20, 100}
-    assert all(cost.memory < 1.1 for cost in costs["implicit, newton"].values())
-    curves = program["read_runs"]()
+    memory, curves = program["read_memory"](), program["read_runs"]()
+    assert all(set(of) == {1, 5, 20, 100} for of in memory.values())
+    assert all(value < 1.1 for value in memory["implicit, newton"].values())
     assert all(set(seeds) == {0, 1, 2} for seeds in curves.values())
     ours = curves["ImplicitCGHead"].values()
     assert all(max(run.accuracies) - min(run.accuracies[-3:]) < 0.1 for run in ours)
     with Image.open(DOCS / "figures" / "accuracy_and_memory.png") as picture:
-        assert picture.text["Description"] == program["digest"](costs, curves)
+        assert picture.text["Description"] == program["digest"](memory, curves)

@@ -1,4 +1,4 @@
-"""Draw time_and_memory.png from the tables `peers at K = ...` of docs/cost.md.
+"""Draw time_and_memory.png from the table of time and memory against K in docs/cost.md.
 
     python docs/figures/time_and_memory.py
 """
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
 TABLES = HERE.parent / "cost.md"
-SECTION = re.compile(r"^#### peers at K = (\d+):.*?\n\n(.*?)\n\n", re.MULTILINE | re.DOTALL)
+TABLE = re.compile(r"^(\| \| time, K = .*)\n.*\n((?:\|.*\n)+)", re.MULTILINE)
 # Name in the table, name in the figure, colour.
 METHODS = (
     ("MAML (learn2learn), whole network", "MAML", "#b8860b"),
@@ -35,11 +35,14 @@ class Cost(NamedTuple):
 
 def read(text: str) -> dict[str, dict[int, Cost]]:
     """Each method's costs by K, from the Markdown of docs/cost.md."""
-    costs: dict[str, dict[int, Cost]] = {}
-    for steps, table in SECTION.findall(text):
-        for row in table.splitlines()[3:]:  # after header, rule and the supervised step
-            name, _, _, _, time, _, memory, _ = (cell.strip() for cell in row.split("|")[1:-1])
-            costs.setdefault(name, {})[int(steps)] = Cost(float(time), float(memory))
+    (heading, rows), costs = TABLE.findall(text)[0], {}
+    steps = [int(number) for number in re.findall(r"\d+", heading)]  # of the times, the memories
+    half = len(steps) // 2
+    for row in rows.splitlines():
+        name, *values = (cell.strip() for cell in row.split("|")[1:-1])
+        pairs = zip(values[:half], values[half:], strict=True)
+        costs[name] = {k: Cost(float(time), float(memory))
+                       for k, (time, memory) in zip(steps[:half], pairs, strict=True)}  # fmt: skip
     return costs
 
 

@@ -35,9 +35,9 @@ from experiments.tracking.records import printable
 
 SECTIONS: tuple[Callable[[Request], list[Section]], ...] = (
     listing.overview,
+    listing.trainings,
     sweeps.sections,
     papers.sections,
-    listing.trainings,
     listing.all_runs,
 )
 """What the report shows, in this order; one that finds no run of its own returns an empty list."""

@@ -100,7 +100,7 @@ def _benchmark(benchmark: str, runs: Sequence[Summary]) -> Section:
         *columns.texts("runs", command="command of the last"),
     )
     table = Table(
-        file_name("other", benchmark), f"Trainings on {benchmark} outside the sweeps above.",
+        file_name("other", benchmark), f"Trainings on {benchmark} outside of sweeps.",
         heads, [_mean_record(of, varied) for of in groups],
         Source(COMMAND, [run.run.id for run in runs]), [NOTE],
     )  # fmt: skip
@@ -110,7 +110,7 @@ def _benchmark(benchmark: str, runs: Sequence[Summary]) -> Section:
         " report shows it with the name and the KEY=VALUE that it was run with."
     )
     return Section(
-        f"{benchmark}, other trainings", [text] if cells else [],
+        f"{benchmark}, trainings", [text] if cells else [],
         [table, *_figure(benchmark, groups)],
     )  # fmt: skip
 

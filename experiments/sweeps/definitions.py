@@ -154,9 +154,52 @@ YANG_QUARTER = replace(
     stage2={"early_stopping": True, "iterations": 500},
 )
 
+# Finn et al. (2017), appendix A.1, to which Rajeswaran et al. refer.
+FINN = {5: {LR: 0.4, "algorithm.steps": 1, "algorithm.test_steps": 3},
+        20: {LR: 0.1, "algorithm.steps": 5, "algorithm.test_steps": 5}}  # fmt: skip
+# Rajeswaran et al., Table 2: MAML, first-order MAML, Reptile, iMAML with gradient descent and
+# Hessian-free.
+PRINTED_ON_OMNIGLOT = {
+    (5, 1): ((98.7, 0.4), (98.3, 0.5), (97.68, 0.04), (99.16, 0.35), (99.50, 0.26)),
+    (5, 5): ((99.9, 0.1), (99.2, 0.2), (99.48, 0.06), (99.67, 0.12), (99.74, 0.11)),
+    (20, 1): ((95.8, 0.3), (89.4, 0.5), (89.43, 0.14), (94.46, 0.42), (96.18, 0.36)),
+    (20, 5): ((98.9, 0.2), (97.9, 0.1), (97.12, 0.32), (98.69, 0.1), (99.14, 0.1)),
+}
+
+# Equal time for all, two hours of a core; the inner settings are those of the papers, or for iMAML
+# those that learn (docs/choosing.md).
+RAJESWARAN_TABLE2 = Sweep(
+    methods={
+        "maml": Method(("maml",), settings={**FASTER, **OWN_LAYOUT}),
+        "fomaml": Method(("fomaml",), settings=FASTER),
+        "reptile": Method(("reptile",)),
+        "ImplicitMAML": Method(("ImplicitMAML",), settings=OWN_LAYOUT),
+        "ImplicitMAML_HF": Method(("ImplicitMAML_HF",), settings=OWN_LAYOUT),
+    },
+    benchmarks={
+        f"omniglot_{ways}way_{shots}shot": Benchmark(
+            ("omniglot",),
+            {"tasks.ways": ways, "tasks.shots": shots, "tasks.test_queries": shots},
+            methods=dict.fromkeys(("maml", "fomaml"), FINN[ways]),
+        )
+        for ways, shots in PRINTED_ON_OMNIGLOT
+    },
+    settings={"iterations": 100_000, "budget_clock": "cpu", "threads": 1, "validate_seconds": 300},
+    stage2={"budget": 7200, "early_stopping": True},
+    published={
+        f"omniglot_{ways}way_{shots}shot": {
+            name: Published(*row, nan)
+            for name, row in zip(("maml", "fomaml", "reptile", "ImplicitMAML", "ImplicitMAML_HF"),
+                                 rows, strict=True)
+        }
+        for (ways, shots), rows in PRINTED_ON_OMNIGLOT.items()
+    },
+)  # fmt: skip
+
 SWEEPS = {
     "accuracy": ACCURACY,
     "yang_table1": YANG_TABLE1,
     "yang_quarter": YANG_QUARTER,
+    "rajeswaran_table2": RAJESWARAN_TABLE2,
     "smoke": Sweep({"rm_metal": Method(())}, {"glyphs": Benchmark(("smoke",))}, seeds=2),
 }

@@ -78,6 +78,18 @@ def test_a_symbol_is_where_the_table_says(file: str, name: str) -> None:
     assert name in definitions(tree(ROOT / file))
 
 
+def test_the_cost_figure_shows_the_table() -> None:
+    pytest.importorskip("matplotlib")
+    text = (DOCS / "cost.md").read_text(encoding="utf-8")
+    program = runpy.run_path(str(DOCS / "figures" / "time_and_memory.py"))
+    costs = program["read"](text)
+    assert {name for name, _, _ in program["METHODS"]} < set(costs)
+    assert all(set(of) == {1, 5, 20, 100} for of in costs.values())
+    assert "figures/time_and_memory.png" in text
+    with Image.open(DOCS / "figures" / "time_and_memory.png") as picture:
+        assert picture.text["Description"] == program["digest"](costs)
+
+
 def test_the_navigation_has_every_page() -> None:
     listed = PAGE.findall((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     pages = {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")}

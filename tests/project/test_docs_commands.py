@@ -59,6 +59,7 @@ def check_experiment(experiment: Any, arguments: list[str]) -> None:
     if "-m" in asked:
         del asked[asked.index("-m") : asked.index("-m") + 2]
     if not {"print_config", "print_named_configs"} & set(asked):
+        asked = [word for word in asked if word != "evaluate"]  # it has the same settings
         asked.insert(asked.index("with") if "with" in asked else len(asked), "print_config")
     assert experiment.run_commandline([experiment.path, *asked]) is not None
 

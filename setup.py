@@ -39,6 +39,8 @@ EXTRAS = {
     ],
     "baselines": ["higher>=0.2.1"],
     "lightning": ["pytorch-lightning>=2.6,<3"],  # the first whose fit() takes weights_only
+    # docs/transformers.md. Tried with the lower bounds, which are the newest of this writing.
+    "huggingface": ["transformers>=5.24,<6", "peft>=0.21,<1"],
     "dev": [
         "pytest>=8",
         "pytest-xdist",

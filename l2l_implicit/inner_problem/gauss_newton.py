@@ -13,7 +13,6 @@ in the outputs vanishes. For a loss that is convex in the outputs it is positive
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from l2l_implicit.inner_problem import refusals
 from l2l_implicit.inner_problem.boundary import cut, edges_of, find_outputs, outputs_of
 from l2l_implicit.inner_problem.linearization import AutogradLinearization, flat, gradients_of
 from l2l_implicit.vectors import unflatten
@@ -79,9 +79,10 @@ class GaussNewton:
     Args:
         fallback: warn, and take the Hessian, where there is no such product; without it that is an
             error.
-            An operation may have no forward mode (fused attention, ``nn.LSTM``, ``weight_norm``, a
-            custom ``autograd.Function`` without ``jvp``), the loss may pass by ``learner(...)``,
-            or outputs of it may be inputs again.
+            An operation may have no forward mode (``nn.LSTM``, ``weight_norm``, a custom
+            ``autograd.Function`` without ``jvp``), the loss may pass by ``learner(...)``, or
+            outputs of it may be inputs again. (Fused attention has none either: in forward mode it
+            is computed in steps, as with ``SDPBackend.MATH``, from torch 2.3 on.)
 
     Raises:
         RuntimeError: at the first product, in one line: one of these; or a second pass of the
@@ -155,9 +156,9 @@ class GaussNewtonLinearization(AutogradLinearization):
                     product = self._gauss_newton(vector)
                     return product.add_(vector, alpha=self.quadratic.strength)
                 except NotImplementedError as error:  # torch's own, where forward mode is missing
-                    refusal, cause = _no_forward_mode(str(error)), error
+                    refusal, cause = refusals.of_forward_mode(error), error
             if not self._fallback:
-                raise RuntimeError(f"GaussNewton: {refusal}, or curvature=Hessian()") from cause
+                raise RuntimeError(f"GaussNewton: {refusal}") from cause
             warnings.warn(f"GaussNewton: {refusal}; here the Hessian takes its place", stacklevel=2)
             self._use_hessian, self._gradients = True, self._graph()
         return self.derivative(vector)
@@ -245,8 +246,9 @@ def _check_equal(a: float, b: float, size: float, rounding: float, like: Tensor)
         raise RuntimeError(
             "GaussNewton: expected one derivative of the module's outputs, got another by forward "
             f"mode than by the backward pass ({a:.6g} and {b:.6g}): a detached piece, "
-            "torch.no_grad() inside, a module that is not among its own children, or weights that "
-            "have moved (activation checkpointing); use curvature=Hessian()"
+            "torch.no_grad() inside, a custom operator without forward mode, a module that is not "
+            "among its own children, or weights that have moved (activation checkpointing); use "
+            "curvature=Hessian()"
         )
 
 
@@ -269,23 +271,12 @@ def _refusal(passes: Sequence[Any]) -> str | None:
     if not passes:
         return (
             "expected a loss of the outputs of learner(...), got one that does not use them; call "
-            "the learner, not its module"
+            "the learner, not its module, or use curvature=Hessian()"
         )
     if any(node.made_by.inner_inputs() for node in passes):
         return (
             "expected inputs of learner(...) that do not depend on its parameters, got some that "
-            "do, such as outputs given back to it; use GaussNewton(fallback=True)"
+            "do, such as outputs given back to it; use GaussNewton(fallback=True), or "
+            "curvature=Hessian()"
         )
     return None
-
-
-def _no_forward_mode(text: str) -> str:
-    """The operation without forward mode, from torch's message."""
-    known = re.search(r"forward AD with (\S+)", text)
-    custom = "custom autograd.Function" in text
-    name = "a custom autograd.Function without jvp" if custom else "an operation without it"
-    return (
-        "expected a module whose operations all have a forward mode, got "
-        f"{known[1] if known else name}; for attention use "
-        "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), else GaussNewton(fallback=True)"
-    )

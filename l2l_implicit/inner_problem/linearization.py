@@ -15,6 +15,7 @@ from torch.autograd import grad
 from torch.linalg import vector_norm
 
 from l2l_implicit import checks
+from l2l_implicit.inner_problem import refusals
 from l2l_implicit.inner_problem.boundary import find_meta_inputs
 from l2l_implicit.linear_solvers.solution import LinearSolution, Matvec
 from l2l_implicit.vectors import flatten, unflatten
@@ -470,13 +471,7 @@ def gradients_of(*arguments: Any, **options: Any) -> tuple[Tensor | None, ...]:
     try:
         return grad(*arguments, **options)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".:;")
-        raise RuntimeError(
-            "inner loss: expected one that torch can differentiate twice, its data left as they "
-            f"were until backward(), got {reason[:200]!r}; use operations with a second derivative "
-            "(for attention torch.nn.attention.sdpa_kernel(SDPBackend.MATH)), or "
-            "linear=Perturbed(), which takes first derivatives only; clone what is changed in place"
-        ) from error
+        raise RuntimeError(refusals.of_gradients(error)) from error
 
 
 def flat(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:

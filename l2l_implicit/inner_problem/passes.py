@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import itertools
@@ -78,7 +79,8 @@ class Pass:
         positional, named = self.arguments
         apart = buffers_apart(self._module)
         _load_forward_mode()
-        with forward_ad.dual_level(), apart, self._random.again(), _BatchNormTangents():
+        modes = _attention_in_steps(), _BatchNormTangents()
+        with forward_ad.dual_level(), apart, self._random.again(), modes[0], modes[1]:
             pairs = zip(phi, direction, strict=True)
             duals = [forward_ad.make_dual(p.detach(), d) for p, d in pairs]
             substitute(self._module, phi, duals)
@@ -101,6 +103,18 @@ def _twin(module: nn.Module, known: dict[int, Any]) -> Any:
     for name, child in module._modules.items():
         copy._modules[name] = child if child is None else _twin(child, known)
     return copy
+
+
+def _attention_in_steps() -> contextlib.AbstractContextManager[Any]:
+    """Within, attention is computed by operations that have a forward mode; its kernels have none.
+
+    Torch cannot be told so before 2.3: there its own choice remains.
+    """
+    with contextlib.suppress(ImportError):
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        return sdpa_kernel(SDPBackend.MATH)
+    return contextlib.nullcontext()
 
 
 class _BatchNormTangents(TorchFunctionMode):

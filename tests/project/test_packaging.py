@@ -88,7 +88,7 @@ def test_what_is_asked_for() -> None:
     assert setup_keywords()["python_requires"] == ">=3.10"
     assert {r.name for r in ranges()} == {"torch", "learn2learn", "numpy"}  # the learner alone
     extras = setup_keywords()["extras"]
-    assert set(extras) == {"experiments", "baselines", "lightning", "dev"}
+    assert set(extras) == {"experiments", "baselines", "lightning", "huggingface", "dev"}
     assert {"sacred", "pymongo"} <= {Requirement(text).name for text in extras["experiments"]}
 
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from l2l_implicit.inner_problem.linearization import Sizes
-from l2l_implicit.linear_solvers.solution import FACTORED, INEXACT, REMEDIES
+from l2l_implicit.linear_solvers.solution import INEXACT, REMEDIES
 
 
 class UnsolvedWarning(UserWarning):
     """The hypergradient's error may be above ``max_error``: the inner problem or the linear system
     was not solved well enough.
 
-    Given once by each learner; `Diagnostics` counts every case.
+    Given once by each learner: by ``backward()``; at test time, where there is none, by ``adapt``
+    under ``torch.no_grad()``, else when the next task begins. `Diagnostics` counts every case.
 
     Example:
         >>> import warnings
@@ -33,13 +36,27 @@ class UnsolvedWarning(UserWarning):
     """
 
 
+class Settings(NamedTuple):
+    """What a warning names besides the numbers: ``max_error``, the solvers, and whether a factor
+    of the inner solve is at hand."""
+
+    limit: float
+    inner: object
+    linear: object
+    solved: bool
+
+
 @dataclass
 class Diagnostics:
-    """The last hypergradient's diagnostics; on a parent, those of its last clone to be used.
+    """The last task's diagnostics; on a parent, those of its last clone to be used.
+
+    ``adapt`` fills in the first two and ``unsolved_inner``, also under ``torch.no_grad()``. The
+    rest is ``backward()``'s: nan, ``""`` or 0 until then.
 
     Attributes:
         inner_steps: inner steps before the linearization.
-        inner_gradient_norm: norm of the inner objective's gradient at the linearization point.
+        inner_gradient_norm: norm of the inner objective's gradient at the linearization point:
+            where a closure's steps ended; with loss tensors, where the last loss was computed.
         cg_steps: Hessian-vector products of the last linear solve, gradients with `Perturbed`; 0
             for a factor.
         cg_residual: relative residual of the linear system.
@@ -51,7 +68,9 @@ class Diagnostics:
         is_bound: which of the two it is.
         hypergradients: how many were computed.
         unsolved: how many of them had an error above ``max_error``.
-        unsolved_inner, unsolved_linear: how many because of the one or the other part alone.
+        unsolved_inner: how many inner problems make one by themselves, with a hypergradient or (at
+            test time) without.
+        unsolved_linear: how many linear systems do.
 
     Example:
         >>> import torch
@@ -78,11 +97,48 @@ class Diagnostics:
     unsolved_inner: int = 0
     unsolved_linear: int = 0
     parent: Diagnostics | None = field(default=None, repr=False, compare=False)
+    _said: bool = field(default=False, repr=False, compare=False)
     _said_unreached: bool = field(default=False, repr=False, compare=False)
+    # An unsolved inner problem of which no hypergradient has spoken yet: its error, and settings.
+    _open: tuple[float, Settings] | None = field(default=None, repr=False, compare=False)
+    _waiting: Diagnostics | None = field(default=None, repr=False, compare=False)
+
+    def _line(self) -> Iterator[Diagnostics]:
+        """This one, its parent, and so on to the learner's own."""
+        one: Diagnostics | None = self
+        while one is not None:
+            yield one
+            one = one.parent
+
+    def adapted(self, steps: int, norm: float, error: float, settings: Settings) -> None:
+        """Take note of an inner problem as ``adapt`` left it, here and on every parent.
+
+        Args:
+            steps, norm: inner steps taken; norm of the inner gradient.
+            error: of a hypergradient, as far as the inner problem makes it.
+            settings: what a warning names.
+        """
+        bad, before = not error <= settings.limit, self._open is not None
+        self._open = (error, settings) if bad else None
+        for one in self._line():
+            one.inner_steps, one.inner_gradient_norm = steps, norm
+            one.cg_steps, one.cg_residual, one.cg_reason = 0, math.nan, ""
+            one.hypergradient_error, one.is_bound = math.nan, False
+            one.unsolved_inner += bad - before  # a further step of the same task may have solved it
+        one._waiting = self if bad and not one._said else one._waiting
+
+    def say(self) -> None:
+        """Warn of an unsolved inner problem to which no hypergradient has come."""
+        *_, root = self._line()
+        waiting, root._waiting = root._waiting, None
+        if waiting is not None and waiting._open is not None and not root._said:
+            root._said, (error, settings) = True, waiting._open
+            text = waiting._why((error, 0.0, 0.0), settings)
+            warnings.warn(text, UnsolvedWarning, stacklevel=3)
 
     def record(
         self, steps: int, products: int, reason: str, sizes: Sizes,
-        errors: tuple[float, float, float], is_bound: bool, settings: tuple[float, object, object],
+        errors: tuple[float, float, float], is_bound: bool, settings: Settings,
     ) -> None:  # fmt: skip
         """Take note of one hypergradient, here and on every parent; warn of the first bad one.
 
@@ -91,28 +147,29 @@ class Diagnostics:
             sizes: norms at the linearization.
             errors, is_bound: its error's parts (inner problem, linear system, rounding), and
                 whether their sum is a bound.
-            settings: ``max_error``, and the two solvers, which a warning names.
+            settings: what a warning names.
         """
-        self.inner_steps, self.inner_gradient_norm = steps, sizes.gradient
-        self.cg_steps, self.cg_residual, self.cg_reason = products, sizes.residual, reason
-        self.hypergradient_error, self.is_bound = sum(errors), is_bound
-        limit = settings[0]
-        bad = not self.hypergradient_error <= limit
-        self.hypergradients += 1
-        self.unsolved += bad
-        self.unsolved_inner += not errors[0] <= limit
-        self.unsolved_linear += not errors[1] <= limit
-        if self.parent is not None:
-            self.parent.record(steps, products, reason, sizes, errors, is_bound, settings)
-        elif bad and self.unsolved == 1:
-            warnings.warn(self._why(errors, *settings), UnsolvedWarning, stacklevel=2)
+        bad, inner, linear = (
+            not error <= settings.limit for error in (sum(errors), *errors[:2])
+        )  # fmt: skip
+        before, self._open = self._open is not None, None
+        for one in self._line():
+            one.inner_steps, one.inner_gradient_norm = steps, sizes.gradient
+            one.cg_steps, one.cg_residual, one.cg_reason = products, sizes.residual, reason
+            one.hypergradient_error, one.is_bound = sum(errors), is_bound
+            one.hypergradients += 1
+            one.unsolved += bad
+            one.unsolved_inner += inner - before  # counted by adapt() already
+            one.unsolved_linear += linear
+        if bad and not one._said:
+            one._said = True
+            warnings.warn(self._why(errors, settings), UnsolvedWarning, stacklevel=2)
 
     def unreached(self) -> None:
         """Warn, once, that a hypergradient reached nothing that could be meta-learned."""
-        if self.parent is not None:
-            self.parent.unreached()
-        elif not self._said_unreached:
-            self._said_unreached = True
+        *_, root = self._line()
+        if not root._said_unreached:
+            root._said_unreached = True
             warnings.warn(
                 "backward: expected an inner loss that depends on something to be meta-learned, "
                 "got one whose gradient depends on nothing besides the adapted parameters: their "
@@ -122,10 +179,9 @@ class Diagnostics:
                 stacklevel=2,
             )
 
-    def _why(
-        self, errors: tuple[float, float, float], limit: float, inner: object, linear: object
-    ) -> str:
+    def _why(self, errors: tuple[float, float, float], settings: Settings) -> str:
         """What is wrong, by the largest part of the error, and what to do."""
+        limit, inner, linear, solved = settings
         parts = [math.inf if math.isnan(error) else error for error in errors]
         if parts[0] == max(parts):
             what = (
@@ -133,7 +189,7 @@ class Diagnostics:
                 f"{self.inner_gradient_norm:.2g} after {self.inner_steps} steps of {inner}"
             )
             remedy = "use inner=Newton()"
-            if self.cg_reason == FACTORED:
+            if solved:
                 remedy = "scale the features down, or raise l2"
             elif getattr(inner, "at_once", False):
                 remedy = "take more steps, or raise l2"

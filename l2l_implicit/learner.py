@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 
 from l2l_implicit import checks
-from l2l_implicit.diagnostics import Diagnostics, UnsolvedWarning
+from l2l_implicit.diagnostics import Diagnostics, Settings, UnsolvedWarning
 from l2l_implicit.implicit_diff import SHAPE, SavedLinearization, attach
 from l2l_implicit.inner_problem.boundary import each_tensor, end_of_gradients, marked
 from l2l_implicit.inner_problem.gauss_newton import Curvature, Hessian
@@ -25,7 +25,6 @@ from l2l_implicit.inner_problem.linearization import (
     AutogradLinearization,
     FirstDerivatives,
     Linearization,
-    Sizes,
     SquaredDistance,
     inner_gradient,
 )
@@ -281,6 +280,7 @@ class ImplicitCGHead(MAML):
             first_order, allow_unused, allow_nograd: as in the constructor; None keeps its value.
             task: the task's identity, for ``warm_start``; None starts afresh.
         """
+        self.diagnostics.say()
         clone = shallow_copy(self)
         clone.module = clone_module(self.module)
         clone.first_order = self.first_order if first_order is None else first_order
@@ -442,6 +442,7 @@ class ImplicitCGHead(MAML):
                 return
             there.sees(known)
             self._install(there.point, phi, there if keep else None)
+            self._note(there, [self.diagnostics])
             if keep:
                 task.solution, task.linear = there.point[0].to(phi[0].dtype), self.linear
             return
@@ -462,6 +463,7 @@ class ImplicitCGHead(MAML):
             task.taken, task.looks = StepTaken.of(new, point), task.looks + 1
         new = None
         self._install(point, phi, at if keep else None)
+        self._note(at, [self.diagnostics])
 
     def _adapt_closure(
         self, closure: Closure, phi: list[Tensor], unused: bool, keep: bool, steps: int
@@ -470,10 +472,8 @@ class ImplicitCGHead(MAML):
         before = self._task.steps, self._task.first_norm
         try:
             at: Linearization | None = self._solve_heads(objective, steps)
-            if at is not None:
-                point = at.point
-            else:
-                point, at = descend(
+            if at is None:
+                at = descend(
                     objective.linearize, objective.evaluate, self._step, objective.start,
                     steps=steps, keep=keep,
                     hvp=not self._plain_step or getattr(self._stepper(), "needs_hvp", True),
@@ -486,7 +486,10 @@ class ImplicitCGHead(MAML):
             raise
         if keep:
             end_of_gradients(objective.leaves)
-        self._install(point, objective.phi, at if keep else None, objective)
+        self._install(at.point, objective.phi, at if keep else None, objective)
+        self._note(at, [self.diagnostics])
+        if not keep:
+            self.diagnostics.say()
 
     def _solve_heads(self, objective: _ClosureObjective, steps: int) -> LinearHeads | None:
         """The end of the inner loop of a closure whose loss is one of a linear head; else None."""
@@ -555,7 +558,7 @@ class ImplicitCGHead(MAML):
         task.first_norm = task.first_norm or norm
         if self.accuracy is not None:
             at.accuracy = _PART * self.accuracy
-            if at.inner_error(float(task.first_norm)) <= at.accuracy:
+            if at.inner_errors(task.first_norm)[0] <= at.accuracy:
                 task.steps -= 1
                 return at.point
         phi = self.inner_step(at)
@@ -651,6 +654,18 @@ class ImplicitCGHead(MAML):
             task.again = Again(objective, self.module, new, saved, objective.random)
             at.revisited_by(weakref.ref(task.again))
 
+    def _note(self, at: Linearization, diagnostics: Sequence[Diagnostics]) -> None:
+        """The inner part of the diagnostics, of each task; the backward pass measures no more."""
+        first, settings = self._task.first_norm, self._named(at)
+        steps = [self._task.steps] * len(at.point) if at.steps is None else at.steps.tolist()
+        rows = zip(diagnostics, steps, at.sizes(first), at.inner_errors(first), strict=True)
+        for found, taken, sizes, error in rows:
+            found.adapted(taken, sizes.gradient, error, settings)
+
+    def _named(self, at: Linearization) -> Settings:
+        solved = isinstance(at, LinearHeads) and at.solved
+        return Settings(self.max_error, self.inner, self.linear, solved)
+
     # The backward pass.
 
     def _solver(self, phi: Tensor, diagnostics: Sequence[Diagnostics]) -> Any:
@@ -692,24 +707,21 @@ class ImplicitCGHead(MAML):
                 f"system{f' of tasks {bad}' if len(b) > 1 else ''}; look for nan in the data or "
                 "the query loss, or raise l2"
             )
-        device, first = b.device, self._task.first_norm
         columns = (
-            at.gradient_norm, torch.as_tensor(first, device=device).expand(len(b)),
             answer.relative_residual, vector_norm(b, dim=1),
             vector_norm(answer.solution, dim=1), answer.steps,
             torch.full_like(answer.steps, self._task.steps) if at.steps is None else at.steps,
             torch.zeros_like(answer.relative_residual) if answer.products_error is None
             else answer.products_error,
-            *at.scales(),
         )  # fmt: skip
         rows = torch.stack([*map(Tensor.double, columns)], 1).tolist()
-        settings = self.max_error, self.inner, self.linear
-        for found, row, reason in zip(diagnostics, rows, answer.reason, strict=True):
-            sizes = Sizes(row[0], row[1], row[2], row[3], row[4], scales=row[8:])
+        found, settings = at.sizes(self._task.first_norm), self._named(at)
+        for mine, sizes, row, reason in zip(diagnostics, found, rows, answer.reason, strict=True):
+            sizes = sizes._replace(residual=row[0], b=row[1], v=row[2])
             errors = at.errors(sizes, damping, torch.finfo(phi.dtype).eps)
-            errors = errors[0], errors[1], errors[2] + row[7]
+            errors = errors[0], errors[1], errors[2] + row[5]
             bound = at.is_bound and reason in (FACTORED, ZERO)  # another v is not bounded in theta
-            found.record(int(row[6]), int(row[5]), reason, sizes, errors, bound, settings)
+            mine.record(int(row[4]), int(row[3]), reason, sizes, errors, bound, settings)
         if memory is not None and key is not None:
             memory[key] = Remembered(phi, answer.solution)
         return answer

@@ -24,7 +24,7 @@ class AdaptedHeads:
     Attributes:
         weight: ``[T, k, d]``.
         bias: ``[T, k]``, or None.
-        diagnostics: of each task, filled by ``backward()``.
+        diagnostics: of each task.
 
     Example:
         >>> import torch
@@ -59,6 +59,7 @@ def adapt_heads(
 ) -> AdaptedHeads:
     """`ImplicitCGHead.adapt_together`."""
     checks.can_be_together(learner)
+    learner.diagnostics.say()
     checks.count("steps (K)", steps)
     head: nn.Linear = learner.module
     loss, keep = learner.loss, torch.is_grad_enabled()
@@ -87,4 +88,7 @@ def adapt_heads(
         pieces = attach(saved, point, shapes, constants=zero)
     else:
         pieces = split(point, shapes)
+    learner._note(there, diagnostics)
+    if not keep:
+        learner.diagnostics.say()
     return AdaptedHeads(pieces[0], pieces[1] if len(pieces) > 1 else None, diagnostics)

@@ -133,8 +133,8 @@ class Linearization(ABC):
         differentiable: whether there are products; without them there are value and gradient.
         steps: inner steps that led here, where the solver counts them itself, ``[T]``.
         elsewhere: g and its gradient at other points, where a closure can compute them.
-        accuracy: the `inner_error` at which the learner ends the inner loop; a solver's own
-            tolerance then stands idle. None: there is none.
+        accuracy: the error (`inner_errors`) at which the learner ends the inner loop; a solver's
+            own tolerance then stands idle. None: there is none.
 
     Example:
         >>> import torch
@@ -222,11 +222,23 @@ class Linearization(ABC):
 
     is_bound = False
 
-    def inner_error(self, first: float) -> float:
-        """The part of `errors` that is the inner minimum's, for T = 1, with the ``first`` norm."""
-        columns = self.gradient_norm, *self.scales()
-        norm, *scales = torch.cat([*map(Tensor.double, columns)]).tolist()
-        return self.errors(Sizes(norm, first, 0.0, 1.0, 0.0, tuple(scales)), 0.0, 0.0)[0]
+    _sizes: list[Sizes] | None = None
+
+    def sizes(self, first: float | Tensor) -> list[Sizes]:
+        """Each task's norms, with the ``first`` one, as if the linear system were solved.
+
+        They are measured once: `adapt` asks for them, and the backward pass again.
+        """
+        if self._sizes is None:
+            norm = self.gradient_norm
+            columns = norm, torch.as_tensor(first, device=norm.device).expand_as(norm)
+            rows = torch.stack([*map(Tensor.double, (*columns, *self.scales()))], 1).tolist()
+            self._sizes = [Sizes(r[0], r[1], 0.0, 1.0, 0.0, tuple(r[2:])) for r in rows]
+        return self._sizes
+
+    def inner_errors(self, first: float | Tensor) -> list[float]:
+        """The part of `errors` that is the inner minimum's, for each task."""
+        return [self.errors(sizes, 0.0, 0.0)[0] for sizes in self.sizes(first)]
 
     def scales(self) -> tuple[Tensor, ...]:
         """What `errors` needs to know of the point, each ``[T]``."""

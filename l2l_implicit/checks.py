@@ -56,6 +56,11 @@ def settings(
 ) -> None:
     """The inner problem and its solvers."""
     coefficient(l2)
+    if not isinstance(anchor, str):
+        raise TypeError(
+            f"anchor: expected 'zero' or 'init', got {_kinds([anchor])}; give a task an anchor of "
+            "its own by clone(anchor=...)"
+        )
     choice("anchor", anchor, ("zero", "init"))
     if isinstance(inner, type) or not callable(getattr(inner, "begin", None)):
         raise TypeError(
@@ -255,6 +260,28 @@ def inner_parameters(module: nn.Module, allow_nograd: bool) -> list[Tensor]:
 
 _REQUIRES_GRAD = operator.attrgetter("requires_grad")
 _KIND = operator.attrgetter("dtype", "device")
+
+
+def anchor(given: Any, phi: Sequence[Tensor], *tasks: int) -> list[Tensor]:
+    """A task's own anchor: a tensor for each of phi; of several tasks, with one more dimension."""
+    tensors = list(given) if isinstance(given, tuple | list) else [given]
+    shapes = [(*tasks, *p.shape) for p in phi]
+    fit = [isinstance(a, Tensor) and a.is_floating_point() for a in tensors]
+    if not all(fit) or [tuple(a.shape) for a in tensors] != shapes:
+        raise ValueError(
+            f"anchor: expected floats of the adapted parameters' shapes {shapes}, got "
+            f"{_kinds(tensors)}; give a tensor for each of them, in their order"
+        )
+    if any(a.device != p.device for a, p in zip(tensors, phi, strict=True)):
+        raise ValueError(
+            f"anchor: expected tensors on {phi[0].device}, got {[str(a.device) for a in tensors]}; "
+            "move them"
+        )
+    return tensors
+
+
+def _kinds(values: Iterable[Any]) -> list[Any]:
+    return [tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in values]
 
 
 def loss(value: Any) -> Tensor:

@@ -164,7 +164,8 @@ class ImplicitCGHead(MAML):
             hypergradient is exact as long as it stays a leaf; keep it positive).
         anchor: ``'zero'``: a = 0 (Yang et al.; the module's initial value is where the inner
             solver starts, and its hypergradient is exactly zero); ``'init'``: a is the module's
-            initial value, which is meta-learned (Rajeswaran et al.).
+            initial value, which is meta-learned (Rajeswaran et al.). A task may have a value of
+            its own in place of the module's: ``clone(anchor=...)``.
         inner: the inner solver: `Newton`, `GradientDescent` (the papers'), `LBFGS`, or one of your
             own, an `InnerSolver`.
         linear: the solver of the linear system in the backward pass: `CG`, `Neumann`, `Nystrom`,
@@ -273,12 +274,27 @@ class ImplicitCGHead(MAML):
         allow_nograd: bool | None = None,
         *,
         task: Hashable | None = None,
+        anchor: Tensor | Sequence[Tensor] | None = None,
     ) -> Self:
         """A learner for one task, whose parameters are copies of this one's.
 
         Args:
             first_order, allow_unused, allow_nograd: as in the constructor; None keeps its value.
             task: the task's identity, for ``warm_start``; None starts afresh.
+            anchor: a value of this task's own, in place of the module's initial one, to start from
+                and as the anchor a: a tensor for each adapted parameter, in their order and shapes.
+                The hypergradient reaches what made them (prototypes, a hypernetwork).
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from l2l_implicit import ImplicitCGHead
+            >>> head, loss = ImplicitCGHead(nn.Linear(10, 5), lr=0.1), nn.CrossEntropyLoss()
+            >>> h, y = torch.randn(25, 10, requires_grad=True), torch.arange(25) % 5
+            >>> means = torch.stack([h[y == c].mean(0) for c in range(5)])
+            >>> learner = head.clone(anchor=[2 * means, -means.square().sum(1)])
+            >>> learner.adapt(loss(learner(h), y))
+            >>> loss(learner(h), y).backward()
         """
         self.diagnostics.say()
         clone = shallow_copy(self)
@@ -290,10 +306,23 @@ class ImplicitCGHead(MAML):
         clone._task = Task(key=task, initial=list(self.module.parameters()))
         for initial, copied in zip(clone._task.initial, clone.module.parameters(), strict=True):
             copied.requires_grad_(initial.requires_grad)  # clones made under no_grad() lose it
+        if anchor is not None:
+            clone._begin_at(anchor)
         if clone._memory is not None and task in clone._memory:
             phi = checks.inner_parameters(clone.module, clone.allow_nograd)
             clone._put(clone._memory[task].phi, phi)
         return clone
+
+    def _begin_at(self, anchor: Tensor | Sequence[Tensor]) -> None:
+        """Take the task's own initial value and anchor; the module's gets a gradient of zero."""
+        phi = checks.inner_parameters(self.module, self.allow_nograd)
+        given = checks.anchor(anchor, phi)
+        own = [a.to(p.dtype) + 0.0 * p for a, p in zip(given, phi, strict=True)]
+        old = list(self.module.parameters())
+        places = dict(zip(map(id, phi), own, strict=True))
+        self._task.initial = [places.get(id(p), p) for p in old]
+        substitute(self.module, phi, [a.clone().requires_grad_() for a in own])
+        self.anchor = "init"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output; inputs with history are noted as part of theta.
@@ -376,7 +405,10 @@ class ImplicitCGHead(MAML):
             else:
                 self._adapt_closure(loss, phi, unused, keep, steps or 1)
 
-    def adapt_together(self, features: Tensor, targets: Tensor, steps: int = 20) -> AdaptedHeads:
+    def adapt_together(
+        self, features: Tensor, targets: Tensor, steps: int = 20,
+        anchor: Tensor | Sequence[Tensor] | None = None,
+    ) -> AdaptedHeads:  # fmt: skip
         """Adapt this linear head to T tasks at once; the numbers are those of T clones.
 
         The number of operations does not depend on T.
@@ -385,6 +417,7 @@ class ImplicitCGHead(MAML):
             features: of the support sets, ``[T, m, d]``.
             targets: classes ``[T, m]``, or for the squared error numbers ``[T, m, k]``.
             steps: the most inner steps K; `Newton` solves the problem whatever they are.
+            anchor: of each task, as in `clone`: ``[T, k, d]``, and ``[T, k]`` with a bias.
 
         Returns:
             T adapted heads: call them with query features ``[T, q, d]``.
@@ -408,7 +441,7 @@ class ImplicitCGHead(MAML):
 
         several = shallow_copy(self)
         several._task = Task(key=None, initial=list(self.module.parameters()))
-        return adapt_heads(several, features, targets, steps)
+        return adapt_heads(several, features, targets, steps, anchor)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:

@@ -1,22 +1,24 @@
-"""`LightningImplicitCGHead`: learn2learn's LightningANIL with the implicit hypergradient."""
+"""learn2learn's LightningANIL and LightningMAML with the implicit hypergradient."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
 from argparse import ArgumentParser
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from learn2learn.algorithms import LightningANIL
+from learn2learn.algorithms import LightningANIL, LightningEpisodicModule, LightningMAML
 from learn2learn.utils import accuracy
 from torch import Tensor, nn
 
 from l2l_implicit import checks
+from l2l_implicit.imaml import ImplicitMAML
 from l2l_implicit.learner import ImplicitCGHead
 from l2l_implicit.tasks import split_support_query
+from l2l_implicit.tasks.episode import Labelled
 
 _ARGUMENTS = inspect.signature(ImplicitCGHead).parameters
 _OTHERS = ("model", "lr", "loss", "unknown")  # LightningANIL's, or no setting
@@ -28,7 +30,124 @@ _ANIL = (
 _COMMAND_LINE = {"l2": float, "anchor": str, "max_error": float}
 
 
-class LightningImplicitCGHead(LightningANIL):  # type: ignore[misc]  # learn2learn is untyped
+class Kind(NamedTuple):
+    """What a task's labels are: the loss, the metric, its name, and whether samples have classes.
+    """
+
+    loss: type[nn.Module]
+    metric: Callable[[Tensor, Tensor], Tensor]
+    name: str
+    classes: bool
+
+
+def absolute_error(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Mean over samples and outputs, in the labels' unit; any shape, a scalar."""
+    return (outputs - labels).abs().mean()
+
+
+def f1(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Twice the labels that are found, over those found or there: logits and 0 or 1, ``[q, k]``."""
+    found, there = outputs > 0, labels > 0.5
+    return 2 * (found & there).sum() / (found.sum() + there.sum()).clamp_min(1)
+
+
+KINDS = {
+    "classification": Kind(nn.CrossEntropyLoss, accuracy, "accuracy", True),
+    "regression": Kind(nn.MSELoss, absolute_error, "absolute_error", False),
+    "multilabel": Kind(nn.BCEWithLogitsLoss, f1, "f1", False),
+}
+
+
+class _Implicit(LightningEpisodicModule):  # type: ignore[misc]  # learn2learn is untyped
+    """What the modules below share: an `ImplicitCGHead`, at ``_place``, that adapts."""
+
+    adaptation_steps = 20
+    _place: str
+    _learner: type[ImplicitCGHead]
+
+    def __init__(
+        self, *modules: nn.Module, loss: Any = None, task: str = "classification", **kwargs: Any
+    ) -> None:
+        _check_names(kwargs)
+        checks.choice("task", task, KINDS)
+        kwargs.setdefault("adaptation_steps", _Implicit.adaptation_steps)
+        super().__init__(*modules, KINDS[task].loss() if loss is None else loss, **kwargs)
+        self._kind = KINDS[task]
+        settings = {name: kwargs[name] for name in _SETTINGS if name in kwargs}
+        learner = self._learner(modules[-1], self.adaptation_lr, **settings)
+        setattr(self, self._place, learner)
+        # A tensor or a solver is passed again to load_from_checkpoint.
+        plain = (bool, int, float, str, type(None))
+        kept = {k: v for k, v in settings.items() if isinstance(v, plain)}
+        self.save_hyperparameters({**kept, "task": task})
+
+    @classmethod
+    def add_model_specific_args(cls, parent_parser: ArgumentParser) -> ArgumentParser:
+        """learn2learn's command line options and those of the implicit learner."""
+        parser: ArgumentParser = LightningANIL.add_model_specific_args(parent_parser)
+        defaults = inspect.signature(cls._learner).parameters
+        for name, kind in _COMMAND_LINE.items():
+            default = defaults[name].default if name in defaults else _SETTINGS[name]
+            parser.add_argument(f"--{name}", type=kind, default=default)
+        parser.add_argument("--task", choices=[*KINDS], default="classification")
+        parser.set_defaults(adaptation_steps=_Implicit.adaptation_steps)
+        return parser
+
+    def meta_learn(
+        self, batch: tuple[Tensor, Tensor], batch_idx: int, ways: int, shots: int, queries: int
+    ) -> tuple[Tensor, Tensor]:
+        """Adapt to a task's support set.
+
+        Args:
+            batch: inputs ``[n, ...]`` and their labels: classes ``[n]``, numbers ``[n, k]``, or 0
+                and 1 ``[n, k]``.
+            batch_idx, ways, queries: unused; the labels say what they are.
+            shots: support samples a class; without classes, of the task, its first.
+
+        Returns:
+            The loss and the metric on the query set; the loss carries the hypergradient where
+            gradients are enabled.
+        """
+        learning = torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.set_grad_enabled(learning):
+            data, labels = (_normal(tensor) for tensor in batch)
+            if learning:
+                return self._learn(data, labels, shots)
+            with _put_back(self):
+                return self._learn(data, labels, shots)
+
+    def _embed(self, data: Tensor) -> Tensor:
+        return data
+
+    def _learn(self, data: Tensor, labels: Tensor, shots: int) -> tuple[Tensor, Tensor]:
+        learner = getattr(self, self._place).clone()
+        learner.train()
+        split = split_support_query if self._kind.classes else _first
+        (x, y), (x_query, y_query) = split(self._embed(data), labels, shots)
+        learner.adapt(
+            lambda: self.loss(*self._fit(learner(x), y)), steps=self.adaptation_steps
+        )
+        outputs, y_query = self._fit(learner(x_query), y_query)
+        return self.loss(outputs, y_query), self._kind.metric(outputs, y_query)
+
+    def _fit(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels of the outputs' shape: a loss of two shapes broadcasts them without a word."""
+        if self._kind.classes:
+            return outputs, labels
+        if labels.numel() != outputs.numel():
+            raise ValueError(
+                f"labels: expected one for each of the outputs {tuple(outputs.shape)}, got "
+                f"{tuple(labels.shape)}; give the module as many outputs as a sample has labels"
+            )
+        return outputs, labels.to(outputs.dtype).view_as(outputs)
+
+    def log(self, name: str, value: Any, *arguments: Any, **options: Any) -> None:
+        """Lightning's, over all devices unless ``sync_dist=False``; the metric by its name."""
+        options.setdefault("sync_dist", True)
+        super().log(name.replace("accuracy", self._kind.name), value, *arguments, **options)
+
+
+class LightningImplicitCGHead(_Implicit, LightningANIL):  # type: ignore[misc]
     """Meta-learns features for a head that `ImplicitCGHead` adapts, under a Lightning Trainer.
 
     Takes the place of ``learn2learn.algorithms.LightningANIL`` and takes what it takes. A batch is
@@ -43,7 +162,11 @@ class LightningImplicitCGHead(LightningANIL):  # type: ignore[misc]  # learn2lea
     Args:
         features: inputs to features; not adapted.
         classifier: features to outputs; adapted.
-        loss: of outputs and labels; cross-entropy by default.
+        loss: of outputs and labels; by default the one of ``task``.
+        task: ``'classification'``: cross-entropy and accuracy, ``shots`` samples a class to adapt
+            to. ``'regression'``: squared error and ``absolute_error``; ``'multilabel'``: binary
+            cross-entropy of logits and ``f1``, over all labels of a task's queries; with either
+            the first ``shots`` samples of a task are those to adapt to.
         **kwargs: LightningANIL's (``train_ways``, ``train_shots``, ``train_queries``, ``test_*``,
             ``lr``, ``scheduler_step``, ``scheduler_decay``, ``adaptation_lr``,
             ``adaptation_steps``; the last is the most inner steps K, 20 by default, since this
@@ -70,66 +193,62 @@ class LightningImplicitCGHead(LightningANIL):  # type: ignore[misc]  # learn2lea
         (0.1, 20)
     """
 
-    adaptation_steps = 20
+    _place, _learner = "classifier", ImplicitCGHead
 
     def __init__(
         self, features: nn.Module, classifier: nn.Module, loss: Any = None, **kwargs: Any
     ) -> None:
-        _check_names(kwargs)
-        kwargs.setdefault("adaptation_steps", LightningImplicitCGHead.adaptation_steps)
-        super().__init__(features, classifier, loss, **kwargs)
-        settings = {name: kwargs[name] for name in _SETTINGS if name in kwargs}
-        self.classifier = ImplicitCGHead(classifier, self.adaptation_lr, **settings)
-        # A tensor or a solver is passed again to load_from_checkpoint.
-        plain = (bool, int, float, str, type(None))
-        self.save_hyperparameters({k: v for k, v in settings.items() if isinstance(v, plain)})
+        super().__init__(features, classifier, loss=loss, **kwargs)
 
-    @staticmethod
-    def add_model_specific_args(parent_parser: ArgumentParser) -> ArgumentParser:
-        """LightningANIL's command line options and those of the implicit head."""
-        parser: ArgumentParser = LightningANIL.add_model_specific_args(parent_parser)
-        for name, kind in _COMMAND_LINE.items():
-            parser.add_argument(f"--{name}", type=kind, default=_SETTINGS[name])
-        parser.set_defaults(adaptation_steps=LightningImplicitCGHead.adaptation_steps)
-        return parser
-
-    def meta_learn(
-        self, batch: tuple[Tensor, Tensor], batch_idx: int, ways: int, shots: int, queries: int
-    ) -> tuple[Tensor, Tensor]:
-        """Adapt to a task's support set.
-
-        Args:
-            batch: inputs ``[ways * (shots + queries), ...]`` and their labels.
-            batch_idx, ways, queries: unused; the labels say what they are.
-            shots: support samples a class.
-
-        Returns:
-            The loss and the accuracy on the query set; the loss carries the hypergradient where
-            gradients are enabled.
-        """
-        learning = torch.is_grad_enabled()
-        with torch.inference_mode(False), torch.set_grad_enabled(learning):
-            data, labels = (_normal(tensor) for tensor in batch)
-            if learning:
-                return self._learn(data, labels, shots)
-            with _put_back(self.features):
-                return self._learn(data, labels, shots)
-
-    def _learn(self, data: Tensor, labels: Tensor, shots: int) -> tuple[Tensor, Tensor]:
+    def _embed(self, data: Tensor) -> Tensor:
         self.features.train()
-        learner = self.classifier.clone()
-        learner.train()
-        support, query = split_support_query(self.features(data), labels, shots)
-        learner.adapt(
-            lambda: self.loss(learner(support[0]), support[1]), steps=self.adaptation_steps
-        )
-        predictions = learner(query[0])
-        return self.loss(predictions, query[1]), accuracy(predictions, query[1])
+        return self.features(data)
 
-    def log(self, name: str, value: Any, *arguments: Any, **options: Any) -> None:
-        """Lightning's, over all devices unless ``sync_dist=False``."""
-        options.setdefault("sync_dist", True)
-        super().log(name, value, *arguments, **options)
+
+class LightningImplicitMAML(_Implicit, LightningMAML):  # type: ignore[misc]
+    """Meta-learns the initial value that `ImplicitMAML` adapts, under a Lightning Trainer.
+
+    Takes the place of ``learn2learn.algorithms.LightningMAML``; all else is as in
+    `LightningImplicitCGHead`.
+
+    Args:
+        model: inputs to outputs; all of it is adapted.
+        loss, task: as there.
+        **kwargs: LightningMAML's and `ImplicitMAML`'s; ``adaptation_steps`` is 20 by default.
+
+    Attributes:
+        model: the `ImplicitMAML`; its ``diagnostics`` count what was not solved.
+
+    Raises:
+        TypeError, ValueError: as there.
+
+    References:
+        Rajeswaran et al. (2019), Algorithm 1.
+
+    Example:
+        >>> from torch import nn
+        >>> from l2l_implicit.lightning import LightningImplicitMAML
+        >>> network = nn.Sequential(nn.Linear(1, 40), nn.Tanh(), nn.Linear(40, 1))
+        >>> module = LightningImplicitMAML(network, task="regression", train_shots=10, lr=0.01)
+        >>> module.model.anchor, module.model.l2
+        ('init', 0.5)
+    """
+
+    _place, _learner = "model", ImplicitMAML
+
+    def __init__(self, model: nn.Module, loss: Any = None, **kwargs: Any) -> None:
+        super().__init__(model, loss=loss, **kwargs)
+
+
+def _first(data: Tensor, labels: Tensor, shots: int) -> tuple[Labelled, Labelled]:
+    """A task's first samples to adapt to, the others as queries."""
+    if not 0 < shots < len(data) == len(labels):
+        raise ValueError(
+            f"shots: expected 1 to {len(data) - 1} of a task's {len(data)} samples, the others "
+            f"being queries, with a label each, got {shots} and {len(labels)} labels; set "
+            "train_shots and test_shots"
+        )
+    return (data[:shots], labels[:shots]), (data[shots:], labels[shots:])
 
 
 def _normal(tensor: Tensor) -> Tensor:

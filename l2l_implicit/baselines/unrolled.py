@@ -78,17 +78,10 @@ class UnrolledMAML(BaselineLearner):
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        lr: float | Tensor | list[Tensor] | nn.ParameterList,
-        first_order: bool = False,
-        allow_unused: bool | None = None,
-        allow_nograd: bool = False,
-        *,
-        learn_init: bool = True,
-        optimizer: str | Factory = "sgd",
-        clip_norm: float | None = None,
-    ) -> None:
+        self, model: nn.Module, lr: float | Tensor | list[Tensor] | nn.ParameterList,
+        first_order: bool = False, allow_unused: bool | None = None, allow_nograd: bool = False, *,
+        learn_init: bool = True, optimizer: str | Factory = "sgd", clip_norm: float | None = None,
+    ) -> None:  # fmt: skip
         each: Any = lr if isinstance(lr, list | nn.ParameterList) else None
         one: Any = lr if each is None else 1.0
         super().__init__(model, one, first_order, allow_unused, allow_nograd)

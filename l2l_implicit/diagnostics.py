@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any
 
 from l2l_implicit.inner_problem.linearization import Sizes
 from l2l_implicit.linear_solvers.solution import INEXACT, REMEDIES
@@ -34,16 +33,6 @@ class UnsolvedWarning(UserWarning):
         ...         print(str(warning)[:31])
         the inner problem is not solved
     """
-
-
-class Settings(NamedTuple):
-    """What a warning names besides the numbers: ``max_error``, the solvers, and whether a factor
-    of the inner solve is at hand."""
-
-    limit: float
-    inner: object
-    linear: object
-    solved: bool
 
 
 @dataclass
@@ -99,77 +88,63 @@ class Diagnostics:
     parent: Diagnostics | None = field(default=None, repr=False, compare=False)
     _said: bool = field(default=False, repr=False, compare=False)
     _said_unreached: bool = field(default=False, repr=False, compare=False)
-    # An unsolved inner problem of which no hypergradient has spoken yet: its error, and settings.
-    _open: tuple[float, Settings] | None = field(default=None, repr=False, compare=False)
-    _waiting: Diagnostics | None = field(default=None, repr=False, compare=False)
-
-    def _line(self) -> Iterator[Diagnostics]:
-        """This one, its parent, and so on to the learner's own."""
-        one: Diagnostics | None = self
-        while one is not None:
-            yield one
-            one = one.parent
-
-    def adapted(self, steps: int, norm: float, error: float, settings: Settings) -> None:
-        """Take note of an inner problem as ``adapt`` left it, here and on every parent.
-
-        Args:
-            steps, norm: inner steps taken; norm of the inner gradient.
-            error: of a hypergradient, as far as the inner problem makes it.
-            settings: what a warning names.
-        """
-        bad, before = not error <= settings.limit, self._open is not None
-        self._open = (error, settings) if bad else None
-        for one in self._line():
-            one.inner_steps, one.inner_gradient_norm = steps, norm
-            one.cg_steps, one.cg_residual, one.cg_reason = 0, math.nan, ""
-            one.hypergradient_error, one.is_bound = math.nan, False
-            one.unsolved_inner += bad - before  # a further step of the same task may have solved it
-        one._waiting = self if bad and not one._said else one._waiting
-
-    def say(self) -> None:
-        """Warn of an unsolved inner problem to which no hypergradient has come."""
-        *_, root = self._line()
-        waiting, root._waiting = root._waiting, None
-        if waiting is not None and waiting._open is not None and not root._said:
-            root._said, (error, settings) = True, waiting._open
-            text = waiting._why((error, 0.0, 0.0), settings)
-            warnings.warn(text, UnsolvedWarning, stacklevel=3)
+    # Of an unsolved inner problem to which no hypergradient has come; a parent's last of those.
+    _open: tuple[Any, ...] | None = field(default=None, repr=False, compare=False)
+    waiting: Diagnostics | None = field(default=None, repr=False, compare=False)
 
     def record(
-        self, steps: int, products: int, reason: str, sizes: Sizes,
-        errors: tuple[float, float, float], is_bound: bool, settings: Settings,
+        self, steps: int, products: int, reason: str | None, sizes: Sizes,
+        errors: tuple[float, float, float], is_bound: bool, settings: tuple[float, object, object],
     ) -> None:  # fmt: skip
         """Take note of one hypergradient, here and on every parent; warn of the first bad one.
 
         Args:
-            steps, products, reason: inner steps taken; of the linear solve.
+            steps, products, reason: inner steps taken; of the linear solve. None: of an inner
+                problem as ``adapt`` has left it, without a hypergradient.
             sizes: norms at the linearization.
             errors, is_bound: its error's parts (inner problem, linear system, rounding), and
                 whether their sum is a bound.
-            settings: what a warning names.
+            settings: ``max_error``, and the two solvers, which a warning names.
         """
-        bad, inner, linear = (
-            not error <= settings.limit for error in (sum(errors), *errors[:2])
-        )  # fmt: skip
-        before, self._open = self._open is not None, None
-        for one in self._line():
+        error, limit = sum(errors), settings[0]
+        bad, inner, linear = not error <= limit, not errors[0] <= limit, not errors[1] <= limit
+        done, before = reason is not None, self._open is not None
+        waits = inner and not done
+        self._open = (errors[0], is_bound, settings) if waits else None
+        one = self
+        while True:
             one.inner_steps, one.inner_gradient_norm = steps, sizes.gradient
-            one.cg_steps, one.cg_residual, one.cg_reason = products, sizes.residual, reason
-            one.hypergradient_error, one.is_bound = sum(errors), is_bound
-            one.hypergradients += 1
-            one.unsolved += bad
-            one.unsolved_inner += inner - before  # counted by adapt() already
-            one.unsolved_linear += linear
-        if bad and not one._said:
+            one.cg_steps, one.cg_residual, one.cg_reason = products, sizes.residual, reason or ""
+            one.hypergradient_error, one.is_bound = error, is_bound and done
+            one.unsolved_inner += inner - before  # by a step or a hypergradient of the same task
+            if done:
+                one.hypergradients += 1
+                one.unsolved += bad
+                one.unsolved_linear += linear
+            one.waiting = self if waits else one.waiting
+            if one.parent is None:
+                break
+            one = one.parent
+        if bad and done and not one._said:
             one._said = True
-            warnings.warn(self._why(errors, settings), UnsolvedWarning, stacklevel=2)
+            warnings.warn(self._why(errors, is_bound, *settings), UnsolvedWarning, stacklevel=2)
+
+    def say(self) -> None:
+        """Warn of an unsolved inner problem to which no hypergradient has come."""
+        last, self.waiting, root = self.waiting, None, self
+        while root.parent is not None:
+            root = root.parent
+        if last is not None and last._open is not None and not root._said:
+            root._said, (error, is_bound, settings) = True, last._open
+            text = last._why((error, 0.0, 0.0), is_bound, *settings)
+            warnings.warn(text, UnsolvedWarning, stacklevel=3)
 
     def unreached(self) -> None:
         """Warn, once, that a hypergradient reached nothing that could be meta-learned."""
-        *_, root = self._line()
-        if not root._said_unreached:
-            root._said_unreached = True
+        if self.parent is not None:
+            self.parent.unreached()
+        elif not self._said_unreached:
+            self._said_unreached = True
             warnings.warn(
                 "backward: expected an inner loss that depends on something to be meta-learned, "
                 "got one whose gradient depends on nothing besides the adapted parameters: their "
@@ -179,9 +154,11 @@ class Diagnostics:
                 stacklevel=2,
             )
 
-    def _why(self, errors: tuple[float, float, float], settings: Settings) -> str:
+    def _why(
+        self, errors: tuple[float, float, float], is_bound: bool, limit: float, inner: object,
+        linear: object,
+    ) -> str:  # fmt: skip
         """What is wrong, by the largest part of the error, and what to do."""
-        limit, inner, linear, solved = settings
         parts = [math.inf if math.isnan(error) else error for error in errors]
         if parts[0] == max(parts):
             what = (
@@ -189,7 +166,7 @@ class Diagnostics:
                 f"{self.inner_gradient_norm:.2g} after {self.inner_steps} steps of {inner}"
             )
             remedy = "use inner=Newton()"
-            if solved:
+            if is_bound:
                 remedy = "scale the features down, or raise l2"
             elif getattr(inner, "at_once", False):
                 remedy = "take more steps, or raise l2"
@@ -205,7 +182,7 @@ class Diagnostics:
         else:
             what = "the precision does not suffice for features of this size and this l2"
             remedy = "use float64, scale the features down, or raise l2"
-        got = f"{'at most' if self.is_bound else 'about'} {sum(parts):.2g}"
+        got = f"{'at most' if is_bound else 'about'} {sum(parts):.2g}"
         got = got if sum(parts) < 100.0 else "one that is not known"
         return (
             f"{what}; expected a relative error of the hypergradient of at most {limit:g}, got "

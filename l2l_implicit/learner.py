@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 
 from l2l_implicit import checks
-from l2l_implicit.diagnostics import Diagnostics, Settings, UnsolvedWarning
+from l2l_implicit.diagnostics import Diagnostics, UnsolvedWarning
 from l2l_implicit.implicit_diff import SHAPE, SavedLinearization, attach
 from l2l_implicit.inner_problem.boundary import each_tensor, end_of_gradients, marked
 from l2l_implicit.inner_problem.gauss_newton import Curvature, Hessian
@@ -25,6 +25,7 @@ from l2l_implicit.inner_problem.linearization import (
     AutogradLinearization,
     FirstDerivatives,
     Linearization,
+    Sizes,
     SquaredDistance,
     inner_gradient,
 )
@@ -201,24 +202,15 @@ class ImplicitCGHead(MAML):
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        lr: float,
-        first_order: bool = False,
-        allow_unused: bool | None = None,
-        allow_nograd: bool = False,
-        *,
-        l2: float | Tensor = 0.1,
-        anchor: str = "zero",
+        self, model: nn.Module, lr: float, first_order: bool = False,
+        allow_unused: bool | None = None, allow_nograd: bool = False, *,
+        l2: float | Tensor = 0.1, anchor: str = "zero",
         inner: InnerSolver = Newton(),  # noqa: B008  (frozen)
         linear: LinearSolver | Perturbed = CG(),  # noqa: B008
         curvature: Curvature = Hessian(),  # noqa: B008
-        loss: nn.Module | None = None,
-        warm_start: bool = False,
-        accuracy: float | None = None,
-        max_error: float | None = None,
-        **unknown: Any,
-    ) -> None:
+        loss: nn.Module | None = None, warm_start: bool = False,
+        accuracy: float | None = None, max_error: float | None = None, **unknown: Any,
+    ) -> None:  # fmt: skip
         checks.keywords(type(self).__name__, unknown)
         checks.model_and_lr(model, lr)
         super().__init__(model, lr, first_order, allow_unused, allow_nograd)
@@ -268,14 +260,10 @@ class ImplicitCGHead(MAML):
     # learn2learn's contract.
 
     def clone(
-        self: Self,
-        first_order: bool | None = None,
-        allow_unused: bool | None = None,
-        allow_nograd: bool | None = None,
-        *,
-        task: Hashable | None = None,
-        anchor: Tensor | Sequence[Tensor] | None = None,
-    ) -> Self:
+        self: Self, first_order: bool | None = None, allow_unused: bool | None = None,
+        allow_nograd: bool | None = None, *,
+        task: Hashable | None = None, anchor: Tensor | Sequence[Tensor] | None = None,
+    ) -> Self:  # fmt: skip
         """A learner for one task, whose parameters are copies of this one's.
 
         Args:
@@ -284,19 +272,9 @@ class ImplicitCGHead(MAML):
             anchor: a value of this task's own, in place of the module's initial one, to start from
                 and as the anchor a: a tensor for each adapted parameter, in their order and shapes.
                 The hypergradient reaches what made them (prototypes, a hypernetwork).
-
-        Example:
-            >>> import torch
-            >>> from torch import nn
-            >>> from l2l_implicit import ImplicitCGHead
-            >>> head, loss = ImplicitCGHead(nn.Linear(10, 5), lr=0.1), nn.CrossEntropyLoss()
-            >>> h, y = torch.randn(25, 10, requires_grad=True), torch.arange(25) % 5
-            >>> means = torch.stack([h[y == c].mean(0) for c in range(5)])
-            >>> learner = head.clone(anchor=[2 * means, -means.square().sum(1)])
-            >>> learner.adapt(loss(learner(h), y))
-            >>> loss(learner(h), y).backward()
         """
-        self.diagnostics.say()
+        if self.diagnostics.waiting is not None:
+            self.diagnostics.say()
         clone = shallow_copy(self)
         clone.module = clone_module(self.module)
         clone.first_order = self.first_order if first_order is None else first_order
@@ -316,11 +294,10 @@ class ImplicitCGHead(MAML):
     def _begin_at(self, anchor: Tensor | Sequence[Tensor]) -> None:
         """Take the task's own initial value and anchor; the module's gets a gradient of zero."""
         phi = checks.inner_parameters(self.module, self.allow_nograd)
-        given = checks.anchor(anchor, phi)
-        own = [a.to(p.dtype) + 0.0 * p for a, p in zip(given, phi, strict=True)]
-        old = list(self.module.parameters())
+        pairs = zip(checks.anchor(anchor, phi), phi, strict=True)
+        own = [a.to(p.dtype) + 0.0 * p for a, p in pairs]
         places = dict(zip(map(id, phi), own, strict=True))
-        self._task.initial = [places.get(id(p), p) for p in old]
+        self._task.initial = [places.get(id(p), p) for p in self.module.parameters()]
         substitute(self.module, phi, [a.clone().requires_grad_() for a in own])
         self.anchor = "init"
 
@@ -345,14 +322,10 @@ class ImplicitCGHead(MAML):
             return run(*args, **kwargs)
 
     def adapt(
-        self,
-        loss: Tensor | Closure,
-        first_order: bool | None = None,
-        allow_unused: bool | None = None,
-        allow_nograd: bool | None = None,
-        *,
+        self, loss: Tensor | Closure, first_order: bool | None = None,
+        allow_unused: bool | None = None, allow_nograd: bool | None = None, *,
         steps: int | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         r"""One inner step from a loss tensor, or ``steps`` of them from a closure.
 
         A linear head under `Newton` (cross-entropy or squared error, recognised in the loss's
@@ -591,7 +564,8 @@ class ImplicitCGHead(MAML):
         task.first_norm = task.first_norm or norm
         if self.accuracy is not None:
             at.accuracy = _PART * self.accuracy
-            if at.inner_errors(task.first_norm)[0] <= at.accuracy:
+            self._note(at)
+            if at.errors(at.sizes[0], 0.0, 0.0)[0] <= at.accuracy:
                 task.steps -= 1
                 return at.point
         phi = self.inner_step(at)
@@ -668,7 +642,8 @@ class ImplicitCGHead(MAML):
     ) -> None:  # fmt: skip
         """Make ``point`` the module's parameters, with the implicit gradient of ``at``."""
         task = self._task
-        task.release()
+        if task.saved is not None:
+            task.release()
         task.solution = task.saved = task.again = None
         if at is None:
             self._put(point, phi)
@@ -687,17 +662,19 @@ class ImplicitCGHead(MAML):
             task.again = Again(objective, self.module, new, saved, objective.random)
             at.revisited_by(weakref.ref(task.again))
 
-    def _note(self, at: Linearization, diagnostics: Sequence[Diagnostics]) -> None:
-        """The inner part of the diagnostics, of each task; the backward pass measures no more."""
-        first, settings = self._task.first_norm, self._named(at)
+    def _note(self, at: Linearization, diagnostics: Sequence[Diagnostics] = ()) -> None:
+        """Measure each task's inner problem, once, and take note of it."""
+        if not at.sizes:
+            norm, at.sizes = at.gradient_norm, []
+            first = torch.as_tensor(self._task.first_norm, device=norm.device).expand_as(norm)
+            columns = map(Tensor.double, (norm, first, *at.scales()))
+            for row in torch.stack([*columns], 1).tolist():
+                at.sizes.append(Sizes(row[0], row[1], math.nan, 1.0, 0.0, tuple(row[2:])))
+        settings = self.max_error, self.inner, self.linear
         steps = [self._task.steps] * len(at.point) if at.steps is None else at.steps.tolist()
-        rows = zip(diagnostics, steps, at.sizes(first), at.inner_errors(first), strict=True)
-        for found, taken, sizes, error in rows:
-            found.adapted(taken, sizes.gradient, error, settings)
-
-    def _named(self, at: Linearization) -> Settings:
-        solved = isinstance(at, LinearHeads) and at.solved
-        return Settings(self.max_error, self.inner, self.linear, solved)
+        for mine, taken, sizes in zip(diagnostics, steps, at.sizes, strict=False):
+            errors = at.errors(sizes, 0.0, 0.0)[0], math.nan, math.nan
+            mine.record(taken, 0, None, sizes, errors, at.is_bound, settings)
 
     # The backward pass.
 
@@ -748,8 +725,9 @@ class ImplicitCGHead(MAML):
             else answer.products_error,
         )  # fmt: skip
         rows = torch.stack([*map(Tensor.double, columns)], 1).tolist()
-        found, settings = at.sizes(self._task.first_norm), self._named(at)
-        for mine, sizes, row, reason in zip(diagnostics, found, rows, answer.reason, strict=True):
+        tasks = zip(diagnostics, at.sizes, rows, answer.reason, strict=True)
+        settings = self.max_error, self.inner, self.linear
+        for mine, sizes, row, reason in tasks:
             sizes = sizes._replace(residual=row[0], b=row[1], v=row[2])
             errors = at.errors(sizes, damping, torch.finfo(phi.dtype).eps)
             errors = errors[0], errors[1], errors[2] + row[5]

@@ -61,7 +61,8 @@ def adapt_heads(
 ) -> AdaptedHeads:  # fmt: skip
     """`ImplicitCGHead.adapt_together`."""
     checks.can_be_together(learner)
-    learner.diagnostics.say()
+    if learner.diagnostics.waiting is not None:
+        learner.diagnostics.say()
     checks.count("steps (K)", steps)
     head: nn.Linear = learner.module
     loss, keep = learner.loss, torch.is_grad_enabled()

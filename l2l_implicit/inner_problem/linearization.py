@@ -43,8 +43,7 @@ class SquaredDistance:
         self._l2 = l2 if isinstance(l2, Tensor) and l2.requires_grad else None
         self._anchor, self.center = anchor, None
         if anchor:
-            rows = [a.detach().reshape(tasks, -1) for a in anchor]
-            self.center = torch.cat(rows, 1).to(dtype)
+            self.center = torch.cat([a.detach().reshape(tasks, -1) for a in anchor], 1).to(dtype)
         self.strength = l2.item() if isinstance(l2, Tensor) else float(l2)
         if not 0.0 <= self.strength < math.inf:
             checks.coefficient(l2)
@@ -85,8 +84,7 @@ class SquaredDistance:
         return [*([] if self._l2 is None else [self._l2]), *self._anchor]
 
     def mixed_vjp(self, point: Tensor, vector: Tensor) -> list[Tensor | None]:
-        """Mixed products with ``vector``, summed over tasks that share a source, for each of them.
-        """
+        """Mixed products with ``vector`` for each of `sources`, summed over tasks that share it."""
         products: list[Tensor | None] = []
         if self._l2 is not None:
             products.append((self.offset(point) * vector).sum().to(self._l2).view_as(self._l2))
@@ -140,8 +138,9 @@ class Linearization(ABC):
         differentiable: whether there are products; without them there are value and gradient.
         steps: inner steps that led here, where the solver counts them itself, ``[T]``.
         elsewhere: g and its gradient at other points, where a closure can compute them.
-        accuracy: the error (`inner_errors`) at which the learner ends the inner loop; a solver's
+        accuracy: the inner part of `errors` at which the learner ends the inner loop; a solver's
             own tolerance then stands idle. None: there is none.
+        sizes: each task's norms, as far as they are known without a linear system, once measured.
 
     Example:
         >>> import torch
@@ -160,6 +159,7 @@ class Linearization(ABC):
     steps: Tensor | None = None
     elsewhere: Evaluate | None = None
     accuracy: float | None = None
+    sizes: Sequence[Sizes] = ()
 
     def __init__(self, point: Tensor, quadratic: SquaredDistance) -> None:
         self.point, self.quadratic = point, quadratic
@@ -228,24 +228,6 @@ class Linearization(ABC):
     # How wrong the hypergradient is: docs/mathematics.md derives it and names the constants.
 
     is_bound = False
-
-    _sizes: list[Sizes] | None = None
-
-    def sizes(self, first: float | Tensor) -> list[Sizes]:
-        """Each task's norms, with the ``first`` one, as if the linear system were solved.
-
-        They are measured once: `adapt` asks for them, and the backward pass again.
-        """
-        if self._sizes is None:
-            norm = self.gradient_norm
-            columns = norm, torch.as_tensor(first, device=norm.device).expand_as(norm)
-            rows = torch.stack([*map(Tensor.double, (*columns, *self.scales()))], 1).tolist()
-            self._sizes = [Sizes(r[0], r[1], 0.0, 1.0, 0.0, tuple(r[2:])) for r in rows]
-        return self._sizes
-
-    def inner_errors(self, first: float | Tensor) -> list[float]:
-        """The part of `errors` that is the inner minimum's, for each task."""
-        return [self.errors(sizes, 0.0, 0.0)[0] for sizes in self.sizes(first)]
 
     def scales(self) -> tuple[Tensor, ...]:
         """What `errors` needs to know of the point, each ``[T]``."""

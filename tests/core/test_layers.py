@@ -140,7 +140,7 @@ CORE = (
     "learner.py", "together.py", "implicit_diff.py", "diagnostics.py", "per_task_norm.py",
     "inner_problem", "inner_solvers", "linear_solvers",
 )  # fmt: skip
-CORE_LINES, LIBRARY_LINES, FILES, FUNCTIONS = 4920, 9550, 12, 80
+CORE_LINES, LIBRARY_LINES, FILES, FUNCTIONS = 4990, 9670, 12, 80
 LABELS = torch.arange(25) % 5
 
 

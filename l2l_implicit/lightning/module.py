@@ -7,18 +7,19 @@ import inspect
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from learn2learn.algorithms import LightningANIL, LightningEpisodicModule, LightningMAML
 from learn2learn.utils import accuracy
 from torch import Tensor, nn
+from torch.nn.functional import l1_loss
 
 from l2l_implicit import checks
 from l2l_implicit.imaml import ImplicitMAML
 from l2l_implicit.learner import ImplicitCGHead
 from l2l_implicit.tasks import split_support_query
-from l2l_implicit.tasks.episode import Labelled
+from l2l_implicit.vectors import buffers_apart
 
 _ARGUMENTS = inspect.signature(ImplicitCGHead).parameters
 _OTHERS = ("model", "lr", "loss", "unknown")  # LightningANIL's, or no setting
@@ -30,31 +31,17 @@ _ANIL = (
 _COMMAND_LINE = {"l2": float, "anchor": str, "max_error": float}
 
 
-class Kind(NamedTuple):
-    """What a task's labels are: the loss, the metric, its name, and whether samples have classes.
-    """
-
-    loss: type[nn.Module]
-    metric: Callable[[Tensor, Tensor], Tensor]
-    name: str
-    classes: bool
-
-
-def absolute_error(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Mean over samples and outputs, in the labels' unit; any shape, a scalar."""
-    return (outputs - labels).abs().mean()
-
-
 def f1(outputs: Tensor, labels: Tensor) -> Tensor:
     """Twice the labels that are found, over those found or there: logits and 0 or 1, ``[q, k]``."""
     found, there = outputs > 0, labels > 0.5
     return 2 * (found & there).sum() / (found.sum() + there.sum()).clamp_min(1)
 
 
-KINDS = {
-    "classification": Kind(nn.CrossEntropyLoss, accuracy, "accuracy", True),
-    "regression": Kind(nn.MSELoss, absolute_error, "absolute_error", False),
-    "multilabel": Kind(nn.BCEWithLogitsLoss, f1, "f1", False),
+# Of each ``task``: the loss, the metric and its name.
+TASKS: dict[str, tuple[type[nn.Module], Callable[[Tensor, Tensor], Tensor], str]] = {
+    "classification": (nn.CrossEntropyLoss, accuracy, "accuracy"),
+    "regression": (nn.MSELoss, l1_loss, "absolute_error"),
+    "multilabel": (nn.BCEWithLogitsLoss, f1, "f1"),
 }
 
 
@@ -69,13 +56,12 @@ class _Implicit(LightningEpisodicModule):  # type: ignore[misc]  # learn2learn i
         self, *modules: nn.Module, loss: Any = None, task: str = "classification", **kwargs: Any
     ) -> None:
         _check_names(kwargs)
-        checks.choice("task", task, KINDS)
+        checks.choice("task", task, TASKS)
         kwargs.setdefault("adaptation_steps", _Implicit.adaptation_steps)
-        super().__init__(*modules, KINDS[task].loss() if loss is None else loss, **kwargs)
-        self._kind = KINDS[task]
+        super().__init__(*modules, TASKS[task][0]() if loss is None else loss, **kwargs)
         settings = {name: kwargs[name] for name in _SETTINGS if name in kwargs}
-        learner = self._learner(modules[-1], self.adaptation_lr, **settings)
-        setattr(self, self._place, learner)
+        setattr(self, self._place, self._learner(modules[-1], self.adaptation_lr, **settings))
+        self._classes, self._metric, self._name = task == "classification", *TASKS[task][1:]
         # A tensor or a solver is passed again to load_from_checkpoint.
         plain = (bool, int, float, str, type(None))
         kept = {k: v for k, v in settings.items() if isinstance(v, plain)}
@@ -85,11 +71,11 @@ class _Implicit(LightningEpisodicModule):  # type: ignore[misc]  # learn2learn i
     def add_model_specific_args(cls, parent_parser: ArgumentParser) -> ArgumentParser:
         """learn2learn's command line options and those of the implicit learner."""
         parser: ArgumentParser = LightningANIL.add_model_specific_args(parent_parser)
-        defaults = inspect.signature(cls._learner).parameters
+        own = inspect.signature(cls._learner).parameters
+        defaults = {**_SETTINGS, **{name: p.default for name, p in own.items()}}
         for name, kind in _COMMAND_LINE.items():
-            default = defaults[name].default if name in defaults else _SETTINGS[name]
-            parser.add_argument(f"--{name}", type=kind, default=default)
-        parser.add_argument("--task", choices=[*KINDS], default="classification")
+            parser.add_argument(f"--{name}", type=kind, default=defaults[name])
+        parser.add_argument("--task", choices=[*TASKS], default="classification")
         parser.set_defaults(adaptation_steps=_Implicit.adaptation_steps)
         return parser
 
@@ -110,7 +96,7 @@ class _Implicit(LightningEpisodicModule):  # type: ignore[misc]  # learn2learn i
         """
         learning = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(learning):
-            data, labels = (_normal(tensor) for tensor in batch)
+            data, labels = (t.clone() if t.is_inference() else t for t in batch)
             if learning:
                 return self._learn(data, labels, shots)
             with _put_back(self):
@@ -122,17 +108,17 @@ class _Implicit(LightningEpisodicModule):  # type: ignore[misc]  # learn2learn i
     def _learn(self, data: Tensor, labels: Tensor, shots: int) -> tuple[Tensor, Tensor]:
         learner = getattr(self, self._place).clone()
         learner.train()
-        split = split_support_query if self._kind.classes else _first
-        (x, y), (x_query, y_query) = split(self._embed(data), labels, shots)
-        learner.adapt(
-            lambda: self.loss(*self._fit(learner(x), y)), steps=self.adaptation_steps
-        )
-        outputs, y_query = self._fit(learner(x_query), y_query)
-        return self.loss(outputs, y_query), self._kind.metric(outputs, y_query)
+        classes = labels if self._classes else torch.zeros(len(labels), device=labels.device)
+        (one, _), (two, _) = split_support_query(torch.arange(len(data)), classes, shots)
+        h, (one, two) = self._embed(data), (i.to(data.device) for i in (one, two))
+        x, y = h[one], labels[one]
+        learner.adapt(lambda: self.loss(*self._fit(learner(x), y)), steps=self.adaptation_steps)
+        predicted = self._fit(learner(h[two]), labels[two])
+        return self.loss(*predicted), self._metric(*predicted)
 
     def _fit(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Labels of the outputs' shape: a loss of two shapes broadcasts them without a word."""
-        if self._kind.classes:
+        if self._classes:
             return outputs, labels
         if labels.numel() != outputs.numel():
             raise ValueError(
@@ -144,7 +130,7 @@ class _Implicit(LightningEpisodicModule):  # type: ignore[misc]  # learn2learn i
     def log(self, name: str, value: Any, *arguments: Any, **options: Any) -> None:
         """Lightning's, over all devices unless ``sync_dist=False``; the metric by its name."""
         options.setdefault("sync_dist", True)
-        super().log(name.replace("accuracy", self._kind.name), value, *arguments, **options)
+        super().log(name.replace("accuracy", self._name), value, *arguments, **options)
 
 
 class LightningImplicitCGHead(_Implicit, LightningANIL):  # type: ignore[misc]
@@ -169,11 +155,10 @@ class LightningImplicitCGHead(_Implicit, LightningANIL):  # type: ignore[misc]
             the first ``shots`` samples of a task are those to adapt to.
         **kwargs: LightningANIL's (``train_ways``, ``train_shots``, ``train_queries``, ``test_*``,
             ``lr``, ``scheduler_step``, ``scheduler_decay``, ``adaptation_lr``,
-            ``adaptation_steps``; the last is the most inner steps K, 20 by default, since this
-            inner problem is to be solved) and `ImplicitCGHead`'s (``l2``, ``anchor``, ``inner``,
-            ``linear``, ...). Others are ignored, as LightningANIL ignores them, so that a whole
-            ``**vars(args)`` may be passed. A checkpoint keeps numbers, words and flags;
-            ``inner``, ``linear`` and a tensor ``l2`` are passed again to ``load_from_checkpoint``.
+            ``adaptation_steps``: at most K inner steps, 20 by default, as this inner problem is to
+            be solved) and `ImplicitCGHead`'s. Others are ignored, as LightningANIL ignores them. A
+            checkpoint keeps numbers, words and flags; solvers and a tensor ``l2`` are passed again
+            to ``load_from_checkpoint``.
 
     Attributes:
         classifier: the `ImplicitCGHead`; its ``diagnostics`` count what was not solved.
@@ -208,19 +193,11 @@ class LightningImplicitCGHead(_Implicit, LightningANIL):  # type: ignore[misc]
 class LightningImplicitMAML(_Implicit, LightningMAML):  # type: ignore[misc]
     """Meta-learns the initial value that `ImplicitMAML` adapts, under a Lightning Trainer.
 
-    Takes the place of ``learn2learn.algorithms.LightningMAML``; all else is as in
-    `LightningImplicitCGHead`.
+    Takes the place of ``learn2learn.algorithms.LightningMAML``.
 
     Args:
-        model: inputs to outputs; all of it is adapted.
-        loss, task: as there.
-        **kwargs: LightningMAML's and `ImplicitMAML`'s; ``adaptation_steps`` is 20 by default.
-
-    Attributes:
-        model: the `ImplicitMAML`; its ``diagnostics`` count what was not solved.
-
-    Raises:
-        TypeError, ValueError: as there.
+        model: inputs to outputs; all of it is adapted. The attribute is the `ImplicitMAML`.
+        loss, task, **kwargs: as in `LightningImplicitCGHead`, with `ImplicitMAML`'s settings.
 
     References:
         Rajeswaran et al. (2019), Algorithm 1.
@@ -240,34 +217,16 @@ class LightningImplicitMAML(_Implicit, LightningMAML):  # type: ignore[misc]
         super().__init__(model, loss=loss, **kwargs)
 
 
-def _first(data: Tensor, labels: Tensor, shots: int) -> tuple[Labelled, Labelled]:
-    """A task's first samples to adapt to, the others as queries."""
-    if not 0 < shots < len(data) == len(labels):
-        raise ValueError(
-            f"shots: expected 1 to {len(data) - 1} of a task's {len(data)} samples, the others "
-            f"being queries, with a label each, got {shots} and {len(labels)} labels; set "
-            "train_shots and test_shots"
-        )
-    return (data[:shots], labels[:shots]), (data[shots:], labels[shots:])
-
-
-def _normal(tensor: Tensor) -> Tensor:
-    """``tensor``, or a copy that autograd may keep if it was made in inference mode."""
-    return tensor.clone() if tensor.is_inference() else tensor
-
-
 @contextmanager
 def _put_back(module: nn.Module) -> Iterator[None]:
     """The module's mode and buffers are afterwards what they were before."""
     modes = [(part, part.training) for part in module.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
-        yield
+        with buffers_apart(module):
+            yield
     finally:
         for part, training in modes:
             part.training = training
-        for buffer, before in buffers:
-            buffer.copy_(before)
 
 
 def _check_names(given: Mapping[str, Any]) -> None:

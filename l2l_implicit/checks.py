@@ -56,6 +56,9 @@ def settings(
 ) -> None:
     """The inner problem and its solvers."""
     coefficient(l2)
+    if isinstance(anchor, Tensor | list | tuple):
+        got, own = type(anchor).__name__, "give a task its own by clone(anchor=...)"
+        raise TypeError(f"anchor: expected 'zero' or 'init', got {got}; {own}")
     choice("anchor", anchor, ("zero", "init"))
     if isinstance(inner, type) or not callable(getattr(inner, "begin", None)):
         raise TypeError(
@@ -255,6 +258,20 @@ def inner_parameters(module: nn.Module, allow_nograd: bool) -> list[Tensor]:
 
 _REQUIRES_GRAD = operator.attrgetter("requires_grad")
 _KIND = operator.attrgetter("dtype", "device")
+
+
+def anchor(given: Any, phi: Sequence[Tensor], *tasks: int) -> list[Tensor]:
+    """A task's own anchor: a tensor for each of phi; of several tasks, with one more dimension."""
+    tensors = list(given) if isinstance(given, tuple | list) else [given]
+    shapes, device = [(*tasks, *p.shape) for p in phi], phi[0].device
+    fit = [isinstance(a, Tensor) and a.is_floating_point() and a.device == device for a in tensors]
+    if not all(fit) or [tuple(a.shape) for a in tensors] != shapes:
+        got = [(*a.shape, a.dtype) if isinstance(a, Tensor) else type(a).__name__ for a in tensors]
+        raise ValueError(
+            f"anchor: expected floats of the adapted parameters' shapes {shapes} on {device}, got "
+            f"{got}; give a tensor for each of them, in their order"
+        )
+    return tensors
 
 
 def loss(value: Any) -> Tensor:

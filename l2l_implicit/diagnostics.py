@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, field
+from typing import Any
 
 from l2l_implicit.inner_problem.linearization import Sizes
-from l2l_implicit.linear_solvers.solution import FACTORED, INEXACT, REMEDIES
+from l2l_implicit.linear_solvers.solution import INEXACT, REMEDIES
 
 
 class UnsolvedWarning(UserWarning):
     """The hypergradient's error may be above ``max_error``: the inner problem or the linear system
     was not solved well enough.
 
-    Given once by each learner; `Diagnostics` counts every case.
+    Given once by each learner: by ``backward()``; at test time, where there is none, by ``adapt``
+    under ``torch.no_grad()``, else when the next task begins. `Diagnostics` counts every case.
 
     Example:
         >>> import warnings
@@ -35,11 +37,15 @@ class UnsolvedWarning(UserWarning):
 
 @dataclass
 class Diagnostics:
-    """The last hypergradient's diagnostics; on a parent, those of its last clone to be used.
+    """The last task's diagnostics; on a parent, those of its last clone to be used.
+
+    ``adapt`` fills in the first two and ``unsolved_inner``, also under ``torch.no_grad()``. The
+    rest is ``backward()``'s: nan, ``""`` or 0 until then.
 
     Attributes:
         inner_steps: inner steps before the linearization.
-        inner_gradient_norm: norm of the inner objective's gradient at the linearization point.
+        inner_gradient_norm: norm of the inner objective's gradient at the linearization point:
+            where a closure's steps ended; with loss tensors, where the last loss was computed.
         cg_steps: Hessian-vector products of the last linear solve, gradients with `Perturbed`; 0
             for a factor.
         cg_residual: relative residual of the linear system.
@@ -51,7 +57,9 @@ class Diagnostics:
         is_bound: which of the two it is.
         hypergradients: how many were computed.
         unsolved: how many of them had an error above ``max_error``.
-        unsolved_inner, unsolved_linear: how many because of the one or the other part alone.
+        unsolved_inner: how many inner problems make one by themselves, with a hypergradient or (at
+            test time) without.
+        unsolved_linear: how many linear systems do.
 
     Example:
         >>> import torch
@@ -78,34 +86,58 @@ class Diagnostics:
     unsolved_inner: int = 0
     unsolved_linear: int = 0
     parent: Diagnostics | None = field(default=None, repr=False, compare=False)
+    _said: bool = field(default=False, repr=False, compare=False)
     _said_unreached: bool = field(default=False, repr=False, compare=False)
+    # Of an unsolved inner problem to which no hypergradient has come; a parent's last of those.
+    _open: tuple[Any, ...] | None = field(default=None, repr=False, compare=False)
+    waiting: Diagnostics | None = field(default=None, repr=False, compare=False)
 
     def record(
-        self, steps: int, products: int, reason: str, sizes: Sizes,
+        self, steps: int, products: int, reason: str | None, sizes: Sizes,
         errors: tuple[float, float, float], is_bound: bool, settings: tuple[float, object, object],
     ) -> None:  # fmt: skip
         """Take note of one hypergradient, here and on every parent; warn of the first bad one.
 
         Args:
-            steps, products, reason: inner steps taken; of the linear solve.
+            steps, products, reason: inner steps taken; of the linear solve. None: of an inner
+                problem as ``adapt`` has left it, without a hypergradient.
             sizes: norms at the linearization.
             errors, is_bound: its error's parts (inner problem, linear system, rounding), and
                 whether their sum is a bound.
             settings: ``max_error``, and the two solvers, which a warning names.
         """
-        self.inner_steps, self.inner_gradient_norm = steps, sizes.gradient
-        self.cg_steps, self.cg_residual, self.cg_reason = products, sizes.residual, reason
-        self.hypergradient_error, self.is_bound = sum(errors), is_bound
-        limit = settings[0]
-        bad = not self.hypergradient_error <= limit
-        self.hypergradients += 1
-        self.unsolved += bad
-        self.unsolved_inner += not errors[0] <= limit
-        self.unsolved_linear += not errors[1] <= limit
-        if self.parent is not None:
-            self.parent.record(steps, products, reason, sizes, errors, is_bound, settings)
-        elif bad and self.unsolved == 1:
-            warnings.warn(self._why(errors, *settings), UnsolvedWarning, stacklevel=2)
+        error, limit = sum(errors), settings[0]
+        bad, inner, linear = not error <= limit, not errors[0] <= limit, not errors[1] <= limit
+        done, before = reason is not None, self._open is not None
+        waits = inner and not done
+        self._open = (errors[0], is_bound, settings) if waits else None
+        one = self
+        while True:
+            one.inner_steps, one.inner_gradient_norm = steps, sizes.gradient
+            one.cg_steps, one.cg_residual, one.cg_reason = products, sizes.residual, reason or ""
+            one.hypergradient_error, one.is_bound = error, is_bound and done
+            one.unsolved_inner += inner - before  # by a step or a hypergradient of the same task
+            if done:
+                one.hypergradients += 1
+                one.unsolved += bad
+                one.unsolved_linear += linear
+            one.waiting = self if waits else one.waiting
+            if one.parent is None:
+                break
+            one = one.parent
+        if bad and done and not one._said:
+            one._said = True
+            warnings.warn(self._why(errors, is_bound, *settings), UnsolvedWarning, stacklevel=2)
+
+    def say(self) -> None:
+        """Warn of an unsolved inner problem to which no hypergradient has come."""
+        last, self.waiting, root = self.waiting, None, self
+        while root.parent is not None:
+            root = root.parent
+        if last is not None and last._open is not None and not root._said:
+            root._said, (error, is_bound, settings) = True, last._open
+            text = last._why((error, 0.0, 0.0), is_bound, *settings)
+            warnings.warn(text, UnsolvedWarning, stacklevel=3)
 
     def unreached(self) -> None:
         """Warn, once, that a hypergradient reached nothing that could be meta-learned."""
@@ -123,8 +155,9 @@ class Diagnostics:
             )
 
     def _why(
-        self, errors: tuple[float, float, float], limit: float, inner: object, linear: object
-    ) -> str:
+        self, errors: tuple[float, float, float], is_bound: bool, limit: float, inner: object,
+        linear: object,
+    ) -> str:  # fmt: skip
         """What is wrong, by the largest part of the error, and what to do."""
         parts = [math.inf if math.isnan(error) else error for error in errors]
         if parts[0] == max(parts):
@@ -133,7 +166,7 @@ class Diagnostics:
                 f"{self.inner_gradient_norm:.2g} after {self.inner_steps} steps of {inner}"
             )
             remedy = "use inner=Newton()"
-            if self.cg_reason == FACTORED:
+            if is_bound:
                 remedy = "scale the features down, or raise l2"
             elif getattr(inner, "at_once", False):
                 remedy = "take more steps, or raise l2"
@@ -149,7 +182,7 @@ class Diagnostics:
         else:
             what = "the precision does not suffice for features of this size and this l2"
             remedy = "use float64, scale the features down, or raise l2"
-        got = f"{'at most' if self.is_bound else 'about'} {sum(parts):.2g}"
+        got = f"{'at most' if is_bound else 'about'} {sum(parts):.2g}"
         got = got if sum(parts) < 100.0 else "one that is not known"
         return (
             f"{what}; expected a relative error of the hypergradient of at most {limit:g}, got "

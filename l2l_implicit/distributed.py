@@ -210,8 +210,10 @@ def connect(timeout: float = TIMEOUT) -> Iterator[Ranks]:
     if ranks.size == 1:
         yield ranks
         return
+    gpus = torch.cuda.is_available() and dist.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     with ranks._answers():
-        dist.init_process_group(_backend(), timeout=timedelta(seconds=timeout))
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     try:
         yield ranks
     finally:
@@ -223,11 +225,6 @@ def _launched() -> Ranks:
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return ALONE
     return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-
-
-def _backend() -> str:
-    gpus = torch.cuda.is_available() and dist.is_nccl_available()
-    return "cpu:gloo,cuda:nccl" if gpus else "gloo"
 
 
 def own_device() -> torch.device:

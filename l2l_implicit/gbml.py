@@ -56,18 +56,11 @@ class ImplicitGBML(ImplicitCGHead):
     """
 
     def __init__(
-        self,
-        module: nn.Module,
-        transform: Transform | None = None,
-        lr: float = 1.0,
-        adapt_transform: bool = False,
-        first_order: bool = False,
-        allow_unused: bool | None = None,
-        allow_nograd: bool = False,
-        *,
-        compute_update: ParameterUpdate | None = None,
-        **settings: Any,
-    ) -> None:
+        self, module: nn.Module, transform: Transform | None = None, lr: float = 1.0,
+        adapt_transform: bool = False, first_order: bool = False,
+        allow_unused: bool | None = None, allow_nograd: bool = False, *,
+        compute_update: ParameterUpdate | None = None, **settings: Any,
+    ) -> None:  # fmt: skip
         super().__init__(module, lr, first_order, allow_unused, allow_nograd, **settings)
         if adapt_transform:
             raise ValueError(

@@ -48,26 +48,13 @@ class ImplicitMAML(ImplicitCGHead):
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        lr: float,
-        first_order: bool = False,
-        allow_unused: bool | None = None,
-        allow_nograd: bool = False,
-        *,
-        l2: float | Tensor = 0.5,
-        anchor: str = "init",
+        self, model: nn.Module, lr: float, first_order: bool = False,
+        allow_unused: bool | None = None, allow_nograd: bool = False, *,
+        l2: float | Tensor = 0.5, anchor: str = "init",
         inner: InnerSolver = GradientDescent(),  # noqa: B008  (frozen)
         **settings: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(
-            model,
-            lr,
-            first_order,
-            allow_unused,
-            allow_nograd,
-            l2=l2,
-            anchor=anchor,
-            inner=inner,
+            model, lr, first_order, allow_unused, allow_nograd, l2=l2, anchor=anchor, inner=inner,
             **settings,
-        )
+        )  # fmt: skip

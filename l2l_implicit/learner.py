@@ -165,7 +165,8 @@ class ImplicitCGHead(MAML):
             hypergradient is exact as long as it stays a leaf; keep it positive).
         anchor: ``'zero'``: a = 0 (Yang et al.; the module's initial value is where the inner
             solver starts, and its hypergradient is exactly zero); ``'init'``: a is the module's
-            initial value, which is meta-learned (Rajeswaran et al.).
+            initial value, which is meta-learned (Rajeswaran et al.). A task may have a value of
+            its own in place of the module's: ``clone(anchor=...)``.
         inner: the inner solver: `Newton`, `GradientDescent` (the papers'), `LBFGS`, or one of your
             own, an `InnerSolver`.
         linear: the solver of the linear system in the backward pass: `CG`, `Neumann`, `Nystrom`,
@@ -201,24 +202,15 @@ class ImplicitCGHead(MAML):
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        lr: float,
-        first_order: bool = False,
-        allow_unused: bool | None = None,
-        allow_nograd: bool = False,
-        *,
-        l2: float | Tensor = 0.1,
-        anchor: str = "zero",
+        self, model: nn.Module, lr: float, first_order: bool = False,
+        allow_unused: bool | None = None, allow_nograd: bool = False, *,
+        l2: float | Tensor = 0.1, anchor: str = "zero",
         inner: InnerSolver = Newton(),  # noqa: B008  (frozen)
         linear: LinearSolver | Perturbed = CG(),  # noqa: B008
         curvature: Curvature = Hessian(),  # noqa: B008
-        loss: nn.Module | None = None,
-        warm_start: bool = False,
-        accuracy: float | None = None,
-        max_error: float | None = None,
-        **unknown: Any,
-    ) -> None:
+        loss: nn.Module | None = None, warm_start: bool = False,
+        accuracy: float | None = None, max_error: float | None = None, **unknown: Any,
+    ) -> None:  # fmt: skip
         checks.keywords(type(self).__name__, unknown)
         checks.model_and_lr(model, lr)
         super().__init__(model, lr, first_order, allow_unused, allow_nograd)
@@ -268,19 +260,21 @@ class ImplicitCGHead(MAML):
     # learn2learn's contract.
 
     def clone(
-        self: Self,
-        first_order: bool | None = None,
-        allow_unused: bool | None = None,
-        allow_nograd: bool | None = None,
-        *,
-        task: Hashable | None = None,
-    ) -> Self:
+        self: Self, first_order: bool | None = None, allow_unused: bool | None = None,
+        allow_nograd: bool | None = None, *,
+        task: Hashable | None = None, anchor: Tensor | Sequence[Tensor] | None = None,
+    ) -> Self:  # fmt: skip
         """A learner for one task, whose parameters are copies of this one's.
 
         Args:
             first_order, allow_unused, allow_nograd: as in the constructor; None keeps its value.
             task: the task's identity, for ``warm_start``; None starts afresh.
+            anchor: a value of this task's own, in place of the module's initial one, to start from
+                and as the anchor a: a tensor for each adapted parameter, in their order and shapes.
+                The hypergradient reaches what made them (prototypes, a hypernetwork).
         """
+        if self.diagnostics.waiting is not None:
+            self.diagnostics.say()
         clone = shallow_copy(self)
         clone.module = clone_module(self.module)
         clone.first_order = self.first_order if first_order is None else first_order
@@ -290,10 +284,22 @@ class ImplicitCGHead(MAML):
         clone._task = Task(key=task, initial=list(self.module.parameters()))
         for initial, copied in zip(clone._task.initial, clone.module.parameters(), strict=True):
             copied.requires_grad_(initial.requires_grad)  # clones made under no_grad() lose it
+        if anchor is not None:
+            clone._begin_at(anchor)
         if clone._memory is not None and task in clone._memory:
             phi = checks.inner_parameters(clone.module, clone.allow_nograd)
             clone._put(clone._memory[task].phi, phi)
         return clone
+
+    def _begin_at(self, anchor: Tensor | Sequence[Tensor]) -> None:
+        """Take the task's own initial value and anchor; the module's gets a gradient of zero."""
+        phi = checks.inner_parameters(self.module, self.allow_nograd)
+        pairs = zip(checks.anchor(anchor, phi), phi, strict=True)
+        own = [a.to(p.dtype) + 0.0 * p for a, p in pairs]
+        places = dict(zip(map(id, phi), own, strict=True))
+        self._task.initial = [places.get(id(p), p) for p in self.module.parameters()]
+        substitute(self.module, phi, [a.clone().requires_grad_() for a in own])
+        self.anchor = "init"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output; inputs with history are noted as part of theta.
@@ -316,14 +322,10 @@ class ImplicitCGHead(MAML):
             return run(*args, **kwargs)
 
     def adapt(
-        self,
-        loss: Tensor | Closure,
-        first_order: bool | None = None,
-        allow_unused: bool | None = None,
-        allow_nograd: bool | None = None,
-        *,
+        self, loss: Tensor | Closure, first_order: bool | None = None,
+        allow_unused: bool | None = None, allow_nograd: bool | None = None, *,
         steps: int | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         r"""One inner step from a loss tensor, or ``steps`` of them from a closure.
 
         A linear head under `Newton` (cross-entropy or squared error, recognised in the loss's
@@ -376,7 +378,10 @@ class ImplicitCGHead(MAML):
             else:
                 self._adapt_closure(loss, phi, unused, keep, steps or 1)
 
-    def adapt_together(self, features: Tensor, targets: Tensor, steps: int = 20) -> AdaptedHeads:
+    def adapt_together(
+        self, features: Tensor, targets: Tensor, steps: int = 20,
+        anchor: Tensor | Sequence[Tensor] | None = None,
+    ) -> AdaptedHeads:  # fmt: skip
         """Adapt this linear head to T tasks at once; the numbers are those of T clones.
 
         The number of operations does not depend on T.
@@ -385,6 +390,7 @@ class ImplicitCGHead(MAML):
             features: of the support sets, ``[T, m, d]``.
             targets: classes ``[T, m]``, or for the squared error numbers ``[T, m, k]``.
             steps: the most inner steps K; `Newton` solves the problem whatever they are.
+            anchor: of each task, as in `clone`: ``[T, k, d]``, and ``[T, k]`` with a bias.
 
         Returns:
             T adapted heads: call them with query features ``[T, q, d]``.
@@ -408,7 +414,7 @@ class ImplicitCGHead(MAML):
 
         several = shallow_copy(self)
         several._task = Task(key=None, initial=list(self.module.parameters()))
-        return adapt_heads(several, features, targets, steps)
+        return adapt_heads(several, features, targets, steps, anchor)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -442,6 +448,7 @@ class ImplicitCGHead(MAML):
                 return
             there.sees(known)
             self._install(there.point, phi, there if keep else None)
+            self._note(there, [self.diagnostics])
             if keep:
                 task.solution, task.linear = there.point[0].to(phi[0].dtype), self.linear
             return
@@ -462,6 +469,7 @@ class ImplicitCGHead(MAML):
             task.taken, task.looks = StepTaken.of(new, point), task.looks + 1
         new = None
         self._install(point, phi, at if keep else None)
+        self._note(at, [self.diagnostics])
 
     def _adapt_closure(
         self, closure: Closure, phi: list[Tensor], unused: bool, keep: bool, steps: int
@@ -470,10 +478,8 @@ class ImplicitCGHead(MAML):
         before = self._task.steps, self._task.first_norm
         try:
             at: Linearization | None = self._solve_heads(objective, steps)
-            if at is not None:
-                point = at.point
-            else:
-                point, at = descend(
+            if at is None:
+                at = descend(
                     objective.linearize, objective.evaluate, self._step, objective.start,
                     steps=steps, keep=keep,
                     hvp=not self._plain_step or getattr(self._stepper(), "needs_hvp", True),
@@ -486,7 +492,10 @@ class ImplicitCGHead(MAML):
             raise
         if keep:
             end_of_gradients(objective.leaves)
-        self._install(point, objective.phi, at if keep else None, objective)
+        self._install(at.point, objective.phi, at if keep else None, objective)
+        self._note(at, [self.diagnostics])
+        if not keep:
+            self.diagnostics.say()
 
     def _solve_heads(self, objective: _ClosureObjective, steps: int) -> LinearHeads | None:
         """The end of the inner loop of a closure whose loss is one of a linear head; else None."""
@@ -555,7 +564,8 @@ class ImplicitCGHead(MAML):
         task.first_norm = task.first_norm or norm
         if self.accuracy is not None:
             at.accuracy = _PART * self.accuracy
-            if at.inner_error(float(task.first_norm)) <= at.accuracy:
+            self._note(at)
+            if at.errors(at.sizes[0], 0.0, 0.0)[0] <= at.accuracy:
                 task.steps -= 1
                 return at.point
         phi = self.inner_step(at)
@@ -632,7 +642,8 @@ class ImplicitCGHead(MAML):
     ) -> None:  # fmt: skip
         """Make ``point`` the module's parameters, with the implicit gradient of ``at``."""
         task = self._task
-        task.release()
+        if task.saved is not None:
+            task.release()
         task.solution = task.saved = task.again = None
         if at is None:
             self._put(point, phi)
@@ -650,6 +661,20 @@ class ImplicitCGHead(MAML):
             assert objective.random is not None
             task.again = Again(objective, self.module, new, saved, objective.random)
             at.revisited_by(weakref.ref(task.again))
+
+    def _note(self, at: Linearization, diagnostics: Sequence[Diagnostics] = ()) -> None:
+        """Measure each task's inner problem, once, and take note of it."""
+        if not at.sizes:
+            norm, at.sizes = at.gradient_norm, []
+            first = torch.as_tensor(self._task.first_norm, device=norm.device).expand_as(norm)
+            columns = map(Tensor.double, (norm, first, *at.scales()))
+            for row in torch.stack([*columns], 1).tolist():
+                at.sizes.append(Sizes(row[0], row[1], math.nan, 1.0, 0.0, tuple(row[2:])))
+        settings = self.max_error, self.inner, self.linear
+        steps = [self._task.steps] * len(at.point) if at.steps is None else at.steps.tolist()
+        for mine, taken, sizes in zip(diagnostics, steps, at.sizes, strict=False):
+            errors = at.errors(sizes, 0.0, 0.0)[0], math.nan, math.nan
+            mine.record(taken, 0, None, sizes, errors, at.is_bound, settings)
 
     # The backward pass.
 
@@ -692,24 +717,22 @@ class ImplicitCGHead(MAML):
                 f"system{f' of tasks {bad}' if len(b) > 1 else ''}; look for nan in the data or "
                 "the query loss, or raise l2"
             )
-        device, first = b.device, self._task.first_norm
         columns = (
-            at.gradient_norm, torch.as_tensor(first, device=device).expand(len(b)),
             answer.relative_residual, vector_norm(b, dim=1),
             vector_norm(answer.solution, dim=1), answer.steps,
             torch.full_like(answer.steps, self._task.steps) if at.steps is None else at.steps,
             torch.zeros_like(answer.relative_residual) if answer.products_error is None
             else answer.products_error,
-            *at.scales(),
         )  # fmt: skip
         rows = torch.stack([*map(Tensor.double, columns)], 1).tolist()
+        tasks = zip(diagnostics, at.sizes, rows, answer.reason, strict=True)
         settings = self.max_error, self.inner, self.linear
-        for found, row, reason in zip(diagnostics, rows, answer.reason, strict=True):
-            sizes = Sizes(row[0], row[1], row[2], row[3], row[4], scales=row[8:])
+        for mine, sizes, row, reason in tasks:
+            sizes = sizes._replace(residual=row[0], b=row[1], v=row[2])
             errors = at.errors(sizes, damping, torch.finfo(phi.dtype).eps)
-            errors = errors[0], errors[1], errors[2] + row[7]
+            errors = errors[0], errors[1], errors[2] + row[5]
             bound = at.is_bound and reason in (FACTORED, ZERO)  # another v is not bounded in theta
-            found.record(int(row[6]), int(row[5]), reason, sizes, errors, bound, settings)
+            mine.record(int(row[4]), int(row[3]), reason, sizes, errors, bound, settings)
         if memory is not None and key is not None:
             memory[key] = Remembered(phi, answer.solution)
         return answer

@@ -267,12 +267,11 @@ class _Response:
                 return point
             return point.detach()
 
-        point, end = descend(
+        end = descend(
             linearize, evaluate, step, lambda: ahead, steps=self.settings.steps, hvp=False,
-            keep=True,
+            keep=False,
         )  # fmt: skip
-        solved = end is not None and float(end.gradient_norm) <= goal
-        return point, solution.CONVERGED if solved else reason
+        return end.point, solution.CONVERGED if float(end.gradient_norm) <= goal else reason
 
     def _gradient(self, point: Tensor) -> Tensor:
         self.calls += 1

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from l2l_implicit import checks
 from l2l_implicit.diagnostics import Diagnostics
 from l2l_implicit.implicit_diff import SavedLinearization, attach, split
+from l2l_implicit.inner_problem.linearization import SquaredDistance
 from l2l_implicit.inner_problem.losses import CrossEntropy, SquaredError
 from l2l_implicit.inner_problem.recognition import HeadLoss
 
@@ -24,7 +25,7 @@ class AdaptedHeads:
     Attributes:
         weight: ``[T, k, d]``.
         bias: ``[T, k]``, or None.
-        diagnostics: of each task, filled by ``backward()``.
+        diagnostics: of each task.
 
     Example:
         >>> import torch
@@ -55,10 +56,13 @@ class AdaptedHeads:
 
 
 def adapt_heads(
-    learner: ImplicitCGHead, features: Tensor, targets: Tensor, steps: int
-) -> AdaptedHeads:
+    learner: ImplicitCGHead, features: Tensor, targets: Tensor, steps: int,
+    anchor: Tensor | Sequence[Tensor] | None = None,
+) -> AdaptedHeads:  # fmt: skip
     """`ImplicitCGHead.adapt_together`."""
     checks.can_be_together(learner)
+    if learner.diagnostics.waiting is not None:
+        learner.diagnostics.say()
     checks.count("steps (K)", steps)
     head: nn.Linear = learner.module
     loss, keep = learner.loss, torch.is_grad_enabled()
@@ -66,8 +70,11 @@ def adapt_heads(
     checks.support(features, targets, head, squared)
     phi = checks.inner_parameters(head, allow_nograd=False)
     tasks, m = features.shape[:2]
+    own = [] if anchor is None else checks.anchor(anchor, phi, tasks)
     with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
         quadratic = learner._quadratic(phi, torch.float64)
+        if own:
+            quadratic = SquaredDistance(learner.l2, own, torch.float64, tasks)
         x, source = features.detach(), features if keep and features.requires_grad else None
         x = x.clone() if x.dtype == torch.float64 else x  # others are copied on the way there
         kind = SquaredError if squared else CrossEntropy
@@ -75,7 +82,10 @@ def adapt_heads(
         scale = 1.0 if loss and loss.reduction == "sum" else 1.0 / max(1, count)
         targets = targets.to(torch.float64, copy=True) if squared else targets
         known = HeadLoss(x, source, None, head.bias is not None, targets, kind, scale)
-        there = learner._on_heads(known.heads(phi, quadratic), steps)
+        at = known.heads(phi, quadratic)
+        if own and quadratic.center is not None:
+            at = at.moved(quadratic.center)
+        there = learner._on_heads(at, steps)
         diagnostics = [Diagnostics(parent=learner.diagnostics) for _ in range(tasks)]
         shapes = [torch.Size((tasks, *p.shape)) for p in phi]
         point = there.point.to(head.weight.dtype)
@@ -83,8 +93,11 @@ def adapt_heads(
         saved = SavedLinearization(
             there, learner._solver(point, diagnostics), learner.diagnostics.unreached
         )
-        zero = phi if learner.anchor == "zero" else []
+        zero = phi if own or learner.anchor == "zero" else []
         pieces = attach(saved, point, shapes, constants=zero)
     else:
         pieces = split(point, shapes)
+    learner._note(there, diagnostics)
+    if not keep:
+        learner.diagnostics.say()
     return AdaptedHeads(pieces[0], pieces[1] if len(pieces) > 1 else None, diagnostics)

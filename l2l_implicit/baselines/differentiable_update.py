@@ -34,14 +34,18 @@ class DifferentiableUpdate:
     Args:
         choice: the optimiser, by name or as a factory.
         like: the parameters it will update; their shapes, dtypes and devices are looked at.
+        clip_norm: the longest gradient that it is given, all parameters' as one vector; a longer
+            one is scaled down to it. None: as it is.
 
     Raises:
         ImportError: without higher.
         ValueError: for an optimiser or a setting that higher does not support.
     """
 
-    def __init__(self, choice: str | Factory, like: Sequence[Tensor]) -> None:
-        higher = require_higher()
+    def __init__(
+        self, choice: str | Factory, like: Sequence[Tensor], clip_norm: float | None = None
+    ) -> None:
+        higher, self._clip_norm = require_higher(), clip_norm
         leaves = placeholders(like)  # higher copies the parameters it is given
         optimizer = make_optimizer(choice, leaves)
         groups = optimizer.param_groups  # one for each parameter, which may have its own step size
@@ -68,7 +72,7 @@ class DifferentiableUpdate:
         def check(gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
             pairs = zip(gradients, parameters, strict=True)
             checks.used([g for g, p in pairs if p.requires_grad], unused)
-            return gradients
+            return self._clipped(gradients)
 
         return self._higher.step(loss, parameters, override={"lr": lrs}, grad_callback=check)
 
@@ -89,10 +93,19 @@ class DifferentiableUpdate:
             torch.zeros((), requires_grad=True),  # higher need not look: the gradients are known
             constants,
             override={"lr": lrs},
-            grad_callback=lambda _: gradients,
+            grad_callback=lambda _: self._clipped(gradients),
         )
         if not torch.is_grad_enabled():
             return [q.requires_grad_(p.requires_grad) for p, q in zip(parameters, new, strict=True)]
         triples = zip(parameters, constants, new, strict=True)
         return [p + (q - c) if p.requires_grad else p for p, c, q in triples]
+
+    def _clipped(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """The gradients, scaled down if they are too long; the scale has a derivative too."""
+        if self._clip_norm is None:
+            return gradients
+        norm = torch.stack([g.square().sum() for g in gradients if g is not None]).sum().sqrt()
+        if not float(norm) > self._clip_norm:
+            return gradients
+        return [None if g is None else g * (self._clip_norm / norm) for g in gradients]
 

@@ -27,13 +27,9 @@ class BaselineLearner(MAML):
     _links_to_initial = True  # whether a clone's parameters have a history
 
     def __init__(
-        self,
-        model: nn.Module,
-        lr: float | Tensor,
-        first_order: bool = False,
-        allow_unused: bool | None = None,
-        allow_nograd: bool = False,
-    ) -> None:
+        self, model: nn.Module, lr: float | Tensor, first_order: bool = False,
+        allow_unused: bool | None = None, allow_nograd: bool = False,
+    ) -> None:  # fmt: skip
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {model!r}; wrap it in one")
         checks.not_compiled(model)
@@ -54,11 +50,9 @@ class BaselineLearner(MAML):
         """Called on a clone as soon as it is one."""
 
     def clone(
-        self: Self,
-        first_order: bool | None = None,
-        allow_unused: bool | None = None,
+        self: Self, first_order: bool | None = None, allow_unused: bool | None = None,
         allow_nograd: bool | None = None,
-    ) -> Self:
+    ) -> Self:  # fmt: skip
         """A learner for one task, whose parameters are copies of this one's.
 
         As in learn2learn, buffers that need no gradient (batch norm's) are shared, not copied.
@@ -79,14 +73,10 @@ class BaselineLearner(MAML):
         return clone
 
     def adapt(
-        self,
-        loss: Tensor | Closure,
-        first_order: bool | None = None,
-        allow_unused: bool | None = None,
-        allow_nograd: bool | None = None,
-        *,
+        self, loss: Tensor | Closure, first_order: bool | None = None,
+        allow_unused: bool | None = None, allow_nograd: bool | None = None, *,
         steps: int | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """One inner step from a loss tensor, or ``steps`` of them from a closure.
 
         Under ``torch.no_grad()`` a closure is evaluated with gradients enabled, and nothing is

@@ -58,15 +58,10 @@ class Reptile(BaselineLearner):
     _links_to_initial = False
 
     def __init__(
-        self,
-        model: nn.Module,
-        lr: float,
-        first_order: bool = False,
-        allow_unused: bool | None = None,
-        allow_nograd: bool = False,
-        *,
+        self, model: nn.Module, lr: float, first_order: bool = False,
+        allow_unused: bool | None = None, allow_nograd: bool = False, *,
         optimizer: str | Factory = "sgd",
-    ) -> None:
+    ) -> None:  # fmt: skip
         if isinstance(lr, Tensor) and lr.requires_grad:
             raise TypeError(
                 "lr: expected a number, got a tensor that requires grad; Reptile differentiates "

@@ -52,6 +52,8 @@ class UnrolledMAML(BaselineLearner):
             whatever the function sets; its state begins anew in every clone. The steps are
             higher's: its Adam adds epsilon before the bias correction (Kingma and Ba 2015, end of
             section 2), torch's after it.
+        clip_norm: an inner gradient whose norm, over all parameters, is larger is scaled down to
+            it before the optimiser sees it, and the scale is differentiated too. None: never.
 
     Raises:
         ImportError: without ``higher``.
@@ -76,16 +78,10 @@ class UnrolledMAML(BaselineLearner):
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        lr: float | Tensor | list[Tensor] | nn.ParameterList,
-        first_order: bool = False,
-        allow_unused: bool | None = None,
-        allow_nograd: bool = False,
-        *,
-        learn_init: bool = True,
-        optimizer: str | Factory = "sgd",
-    ) -> None:
+        self, model: nn.Module, lr: float | Tensor | list[Tensor] | nn.ParameterList,
+        first_order: bool = False, allow_unused: bool | None = None, allow_nograd: bool = False, *,
+        learn_init: bool = True, optimizer: str | Factory = "sgd", clip_norm: float | None = None,
+    ) -> None:  # fmt: skip
         each: Any = lr if isinstance(lr, list | nn.ParameterList) else None
         one: Any = lr if each is None else 1.0
         super().__init__(model, one, first_order, allow_unused, allow_nograd)
@@ -93,7 +89,9 @@ class UnrolledMAML(BaselineLearner):
             checks.step_sizes(each, list(model.parameters()))
             self.lr = each
         DifferentiableUpdate(optimizer, list(model.parameters()))  # fails now rather than in adapt
-        self.learn_init, self.optimizer = learn_init, optimizer
+        if clip_norm is not None:
+            checks.positive("clip_norm", clip_norm)
+        self.learn_init, self.optimizer, self.clip_norm = learn_init, optimizer, clip_norm
         self._links_to_initial = learn_init
         self._update: DifferentiableUpdate | None = None
 
@@ -103,7 +101,7 @@ class UnrolledMAML(BaselineLearner):
     def _step(self, loss: Tensor, unused: bool, first_order: bool, keep: bool) -> None:
         parameters = list(self.module.parameters())
         if self._update is None:
-            self._update = DifferentiableUpdate(self.optimizer, parameters)
+            self._update = DifferentiableUpdate(self.optimizer, parameters, self.clip_norm)
         lr = self.lr.reshape(()) if isinstance(self.lr, Tensor) else self.lr
         lrs = list(lr) if isinstance(lr, list | nn.ParameterList) else [lr]
         take = self._update.unrolled if keep and not first_order else self._update.first_order

@@ -31,17 +31,20 @@ class SquaredDistance:
         l2: its coefficient, a float or a scalar tensor (part of theta if it requires grad).
         anchor: the tensors ``a``, in phi's shapes, empty for zero.
         dtype: what to compute in.
+        tasks: the size T of their first dimension, if each task has an ``a`` of its own.
 
     Attributes:
         strength: the coefficient, R's curvature in every direction.
-        center: ``a`` as one vector, shape ``[n]``, detached; None for zero. In a tilted problem
-            ``[T, n]``.
+        center: ``a``, shape ``[1, n]``, or ``[T, n]`` of T tasks, detached; None for zero.
     """
 
-    def __init__(self, l2: float | Tensor, anchor: Sequence[Tensor], dtype: torch.dtype) -> None:
+    def __init__(
+        self, l2: float | Tensor, anchor: Sequence[Tensor], dtype: torch.dtype, tasks: int = 1
+    ) -> None:
         self._l2 = l2 if isinstance(l2, Tensor) and l2.requires_grad else None
-        self._anchor = anchor
-        self.center = flatten(anchor).detach().to(dtype) if anchor else None
+        self._anchor, self.center = anchor, None
+        if anchor:
+            self.center = torch.cat([a.detach().reshape(tasks, -1) for a in anchor], 1).to(dtype)
         self.strength = l2.item() if isinstance(l2, Tensor) else float(l2)
         if not 0.0 <= self.strength < math.inf:
             checks.coefficient(l2)
@@ -58,13 +61,13 @@ class SquaredDistance:
 
     def task(self, t: int) -> SquaredDistance:
         """That of task ``t`` alone, where each has a centre of its own."""
-        if self.center is None or self.center.dim() == 1:
+        if self.center is None or len(self.center) == 1:
             return self
         return SquaredDistance.around(self.center[t : t + 1], self.strength)
 
     @classmethod
     def around(cls, center: Tensor, strength: float) -> SquaredDistance:
-        """With a constant ``center``, shape ``[n]`` or ``[T, n]``."""
+        """With a constant ``center``, shape ``[T, n]``."""
         made = cls(strength, [], center.dtype)
         made.center = center
         return made
@@ -82,13 +85,15 @@ class SquaredDistance:
         return [*([] if self._l2 is None else [self._l2]), *self._anchor]
 
     def mixed_vjp(self, point: Tensor, vector: Tensor) -> list[Tensor | None]:
-        """Mixed products with ``vector``, summed over the tasks, one for each of `sources`."""
+        """Mixed products with ``vector`` for each of `sources`, summed over tasks that share it."""
         products: list[Tensor | None] = []
         if self._l2 is not None:
             products.append((self.offset(point) * vector).sum().to(self._l2).view_as(self._l2))
-        if self._anchor:
-            pull = vector.sum(0).mul_(-self.strength).to(self._anchor[0].dtype)
-            products += unflatten(pull, self._anchor)
+        if self._anchor and self.center is not None:
+            pull = vector if len(self.center) > 1 else vector.sum(0, keepdim=True)
+            sizes = [a.numel() // len(pull) for a in self._anchor]
+            pieces = pull.mul(-self.strength).to(self._anchor[0].dtype).split(sizes, 1)
+            products += [p.reshape(a.shape) for p, a in zip(pieces, self._anchor, strict=True)]
         return products
 
 
@@ -134,8 +139,9 @@ class Linearization(ABC):
         differentiable: whether there are products; without them there are value and gradient.
         steps: inner steps that led here, where the solver counts them itself, ``[T]``.
         elsewhere: g and its gradient at other points, where a closure can compute them.
-        accuracy: the `inner_error` at which the learner ends the inner loop; a solver's own
-            tolerance then stands idle. None: there is none.
+        accuracy: the inner part of `errors` at which the learner ends the inner loop; a solver's
+            own tolerance then stands idle. None: there is none.
+        sizes: each task's norms, as far as they are known without a linear system, once measured.
 
     Example:
         >>> import torch
@@ -154,6 +160,7 @@ class Linearization(ABC):
     steps: Tensor | None = None
     elsewhere: Evaluate | None = None
     accuracy: float | None = None
+    sizes: Sequence[Sizes] = ()
 
     def __init__(self, point: Tensor, quadratic: SquaredDistance) -> None:
         self.point, self.quadratic = point, quadratic
@@ -222,12 +229,6 @@ class Linearization(ABC):
     # How wrong the hypergradient is: docs/mathematics.md derives it and names the constants.
 
     is_bound = False
-
-    def inner_error(self, first: float) -> float:
-        """The part of `errors` that is the inner minimum's, for T = 1, with the ``first`` norm."""
-        columns = self.gradient_norm, *self.scales()
-        norm, *scales = torch.cat([*map(Tensor.double, columns)]).tolist()
-        return self.errors(Sizes(norm, first, 0.0, 1.0, 0.0, tuple(scales)), 0.0, 0.0)[0]
 
     def scales(self) -> tuple[Tensor, ...]:
         """What `errors` needs to know of the point, each ``[T]``."""

@@ -95,8 +95,8 @@ def descend(
     linearize: Callable[[Tensor, bool], Linearization], evaluate: Evaluate,
     step: Callable[[Linearization], Tensor], start: Callable[[], Tensor],
     *, steps: int, hvp: bool, keep: bool,
-) -> tuple[Tensor, Linearization | None]:  # fmt: skip
-    """Phi after at most ``steps`` inner steps, and the linearization there.
+) -> Linearization:  # fmt: skip
+    """The linearization where at most ``steps`` inner steps have ended.
 
     One linearization is alive at a time, so that memory is the same whatever the number of steps.
 
@@ -107,21 +107,19 @@ def descend(
         start: gives the first point, shape ``[1, n]``, which nobody else is to hold.
         steps: the most steps.
         hvp: whether ``step`` needs products.
-        keep: whether the last linearization is wanted, with products.
+        keep: whether the last linearization is to have products.
     """
-    point = start()
-    at: Linearization | None = linearize(point, hvp)
+    at = linearize(start(), hvp)
     for left in reversed(range(steps)):
-        assert at is not None
         at.elsewhere = evaluate
         point = step(at)
         at.elsewhere = None  # it would hold the learner
         solved = point is at.point
         if solved and (at.differentiable or not keep):
             break
-        at, last = None, solved or not left  # freed before there are two
-        if keep or not last:
-            at = linearize(point, hvp or last)
+        last = solved or not left
+        del at  # freed before there are two
+        at = linearize(point, keep if last else hvp)
         if last:
             break
-    return point, at
+    return at

@@ -1,4 +1,4 @@
-"""The implicit head in PyTorch Lightning 2: a module, and episodic data that Lightning accepts.
+"""The implicit learners in PyTorch Lightning 2: modules, and episodic data that Lightning accepts.
 
 Nothing else in the library imports this package.
 """
@@ -11,6 +11,6 @@ except ImportError as error:
     ) from error
 
 from l2l_implicit.lightning.data import EpisodicDataModule
-from l2l_implicit.lightning.module import LightningImplicitCGHead
+from l2l_implicit.lightning.module import LightningImplicitCGHead, LightningImplicitMAML
 
-__all__ = ["EpisodicDataModule", "LightningImplicitCGHead"]
+__all__ = ["EpisodicDataModule", "LightningImplicitCGHead", "LightningImplicitMAML"]

@@ -1,22 +1,25 @@
-"""`LightningImplicitCGHead`: learn2learn's LightningANIL with the implicit hypergradient."""
+"""learn2learn's LightningANIL and LightningMAML with the implicit hypergradient."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
 from argparse import ArgumentParser
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from learn2learn.algorithms import LightningANIL
+from learn2learn.algorithms import LightningANIL, LightningEpisodicModule, LightningMAML
 from learn2learn.utils import accuracy
 from torch import Tensor, nn
+from torch.nn.functional import l1_loss
 
 from l2l_implicit import checks
+from l2l_implicit.imaml import ImplicitMAML
 from l2l_implicit.learner import ImplicitCGHead
 from l2l_implicit.tasks import split_support_query
+from l2l_implicit.vectors import buffers_apart
 
 _ARGUMENTS = inspect.signature(ImplicitCGHead).parameters
 _OTHERS = ("model", "lr", "loss", "unknown")  # LightningANIL's, or no setting
@@ -28,7 +31,109 @@ _ANIL = (
 _COMMAND_LINE = {"l2": float, "anchor": str, "max_error": float}
 
 
-class LightningImplicitCGHead(LightningANIL):  # type: ignore[misc]  # learn2learn is untyped
+def f1(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Twice the labels that are found, over those found or there: logits and 0 or 1, ``[q, k]``."""
+    found, there = outputs > 0, labels > 0.5
+    return 2 * (found & there).sum() / (found.sum() + there.sum()).clamp_min(1)
+
+
+# Of each ``task``: the loss, the metric and its name.
+TASKS: dict[str, tuple[type[nn.Module], Callable[[Tensor, Tensor], Tensor], str]] = {
+    "classification": (nn.CrossEntropyLoss, accuracy, "accuracy"),
+    "regression": (nn.MSELoss, l1_loss, "absolute_error"),
+    "multilabel": (nn.BCEWithLogitsLoss, f1, "f1"),
+}
+
+
+class _Implicit(LightningEpisodicModule):  # type: ignore[misc]  # learn2learn is untyped
+    """What the modules below share: an `ImplicitCGHead`, at ``_place``, that adapts."""
+
+    adaptation_steps = 20
+    _place: str
+    _learner: type[ImplicitCGHead]
+
+    def __init__(
+        self, *modules: nn.Module, loss: Any = None, task: str = "classification", **kwargs: Any
+    ) -> None:
+        _check_names(kwargs)
+        checks.choice("task", task, TASKS)
+        kwargs.setdefault("adaptation_steps", _Implicit.adaptation_steps)
+        super().__init__(*modules, TASKS[task][0]() if loss is None else loss, **kwargs)
+        settings = {name: kwargs[name] for name in _SETTINGS if name in kwargs}
+        setattr(self, self._place, self._learner(modules[-1], self.adaptation_lr, **settings))
+        self._classes, self._metric, self._name = task == "classification", *TASKS[task][1:]
+        # A tensor or a solver is passed again to load_from_checkpoint.
+        plain = (bool, int, float, str, type(None))
+        kept = {k: v for k, v in settings.items() if isinstance(v, plain)}
+        self.save_hyperparameters({**kept, "task": task})
+
+    @classmethod
+    def add_model_specific_args(cls, parent_parser: ArgumentParser) -> ArgumentParser:
+        """learn2learn's command line options and those of the implicit learner."""
+        parser: ArgumentParser = LightningANIL.add_model_specific_args(parent_parser)
+        own = inspect.signature(cls._learner).parameters
+        defaults = {**_SETTINGS, **{name: p.default for name, p in own.items()}}
+        for name, kind in _COMMAND_LINE.items():
+            parser.add_argument(f"--{name}", type=kind, default=defaults[name])
+        parser.add_argument("--task", choices=[*TASKS], default="classification")
+        parser.set_defaults(adaptation_steps=_Implicit.adaptation_steps)
+        return parser
+
+    def meta_learn(
+        self, batch: tuple[Tensor, Tensor], batch_idx: int, ways: int, shots: int, queries: int
+    ) -> tuple[Tensor, Tensor]:
+        """Adapt to a task's support set.
+
+        Args:
+            batch: inputs ``[n, ...]`` and their labels: classes ``[n]``, numbers ``[n, k]``, or 0
+                and 1 ``[n, k]``.
+            batch_idx, ways, queries: unused; the labels say what they are.
+            shots: support samples a class; without classes, of the task, its first.
+
+        Returns:
+            The loss and the metric on the query set; the loss carries the hypergradient where
+            gradients are enabled.
+        """
+        learning = torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.set_grad_enabled(learning):
+            data, labels = (t.clone() if t.is_inference() else t for t in batch)
+            if learning:
+                return self._learn(data, labels, shots)
+            with _put_back(self):
+                return self._learn(data, labels, shots)
+
+    def _embed(self, data: Tensor) -> Tensor:
+        return data
+
+    def _learn(self, data: Tensor, labels: Tensor, shots: int) -> tuple[Tensor, Tensor]:
+        learner = getattr(self, self._place).clone()
+        learner.train()
+        classes = labels if self._classes else torch.zeros(len(labels), device=labels.device)
+        (one, _), (two, _) = split_support_query(torch.arange(len(data)), classes, shots)
+        h, (one, two) = self._embed(data), (i.to(data.device) for i in (one, two))
+        x, y = h[one], labels[one]
+        learner.adapt(lambda: self.loss(*self._fit(learner(x), y)), steps=self.adaptation_steps)
+        predicted = self._fit(learner(h[two]), labels[two])
+        return self.loss(*predicted), self._metric(*predicted)
+
+    def _fit(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels of the outputs' shape: a loss of two shapes broadcasts them without a word."""
+        if self._classes:
+            return outputs, labels
+        if labels.numel() != outputs.numel():
+            raise ValueError(
+                f"labels: expected one for each of the outputs {tuple(outputs.shape)}, got "
+                f"{tuple(labels.shape)}; give the module as many outputs as a sample has labels"
+            )
+        return outputs, labels.to(outputs.dtype).view_as(outputs)
+
+    def log(self, name: str, value: Any, *arguments: Any, **options: Any) -> None:
+        """Lightning's, over all devices unless ``sync_dist=False``; the metric by its name."""
+        options.setdefault("sync_dist", True)
+        super().log(name.replace("accuracy", self._name), value, *arguments, **options)
+
+
+class LightningImplicitCGHead(_Implicit, LightningANIL):  # type: ignore[misc]
     """Meta-learns features for a head that `ImplicitCGHead` adapts, under a Lightning Trainer.
 
     Takes the place of ``learn2learn.algorithms.LightningANIL`` and takes what it takes. A batch is
@@ -43,14 +148,17 @@ class LightningImplicitCGHead(LightningANIL):  # type: ignore[misc]  # learn2lea
     Args:
         features: inputs to features; not adapted.
         classifier: features to outputs; adapted.
-        loss: of outputs and labels; cross-entropy by default.
+        loss: of outputs and labels; by default the one of ``task``.
+        task: ``'classification'``: cross-entropy and accuracy, ``shots`` samples a class to adapt
+            to. ``'regression'``: squared error and ``absolute_error``; ``'multilabel'``: binary
+            cross-entropy of logits and ``f1``, over all labels of a task's queries; with either
+            the first ``shots`` samples of a task are those to adapt to.
         **kwargs: LightningANIL's (``train_ways``, ``train_shots``, ``train_queries``, ``test_*``,
             ``lr``, ``scheduler_step``, ``scheduler_decay``, ``adaptation_lr``,
-            ``adaptation_steps``; the last is the most inner steps K, 20 by default, since this
-            inner problem is to be solved) and `ImplicitCGHead`'s (``l2``, ``anchor``, ``inner``,
-            ``linear``, ...). Others are ignored, as LightningANIL ignores them, so that a whole
-            ``**vars(args)`` may be passed. A checkpoint keeps numbers, words and flags;
-            ``inner``, ``linear`` and a tensor ``l2`` are passed again to ``load_from_checkpoint``.
+            ``adaptation_steps``: at most K inner steps, 20 by default, as this inner problem is to
+            be solved) and `ImplicitCGHead`'s. Others are ignored, as LightningANIL ignores them. A
+            checkpoint keeps numbers, words and flags; solvers and a tensor ``l2`` are passed again
+            to ``load_from_checkpoint``.
 
     Attributes:
         classifier: the `ImplicitCGHead`; its ``diagnostics`` count what was not solved.
@@ -70,85 +178,55 @@ class LightningImplicitCGHead(LightningANIL):  # type: ignore[misc]  # learn2lea
         (0.1, 20)
     """
 
-    adaptation_steps = 20
+    _place, _learner = "classifier", ImplicitCGHead
 
     def __init__(
         self, features: nn.Module, classifier: nn.Module, loss: Any = None, **kwargs: Any
     ) -> None:
-        _check_names(kwargs)
-        kwargs.setdefault("adaptation_steps", LightningImplicitCGHead.adaptation_steps)
-        super().__init__(features, classifier, loss, **kwargs)
-        settings = {name: kwargs[name] for name in _SETTINGS if name in kwargs}
-        self.classifier = ImplicitCGHead(classifier, self.adaptation_lr, **settings)
-        # A tensor or a solver is passed again to load_from_checkpoint.
-        plain = (bool, int, float, str, type(None))
-        self.save_hyperparameters({k: v for k, v in settings.items() if isinstance(v, plain)})
+        super().__init__(features, classifier, loss=loss, **kwargs)
 
-    @staticmethod
-    def add_model_specific_args(parent_parser: ArgumentParser) -> ArgumentParser:
-        """LightningANIL's command line options and those of the implicit head."""
-        parser: ArgumentParser = LightningANIL.add_model_specific_args(parent_parser)
-        for name, kind in _COMMAND_LINE.items():
-            parser.add_argument(f"--{name}", type=kind, default=_SETTINGS[name])
-        parser.set_defaults(adaptation_steps=LightningImplicitCGHead.adaptation_steps)
-        return parser
-
-    def meta_learn(
-        self, batch: tuple[Tensor, Tensor], batch_idx: int, ways: int, shots: int, queries: int
-    ) -> tuple[Tensor, Tensor]:
-        """Adapt to a task's support set.
-
-        Args:
-            batch: inputs ``[ways * (shots + queries), ...]`` and their labels.
-            batch_idx, ways, queries: unused; the labels say what they are.
-            shots: support samples a class.
-
-        Returns:
-            The loss and the accuracy on the query set; the loss carries the hypergradient where
-            gradients are enabled.
-        """
-        learning = torch.is_grad_enabled()
-        with torch.inference_mode(False), torch.set_grad_enabled(learning):
-            data, labels = (_normal(tensor) for tensor in batch)
-            if learning:
-                return self._learn(data, labels, shots)
-            with _put_back(self.features):
-                return self._learn(data, labels, shots)
-
-    def _learn(self, data: Tensor, labels: Tensor, shots: int) -> tuple[Tensor, Tensor]:
+    def _embed(self, data: Tensor) -> Tensor:
         self.features.train()
-        learner = self.classifier.clone()
-        learner.train()
-        support, query = split_support_query(self.features(data), labels, shots)
-        learner.adapt(
-            lambda: self.loss(learner(support[0]), support[1]), steps=self.adaptation_steps
-        )
-        predictions = learner(query[0])
-        return self.loss(predictions, query[1]), accuracy(predictions, query[1])
-
-    def log(self, name: str, value: Any, *arguments: Any, **options: Any) -> None:
-        """Lightning's, over all devices unless ``sync_dist=False``."""
-        options.setdefault("sync_dist", True)
-        super().log(name, value, *arguments, **options)
+        return self.features(data)
 
 
-def _normal(tensor: Tensor) -> Tensor:
-    """``tensor``, or a copy that autograd may keep if it was made in inference mode."""
-    return tensor.clone() if tensor.is_inference() else tensor
+class LightningImplicitMAML(_Implicit, LightningMAML):  # type: ignore[misc]
+    """Meta-learns the initial value that `ImplicitMAML` adapts, under a Lightning Trainer.
+
+    Takes the place of ``learn2learn.algorithms.LightningMAML``.
+
+    Args:
+        model: inputs to outputs; all of it is adapted. The attribute is the `ImplicitMAML`.
+        loss, task, **kwargs: as in `LightningImplicitCGHead`, with `ImplicitMAML`'s settings.
+
+    References:
+        Rajeswaran et al. (2019), Algorithm 1.
+
+    Example:
+        >>> from torch import nn
+        >>> from l2l_implicit.lightning import LightningImplicitMAML
+        >>> network = nn.Sequential(nn.Linear(1, 40), nn.Tanh(), nn.Linear(40, 1))
+        >>> module = LightningImplicitMAML(network, task="regression", train_shots=10, lr=0.01)
+        >>> module.model.anchor, module.model.l2
+        ('init', 0.5)
+    """
+
+    _place, _learner = "model", ImplicitMAML
+
+    def __init__(self, model: nn.Module, loss: Any = None, **kwargs: Any) -> None:
+        super().__init__(model, loss=loss, **kwargs)
 
 
 @contextmanager
 def _put_back(module: nn.Module) -> Iterator[None]:
     """The module's mode and buffers are afterwards what they were before."""
     modes = [(part, part.training) for part in module.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
-        yield
+        with buffers_apart(module):
+            yield
     finally:
         for part, training in modes:
             part.training = training
-        for buffer, before in buffers:
-            buffer.copy_(before)
 
 
 def _check_names(given: Mapping[str, Any]) -> None:

@@ -14,7 +14,9 @@ from baseline_oracles import (
     gradients,
     make_case,
     outer_step,
+    path,
     query_loss,
+    query_loss_after,
     support_loss,
     unrolled,
 )
@@ -167,3 +169,57 @@ def test_adam_where_a_gradient_is_zero() -> None:
     found = gradients(case)
     assert all(g.isfinite().all() for g in found) and found[0][1:].any()
     assert not found[0][0].any()
+
+
+def clipped(update: Callable, most: float) -> Callable:
+    """The oracle's update on a gradient whose norm is cut off at ``most``."""
+
+    def take(phi: tuple, g: tuple, state: object, lr: object, k: int) -> tuple:
+        size = sum((d * d).sum() for d in g) ** 0.5
+        return update(phi, tuple(d * (most / size).clamp_max(1.0) for d in g), state, lr, k)
+
+    return take
+
+
+def norms(case: Case, rate: float, update: Callable) -> list[float]:
+    """Of the inner gradients of four steps."""
+    points = path(case, case.start(), case.constants(), rate, 4, update)[:-1]
+    gradients = [grad(case.inner)(phi, case.constants()) for phi in points]
+    return [float(sum((d * d).sum() for d in g) ** 0.5) for g in gradients]
+
+
+@pytest.mark.parametrize("kind", list(UPDATES))
+def test_clipped_gradients_by_finite_differences(kind: str) -> None:
+    """Some of the four are clipped and some are not; the step size is learned too."""
+    case, rate = make_case("anil mlp"), RATES[kind]
+    sizes = sorted(norms(case, rate, UPDATES[kind]))
+    most = 0.5 * (sizes[1] + sizes[2])
+    update = clipped(UPDATES[kind], most)
+    lengths = norms(case, rate, update)
+    assert min(lengths) < 0.999 * most and 1.001 * most < max(lengths), "no case of both"
+    lr = torch.tensor(rate, requires_grad=True)
+    settings = {"optimizer": OPTIMIZERS[kind], "clip_norm": most}
+    outer_step(UnrolledMAML(case.module, lr, **settings), case, 4)
+    start, theta = case.start(), case.constants()
+    directions = [torch.randn_like(t) for t in (*start, *theta)]
+
+    def value(t: float) -> torch.Tensor:
+        moved = [p + t * d for p, d in zip((*start, *theta), directions, strict=True)]
+        end = rate * (1 + t)
+        return query_loss_after(case, tuple(moved[:-1]), tuple(moved[-1:]), end, 4, update)
+
+    pairs = zip(gradients(case), directions, strict=True)
+    found = sum((g * d).sum() for g, d in pairs) + rate * lr.grad
+    assert relative_error([found], [slope_at_zero(value, 1e-4)]) < 1e-7
+
+
+def test_clipping_in_first_order_and_none() -> None:
+    for most, update in ((0.05, clipped(UPDATES["adam"], 0.05)), (1e9, UPDATES["adam"])):
+        case = make_case("maml mlp")
+        phi, theta = first_order(case, 0.05, 4, update)
+        settings = {"optimizer": "adam", "clip_norm": most}
+        outer_step(UnrolledMAML(case.module, 0.05, first_order=True, **settings), case, 4)
+        assert relative_error(gradients(case), [*phi, *theta]) < 1e-12
+    for wrong in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="^clip_norm: expected a[^\n]*$"):
+            UnrolledMAML(case.module, 0.05, clip_norm=wrong)

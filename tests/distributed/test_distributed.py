@@ -56,6 +56,26 @@ def test_two_processes_give_the_single_processs_parameters(
 
 
 @pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("name", ["script", "wrapped"])
+def test_two_processes_have_the_gradients_of_one_with_all_tasks(
+    folder: Path, tmp_path: Path, float64: None, name: str, rank: int
+) -> None:
+    """By the lines of the page in learn2learn's loop, and under DistributedDataParallel."""
+    rank_process.script(tmp_path, ALONE)
+    paths = folder / f"{name}{rank}", tmp_path / "script0"
+    found, expected = (torch.load(path, weights_only=True) for path in paths)
+    whole = rank_process.Whole()
+    stream = torch.Generator().manual_seed(1)
+    tasks = [rank_process.episode(stream) for _ in range(rank_process.META_BATCH)]
+    loss = torch.stack([whole(task.inputs, task.support_targets) for task in tasks]).mean()
+    one = torch.autograd.grad(loss, list(whole.parameters()))
+    assert len(found) == 7 and all(bool(g.any()) for g in found)
+    for a, b, c in zip(found, expected, one, strict=True):
+        torch.testing.assert_close(a, c, atol=1e-12, rtol=1e-9)
+        torch.testing.assert_close(b, c, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
 def test_what_the_helpers_bring(folder: Path, rank: int) -> None:
     alone, shared, nowhere, same, message, _, *lists = torch.load(folder / f"seen{rank}")
     assert alone.tolist() == [0.5, 0.5] and shared.tolist() == [1.5, 1.5]

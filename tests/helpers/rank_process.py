@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -10,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import l2l_implicit  # noqa: F401  (first: it makes learn2learn importable)
@@ -71,6 +73,50 @@ def replicated(folder: Path, ranks: Ranks) -> None:
         torch.save([p.detach() for p in meta.parameters], folder / "replicated")
 
 
+class Whole(nn.Module):
+    """A task from its samples to its query loss, by learn2learn's loop over losses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.features = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+        l2 = nn.Parameter(torch.tensor(0.5))
+        self.head = ImplicitCGHead(nn.Linear(4, 3), lr=0.1, l2=l2, anchor="init")
+
+    def forward(self, data: Tensor, labels: Tensor) -> Tensor:
+        learner, data = self.head.clone(), self.features(data)
+        for _step in range(5):
+            learner.adapt(F.cross_entropy(learner(data[:9]), labels))
+        return F.cross_entropy(learner(data[9:]), labels)
+
+
+META_BATCH = 4
+
+
+def script(folder: Path, ranks: Ranks) -> None:
+    """The lines that docs/distributed.md puts into learn2learn's loop: one step's gradients."""
+    whole, stream = Whole(), torch.Generator().manual_seed(1)
+    all_parameters = list(whole.parameters())
+    for _task in range(META_BATCH // ranks.size):
+        batch = ranks.share([episode(stream) for _ in range(ranks.size)])[0]
+        whole(batch.inputs, batch.support_targets).backward()
+    for p in all_parameters:
+        p.grad.data.mul_(1.0 / META_BATCH)
+    ranks.average(all_parameters, weight=1.0)
+    torch.save([p.grad for p in all_parameters], folder / f"script{ranks.rank}")
+
+
+def wrapped(folder: Path, ranks: Ranks) -> None:
+    """The same with the whole task under DistributedDataParallel, which averages over ranks."""
+    whole, stream = Whole(), torch.Generator().manual_seed(1)
+    ddp, each = DistributedDataParallel(whole), META_BATCH // ranks.size
+    for task in range(each):
+        batch = ranks.share([episode(stream) for _ in range(ranks.size)])[0]
+        with contextlib.nullcontext() if task == each - 1 else ddp.no_sync():
+            (ddp(batch.inputs, batch.support_targets) / each).backward()
+    torch.save([p.grad for p in whole.parameters()], folder / f"wrapped{ranks.rank}")
+
+
 def helpers(folder: Path, ranks: Ranks) -> None:
     """Every helper once, with as many answers as a test can look at."""
     alone, shared, nowhere = (nn.Parameter(torch.zeros(2)) for _ in range(3))
@@ -101,7 +147,7 @@ def helpers(folder: Path, ranks: Ranks) -> None:
 
 def sound(folder: Path, ranks: Ranks) -> None:
     """All that goes well."""
-    for job in (helpers, train, replicated):
+    for job in (helpers, train, replicated, script, wrapped):
         job(folder, ranks)
 
 

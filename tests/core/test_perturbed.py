@@ -16,7 +16,6 @@ from small_task import SIX_LABELS as Y
 from small_task import six_inputs as x
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from l2l_implicit import (
     CG,
@@ -238,6 +237,8 @@ def test_a_function_that_is_differentiable_once() -> None:
 
 def test_fused_attention() -> None:
     """Its kernel has no second derivative; the plain one, which has, is the oracle."""
+    attention = pytest.importorskip("torch.nn.attention", reason="torch is older than 2.3")
+    sdpa_kernel, SDPBackend = attention.sdpa_kernel, attention.SDPBackend
     with sdpa_kernel(SDPBackend.MATH):
         expected = meta_gradient(Attention, **EXACT)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):

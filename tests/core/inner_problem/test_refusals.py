@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from oracles import relative_error
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from l2l_implicit import CG, LBFGS, GaussNewton, Hessian, ImplicitMAML, Newton, Perturbed
@@ -22,6 +21,12 @@ pytestmark = [
 Y = torch.arange(6) % 3
 FIRST_ONLY = {"inner": LBFGS(tol=1e-12), "linear": Perturbed(tol=1e-10)}
 SECOND = {"inner": Newton(100, 1e-13), "linear": CG(200, 1e-13)}
+
+
+def kernel(name: str) -> Any:
+    """Within, attention is computed by this one of torch's kernels."""
+    attention = pytest.importorskip("torch.nn.attention", reason="torch is older than 2.3")
+    return attention.sdpa_kernel(getattr(attention.SDPBackend, name))
 
 
 class Attention(nn.Module):
@@ -44,7 +49,7 @@ class Pinned(Attention):
     """Chooses its kernel itself."""
 
     def forward(self, x: Tensor) -> Tensor:
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        with kernel("FLASH_ATTENTION"):
             return super().forward(x)
 
 
@@ -105,9 +110,9 @@ def test_each_way_out_of_fused_attention_leads_to_one_number(module: Callable) -
         assert way in line
     assert re.search(r"got fused attention \(_scaled_dot_product\w*attention\w*\);", line)
     l2 = 3.0 if module is Encoder else 0.5  # convex enough to have one minimum
-    with sdpa_kernel(SDPBackend.MATH):
+    with kernel("MATH"):
         expected = meta_gradient(net, True, l2, **SECOND)
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+    with kernel("FLASH_ATTENTION"):
         assert relative_error(meta_gradient(net, True, l2, **FIRST_ONLY), expected) < 1e-5
 
 
@@ -116,8 +121,8 @@ def test_each_way_out_of_fused_attention_leads_to_one_number(module: Callable) -
 def test_gauss_newton_needs_no_other_kernel(module: Callable, training: bool) -> None:
     """Forward mode takes attention in steps, gradients take the kernel: two roundings of one."""
     net, found = module().train(training), []
-    for kernel in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
-        with sdpa_kernel(kernel):
+    for name in ("MATH", "FLASH_ATTENTION"):
+        with kernel(name):
             settings = {"curvature": GaussNewton(), "linear": CG(200, 1e-12)}
             found.append(meta_gradient(net, l2=3.0, **settings))
     assert relative_error(found[1], found[0]) < 1e-9

@@ -145,8 +145,10 @@ def test_accuracies_and_their_intervals(drawn: Drawn) -> None:
                 row = [float(shown[name][f"{what}_{part}"]) for part in ("mean", "half_width")]
                 assert row == approx([mean(seeds), half_width(seeds)], rel=1e-9, abs=1e-12), name
         tests, leads = values["test"], values["lead"]
-        led = " *" * (mean(leads) > half_width(leads))
-        overall[name] = f"{100 * mean(tests):.1f} ± {100 * half_width(tests):.1f}{led}"
+        overall[name] = f"{100 * mean(tests):.1f}"
+        if len(tests) > 1:
+            led = " *" * (mean(leads) > half_width(leads))
+            overall[name] += f" ± {100 * half_width(tests):.1f}{led}"
     missing = {name for name, row in shown.items() if row["seeds"] == "0"}
     assert missing.isdisjoint(drawn.finals) and missing | set(drawn.finals) == set(shown)
     heading = drawn.benchmark + ", a quarter" * (drawn.sweep == "yang_quarter")

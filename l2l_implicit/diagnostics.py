@@ -40,7 +40,7 @@ class Diagnostics:
     """The last task's diagnostics; on a parent, those of its last clone to be used.
 
     ``adapt`` fills in the first two and ``unsolved_inner``, also under ``torch.no_grad()``. The
-    rest is ``backward()``'s: nan, ``""`` or 0 until then.
+    rest is ``backward()``'s: nan, ``""`` or 0 until then; a parent keeps its last hypergradient's.
 
     Attributes:
         inner_steps: inner steps before the linearization.
@@ -114,8 +114,10 @@ class Diagnostics:
         one = self
         while True:
             one.inner_steps, one.inner_gradient_norm = steps, sizes.gradient
-            one.cg_steps, one.cg_residual, one.cg_reason = products, sizes.residual, reason or ""
-            one.hypergradient_error, one.is_bound = error, is_bound and done
+            if done or one is self:  # a parent keeps what its last hypergradient said
+                one.cg_steps, one.cg_residual = products, sizes.residual
+                one.cg_reason, one.hypergradient_error = reason or "", error
+                one.is_bound = is_bound and done
             one.unsolved_inner += inner - before  # by a step or a hypergradient of the same task
             if done:
                 one.hypergradients += 1

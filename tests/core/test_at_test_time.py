@@ -100,6 +100,21 @@ def test_without_gradients_the_inner_part_is_there(net: str, solver: str, steps:
     assert bad == 2 or solver not in ("gradient", "diverging") or steps > 1
 
 
+def test_a_parent_keeps_what_its_last_hypergradient_said() -> None:
+    parent, x = learner_of("linear", "newton"), torch.randn(12, 4)
+    learner = parent.clone()
+    learner.adapt(support(learner, x.requires_grad_()), steps=4)
+    learner(x).square().sum().backward()
+    trained = parent.diagnostics.hypergradient_error
+    assert trained < 0.01 and parent.diagnostics.is_bound
+    with torch.no_grad():
+        tested = parent.clone()
+        tested.adapt(support(tested, 2.0 * x), steps=4)
+    assert_no_backward(tested.diagnostics)
+    assert parent.diagnostics.hypergradient_error == trained and parent.diagnostics.is_bound
+    assert parent.diagnostics.inner_gradient_norm == tested.diagnostics.inner_gradient_norm
+
+
 @HOWS
 @pytest.mark.parametrize("net", NETS)
 def test_with_gradients_but_no_backward_the_next_task_says_it(net: str, how: str) -> None:

@@ -242,7 +242,8 @@ def test_a_closure_that_draws_anew_is_asked_at_every_step(changes: str, name: st
     """The steps are those of the losses in their order."""
     module, results = nn.Linear(WIDTH, CLASSES), []
     # A product hides the closed form, for which there are two calls before the steps.
-    for order, factor in (([6, 7, 0, 1, 2, 3], None), ([0, 1, 2, 3], 1.0)):
+    # After them there is one, for the gradient at their end.
+    for order, factor in (([6, 7, 0, 1, 2, 3, 4], None), ([0, 1, 2, 3, 4], 1.0)):
         learner = ImplicitCGHead(module, 0.3, l2=0.2, **DESCENT[name]).clone()
         with torch.no_grad():  # no comparison of derivatives, which asks for more
             learner.adapt(drawing(learner, order, changes, factor), steps=4)

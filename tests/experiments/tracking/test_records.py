@@ -235,5 +235,6 @@ def test_a_file_that_would_become_large_is_refused_before(name: str, tmp_path: P
 
 
 def test_the_recorded_runs_of_the_docs_are_within_the_limits() -> None:
-    records = FileRecords(sorted((ROOT / "docs" / "records").glob("*.jsonl.gz")))
-    assert len(records.runs) == 355  # six are in two files
+    files = sorted((ROOT / "docs" / "records").glob("*.jsonl.gz"))
+    lines = sum(len(gzip.decompress(file.read_bytes()).splitlines()) for file in files)
+    assert len(FileRecords(files).runs) == lines > 100

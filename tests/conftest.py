@@ -1,5 +1,6 @@
 """Settings that several test files share."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,14 @@ pytest.register_assert_rewrite("contract", "verdict", "many_tasks", "toy_process
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes minutes; run by: python -m pytest -m slow")
+
+
+@pytest.fixture
+def not_by_nohup() -> Iterator[None]:
+    """SIGHUP does here, and in what is started, what it does by default: runs respect nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture

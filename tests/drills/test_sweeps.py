@@ -153,18 +153,14 @@ def test_a_sweep_killed_twice_loses_and_doubles_nothing(place: Place, database: 
     assert database["sweep_locks"].distinct("_id") == ["database"]
 
 
-def not_by_nohup() -> None:
-    """What these tests may be run by, and a sweep respects."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-
+@pytest.mark.usefixtures("not_by_nohup")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_stopped_sweep_brings_its_trainings_home(
     place: Place, database: Any, number: signal.Signals
 ) -> None:
     """As from a terminal or a batch system: every process of the sweep's group gets the signal."""
     sweep = place.start("methods=plain", "seeds=2", "hold=True", "--workers", "2",
-                        start_new_session=True, preexec_fn=not_by_nohup)  # fmt: skip
+                        start_new_session=True)  # fmt: skip
     held(place, database, 2)
     wait_for(lambda: statuses(database) == ["RUNNING"] * 2)
     os.killpg(sweep.pid, number)

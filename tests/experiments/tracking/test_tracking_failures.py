@@ -133,6 +133,7 @@ def test_an_outage_for_a_while_and_one_for_good(tmp_path: Path, server: Server, 
     assert not journals(tmp_path)
 
 
+@pytest.mark.usefixtures("not_by_nohup")
 def test_a_signal_interrupts_the_run(data: Path, embedded: Any) -> None:
     before = latest(embedded)["_id"]
     signals = {signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGINT: 130}

@@ -85,6 +85,7 @@ def untimed(training: Training) -> dict[str, Any]:
     return {k: v for k, v in training.run.values.items() if not k.endswith(TIMED)}
 
 
+@pytest.mark.usefixtures("not_by_nohup")
 @pytest.mark.parametrize("signum", signals.SIGNALS, ids=lambda number: number.name)
 def test_a_step_is_finished_and_saved(tmp_path: Path, signum: int) -> None:
     """Also SIGALRM, from outside like the others, and what clusters send before they kill."""
@@ -185,6 +186,7 @@ def test_a_hangup_that_is_ignored_stays_so(tmp_path: Path) -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.usefixtures("not_by_nohup")
 @pytest.mark.parametrize(
     ("signum", "times"),
     [

@@ -119,6 +119,12 @@ def _learner(config: Values, given: Tasks, ranks: Ranks) -> MetaLearner:
             f"{config['score']!r}; leave it out"
         )
     network, method = ModelSettings.of(config["model"]), AlgorithmSettings.of(config["algorithm"])
+    if network.precision != "float32" and method.curvature is not None:
+        raise UserError(
+            f"model.precision: expected float32 for {method.name}, whose inner problem holds the "
+            f"backbone and is not solved in bfloat16's three digits, got {network.precision!r}; "
+            "leave it out"
+        )
     backbone, width = model.build_backbone(given.input_shape(), network)
     backbone.to(device)
     if isinstance(backbone, Chunked):

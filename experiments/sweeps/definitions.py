@@ -96,14 +96,6 @@ MAIN = {
 }
 
 
-def _printed(*rows: tuple[float, float, float]) -> dict[str, Published]:
-    """Of Tables 1 and 2, on one benchmark: Algorithm 1, ANIL, ITD-BiO, MAML."""
-    ours, anil, itd_bio, maml = (Published(*row) for row in rows)
-    algorithm_1 = ("ImplicitCGHead", *(name for name in YANG_METHODS if name.startswith("as_")))
-    return {**dict.fromkeys(algorithm_1, ours), "anil": anil, "itd_bio": itd_bio,
-            "maml_printed": maml}  # fmt: skip
-
-
 YANG_METHODS = {
     **MAIN,
     "as_printed_adam": replace(PRINTED, settings=ADAM),
@@ -111,6 +103,15 @@ YANG_METHODS = {
     "as_printed": replace(PRINTED, final={"budget": 600}),  # enough to see what it does
     "maml_printed": Method(("yang_{benchmark}_maml",), settings={**FASTER, **OWN_LAYOUT}),
 }
+
+
+def _printed(*rows: tuple[float, float, float]) -> dict[str, Published]:
+    """Of Tables 1 and 2, on one benchmark: Algorithm 1, ANIL, ITD-BiO, MAML."""
+    ours, anil, itd_bio, maml = (Published(*row) for row in rows)
+    algorithm_1 = ("ImplicitCGHead", *(name for name in YANG_METHODS if name.startswith("as_")))
+    return {**dict.fromkeys(algorithm_1, ours), "anil": anil, "itd_bio": itd_bio,
+            "maml_printed": maml}  # fmt: skip
+
 
 # Yang et al., Tables 1 and 2, Figure 1: 2,000 outer iterations of 32 tasks, 5-way 5-shot, a test
 # on 600 tasks after 20 inner steps. The step sizes are from grids of equal size and time, or the

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from attention import kernel
 from oracles import flat, peak_of_live_tensors, relative_error
 from problems import NAMES, adapt, hypergradient, make_learner, problem, truth
 from small_task import SIX_LABELS as Y
@@ -237,11 +238,9 @@ def test_a_function_that_is_differentiable_once() -> None:
 
 def test_fused_attention() -> None:
     """Its kernel has no second derivative; the plain one, which has, is the oracle."""
-    attention = pytest.importorskip("torch.nn.attention", reason="torch is older than 2.3")
-    sdpa_kernel, SDPBackend = attention.sdpa_kernel, attention.SDPBackend
-    with sdpa_kernel(SDPBackend.MATH):
+    with kernel("MATH"):
         expected = meta_gradient(Attention, **EXACT)
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+    with kernel("FLASH_ATTENTION"):
         assert relative_error(meta_gradient(Attention, **WITHOUT), expected) < 1e-5
         with pytest.raises(RuntimeError, match=r"linear=Perturbed\(\)"):
             meta_gradient(Attention, **EXACT)

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from attention import kernel
 from docs_blocks import ROOT, follow
 from oracles import relative_error, slope_at_zero
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from l2l_implicit import (
     CG,
@@ -139,7 +139,7 @@ SLOW = {"inductor"}
 def test_a_head(kind: str, attention: str) -> None:
     """With sdpa the plain kernel is forbidden: the fused one it is, or an error."""
     encoder = made("BertModel", attention)
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if attention == "sdpa" else nullcontext():
+    with kernel("FLASH_ATTENTION") if attention == "sdpa" else nullcontext():
         head_loss(BACKBONES[kind](encoder)).backward()
     found = along(list(encoder.parameters()))
     assert relative_error([found], [expected_of_a_head()]) < TOL
@@ -216,7 +216,7 @@ def test_a_network(which: str, attention: str) -> None:
     make, settings = MODELS[which]
     model = make("eager" if attention == "eager" else "sdpa")
     maml = ImplicitMAML(model, 0.1, **settings, **EXACT)
-    with sdpa_kernel(SDPBackend.MATH):
+    with kernel("MATH"):
         network_loss(maml).backward()
     assert relative_error([along(phi_of(model))], [expected_of(which)]) < TOL
     assert maml.diagnostics.unsolved == 0
@@ -227,7 +227,7 @@ def test_a_network_with_fused_attention(which: str) -> None:
     """`Perturbed` takes differences of gradients: 1e-5 is what it has elsewhere too."""
     make, settings = MODELS[which]
     model = make("sdpa")
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+    with kernel("FLASH_ATTENTION"):
         with pytest.raises(RuntimeError, match="got fused attention .*; compute it within"):
             network_loss(ImplicitMAML(model, 0.1, **settings, **EXACT), steps=2).backward()
         first_only = {"inner": LBFGS(tol=1e-12), "linear": Perturbed(tol=1e-9)}
@@ -240,10 +240,10 @@ def test_gauss_newton_with_fused_attention(which: str) -> None:
     """Its hypergradient is that of the plain kernel, which is another than the Hessian's."""
     make, settings = MODELS[which]
     found = []
-    for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
+    for name in ("FLASH_ATTENTION", "MATH"):
         model = make("sdpa")
         maml = ImplicitMAML(model, 0.1, curvature=GaussNewton(), **settings, **EXACT)
-        with sdpa_kernel(kernel):
+        with kernel(name):
             network_loss(maml).backward()
         found.append([p.grad for p in phi_of(model)])
     assert relative_error(*found) < 1e-8

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from attention import kernel
 from oracles import relative_error
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -21,12 +22,6 @@ pytestmark = [
 Y = torch.arange(6) % 3
 FIRST_ONLY = {"inner": LBFGS(tol=1e-12), "linear": Perturbed(tol=1e-10)}
 SECOND = {"inner": Newton(100, 1e-13), "linear": CG(200, 1e-13)}
-
-
-def kernel(name: str) -> Any:
-    """Within, attention is computed by this one of torch's kernels."""
-    attention = pytest.importorskip("torch.nn.attention", reason="torch is older than 2.3")
-    return attention.sdpa_kernel(getattr(attention.SDPBackend, name))
 
 
 class Attention(nn.Module):

@@ -182,6 +182,7 @@ BAD = {
     "meta_lr_schedule=cosine budget=5": "meta_lr_schedule: expected constant with budget=5",
     "meta_lr_schedule=cos": "'constant', 'cosine', got 'cos'; did you mean",
     "model.name=resnet12 model.hidden=None model.last_pool=False": "last_pool: expected True for",
+    "algorithm.name=ImplicitMAML model.precision=bfloat16": "expected float32 for ImplicitMAML",
     "parameters=nowhere.pt": "parameters: expected those of a run with this model and algorithm",
     "test_at=[0]": "test_at: expected a list, each a whole number from 1",
     "validate_seconds=-1": "validate_seconds: expected a finite number above 0 or None",

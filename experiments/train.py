@@ -25,7 +25,6 @@ if __name__ == "__main__":  # Ctrl-C while torch is imported: no traceback
 from experiments import extra  # noqa: F401, I001  (first: it says what to install)
 
 import torch
-from pydantic import model_validator
 from sacred.config import ConfigDict
 from tqdm import tqdm
 
@@ -51,8 +50,6 @@ class TrainSettings(Schedule):
     # the algorithm's own default: adam, or sgd for reptile and paper
     meta_optimizer: Literal["adam", "sgd"] = "adam"
     meta_lr: Positive = 0.001  # outer step size; the algorithm's own default
-    # constant, or cosine: from meta_lr to 0 over the iterations
-    meta_lr_schedule: Literal["constant", "cosine"] = "constant"
     meta_weight_decay: NotNegative = 0.0  # share of theta, times the step size, lost in a step
     # what is reported: accuracy (classification) or mse (regression); None: its own
     score: Literal["accuracy", "mse"] | None = None
@@ -64,15 +61,6 @@ class TrainSettings(Schedule):
     on_bad_task: Literal["stop", "skip"] | None = None
     resume: Text | None = None  # set by the command line's resume=
     cell: Text | None = None  # of a sweep (python -m experiments.sweep)
-
-    @model_validator(mode="after")
-    def _ends_where_its_schedule_does(self) -> TrainSettings:
-        if self.meta_lr_schedule == "cosine" and self.budget is not None:
-            raise ValueError(
-                f"meta_lr_schedule: expected constant with budget={self.budget}, got 'cosine', "
-                "which ends with the iterations; leave budget out"
-            )
-        return self
 
     @classmethod
     def own_defaults(cls, given: Values, others: Values) -> Values:
@@ -134,7 +122,6 @@ def _learner(config: Values, given: Tasks, ranks: Ranks) -> MetaLearner:
     return MetaLearner(
         algorithms, measure, config["meta_optimizer"], config["meta_lr"], network.channels_last,
         ranks, config["on_bad_task"] == "skip", tqdm.write, config["meta_weight_decay"],
-        config["iterations"] if config["meta_lr_schedule"] == "cosine" else None,
     )  # fmt: skip
 
 

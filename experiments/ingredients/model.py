@@ -17,15 +17,15 @@ from experiments.tracking.config import Count, Settings
 from l2l_implicit import Chunked
 from l2l_implicit.distributed import own_device
 
-HIDDEN = {"cnn4": 32, "mlp": 40}
+HIDDEN = {"cnn4": 32, "omniglot_cnn": 64, "mlp": 40}
 
 
 class ModelSettings(Settings):
     """The settings of this ingredient."""
 
-    # None: cnn4 for images, mlp for vectors
-    name: Literal["cnn4", "resnet12", "wrn28", "mlp"] | None = None
-    # filters a layer (cnn4; None: 32) or units a layer (mlp; None: 40)
+    # None: cnn4 for images, mlp for vectors; omniglot_cnn: strides instead of pools (Finn et al.)
+    name: Literal["cnn4", "omniglot_cnn", "resnet12", "wrn28", "mlp"] | None = None
+    # filters a layer (cnn4; None: 32; omniglot_cnn: 64) or units a layer (mlp: 40)
     hidden: Annotated[int, Field(ge=1, le=65_536)] | None = None
     # cnn4: pool after its last layer too; without it there are four times as many features
     last_pool: bool = True
@@ -94,6 +94,9 @@ class LowPrecision(nn.Module):
 def _build(name: str, hidden: int, channels: int) -> nn.Module:
     if name == "cnn4":
         return l2l.vision.models.CNN4Backbone(hidden_size=hidden, channels=channels)
+    if name == "omniglot_cnn":
+        base = l2l.vision.models.cnn4.ConvBase(hidden, channels, max_pool=False)
+        return nn.Sequential(base, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     if name == "resnet12":
         return l2l.vision.models.ResNet12Backbone(channels=channels)
     if name == "wrn28":
@@ -110,7 +113,8 @@ def _check(name: str, settings: ModelSettings, shape: Sequence[int]) -> None:
     if not settings.last_pool and name != "cnn4":
         raise UserError(f"model.last_pool: expected True for {name}, got False; leave it out")
     if (name == "mlp") == (len(shape) == 3):
-        right = "cnn4, resnet12 or wrn28 for images" if name == "mlp" else "mlp for vectors"
+        image = "cnn4, omniglot_cnn, resnet12 or wrn28 for images"
+        right = image if name == "mlp" else "mlp for vectors"
         raise UserError(f"model.name: expected {right}, got {name!r}; leave it out")
     if name == "wrn28" and shape[0] != 3:
         raise UserError(

@@ -65,19 +65,21 @@ def _yang() -> dict[str, Config]:
 def _rajeswaran() -> dict[str, Config]:
     """Rajeswaran et al. (2019), Tables 2 and 3: ``rajeswaran_omniglot_5way_1shot_gd`` and so on.
 
-    The paper prints lambda, the inner steps and the CG steps; the sizes of the networks are those
-    of Finn et al. (2017), which it refers to. Its outer step size, meta-batch, number of outer
-    iterations and query images are not in the text: ours. Its lambda (2 on Omniglot, 0.5 on
-    mini-ImageNet) is here what learns, 0.5 and Hessian-free 0.1: docs/choosing.md.
+    The paper prints lambda, the inner steps and the CG steps; the networks are those of Finn et al.
+    (2017), which it refers to: strided convolutions for Omniglot, pools for mini-ImageNet. Its
+    outer step size, meta-batch, number of outer iterations and query images are not in the text:
+    ours. Its lambda (2 on Omniglot, 0.5 on mini-ImageNet) is here what learns, 0.5 and Hessian-free
+    0.1: docs/choosing.md.
     """
     def config(name: str, ways: int, shots: int, queries: int, tested: int, hidden: int, kind: str,
                steps: int) -> Config:  # fmt: skip
+        network = "omniglot_cnn" if name == "omniglot" else "cnn4"
         gd = {"l2": 0.5, "lr": 0.1, "steps": steps}
         own = gd if kind == "gd" else {"l2": 0.1, "steps": 5}
         return {
             "tasks": {"name": name, "ways": ways, "shots": shots, "queries": queries,
                       "test_queries": tested},
-            "model": {"name": "cnn4", "hidden": hidden, "channels_last": False},
+            "model": {"name": network, "hidden": hidden, "channels_last": False},
             "algorithm": {"name": f"imaml_{kind}", "cg_steps": 5, **own},
         }  # fmt: skip
 

@@ -28,6 +28,8 @@ class Schedule(RunSettings):
 
     iterations: Count = 600  # outer iterations, at most
     meta_batch: Count = 8  # tasks an outer iteration, |B|
+    # constant, or cosine: from meta_lr down to 0 at the end, of the budget where there is one
+    meta_lr_schedule: Literal["constant", "cosine"] = "constant"
     validate_every: Count = 100  # outer iterations between validations
     validate_seconds: Positive | None = None  # seconds of training between validations, instead
     validation_tasks: Count = 100  # of every validation
@@ -172,6 +174,8 @@ class Training:
         loading = time.perf_counter() - start
         if iteration % schedule.validate_every == 1 or schedule.validate_every == 1:
             self._measure_memory(iteration, episodes)
+        if schedule.meta_lr_schedule == "cosine":
+            self.learner.anneal(self._progress() / (schedule.budget or schedule.iterations))
         step = self.learner.step(episodes)
         self.steps = iteration
         self.seconds += step["cpu_seconds" if schedule.budget_clock == "cpu" else "seconds"]

@@ -76,8 +76,6 @@ class MetaLearner:
     Args:
         optimizer, meta_lr, weight_decay: "adam" or "sgd", of the outer problem, its step size,
             and the share of theta that it takes away (Adam: decoupled, Loshchilov, Hutter 2019).
-        cosine: outer iterations in which the step size falls to 0 along a half cosine
-            (Loshchilov, Hutter 2017); None: it stays.
         channels_last: memory layout of images.
         ranks: the processes that share the tasks of a batch out.
         skip: leave tasks out whose numbers go wrong, and ``say`` which, instead of raising
@@ -87,7 +85,7 @@ class MetaLearner:
     def __init__(
         self, algorithms: Algorithms, measure: Measure, optimizer: str, meta_lr: float,
         channels_last: bool, ranks: Ranks = ALONE, skip: bool = False,
-        say: Callable[[str], None] = print, weight_decay: float = 0.0, cosine: int | None = None,
+        say: Callable[[str], None] = print, weight_decay: float = 0.0,
     ) -> None:  # fmt: skip
         self.ranks, self.skip, self._say, self.skipped = ranks, skip, say, 0
         self.algorithms, self.measure = algorithms, measure
@@ -95,9 +93,7 @@ class MetaLearner:
         adam = torch.optim.AdamW if weight_decay else torch.optim.Adam
         kind = {"adam": adam, "sgd": torch.optim.SGD}[optimizer]
         self.optimizer = kind(self.parameters, lr=meta_lr, weight_decay=weight_decay)
-        self.schedule = None
-        if cosine is not None:
-            self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, cosine)
+        self._meta_lr = meta_lr
         self.device = self.parameters[0].device
         self._channels_last = channels_last
         ranks.broadcast(p.data for p in self.parameters)
@@ -141,6 +137,14 @@ class MetaLearner:
             self._say(f"skipped {text}")
         return [None if name in faults else next(results) for name in tasks]
 
+    def anneal(self, share: float) -> None:
+        """Set the outer step size to a half cosine's after this share of training: 1 gives 0.
+
+        Loshchilov, Hutter (2017), eq. (5).
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._meta_lr * (1 + math.cos(math.pi * share)) / 2
+
     def _attempt(self, episodes: Sequence[Episode]) -> list[QueryResult]:
         """Leave the mean gradient of these alone on theta."""
         self.optimizer.zero_grad()
@@ -178,8 +182,6 @@ class MetaLearner:
         self.ranks.average(self.parameters, good / len(results))
         norm = self._norm()
         self.optimizer.step()
-        if self.schedule is not None:
-            self.schedule.step()
         self._project()
         noted = [r.diagnostics for r in results if r.diagnostics is not None]
         means = {name: [getattr(d, name) for d in noted] for name in MEANS if noted}
@@ -271,16 +273,12 @@ class MetaLearner:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that training changes."""
-        schedule = self.schedule and self.schedule.state_dict()
-        own = {"optimizer": self.optimizer.state_dict(), "schedule": schedule}
-        return {**self.theta_state(), **own}
+        return {**self.theta_state(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""
         self.load_theta_state(state)
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.schedule is not None:
-            self.schedule.load_state_dict(state["schedule"])
 
 
 def interval(values: Sequence[float]) -> Interval:

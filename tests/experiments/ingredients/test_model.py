@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from experiments.ingredients.model import ModelSettings, build_backbone
+from experiments.ingredients.model import ModelSettings, build_backbone, l2l
 
 
 @pytest.mark.parametrize(("last_pool", "width"), [(True, 8 * 2 * 2), (False, 8 * 4 * 4)])
@@ -41,3 +41,12 @@ def test_low_precision_is_of_the_products_alone() -> None:
     # eight bits a number, four layers, each normalised: some per cent, and not none
     assert 1e-4 < (low - exact).norm() / exact.norm() < 0.05
     assert 1e-4 < (here - there).norm() / there.norm() < 0.2
+
+
+def test_omniglot_cnn_is_learn2learns_without_its_head() -> None:
+    backbone, width = build_backbone((1, 28, 28), ModelSettings.of({"name": "omniglot_cnn"}))
+    theirs = l2l.vision.models.OmniglotCNN(5)
+    theirs.base.load_state_dict(backbone[0].state_dict())
+    images = torch.rand(6, 1, 28, 28)
+    assert width == theirs.classifier.in_features == 64
+    torch.testing.assert_close(backbone(images), theirs.features(images))

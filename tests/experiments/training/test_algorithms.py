@@ -444,11 +444,12 @@ def test_the_outer_step_decays_along_a_cosine(optimizer: str) -> None:
     lr, decay, steps = 0.1, 0.02, 4
     rest = ("classification", optimizer, lr)
     learner = MetaLearner(algorithms, MEASURES[rest[0]], *rest[1:], channels_last=False,
-                          weight_decay=decay, cosine=steps)  # fmt: skip
+                          weight_decay=decay)  # fmt: skip
     first = [torch.zeros_like(p) for p in learner.parameters]
     second = [torch.zeros_like(p) for p in learner.parameters]
     for n in range(steps):
         before = [p.detach().clone() for p in learner.parameters]
+        learner.anneal(n / steps)
         learner.step([episode(n)])
         size = lr * (1 + math.cos(math.pi * n / steps)) / 2
         for p, old, m, v in zip(learner.parameters, before, first, second, strict=True):

@@ -179,7 +179,6 @@ BAD = {
     "device=cuda:99": "device: expected auto, cpu or a GPU that is there, got 'cuda:99'",
     "score=mse": "score: expected 'accuracy' for glyphs",
     "budget=0": "budget: expected a finite number above 0 or None",
-    "meta_lr_schedule=cosine budget=5": "meta_lr_schedule: expected constant with budget=5",
     "meta_lr_schedule=cos": "'constant', 'cosine', got 'cos'; did you mean",
     "model.name=resnet12 model.hidden=None model.last_pool=False": "last_pool: expected True for",
     "algorithm.name=ImplicitMAML model.precision=bfloat16": "expected float32 for ImplicitMAML",

@@ -64,6 +64,10 @@ class Learner:
         network = SimpleNamespace(network=lambda: nn.Module())
         self.algorithms = SimpleNamespace(training=network)
         self.optimizer = torch.optim.SGD([torch.zeros(1)])
+        self.annealed = list[float]()
+
+    def anneal(self, share: float) -> None:
+        self.annealed.append(share)
 
     def hypergradient(self, batch: list[Any]) -> None:
         pass
@@ -134,6 +138,19 @@ def test_a_budget_is_counted_by_the_clock_that_was_asked_for(
     training, run = train(tmp_path, budget=7.0, budget_clock=clock)
     assert training.steps == iterations and run.at("test/accuracy") == [iterations]
     assert training.seconds == (2.0 if clock == "cpu" else 3.0) * iterations
+
+
+@pytest.mark.parametrize(("budget", "shares"), [
+    (None, [n / 10 for n in range(10)]), (7.0, [0, 2 / 7, 4 / 7, 6 / 7]), (3.0, [0, 2 / 3, 1, 1]),
+])  # fmt: skip
+def test_the_outer_step_decays_over_what_ends_the_run(
+    tmp_path: Path, budget: float | None, shares: list[float]
+) -> None:
+    test_at = (4,) if budget == 3.0 else ()  # past the budget
+    training, _ = train(tmp_path, meta_lr_schedule="cosine", budget=budget, test_at=test_at)
+    assert training.learner.annealed == pytest.approx(shares)  # type: ignore[attr-defined]
+    constant, _ = train(tmp_path, budget=budget)
+    assert not constant.learner.annealed  # type: ignore[attr-defined]
 
 
 def test_a_run_goes_on_from_its_budget_to_the_last_test(tmp_path: Path) -> None:

@@ -185,7 +185,8 @@ RAJESWARAN_TABLE2 = Sweep(
         )
         for ways, shots in PRINTED_ON_OMNIGLOT
     },
-    settings={"iterations": 100_000, "budget_clock": "cpu", "threads": 1, "validate_seconds": 300},
+    settings={"iterations": 100_000, "budget_clock": "cpu", "threads": 1, "validate_seconds": 300,
+              "model.name": "omniglot_cnn", "meta_lr_schedule": "cosine"},
     stage2={"budget": 7200, "early_stopping": True},
     published={
         f"omniglot_{ways}way_{shots}shot": {

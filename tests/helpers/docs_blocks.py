@@ -100,7 +100,7 @@ def difference(block: Block, printed: str) -> str:
 def _is_near(expected: str, number: str, within: float | None) -> bool:
     a, b = float(expected), float(number)
     if "e" in expected or "e" in number:
-        return a == b or 0.1 <= b / a <= 10
+        return a == b or (a != 0 and 0.1 <= b / a <= 10)
     if "." not in expected:
         return expected == number
     last_digit = 10.0 ** -len(expected.partition(".")[2])

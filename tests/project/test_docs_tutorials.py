@@ -1,4 +1,7 @@
-"""Every tutorial works as it stands: its blocks run in their order, in a fresh process."""
+"""Every tutorial works as it stands: its blocks run in their order, in a fresh process.
+
+In full, it prints what the page says: the quick ones always, all with `-m "slow or not slow"`.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,12 @@ from docs_blocks import ROOT
 import experiments  # noqa: F401  (the pages use its commands)
 
 DOCS = ROOT / "docs"
-PAGES = ("choosing", "perturbed")
-EXAMPLES = ("tutorials/hyper_cleaning", "tutorials/per_class_l2", "tutorials/feature_scale")
-QUICK = (*PAGES, "tutorials/anil", "tutorials/imaml", "tutorials/folder", *EXAMPLES)
-LONG = ("tutorials/lightning", "tutorials/mongodb", "tutorials/torchrun")
+PAGES = ("choosing", "perturbed")  # with blocks that build on each other, as a tutorial's
+SHORTENED = ("tutorials/anil", "tutorials/imaml")  # but for the slow test
+QUICK = ("tutorials/folder", "tutorials/hyper_cleaning", "tutorials/per_class_l2",
+         "tutorials/feature_scale")  # fmt: skip
+LONG = (*SHORTENED, "tutorials/lightning", "tutorials/mongodb", "tutorials/torchrun")
+FULL = ("--full",)
 
 
 def surroundings(folder: Path) -> dict[str, str]:
@@ -41,22 +46,63 @@ def mongo_url(tmp_path: Path) -> Iterator[str]:
         server.terminate()
 
 
+def answer(page: Path, folder: Path, *options: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """What following a page in a folder of its own says, standard error included."""
+    program = ROOT / "tests" / "helpers" / "docs_blocks.py"
+    return subprocess.run(
+        [sys.executable, program, *options, page], cwd=folder, text=True,
+        env={**surroundings(folder), **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
 def test_all_tutorials_are_followed() -> None:
     found = {f"tutorials/{path.stem}" for path in (DOCS / "tutorials").glob("*.md")}
-    assert found and found == {*QUICK, *LONG} - {*PAGES}
+    assert found and found == {*QUICK, *LONG}
 
 
-@pytest.mark.parametrize("name", [
-    *QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in LONG)
+@pytest.mark.parametrize(("name", "options"), [
+    *((name, ()) for name in (*PAGES, *SHORTENED)), *((name, FULL) for name in QUICK),
+    *(pytest.param(name, FULL, marks=pytest.mark.slow) for name in LONG),
 ])  # fmt: skip
-def test_tutorial(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_tutorial(
+    name: str, options: tuple[str, ...], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     if name.endswith("lightning"):
         pytest.importorskip("pytorch_lightning")
-    env, program = surroundings(tmp_path), ROOT / "tests" / "helpers" / "docs_blocks.py"
+    env = {}
     if name.endswith("mongodb"):
         env["L2L_IMPLICIT_MONGO_URL"] = request.getfixturevalue("mongo_url")
-    answer = subprocess.run(
-        [sys.executable, program, DOCS / f"{name}.md"], cwd=tmp_path, text=True, env=env,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    assert answer.returncode == 0, answer.stdout[-4000:]
+    found = answer(DOCS / f"{name}.md", tmp_path, *options, **env)
+    assert found.returncode == 0, found.stdout[-4000:]
+
+
+PAGE = """
+```python
+rate, count, error = 0.5, 100, 3.2e-12
+```
+<!-- shortened in tests: count = 3 -->
+```python
+print(f"accuracy {rate:.2f} of {count}, error {error:.1e}, at {object()}")
+```
+```output title="on another processor within 0.02"
+accuracy 0.51 of 100, error 9.0e-13, at <object ...>
+```
+"""
+"""As in a tutorial: shortened in the quick test, and with a figure that is only near."""
+
+
+@pytest.mark.parametrize(("old", "new", "says"), [
+    ("0.51", "0.51", ""),
+    ("0.51", "0.53", "0.50 for 0.53"),
+    ("of 100,", "of 101,", "100 for 101"),
+    ("9.0e-13", "9.0e-14", "3.2e-12 for 9.0e-14"),
+    ("accuracy 0.51", "loss 0.51", "another text"),
+    (" title=\"on another processor within 0.02\"\naccuracy 0.51", "\naccuracy 0.52", "0.50 for"),
+    ("```output", "```text", "a block of output"),
+])  # fmt: skip
+def test_a_wrong_figure_on_a_page_is_found(old: str, new: str, says: str, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(PAGE.replace(old, new), encoding="utf-8")
+    full = answer(page, tmp_path, "--full")
+    assert (full.returncode == 0) == (not says) and says in full.stdout, full.stdout
+    assert "accuracy 0.50 of 3," in answer(page, tmp_path).stdout

@@ -85,10 +85,11 @@ class BenchmarkSettings(RunSettings):
     def compared(
         self, case: str, steps: Mapping[str, Step], limits: Limits | None = None
     ) -> list[Row]:
-        """One row a method, the floor first; ours with K and N."""
+        """The `rows` of what they cost."""
         return self.rows(case, self.costs(steps), limits or {})
 
     def rows(self, case: str, costs: Mapping[str, Cost], limits: Limits) -> list[Row]:
+        """One row a method, the floor first; ours with K and N."""
         rows = []
         for name, cost in costs.items():
             counts = (self.steps, self.cg_steps) if name.startswith("implicit") else (None, None)

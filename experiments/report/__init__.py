@@ -76,9 +76,7 @@ def get_results(
 
 
 @contextmanager
-def open_records(
-    database: str | None, files: Iterable[str | Path] | None
-) -> Iterator[Records]:
+def open_records(database: str | None, files: Iterable[str | Path] | None) -> Iterator[Records]:
     """Of the files, where any are named; else of the database."""
     if files is not None:
         yield FileRecords(files)

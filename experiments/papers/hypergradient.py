@@ -105,6 +105,7 @@ class Problem:
 
     @property
     def anchored(self) -> bool:
+        """Whether the regulariser draws phi to theta; else to 0."""
         return self.kind is ImplicitMAML
 
     def _loss(self, phi: Tensor, theta: Tensor, split: int) -> Tensor:
@@ -154,9 +155,10 @@ class Problem:
         def inner() -> Tensor:
             loss = self.fit(clone(support), 0)
             if penalty:
-                pairs = zip(clone.module.parameters(), anchors, strict=True)
-                far = [(phi - a if self.anchored else phi).square().sum() for phi, a in pairs]
-                loss = loss + 0.5 * self.l2 * torch.stack(far).sum()
+                far = parameters_to_vector(clone.module.parameters())
+                if self.anchored:
+                    far = far - parameters_to_vector(anchors)
+                loss = loss + 0.5 * self.l2 * far.square().sum()
             return loss
 
         begin = time.process_time()

@@ -15,7 +15,7 @@ import platform
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,6 @@ def main() -> int:
     sections: dict[str, Callable[[], Findings]] = {
         "Packages": packages,
         "Compute": compute,
-        "learn2learn and torchvision": repairs,
         "Hypergradient": hypergradient,
         "Database": database,
         f"Data sets in {root}": lambda: datasets(root),
@@ -75,13 +74,10 @@ def packages() -> Findings:
             if found is None:
                 text = "; ".join(filter(None, (problem, EXTRA.format(extra) if extra else LIBRARY)))
                 yield name, MISSING if extra and not problem else BROKEN, text
-                continue
-            text = getattr(found, "__version__", "of unknown version")
-            with suppress(PackageNotFoundError):
-                text = version(name)
-            if module == "l2l_implicit":  # perhaps a checkout that is not installed
-                text = f"{found.__version__} ({Path(found.__file__).parent})"
-            yield name, OK, text
+            elif module == "l2l_implicit":  # perhaps a checkout that is not installed
+                yield name, OK, f"{found.__version__} ({Path(found.__file__).parent})"
+            else:
+                yield name, OK, getattr(found, "__version__", "") or version(name)
     try:  # a program, and under the GPL: never imported
         yield "SecantusDB", OK, version("SecantusDB")
     except PackageNotFoundError:
@@ -100,20 +96,6 @@ def compute() -> Findings:
     limit = os.environ.get("OMP_NUM_THREADS", "unset")
     text = f"{torch.get_num_threads()} of torch, {cores} cores, OMP_NUM_THREADS {limit}"
     yield "threads", OK, text
-
-
-def repairs() -> Findings:
-    """What `l2l_implicit._compat` had to do on this machine."""
-    torchvision = imported("l2l_implicit._compat")[0] and imported("torchvision")[0]
-    if torchvision is None:
-        yield "repairs", OK, "cannot tell before the packages above import"
-        return
-    own = "torchvision's own are loaded; nothing was declared"
-    declared = ("torchvision's do not load beside this torch, and are declared without kernels:"
-                " transforms and data sets work, torchvision.ops do not")  # fmt: skip
-    yield "operators", OK, own if torchvision.extension._has_ops() else declared
-    notices = getattr(sys.modules.get("gym_notices.notices"), "notices", None)
-    yield "gym's notice", OK, "is printed" if notices else "silenced"
 
 
 def hypergradient() -> Findings:

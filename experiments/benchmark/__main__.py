@@ -7,14 +7,13 @@ from __future__ import annotations
 import platform
 import time
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from experiments.benchmark.cases import BenchmarkSettings, select
-from experiments.benchmark.measure import Row, as_markdown, as_text, draw, summary
+from experiments.benchmark.measure import Row, as_markdown, draw, summary
 from experiments.ingredients.model import device_of, use_threads, within_limits
 from experiments.tracking import TrackedExperiment, record
 from experiments.training.outcome import folder_of
@@ -34,17 +33,6 @@ def quick() -> None:
     sweep_cg_steps = [5, 100]
     memory_steps = [1, 1000]
     network_steps = [1, 5]
-
-
-def _markdown(rows: Mapping[str, list[Row]], machine: str) -> str:
-    """Every table under the command that repeats it, and what missed its bar."""
-    parts = [f"{machine}."]
-    for name, of in rows.items():
-        command = f"python -m experiments.benchmark with cases={name}"
-        parts.append(f"```\n{command}\n```\n\n{as_markdown(of)}")
-    bars, *missed = summary(row for of in rows.values() for row in of)
-    parts.append("\n".join([f"{bars}.", "", *(f"- {line}" for line in missed)]).strip())
-    return "\n\n".join(parts) + "\n"
 
 
 def _machine(device: str, threads: int) -> str:
@@ -67,23 +55,28 @@ def benchmark(_run: Any, cases: str, threads: int, output: str) -> dict[str, int
     use_threads(threads)
     folder = folder_of(_run, output)
     keep_freed_memory()  # as experiments.train does; every method is faster for it
-    rows: dict[str, list[Row]] = {}
+    machine = _machine(settings.device, threads)
+    rows: list[Row] = []
+    tables = [f"{machine}."]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnsolvedWarning)  # random images are not the point here
         for name, case in tqdm(chosen.items(), desc="cases"):
-            rows[name] = case(settings)
-            for index, row in enumerate(rows[name]):
+            found = case(settings)
+            for index, row in enumerate(found):
                 values = {f"{name}/{row.method}/{key}": v for key, v in row.metrics.items()}
                 record(_run, values, index)
-            tqdm.write(as_text(rows[name]))
-    everything = [row for of in rows.values() for row in of]
-    machine = _machine(settings.device, threads)
-    print("", "\n".join(summary(everything)), machine, sep="\n\n")
-    (folder / "benchmark.md").write_text(_markdown(rows, machine))
+            command = f"python -m experiments.benchmark with cases={name}"
+            tables.append(f"```\n{command}\n```\n\n{as_markdown(found)}")
+            tqdm.write(tables[-1] + "\n")
+            rows += found
+            if name == "peers":
+                draw(machine, found).savefig(folder / "benchmark.png", dpi=120)
+                _run.add_artifact(folder / "benchmark.png")
+    bars, *missed = summary(rows)
+    tables.append("\n".join([f"{bars}.", "", *(f"- {line}" for line in missed)]).strip())
+    print("", tables[-1], machine, sep="\n\n")
+    (folder / "benchmark.md").write_text("\n\n".join(tables) + "\n")
     _run.add_artifact(folder / "benchmark.md")
-    if "peers" in rows:
-        draw(machine, rows["peers"]).savefig(folder / "benchmark.png", dpi=120)
-        _run.add_artifact(folder / "benchmark.png")
     print(f"\ntable and picture: {folder}")
-    bars = [bar for row in everything for bar in row.bars]
-    return {"met": sum(bar.met for bar in bars), "bars": len(bars)}
+    asked = [bar for row in rows for bar in row.bars]
+    return {"met": sum(bar.met for bar in asked), "bars": len(asked)}

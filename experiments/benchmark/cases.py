@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import product
@@ -12,12 +11,12 @@ from typing import Any
 
 import torch
 from learn2learn.algorithms import MAML
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from experiments.benchmark import steps as outer
-from experiments.benchmark.measure import Bar, Cost, Row, measure, seconds_of, warm_peak
-from experiments.benchmark.steps import Problem, Step, closure, implicit, loss_tensors
+from experiments.benchmark.measure import Bar, Cost, Row, measure, warm_peak
+from experiments.benchmark.steps import PEERS, Problem, Step, closure, implicit, loss_tensors
 from experiments.ingredients.algorithm import make_algorithms, solvers
 from experiments.ingredients.algorithm_table import AlgorithmSettings
 from experiments.tracking import UserError
@@ -33,7 +32,6 @@ from l2l_implicit import (
     checks,
 )
 from l2l_implicit.chunked import Chunked
-from l2l_implicit.inner_problem.gauss_newton import Curvature
 
 GROWTH, FLAT = 1.10, 1.01  # over all K or N: of time, of memory
 TASKS = 8  # of a meta batch
@@ -87,9 +85,13 @@ class BenchmarkSettings(RunSettings):
     def compared(
         self, case: str, steps: Mapping[str, Step], limits: Limits | None = None
     ) -> list[Row]:
+        """The `rows` of what they cost."""
+        return self.rows(case, self.costs(steps), limits or {})
+
+    def rows(self, case: str, costs: Mapping[str, Cost], limits: Limits) -> list[Row]:
         """One row a method, the floor first; ours with K and N."""
-        rows, limits = [], limits or {}
-        for name, cost in self.costs(steps).items():
+        rows = []
+        for name, cost in costs.items():
             counts = (self.steps, self.cg_steps) if name.startswith("implicit") else (None, None)
             rows.append(Row(case, name, *counts, cost, _bars(cost, limits.get(name, ()))))
         return rows
@@ -274,16 +276,14 @@ def head_alone(c: BenchmarkSettings) -> list[Row]:
         for call, adapt in CALLS.items():
             steps[f"implicit, {kind}, {call}"] = one(head, adapt(k))
         steps[f"implicit, {kind}, a task of {TASKS} together"] = _together(problem, head, many, k)
-    rows = c.compared(f"head alone, {many.shape[2]} features given: {problem.title}", steps)
-    rows[0] = rows[0]._replace(steps=k)
+    costs = c.costs(steps)
+    for name in (name for name in costs if name.endswith("together")):
+        costs[name] = Cost(*(value / TASKS for value in costs[name]))  # they are those of all
     limits = {"implicit, newton, adapt(closure)": (0.5,),
               f"implicit, newton, a task of {TASKS} together": (0.15,)}  # fmt: skip
-    for number, row in enumerate(rows):
-        # together: time and memory are those of all of them
-        cost = Cost(*(v / (TASKS if row.method.endswith("together") else 1) for v in row.cost))
-        bars = _bars(cost, limits.get(row.method, ()))
-        rows[number] = row._replace(cost=cost, bars=bars)
-    return rows
+    case = f"head alone, {many.shape[2]} features given: {problem.title}"
+    first, *rows = c.rows(case, costs, limits)
+    return [first._replace(steps=k), *rows]
 
 
 def _together(problem: Problem, head: ImplicitCGHead, given: Tensor, steps: int) -> Step:
@@ -302,14 +302,6 @@ def _together(problem: Problem, head: ImplicitCGHead, given: Tensor, steps: int)
 
 
 TOGETHER, APART = "implicit, newton", "implicit, newton, support and query apart"
-PEERS: dict[str, Callable[[Problem, int], Step]] = {
-    "ANIL (learn2learn), features cached": outer.anil,
-    "ITD-BiO, features cached": outer.itd_bio,
-    "higher, head, features cached": outer.higher_head,
-    "ANIL (learn2learn), as published": outer.anil_as_published,
-    "ITD-BiO, as published": outer.itd_bio_as_published,
-    "MAML (learn2learn), whole network": outer.maml,
-}
 RELEASED_STEPS = {"released step": False, "released step, CG through the backbone": True}
 
 
@@ -354,19 +346,15 @@ def _duel(k: int, name: str, costs: Mapping[str, Cost]) -> tuple[Bar, ...]:
 # iMAML on a whole network
 
 
-class TimedSolve(ImplicitMAML):
-    """`ImplicitMAML` that takes the time of its products."""
+class TimedProduct(ImplicitMAML):
+    """`ImplicitMAML` that measures one of its products."""
 
-    seconds: list[float]
+    cost_of: Callable[[Step], Cost]
+    costs: list[Cost]
 
     def linear_solve(self, hvp: Any, b: Tensor, start: Tensor | None) -> LinearSolution:
-        def timed(vector: Tensor) -> Tensor:
-            products: list[Tensor] = []
-            taken = seconds_of(lambda: products.append(hvp(vector)), str(vector.device))
-            self.seconds.append(taken)
-            return products[0]
-
-        return super().linear_solve(timed, b, start)
+        self.costs.append(self.cost_of(lambda: hvp(b)))
+        return super().linear_solve(hvp, b, start)
 
 
 def whole_network(c: BenchmarkSettings) -> list[Row]:
@@ -379,6 +367,7 @@ def whole_network(c: BenchmarkSettings) -> list[Row]:
     case, network = f"iMAML, whole network, in gradients: {problem.title}", problem.whole()
     least, most = min(c.network_steps), max(c.network_steps)
 
+    @torch.enable_grad()  # also within a backward pass
     def gradient() -> None:
         cross_entropy(network(problem.support[0]), problem.support[1]).backward()
 
@@ -386,46 +375,29 @@ def whole_network(c: BenchmarkSettings) -> list[Row]:
     for k, n in [(k, least) for k in c.network_steps] + [(least, most)]:
         settings = _all_products(n)
         learner = ImplicitMAML(network, 0.01, curvature=GaussNewton(), **settings)
-        steps[f"iMAML, K = {k}, N = {n}"] = outer.apart(problem, learner, closure(k), whole=True)
+        steps[f"iMAML, K = {k}, N = {n}"] = outer.apart(problem, learner, closure(k), outer.IMAGES)
     learner = ImplicitMAML(network, 0.01, **_all_products(least))
     exact = f"iMAML, K = {least}, N = {least}, Hessian"
-    steps[exact] = outer.apart(problem, learner, closure(least), whole=True)
+    steps[exact] = outer.apart(problem, learner, closure(least), outer.IMAGES)
     floor, *rows, hessian = c.compared(case, steps)
     bars = [Bar("gradients' memory", row.cost.memory_ratio, GRADIENTS) for row in rows]
     rows = [floor, *(row._replace(bars=(bar,)) for row, bar in zip(rows, bars, strict=True))]
     flat = _range("memory", [row.cost.peak_bytes for row in rows[1:]], FLAT)
-    products = [
-        _products(case, problem, network, gradient, curvature, limit)
-        for curvature, limit in ((GaussNewton(), GNP), (Hessian(), HVP))
-    ]
-    return [*rows, hessian, Row(case, "all K and N", bars=(flat,)), *products]
+    rows += [hessian, Row(case, "all K and N", bars=(flat,))]
+    for curvature, limit in ((GaussNewton(), GNP), (Hessian(), HVP)):
+        learner = TimedProduct(network, 0.01, curvature=curvature, **_all_products(5))
+        learner.cost_of = lambda product: c.costs({"floor": gradient, "": product})[""]
+        learner.costs = []  # clones share it
+        outer.apart(problem, learner, closure(1), outer.IMAGES)()
+        cost = learner.costs[0]
+        bars = (Bar("gradients' time", cost.time_ratio, limit),)
+        rows.append(Row(case, f"one product, {type(curvature).__name__}", cost=cost, bars=bars))
+    return rows
 
 
 def _all_products(cg_steps: int) -> dict[str, Any]:
     """Gradient steps inside, and a tolerance that conjugate gradient never reaches."""
     return solvers(step="gradient", cg_steps=cg_steps, cg_tol=1e-12)
-
-
-def _products(
-    case: str, problem: Problem, network: nn.Module, gradient: Step, curvature: Curvature,
-    limit: float,
-) -> Row:  # fmt: skip
-    """A product's time, each next to a gradient's: medians of three."""
-    parent = TimedSolve(network, 0.01, curvature=curvature, **_all_products(5))
-    parent.seconds = []  # clones share it
-    step = outer.apart(problem, parent, closure(1), whole=True)
-    step()
-    ratios, products = [], []
-    for _ in range(3):
-        parent.seconds.clear()
-        alone = min(seconds_of(gradient, problem.device) for _ in range(5))
-        step()
-        products.append(min(parent.seconds))
-        ratios.append(products[-1] / alone)
-    ratio = statistics.median(ratios)
-    cost = Cost(statistics.median(products), math.nan, ratio, math.nan)
-    bars = (Bar("gradients' time", ratio, limit),)
-    return Row(case, f"one product, {type(curvature).__name__}", cost=cost, bars=bars)
 
 
 # By name

@@ -1,5 +1,4 @@
-"""Time and memory of several steps, side by side, and the table they make: as text, as Markdown and
-as a picture."""
+"""Time and memory of several steps, side by side, and the table they make, also as a picture."""
 
 from __future__ import annotations
 
@@ -36,19 +35,28 @@ def measure(
 ) -> dict[str, Cost]:
     """The cost of each step by name; the first is the floor.
 
-    Each is repeated as often; once one took ``seconds`` in all, no further, but 3 times.
+    Each is repeated as often, in an order drawn anew for each repetition; once one took
+    ``seconds`` in all, no further, but 3 times. The floor takes part in all repetitions.
     """
+    order, floor, shuffle = list(steps), next(iter(steps)), random.Random(0).shuffle
+    times: dict[str, list[float]] = {name: [] for name in steps}
     gc.collect()
     gc.freeze()  # collections are short: they leave out what is there already
     try:
         for step in steps.values():
             step()  # caches, and compilation where there is one
-        times = _interleaved(steps, repetitions, seconds, device)
+        for repetition in range(repetitions):
+            shuffle(order)
+            alive = [n for n in order if repetition < 3 or sum(times[n]) < seconds]
+            if set(alive) <= {floor}:
+                break
+            for name in alive if floor in alive else [floor, *alive]:
+                gc.collect()
+                times[name].append(_seconds_of(steps[name], device))
         # Last: torch.compile gives up on what it has seen under a dispatch mode.
         peaks = {name: _peak(step, device) for name, step in steps.items()}
     finally:
         gc.unfreeze()
-    floor = next(iter(steps))
     return {
         name: Cost(
             statistics.median(taken),
@@ -60,39 +68,18 @@ def measure(
     }
 
 
-def _interleaved(
-    steps: Mapping[str, Step], repetitions: int, seconds: float, device: str
-) -> dict[str, list[float]]:
-    """Seconds of each repetition; the floor, the first, takes part in all of them."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    order, floor, shuffle = list(steps), next(iter(steps)), random.Random(0).shuffle
-    for repetition in range(repetitions):
-        shuffle(order)
-        alive = [n for n in order if repetition < 3 or sum(times[n]) < seconds]
-        if not set(alive) - {floor}:
-            break
-        for name in alive if floor in alive else [floor, *alive]:
-            gc.collect()
-            times[name].append(seconds_of(steps[name], device))
-    return times
-
-
-def seconds_of(step: Step, device: str = "cpu") -> float:
+def _seconds_of(step: Step, device: str) -> float:
     """Wall-clock seconds of one call, with nothing pending before or after."""
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda _: None
     gc.disable()
     try:
-        _wait(device)
+        wait(device)
         start = time.perf_counter()
         step()
-        _wait(device)
+        wait(device)
         return time.perf_counter() - start
     finally:
         gc.enable()
-
-
-def _wait(device: str) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def warm_peak(step: Step, device: str) -> float:
@@ -164,20 +151,15 @@ def summary(rows: Iterable[Row]) -> list[str]:
     return [f"{len(bars) - len(missed)} of {len(bars)} bars met", *(f"missed: {x}" for x in missed)]
 
 
-def as_text(rows: Sequence[Row], heading: str = "\n{}\n", style: str = "plain") -> str:
-    """One aligned block of lines a case, under its name."""
-    blocks = []
+def as_markdown(rows: Sequence[Row]) -> str:
+    """One table a case, under a heading."""
+    tables = []
     for case in dict.fromkeys(row.case for row in rows):
         cells = [row.cells for row in rows if row.case == case]
         align = ["left", *["right"] * 6, "left"]
-        table = tabulate(cells, HEADER, style, colalign=align, disable_numparse=True)
-        blocks.append(heading.format(case) + table)
-    return "\n".join(blocks)
-
-
-def as_markdown(rows: Sequence[Row]) -> str:
-    """One table a case, under a heading."""
-    return as_text(rows, "\n### {}\n\n", "github").strip()
+        table = tabulate(cells, HEADER, "github", colalign=align, disable_numparse=True)
+        tables.append(f"### {case}\n\n{table}")
+    return "\n\n".join(tables)
 
 
 def draw(title: str, rows: Iterable[Row]) -> Figure:

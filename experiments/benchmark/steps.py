@@ -7,7 +7,7 @@ step, with its graph.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import higher
@@ -18,6 +18,7 @@ from learn2learn.vision.models.cnn4 import ConvBlock
 from torch import Tensor, nn
 from torch.autograd import grad
 from torch.nn.functional import cross_entropy, linear
+from torch.nn.utils import parameters_to_vector
 
 from experiments.ingredients.algorithm import solvers
 from l2l_implicit import ImplicitCGHead
@@ -124,8 +125,10 @@ def build(shape: Shape, device: str = "cpu", channels_last: bool = True, seed: i
 # The floor, and ours
 
 Step = Callable[[], None]
-Adapt = Callable[[Any, Tensor, Tensor], None]
-"""Adapts a clone to support features and labels."""
+Images = Callable[[Tensor], Tensor]
+Adapt = Callable[[Any, Callable[[], Tensor], Tensor], None]
+"""Adapts a clone to the support features, from a function that is called at each loss, and labels.
+"""
 
 
 def supervised(problem: Problem) -> Step:
@@ -134,11 +137,17 @@ def supervised(problem: Problem) -> Step:
     return lambda: cross_entropy(head(problem.backbone(problem.images)), problem.labels).backward()
 
 
-def closure(steps: int) -> Adapt:
-    """``adapt(closure, steps=K)``."""
+def closure(steps: int, l2: float = 0.0) -> Adapt:
+    """``adapt(closure, steps=K)``, with a regulariser in the loss or not."""
 
-    def adapt(learner: Any, features: Tensor, labels: Tensor) -> None:
-        learner.adapt(lambda: cross_entropy(learner(features), labels), steps=steps)
+    def adapt(learner: Any, features: Callable[[], Tensor], labels: Tensor) -> None:
+        def loss() -> Tensor:
+            fit = cross_entropy(learner(features()), labels)
+            if not l2:
+                return fit
+            return fit + 0.5 * l2 * parameters_to_vector(learner.module.parameters()).square().sum()
+
+        learner.adapt(loss, steps=steps)
 
     return adapt
 
@@ -146,16 +155,14 @@ def closure(steps: int) -> Adapt:
 def loss_tensors(steps: int) -> Adapt:
     """learn2learn's loop: ``adapt(loss)`` K times."""
 
-    def adapt(learner: Any, features: Tensor, labels: Tensor) -> None:
+    def adapt(learner: Any, features: Callable[[], Tensor], labels: Tensor) -> None:
         for _ in range(steps):
-            learner.adapt(cross_entropy(learner(features), labels))
+            learner.adapt(cross_entropy(learner(features()), labels))
 
     return adapt
 
 
-def cached(
-    problem: Problem, head: Any, adapt: Adapt, extract: Callable[[Tensor], Tensor] | None = None
-) -> Step:
+def cached(problem: Problem, head: Any, adapt: Adapt, extract: Images | None = None) -> Step:
     """An outer step on features that are computed once, support and query together.
 
     ``extract`` gives them; by default the backbone.
@@ -163,27 +170,34 @@ def cached(
 
     def step() -> None:
         features, learner = (extract or problem.backbone)(problem.images), head.clone()
-        adapt(learner, features[: problem.split], problem.support[1])
-        cross_entropy(learner(features[problem.split :]), problem.query[1]).backward()
+        support, query = features[: problem.split], features[problem.split :]
+        adapt(learner, lambda: support, problem.support[1])
+        cross_entropy(learner(query), problem.query[1]).backward()
 
     return step
 
 
-def apart(problem: Problem, parent: Any, adapt: Adapt, whole: bool = False) -> Step:
+def apart(
+    problem: Problem, parent: Any, adapt: Adapt, extract: Images | None = None, again: bool = False
+) -> Step:
     """The same with support and query through the backbone one after the other.
 
     Each then has batch statistics of its own, as in the methods that run the backbone again.
-    ``whole``: the learner adapts the whole network, and sees the images.
+    ``extract``: in place of the backbone, such as `IMAGES` for a learner that adapts the whole
+    network; ``again``: it runs at every inner step.
     """
-    extract = nn.Identity() if whole else problem.backbone
+    seen = extract or problem.backbone
     (images, labels), (query, query_labels) = problem.support, problem.query
 
     def step() -> None:
-        learner = parent.clone()
-        adapt(learner, extract(images), labels)
-        cross_entropy(learner(extract(query)), query_labels).backward()
+        learner, once = parent.clone(), None if again else seen(images)
+        adapt(learner, lambda: seen(images) if once is None else once, labels)
+        cross_entropy(learner(seen(query)), query_labels).backward()
 
     return step
+
+
+IMAGES = nn.Identity()
 
 
 def head_of(problem: Problem, step: str, cg_steps: int, **settings: Any) -> ImplicitCGHead:
@@ -198,17 +212,6 @@ def implicit(problem: Problem, step: str, adapt: Adapt, cg_steps: int, **setting
 
 
 # The peers
-
-
-def anil(problem: Problem, steps: int) -> Step:
-    """learn2learn's MAML on the head, features computed once."""
-    return cached(problem, MAML(problem.new_head(), STEP_SIZE), loss_tensors(steps))
-
-
-def itd_bio(problem: Problem, steps: int) -> Step:
-    """Iterative differentiation of the head from a constant start, features computed once."""
-    head = UnrolledMAML(problem.new_head(), STEP_SIZE, learn_init=False)
-    return cached(problem, head, closure(steps))
 
 
 def higher_head(problem: Problem, steps: int) -> Step:
@@ -227,37 +230,26 @@ def higher_head(problem: Problem, steps: int) -> Step:
     return step
 
 
-def anil_as_published(problem: Problem, steps: int) -> Step:
-    """learn2learn's MAML on the head, the backbone run again at every inner step."""
-    head = MAML(problem.new_head(), STEP_SIZE)
-    (images, labels), (query, query_labels) = problem.support, problem.query
-
-    def step() -> None:
-        learner = head.clone()
-        for _ in range(steps):
-            learner.adapt(cross_entropy(learner(problem.backbone(images)), labels))
-        cross_entropy(learner(problem.backbone(query)), query_labels).backward()
-
-    return step
+def _anil(problem: Problem) -> Any:
+    return MAML(problem.new_head(), STEP_SIZE)
 
 
-def itd_bio_as_published(problem: Problem, steps: int) -> Step:
-    """Ji et al. (2020): unrolled gradient steps of a regularised head from a constant start."""
-    head = problem.new_head()
-
-    def step() -> None:
-        phi = [p.detach().clone().requires_grad_() for p in head.parameters()]
-        for _ in range(steps):
-            gradients = grad(_inner_objective(problem, phi), phi, create_graph=True)
-            phi = [p - STEP_SIZE * g for p, g in zip(phi, gradients, strict=True)]
-        _loss(problem, phi, problem.query).backward()
-
-    return step
+def _itd_bio(problem: Problem) -> Any:
+    return UnrolledMAML(problem.new_head(), STEP_SIZE, learn_init=False)
 
 
-def maml(problem: Problem, steps: int) -> Step:
-    """learn2learn's MAML, whole network."""
-    return apart(problem, MAML(problem.whole(), 0.01), loss_tensors(steps), whole=True)
+PEERS: dict[str, Callable[[Problem, int], Step]] = {
+    "ANIL (learn2learn), features cached": lambda p, k: cached(p, _anil(p), loss_tensors(k)),
+    "ITD-BiO, features cached": lambda p, k: cached(p, _itd_bio(p), closure(k)),
+    "higher, head, features cached": higher_head,
+    "ANIL (learn2learn), as published":
+        lambda p, k: apart(p, _anil(p), loss_tensors(k), again=True),
+    # Ji et al. (2020): of a regularised head
+    "ITD-BiO, as published": lambda p, k: apart(p, _itd_bio(p), closure(k, L2), again=True),
+    "MAML (learn2learn), whole network":
+        lambda p, k: apart(p, MAML(p.whole(), 0.01), loss_tensors(k), IMAGES),
+}  # fmt: skip
+"""An outer step of K inner ones, by method."""
 
 
 def released(problem: Problem, steps: int, cg_steps: int, everything: bool) -> Step:
@@ -267,49 +259,31 @@ def released(problem: Problem, steps: int, cg_steps: int, everything: bool) -> S
     product a double backward pass of the inner gradient's graph: with ``everything`` through the
     backbone too (as a call of ``backward()`` makes it), else of the head's parameters alone.
     """
-    head, theta = problem.new_head(), list(problem.backbone.parameters())
+    head, theta = problem.head, list(problem.backbone.parameters())
+    start = torch.cat([head.weight, head.bias[:, None]], 1).detach()
+
+    def loss(phi: Tensor, data: tuple[Tensor, Tensor]) -> Tensor:
+        return cross_entropy(linear(problem.backbone(data[0]), phi[:, :-1], phi[:, -1]), data[1])
+
+    def inner(phi: Tensor) -> Tensor:
+        return loss(phi, problem.support) + 0.5 * L2 * phi.square().sum()
 
     def step() -> None:
-        phi = [p.detach().clone().requires_grad_() for p in head.parameters()]
+        phi = start.clone().requires_grad_()
         for _ in range(steps):
-            gradients = grad(_inner_objective(problem, phi), phi)
-            new = [p - STEP_SIZE * g for p, g in zip(phi, gradients, strict=True)]
-            phi = [p.detach().requires_grad_() for p in new]
-        inner = grad(_inner_objective(problem, phi), phi, create_graph=True)
-        direct = grad(_loss(problem, phi, problem.query), [*theta, *phi])
-        b = [g.detach() for g in direct[len(theta) :]]
-        v = _conjugate_gradient(inner, [*phi, *theta] if everything else phi, b, cg_steps)
-        mixed = grad(inner, theta, v)
-        for parameter, first, second in zip(theta, direct, mixed, strict=False):
+            phi = (phi - STEP_SIZE * grad(inner(phi), phi)[0]).detach().requires_grad_()
+        (gradient,) = grad(inner(phi), phi, create_graph=True)
+        *direct, b = grad(loss(phi, problem.query), [*theta, phi])
+        inputs = [phi, *theta] if everything else [phi]
+        v, r, p = torch.zeros_like(b), b, b
+        for _ in range(cg_steps):  # Subroutine 1: H v = b from v = 0
+            h = grad(gradient, inputs, p, retain_graph=True)[0]
+            rr = r.square().sum()
+            eta = rr / (p * h).sum()
+            v, r = v + eta * p, r - eta * h
+            p = r + r.square().sum() / rr * p
+        mixed = grad(gradient, theta, v)
+        for parameter, first, second in zip(theta, direct, mixed, strict=True):
             parameter.grad = first - second
 
     return step
-
-
-def _inner_objective(problem: Problem, phi: Sequence[Tensor]) -> Tensor:
-    return _loss(problem, phi, problem.support) + 0.5 * L2 * _dot(phi, phi)
-
-
-def _loss(problem: Problem, phi: Sequence[Tensor], data: tuple[Tensor, Tensor]) -> Tensor:
-    return cross_entropy(linear(problem.backbone(data[0]), *phi), data[1])
-
-
-def _conjugate_gradient(
-    gradient: Sequence[Tensor], inputs: Sequence[Tensor], b: Sequence[Tensor], steps: int
-) -> list[Tensor]:
-    """Subroutine 1: ``steps`` steps of CG for H v = b from v = 0, on lists of tensors."""
-    v = [torch.zeros_like(x) for x in b]
-    r, p = list(b), list(b)
-    rr = _dot(r, r)
-    for _ in range(steps):
-        h = grad(gradient, inputs, p, retain_graph=True)[: len(b)]
-        eta = rr / _dot(p, h)
-        v = [x + eta * y for x, y in zip(v, p, strict=True)]
-        r = [x - eta * y for x, y in zip(r, h, strict=True)]
-        rr, before = _dot(r, r), rr
-        p = [x + rr / before * y for x, y in zip(r, p, strict=True)]
-    return v
-
-
-def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()

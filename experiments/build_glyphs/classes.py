@@ -6,7 +6,7 @@ from collections import defaultdict
 from itertools import zip_longest
 
 import numpy as np
-from numpy.typing import NDArray
+from scipy.sparse.csgraph import connected_components
 
 from experiments.build_glyphs.drawings import SIDE, Face, Renderings
 
@@ -71,17 +71,9 @@ def merge(chosen: dict[int, list[int]], drawn: Renderings, faces: list[Face]) ->
     limit = np.where(folded[:, None] == folded[None, :], ALIKE_IN_CASE, ALIKE)
     alike = (shared >= MIN_SHARED_FACES) & (total / np.maximum(shared, 1) > limit)
     families = [{faces[index].family for index in drawn.faces[chosen[point]]} for point in points]
-    return sorted(points[min(group, key=lambda a: (-len(families[a]), a))]
-                  for group in connected(alike | (identical >= 2)))  # fmt: skip
-
-
-def connected(linked: NDArray[np.bool_]) -> list[list[int]]:
-    """Connected sets of a symmetric relation [m, m]; paths double in length until none is new."""
-    reach = linked | np.eye(len(linked), dtype=bool)
-    while ((wider := reach @ reach.astype(np.float32) > 0) != reach).any():
-        reach = wider
-    first = reach.argmax(1)
-    return [np.flatnonzero(first == member).tolist() for member in np.unique(first)]
+    number, group_of = connected_components(alike | (identical >= 2))
+    groups = [np.flatnonzero(group_of == group).tolist() for group in range(number)]
+    return sorted(points[min(group, key=lambda a: (-len(families[a]), a))] for group in groups)
 
 
 def script_of(point: int) -> str:

@@ -6,16 +6,32 @@ from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 
-from experiments.report.paper_figures import Metrics, named
+from experiments.ingredients.model import use_threads
+from experiments.report.content import Table
+from experiments.report.papers import PARTS, Metrics
+from experiments.report.runs import Run
+from experiments.report.write import markdown_grid
 from experiments.tracking import record
+from experiments.tracking.config import RunSettings, Seed, Text, Threads
+from experiments.training.outcome import folder_of
+
+
+class PaperSettings(RunSettings):
+    """The settings that all of them have."""
+
+    threads: Threads = 1  # of torch; 0 leaves torch's own choice
+    seed: Seed = 0  # of all random numbers
+    output: Text = "runs"  # the folder of the pictures
 
 
 class Points:
-    """What a run records, kept for its tables and its picture."""
+    """What a run records, kept for the tables and pictures that it ends with."""
 
-    def __init__(self, run: Any) -> None:
-        self._run = run
+    def __init__(self, run: Any, settings: PaperSettings) -> None:
+        use_threads(settings.threads)
+        self._run, self._folder = run, folder_of(run, settings.output)
         self._curves: dict[str, dict[int, float]] = {}
 
     def record(self, values: Mapping[str, float], step: int) -> None:
@@ -28,7 +44,19 @@ class Points:
     def metrics(self) -> Metrics:
         return {name: pd.Series(curve) for name, curve in self._curves.items()}
 
-    def text(self, title: str, pattern: str, digits: str, scale: float = 1.0) -> str:
-        """A table for people, a row a metric and a column a step; a dash: not measured."""
-        rows = pd.DataFrame(named(self.metrics, pattern)).T / scale
-        return f"\n{title}\n{rows.to_string(float_format=f'{{:{digits}}}'.format, na_rep='-')}"
+    def show(self, result: Mapping[str, float]) -> None:
+        """Print the tables that the report makes of such a run, and keep its pictures."""
+        _, _, items = PARTS[self._run.experiment_info["name"]]
+        run = Run({"_id": self._run._id, "config": self._run.config, "result": result})
+        for item in items(run, self.metrics):
+            if isinstance(item, Table):
+                print("", item.caption, markdown_grid(item), *item.notes, sep="\n\n")
+            else:
+                self.keep(item.name, item.draw())
+
+    def keep(self, name: str, drawing: Figure) -> None:
+        """A picture, in the run's folder and in the database."""
+        picture = self._folder / f"{name}.png"
+        drawing.savefig(picture, dpi=120)
+        self._run.add_artifact(picture)
+        print(f"\npicture: {picture}")

@@ -20,23 +20,24 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from pydantic import Field
 from torch import Tensor, nn
-from torch.func import functional_call, grad, hessian
 from torch.nn.functional import cross_entropy
 
-from experiments.ingredients.model import ModelSettings, build_backbone, use_threads, within_limits
+from experiments.ingredients.model import ModelSettings, build_backbone, within_limits
 from experiments.ingredients.tasks import make_tasks
-from experiments.papers.hypergradient import Classification
-from experiments.tracking import TrackedExperiment, UserError, record
-from experiments.tracking.config import Count, Positive, RunSettings, Seed, Text, Threads
-from experiments.training.outcome import folder_of
+from experiments.papers import PaperSettings, Points
+from experiments.papers.hypergradient import Classification, Problem
+from experiments.tracking import TrackedExperiment, UserError
+from experiments.tracking.config import Count, Positive, Text
 from l2l_implicit import (
     CG,
     LBFGS,
@@ -65,10 +66,11 @@ from l2l_implicit.linear_solvers.curvature import largest_curvature
 from l2l_implicit.linear_solvers.solution import System
 
 PARTS = ("systems", "features", "network", "time")
-Table = dict[str, dict[str, float]]
+Tables = Iterator[tuple[str, pd.DataFrame]]
+"""By title; a row a way, a column a figure."""
 
 
-class DifferentiatingSettings(RunSettings):
+class DifferentiatingSettings(PaperSettings):
     """The settings of this experiment."""
 
     parts: list[Literal[PARTS]] = ["systems", "network", "time"]
@@ -84,9 +86,6 @@ class DifferentiatingSettings(RunSettings):
     tasks: Count = 5  # of either data set
     # network
     filters: Count = 8  # a layer
-    threads: Threads = 1  # of torch; 0 leaves torch's own choice
-    seed: Seed = 0  # of data, tasks and initial values
-    output: Text = "runs"  # the folder of the picture
 
 
 ex = TrackedExperiment("differentiating", settings=DifferentiatingSettings)
@@ -113,16 +112,8 @@ def error_of(got: Tensor, truth: Tensor) -> float:
     return float((got - truth).norm() / truth.norm())
 
 
-def show(title: str, rows: Table) -> str:
-    """A table as Markdown."""
-    columns = list(next(iter(rows.values())))
-    lines = [f"\n{title}\n", "| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name, row in rows.items():
-        lines.append(f"| {name} | " + " | ".join(map(number, row.values())) + " |")
-    return "\n".join(lines)
-
-
 def number(value: float) -> str:
+    """For people: ``above 1e5``, ``150``, ``3``, ``0.012``."""
     if value >= 1e5:
         return "above 1e5"
     return f"{value:.0f}" if value == round(value) or value >= 100 else f"{value:.2g}"
@@ -131,12 +122,8 @@ def number(value: float) -> str:
 # Preconditioners.
 
 L2 = 1e-6
-SOLVERS: dict[str, Callable[[int], LinearSolver]] = {
-    "CG": lambda most: CG(most),
-    "Jacobi": lambda most: CG(most, preconditioner=Jacobi()),
-    "Nystrom(50)": lambda most: CG(most, preconditioner=Nystrom(50)),
-    "Kronecker": lambda most: CG(most, preconditioner=Kronecker()),
-}
+PRECONDITIONERS = {"CG": None, "Jacobi": Jacobi(), "Nystrom(50)": Nystrom(50),
+                   "Kronecker": Kronecker()}  # fmt: skip
 
 
 def head(
@@ -172,7 +159,7 @@ def exactly(at: LinearHeads, b: Tensor) -> Tensor:
     return (b - at.problem.in_phi(inverse(at.problem.outputs(b) / L2))) / L2
 
 
-def systems(c: DifferentiatingSettings) -> Iterator[tuple[str, Table]]:
+def systems(c: DifferentiatingSettings) -> Tables:
     """Steps, time and error of conjugate gradient with and without each preconditioner."""
     draw = torch.Generator().manual_seed(c.seed)
 
@@ -199,16 +186,15 @@ def systems(c: DifferentiatingSettings) -> Iterator[tuple[str, Table]]:
             at = head(*samples, kind, condition, steps)
             query = normal(10, samples[0].shape[1]) * samples[0].std(0)
             b = at.problem._replace(x=query.unsqueeze(0)).in_phi(normal(1, 10, 5))
-            truth, table = exactly(at, b), Table()
-            for name, make in SOLVERS.items():
-                def run(make: Any = make) -> Any:
-                    return make(c.most).solve(System(at.hvp, 0.0, at, 1e-2), b)  # noqa: B023
-
-                ms, answer = timed(c.repetitions, run)
+            truth, system, rows = exactly(at, b), System(at.hvp, 0.0, at, 1e-2), {}
+            for name, preconditioner in PRECONDITIONERS.items():
+                solver = CG(c.most, preconditioner=preconditioner)
+                ms, answer = timed(c.repetitions, partial(solver.solve, system, b))
                 error = error_of(answer.solution, truth)
-                table[name] = {"products": float(answer.steps), "ms": ms, "error": error}
+                rows[name] = {"products": float(answer.steps), "ms": ms, "error": error}
             real = 1.0 + float(largest_curvature(at.hvp, b, 30)) / L2
-            yield f"{title}, L / l2 = {condition:.0e} at zero, {real:.1e} here", table
+            title_of = f"{title}, L / l2 = {condition:.0e} at zero, {real:.1e} here"
+            yield title_of, pd.DataFrame(rows).T
 
 
 # Accuracy instead of steps.
@@ -221,7 +207,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def features(c: DifferentiatingSettings) -> Iterator[tuple[str, Table]]:
+def features(c: DifferentiatingSettings) -> Tables:
     """K, N, time and true error on CIFAR-FS, 5-way 5-shot, for the features of each file."""
     given = make_tasks(name="cifarfs", root=c.root)
     torch.manual_seed(c.seed)  # of the initial heads
@@ -232,22 +218,19 @@ def features(c: DifferentiatingSettings) -> Iterator[tuple[str, Table]]:
         settings = ModelSettings(name="cnn4", hidden=len(state["0.conv.bias"]))
         backbone, width = build_backbone(given.input_shape(), settings)
         backbone.load_state_dict(state)
-        stream, found = given.stream("test", c.seed), {}
+        stream, rows = given.stream("test", c.seed), list[dict[str, Any]]()
         for _ in range(c.tasks):
             episode = stream.sample()
             with torch.no_grad():
                 h = backbone(episode.inputs)
-            one_task(h, episode.support_targets, episode.query_targets, c.repetitions, found)
+            rows += one_task(h, episode.support_targets, episode.query_targets, c.repetitions)
         size = float(h.norm(dim=1).mean())
-        table = {name: {key: statistics.mean(row[key] for row in rows) for key in rows[0]}
-                 for name, rows in found.items()}  # fmt: skip
+        table = pd.DataFrame(rows).groupby("way", sort=False).mean()
         yield f"features of {path}, of length {size:.1f}", table
 
 
-def one_task(
-    h: Tensor, y: Tensor, query_y: Tensor, repetitions: int, found: dict[str, list[Any]]
-) -> None:
-    """Adds a row for each way to solve the inner problem of one task's head."""
+def one_task(h: Tensor, y: Tensor, query_y: Tensor, repetitions: int) -> Iterator[dict[str, Any]]:
+    """A row for each way to solve the inner problem of one task's head."""
     start, m = nn.Linear(h.shape[1], 5), len(y)
 
     def hypergradient(leaf: Tensor, steps: int, **settings: Any) -> tuple[Tensor, Any]:
@@ -261,19 +244,40 @@ def one_task(
     for inner, solver in INNER.items():
         for name, settings in WAYS.items() if inner != "Newton" else [("20, 20", {})]:
             steps, linear = (5000, CG(1000)) if settings else (20, CG())
-            leaf = h.clone().requires_grad_()
-            ms, (got, said) = timed(repetitions, lambda: hypergradient(
-                leaf, steps, inner=solver, linear=linear, **settings))  # noqa: B023  # fmt: skip
-            error = error_of(got.double(), truth)
-            row = {"K": said.inner_steps, "N": said.cg_steps, "ms": ms, "error": error,
+            run = partial(hypergradient, h.clone().requires_grad_(), steps, inner=solver,
+                          linear=linear, **settings)  # fmt: skip
+            ms, (got, said) = timed(repetitions, run)
+            yield {"way": f"{inner}, {name}", "K": said.inner_steps, "N": said.cg_steps, "ms": ms,
+                   "error": error_of(got.double(), truth),
                    "said": said.hypergradient_error}  # fmt: skip
-            found.setdefault(f"{inner}, {name}", []).append(row)
 
 
-# The system of a whole network, away from its minimum.
+# A whole network.
 
 
-def network(c: DifferentiatingSettings) -> Iterator[tuple[str, Table]]:
+class Network(Problem):
+    """A network, all of it adapted and anchored at the initial value, which is theta."""
+
+    kind = ImplicitMAML
+
+    def __init__(
+        self, module: nn.Module, inputs: Sequence[Tensor], targets: Sequence[Tensor], l2: float,
+        lr: float,
+    ) -> None:  # fmt: skip
+        self.module, self.inputs, self.targets, self.l2, self.lr = module, inputs, targets, l2, lr
+        self.theta = nn.utils.parameters_to_vector(module.parameters()).detach()
+
+
+def small_network(seed: int) -> Network:
+    """Two layers on the features of a problem of `Classification`."""
+    task = Classification(5, 5, 16, 0.1, seed)
+    torch.manual_seed(seed)
+    module = nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 5)).double()
+    inputs = task.features(task.theta.detach())
+    return Network(module, inputs, task.targets, 0.1, 0.5)
+
+
+def network(c: DifferentiatingSettings) -> Tables:
     """Against the derivative of 16 gradient steps, on Omniglot, 5-way 1-shot, at random theta."""
     given = make_tasks(name="omniglot", root=c.root, shots=1, queries=1)
     torch.manual_seed(c.seed)
@@ -286,37 +290,23 @@ def network(c: DifferentiatingSettings) -> Iterator[tuple[str, Table]]:
         "CG(20, truncated=True)": CG(20, truncated=True),
         "Identity(1 / l2)": Identity(1 / l2),
     }  # fmt: skip
-    stream, found = given.stream("train", c.seed), {name: list[Any]() for name in ways}
+    stream, rows = given.stream("train", c.seed), []
     for _ in range(c.tasks):
         episode = stream.sample()
-        x, m = episode.inputs.double(), len(episode.support_targets)
-
-        def gradient(learner: Any, penalty: float, x: Tensor = x, m: int = m) -> Tensor:
-            clone, theta = learner.clone(), list(learner.module.parameters())
-
-            def inner() -> Tensor:
-                pairs = zip(clone.module.parameters(), theta, strict=True)
-                far = sum(((p - t).square().sum() for p, t in pairs), torch.zeros(()))
-                fit = cross_entropy(clone(x[:m]), episode.support_targets)  # noqa: B023
-                return fit + 0.5 * penalty * far if penalty else fit
-
-            clone.adapt(inner, steps=16)
-            outer = cross_entropy(clone(x[m:]), episode.query_targets)  # noqa: B023
-            return torch.cat([g.flatten() for g in torch.autograd.grad(outer, theta)])
-
-        truth = gradient(UnrolledMAML(copy.deepcopy(net), lr), l2)
+        x, targets = episode.inputs.double(), (episode.support_targets, episode.query_targets)
+        task = Network(net, x.split([len(each) for each in targets]), targets, l2, lr)
+        truth, _ = task.differentiate(UnrolledMAML(copy.deepcopy(net), lr), 16, penalty=True)
         for name, linear in ways.items():
-            settings = {"l2": l2, "linear": linear, "curvature": Hessian()}
-            learner = ImplicitMAML(copy.deepcopy(net), lr, **settings)
-            got = gradient(learner, 0.0)
-            size, cosine = float(got.norm() / truth.norm()), torch.cosine_similarity(got, truth, 0)
-            found[name].append((float(cosine), size, learner.diagnostics.cg_steps))
-    table: Table = {}
-    for name, rows in found.items():
-        cosines, sizes, products = zip(*rows, strict=True)
-        table[name] = {"cosine": statistics.median(cosines), "least": min(cosines),
-                       "size": statistics.median(sizes), "largest": max(sizes),
-                       "products": statistics.mean(products)}  # fmt: skip
+            learner = ImplicitMAML(copy.deepcopy(net), lr, l2=l2, linear=linear,
+                                   curvature=Hessian())  # fmt: skip
+            got, _ = task.differentiate(learner, 16, penalty=False)
+            rows.append({"way": name, "cosine": float(torch.cosine_similarity(got, truth, 0)),
+                         "size": float(got.norm() / truth.norm()),
+                         "products": learner.diagnostics.cg_steps})  # fmt: skip
+    table = pd.DataFrame(rows).groupby("way", sort=False).agg(
+        cosine=("cosine", "median"), least=("cosine", "min"), size=("size", "median"),
+        largest=("size", "max"), products=("products", "mean"),
+    )  # fmt: skip
     yield f"a CNN4 with {c.filters} filters, 16 steps from theta", table
 
 
@@ -329,151 +319,71 @@ class Way(NamedTuple):
     Attributes:
         budgets: steps, ranks or accuracies.
         learner: from a problem and a budget.
-        steps: K by the budget, of a way that unrolls them; None: an inner solver that ends.
+        unrolled: the budget is K; else an inner solver ends by itself.
     """
 
     budgets: Sequence[float]
-    learner: Callable[[Any, Any], Any]
-    steps: Callable[[Any], int] | None = None
+    learner: Callable[[Problem, Any], Any]
+    unrolled: bool = False
+
+    def measured(self, task: Problem, budget: Any) -> tuple[Tensor, float]:
+        """The hypergradient and its milliseconds, see `Problem.differentiate`."""
+        steps = budget if self.unrolled else 500
+        return task.differentiate(self.learner(task, budget), steps, penalty=self.unrolled)
 
 
-def implicit(make: Callable[[Any, Any], LinearSolver]) -> Callable[[Any, Any], Any]:
+SOLVED = LBFGS(tol=1e-10)
+
+
+def implicit(
+    task: Problem, linear: LinearSolver, inner: InnerSolver = SOLVED, **settings: Any
+) -> Any:
     """The learner with an inner problem that is solved, by L-BFGS, which leaves no factor."""
-    return lambda task, budget: task.kind(
-        copy.deepcopy(task.module), task.lr, l2=task.l2, inner=LBFGS(tol=1e-10),
-        linear=make(task, budget), curvature=Hessian(), max_error=1e300,
+    return task.kind(
+        copy.deepcopy(task.module), task.lr, l2=task.l2, inner=inner, linear=linear,
+        curvature=Hessian(), max_error=1e300, **settings,
     )  # fmt: skip
 
 
 NUMBERS = (1, 2, 3, 5, 8, 12, 20, 30, 50, 80)
 MANY = (1, 3, 10, 30, 100, 300)
 CURVES: dict[str, Way] = {
-    "conjugate gradient": Way(NUMBERS, implicit(lambda task, n: CG(n, 1e-14))),
-    "preconditioned": Way(
-        NUMBERS, implicit(lambda task, n: CG(n, 1e-14, preconditioner=task.preconditioner))
-    ),
-    "Nystrom": Way(NUMBERS, implicit(lambda task, n: Nystrom(n))),
-    "one step": Way((1,), implicit(lambda task, n: Identity(task.lr))),
-    "Neumann": Way(MANY, implicit(lambda task, n: Neumann(n, 1e-14))),
-    "unrolled": Way(
-        MANY,
-        lambda task, k: UnrolledMAML(
-            copy.deepcopy(task.module), task.lr, learn_init=task.kind is ImplicitMAML
-        ),
-        steps=int,
-    ),
-    "accuracy": Way(
-        (0.3, 1e-1, 1e-2, 1e-3, 1e-4),
-        lambda task, a: task.kind(
-            copy.deepcopy(task.module), task.lr, l2=task.l2, inner=LBFGS(), linear=CG(500),
-            curvature=Hessian(), accuracy=a, max_error=1e300,
-        ),
-    ),
-    "perturbed": Way(NUMBERS[2:], implicit(lambda task, n: Perturbed(steps=n, tol=1e-14))),
+    "conjugate gradient": Way(NUMBERS, lambda task, n: implicit(task, CG(n, 1e-14))),
+    "preconditioned": Way(NUMBERS, lambda task, n: implicit(
+        task, CG(n, 1e-14, preconditioner=Jacobi() if task.anchored else Kronecker()))),
+    "Nystrom": Way(NUMBERS, lambda task, n: implicit(task, Nystrom(n))),
+    "one step": Way((1,), lambda task, _: implicit(task, Identity(task.lr))),
+    "Neumann": Way(MANY, lambda task, n: implicit(task, Neumann(n, 1e-14))),
+    "unrolled": Way(MANY, lambda task, _: UnrolledMAML(
+        copy.deepcopy(task.module), task.lr, learn_init=task.anchored), unrolled=True),
+    "accuracy": Way((0.3, 1e-1, 1e-2, 1e-3, 1e-4), lambda task, accuracy: implicit(
+        task, CG(500), LBFGS(), accuracy=accuracy)),
+    "perturbed": Way(NUMBERS[2:], lambda task, n: implicit(task, Perturbed(steps=n, tol=1e-14))),
 }  # fmt: skip
 
 
-class Head(Classification):
-    """A logistic head on the features of a layer; the hypergradient is that of the layer."""
-
-    preconditioner: Any = Kronecker()
-
-    def theta(self, learner: Any) -> list[Tensor]:
-        return [self.layer]
-
-    def features(self) -> list[Tensor]:
-        return [torch.tanh(x @ self.layer) for x in self.inputs]
-
-    def measured(self, way: Way, budget: Any) -> tuple[Tensor, float]:
-        """The hypergradient, and the milliseconds that ``backward()`` took, with all K steps of a
-        way that unrolls."""
-        learner = way.learner(self, budget)
-        theta, clone, (support, query) = self.theta(learner), learner.clone(), self.features()
-
-        def inner() -> Tensor:
-            loss = cross_entropy(clone(support), self.labels)
-            if way.steps:
-                anchor = theta if self.kind is ImplicitMAML else [torch.zeros(())]
-                pairs = zip(clone.module.parameters(), anchor, strict=True)
-                far = [(phi - a).square().sum() for phi, a in pairs]
-                loss = loss + 0.5 * self.l2 * torch.stack(far).sum()
-            return loss
-
-        begin = time.process_time()
-        clone.adapt(inner, steps=way.steps(budget) if way.steps else 500)
-        loss = cross_entropy(clone(query), self.labels)
-        if not way.steps:
-            begin = time.process_time()
-        gradients = torch.autograd.grad(loss, theta)
-        passed = 1e3 * (time.process_time() - begin)
-        return torch.cat([g.flatten() for g in gradients]), passed
-
-
-class Network(Head):
-    """Two layers, all of it adapted and anchored at the initial value, which is theta."""
-
-    kind: Any = ImplicitMAML
-    preconditioner: Any = Jacobi()
-
-    def __init__(self, seed: int) -> None:
-        super().__init__(5, 5, 16, 0.1, seed)
-        torch.manual_seed(seed)
-        self.module = nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 5)).double()
-        self.inputs = [torch.tanh(x @ self.layer.detach()) for x in self.inputs]
-        self.lr = 0.5
-
-    def theta(self, learner: Any) -> list[Tensor]:
-        return list(learner.module.parameters())
-
-    def features(self) -> list[Tensor]:
-        return self.inputs
-
-    def _at(self, phi: Tensor, x: Tensor) -> Tensor:
-        named = dict(self.module.named_parameters())
-        pieces = phi.split([p.numel() for p in named.values()])
-        values = {k: v.view_as(p) for (k, p), v in zip(named.items(), pieces, strict=True)}
-        return functional_call(self.module, values, (x,))
-
-    def exact(self) -> Tensor:
-        """``l2 H^-1 b`` by a dense Hessian, at the minimum that gradient descent leads to."""
-        theta = torch.cat([p.detach().flatten() for p in self.module.parameters()])
-
-        def inner(phi: Tensor) -> Tensor:
-            fit = cross_entropy(self._at(phi, self.inputs[0]), self.labels)
-            return fit + 0.5 * self.l2 * (phi - theta).square().sum()
-
-        phi = theta
-        for _ in range(500):
-            phi = phi - self.lr * grad(inner)(phi)
-        for _ in range(10):
-            phi = phi - torch.linalg.solve(hessian(inner)(phi), grad(inner)(phi))
-        b = grad(lambda p: cross_entropy(self._at(p, self.inputs[1]), self.labels))(phi)
-        return self.l2 * torch.linalg.solve(hessian(inner)(phi), b)
-
-
-def against_time(c: DifferentiatingSettings) -> Iterator[tuple[str, Table]]:
+def against_time(c: DifferentiatingSettings) -> Tables:
     """Processor time of the backward pass, and the error, for each budget of each way."""
-    problems = {"head": Head(5, 10, 64, 1e-3, c.seed), "network": Network(c.seed)}
+    problems = {"head": Classification(5, 10, 64, 1e-3, c.seed), "network": small_network(c.seed)}
     for title, task in problems.items():
-        truth, table = task.exact(), Table()
+        truth, rows = task.exact(), {}
         for name, way in CURVES.items():
             for budget in way.budgets:
-                runs = [task.measured(way, budget) for _ in range(1 + c.repetitions)]
+                runs = [way.measured(task, budget) for _ in range(1 + c.repetitions)]
                 ms = statistics.median(passed for _, passed in runs[1:])
                 error = max(error_of(runs[0][0], truth), 1e-14)
-                table[f"{name}, {budget:g}"] = {"ms": ms, "error": error}
-        yield title, table
+                rows[f"{name}, {budget:g}"] = {"ms": ms, "error": error}
+        yield title, pd.DataFrame(rows).T
 
 
-def draw(found: dict[str, Table]) -> Figure:
+def draw(found: Mapping[str, pd.DataFrame]) -> Figure:
     """A panel a problem, a curve a way."""
     drawing = Figure(figsize=(11.0, 4.8), layout="constrained")
     panels = drawing.subplots(1, len(found), squeeze=False)[0]
     for axes, (title, table) in zip(panels, found.items(), strict=True):
-        for name in CURVES:
-            rows = [row for key, row in table.items() if key.rpartition(",")[0] == name]
-            axes.loglog([r["ms"] for r in rows], [r["error"] for r in rows], "o-", label=name,
-                        markersize=4)  # fmt: skip
+        for name, way in CURVES.items():
+            rows = table.loc[[f"{name}, {budget:g}" for budget in way.budgets]]
+            axes.loglog(rows["ms"], rows["error"], "o-", label=name, markersize=4)
         axes.set(xlabel="processor time of the backward pass, ms", title=title,
                  ylabel="relative error of the hypergradient")  # fmt: skip
         axes.grid(alpha=0.3)
@@ -483,29 +393,27 @@ def draw(found: dict[str, Table]) -> Figure:
 
 @ex.automain
 @within_limits()
-def differentiating(_run: Any, output: str) -> dict[str, float]:
+def differentiating(_run: Any) -> dict[str, float]:
     """Print the tables; returns every error or cosine."""
     c = DifferentiatingSettings.of(_run.config)
-    use_threads(c.threads)
+    points = Points(_run, c)
     made = {"systems": systems, "features": features, "network": network, "time": against_time}
     result: dict[str, float] = {}
-    curves: dict[str, Table] = {}
+    curves: dict[str, pd.DataFrame] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnsolvedWarning)  # it is what is measured
         for part in c.parts:
             for title, table in made[part](c):
-                print(show(title, table), flush=True)
-                for name, row in table.items():
-                    for key, value in row.items():
-                        metric = f"{part}/{title}/{name}/{key}".replace(".", "_")
-                        record(_run, {metric: value}, 0)
-                    key = "cosine" if part == "network" else "error"
-                    result[f"{part}/{title}/{name}"] = row[key]
+                shown = table.map(number).to_markdown(disable_numparse=True)
+                print(f"\n{title}\n\n{shown}", flush=True)
+                for name, row in table.iterrows():
+                    values = {f"{part}/{title}/{name}/{key}".replace(".", "_"): value
+                              for key, value in row.items()}  # fmt: skip
+                    points.record(values, 0)
+                wrong = table["cosine" if part == "network" else "error"]
+                result |= {f"{part}/{title}/{name}": value for name, value in wrong.items()}
                 if part == "time":
                     curves[title] = table
     if curves:
-        picture = folder_of(_run, output) / "differentiating.png"
-        draw(curves).savefig(picture, dpi=120)
-        _run.add_artifact(picture)
-        print(f"\npicture: {picture}")
+        points.keep("differentiating", draw(curves))
     return result

@@ -16,38 +16,39 @@ classification it is the feature extractor, and a = 0.
 from __future__ import annotations
 
 import copy
+import time
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import product
 from statistics import geometric_mean
 from typing import Annotated, Any, NamedTuple
 
-import numpy as np
 import torch
 from pydantic import Field
 from scipy.optimize import root
 from torch import Tensor, nn
-from torch.func import grad, hessian, jacrev
+from torch.func import functional_call, grad, hessian, jacrev
 from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.utils import parameters_to_vector
 from tqdm import tqdm
 
 from experiments.ingredients.algorithm import solvers
-from experiments.ingredients.model import use_threads, within_limits
-from experiments.papers import Points
-from experiments.report.paper_figures import draw_errors, named
+from experiments.ingredients.model import within_limits
+from experiments.papers import PaperSettings, Points
+from experiments.report.papers import named
 from experiments.tracking import TrackedExperiment
-from experiments.tracking.config import Count, Counts, Positive, RunSettings, Seed, Text, Threads
-from experiments.training.outcome import folder_of
+from experiments.tracking.config import Count, Counts, Positive
 from l2l_implicit import ImplicitCGHead, ImplicitMAML, UnsolvedWarning
 from l2l_implicit.baselines import UnrolledMAML
+from l2l_implicit.vectors import unflatten
 
 CG_TOL = 1e-14  # all conjugate gradient steps are taken
 IGNORED = 1e300  # error above which a learner would warn: here it is what is measured
 LEAST = 1e-17  # below rounding: an error that is zero has a logarithm too
 
 
-class HypergradientSettings(RunSettings):
+class HypergradientSettings(PaperSettings):
     """The settings of this experiment."""
 
     problems: Count = 3  # drawn anew; errors are their geometric mean
@@ -63,9 +64,6 @@ class HypergradientSettings(RunSettings):
     shots: Count = 5  # of the classification
     width: Count = 16  # features
     classification_l2: Positive = 0.01  # of the heads
-    threads: Threads = 1  # of torch; 0 leaves torch's own choice
-    seed: Seed = 0  # of the problems
-    output: Text = "runs"  # the folder of the picture
 
 
 ex = TrackedExperiment("hypergradient", settings=HypergradientSettings)
@@ -85,29 +83,92 @@ class Method(NamedTuple):
     penalty: bool = False  # the regulariser is in the loss (an unrolled learner has none)
 
 
-class Problem(ABC):
-    """One task."""
+class Problem:
+    """One task, by what is adapted (phi) and what is meta-learned (theta)."""
 
+    kind: type[ImplicitCGHead] | type[ImplicitMAML]  # the latter's theta is phi's initial value
+    module: nn.Module  # what is adapted
+    theta: Tensor
     l2: float  # strength of the regulariser
     lr: float  # inner step size, 1 over the largest curvature
     condition: float  # the inner problem's condition number
-    module: nn.Linear  # what is adapted
-    kind: type[ImplicitCGHead] | type[ImplicitMAML]  # the latter meta-learns its anchor, theta
+    inputs: Sequence[Tensor]  # support and query
+    targets: Sequence[Tensor]
 
-    @abstractmethod
+    def features(self, theta: Tensor) -> Sequence[Tensor]:
+        """What the module sees of support and query."""
+        return self.inputs
+
+    def fit(self, outputs: Tensor, split: int) -> Tensor:
+        """The loss of the module's outputs on support (0) or query (1)."""
+        return cross_entropy(outputs, self.targets[split])
+
+    @property
+    def anchored(self) -> bool:
+        """Whether the regulariser draws phi to theta; else to 0."""
+        return self.kind is ImplicitMAML
+
+    def _loss(self, phi: Tensor, theta: Tensor, split: int) -> Tensor:
+        names, parameters = zip(*self.module.named_parameters(), strict=True)
+        values = dict(zip(names, unflatten(phi, parameters), strict=True))
+        return self.fit(functional_call(self.module, values, self.features(theta)[split]), split)
+
+    def _inner(self, phi: Tensor, theta: Tensor) -> Tensor:
+        far = phi - theta if self.anchored else phi
+        return self._loss(phi, theta, 0) + 0.5 * self.l2 * far.square().sum()
+
     def exact(self) -> Tensor:
-        """The hypergradient as one vector, by dense matrices at the exact inner solution."""
+        """Eq. (4) of Yang et al. as one vector, by dense matrices at the exact inner solution."""
+        theta, outer = self.theta.detach(), partial(self._loss, split=1)
+        phi = parameters_to_vector(self.module.parameters()).detach()
+        for _ in range(500):  # to the minimum that the inner loops lead to, where there are several
+            phi = phi - self.lr * grad(self._inner)(phi, theta)
+        found = root(
+            lambda phi: grad(self._inner)(torch.from_numpy(phi), theta).numpy(), phi.numpy(),
+            jac=lambda phi: hessian(self._inner)(torch.from_numpy(phi), theta).numpy(), tol=1e-15,
+        )  # fmt: skip
+        phi = torch.from_numpy(found.x)
+        v = torch.linalg.solve(hessian(self._inner)(phi, theta), grad(outer)(phi, theta))
+        mixed = jacrev(grad(self._inner), argnums=1)(phi, theta)
+        direct = grad(outer, argnums=1)(phi, theta)
+        return (direct - torch.tensordot(v, mixed, dims=1)).reshape(-1)
 
-    @abstractmethod
     def estimate(self, method: Method, steps: int) -> Tensor:
         """What a method makes of it with K = ``steps``, as one vector."""
-
-    def learner(self, method: Method) -> Any:
         module = copy.deepcopy(self.module)
         if method.cg_steps is None:
-            return UnrolledMAML(module, self.lr, learn_init=self.kind is ImplicitMAML)
-        found = solvers(step="gradient", cg_steps=method.cg_steps, cg_tol=CG_TOL)
-        return self.kind(module, self.lr, l2=self.l2, max_error=IGNORED, **found)
+            learner: Any = UnrolledMAML(module, self.lr, learn_init=self.anchored)
+        else:
+            found = solvers(step="gradient", cg_steps=method.cg_steps, cg_tol=CG_TOL)
+            learner = self.kind(module, self.lr, l2=self.l2, max_error=IGNORED, **found)
+        return self.differentiate(learner, steps, method.penalty)[0]
+
+    def differentiate(self, learner: Any, steps: int, penalty: bool) -> tuple[Tensor, float]:
+        """A learner's hypergradient after K = ``steps``, with the regulariser in the loss or not.
+
+        And the milliseconds that ``backward()`` took, with ``penalty`` all the inner steps too.
+        """
+        anchors = list(learner.module.parameters())
+        theta = anchors if self.anchored else [self.theta]
+        clone, (support, query) = learner.clone(), self.features(self.theta)
+
+        def inner() -> Tensor:
+            loss = self.fit(clone(support), 0)
+            if penalty:
+                far = parameters_to_vector(clone.module.parameters())
+                if self.anchored:
+                    far = far - parameters_to_vector(anchors)
+                loss = loss + 0.5 * self.l2 * far.square().sum()
+            return loss
+
+        begin = time.process_time()
+        clone.adapt(inner, steps=steps)
+        outer = self.fit(clone(query), 1)
+        if not penalty:
+            begin = time.process_time()
+        gradients = torch.autograd.grad(outer, theta)
+        passed = 1e3 * (time.process_time() - begin)
+        return torch.cat([gradient.flatten() for gradient in gradients]), passed
 
 
 class Regression(Problem):
@@ -125,40 +186,18 @@ class Regression(Problem):
         rotation, _ = torch.linalg.qr(draw(size, size))
         left, _ = torch.linalg.qr(draw(2 * size, size))
         eigenvalues = torch.logspace(0, -torch.log10(torch.tensor(spread)), size).double()
-        self.support = (2 * size) ** 0.5 * left @ torch.diag(eigenvalues.sqrt()) @ rotation.T
-        self.query = draw(2 * size, size)
+        support = (2 * size) ** 0.5 * left @ torch.diag(eigenvalues.sqrt()) @ rotation.T
+        self.inputs = [support, draw(2 * size, size)]
         truth = draw(size)
-        self.targets = self.support @ truth + 0.1 * draw(2 * size)
-        self.query_targets = self.query @ truth
+        self.targets = [support @ truth + 0.1 * draw(2 * size), self.inputs[1] @ truth]
         self.l2, self.lr = l2, 1.0 / (1.0 + l2)
         self.condition = (1.0 + l2) / (float(eigenvalues[-1]) + l2)
         self.theta = draw(size)
         self.module = nn.Linear(size, 1, bias=False, dtype=torch.float64)
         self.module.weight.data.copy_(self.theta)
 
-    def exact(self) -> Tensor:
-        r""":math:`l_2 H^{-1} \nabla f(\phi^*)` with H the inner Hessian."""
-        m, n = self.support.shape
-        curvature = self.support.T @ self.support / m + self.l2 * torch.eye(n).double()
-        right = self.support.T @ self.targets / m + self.l2 * self.theta
-        residual = self.query @ torch.linalg.solve(curvature, right) - self.query_targets
-        slope = self.query.T @ residual / len(self.query)
-        return self.l2 * torch.linalg.solve(curvature, slope)
-
-    def estimate(self, method: Method, steps: int) -> Tensor:
-        learner = self.learner(method)
-        (theta,), clone = learner.module.parameters(), learner.clone()
-
-        def inner() -> Tensor:
-            loss = 0.5 * mse_loss(clone(self.support)[:, 0], self.targets)
-            if method.penalty:
-                (phi,) = clone.module.parameters()
-                loss = loss + 0.5 * self.l2 * (phi - theta).square().sum()
-            return loss
-
-        clone.adapt(inner, steps=steps)
-        outer = 0.5 * mse_loss(clone(self.query)[:, 0], self.query_targets)
-        return torch.autograd.grad(outer, [theta])[0][0]
+    def fit(self, outputs: Tensor, split: int) -> Tensor:
+        return 0.5 * mse_loss(outputs[:, 0], self.targets[split])
 
 
 class Classification(Problem):
@@ -169,58 +208,20 @@ class Classification(Problem):
     def __init__(self, ways: int, shots: int, width: int, l2: float, seed: int) -> None:
         draw = _draw(seed)
         centers, raw = draw(ways, 2 * width), 2 * width
-        self.labels = torch.arange(ways).repeat_interleave(shots)
-        self.inputs = [centers[self.labels] + 1.5 * draw(ways * shots, raw) for _ in range(2)]
-        self.layer = (1.5 / raw**0.5 * draw(raw, width)).requires_grad_()
+        labels = torch.arange(ways).repeat_interleave(shots)
+        self.targets = [labels, labels]
+        self.inputs = [centers[labels] + 1.5 * draw(ways * shots, raw) for _ in range(2)]
+        self.theta = (1.5 / raw**0.5 * draw(raw, width)).requires_grad_()
         self.module = nn.Linear(width, ways, bias=False, dtype=torch.float64)
         self.module.weight.data.copy_(draw(ways, width) / width**0.5)
         self.l2 = l2
-        features = torch.tanh(self.inputs[0] @ self.layer.detach())
+        features = self.features(self.theta.detach())[0]
         # The Hessian of the softmax is at most 1/2.
         largest = 0.5 * float(torch.linalg.matrix_norm(features, 2).square()) / len(features) + l2
         self.lr, self.condition = 1.0 / largest, largest / l2
 
-    def exact(self) -> Tensor:
-        """Eq. (4) of Yang et al."""
-        layer = self.layer.detach()
-        phi = self._solve(layer)
-        v = torch.linalg.solve(hessian(self._inner)(phi, layer), grad(self._outer)(phi, layer))
-        mixed = jacrev(grad(self._inner), argnums=1)(phi, layer)
-        direct = grad(self._outer, argnums=1)(phi, layer)
-        return (direct - torch.tensordot(v, mixed, dims=1)).reshape(-1)
-
-    def estimate(self, method: Method, steps: int) -> Tensor:
-        clone = self.learner(method).clone()
-        support, query = (torch.tanh(x @ self.layer) for x in self.inputs)
-
-        def inner() -> Tensor:
-            loss = cross_entropy(clone(support), self.labels)
-            if method.penalty:
-                loss = loss + 0.5 * self.l2 * clone.module.weight.square().sum()
-            return loss
-
-        clone.adapt(inner, steps=steps)
-        outer = cross_entropy(clone(query), self.labels)
-        return torch.autograd.grad(outer, [self.layer])[0].reshape(-1)
-
-    def _solve(self, layer: Tensor) -> Tensor:
-        """The inner solution; the problem is convex."""
-        start = np.zeros(self.module.weight.numel())
-        found = root(
-            lambda phi: grad(self._inner)(torch.from_numpy(phi), layer).numpy(), start,
-            jac=lambda phi: hessian(self._inner)(torch.from_numpy(phi), layer).numpy(), tol=1e-15,
-        )  # fmt: skip
-        return torch.from_numpy(found.x)
-
-    def _inner(self, phi: Tensor, layer: Tensor) -> Tensor:
-        return self._loss(phi, layer, self.inputs[0]) + 0.5 * self.l2 * phi.square().sum()
-
-    def _outer(self, phi: Tensor, layer: Tensor) -> Tensor:
-        return self._loss(phi, layer, self.inputs[1])
-
-    def _loss(self, phi: Tensor, layer: Tensor, inputs: Tensor) -> Tensor:
-        logits = torch.tanh(inputs @ layer) @ phi.view(self.module.weight.shape).T
-        return cross_entropy(logits, self.labels)
+    def features(self, theta: Tensor) -> Sequence[Tensor]:
+        return [torch.tanh(x @ theta) for x in self.inputs]
 
 
 def _draw(seed: int) -> Callable[..., Tensor]:
@@ -250,12 +251,11 @@ def _problems(c: HypergradientSettings) -> dict[str, tuple[list[Problem], dict[s
 
 @ex.automain
 @within_limits()
-def hypergradient(_run: Any, output: str) -> dict[str, float]:
+def hypergradient(_run: Any) -> dict[str, float]:
     """Print the errors, geometric means over the problems; returns those at the largest K."""
     c = HypergradientSettings.of(_run.config)
-    use_threads(c.threads)
-    picture = folder_of(_run, output) / "hypergradient.png"
-    inner_steps, kinds, points = sorted(set(c.inner_steps)), _problems(c), Points(_run)
+    points = Points(_run, c)
+    inner_steps, kinds = sorted(set(c.inner_steps)), _problems(c)
     total = c.problems * sum(inner_steps) * sum(len(by_name) for _, by_name in kinds.values())
     with warnings.catch_warnings(), tqdm(total=total, desc="inner steps", mininterval=1.0) as bar:
         warnings.simplefilter("ignore", UnsolvedWarning)  # too few steps is what is measured
@@ -268,10 +268,8 @@ def hypergradient(_run: Any, output: str) -> dict[str, float]:
                     errors.append(max(float(error), LEAST))
                     bar.update(steps)
                 points.record({f"hypergradient/{title}/{name}": geometric_mean(errors)}, steps)
-            about = f"{title}, condition number {tasks[0].condition:.0f}: relative error against K"
-            tqdm.write(points.text(about, f"hypergradient/{title}/(.+)", ".1e"))
-    draw_errors(points.metrics).savefig(picture, dpi=120)
-    _run.add_artifact(picture)
-    print(f"\npicture: {picture}")
-    last = named(points.metrics, "hypergradient/(.+)")
-    return {name: float(curve.iloc[-1]) for name, curve in last.items()}
+            tqdm.write(f"{title}: condition number {tasks[0].condition:.0f}")
+    curves = named(points.metrics, "hypergradient/(.+)")
+    result = {name: float(curve.iloc[-1]) for name, curve in curves.items()}
+    points.show(result)
+    return result

@@ -28,21 +28,19 @@ from experiments.ingredients import model
 from experiments.ingredients.algorithm import make_algorithms
 from experiments.ingredients.algorithm_table import AlgorithmSettings
 from experiments.ingredients.model import ModelSettings, within_limits
-from experiments.papers import Points
-from experiments.report.columns import MIB
-from experiments.report.paper_figures import draw_memory, named
+from experiments.papers import PaperSettings, Points
+from experiments.report.papers import Metrics, named
 from experiments.tracking import TrackedExperiment
-from experiments.tracking.config import Count, Counts, Positive, RunSettings, Seed, Text, Threads
+from experiments.tracking.config import Count, Counts, Positive, Text
 from experiments.training.algorithms import Algorithm
 from experiments.training.episodes import Episode
-from experiments.training.outcome import folder_of
 from experiments.training.peak_memory import peak_memory, process_peak
 from l2l_implicit import UnsolvedWarning
 
 Pixels = Annotated[int, Field(ge=16, le=10_000)]  # four poolings halve them
 
 
-class MemorySettings(RunSettings):
+class MemorySettings(PaperSettings):
     """The settings of this experiment."""
 
     inner_steps: Counts = [1, 2, 5, 10, 20, 50, 100]  # K, Yang et al.
@@ -59,9 +57,6 @@ class MemorySettings(RunSettings):
     limit_gib: Positive = 4.0  # a step that is forecast to take more is left out
     repetitions: Count = 3  # of the timing
     device: Text = "cpu"  # cpu, cuda, cuda:1, ...; auto: a GPU if there is one
-    threads: Threads = 1  # of torch; 0 leaves torch's own choice
-    seed: Seed = 0  # of all random numbers
-    output: Text = "runs"  # the folder of the picture
 
 
 ex = TrackedExperiment("memory", settings=MemorySettings)
@@ -108,13 +103,6 @@ class Shape(NamedTuple):
     pixels: int
     hidden: int
     channels: int = 3
-
-    @property
-    def title(self) -> str:
-        return (
-            f"{self.ways}-way {self.shots}-shot, {self.queries} queries a class, "
-            f"CNN4-{self.hidden}, {self.pixels} x {self.pixels}"
-        )
 
 
 class Point(NamedTuple):
@@ -201,23 +189,15 @@ def forecast(points: dict[int, Point], steps: int) -> float:
     return last.peak + (last.peak - before.peak) / (k1 - k0) * (steps - k1)
 
 
-def _result(points: Points) -> dict[str, float]:
-    """Growth from the smallest K to the largest that was measured; savings at K = 5.
-
-    That is the memory of each method over rm_metal's in the same variant and with the cache.
-    """
-    result: dict[str, float] = {"process_peak_bytes": float(process_peak())}
-    yang = named(points.metrics, "memory/(.+/.+)")
-    for paper, peaks in (("yang", yang),
-                         ("rajeswaran", named(points.metrics, "imaml_memory/(.+/.+)"))):
-        for name, curve in peaks.items():
-            growth_of = curve.iloc[-1] / curve.iloc[0]
-            result[f"{paper}: {name}: largest over smallest"] = float(growth_of)
-    k = 5 if 5 in yang["rm_metal/cached"] else max(yang["rm_metal/cached"].index)
-    return result | {
+def savings(peaks: Metrics) -> dict[str, float]:
+    """Memory over that of rm_metal with the cache and as published, at K = 5, or at rm_metal's
+    largest K."""
+    ours = peaks["rm_metal/cached"]
+    k = 5 if 5 in ours else max(ours.index)
+    return {
         f"{name} over rm_metal/{variant} at K = {k}":
-            float(curve[k] / yang[f"rm_metal/{variant}"][k])
-        for name, curve in yang.items()
+            float(curve[k] / peaks[f"rm_metal/{variant}"][k])
+        for name, curve in peaks.items()
         for variant in ("cached", "as_published")
         if k in curve and not name.startswith("rm_metal")
     }  # fmt: skip
@@ -225,43 +205,28 @@ def _result(points: Points) -> dict[str, float]:
 
 @ex.automain
 @within_limits()
-def memory(_run: Any, output: str) -> dict[str, float]:
-    """Print the tables; returns how much each method grows, and what rm_metal saves."""
+def memory(_run: Any) -> dict[str, float]:
+    """Print the tables; returns what rm_metal saves."""
     c = MemorySettings.of(_run.config)
     device = model.device_of(c.device)
-    model.use_threads(c.threads)
-    picture = folder_of(_run, output) / "memory.png"
+    omniglot = (c.imaml_ways, c.imaml_shots, c.imaml_queries, c.imaml_pixels, c.hidden, 1)
     papers = {
-        "": ("Yang et al., Fig. 2", YANG, c.inner_steps,
-             Shape(c.ways, c.shots, c.queries, c.pixels, c.hidden)),
-        "imaml_": ("Rajeswaran et al., Fig. 2b", RAJESWARAN, c.imaml_inner_steps,
-                   Shape(c.imaml_ways, c.imaml_shots, c.imaml_queries, c.imaml_pixels, c.hidden,
-                         1)),
-    }  # fmt: skip
-    points, total = Points(_run), sum(len(m) * len(set(k)) for _, m, k, _ in papers.values())
+        "": (YANG, c.inner_steps, Shape(c.ways, c.shots, c.queries, c.pixels, c.hidden)),
+        "imaml_": (RAJESWARAN, c.imaml_inner_steps, Shape(*omniglot)),
+    }
+    points, limit = Points(_run, c), c.limit_gib * 2**30
+    total = sum(len(methods) * len(set(steps)) for methods, steps, _ in papers.values())
     with warnings.catch_warnings(), tqdm(total=total, desc="points") as bar:
         warnings.simplefilter("ignore", UnsolvedWarning)  # random images are not the point here
-        for prefix, (_, methods, steps, shape) in papers.items():
+        for prefix, (methods, steps, shape) in papers.items():
             points.record({f"{prefix}memory/supervised": floor(shape, device)}, 0)
             for name, method in methods.items():
-                measured = growth(method, shape, sorted(set(steps)), c.limit_gib * 2**30,
-                                  c.repetitions, device, bar.update)  # fmt: skip
+                measured = growth(method, shape, sorted(set(steps)), limit, c.repetitions, device,
+                                  bar.update)  # fmt: skip
                 for k, (peak, seconds) in measured.items():  # as soon as it is there
                     values = {f"{prefix}memory/{name}": peak, f"{prefix}seconds/{name}": seconds}
                     points.record(values, k)
-    drawing = draw_memory(points.metrics, *papers)
-    for prefix, axes in zip(papers, drawing.axes[::2], strict=True):
-        title, _, _, shape = papers[prefix]
-        least = points.metrics[f"{prefix}memory/supervised"][0] / MIB
-        about = f"{title}: {shape.title}"
-        axes.set_title(about, fontsize="small")
-        print(points.text(f"{about}\nMiB (a supervised step: {least:.1f})",
-                          f"{prefix}memory/(.+/.+)", ".4g", MIB))
-        print(points.text("seconds", f"{prefix}seconds/(.+/.+)", ".4g"))  # fmt: skip
-    drawing.savefig(picture, dpi=120)
-    _run.add_artifact(picture)
-    result = _result(points)
-    shown = {name: value for name, value in result.items() if name != "process_peak_bytes"}
-    print("", *(f"{name:64}{value:8.3f}" for name, value in shown.items()),
-          f"\npicture: {picture}", sep="\n")  # fmt: skip
+    result = savings(named(points.metrics, "memory/(.+/.+)"))
+    result["process_peak_bytes"] = float(process_peak())
+    points.show(result)
     return result

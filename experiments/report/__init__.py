@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.report.runs import COMPLETED, Run, flatten
+from experiments.report.runs import COMPLETED, Archive, flatten
 from experiments.tracking.database import Database, choose
 from experiments.tracking.records import DatabaseRecords, FileRecords, Records
 
@@ -56,30 +56,27 @@ def get_results(
     """
     wanted = None if states is None else set(states)
     with open_records(database, records) as found:
-        runs = [Run(document) for document in found.runs]
-        rows = {run.id: _row(run) for run in runs
-                if experiment in (None, run.experiment) and (wanted is None or run.status in wanted)
-                }  # fmt: skip
-        for run, name, series, _ in found.metrics(rows):
-            rows[run][f"metrics.{name}"] = series.values[-1] if series.values else float("nan")
-    kept = [row for row in rows.values()
-            if all(key in row and row[key] == v for key, v in (filter_dict or {}).items())]
-    return pd.DataFrame(kept, columns=None if kept else list(COLUMNS))  # fmt: skip
-
-
-def _row(run: Run) -> dict[str, Any]:
-    own = (run.id, run.experiment, run.status, run.started, run.seconds, run.host, run.code.commit)
-    return {
-        **dict(zip(COLUMNS, own, strict=True)),
-        **{f"config.{key}": value for key, value in run.settings.items()},
-        **{f"result.{key}": value for key, value in flatten(run.result).items()},
-    }
+        archive = Archive(found)
+        runs = [run for run in archive.runs if experiment in (None, run.experiment)
+                and (wanted is None or run.status in wanted)]  # fmt: skip
+        archive.load(runs)
+    rows = []
+    for run in runs:
+        own = run.id, run.experiment, run.status, run.started, run.seconds, run.host
+        values = {
+            **dict(zip(COLUMNS, (*own, run.code.commit), strict=True)),
+            **{f"config.{key}": value for key, value in run.settings.items()},
+            **{f"result.{key}": value for key, value in flatten(run.result).items()},
+            **{f"metrics.{name}": series.values[-1] if series.values else float("nan")
+               for name, series in run.metrics.items()},
+        }  # fmt: skip
+        if dict(filter_dict or {}).items() <= values.items():
+            rows.append(values)
+    return pd.DataFrame(rows, columns=None if rows else list(COLUMNS))
 
 
 @contextmanager
-def open_records(
-    database: str | None, files: Iterable[str | Path] | None
-) -> Iterator[Records]:
+def open_records(database: str | None, files: Iterable[str | Path] | None) -> Iterator[Records]:
     """Of the files, where any are named; else of the database."""
     if files is not None:
         yield FileRecords(files)

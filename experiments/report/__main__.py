@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
     try:
         with open_records(options.mongo_db, options.records) as records:
-            archive = Archive(records, METRICS)
+            archive = Archive(records)
+            archive.load([run for run in archive.runs if run.complete], METRICS)
             request = Request(archive, _sweeps(options.words, archive))
             sections = [section for make in SECTIONS for section in make(request)]
         about = f"From {records.label}, {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC."

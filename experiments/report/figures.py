@@ -12,8 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
 
-from experiments.report.columns import Record
-from experiments.report.content import shortened
+from experiments.report.content import Record, shortened
 from experiments.report.summary import Summary
 from experiments.statistics import seeds_mean
 

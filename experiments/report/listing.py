@@ -8,9 +8,8 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from datetime import datetime, timezone
 
-from experiments.report import columns
-from experiments.report.columns import Column, Record
-from experiments.report.content import Figure, Items, Section, Source, Table, file_name
+from experiments.report import content
+from experiments.report.content import Column, Figure, Items, Record, Section, Source, Table
 from experiments.report.figures import curve_caption, curve_records, draw_curves
 from experiments.report.runs import Run, command_of, is_number, run_list, setting_text, unequal
 from experiments.report.summary import SCORES, Request, Summary, mean_record
@@ -61,7 +60,7 @@ def _sweeps(request: Request) -> Table:
     runs = [run.id for state in request.sweeps for run in state.attempts]
     return Table(
         "sweeps", "The sweeps, and how many of their cells there are.",
-        columns.texts("sweep", "benchmark", "completed", RUNNING, INTERRUPTED, FAILED,
+        content.texts("sweep", "benchmark", "completed", RUNNING, INTERRUPTED, FAILED,
                       command="command that fills it"),
         records, Source("python -m experiments.sweep SWEEP benchmark=NAME", runs),
     )  # fmt: skip
@@ -89,18 +88,17 @@ def _benchmark(benchmark: str, runs: Sequence[Summary]) -> Section:
     groups = [list(seeds.values()) for seeds in by_kind.values()]
     varied = list(unequal(of[0].run.compared for of in groups))
     heads = (
-        *columns.texts("method", "setting", "code"),
+        *content.texts("method", "setting", "code"),
         Column("seeds", lambda r: f"{r['seeds']}"),
         Column("test score", lambda r: _score(r["score"], r["test_mean"], r["test_half_width"])),
-        *(Column(header, lambda r, key=key: columns.rounded(r[key], *_scale(r["score"])))
-          for header, key in (("± within a run", "within_run_mean"),
-                              ("best validation", "validation_mean"))),
-        columns.number("outer iterations", "iterations_mean", digits=0),
+        Column("± within a run", lambda r: _scaled(r["score"], r["within_run_mean"])),
+        Column("best validation", lambda r: _scaled(r["score"], r["validation_mean"])),
+        content.number("outer iterations", "iterations_mean", digits=0),
         Column("collapsed", lambda r: f"{r['collapsed']} of {r['seeds']}"),
-        *columns.texts("runs", command="command of the last"),
+        *content.texts("runs", command="command of the last"),
     )
     table = Table(
-        file_name("other", benchmark), f"Trainings on {benchmark} outside of sweeps.",
+        content.file_name("other", benchmark), f"Trainings on {benchmark} outside of sweeps.",
         heads, [_mean_record(of, varied) for of in groups],
         Source(COMMAND, [run.run.id for run in runs]), [NOTE],
     )  # fmt: skip
@@ -109,10 +107,8 @@ def _benchmark(benchmark: str, runs: Sequence[Summary]) -> Section:
         f"Runs {run_list(cells)} are cells of a sweep with other settings than those shown; the"
         " report shows it with the name and the KEY=VALUE that it was run with."
     )
-    return Section(
-        f"{benchmark}, trainings", [text] if cells else [],
-        [table, *_figure(benchmark, groups)],
-    )  # fmt: skip
+    items = [table, *_figure(benchmark, groups)]
+    return Section(f"{benchmark}, trainings", [text] if cells else [], items)
 
 
 def _mean_record(runs: Sequence[Summary], varied: Sequence[str]) -> Record:
@@ -136,7 +132,7 @@ def _figure(benchmark: str, groups: Sequence[Sequence[Summary]]) -> Items:
     score = next(iter(curves.values()))[0].score
     note = f"The newest {MOST_LINES} groups; {len(long) - MOST_LINES} older ones are not drawn."
     yield Figure(
-        file_name("curves_other", benchmark),
+        content.file_name("curves_other", benchmark),
         f"{benchmark}. {curve_caption(curves, score)}",
         lambda: draw_curves(curves, score, math.nan), curve_records(curves),
         Source(COMMAND, [run.run.id for of in curves.values() for run in of]),
@@ -149,14 +145,15 @@ def _method(run: Run) -> str:
     return f"{run.settings.get('algorithm.name')}" + (f" {variant}" if variant else "")
 
 
-def _scale(score: str) -> tuple[float, int]:
-    """Factor and digits: accuracies in per cent."""
-    return (100.0, 1) if score == "accuracy" else (1.0, 3)
+def _scaled(score: str, value: float, half_width: float = math.nan) -> str:
+    """Accuracies in per cent."""
+    scale = (100.0, 1) if score == "accuracy" else (1.0, 3)
+    return content.plus_minus(value, half_width, *scale)
 
 
 def _score(score: str, value: float, half_width: float) -> str:
-    shown = columns.plus_minus(value, half_width, *_scale(score))
-    return f"{shown} {'%' if score == 'accuracy' else score}"
+    unit = "%" if score == "accuracy" else score
+    return f"{_scaled(score, value, half_width)} {unit}"
 
 
 # Every run
@@ -167,7 +164,7 @@ def all_runs(request: Request) -> list[Section]:
     cells = {cell.identity: f"{state.name} {state.benchmark} {cell.name}"
              for state in request.sweeps for cell in state.cells if cell.identity}  # fmt: skip
     heads = (
-        *columns.texts("run", "status", "what", started="started (UTC)", took="took",
+        *content.texts("run", "status", "what", started="started (UTC)", took="took",
                        shown="result", code="code", remarks="remarks"),
         Column("command", lambda r: "" if r["cell"] else r["command"], text=True),
     )  # fmt: skip
@@ -175,7 +172,7 @@ def all_runs(request: Request) -> list[Section]:
     for experiment in sorted({run.experiment for run in request.archive.runs}):
         runs = request.archive.of_experiment(experiment)
         tables.append(Table(
-            file_name("runs", experiment or "unnamed"),
+            content.file_name("runs", experiment or "unnamed"),
             f"Runs of {experiment or 'an experiment without a name'}, the newest first.",
             heads, [_record(run, cells) for run in reversed(runs)],
             Source(command_of(experiment), [run.id for run in runs]),

@@ -2,25 +2,33 @@
 
 Memory (Yang et al. 2025, Fig. 2; Rajeswaran et al. 2019, Fig. 2b), error of the hypergradient
 (Rajeswaran et al., Fig. 2a), convergence (Yang et al., Theorems 1 and 2, Corollary 1, appendix
-B.2): from the metrics and results that `experiments.papers` records.
+B.2): from the metrics and results that `experiments.papers` records. A run itself ends with the
+same tables and pictures.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+import re
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Drawing
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
-from experiments.report import columns, paper_figures
-from experiments.report.columns import Column, Record
-from experiments.report.content import Figure, Items, Section, Source, Table, file_name
-from experiments.report.paper_figures import BOUNDS, STEPS, Metrics, by_problem, named
+from experiments.report import content
+from experiments.report.content import MIB, Column, Figure, Items, Record, Section, Source, Table
+from experiments.report.figures import label
 from experiments.report.runs import Run, command_of, difference_lines, run_list
 from experiments.report.summary import Request
+
+Metrics: TypeAlias = Mapping[str, pd.Series]
+"""By name, as recorded: values by a number of steps, or by another count."""
 
 MOST = 4
 """Runs drawn of one experiment, each of other settings."""
@@ -40,8 +48,8 @@ def _section(request: Request, experiment: str) -> Section:
         if run.complete:
             groups.setdefault((run.settings_key, run.seed), []).append(run)
     default = command_of(experiment)
-    order = sorted(groups.values(), key=lambda g: (g[-1].command == default, runs.index(g[-1])))
-    order.reverse()
+    order = sorted(groups.values(), reverse=True,
+                   key=lambda g: (g[-1].command == default, runs.index(g[-1])))  # fmt: skip
     made: list[Table | Figure] = []
     for n, group in enumerate(order[:MOST]):
         run, notes = group[-1], _notes(group, n > 0)
@@ -49,9 +57,8 @@ def _section(request: Request, experiment: str) -> Section:
         metrics = {name: pd.Series(dict(zip(*series, strict=True))).sort_index()
                    for name, series in run.metrics.items() if series.steps}  # fmt: skip
         source, suffix = Source(run.command, [run.id]), f"_{n}" if n else ""
-        for item in items(run, metrics):
-            notes_of, name = [*notes, *item.notes], f"{item.name}{suffix}"
-            made.append(replace(item, name=name, source=source, notes=notes_of))
+        made += [replace(item, name=item.name + suffix, source=source, notes=[*notes, *item.notes])
+                 for item in items(run, metrics)]  # fmt: skip
     left = run_list(run.id for group in order[MOST:] for run in group)
     text = [f"Not drawn: runs {left}, of still other settings."] if left else []
     return Section(title, text, made or [_missing(experiment, what, runs)])
@@ -78,13 +85,19 @@ def _missing(experiment: str, what: str, runs: Sequence[Run]) -> Table:
         record |= {"state": last.status.lower(), "why": why}
     return Table(
         f"missing_{experiment}", f"Missing: no complete run of experiments.papers.{experiment}.",
-        columns.texts(*record), [record], Source(record["command"], [run.id for run in runs]),
+        content.texts(*record), [record], Source(record["command"], [run.id for run in runs]),
     )  # fmt: skip
+
+
+def named(metrics: Metrics, pattern: str) -> dict[str, pd.Series]:
+    """Those whose whole name fits the pattern, by what is in its parentheses."""
+    found = {name: re.fullmatch(pattern, name) for name in metrics}
+    return {match[1]: metrics[name] for name, match in found.items() if match}
 
 
 def _curves(
     name: str, caption: str, rows: Sequence[tuple[Record, pd.Series]], header: str,
-    key: str = "K_", show: Callable[[Any], str] = columns.significant, also: Sequence[int] = (),
+    key: str = "K_", show: Callable[[Any], str] = content.significant, also: Sequence[int] = (),
     last: Sequence[Column] = (), notes: Sequence[str] = (),
 ) -> Table:  # fmt: skip
     """A row a curve, a column a step (and ``also``); ``header`` and ``key`` name a step's."""
@@ -94,7 +107,7 @@ def _curves(
                for n in steps]  # fmt: skip
     records = [{**{f"{key}{n}": curve.get(n, math.nan) for n in steps}, **row}
                for row, curve in rows]  # fmt: skip
-    return Table(name, caption, [*columns.texts(*heads), *between, *last], records, notes=notes)
+    return Table(name, caption, [*content.texts(*heads), *between, *last], records, notes=notes)
 
 
 # Memory and time against inner steps
@@ -108,48 +121,52 @@ PAPERS = {"": ("yang", "Yang et al., Fig. 2"),
 
 def _memory(run: Run, metrics: Metrics) -> Items:
     for prefix, (paper, title) in PAPERS.items():
-        peaks = named(metrics, f"{prefix}memory/(.+/.+)")
-        times = named(metrics, f"{prefix}seconds/(.+/.+)")
-        if not peaks:
-            continue
-        ways, shots, queries, pixels = (
-            run.settings.get(prefix + name) for name in ("ways", "shots", "queries", "pixels")
-        )
-        task = (
-            f"{ways}-way {shots}-shot, {queries} queries a class, {pixels} x {pixels} pixels,"
-            f" CNN4-{run.settings.get('hidden')}, {run.settings.get('device')}"
-        )
-        times = {name: times.get(name, pd.Series()).reindex(curve.index)
-                 for name, curve in peaks.items()}  # fmt: skip
-        yield Figure(
-            f"memory_{paper}",
-            f"{title}: peak of live tensors (left) and median time (right) of one task's outer step"
-            f" against the inner steps K. {task}, random images.",
-            partial(paper_figures.draw_memory, metrics, prefix),
-            [{"method": name, "K": k, "peak_bytes": peak, "seconds": times[name][k]}
-             for name, curve in peaks.items() for k, peak in curve.items()],
-        )  # fmt: skip
-        asked = run.counts(f"{prefix}inner_steps")
-        left = {name: [str(k) for k in asked if k not in curve] for name, curve in peaks.items()}
-        told = "; ".join(f"{name} at K = {', '.join(k)}" for name, k in left.items() if k)
-        limit = f"limit_gib={run.settings.get('limit_gib')}; a larger one fills them."
-        notes = [f"Missing: {told}: the forecast was above {limit}"] if told else []
-        rows = [(_saved(name, curve, peaks), curve) for name, curve in peaks.items()]
-        last, claim = [], []
-        if OURS in peaks and CLAIM_AT in peaks[OURS]:
-            saved = f"ImplicitCGHead below it at K = {CLAIM_AT}, %"
-            last = [columns.number(saved, "saved", 100, 0)]
-            claim = ["ImplicitCGHead below it: with cached features, the package's default."]
-        about = f"against inner steps K. {title}; {task}."
-        yield _curves(
-            f"memory_{paper}_peak", f"Peak of live tensors, MiB, {about}", rows, "K = ", "K_",
-            lambda value: columns.rounded(value, 1 / columns.MIB), asked, last, notes + claim,
-        )  # fmt: skip
-        yield _curves(
-            f"memory_{paper}_seconds", f"Seconds of one task's outer step, {about}",
-            [(_method(name), curve) for name, curve in times.items()], "K = ", also=asked,
-            notes=notes,
-        )  # fmt: skip
+        if peaks := named(metrics, f"{prefix}memory/(.+/.+)"):
+            yield from _memory_of_paper(run, metrics, prefix, paper, title, peaks)
+
+
+def _memory_of_paper(
+    run: Run, metrics: Metrics, prefix: str, paper: str, title: str, peaks: Metrics
+) -> Items:
+    of, measured = run.settings.get, named(metrics, f"{prefix}seconds/(.+/.+)")
+    times = {name: measured.get(name, pd.Series()).reindex(curve.index)
+             for name, curve in peaks.items()}  # fmt: skip
+    task = (
+        f"{of(prefix + 'ways')}-way {of(prefix + 'shots')}-shot,"
+        f" {of(prefix + 'queries')} queries a class,"
+        f" {of(prefix + 'pixels')} x {of(prefix + 'pixels')} pixels,"
+        f" CNN4-{of('hidden')}, {of('device')}"
+    )
+    yield Figure(
+        f"memory_{paper}",
+        f"{title}: peak of live tensors (left) and median time (right) of one task's outer step"
+        f" against the inner steps K. {task}, random images.",
+        partial(draw_memory, metrics, prefix),
+        [{"method": name, "K": k, "peak_bytes": peak, "seconds": times[name][k]}
+         for name, curve in peaks.items() for k, peak in curve.items()],
+    )  # fmt: skip
+    asked = run.counts(f"{prefix}inner_steps")
+    left = {name: [str(k) for k in asked if k not in curve] for name, curve in peaks.items()}
+    told = "; ".join(f"{name} at K = {', '.join(k)}" for name, k in left.items() if k)
+    limit = f"limit_gib={of('limit_gib')}; a larger one fills them."
+    notes = [f"Missing: {told}: the forecast was above {limit}"] if told else []
+    ours, labels = peaks.get(OURS, pd.Series()), {name: _method(name) for name in peaks}
+    rows = [({**labels[name], "saved": _saved(name, ours, curve)}, curve)
+            for name, curve in peaks.items()]  # fmt: skip
+    last, claim = [], []
+    if CLAIM_AT in ours:
+        saved = f"ImplicitCGHead below it at K = {CLAIM_AT}, %"
+        last = [content.number(saved, "saved", 100, 0)]
+        claim = ["ImplicitCGHead below it: with cached features, the package's default."]
+    about = f"against inner steps K. {title}; {task}."
+    yield _curves(
+        f"memory_{paper}_peak", f"Peak of live tensors, MiB, {about}", rows, "K = ", "K_",
+        lambda value: content.rounded(value, 1 / MIB), asked, last, notes + claim,
+    )  # fmt: skip
+    yield _curves(
+        f"memory_{paper}_seconds", f"Seconds of one task's outer step, {about}",
+        [(labels[name], curve) for name, curve in times.items()], "K = ", also=asked, notes=notes,
+    )  # fmt: skip
 
 
 def _method(name: str) -> dict[str, Any]:
@@ -157,40 +174,100 @@ def _method(name: str) -> dict[str, Any]:
     return {"method": SHOWN.get(method, method), "variant": variant.replace("_", " ")}
 
 
-def _saved(name: str, theirs: pd.Series, peaks: Metrics) -> dict[str, Any]:
+def _saved(name: str, ours: pd.Series, theirs: pd.Series) -> float:
     """The share of a method's memory that ImplicitCGHead does without."""
-    row, ours = _method(name), peaks.get(OURS, pd.Series())
-    both = row["method"] != SHOWN["rm_metal"] and CLAIM_AT in ours and theirs.get(CLAIM_AT)
-    return {**row, "saved": 1 - ours[CLAIM_AT] / theirs[CLAIM_AT] if both else math.nan}
+    if name.startswith("rm_metal/") or CLAIM_AT not in ours:
+        return math.nan
+    return float(1 - ours[CLAIM_AT] / (theirs.get(CLAIM_AT) or math.nan))
+
+
+def draw_memory(metrics: Metrics, prefix: str) -> Drawing:
+    """Memory and time of one task's outer step; ``prefix`` is that of the paper's metrics.
+
+    Solid: cached features, or iMAML; dashed: as published. One colour a method. Open markers,
+    smaller from method to method, so that equal curves are all seen.
+    """
+    drawing = Drawing(figsize=(11.5, 5.0), layout="constrained")
+    panels = ("memory", MIB, "peak of live tensors, MiB"), ("seconds", 1, "seconds an outer step")
+    for axes, (what, scale, unit) in zip(drawing.subplots(1, 2), panels, strict=True):
+        looks: dict[str, dict[str, Any]] = {}
+        for name, curve in named(metrics, f"{prefix}{what}/(.+/.+)").items():
+            method, _, variant = name.partition("/")
+            n = len(looks)
+            looks.setdefault(method, {"color": f"C{n}", "marker": "os^D"[n % 4],
+                                      "markersize": max(11.0 - 2.5 * n, 3.0)})  # fmt: skip
+            axes.loglog(curve / scale, "--" if variant == "as_published" else "-", **looks[method],
+                        label=label(f"{method}, {variant.replace('_', ' ')}"),
+                        markerfacecolor="none")  # fmt: skip
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(10, (1, 2, 5)))
+            axis.set_major_formatter(FormatStrFormatter("%g"))
+            axis.set_minor_formatter(NullFormatter())
+        axes.grid(alpha=0.3, which="both")
+        for floor in named(metrics, f"{prefix}{what}/(supervised)").values():
+            axes.axhline(floor.iloc[-1] / scale, color="0.6", linewidth=1,
+                         label="supervised step")  # fmt: skip
+        axes.set(xlabel="inner steps K", ylabel=f"{unit}, one task")
+        axes.legend(fontsize="small")
+    return drawing
 
 
 # Error of the hypergradient
 
 
 def _errors(run: Run, metrics: Metrics) -> Items:
-    if not (errors := by_problem(metrics)):
+    errors: dict[str, dict[str, pd.Series]] = {}
+    for name, curve in named(metrics, "hypergradient/([^/]+/.+)").items():
+        problem, _, method = name.partition("/")
+        errors.setdefault(problem, {})[method] = curve
+    if not errors:
         return
     yield Figure(
         "hypergradient",
         "Relative error of the hypergradient against the exact one, over the inner steps K;"
         f" geometric mean over {run.settings.get('problems')} problems. Solid: implicit, with"
         " the number of conjugate gradient steps; dashed: unrolled.",
-        partial(paper_figures.draw_errors, metrics),
+        partial(draw_errors, errors),
         [{"problem": problem, "method": method, "K": k, "relative_error": error}
          for problem, methods in errors.items() for method, curve in methods.items()
          for k, error in curve.items()],
     )  # fmt: skip
     for problem, methods in errors.items():
         yield _curves(
-            file_name("hypergradient", problem),
+            content.file_name("hypergradient", problem),
             "Relative error of the hypergradient against inner steps K,"
             f" {problem.replace('_', ' ')}.",
             [({"method": method}, curve) for method, curve in methods.items()], "K = ",
         )  # fmt: skip
 
 
+def draw_errors(errors: Mapping[str, Metrics]) -> Drawing:
+    """Error over inner steps by problem and method, one panel a problem.
+
+    Solid: implicit, dashed: unrolled. Open markers, smaller from method to method, so that equal
+    curves are all seen.
+    """
+    drawing = Drawing(figsize=(5 * len(errors), 5.2), layout="constrained")
+    panels = drawing.subplots(1, len(errors), squeeze=False)[0]
+    for axes, (title, curves) in zip(panels, errors.items(), strict=True):
+        for number, (name, curve) in enumerate(curves.items()):
+            axes.loglog(
+                curve, "-" if "_cg" in name else "--",
+                label=label(name.replace("_cg", ", CG steps: ").replace("_", " ")),
+                marker="o", markersize=max(10.0 - 1.8 * number, 3.0), markerfacecolor="none",
+            )  # fmt: skip
+        axes.set(xlabel="inner steps K", ylabel="relative error of the hypergradient",
+                 title=label(title.replace("_", " ")))  # fmt: skip
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small", loc="lower left")
+    return drawing
+
+
 # Convergence
 
+STEPS = {"inner_steps": "inner steps K", "cg_steps": "conjugate gradient steps N"}
+BOUNDS = {"inner_steps": "K_0", "cg_steps": "N_0"}
+LEAST = 1e-32  # below rounding: a norm that is zero has a logarithm too
 CLAIMED = {
     "average_against_T": (-1, "Theorem 2: average against T"),
     "evaluations_all_tasks": (1, "Corollary 1: evaluations against 1/epsilon, all tasks"),
@@ -204,15 +281,13 @@ SMALLEST = 0.001
 
 
 def _convergence(run: Run, metrics: Metrics) -> Items:
-    averages, lasts = (named(metrics, rf"convergence/all_tasks/(\d+)/{what}")
-                       for what in ("average", "last"))  # fmt: skip
+    averages = named(metrics, r"convergence/all_tasks/(\d+)/average")
     floors = named(metrics, r"convergence/floor/(\d+)")
     halves = named(metrics, r"convergence/floor/(\d+)/half_width")
-    parts = {f"{what}/{n}": curve
-             for what, curves in (("average", averages), ("last", lasts), ("floor", floors))
-             for n, curve in curves.items()}  # fmt: skip
     if not averages:
         return
+    parts = {"average": averages, "last": named(metrics, r"convergence/all_tasks/(\d+)/last"),
+             "floor": floors}  # fmt: skip
     result = {name: run.number(f"result.{name}") for name in run.result
               if name.startswith("slope_") or name in BOUNDS.values()}  # fmt: skip
     yield Figure(
@@ -221,13 +296,14 @@ def _convergence(run: Run, metrics: Metrics) -> Items:
         " (Theorem 2), its floor against the tasks in a batch with 95 % intervals over"
         f" {run.settings.get('problems')} problems (Theorem 1), and its last value with fewer"
         " and more steps than K_0 and N_0.",
-        partial(paper_figures.draw_convergence, metrics, result),
-        [{"part": part, "at": at, "squared_norm": value}
-         for part, curve in parts.items() for at, value in curve.items()],
+        partial(draw_convergence, metrics, result),
+        [{"part": f"{part}/{n}", "at": at, "squared_norm": value}
+         for part, curves in parts.items() for n, curve in curves.items()
+         for at, value in curve.items()],
     )  # fmt: skip
     yield Table(
         "convergence_slopes", "Slopes on logarithmic scales, and what the paper claims.",
-        [*columns.texts("what"), Column("claimed", lambda r: str(r["claimed"])),
+        [*content.texts("what"), Column("claimed", lambda r: str(r["claimed"])),
          Column("slope", _shown_slope)],
         [_slope(name[6:], result) for name in result
          if name.startswith("slope_") and not name.endswith("_half_width")],
@@ -245,12 +321,12 @@ def _convergence(run: Run, metrics: Metrics) -> Items:
         yield _curves(
             f"convergence_{what}",
             f"Last squared norm against {STEPS[what]}; {bound} ="
-            f" {columns.rounded(result.get(bound), digits=0)}.",
+            f" {content.rounded(result.get(bound), digits=0)}.",
             [({"start": start}, curve) for start, curve in starts.items()], "", "at_",
         )  # fmt: skip
 
 
-def _slope(name: str, result: dict[str, float]) -> Record:
+def _slope(name: str, result: Mapping[str, float]) -> Record:
     kind, _, k = name.partition("_K")
     claimed, what = CLAIMED.get(kind, ("", ""))
     return {
@@ -261,8 +337,66 @@ def _slope(name: str, result: dict[str, float]) -> Record:
 
 def _shown_slope(record: Record) -> str:
     if record["half_width"] < SMALLEST:
-        return f"{columns.rounded(record['slope'], digits=3)} ± less than {SMALLEST}"
-    return columns.plus_minus(record["slope"], record["half_width"], digits=3)
+        return f"{content.rounded(record['slope'], digits=3)} ± less than {SMALLEST}"
+    return content.plus_minus(record["slope"], record["half_width"], digits=3)
+
+
+def draw_convergence(metrics: Metrics, result: Mapping[str, float]) -> Drawing:
+    """The four parts of the experiment; all values are squared hypergradient norms."""
+    drawing = Drawing(figsize=(11, 8.5), layout="constrained")
+    axes = drawing.subplots(2, 2)
+    _theorem_2(axes[0, 0], metrics, result)
+    _theorem_1(axes[0, 1], metrics, result)
+    for cell, (what, bound) in zip(axes[1], BOUNDS.items(), strict=True):
+        for start, curve in named(metrics, f"convergence/{what}/(warm|cold)").items():
+            cell.loglog(curve.clip(lower=LEAST), "o-", label=f"{start} start")
+        at = result.get(bound, math.nan)
+        cell.axvline(at, color="0.5", linestyle="--", label=f"${bound}$ = {at:.0f}")
+        cell.set(xlabel=STEPS[what], ylabel=r"last $\|\nabla F\|^2$", title="Appendix B.2")
+    for cell in axes.flat:
+        cell.grid(alpha=0.3)
+        cell.legend()
+    return drawing
+
+
+def _theorem_2(axes: Axes, metrics: Metrics, result: Mapping[str, float]) -> None:
+    averages = named(metrics, r"convergence/all_tasks/(\d+)/average")
+    lasts = named(metrics, r"convergence/all_tasks/(\d+)/last")
+    for number, (problem, curve) in enumerate(averages.items()):
+        axes.loglog(curve, color=f"C{number}", label=f"problem {problem}, average")
+        if problem in lasts:
+            axes.loglog(lasts[problem][lasts[problem] > 1e-20], ":", color=f"C{number}", alpha=0.7)
+    _slope_of_minus_one(axes, next(iter(averages.values())), -1)
+    axes.set_ylim(bottom=1e-12)
+    axes.set(xlabel="outer iterations T", ylabel=r"$\|\nabla F\|^2$: average (dotted: last)",
+             title=f"Theorem 2: slope {_drawn_slope(result, 'average_against_T')}")  # fmt: skip
+
+
+def _theorem_1(axes: Axes, metrics: Metrics, result: Mapping[str, float]) -> None:
+    for k, floor in (floors := named(metrics, r"convergence/floor/(\d+)")).items():
+        half = metrics.get(f"convergence/floor/{k}/half_width", floor * math.nan)
+        # an interval that reaches below zero has no lower end on this scale
+        widths = [np.minimum(half, 0.9 * floor), half]
+        axes.errorbar(floor.index, floor, widths, fmt="o-", capsize=3,
+                      label=f"K = {k}: slope {_drawn_slope(result, f'floor_K{k}')}")  # fmt: skip
+    for floor in list(floors.values())[-1:]:
+        _slope_of_minus_one(axes, floor, 0)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set(xlabel="tasks in a batch |B|", ylabel=r"floor of $\|\nabla F\|^2$",
+             title="Theorem 1: the floor")  # fmt: skip
+
+
+def _slope_of_minus_one(axes: Axes, curve: pd.Series, through: int) -> None:
+    """A dashed line through one of the curve's points."""
+    x = curve.index.to_numpy()
+    line = curve.iloc[through] * x[through] / x
+    axes.plot(x, line, "k--", linewidth=0.8, label="slope -1")
+
+
+def _drawn_slope(result: Mapping[str, float], name: str) -> str:
+    value, half = (result.get(f"slope_{name}{end}") for end in ("", "_half_width"))
+    return content.plus_minus(value, half, digits=3)
 
 
 PARTS: dict[str, tuple[str, str, Callable[[Run, Metrics], Items]]] = {

@@ -60,8 +60,6 @@ class Run:
         self._document = document
         self.metrics: dict[str, Series] = {}  # loaded by the archive, in the order recorded
         self.faults: list[str] = []  # what of its record could not be read
-        for path in ("experiment", "host", "info", "meta"):
-            self._get(path, dict)
         self.id: RunId = document["_id"]
         self.status = self._get("status", str) or "UNKNOWN"
         self.experiment = self._get("experiment.name", str)
@@ -76,9 +74,9 @@ class Run:
         self.host = self._get("host.hostname", str)
         self.failure = (self._items("fail_trace", str) or [""])[-1].strip()
         self.command = self._command()  # with tasks.root=DATA wherever the data lay
-        info = self._get("info", dict)
-        pointers = [info.get("resumes"), info.get("resumed_by")]
-        self.resumes, self.resumed_by = ("" if p is None else str(p) for p in pointers)
+        self.resumes, self.resumed_by = (
+            str(self._get("info", dict).get(name) or "") for name in ("resumes", "resumed_by")
+        )
         self.complete = self.status == COMPLETED
 
     @property
@@ -130,13 +128,8 @@ class Run:
 
     def _get(self, path: str, kind: type[Kind]) -> Kind:
         """A field of the type that it must have, or an empty one."""
-        *groups, leaf = path.split(".")
-        place: Any = self._document
-        for name in groups:
-            place = place.get(name)
-            if not isinstance(place, dict):
-                return kind()  # told by who asks for the object itself
-        value = place.get(leaf)
+        group, _, leaf = path.rpartition(".")
+        value = (self._get(group, dict) if group else self._document).get(leaf)
         if isinstance(value, kind):
             return value
         if value is not None:
@@ -146,9 +139,10 @@ class Run:
     def _items(self, path: str, kind: type[Kind]) -> list[Kind]:
         """Those of a list that are of the type."""
         items = self._get(path, list)
-        for wrong in (item for item in items if not isinstance(item, kind)):
-            self.fault(f"{path}: expected a list of {NAMES[kind]}, got {_kind(wrong)}")
-        return [item for item in items if isinstance(item, kind)]
+        right = [item for item in items if isinstance(item, kind)]
+        if len(right) < len(items):
+            self.fault(f"{path}: expected a list of {NAMES[kind]}, got others in it")
+        return right
 
     def _time(self, path: str) -> datetime | None:
         text = self._get(path, str)
@@ -182,17 +176,16 @@ class Run:
 
 
 class Archive:
-    """What a database or files have; of complete runs the metrics of these names are loaded.
+    """What a database or files have.
 
     Attributes:
         runs: by number; those with other names come last.
         by_cell: the same, by the identity of the sweep's cell that they are.
     """
 
-    def __init__(self, records: Records, names: Sequence[str] = ()) -> None:
+    def __init__(self, records: Records) -> None:
         self._records = records
         self.runs = [Run(document) for document in records.runs]
-        self.load([run for run in self.runs if run.complete], names)
         self.by_cell: dict[str, list[Run]] = {}
         for run in self.runs:
             self.by_cell.setdefault(str(run.settings.get("cell")), []).append(run)

@@ -7,9 +7,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from experiments.report import columns
-from experiments.report.columns import Column, Record
-from experiments.report.content import UNTOLD, Figure, Items, Section, Source, Table, file_name
+from experiments.report import content
+from experiments.report.content import UNTOLD, Column, Figure, Items, Record, Section, Source, Table
 from experiments.report.figures import curve_caption, curve_records, draw_accuracies, draw_curves
 from experiments.report.runs import difference_lines, run_list
 from experiments.report.summary import DROP, MethodState, Request, Summary, SweepState, mean_record
@@ -32,17 +31,15 @@ def sections(request: Request) -> list[Section]:
 
 def _section(state: SweepState) -> Section:
     found = {method.name: list(map(Summary, method.runs)) for method in state.methods}
-    first = found[state.methods[0].name]
-    records = [{**_record(method, found[method.name], first), **_published(state, method.name)}
-               for method in state.methods]  # fmt: skip
+    records = [_record(state, method, found) for method in state.methods]
     items: list[Table | Figure] = [
         _summary_table(state, records, found), *_accuracy_figure(state, found),
         *_curves(state, found), *_time_table(state, found), *_details_table(state, records),
         *_missing_table(state), *_grid_table(state),
     ]  # fmt: skip
     source = Source(state.command(), [run.id for run in state.runs])
-    items = [replace(item, source=source) if item.source is UNTOLD else item for item in items]
-    items = [replace(item, name=file_name(item.name, state.name, state.benchmark))
+    items = [replace(item, name=content.file_name(item.name, state.name, state.benchmark),
+                     source=source if item.source is UNTOLD else item.source)
              for item in items]  # fmt: skip
     done = sum(cell.state == COMPLETED for cell in state.cells)
     text = f"{done} of {len(state.cells)} cells are complete."
@@ -52,8 +49,9 @@ def _section(state: SweepState) -> Section:
 # Means over seeds
 
 
-def _record(method: MethodState, runs: Sequence[Summary], first: Sequence[Summary]) -> Record:
+def _record(state: SweepState, method: MethodState, found: Found) -> Record:
     """Raw means over a method's final runs, and how far the first method is ahead of it."""
+    runs, first = found[method.name], found[state.methods[0].name]
     differs = bool(difference_lines("", method.runs))
     # the outer iteration that other methods were tested at too; 0: none
     at = max((step for run in runs for step in run.run.counts("test_at")), default=0)
@@ -70,6 +68,7 @@ def _record(method: MethodState, runs: Sequence[Summary], first: Sequence[Summar
             lead=_lead(runs, first, "test"),
             early_stopped_lead=_lead(runs, first, "early_stopped"),
         ),
+        **_published(state, method.name),
     }
 
 
@@ -96,22 +95,22 @@ def _summary_table(state: SweepState, records: Sequence[Record], found: Found) -
     equal = max((record["equal_iterations"] for record in records), default=0)
     stopped = any(math.isfinite(record["early_stopped_mean"]) for record in records)
     early = [
-        Column("early stopped, %", lambda r: columns.rounded(r["early_stopped_mean"], 100),
+        Column("early stopped, %", lambda r: content.rounded(r["early_stopped_mean"], 100),
                _best("early_stopped")),
-        columns.mean(f"{first} then leads by", "early_stopped_lead", 100),
+        content.mean(f"{first} then leads by", "early_stopped_lead"),
     ]  # fmt: skip
     heads = [
-        *columns.texts(label="method", setting="setting"),
+        *content.texts(label="method", setting="setting"),
         Column("seeds", lambda r: f"{r['seeds']}/{r['seeds_planned']}"),
         Column("test accuracy, %", _accuracy, _best("test")),
-        columns.number("95 % over seeds", "test_half_width", 100),
-        *([columns.mean("the paper, %", "published")] if state.published else ()),
-        columns.mean(f"{first} leads by", "lead", 100),
+        content.number("95 % over seeds", "test_half_width", 100),
+        *([content.mean("the paper, %", "published", 1)] if state.published else ()),
+        content.mean(f"{first} leads by", "lead"),
         *(early if stopped else ()),
-        *([columns.number(f"at {equal} iterations, %", "equal_mean", 100)] if equal else ()),
-        columns.number("outer iterations", "iterations_mean", digits=0),
-        columns.number("s an outer step", "step_cpu_seconds_mean", digits=3),
-        columns.number("peak, MiB", "tensor_bytes", 1 / columns.MIB),
+        *([content.number(f"at {equal} iterations, %", "equal_mean", 100)] if equal else ()),
+        content.number("outer iterations", "iterations_mean", digits=0),
+        content.number("s an outer step", "step_cpu_seconds_mean", digits=3),
+        content.number("peak, MiB", "tensor_bytes", 1 / content.MIB),
         Column("collapsed", _collapsed),
     ]
     tasks = sorted({str(run.run.settings.get("test_tasks")) for of in found.values() for run in of})
@@ -138,15 +137,15 @@ def _details_table(state: SweepState, records: Sequence[Record]) -> Items:
     if not state.runs:
         return
     heads = [
-        *columns.texts(label="method"),
-        columns.mean("test accuracy, %", "test", 100),
-        columns.mean("early stopped, %", "early_stopped", 100),
-        columns.mean("best validation, %", "validation", 100, best=_best("validation")),
-        columns.number("outer step, ms of CPU", "step_cpu_seconds_mean", 1e3),
-        columns.number("outer step, ms of wall", "step_seconds_mean", 1e3),
-        columns.number("peak of the process, MiB", "process_bytes", 1 / columns.MIB, 0),
+        *content.texts(label="method"),
+        content.mean("test accuracy, %", "test"),
+        content.mean("early stopped, %", "early_stopped"),
+        content.mean("best validation, %", "validation", best=_best("validation")),
+        content.number("outer step, ms of CPU", "step_cpu_seconds_mean", 1e3),
+        content.number("outer step, ms of wall", "step_seconds_mean", 1e3),
+        content.number("peak of the process, MiB", "process_bytes", 1 / content.MIB, 0),
         Column("collapsed later", lambda r: _count(r, "collapsed_after_budget")),
-        *columns.texts("runs"),
+        *content.texts("runs"),
     ]
     note = (
         "±: 95 % over seeds (Student's t). Best validation: within the budget. Outer step: mean"
@@ -165,7 +164,7 @@ def _best(key: str) -> Callable[[Record], float]:
 
 
 def _accuracy(record: Record) -> str:
-    shown = columns.plus_minus(record["test_mean"], record["within_run_mean"], 100)
+    shown = content.plus_minus(record["test_mean"], record["within_run_mean"], 100)
     return shown if record["seeds"] else "missing"
 
 
@@ -175,7 +174,7 @@ def _collapsed(record: Record) -> str:
 
 
 def _count(record: Record, what: str) -> str:
-    return f"{record[what]} of {record['seeds']}" if record["seeds"] else columns.MISSING
+    return f"{record[what]} of {record['seeds']}" if record["seeds"] else content.MISSING
 
 
 def _missing_seeds(records: Sequence[Record]) -> list[str]:
@@ -270,15 +269,15 @@ def _time_table(state: SweepState, found: Found) -> Items:
         f" first validation already. Ratio: to the seconds of {next(n for n in found if found[n])}."
     )
     heads = (
-        *columns.texts("method"),
+        *content.texts("method"),
         Column("reached by", lambda r: f"{r['reached']} of {r['seeds']}"),
         Column("seconds", lambda r: _shown_time(r, "seconds", 1), _speed),
         Column("outer iterations", lambda r: _shown_time(r, "iterations", 0)),
-        columns.number("ratio", "ratio", digits=2),
-        *([columns.number("the paper's seconds", "published_seconds", digits=0),
-           columns.number("the paper's ratio", "published_ratio", digits=2)]
+        content.number("ratio", "ratio", digits=2),
+        *([content.number("the paper's seconds", "published_seconds", digits=0),
+           content.number("the paper's ratio", "published_ratio", digits=2)]
           if state.published else ()),
-        *columns.texts("runs"),
+        *content.texts("runs"),
     )  # fmt: skip
     caption = f"Seconds of training to {SHARE:.2f} of the best validation accuracy, "
     made = [{**_time_record(name, of, SHARE * highest), **_published(state, name)}
@@ -303,8 +302,8 @@ def _time_record(name: str, runs: Sequence[Summary], threshold: float) -> Record
 
 
 def _shown_time(record: Record, key: str, digits: int) -> str:
-    text = columns.plus_minus(record[key], record[f"{key}_half_width"], digits=digits)
-    return f"≤ {text}" if record["at_first_validation"] and text != columns.MISSING else text
+    text = content.plus_minus(record[key], record[f"{key}_half_width"], digits=digits)
+    return f"≤ {text}" if record["at_first_validation"] and text != content.MISSING else text
 
 
 def _speed(record: Record) -> float:
@@ -336,7 +335,7 @@ def _missing_table(state: SweepState) -> Items:
         "missing",
         f"Missing: {len(cells)} of {len(state.cells)} cells. One command fills all of them:"
         f" {state.command()}",
-        columns.texts("cell", "state", "why", "attempts", "command"), records,
+        content.texts("cell", "state", "why", "attempts", "command"), records,
         Source(state.command(), [run.id for cell in cells for run in cell.runs]),
         folded=len(cells) >= FOLDED_FROM,
     )  # fmt: skip
@@ -359,7 +358,7 @@ def _grid_table(state: SweepState) -> Items:
     ]
     if not records:
         return
-    method, setting, chosen, run = columns.texts("method", "setting", "chosen", "run")
+    method, setting, chosen, run = content.texts("method", "setting", "chosen", "run")
     yield Table(
         "grid",
         "How the settings were chosen: the last validation accuracy of each candidate, seed 0.",
@@ -370,5 +369,5 @@ def _grid_table(state: SweepState) -> Items:
 
 def _shown_candidate(record: Record) -> str:
     if math.isfinite(record["validation_accuracy"]):
-        return columns.rounded(record["validation_accuracy"], 100)
+        return content.rounded(record["validation_accuracy"], 100)
     return "diverged" if record["state"] == COMPLETED else str(record["state"])

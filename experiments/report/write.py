@@ -15,8 +15,7 @@ import matplotlib
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from experiments.report.columns import Record
-from experiments.report.content import Figure, Section, Source, Table
+from experiments.report.content import Figure, Record, Section, Source, Table
 from experiments.report.runs import run_list
 
 TITLE = "l2l_implicit: what the runs show"
@@ -97,7 +96,7 @@ def pictures(figure: Figure) -> tuple[bytes, bytes]:
 
 
 def csv_text(records: Sequence[Record], source: Source) -> str:
-    """The raw values, a line a record; the command and the run ids are its last columns."""
+    """The raw values, a line a record; the command and the run ids are its last content."""
     own = {"source_command": source.command, "source_runs": run_list(source.runs)}
     frame = pd.DataFrame(list(records), dtype=object).assign(**own)
     return frame.to_csv(index=False, na_rep="nan", lineterminator="\n")
@@ -105,11 +104,15 @@ def csv_text(records: Sequence[Record], source: Source) -> str:
 
 def markdown_text(table: Table) -> str:
     """A pipe table; caption above, notes, command and runs below."""
+    source = f"`{table.source.command}`; runs: {run_list(table.source.runs) or 'none'}"
+    return "\n\n".join([table.caption, markdown_grid(table), *table.notes, source]) + "\n"
+
+
+def markdown_grid(table: Table) -> str:
+    """The table's own lines."""
     frame = _frame(table, "**{}**", lambda text: text.replace("|", r"\|"))
     sides = ["left" if column.text else "right" for column in table.columns]
-    grid = frame.to_markdown(index=False, colalign=sides, disable_numparse=True)
-    source = f"`{table.source.command}`; runs: {run_list(table.source.runs) or 'none'}"
-    return "\n\n".join([table.caption, grid, *table.notes, source]) + "\n"
+    return frame.to_markdown(index=False, colalign=sides, disable_numparse=True)
 
 
 def latex_text(table: Table) -> str:

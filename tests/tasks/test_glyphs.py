@@ -4,13 +4,15 @@ import hashlib
 import random
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import l2l_implicit  # noqa: F401  (first: it makes learn2learn importable)
-from experiments.build_glyphs.classes import connected, random_split, script_of, script_split
+from experiments.build_glyphs.classes import merge, random_split, script_of, script_split
+from experiments.build_glyphs.drawings import Renderings
 from l2l_implicit.tasks import Glyphs, get_tasksets, nearest_centroid_accuracy
 from l2l_implicit.tasks.glyph_distortions import (
     LEVELS,
@@ -104,10 +106,15 @@ def test_arrays_cannot_be_changed_by_a_user(arrays: Arrays) -> None:
 
 
 def test_confusable_classes_are_merged_along_chains() -> None:
-    linked = np.zeros((5, 5), bool)
-    for a, b in ((0, 3), (3, 4)):
-        linked[a, b] = linked[b, a] = True
-    assert sorted(connected(linked)) == [[0, 3, 4], [1], [2]]
+    """In three faces a is like d, and d like e, but e is not like a; b and c are like none."""
+    images = np.zeros((5, 28, 28))
+    for row, degrees in {0: 0, 3: 20, 4: 40}.items():
+        images[row, 0, :2] = 250 * np.cos(np.radians(degrees)), 250 * np.sin(np.radians(degrees))
+    images[1, 1], images[2, 2] = 250, 250
+    points, faces = [ord(letter) for letter in "abcde"], [SimpleNamespace(family=n) for n in "xyz"]
+    drawn = Renderings(np.tile(images, (3, 1, 1)), np.tile(points, 3), np.repeat(range(3), 5))
+    chosen = {point: [row, row + 5, row + 10] for row, point in enumerate(points)}
+    assert merge(chosen, drawn, faces) == [ord(letter) for letter in "abc"]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("level", "expected"), list(zip(LEVELS, PIXELS, strict=True)))

@@ -3,5 +3,3 @@
     python -m experiments.papers.convergence
     python -m experiments.papers.convergence with quick
 """
-
-from experiments import extra  # noqa: F401  (says what to install)

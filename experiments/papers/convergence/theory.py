@@ -86,22 +86,18 @@ class ProblemConstants:
         return self.l_g / self.mu
 
 
-def inner_lr(constants: ProblemConstants, every_task: bool = True) -> float:
+def inner_lr(constants: ProblemConstants) -> float:
     r"""The largest inner step size :math:`\lambda_\phi` with which (27) holds, from (23) to (27).
 
-    Args:
-        constants: of the problem.
-        every_task: each g_i is :math:`l_g`-smooth, as in Assumption 3, and its own distance
-            contracts: :math:`1 / l_g`. Else the paper's way by the mean of the tasks:
-            :math:`\mu / (3 l_g^2)`.
+    Each g_i is :math:`l_g`-smooth, as in Assumption 3, and its own distance contracts:
+    :math:`1 / l_g`. (The paper's way, by the mean of the tasks, gives :math:`\mu / (3 l_g^2)`.)
 
     Example:
         >>> from experiments.papers.convergence import theory
-        >>> constants = theory.ProblemConstants(mu=1.0, l_g=10.0, l_f=1.0, l_f0=1.0)
-        >>> theory.inner_lr(constants), round(theory.inner_lr(constants, every_task=False), 5)
-        (0.1, 0.00333)
+        >>> theory.inner_lr(theory.ProblemConstants(mu=1.0, l_g=10.0, l_f=1.0, l_f0=1.0))
+        0.1
     """
-    return 1.0 / constants.l_g if every_task else constants.mu / (3.0 * constants.l_g**2)
+    return 1.0 / constants.l_g
 
 
 def least_inner_steps(constants: ProblemConstants, lr: float | None = None) -> int:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments.papers.convergence import parts
+from experiments.papers.convergence import __main__ as parts
 from experiments.papers.convergence.problem import (
     Algorithm1,
     Settings,

@@ -4,31 +4,34 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from experiments.papers.differentiating import (
     CURVES,
     DifferentiatingSettings,
-    Head,
-    Network,
-    Table,
     Way,
     draw,
     ex,
     features,
     number,
+    small_network,
 )
+from experiments.papers.hypergradient import Classification, Problem
 from experiments.tracking import UserError
 from experiments.tracking.values import CheckedMetrics
 
 pytestmark = pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
 
 
-def test_the_systems_are_solved_as_accurately_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_systems_are_solved_as_accurately_as_asked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     points: dict[str, float] = {}
     keep = staticmethod(lambda name, value, step, now: points.update({name: value}))
     monkeypatch.setattr(CheckedMetrics, "sink", keep)
-    changes = {"parts": ["systems"], "width": 40, "samples": 15, "conditions": [100.0]}
+    changes = {"parts": ["systems"], "width": 40, "samples": 15, "conditions": [100.0],
+               "output": str(tmp_path)}  # fmt: skip
     options = {"--unobserved": True, "--loglevel": "ERROR"}
     found = ex.run(config_updates=changes, named_configs=["quick"], options=options).result
     assert len(found) == 4 * 4 and max(found.values()) <= 1e-2
@@ -39,13 +42,13 @@ def test_the_systems_are_solved_as_accurately_as_asked(monkeypatch: pytest.Monke
             assert value == 1 or "squared" not in key
 
 
-@pytest.mark.parametrize("task", [Head(3, 4, 6, 0.1, 0), Network(0)], ids=["head", "network"])
-def test_every_way_leads_to_the_dense_oracle(task: Head) -> None:
+@pytest.mark.parametrize("task", [Classification(3, 4, 6, 0.1, 0), small_network(0)])
+def test_every_way_leads_to_the_dense_oracle(task: Problem) -> None:
     """The last budget of those that can get there; one step can not."""
     truth = task.exact()
 
     def error(way: Way, budget: float) -> float:
-        got, milliseconds = task.measured(way, budget)
+        got, milliseconds = way.measured(task, budget)
         assert milliseconds > 0.0
         return float((got - truth).norm() / truth.norm())
 
@@ -58,8 +61,8 @@ def test_every_way_leads_to_the_dense_oracle(task: Head) -> None:
 
 def test_the_picture_has_a_curve_for_each_way(tmp_path: Path) -> None:
     row = {"ms": 1.0, "error": 0.1}
-    table: Table = {f"{name}, {b:g}": row for name, way in CURVES.items() for b in way.budgets}
-    drawing = draw({"head": table})
+    rows = {f"{name}, {b:g}": row for name, way in CURVES.items() for b in way.budgets}
+    drawing = draw({"head": pd.DataFrame(rows).T})
     assert [len(line.get_xdata()) for line in drawing.axes[0].lines] == [
         len(way.budgets) for way in CURVES.values()
     ]

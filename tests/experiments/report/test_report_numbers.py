@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure as Drawing
 
-from experiments.report.columns import significant
+from experiments.report.content import significant
 from experiments.report.figures import LOOKS, band, draw_curves, looks
 from experiments.report.runs import run_list
 from experiments.statistics import seeds_mean

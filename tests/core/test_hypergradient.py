@@ -4,8 +4,7 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
-from oracles import finite_difference, relative_error, ridge, unrolled
+from oracles import finite_difference, relative_error, unrolled
 from problems import (
     EXACT,
     NAMES,
@@ -18,9 +17,8 @@ from problems import (
     truth,
 )
 from small_task import HOWS
-from torch import nn
 
-from l2l_implicit import CG, GradientDescent, ImplicitCGHead, Newton
+from l2l_implicit import CG, GradientDescent, Newton
 from l2l_implicit.linear_solvers.solution import FACTORED
 
 pytestmark = [
@@ -64,20 +62,6 @@ def test_features_recomputed_at_every_step(name: str, how: str) -> None:
     steps = 1 if name.startswith("softmax") else 30  # a linear head is solved at the first
     _, loss = adapt(make_learner(task), task, how, steps, cached=False)
     assert relative_error(hypergradient(task, loss), truth(name)) < 1e-8
-
-
-def test_ridge_by_hand() -> None:
-    x, y = torch.randn(8, 4, requires_grad=True), torch.randn(8, 2)
-    x_query, y_query = torch.randn(6, 4, requires_grad=True), torch.randn(6, 2)
-    l2 = torch.tensor(0.7, requires_grad=True)
-    head = ImplicitCGHead(nn.Linear(4, 2, bias=False), 0.1, l2=l2, **EXACT)
-    learner = head.clone()
-    learner.adapt(lambda: 0.5 * F.mse_loss(learner(x), y, reduction="sum"), steps=4)
-    (0.5 * F.mse_loss(learner(x_query), y_query, reduction="sum")).backward()
-    support, query, of_l2, w = ridge(x.detach(), y, x_query.detach(), y_query, 0.7)
-    assert relative_error([learner.module.weight], [w]) < 1e-12
-    assert relative_error([x.grad, x_query.grad, l2.grad], [support, query, of_l2]) < 1e-11
-    assert torch.equal(head.module.weight.grad, torch.zeros(2, 4))
 
 
 def test_gradient_steps_converge_at_the_rate_of_gradient_descent() -> None:

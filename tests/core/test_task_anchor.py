@@ -1,7 +1,5 @@
 """An anchor of the task's own: its hypergradient reaches what made the anchor."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 

@@ -5,8 +5,6 @@ learner. `tests/core/test_contract.py` asks the implicit learners,
 `tests/baselines/test_baselines_contract.py` the baselines.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 import pickle

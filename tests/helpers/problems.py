@@ -4,8 +4,6 @@ A loss is written once, for any callable ``net``: the learner under test, or a p
 phi for the oracles.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache

@@ -1,7 +1,5 @@
 """Whatever the system or the head: a hypergradient is finite, or an error says why not."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Weights, settings and data that the user changes between two adapts, or before the backward."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from functools import cache

@@ -5,8 +5,6 @@ order with a step of 1e-4: 1e-16 of truncation and 1e-12 of rounding, times what
 a network with layer norm are. So 1e-6 is asked for.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext

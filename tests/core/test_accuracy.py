@@ -1,7 +1,5 @@
 """`accuracy`: both solvers end where the hypergradient's error is small enough, and not before."""
 
-import warnings
-from functools import cache
 from typing import Any
 
 import pytest
@@ -9,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from oracles import relative_error
 from problems import Problem, adapt, hypergradient, make_learner, problem, truth
-from small_task import HOWS
+from small_task import HOWS, silent
 from torch import Tensor, nn
 
 from l2l_implicit import (
@@ -54,8 +52,7 @@ LINEAR: list[LinearSolver] = [
 def solved(task: Problem, how: str = "closure", **settings: Any) -> tuple[Any, list[Tensor]]:
     """The learner, having said nothing, and the hypergradient."""
     parent = make_learner(task, **{"linear": LINEAR[0], **settings})
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UnsolvedWarning)
+    with silent(UnsolvedWarning):
         learner, loss = adapt(parent, task, how, MOST)
         return learner, hypergradient(task, loss)
 
@@ -90,15 +87,10 @@ def test_a_network_ends_where_its_estimate_says(name: str, linear: LinearSolver)
     assert errors[-1] < 1e-5 < errors[0]
 
 
-@cache
-def steps_of(how: str) -> int:
-    return solved(problem(HEADS[0]), how, inner=GradientDescent(), accuracy=1e-3)[
-        0
-    ].diagnostics.inner_steps
-
-
 def test_loss_tensors_and_closures_take_the_same_steps() -> None:
-    assert steps_of("loss") == steps_of("closure") > 3
+    settings = {"inner": GradientDescent(), "accuracy": 1e-3}
+    one, other = (solved(problem(HEADS[0]), how, **settings)[0] for how in ("loss", "closure"))
+    assert one.diagnostics.inner_steps == other.diagnostics.inner_steps > 3
 
 
 @HOWS

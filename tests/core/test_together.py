@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import peak_of_live_tensors, relative_error
+from oracles import count_operations, peak_of_live_tensors, relative_error
 from torch import Tensor, nn
 
 from l2l_implicit import (
@@ -29,9 +29,9 @@ from l2l_implicit.linear_solvers import solution as reasons
 
 TASKS, SUPPORT, QUERY, RAW, WIDTH, CLASSES = 3, 8, 6, 5, 7, 3
 LOSS: dict[str, Callable[..., Tensor]] = {
-    "cross-entropy": F.cross_entropy,
-    "squared error": F.mse_loss,
-}
+    "cross-entropy": F.cross_entropy, "squared error": F.mse_loss
+}  # fmt: skip
+Learnt = tuple[Tensor, list[Tensor], list[Diagnostics]]  # phi, hypergradients, what is said
 
 
 class Batch:
@@ -71,9 +71,7 @@ class Batch:
         each = [self.loss(z, y) for z, y in zip(outputs, targets, strict=True)]
         return (torch.stack(each) * self.query_weights).sum()
 
-    def together(
-        self, learner: ImplicitCGHead, steps: int
-    ) -> tuple[Tensor, list[Tensor], list[Diagnostics]]:
+    def together(self, learner: ImplicitCGHead, steps: int) -> Learnt:
         """Phi ``[T, n]``, hypergradients, and each task's diagnostics."""
         features = self.features()
         adapted = learner.adapt_together(features[:, :SUPPORT], self.targets[:, :SUPPORT], steps)
@@ -82,9 +80,7 @@ class Batch:
         phi = torch.cat([piece.detach().flatten(1) for piece in pieces], 1)
         return phi, gradients, list(adapted.diagnostics)
 
-    def alone(
-        self, parent: ImplicitCGHead, steps: int
-    ) -> tuple[Tensor, list[Tensor], list[Diagnostics]]:
+    def alone(self, parent: ImplicitCGHead, steps: int) -> Learnt:
         """The same by a clone for each task."""
         outputs, learners = [], []
         reduction = "mean" if parent.loss is None else parent.loss.reduction
@@ -102,19 +98,11 @@ class Batch:
         return torch.stack(phi), gradients, [learner.diagnostics for learner in learners]
 
     def _gradients(self, loss: Tensor) -> list[Tensor]:
-        for leaf in self.leaves():
-            leaf.grad = None
-        loss.backward()
-        return [
-            torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self.leaves()
-        ]
+        leaves = self.leaves()
+        return list(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
 
 
-def assert_same(
-    ours: tuple[Tensor, list[Tensor], list[Diagnostics]],
-    theirs: tuple[Tensor, list[Tensor], list[Diagnostics]],
-    tol: float = 1e-10,
-) -> None:
+def assert_same(ours: Learnt, theirs: Learnt, tol: float = 1e-10) -> None:
     """Phi of each task, every hypergradient, and what the diagnostics say of each task."""
     for mine, other in zip(ours[0], theirs[0], strict=True):
         assert close(mine, other, tol)
@@ -377,12 +365,6 @@ def test_low_precision_features_are_solved_as_wide_ones(dtype: torch.dtype, inne
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(low[:-1], plain, strict=False))
     assert torch.equal(low[-1], plain[-1].to(dtype))
     assert max(run(x, True, True)[1]) < 1e-4  # in bfloat16 it would be 4e-3 at best
-
-
-def count_operations(run: Callable[[], object]) -> int:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        run()
-    return sum(event.count for event in profile.key_averages() if event.key.startswith("aten::"))
 
 
 @pytest.mark.parametrize("inner, linear", [

@@ -227,6 +227,13 @@ def subroutine_1(
     return v
 
 
+def count_operations(run: Callable[[], object]) -> int:
+    """How many of torch's operations ``run`` calls."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    return sum(event.count for event in profile.key_averages() if event.key.startswith("aten::"))
+
+
 def peak_of_live_tensors(run: Callable[[], object]) -> int:
     """Bytes of tensor storage that ``run`` holds at its worst moment, on the CPU."""
     with torch.profiler.profile(profile_memory=True) as profile:

@@ -255,6 +255,7 @@ def test_examples() -> None:
 
 
 SHOTS, QUERIES, L2 = 8, 8, 0.1
+FOUR = {"max_epochs": 1, "accumulate_grad_batches": 4}
 ALIKE = {"train_shots": SHOTS, "train_queries": QUERIES, "test_shots": SHOTS,
          "test_queries": QUERIES, "l2": L2, "lr": 0.03}  # fmt: skip
 
@@ -282,13 +283,6 @@ def body() -> nn.Sequential:
     return nn.Sequential(nn.Linear(3, 24), nn.Tanh(), nn.Linear(24, 6), nn.Tanh())
 
 
-def one_epoch(folder: Path, **changes: Any) -> pl.Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-             "enable_checkpointing": False, "accelerator": "cpu", "devices": 1, "max_epochs": 1,
-             "default_root_dir": folder, "accumulate_grad_batches": 4}  # fmt: skip
-    return pl.Trainer(**{**quiet, **changes})
-
-
 def episodes(task: str, length: int, **changes: Any) -> EpisodicDataModule:
     tasks = Numbers(task, **changes)
     return EpisodicDataModule(tasks, tasks, tasks, epoch_length=length, test_length=40)
@@ -308,7 +302,7 @@ def test_features_for_a_head_are_learned(tmp_path: Path, task: str) -> None:
         def on_train_end(self, run: pl.Trainer, _: Any) -> None:
             seen.update(run.callback_metrics)
 
-    run = one_epoch(tmp_path, callbacks=[Names()])
+    run = trainer(tmp_path, **FOUR, callbacks=[Names()])
     data, name = episodes(task, 400), METRICS[task]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UnsolvedWarning)
@@ -327,7 +321,7 @@ def test_a_whole_network_is_learned(tmp_path: Path) -> None:
     module = LightningImplicitMAML(
         network, task="regression", **ALIKE, inner=LBFGS(), max_error=1e9
     )
-    run, data = one_epoch(tmp_path), episodes("regression", 80, alone=True)
+    run, data = trainer(tmp_path, **FOUR), episodes("regression", 80, alone=True)
     (before,) = run.test(module, data, verbose=False)
     run.fit(module, data)
     (after,) = run.test(module, data, verbose=False)
@@ -405,7 +399,7 @@ def test_accumulated_batches_of_a_whole_network_are_the_meta_batch(tmp_path: Pat
     torch.manual_seed(0)
     network = nn.Sequential(body(), nn.Linear(6, 2))
     network.load_state_dict(module.model.module.state_dict())
-    one_epoch(tmp_path, limit_val_batches=0).fit(module, data)
+    trainer(tmp_path, **FOUR, limit_val_batches=0).fit(module, data)
     maml = ImplicitMAML(network, lr=0.1, **settings)
     optimizer = torch.optim.Adam(maml.parameters(), lr=0.03)
     for x, y in tasks:
@@ -423,7 +417,7 @@ def test_accumulated_batches_of_a_whole_network_are_the_meta_batch(tmp_path: Pat
 def test_a_checkpoint_keeps_the_task_and_the_command_line_has_it(tmp_path: Path) -> None:
     network = nn.Sequential(nn.Linear(3, 1))
     module = LightningImplicitMAML(network, task="regression", **{**ALIKE, "l2": 0.7})
-    run = one_epoch(tmp_path, limit_train_batches=4, limit_val_batches=0)
+    run = trainer(tmp_path, **FOUR, limit_train_batches=4, limit_val_batches=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnsolvedWarning)
         run.fit(module, episodes("regression", 4, alone=True))

@@ -7,8 +7,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import flat, implicit, polish, relative_error
-from problems import on_vector, two_layers
+from oracles import flat, relative_error
+from problems import (
+    Problem,
+    Theta,
+    error_where_it_ended,
+    hypergradient,
+    leaf,
+    make_learner,
+    two_layers,
+)
 from small_task import HOWS, SIX_LABELS, adapt, six_inputs, small_nets
 from torch import Tensor, nn
 
@@ -116,26 +124,23 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 def error_of(
     head: nn.Module, loss: Loss, how: str, steps: int = 20, outside: bool = False
 ) -> float:
-    """Of the hypergradient, against the oracle's."""
-    theta, data, query = torch.randn(5, WIDTH).requires_grad_(), torch.randn(M, 5), torch.randn(6)
-    learner = ImplicitCGHead(head, 0.1, l2=0.2, **EXACT).clone()
-    x, net = torch.tanh(data @ theta), learner.module if outside else learner
-    adapt(learner, lambda: loss(net, x), how, steps)
-    (learner(x)[:6] * query[:, None]).square().mean().backward()
+    """Of the hypergradient, against the oracle's; ``outside``: not by the learner's forward."""
+    backbone, data, query = leaf(5, WIDTH), torch.randn(M, 5), torch.randn(6, 1)
 
-    def inner(phi: Tensor, t: Tensor) -> Tensor:
-        value = loss(on_vector(head, phi), torch.tanh(data @ t))
-        return value + 0.1 * phi.square().sum()
+    def embed(theta: Theta) -> tuple[Tensor, Tensor]:
+        x = torch.tanh(data @ theta["backbone"])
+        return x, x[:6]
 
-    def outer(phi: Tensor, t: Tensor) -> Tensor:
-        outputs = on_vector(head, phi)(torch.tanh(data @ t))
-        return (outputs[:6] * query[:, None]).square().mean()
-
-    # The oracle starts where the learner ended: a head of two layers has more than one minimum.
-    found = flat(learner.module.parameters())
-    phi = polish(inner, found, [theta])
-    assert relative_error([found], [phi]) < 1e-6
-    return relative_error([theta.grad], implicit(inner, outer, [theta], phi))
+    task = Problem(
+        "", head, {"backbone": backbone}, embed,
+        lambda net, t, h: loss(net.module if outside and net is learner else net, h[0]),
+        lambda net, t, h: (net(h[1]) * query).square().mean(), l2=0.2, lr=0.1,
+    )  # fmt: skip
+    learner = make_learner(task).clone()
+    x, x_query = embed(task.theta)
+    adapt(learner, lambda: task.support(learner, task.theta, (x, x_query)), how, steps)
+    got = hypergradient(task, task.query(learner, task.theta, (x, x_query)))
+    return error_where_it_ended(task, learner, got)
 
 
 @HOWS

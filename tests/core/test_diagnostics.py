@@ -385,7 +385,9 @@ def test_in_training_nothing_is_counted_or_said_twice(how: str) -> None:
 
 def test_several_tasks_before_one_backward() -> None:
     parent, x = head(**SLOW), data().requires_grad_()
-    learners = [adapted(parent, x, 2) for _ in range(3)]
+    learners = [parent.clone() for _ in range(3)]
+    for learner in learners:
+        learner.adapt(support(learner, x), steps=2)
     assert parent.diagnostics.unsolved_inner == 3
     with pytest.warns(UnsolvedWarning) as caught:
         sum(query_loss(learner, x) for learner in learners).backward()

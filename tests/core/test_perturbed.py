@@ -4,7 +4,7 @@ import gc
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +15,6 @@ from problems import NAMES, adapt, hypergradient, make_learner, problem, truth
 from small_task import SIX_LABELS as Y
 from small_task import six_inputs as x
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from l2l_implicit import (
     CG,
@@ -183,32 +182,15 @@ def test_more_samples_than_a_factor_takes() -> None:
     assert relative_error(grads[1], grads[0]) < 1e-6
 
 
-# A network that need not be differentiable twice.
+# A network of two layers.
 
 
-class Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, inputs: Tensor) -> Tensor:
-        ctx.save_for_backward(inputs.tanh())
-        return inputs.tanh()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient * (1 - ctx.saved_tensors[0].square())
-
-
-class Bent(nn.Module):
-    def __init__(self, bend: Callable[[Tensor], Tensor] = torch.tanh) -> None:
-        super().__init__()
-        self.first, self.last, self.bend = nn.Linear(4, 5), nn.Linear(5, 3), bend
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.last(self.bend(self.first(inputs)))
+def network() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
 
 
 def maml(net: nn.Module | None = None, **changes: Any) -> ImplicitMAML:
-    return ImplicitMAML(net or Bent(), **{"lr": 0.1, "l2": 0.5, **WITHOUT, **changes})
+    return ImplicitMAML(net or network(), **{"lr": 0.1, "l2": 0.5, **WITHOUT, **changes})
 
 
 def adapted(inputs: Tensor, steps: int, parent: Any = None, **clone: str) -> Any:
@@ -218,27 +200,9 @@ def adapted(inputs: Tensor, steps: int, parent: Any = None, **clone: str) -> Any
     return learner
 
 
-def meta_gradient(bend: Callable[[Tensor], Tensor], **settings: Any) -> list[Tensor]:
-    """In the initial value and in the features; whole-network iMAML."""
-    torch.manual_seed(0)
-    net, theta = Bent(bend), torch.randn(4, 4, requires_grad=True)
-    h = torch.tanh(x() @ theta)
-    F.cross_entropy(adapted(h, 100, maml(net, **settings))(h), Y.roll(1)).backward()
-    return [theta.grad, *(p.grad for p in net.parameters())]
-
-
-def test_a_function_that_is_differentiable_once() -> None:
-    expected = meta_gradient(torch.tanh, **EXACT)
-    assert relative_error(meta_gradient(Once.apply), expected) < 1e-5
-    with pytest.raises((RuntimeError, UnsolvedWarning), match=r"linear=Perturbed\(\)"):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", UnsolvedWarning)
-            meta_gradient(Once.apply, **EXACT)
-
-
 def test_a_warm_start_needs_fewer_gradients() -> None:
     data, calls, grads = x(), [], []
-    parent = ImplicitCGHead(Bent(), 0.1, l2=0.5, warm_start=True, **WITHOUT)
+    parent = ImplicitCGHead(network(), 0.1, l2=0.5, warm_start=True, **WITHOUT)
     for _ in range(2):
         h = data.clone().requires_grad_()
         learner = adapted(h, 100, parent, task="a")
@@ -255,7 +219,7 @@ def test_single_precision(symmetric: bool) -> None:
     low = {"inner": LBFGS(), "linear": Perturbed(symmetric)}
     for dtype, settings in ((torch.float64, EXACT), (torch.float32, low)):
         torch.manual_seed(0)
-        net, data = Bent().to(dtype), x().to(dtype)
+        net, data = network().to(dtype), x().to(dtype)
         parent = maml(net, **settings)
         learner = adapted(data, 100, parent)
         with warnings.catch_warnings():
@@ -334,7 +298,7 @@ def no_collector() -> Iterator[None]:
 
 @pytest.mark.usefixtures("no_collector")
 def test_a_loss_may_outlive_its_learner_and_takes_it_along() -> None:
-    net, seen, data = Bent(), [], x()
+    net, seen, data = network(), [], x()
     parent = maml(net)
     losses = [task_loss(parent, data, seen) for _ in range(2)]
     gc.collect()
@@ -394,7 +358,7 @@ def test_another_loss_in_backward(change: str) -> None:
 
 
 def test_what_is_refused() -> None:
-    data, learner = x(), ImplicitMAML(Bent(), lr=0.1, linear=Perturbed()).clone()
+    data, learner = x(), ImplicitMAML(network(), lr=0.1, linear=Perturbed()).clone()
     with pytest.raises(TypeError, match=r"adapt: expected a closure.*adapt\(closure, steps=K\)"):
         learner.adapt(F.cross_entropy(learner(data), Y))
     for inner in (Newton(), GradientDescent(adaptive=True)):

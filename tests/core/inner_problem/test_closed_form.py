@@ -405,27 +405,6 @@ def test_a_closure_that_returns_the_same_loss_is_called_twice(name: str) -> None
     assert calls == 2
 
 
-def test_a_closure_that_makes_its_features_anew_is_solved_all_the_same() -> None:
-    """The features are equal, their history is another one at each call: the last one counts."""
-    backbone, images = nn.Linear(5, WIDTH), torch.randn(M, 5)
-    found = []
-    for anew in (False, True):
-        backbone.zero_grad()
-        learner = ImplicitCGHead(nn.Linear(WIDTH, CLASSES), 0.1, l2=1e-3).clone()
-        torch.nn.init.ones_(learner._task.initial[0])
-        h = torch.tanh(backbone(images))
-        learner.adapt(
-            lambda n=learner, h=h, anew=anew: F.cross_entropy(
-                n(torch.tanh(backbone(images)) if anew else h), Y
-            ),
-            steps=1,
-        )
-        learner(h).square().sum().backward()
-        assert learner.diagnostics.unsolved == 0
-        found.append(backbone.weight.grad.clone())
-    assert relative_error(found[1:], found[:1]) < 1e-9
-
-
 def drawing(
     learner: ImplicitCGHead, order: list[int], changes: str, factor: float | None = None
 ) -> Callable[[], Tensor]:

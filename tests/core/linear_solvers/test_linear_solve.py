@@ -4,7 +4,6 @@ Of conjugate gradient: what published versions get wrong, and what must never co
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -26,7 +25,6 @@ from l2l_implicit.linear_solvers.solution import (
 )
 
 pytestmark = pytest.mark.usefixtures("float64")
-Matvec = Callable[[Tensor], Tensor]  # of rows, [T, n]
 
 
 class Answer(NamedTuple):

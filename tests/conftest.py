@@ -7,7 +7,7 @@ import pytest
 import torch
 
 # Helpers that assert:
-pytest.register_assert_rewrite("contract", "verdict", "many_tasks", "toy_process", "sweep_process")
+pytest.register_assert_rewrite("contract", "verdict", "toy_process", "sweep_process")
 
 
 def pytest_configure(config: pytest.Config) -> None:

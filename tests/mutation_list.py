@@ -11,7 +11,7 @@ ROUNDED = "diagnostics::test_the_bound_holds_for_rounded_numbers"
 SECOND = "never_silent_derivatives::test_networks"
 
 MINIMUM = "linear_heads::test_minimum_is_the_dense_one"
-RIGHT = "recognition::test_every_loss_is_right"
+RIGHT = "closed_form::test_every_loss_is_right"
 TRACE = "closed_form::test_data_changed_without_a_trace_are_refused_on_the_general_path"
 AS_COUNTED = "together::test_diagnostics_are_each_tasks_and_the_parent_counts_them_all"
 
@@ -121,9 +121,9 @@ MUTATIONS = (
       "if of_target is not None or outputs.dim()", "if outputs.dim()", RIGHT),
     m("any scale of a linear map recognised", RECOGNITION,
       "if bias and not linear._saved_alpha == linear._saved_beta == 1:", "if False:",
-      "recognition::test_other_spellings_of_a_linear_map"),
+      "closed_form::test_other_spellings_of_a_linear_map"),
     m("features of phi taken for constants", RECOGNITION, "if node in inner:", "if False:",
-      "recognition::test_learner_fed_its_own_weight"),
+      "closed_form::test_learner_fed_its_own_weight"),
     m("a change in place goes unnoticed", BOUNDARY, "ctx.save_for_backward(source)",
       "ctx.save_for_backward(source.data)",
       "closed_form::test_features_overwritten_before_adapt_are_refused"),
@@ -203,7 +203,8 @@ MUTATIONS = (
       "self.loss.curve(one).sum(1)",
       "preconditioners::test_kronecker_is_the_inverse_of_the_kronecker_product"),
     m("one step of length one", "linear_solvers/identity.py", "right * self.step_size",
-      "right * 1.0", "one_step preconditioners::test_one_step_is_as_wrong_as_the_step_contracts"),
+      "right * 1.0",
+      "in_learners preconditioners::test_one_step_is_as_wrong_as_the_step_contracts"),
     m("accuracy of the inner problem alone", LEARNER, "None if self.accuracy is None else _PART",
       "None if True else _PART", "accuracy::test_a_head_is_as_accurate_as_asked_and_steps_follow"),
     m("the estimate of a long solution", LINEARIZATION,
@@ -211,9 +212,9 @@ MUTATIONS = (
       "diagnostics::test_a_solution_that_is_too_long_makes_the_estimate_larger"),
     m("Newton: every step accepted", NEWTON,
       "return objective > last.objective + _ARMIJO * self._length * last.slope", "return False",
-      "inner_steps solvers hypergradient_rules"),
+      "solvers hypergradient_rules"),
     m("Newton: the stand-in step uphill", NEWTON, "direction = -self.lr * at.gradient",
-      "direction = self.lr * at.gradient", "inner_steps solvers"),
+      "direction = self.lr * at.gradient", "solvers"),
     m("the series' residual half updated", "linear_solvers/neumann.py", "r - share * product",
       "r - 0.5 * share * product", "linear_solve"),
     m("curvature from below", CURVATURE, "largest = ritz + norm * last", "largest = ritz",
@@ -224,7 +225,8 @@ MUTATIONS = (
     m("an unsolved problem not counted", "diagnostics.py",
       "one.unsolved += bad", "one.unsolved += 0", AS_COUNTED),
     m("an inner problem counted by adapt and by backward", "diagnostics.py",
-      "+= inner - before", "+= inner", "at_test_time::test_in_training_nothing_is_counted"),
+      "+= inner - before", "+= inner",
+      "diagnostics::test_in_training_nothing_is_counted_or_said_twice"),
     m("the bound without its inner part", HEADS, "return inner, sizes.linear",
       "return 0.0, sizes.linear", "diagnostics::test_the_bound_holds_before_the_minimum "
       "together::test_diagnostics_are_each_tasks_and_the_parent_counts_them_all"),
@@ -252,10 +254,11 @@ MUTATIONS = (
       "diagnostics::test_solved_says_nothing"),
     # The learner.
     m("FOMAML: a step twice as long", LEARNER, "p - self.lr * g for p, g in pairs",
-      "p - 2 * self.lr * g for p, g in pairs", "first_order"),
-    m("warm start: v forgotten", LEARNER, "start = memory[key].v", "start = None", "warm_start"),
+      "p - 2 * self.lr * g for p, g in pairs", "learner::test_first_order_is_exactly_learn2learns"),
+    m("warm start: v forgotten", LEARNER, "start = memory[key].v", "start = None",
+      "learner::test_warm_start_continues_where_the_task_ended"),
     m("damping: none", LEARNER, "System(at.hvp, damping, at, part)",
-      "System(at.hvp, 0.0, at, part)", "damping::test_the_damped_system_is_solved"),
+      "System(at.hvp, 0.0, at, part)", "in_learners::test_the_damped_system_is_solved"),
     m("autocast: features stay half", BOUNDARY,
       "wide = source if dtype is None else widened(source, dtype)", "wide = source",
       "mixed_precision"),
@@ -279,7 +282,8 @@ MUTATIONS = (
       "return [t for t, written in pairs]", "chunked"),
     m("baselines: the scale of a clipped gradient a constant",
       "baselines/differentiable_update.py", "(self._clip_norm / norm)",
-      "(self._clip_norm / norm).detach()", "baselines_unrolled::test_clipped_gradients"),
+      "(self._clip_norm / norm).detach()",
+      "baselines_unrolled::test_clipped_gradients_by_finite_differences"),
     m("baselines: every step first-order", UNROLLED, "if keep and not first_order else",
       "if False else", "baselines_unrolled"),
     m("baselines: ITD-BiO learns the start", UNROLLED, "self._links_to_initial = learn_init",

@@ -130,25 +130,6 @@ def test_meta_sgd_is_learn2learns(name: str, second_order: bool) -> None:
     assert relative_error(found, [*gradients(twin), *(lr.grad for lr in leaves)]) < 1e-12
 
 
-@pytest.mark.parametrize("name", ["anil mlp", "maml mlp"])
-def test_meta_sgd_by_finite_differences(name: str) -> None:
-    case = make_case(name)
-    lrs, directions = step_sizes(case), step_sizes(case)
-    learned = [lr.clone().requires_grad_() for lr in lrs]
-    outer_step(UnrolledMAML(case.module, learned), case, 3)
-    theta = case.constants()
-
-    def value(t: float) -> torch.Tensor:
-        phi = case.start()
-        for _ in range(3):
-            moved = zip(phi, grad(case.inner)(phi, theta), lrs, directions, strict=True)
-            phi = tuple(p - (lr + t * d) * g for p, g, lr, d in moved)
-        return case.outer(phi, theta)
-
-    found = sum((lr.grad * d).sum() for lr, d in zip(learned, directions, strict=True))
-    assert relative_error([found], [slope_at_zero(value, 1e-3)]) < 1e-8
-
-
 @pytest.mark.parametrize("kind", list(UPDATES))
 def test_first_order_of_every_optimizer(kind: str) -> None:
     """Momentum, second moments and weight decay are constants like the gradients they come of."""

@@ -1,9 +1,5 @@
 """`accuracy`: both solvers end where the hypergradient's error is small enough, and not before."""
 
-from __future__ import annotations
-
-import warnings
-from functools import cache
 from typing import Any
 
 import pytest
@@ -11,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from oracles import relative_error
 from problems import Problem, adapt, hypergradient, make_learner, problem, truth
-from small_task import HOWS
+from small_task import HOWS, silent
 from torch import Tensor, nn
 
 from l2l_implicit import (
@@ -56,8 +52,7 @@ LINEAR: list[LinearSolver] = [
 def solved(task: Problem, how: str = "closure", **settings: Any) -> tuple[Any, list[Tensor]]:
     """The learner, having said nothing, and the hypergradient."""
     parent = make_learner(task, **{"linear": LINEAR[0], **settings})
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UnsolvedWarning)
+    with silent(UnsolvedWarning):
         learner, loss = adapt(parent, task, how, MOST)
         return learner, hypergradient(task, loss)
 
@@ -92,15 +87,10 @@ def test_a_network_ends_where_its_estimate_says(name: str, linear: LinearSolver)
     assert errors[-1] < 1e-5 < errors[0]
 
 
-@cache
-def steps_of(how: str) -> int:
-    return solved(problem(HEADS[0]), how, inner=GradientDescent(), accuracy=1e-3)[
-        0
-    ].diagnostics.inner_steps
-
-
 def test_loss_tensors_and_closures_take_the_same_steps() -> None:
-    assert steps_of("loss") == steps_of("closure") > 3
+    settings = {"inner": GradientDescent(), "accuracy": 1e-3}
+    one, other = (solved(problem(HEADS[0]), how, **settings)[0] for how in ("loss", "closure"))
+    assert one.diagnostics.inner_steps == other.diagnostics.inner_steps > 3
 
 
 @HOWS
@@ -153,13 +143,6 @@ def test_max_error_is_the_accuracy_unless_it_is_given() -> None:
 
     assert (limit(), limit(accuracy=0.1), limit(accuracy=1e-3)) == (0.01, 0.1, 1e-3)
     assert limit(accuracy=1e-3, max_error=0.5) == 0.5
-
-
-@pytest.mark.parametrize("wrong", [0.0, -1.0, float("nan"), "high", True])
-def test_an_accuracy_is_a_number_above_zero(wrong: Any) -> None:
-    with pytest.raises((ValueError, TypeError), match="^accuracy: expected a") as caught:
-        ImplicitCGHead(nn.Linear(2, 2), 0.1, accuracy=wrong)
-    assert "\n" not in str(caught.value)
 
 
 def test_an_override_of_the_inner_step_ends_too() -> None:

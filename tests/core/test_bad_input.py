@@ -1,6 +1,10 @@
-"""Every kind of bad input is answered in one line: what was expected, what came, what to do."""
+"""Bad input, and what people stumble over who put a learner where MAML was: said in one line."""
 
-from collections.abc import Callable
+import io
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +24,7 @@ from l2l_implicit import (
     Neumann,
     Newton,
 )
+from l2l_implicit.baselines import Learn2LearnMAML, UnrolledMAML
 
 X, Y = torch.randn(6, 4), torch.arange(6) % 3
 
@@ -31,7 +36,7 @@ def head(**settings) -> ImplicitCGHead:
 def trained(**settings) -> ImplicitCGHead:
     """A clone that has taken one good step."""
     learner = head(**settings).clone()
-    learner.adapt(F.cross_entropy(learner(X), Y))
+    learner.adapt(support(learner))
     return learner
 
 
@@ -74,7 +79,9 @@ SETTINGS = [
     ("linear", None, TypeError, "Direct()"),
     ("curvature", "hessian", TypeError, "linearize"),
     ("curvature", GaussNewton, TypeError, "call the class"),
-    ("accuracy", 0.0, ValueError, "above 0"),
+    *(("accuracy", wrong, ValueError, "above 0") for wrong in (0.0, -1.0)),
+    ("accuracy", float("nan"), ValueError, "finite"),
+    *(("accuracy", wrong, TypeError, "number") for wrong in ("high", True)),
     ("inner", lambda at: at.point, TypeError, "begin(lr)"),
     ("lr", "auto", TypeError, "GradientDescent(adaptive=True)"),
     ("step", "newton", TypeError, "inner=Newton()"),
@@ -131,7 +138,7 @@ def test_numpys_numbers_are_numbers() -> None:
     for number in (np.float32(0.1), np.float64(0.1)):
         assert head(lr=number, l2=number).lr == pytest.approx(0.1)
     learner = head(inner=Newton(np.int64(5)), linear=CG(np.int64(5))).clone()
-    learner.adapt(lambda: F.cross_entropy(learner(X), Y), steps=np.int64(2))
+    learner.adapt(lambda: support(learner), steps=np.int64(2))
 
 
 def nan_loss(learner: ImplicitCGHead) -> Tensor:
@@ -165,12 +172,12 @@ def test_losses(name: str, loss: Callable, kind: type[Exception], hint: str, how
 def test_losses_of_other_moments() -> None:
     """Of earlier parameters, without gradients, of first order, with a number of steps."""
     learner = head().clone()
-    loss = F.cross_entropy(learner(X), Y)
+    loss = support(learner)
     assert "closure" in message(ValueError, lambda: learner.adapt(loss, steps=3))
     learner.adapt(loss)
     assert "none of them" in message(ValueError, lambda: learner.adapt(loss))
     with torch.no_grad():
-        loss = F.cross_entropy(learner(X), Y)
+        loss = support(learner)
     assert "closure" in message(ValueError, lambda: learner.adapt(loss))
     fomaml = head(first_order=True).clone()
     assert "finite" in message(ValueError, lambda: fomaml.adapt(nan_loss(fomaml)))
@@ -183,55 +190,71 @@ def test_number_of_steps(steps: object, kind: type[Exception]) -> None:
     assert text.startswith("steps (K)")
 
 
-def test_frozen_parameters() -> None:
-    parent = head()
-    parent.module.bias.requires_grad_(False)
-    learner = parent.clone()
-    text = message(ValueError, lambda: learner.adapt(F.cross_entropy(learner(X), Y)))
-    assert "bias" in text and "weight" not in text and "allow_nograd=True" in text
+def support(learner: Any) -> Tensor:
+    return F.cross_entropy(learner(X), Y)
 
 
-def test_nothing_to_adapt() -> None:
-    learner = ImplicitCGHead(nn.ReLU(), 0.1, allow_nograd=True).clone()
-    theta = torch.ones(3, requires_grad=True)
-    message(ValueError, lambda: learner.adapt(learner(theta).sum()))
+def without_a_gradient(learner: Any) -> Tensor:
+    """The loss is finite and its gradient is not: sqrt at zero."""
+    outputs = learner(torch.zeros(2, 4) * learner.module.weight[0])
+    return (outputs - learner.module.bias).square().sum().sqrt()
 
 
-def test_parameters_of_two_dtypes() -> None:
-    module = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3).double())
-    learner = ImplicitCGHead(module, 0.1).clone()
-    theta = sum(p.sum() for p in learner.parameters())
-    text = message(ValueError, lambda: learner.adapt(theta))
-    assert "float32" in text and "float64" in text
+def frozen(module: nn.Module) -> nn.Module:
+    return module.requires_grad_(False)
+
+
+def half_frozen() -> nn.Module:
+    module = nn.Linear(4, 3)
+    module.bias.requires_grad_(False)
+    return module
+
+
+def many_frozen() -> nn.Module:
+    return nn.Sequential(frozen(nn.Sequential(*(nn.Linear(4, 4) for _ in range(50)))),
+                         nn.Linear(4, 3))  # fmt: skip
+
+
+Loss = Callable[[Any], Tensor]
+ODD: list[tuple[Callable[[], nn.Module], Loss, type[Exception], str]] = [  # and what is said
+    (half_frozen, support, ValueError, r"got bias without; .*allow_nograd=True"),
+    (many_frozen, support, ValueError, r"got 0\.0\.weight, 0\.0\.bias, 0\.1\.weight and 97 more"),
+    (nn.ReLU, lambda n: n(torch.ones(3, requires_grad=True)).sum(), ValueError, ""),
+    (lambda: nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3).double()),
+     lambda n: sum(p.sum() for p in n.parameters()), ValueError, "float32.*float64"),
+    (lambda: nn.Linear(4, 3), without_a_gradient, FloatingPointError, ""),
+    (lambda: nn.Linear(4, 3), lambda n: F.cross_entropy(n(X[:0]), Y[:0]), ValueError,
+     "empty support set"),
+    (lambda: nn.Sequential(nn.Embedding(7, 4, sparse=True), nn.Flatten(), nn.Linear(4, 3)),
+     lambda n: F.cross_entropy(n(torch.arange(6).unsqueeze(1)), Y), TypeError, "sparse=False"),
+]  # fmt: skip
 
 
 @HOWS
-def test_inner_gradient_not_finite(how: str) -> None:
-    """The loss is finite and its gradient is not: sqrt at zero."""
-    learner = head().clone()
-
-    def loss() -> Tensor:
-        outputs = learner(torch.zeros(2, 4) * learner.module.weight[0])
-        return (outputs - learner.module.bias).square().sum().sqrt()
-
-    message(FloatingPointError, lambda: adapt(learner, loss, how, 2))
+@pytest.mark.parametrize("make, loss, kind, hint", ODD)
+def test_modules_and_losses_that_cannot_be(
+    make: Callable[[], nn.Module], loss: Loss, kind: type[Exception], hint: str, how: str
+) -> None:
+    module = make()
+    learner = ImplicitCGHead(module, 0.1, allow_nograd=isinstance(module, nn.ReLU)).clone()
+    assert re.search(hint, message(kind, lambda: adapt(learner, lambda: loss(learner), how, 2)))
 
 
 @HOWS
 def test_query_gradient_not_finite(how: str) -> None:
     learner = trained()
-    adapt(learner, lambda: F.cross_entropy(learner(X), Y), how, 2)
+    adapt(learner, lambda: support(learner), how, 2)
     query = learner(X * float("nan")).sum()
     assert "query loss" in message(FloatingPointError, query.backward)
 
 
 def test_loss_of_superseded_parameters() -> None:
     learner = trained()
-    stale = F.cross_entropy(learner(X), Y)
-    learner.adapt(F.cross_entropy(learner(X), Y))  # the same problem: nothing is replaced
+    stale = support(learner)
+    learner.adapt(support(learner))  # the same problem: nothing is replaced
     stale.backward(retain_graph=True)
     learner.adapt(F.cross_entropy(learner(X), Y.roll(1)))
-    fresh = F.cross_entropy(learner(X), Y)
+    fresh = support(learner)
     for bad in (stale, fresh + stale):
         text = message(RuntimeError, lambda loss=bad: loss.backward(retain_graph=True))
         assert "second clone()" in text
@@ -245,7 +268,7 @@ def test_learned_l2_that_turned_negative() -> None:
     with torch.no_grad():
         l2.fill_(-0.2)
     learner = parent.clone()
-    text = message(ValueError, lambda: learner.adapt(F.cross_entropy(learner(X), Y)))
+    text = message(ValueError, lambda: learner.adapt(support(learner)))
     assert text.startswith("l2")
 
 
@@ -259,7 +282,7 @@ def test_inner_step_of_the_wrong_shape(reason: str) -> None:
 
     learner = Wrong(nn.Linear(4, 3), 0.1).clone()
     with pytest.raises((ValueError, TypeError, RuntimeError)):
-        learner.adapt(lambda: F.cross_entropy(learner(X), Y), steps=2)
+        learner.adapt(lambda: support(learner), steps=2)
     assert learner(X).shape == (6, 3)
 
 
@@ -267,3 +290,171 @@ def test_inference_mode_is_refused_with_the_mode_to_use() -> None:
     learner = head().clone()
     with torch.inference_mode(), pytest.raises(RuntimeError, match="use torch.no_grad"):
         learner.adapt(lambda: learner(torch.ones(2, 4)).sum(), steps=2)
+
+
+# In the place of learn2learn's MAML.
+
+
+NINE = torch.arange(9) % 3
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+
+
+def inputs() -> Tensor:
+    return torch.randn(9, 5, generator=torch.Generator().manual_seed(0))
+
+
+def error_line(call: Callable[[], Any]) -> str:
+    """The text of the error that a call ends in: one line, with what to do."""
+    with pytest.raises((TypeError, ValueError, RuntimeError)) as caught:
+        call()
+    text = str(caught.value)
+    assert "\n" not in text and "expected" in text and "; " in text
+    return text
+
+
+@pytest.fixture
+def warned() -> Iterator[list[str]]:
+    """The warnings of a test, as they come."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own
+        found: list[str] = []
+        warnings.showwarning = lambda message, *_: found.append(str(message))  # type: ignore[assignment]
+        yield found
+
+
+@pytest.mark.parametrize("cls", [ImplicitCGHead, ImplicitMAML, Learn2LearnMAML, UnrolledMAML])
+@pytest.mark.parametrize("which", ["whole", "part", "in place"])
+def test_a_compiled_module(cls: type, which: str) -> None:
+    net: nn.Module = network()
+    if which == "whole":
+        net = torch.compile(net, backend="eager")  # type: ignore[assignment]
+    elif which == "part":
+        net[1] = torch.compile(net[1], backend="eager")  # type: ignore[operator]
+    else:
+        net[1].compile(backend="eager")  # type: ignore[index]
+    what = "the whole" if which == "whole" else "1"
+    assert f"got {what} by torch.compile" in error_line(lambda: cls(net, 0.1))
+
+
+def test_data_parallel() -> None:
+    learner = nn.DataParallel(ImplicitMAML(network(), 0.1))
+    assert "DataParallel" in error_line(learner.module._replicate_for_data_parallel)
+
+
+@pytest.mark.parametrize("module", [nn.Linear(5, 3), network()], ids=["head", "network"])
+def test_a_closure_that_calls_backward(module: nn.Module) -> None:
+    learner, x = ImplicitMAML(module, 0.1).clone(), inputs().requires_grad_()
+
+    def closure() -> Tensor:
+        loss = F.cross_entropy(learner(x), NINE)
+        loss.backward()
+        return loss
+
+    before = [*learner.parameters()]
+    assert "one that calls backward()" in error_line(lambda: learner.adapt(closure, steps=3))
+    assert all(a is b for a, b in zip(before, learner.parameters(), strict=True))
+
+
+def test_a_closure_without_steps() -> None:
+    learner = ImplicitCGHead(nn.Linear(5, 3), 0.1).clone()
+    text = error_line(lambda: learner.adapt(lambda: F.cross_entropy(learner(inputs()), NINE)))
+    assert "adapt(closure, steps=20)" in text
+
+
+@pytest.mark.parametrize("inner", [{}, {"inner": GradientDescent()}], ids=["newton", "gradient"])
+@pytest.mark.parametrize("closure", [False, True], ids=["losses", "closure"])
+@pytest.mark.parametrize("cloned", [False, True], ids=["forgotten", "cloned"])
+def test_a_forgotten_clone(
+    inner: dict[str, Any], closure: bool, cloned: bool, warned: list[str]
+) -> None:
+    maml, x = ImplicitMAML(network(), 0.1, max_error=1e9, **inner), inputs()
+    for _ in range(2):
+        learner = maml.clone() if cloned else maml
+        if closure:
+            learner.adapt(lambda n=learner: F.cross_entropy(n(x), NINE), steps=2)
+        else:
+            for _ in range(2):
+                learner.adapt(F.cross_entropy(learner(x), NINE))
+        F.cross_entropy(learner(x), NINE).backward()
+    assert [text for text in warned if "call clone() first" in text] == warned
+    assert len(warned) == (not cloned)
+
+
+def test_the_learner_itself_may_be_adapted_when_all_is_done(warned: list[str]) -> None:
+    maml, x = ImplicitMAML(network(), 0.1, max_error=1e9), inputs()
+    learner = maml.clone()
+    learner.adapt(lambda: F.cross_entropy(learner(x), NINE), steps=2)
+    F.cross_entropy(learner(x), NINE).backward()
+    for steps in (2, 3):
+        maml.adapt(lambda: F.cross_entropy(maml(x), NINE), steps=steps)
+        maml.adapt(F.cross_entropy(maml(x), NINE))
+    assert not warned
+
+
+class Named(nn.Module):
+    """A model whose parts have names of the learner's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anchor, self.l2 = nn.Linear(4, 3), nn.Parameter(torch.ones(3))
+        self.module, self.encoder = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.register_buffer("loss", torch.zeros(1))
+
+
+@pytest.mark.parametrize("cls", [ImplicitCGHead, ImplicitMAML])
+def test_hidden_names(cls: type, warned: list[str]) -> None:
+    learner = cls(Named(), 0.1)
+    (text,) = warned  # not of module, which learn2learn's MAML hides too
+    assert "called anchor, l2, loss, which" in text and "use learner.module.anchor" in text
+    assert isinstance(learner.module.anchor, nn.Linear) and learner.encoder is not None
+    learner.clone()
+    assert len(warned) == 1
+
+
+@pytest.mark.parametrize("cls", [ImplicitCGHead, ImplicitMAML])
+@pytest.mark.parametrize("closure", [False, True], ids=["losses", "closure"])
+def test_an_adapted_learner_is_saved(cls: type, closure: bool) -> None:
+    learner, x, file = cls(nn.Linear(5, 3), 0.1).clone(), inputs(), io.BytesIO()
+    if closure:
+        learner.adapt(lambda: F.cross_entropy(learner(x), NINE), steps=5)
+    else:
+        learner.adapt(F.cross_entropy(learner(x), NINE))
+    torch.save(learner, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    assert torch.equal(again(x), learner(x))
+    again.adapt(F.cross_entropy(again(x), NINE))  # it is a learner still
+    assert torch.isfinite(again(x)).all()
+
+
+@pytest.mark.parametrize("reason", ["whole network", "detached", "no graph"])
+def test_a_hypergradient_that_reaches_nothing(reason: str, warned: list[str]) -> None:
+    x = inputs().requires_grad_(reason == "no graph")
+    module = network() if reason == "whole network" else nn.Linear(5, 3)
+    learner = ImplicitCGHead(module, 0.1, max_error=1e9, inner=GradientDescent()).clone()
+
+    def loss() -> Tensor:
+        logits = learner(x)
+        if reason == "no graph":  # it depends on x, its gradient does not
+            return logits.detach().sum() + sum(p.square().sum() for p in learner.parameters())
+        return F.cross_entropy(logits, NINE)
+
+    learner.adapt(loss, steps=2)
+    F.cross_entropy(learner(x), NINE).backward()
+    (text,) = [text for text in warned if "zero everywhere" in text]
+    assert 'anchor="init"' in text and "ImplicitMAML" in text
+
+
+@pytest.mark.parametrize("what", ["features", "anchor", "l2"])
+def test_one_that_reaches_something(what: str, warned: list[str]) -> None:
+    x = inputs().requires_grad_(what == "features")
+    l2 = torch.tensor(0.1, requires_grad=True) if what == "l2" else 0.1
+    anchor = "init" if what == "anchor" else "zero"
+    learner = ImplicitCGHead(nn.Linear(5, 3), 0.1, l2=l2, anchor=anchor).clone()
+    learner.adapt(F.cross_entropy(learner(x), NINE))
+    F.cross_entropy(learner(x), NINE).backward()
+    assert not warned

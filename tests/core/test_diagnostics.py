@@ -1,13 +1,15 @@
-"""What the learner says when a problem was not solved, and that it says nothing when it was."""
+"""What is said of a problem that was not solved, with a hypergradient and without; else nothing."""
 
+import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from oracles import flat
-from small_task import HOWS, adapt
+from small_task import HOWS, adapt, silent
 from torch import Tensor, nn
 
 from l2l_implicit import (
@@ -15,6 +17,7 @@ from l2l_implicit import (
     LBFGS,
     Diagnostics,
     Direct,
+    GaussNewton,
     GradientDescent,
     ImplicitCGHead,
     Neumann,
@@ -22,34 +25,58 @@ from l2l_implicit import (
     UnsolvedWarning,
 )
 from l2l_implicit.inner_problem import linear_heads
-from l2l_implicit.inner_problem.linearization import Sizes
+from l2l_implicit.inner_problem.linear_heads import LinearHeads
+from l2l_implicit.inner_problem.linearization import AutogradLinearization, Sizes
 from l2l_implicit.inner_solvers.protocol import InnerSolver
 from l2l_implicit.linear_solvers.solution import CONVERGED, FACTORED, MAX_STEPS
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 Y = torch.arange(25) % 5
+NETS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(10, 5),
+    "deep": lambda: nn.Sequential(nn.Linear(10, 4), nn.Tanh(), nn.Linear(4, 5)),
+}
 
 
 def data(scale: float = 1.0) -> Tensor:
     return scale * torch.randn(25, 10)
 
 
-def run(parent: ImplicitCGHead, x: Tensor, steps: int, how: str = "loss") -> ImplicitCGHead:
-    """One task: adapt and back-propagate."""
+def head(net: str = "linear", **settings: Any) -> ImplicitCGHead:
+    return ImplicitCGHead(NETS[net](), **{"lr": 0.1, "linear": CG(60), **settings})
+
+
+def support(learner: ImplicitCGHead, x: Tensor) -> Callable[[], Tensor]:
+    return lambda: F.cross_entropy(learner(x), Y)
+
+
+def adapted(parent: ImplicitCGHead, x: Tensor, steps: int, how: str = "closure") -> ImplicitCGHead:
     learner = parent.clone()
-    x = x if x.requires_grad else x.clone().requires_grad_()
-
-    def loss() -> Tensor:
-        return F.cross_entropy(learner(x), Y)
-
-    adapt(learner, loss, how, steps)
-    F.cross_entropy(learner(x), Y.roll(1)).backward()
+    adapt(learner, support(learner, x), how, steps)
     return learner
 
 
-def head(**settings) -> ImplicitCGHead:
-    return ImplicitCGHead(nn.Linear(10, 5), **{"lr": 0.1, "linear": CG(60), **settings})
+def query_loss(learner: ImplicitCGHead, x: Tensor) -> Tensor:
+    return F.cross_entropy(learner(x), Y.roll(1))
+
+
+def run(parent: ImplicitCGHead, x: Tensor, steps: int, how: str = "loss") -> ImplicitCGHead:
+    """One task: adapt and back-propagate."""
+    x = x if x.requires_grad else x.clone().requires_grad_()
+    learner = adapted(parent, x, steps, how)
+    query_loss(learner, x).backward()
+    return learner
+
+
+def gradient_norm(learner: ImplicitCGHead, x: Tensor, l2: float) -> float:
+    """Of the inner objective where the learner is, by autograd on a copy."""
+    module = NETS["linear" if len(list(learner.parameters())) == 2 else "deep"]()
+    module.load_state_dict({k: v.detach() for k, v in learner.module.state_dict().items()})
+    parameters = [*module.parameters()]
+    penalty = sum(p.square().sum() for p in parameters)
+    objective = F.cross_entropy(module(x), Y) + 0.5 * l2 * penalty
+    return float(flat(torch.autograd.grad(objective, parameters)).norm())
 
 
 @HOWS
@@ -59,8 +86,7 @@ def head(**settings) -> ImplicitCGHead:
 )
 def test_solved_says_nothing(inner: InnerSolver, steps: int, anchor: str, how: str) -> None:
     parent = head(inner=inner, lr=1.0, anchor=anchor)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent():
         learner = run(parent, data(), steps, how)
     for found in (learner.diagnostics, parent.diagnostics):
         assert (found.hypergradients, found.unsolved) == (1, 0)
@@ -89,8 +115,6 @@ CASES: dict[str, tuple[str, dict[str, Any], float, int]] = {
     "one step of l-bfgs": ("inner", {"inner": LBFGS()}, 20.0, 1),
     "one product": ("linear", {"inner": LBFGS(tol=1e-10), "linear": CG(1), "l2": 1e-2}, 5.0, 200),
 }
-
-
 REMEDIES = {"inner": "use inner=Newton()", "linear": "give linear= more steps"}
 
 
@@ -115,15 +139,7 @@ def test_unsolved_warns_once_and_counts(case: str, how: str) -> None:
         assert found.cg_reason == MAX_STEPS and found.cg_steps == 1
 
 
-def test_reported_gradient_is_that_of_the_objective() -> None:
-    parent, x = head(inner=GradientDescent(), lr=0.3, l2=0.2, max_error=1e9), data()
-    learner = run(parent, x, 4, "closure")
-    objective = F.cross_entropy(learner(x), Y) + 0.1 * sum(
-        p.square().sum() for p in learner.parameters()
-    )
-    slopes = torch.autograd.grad(objective, list(learner.parameters()))
-    norm = float(flat(slopes).norm())
-    assert parent.diagnostics.inner_gradient_norm == pytest.approx(norm, rel=1e-12)
+# How wrong: a bound for a linear head, else an estimate.
 
 
 def of_features(x: Tensor, query: Tensor, l2: float = 0.1) -> tuple[Tensor, Diagnostics]:
@@ -132,7 +148,7 @@ def of_features(x: Tensor, query: Tensor, l2: float = 0.1) -> tuple[Tensor, Diag
     module = nn.Linear(x.shape[1], 5, dtype=x.dtype)
     learner = ImplicitCGHead(module, 0.1, l2=l2, max_error=1e9).clone()
     learner.adapt(F.cross_entropy(learner(leaf), Y))
-    F.cross_entropy(learner(query), Y.roll(1)).backward()
+    query_loss(learner, query).backward()
     return leaf.grad.double(), learner.diagnostics  # type: ignore[union-attr]
 
 
@@ -166,11 +182,11 @@ def test_the_bound_holds_for_rounded_numbers(scale: float, l2: float) -> None:
 
 def test_the_estimate_is_the_distance_from_the_minimum() -> None:
     """Of a network: its gradient over l2, relative to the distance from the anchor."""
-    module = nn.Sequential(nn.Linear(10, 4), nn.Tanh(), nn.Linear(4, 5))
-    parent = ImplicitCGHead(module, 0.1, l2=2.0, inner=GradientDescent(), linear=CG(200, 1e-12))
+    parent, x = head("deep", l2=2.0, inner=GradientDescent(), linear=CG(200, 1e-12)), data()
     with pytest.warns(UnsolvedWarning, match="inner problem is not solved"):
-        learner = run(parent, data(), 2, "closure")
+        learner = run(parent, x, 2, "closure")
     said = learner.diagnostics
+    assert said.inner_gradient_norm == pytest.approx(gradient_norm(learner, x, 2.0), rel=1e-12)
     expected = said.inner_gradient_norm / (2.0 * float(flat(learner.parameters()).norm()))
     assert not said.is_bound and said.unsolved_inner == 1
     assert said.hypergradient_error == pytest.approx(expected, rel=1e-6)
@@ -221,6 +237,9 @@ def test_the_linear_part_bounds_the_systems_error() -> None:
     assert underrated > 5
 
 
+# Who is told, and who is not.
+
+
 def test_clones_of_clones_report_to_every_parent_and_to_no_other() -> None:
     parent, other, x = head(), head(), data()
     first = parent.clone()
@@ -236,8 +255,7 @@ def test_a_task_solved_from_the_start_says_nothing() -> None:
     x, module = torch.randn(8, 3), nn.Linear(3, 2)
     target = module(x).detach()
     learner = ImplicitCGHead(module, 0.1, anchor="init").clone()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent():
         for _ in range(3):
             learner.adapt(F.mse_loss(learner(x) * (1 + 1e-15), target))
         learner(x).square().sum().backward()
@@ -247,14 +265,193 @@ def test_a_warm_start_with_ones_own_regularizer_says_nothing() -> None:
     """The second visit starts at the solution, where the first gradient is tiny already."""
 
     class Own(ImplicitCGHead):
-        def regularizer(self, parameters, anchor):
-            return 0.05 * sum((p - a).square().sum() for p, a in zip(parameters, anchor))  # noqa: B905
+        def regularizer(self, parameters: Any, anchor: Any) -> Tensor:
+            pairs = zip(parameters, anchor, strict=True)
+            return 0.05 * sum((p - a).square().sum() for p, a in pairs)
 
     parent, x = Own(nn.Linear(10, 5), 0.1, warm_start=True, linear=CG(60)), data().requires_grad_()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with silent():
         for _ in range(3):
             learner = parent.clone(task="a")
-            learner.adapt(lambda: F.cross_entropy(learner(x), Y), steps=15)  # noqa: B023
-            F.cross_entropy(learner(x), Y.roll(1)).backward()
+            learner.adapt(support(learner, x), steps=15)
+            query_loss(learner, x).backward()
     assert parent.diagnostics.unsolved_inner == 0
+
+
+# Where no hypergradient is asked for.
+
+
+SOLVERS: dict[str, dict[str, Any]] = {
+    "newton": {"inner": Newton()},
+    "gauss-newton": {"inner": Newton(), "curvature": GaussNewton()},
+    "gradient": {"inner": GradientDescent(), "lr": 0.5},
+    "lbfgs": {"inner": LBFGS()},
+    "diverging": {"inner": GradientDescent(), "lr": 9.0},
+}
+SLOW = {"inner": GradientDescent(), "lr": 0.01, "l2": 0.2}
+
+
+def assert_no_backward(found: Diagnostics) -> None:
+    """What only a linear system can tell."""
+    assert math.isnan(found.hypergradient_error) and math.isnan(found.cg_residual)
+    assert (found.cg_steps, found.cg_reason, found.is_bound) == (0, "", False)
+    assert (found.hypergradients, found.unsolved, found.unsolved_linear) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("net", NETS)
+def test_without_gradients_the_inner_part_is_there(net: str, solver: str, steps: int) -> None:
+    """The norm at the very parameters that the queries will see; said once, counted each time."""
+    parent, x = head(net, l2=0.2, **SOLVERS[solver]), data()
+    bad = 0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for turn in range(2):
+            with torch.no_grad():
+                learner = adapted(parent, x * (1 + turn), steps)
+            found, norm = learner.diagnostics, gradient_norm(learner, x * (1 + turn), 0.2)
+            size = 0.2 * float(flat(learner.parameters()).norm())  # the estimate's scale
+            bad += found.unsolved_inner
+            if net == "deep":  # of a linear head Newton's error is a bound
+                assert found.unsolved_inner == (norm > 0.01 * size)
+            assert found.unsolved_inner == 0 or (net, solver) != ("linear", "newton")
+            for each in (found, parent.diagnostics):
+                assert each.inner_gradient_norm == pytest.approx(norm, rel=1e-8, abs=1e-10)
+                assert 0 < each.inner_steps and each.inner_steps == found.inner_steps
+                assert_no_backward(each)
+    assert parent.diagnostics.unsolved_inner == bad
+    said = [str(w.message) for w in caught if issubclass(w.category, UnsolvedWarning)]
+    assert len(said) == (bad > 0)
+    assert not bad or "\n" not in said[0] and "the inner problem is not solved" in said[0]
+    assert bad == 2 or solver not in ("gradient", "diverging") or steps > 1
+
+
+def test_a_parent_keeps_what_its_last_hypergradient_said() -> None:
+    parent, x = head(), data()
+    run(parent, x, 4)
+    trained = parent.diagnostics.hypergradient_error
+    assert trained < 0.01 and parent.diagnostics.is_bound
+    with torch.no_grad():
+        tested = adapted(parent, 2.0 * x, 4)
+    assert_no_backward(tested.diagnostics)
+    assert parent.diagnostics.hypergradient_error == trained and parent.diagnostics.is_bound
+    assert parent.diagnostics.inner_gradient_norm == tested.diagnostics.inner_gradient_norm
+
+
+@HOWS
+@pytest.mark.parametrize("net", NETS)
+def test_with_gradients_but_no_backward_the_next_task_says_it(net: str, how: str) -> None:
+    """As learn2learn's scripts evaluate; five steps are one inner problem."""
+    parent, x = head(net, **SLOW), data()
+    with silent():  # a backward() may still come
+        learner = adapted(parent, x, 5, how)
+        assert_no_backward(learner.diagnostics)
+        assert learner.diagnostics.inner_steps == 5
+        assert learner.diagnostics.unsolved_inner == parent.diagnostics.unsolved_inner == 1
+    with pytest.warns(UnsolvedWarning, match="after 5 steps of GradientDescent"):
+        learner = parent.clone()
+    with silent():
+        adapt(learner, support(learner, x), how, 5)
+        parent.clone()
+    assert parent.diagnostics.unsolved_inner == 2
+
+
+@HOWS
+def test_more_steps_of_the_same_task_may_solve_it(how: str) -> None:
+    parent, x = head(inner=GradientDescent(), lr=1.0, l2=0.2), data()
+    with silent():
+        learner = adapted(parent, x, 2, how)
+        assert parent.diagnostics.unsolved_inner == 1
+        adapt(learner, support(learner, x), how, 200)
+        assert parent.diagnostics.unsolved_inner == learner.diagnostics.unsolved_inner == 0
+        parent.clone()
+
+
+@HOWS
+def test_in_training_nothing_is_counted_or_said_twice(how: str) -> None:
+    parent, x = head("deep", **SLOW, linear=Direct()), data()
+    with pytest.warns(UnsolvedWarning) as caught:
+        for _ in range(3):
+            run(parent, x, 3, how)
+    found = parent.diagnostics
+    assert len([w for w in caught if w.category is UnsolvedWarning]) == 1
+    assert found.unsolved_inner == found.unsolved == found.hypergradients == 3
+    with silent(), torch.no_grad():  # a test after it: said already
+        adapted(parent, x, 3)
+        parent.clone()
+    assert (found.unsolved_inner, found.unsolved) == (4, 3)
+
+
+def test_several_tasks_before_one_backward() -> None:
+    parent, x = head(**SLOW), data().requires_grad_()
+    learners = [parent.clone() for _ in range(3)]
+    for learner in learners:
+        learner.adapt(support(learner, x), steps=2)
+    assert parent.diagnostics.unsolved_inner == 3
+    with pytest.warns(UnsolvedWarning) as caught:
+        sum(query_loss(learner, x) for learner in learners).backward()
+    assert len(caught) == 1 and parent.diagnostics.unsolved_inner == 3
+
+
+@pytest.mark.parametrize("steps", [1, 200])
+@pytest.mark.parametrize("grad", [True, False])
+def test_together_each_task_has_its_own(grad: bool, steps: int) -> None:
+    parent, x = head(inner=GradientDescent(), lr=0.3, l2=0.2), torch.randn(3, 25, 10)
+    x[1] = 0.0  # nothing to learn for a head of zeros
+    for p in parent.parameters():
+        nn.init.zeros_(p)
+    with warnings.catch_warnings(record=True) as caught, torch.set_grad_enabled(grad):
+        warnings.simplefilter("always")
+        together = parent.adapt_together(x, Y.expand(3, -1), steps)
+        parent.clone()
+    for t, found in enumerate(together.diagnostics):
+        one = parent.clone()
+        one.module.load_state_dict({"weight": together.weight[t].detach(),
+                                    "bias": together.bias[t].detach()})  # fmt: skip
+        norm = gradient_norm(one, x[t], 0.2)
+        assert found.inner_gradient_norm == pytest.approx(norm, rel=1e-8, abs=1e-13)
+        assert_no_backward(found)
+    unsolved = sum(found.unsolved_inner for found in together.diagnostics)
+    assert parent.diagnostics.unsolved_inner == unsolved == (2 if steps == 1 else 0)
+    assert len([w for w in caught if w.category is UnsolvedWarning]) == (unsolved > 0)
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_training_measures_once_and_computes_no_further_loss(
+    net: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What adapt() has measured the backward pass takes; under no_grad there is one gradient more
+    than there are steps, as in training."""
+    measured, calls = [], 0
+    for cls in (LinearHeads, AutogradLinearization):
+        own = cls.scales
+        monkeypatch.setattr(cls, "scales", lambda s, own=own: measured.append(s) or own(s))
+    parent, x = head(net, inner=GradientDescent(), max_error=1e9), data().requires_grad_()
+    counted = []
+    for grad in (True, False):
+        learner, calls = parent.clone(), 0
+
+        def loss(learner: ImplicitCGHead = learner) -> Tensor:
+            nonlocal calls
+            calls += 1
+            return F.cross_entropy(learner(x), Y)
+
+        with torch.set_grad_enabled(grad):
+            learner.adapt(loss, steps=4)
+        counted.append(calls)
+        if grad:
+            learner(x).square().sum().backward()
+            assert len(measured) == 1
+    assert len(measured) == 2 and counted[1] <= counted[0]
+    assert counted[1] == (2 if net == "linear" else 5)
+
+
+def test_a_warning_that_is_an_error_leaves_the_adapted_learner() -> None:
+    parent, x = head(**SLOW), data()
+    with silent(UnsolvedWarning), torch.no_grad():
+        learner = parent.clone()
+        with pytest.raises(UnsolvedWarning):
+            learner.adapt(support(learner, x), steps=1)
+    assert not torch.equal(flat(learner.parameters()), flat(parent.parameters()))
+    assert parent.diagnostics.unsolved_inner == 1

@@ -1,4 +1,4 @@
-"""The adapted learner obeys autograd's rules: sums, accumulation, retained graphs, orders."""
+"""The adapted learner obeys autograd's rules; shared parameters are right, or an error."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import relative_error
-from problems import Problem, adapt, expected, hypergradient, make_learner, problem, truth
+from oracles import flat, implicit, polish, relative_error
+from problems import EXACT, Problem, adapt, expected, hypergradient, make_learner, problem, truth
 from small_task import HOWS
-from torch import Tensor
+from small_task import adapt as take_steps
+from torch import Tensor, nn
 
 from l2l_implicit import CG, ImplicitCGHead
 
@@ -137,3 +138,122 @@ def test_l2_of_another_dtype_and_shape() -> None:
     adapt(parent, task)[1].backward()
     assert l2.grad.shape == (1,) and l2.grad.dtype == torch.float32
     assert abs(float(l2.grad) - float(want[1])) < 1e-6 * abs(float(want[1]))
+
+
+# Parameters shared between head and features.
+#
+# The head's weight W also makes the features, h = tanh(x W'). Whose W that is decides: the
+# parent's (they keep the value from before the task) or the learner's own (they adapt).
+
+
+LABELS, L2 = torch.arange(8) % 4, 0.3
+Inputs = tuple[Tensor, Tensor]  # support, query
+
+
+@pytest.fixture
+def parent(float64: None) -> ImplicitCGHead:
+    return ImplicitCGHead(nn.Linear(4, 4, bias=False), 0.5, l2=L2, **EXACT)
+
+
+@pytest.fixture
+def inputs(float64: None) -> Inputs:
+    return torch.randn(8, 4), torch.randn(8, 4)
+
+
+def features(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.tanh(x @ weight.t())
+
+
+Made = Callable[[Tensor, Tensor, Tensor], Tensor]  # features of phi, theta and inputs
+
+
+def shared_truth(theta: Tensor, phi: Tensor, inputs: Inputs, made: Made) -> Tensor:
+    """By the implicit function theorem, at the minimum next to ``phi``."""
+
+    def loss(phi: Tensor, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        own = phi.view(4, 4)
+        return F.cross_entropy(made(own, theta, x) @ own.t(), y)
+
+    def inner(phi: Tensor, theta: Tensor) -> Tensor:
+        return loss(phi, theta, inputs[0], LABELS) + 0.5 * L2 * phi.square().sum()
+
+    def outer(phi: Tensor, theta: Tensor) -> Tensor:
+        return loss(phi, theta, inputs[1], LABELS.roll(1))
+
+    return implicit(inner, outer, [theta], polish(inner, phi, [theta]))[0]
+
+
+def query_loss(learner: ImplicitCGHead, h: Tensor) -> Tensor:
+    return F.cross_entropy(learner(h), LABELS.roll(1))
+
+
+@HOWS
+@pytest.mark.parametrize("whose", ["parent's", "clone's"])
+def test_features_made_before_the_task(
+    whose: str, how: str, parent: ImplicitCGHead, inputs: Inputs
+) -> None:
+    learner, theta = parent.clone(), parent.module.weight
+    weight = (parent if whose == "parent's" else learner).module.weight
+    h, h_query = (features(x, weight) for x in inputs)
+    take_steps(learner, lambda: F.cross_entropy(learner(h), LABELS), how, 40)
+    query_loss(learner, h_query).backward()
+    phi = flat(learner.module.parameters())
+    right = shared_truth(theta, phi, inputs, lambda phi, theta, x: features(x, theta))
+    assert relative_error([theta.grad], [right]) < 1e-8
+
+
+@HOWS
+def test_features_that_adapt_with_the_head(
+    how: str, parent: ImplicitCGHead, inputs: Inputs
+) -> None:
+    """Then all of W is phi, and nothing of it theta: its initial value has no influence."""
+    scale, learner = torch.ones((), requires_grad=True), parent.clone()
+
+    def h(x: Tensor) -> Tensor:
+        return features(scale * x, learner.module.weight)
+
+    take_steps(learner, lambda: F.cross_entropy(learner(h(inputs[0])), LABELS), how, 40)
+    query_loss(learner, h(inputs[1])).backward()
+    assert torch.equal(parent.module.weight.grad, torch.zeros(4, 4))
+    phi = flat(learner.module.parameters())
+    right = shared_truth(scale, phi, inputs, lambda phi, scale, x: features(scale * x, phi))
+    assert relative_error([scale.grad], [right]) < 1e-8
+
+
+@pytest.mark.parametrize("factor", [1.0, None])
+@pytest.mark.parametrize("what", ["features", "outputs", "parameters"])
+def test_what_is_kept_from_a_closures_call(
+    what: str, factor: float | None, parent: ImplicitCGHead, inputs: Inputs
+) -> None:
+    """Features of its first or a query loss of its last: they depend on the parameters of one inner
+    step, from where no gradient finds its way."""
+    learner, kept = parent.clone(), {}
+    h, h_query = (features(x, parent.module.weight) for x in inputs)
+
+    def loss() -> Tensor:
+        if "features" not in kept:
+            kept["features"] = features(inputs[0], learner.module.weight)
+        kept["outputs"] = learner(h_query)
+        kept["parameters"] = h_query @ learner.module.weight.t()
+        x = kept["features"] if what == "features" else h
+        value = F.cross_entropy(learner(x), LABELS)
+        return value if factor is None else factor * value
+
+    learner.adapt(loss, steps=40)
+    kept["features"] = learner(h_query)
+    with pytest.raises(RuntimeError, match="kept from one of its calls"):
+        F.cross_entropy(kept[what], LABELS).backward()
+
+
+def test_what_a_closure_keeps_without_its_history_is_data(
+    parent: ImplicitCGHead, inputs: Inputs
+) -> None:
+    learner, kept = parent.clone(), []
+
+    def loss() -> Tensor:
+        kept.append(features(inputs[0], learner.module.weight).detach())
+        return F.cross_entropy(learner(kept[0]), LABELS)
+
+    learner.adapt(loss, steps=40)
+    query_loss(learner, features(inputs[1], parent.module.weight)).backward()
+    assert bool(parent.module.weight.grad.isfinite().all())

@@ -1,7 +1,4 @@
-"""Imports point one way, the library needs no experiment, and it does not grow.
-
-`python tests/core/test_layers.py` prints how many lines, files and functions it takes.
-"""
+"""Imports point one way, the library needs no experiment, and it does not grow."""
 
 import ast
 import sys
@@ -151,11 +148,9 @@ def lines_of(path: Path) -> int:
     return sum(len(file.read_text(encoding="utf-8").splitlines()) for file in found)
 
 
-def functions_run(how: str, steps: int) -> Counter[str]:
-    """The functions of each file that a task runs through, from its clone to its hypergradient.
-
-    Comprehensions count too. Of this thread; the backward pass of a graph on the CPU runs in it.
-    """
+@pytest.mark.parametrize("how, steps", [("closure", 20), ("loss", 5)])  # README's, learn2learn's
+def test_a_task_runs_through_few_files_and_functions(how: str, steps: int) -> None:
+    """From its clone to its hypergradient; the backward pass on a CPU runs in this thread."""
     head, found = ImplicitCGHead(nn.Linear(20, 5), lr=0.1), set()
 
     def note(frame: FrameType, event: str, _: object) -> None:
@@ -170,25 +165,11 @@ def functions_run(how: str, steps: int) -> Counter[str]:
         F.cross_entropy(learner(h), LABELS).backward()
     finally:
         sys.setprofile(before)
-    return Counter(str(Path(c.co_filename).relative_to(PACKAGE)) for c in found)
-
-
-WAYS = {"closure": 20, "loss": 5}  # the README's, and learn2learn's
-
-
-@pytest.mark.parametrize("how", WAYS)
-def test_a_task_runs_through_few_files_and_functions(how: str) -> None:
-    found = functions_run(how, WAYS[how])
-    assert len(found) <= FILES and found.total() <= FUNCTIONS, found
+    by_file = Counter(str(Path(c.co_filename).relative_to(PACKAGE)) for c in found)
+    assert len(by_file) <= FILES and by_file.total() <= FUNCTIONS, by_file
 
 
 def test_the_library_is_short() -> None:
     lines = {path.stem: lines_of(path) for path in PACKAGE.iterdir() if path.name[0] != "_"}
     assert lines_of(PACKAGE) <= LIBRARY_LINES, lines
     assert sum(lines_of(PACKAGE / name) for name in CORE) <= CORE_LINES, lines
-
-
-if __name__ == "__main__":
-    for how, steps in WAYS.items():
-        print(how, *functions_run(how, steps).most_common(), sep="\n  ")
-    print("lines", lines_of(PACKAGE), *((name, lines_of(PACKAGE / name)) for name in CORE))

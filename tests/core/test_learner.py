@@ -1,4 +1,4 @@
-"""What the learners do beyond learn2learn's contract (test_contract.py), and other modules."""
+"""What the learners do beyond learn2learn's contract: first order, memory, odd modules."""
 
 import copy
 
@@ -10,17 +10,54 @@ from problems import EXACT
 from small_task import HOWS, adapt, fit
 from small_task import SIX_LABELS as Y
 from small_task import six_inputs as x
+from small_task import small_nets as nets
 from torch import Tensor, nn
 
 from l2l_implicit import (
     CG,
+    LBFGS,
     GradientDescent,
     Hessian,
     ImplicitCGHead,
     ImplicitMAML,
 )
 
+from learn2learn.algorithms import MAML  # isort: skip  (after l2l_implicit, which repairs it)
+
 pytestmark = pytest.mark.usefixtures("float64")
+
+
+@pytest.mark.parametrize("name", list(nets()))
+@pytest.mark.parametrize("where", ["constructor", "clone", "adapt"])
+@HOWS
+def test_first_order_is_exactly_learn2learns(how: str, name: str, where: str) -> None:
+    torch.manual_seed(1)
+    module, theta, data = nets()[name], torch.randn(4, 4, requires_grad=True), x()
+    parents = MAML(module, 0.3, first_order=True), ImplicitCGHead(
+        copy.deepcopy(module), 0.3, first_order=where == "constructor"
+    )
+    found = []
+    for parent in parents:
+        ours = type(parent) is not MAML
+        learner = parent.clone(**({"first_order": True} if ours and where == "clone" else {}))
+        h = torch.tanh(data @ theta)
+        flag = {"first_order": True} if ours and where == "adapt" else {}
+
+        def loss(learner=learner, h=h, y=Y) -> Tensor:
+            return F.cross_entropy(learner(h), y)
+
+        if ours and how == "closure":
+            learner.adapt(loss, steps=4, **flag)
+        for _ in range(0 if ours and how == "closure" else 4):
+            learner.adapt(loss(), **flag)
+        theta.grad = None
+        loss(y=Y.roll(1)).backward()
+        grads = [p.grad for p in parent.parameters()]
+        found.append([*learner.module.parameters(), *grads, theta.grad, *learner.buffers()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+# Other ways to use it, and other modules.
 
 
 @HOWS
@@ -39,31 +76,6 @@ def test_without_a_clone(how: str, anchor: str) -> None:
     assert relative_error([p.grad for p in initial], grads) < 1e-9 or not any(
         g.any() for g in grads
     )
-
-
-class Recurrent(nn.Module):
-    def __init__(self, kind: type[nn.RNNBase]) -> None:
-        super().__init__()
-        self.cell, self.last = kind(4, 5, batch_first=True), nn.Linear(5, 3)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.last(self.cell(inputs.unsqueeze(1).expand(-1, 3, -1))[0][:, -1])
-
-
-@HOWS
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
-def test_recurrent_modules(kind: type[nn.RNNBase], how: str) -> None:
-    """The inner minimum is one (its gradient is zero), and the parent gets a gradient."""
-    parent = ImplicitCGHead(Recurrent(kind), 0.1, anchor="init", l2=1.0, **EXACT)
-    learner, inputs, initial = parent.clone(), x(), list(parent.module.parameters())
-    fit(learner, inputs, how, 15)
-    new = list(learner.module.parameters())
-    squares = sum((p - a.detach()).square().sum() for p, a in zip(new, initial, strict=True))
-    objective = F.cross_entropy(learner(inputs), Y) + 0.5 * squares
-    slopes = torch.autograd.grad(objective, new)
-    assert max(float(g.abs().max()) for g in slopes) < 1e-8
-    F.cross_entropy(learner(inputs), Y.roll(1)).backward()
-    assert all(p.grad is not None and p.grad.any() for p in initial)
 
 
 @HOWS
@@ -103,3 +115,163 @@ def test_batch_norm_may_be_adapted_by_a_closure() -> None:
         passes.append(int(learner.module[1].num_batches_tracked))
         F.cross_entropy(learner(inputs), Y).backward()
     assert passes == [2, 5] and network[0].weight.grad.norm() > 0  # two, the query, two more
+
+
+# What counts as theta, however it gets into the inner loss.
+
+
+class Inputs(dict):
+    """A dict with an attribute, as model libraries pass them about."""
+
+    main = property(lambda self: self["main"])
+
+
+class Nested(nn.Linear):
+    """Features in nested arguments."""
+
+    def forward(self, inputs: Inputs, *, scale: dict[str, Tensor]) -> Tensor:
+        return super().forward(inputs.main[0] * scale["value"])
+
+
+class Named(torch.autograd.Function):
+    """Someone's own function, whose node has an attribute that torch's leaves have too."""
+
+    @staticmethod
+    def forward(ctx, inputs):
+        ctx.variable = torch.zeros(1)
+        return inputs.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+CASES = {  # the head, and whether it is called by the learner's forward
+    "nested inputs": (Nested, True),
+    "nested inputs of the module": (Nested, False),
+    "a function of one's own": (nn.Linear, False),
+    "the features' gradient asked before": (nn.Linear, True),
+    "a first-order learner": (nn.Linear, True),
+}
+
+
+@HOWS
+@pytest.mark.parametrize("case", CASES)
+def test_theta_in_unusual_company(case: str, how: str) -> None:
+    """Features and a scale: their gradients are those of the plain call."""
+    theta, scale, data = torch.randn(4, 4), torch.tensor(1.3), x()
+    plain, (kind, inside), grads = nn.Linear(4, 3), CASES[case], []
+    odd = kind(4, 3)
+    odd.load_state_dict(plain.state_dict())
+    for unusual in (False, True):
+        leaves = [theta.clone().requires_grad_(), scale.clone().requires_grad_()]
+        h, factor = torch.tanh(data @ leaves[0]), leaves[1] * 1.0
+        first_order = unusual and case == "a first-order learner"
+        learner = ImplicitCGHead(odd if unusual else plain, 0.1, first_order, **EXACT).clone()
+        net = learner if inside else learner.module
+
+        def loss(unusual=unusual, h=h, factor=factor, net=net, y=Y) -> Tensor:
+            if unusual and kind is Nested:
+                out = net(Inputs(main=[h]), scale={"value": factor})
+            else:
+                out = net((Named.apply(h) if unusual and "function" in case else h) * factor)
+            value = F.cross_entropy(out, y)
+            if unusual and "before" in case and value.requires_grad:
+                torch.autograd.grad(value, h, retain_graph=True)
+            return value
+
+        for _ in range(8):
+            given = {"loss": loss, "steps": 1} if how == "closure" else {"loss": loss()}
+            learner.adapt(**given, first_order=False)
+        grads.append(torch.autograd.grad(loss(y=Y.roll(1)), leaves))
+    assert relative_error(*grads) < 1e-9
+
+
+@pytest.mark.parametrize(("factor", "fatal"), [(None, 1), (None, 2), (1.0, 3)])
+def test_an_exception_in_a_closure_leaves_the_learner_as_it_was(
+    factor: float | None, fatal: int
+) -> None:
+    """Also its hypergradient: what it had before is what it has after. A factor hides the closed
+    form, whose closure is called twice only."""
+    parent, inputs = ImplicitCGHead(nn.Linear(4, 3), 0.1, anchor="init"), x()
+    grads = []
+    for fails in (False, True):
+        learner, calls = parent.clone(), []
+        fit(learner, inputs, "closure")
+        before, steps = list(learner.module.parameters()), learner._task.steps
+
+        def broken(learner=learner, calls=calls) -> Tensor:
+            calls.append(1)
+            if len(calls) == fatal:
+                raise KeyError("data")
+            loss = F.cross_entropy(learner(inputs), Y.roll(1))
+            return loss if factor is None else factor * loss
+
+        if fails:
+            with pytest.raises(KeyError):
+                learner.adapt(broken, steps=5)
+        assert all(a is b for a, b in zip(before, learner.module.parameters(), strict=True))
+        assert learner._task.steps == steps
+        loss = F.cross_entropy(learner(inputs), Y)
+        grads.append(torch.autograd.grad(loss, list(parent.module.parameters())))
+    assert relative_error(*grads) < 1e-9
+
+
+# A task named at `clone` goes on from where it ended.
+
+
+UNFACTORED = {"inner": LBFGS(tol=1e-13), "linear": CG(steps=200, tol=1e-13)}  # no factor: v is used
+
+
+def visit(parent: ImplicitCGHead, inputs: Tensor, steps: int, **key: str) -> ImplicitCGHead:
+    learner = parent.clone(**key)
+    learner.adapt(lambda: F.cross_entropy(learner(inputs), Y), steps=steps)
+    F.cross_entropy(learner(inputs), Y.roll(1)).backward()
+    return learner
+
+
+@pytest.mark.parametrize("anchor", ["zero", "init"])
+def test_warm_start_continues_where_the_task_ended(anchor: str) -> None:
+    parent = ImplicitCGHead(nn.Linear(4, 3), 0.1, warm_start=True, anchor=anchor, **UNFACTORED)
+    inputs = x()
+    first = visit(parent, inputs, 20, task="a")
+    second = parent.clone(task="a")
+    assert torch.equal(second.module.weight, first.module.weight)
+    second = visit(parent, inputs, 1, task="a")
+    assert second.diagnostics.cg_steps < first.diagnostics.cg_steps
+    assert second.diagnostics.unsolved_inner == second.diagnostics.unsolved_linear == 0
+    for other in (parent.clone(), parent.clone(task="b"), parent.clone(task=None)):
+        assert torch.equal(other.module.weight, parent.module.weight)
+
+
+def test_warm_start_does_not_move_the_hypergradient() -> None:
+    theta, data, grads = torch.randn(4, 4, requires_grad=True), x(), []
+    parent = ImplicitCGHead(nn.Linear(4, 3), 0.1, warm_start=True, anchor="init", **UNFACTORED)
+    for _ in range(2):
+        learner = parent.clone(task=7)
+        h = torch.tanh(data @ theta)
+        fit(learner, h, "closure", 20)
+        leaves = [theta, *parent.module.parameters()]
+        grads.append(torch.autograd.grad(F.cross_entropy(learner(h), Y.roll(1)), leaves))
+    assert relative_error(*grads) < 1e-9
+
+
+def test_no_warm_start_unless_asked_and_a_deepcopy_has_a_memory_of_its_own() -> None:
+    parent, inputs = ImplicitCGHead(nn.Linear(4, 3), 0.1, warm_start=True), x()
+    twin, cold = copy.deepcopy(parent), ImplicitCGHead(nn.Linear(4, 3), 0.1)
+    for visited, asked in ((parent, twin), (cold, cold)):
+        visit(visited, inputs, 5, task="a")
+        assert torch.equal(asked.clone(task="a").module.weight, asked.module.weight)
+
+
+@pytest.mark.parametrize("tol", [1e-5, 1e-13])
+def test_lbfgs_goes_on_from_next_to_the_minimum(tol: float) -> None:
+    """Its first step knows no curvature; a line search that begins too long sees only rounding."""
+    for seed in range(10):
+        torch.manual_seed(seed)
+        parent = ImplicitCGHead(nn.Linear(4, 3), 0.1, warm_start=True, inner=LBFGS(tol=tol))
+        inputs, norms = x(), []
+        for steps in (20, 1, 1, 10):
+            learner = visit(parent, inputs, steps, task="a")
+            norms.append(learner.diagnostics.inner_gradient_norm)
+        assert max(norms[1:]) < 2.0 * norms[0] + 1e-14 and norms[3] < 1e-4

@@ -12,9 +12,8 @@ from small_task import fit
 from small_task import six_inputs as x
 from small_task import small_nets as nets
 
-from l2l_implicit import GradientDescent, ImplicitCGHead, Newton
+from l2l_implicit import GaussNewton, GradientDescent, ImplicitCGHead, Newton
 from l2l_implicit.inner_problem.linearization import Linearization
-from l2l_implicit.inner_solvers.protocol import InnerSolver
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -42,18 +41,18 @@ def linearizations(monkeypatch: pytest.MonkeyPatch) -> weakref.WeakSet:
     return alive
 
 
-CASES = pytest.mark.parametrize("head, how, inner", [
-    (head, how, inner) for head in ("linear", "deep") for how in ("loss", "closure")
-    for inner in (Newton(), GradientDescent())
+CASES = pytest.mark.parametrize("head, how, solver", [
+    (head, how, solver) for head in ("linear", "deep") for how in ("loss", "closure")
+    for solver in ({"inner": Newton()}, {"inner": GradientDescent()}, {"curvature": GaussNewton()})
 ])  # fmt: skip
 
 
 @CASES
 def test_one_linearization_lives_and_dies_with_the_loss(
-    head: str, how: str, inner: InnerSolver, linearizations: weakref.WeakSet
+    head: str, how: str, solver: dict, linearizations: weakref.WeakSet
 ) -> None:
     """At the backward pass, or with the loss that is dropped without one; features too."""
-    parent = ImplicitCGHead(nets()[head], 0.1, inner=inner, l2=0.5)
+    parent = ImplicitCGHead(nets()[head], 0.1, l2=0.5, **solver)
     for with_backward in (True, False):
         theta, learner = torch.randn(4, 4, requires_grad=True), parent.clone()
         h = torch.tanh(x() @ theta)
@@ -76,10 +75,10 @@ def test_one_linearization_lives_and_dies_with_the_loss(
 
 @CASES
 def test_evaluation_without_grad_keeps_nothing(
-    head: str, how: str, inner: InnerSolver, linearizations: weakref.WeakSet
+    head: str, how: str, solver: dict, linearizations: weakref.WeakSet
 ) -> None:
     """And ends where an adaptation with gradients does (contract.py), to the last digit."""
-    parent, inputs, found = ImplicitCGHead(nets()[head], 0.1, inner=inner).eval(), x(), []
+    parent, inputs, found = ImplicitCGHead(nets()[head], 0.1, **solver).eval(), x(), []
     for gradients in (False, True):
         with torch.set_grad_enabled(gradients):
             learner = parent.clone()

@@ -1,7 +1,5 @@
 """Under autocast the features are in half precision; the head and both solvers are not."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,15 +1,12 @@
 """An anchor of the task's own: its hypergradient reaches what made the anchor."""
 
-from __future__ import annotations
-
-import warnings
 from typing import Any
 
 import oracles
 import pytest
 import torch
 import torch.nn.functional as F
-from small_task import HOWS, adapt
+from small_task import HOWS, adapt, silent
 from torch import Tensor, nn
 
 from l2l_implicit import (
@@ -208,8 +205,7 @@ def test_without_gradients_from_memory_in_half_precision_and_frozen_parts() -> N
 def test_the_next_task_has_the_modules_own_again() -> None:
     head, h = ImplicitCGHead(nn.Linear(WIDTH, WAYS), 0.1), torch.randn(9, WIDTH)
     solutions = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UnsolvedWarning)
+    with silent(UnsolvedWarning):
         for anchor in (None, [torch.randn(WAYS, WIDTH), torch.randn(WAYS)], None):
             learner = head.clone(anchor=anchor)
             learner.adapt(lambda n=learner: F.cross_entropy(n(h), Y), steps=1)  # type: ignore[misc]

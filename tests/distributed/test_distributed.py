@@ -1,7 +1,5 @@
 """A meta batch shared out over real torchrun processes."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

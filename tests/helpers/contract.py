@@ -5,8 +5,6 @@ learner. `tests/core/test_contract.py` asks the implicit learners,
 `tests/baselines/test_baselines_contract.py` the baselines.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 import pickle
@@ -221,19 +219,20 @@ def test_unused_parameters_stay(make: Make) -> None:
 class Shared(nn.Module):
     """One weight by two names, a module by two paths, and an RNN."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
         self.second.weight, self.alias = self.first.weight, nn.ModuleDict({"again": self.first})
-        self.rnn, self.last = nn.GRU(4, 5, batch_first=True), nn.Linear(5, 3)
+        self.rnn, self.last = kind(4, 5, batch_first=True), nn.Linear(5, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.tanh(self.second(torch.tanh(self.alias["again"](x))))
         return self.last(self.rnn(x.unsqueeze(1).expand(-1, 2, -1))[0][:, -1])
 
 
-def test_shared_and_recurrent_parameters(make: Make) -> None:
-    parent, x = make(Shared(), 0.01), inputs()
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_shared_and_recurrent_parameters(kind: type[nn.RNNBase], make: Make) -> None:
+    parent, x = make(Shared(kind), 0.01), inputs()
     learner = learn(parent, x)
     assert learner.module.second.weight is learner.module.first.weight
     assert learner.module.alias["again"].weight is learner.module.first.weight
@@ -241,6 +240,7 @@ def test_shared_and_recurrent_parameters(make: Make) -> None:
     assert float(after.detach()) < float(loss_of(parent, x).detach())
     (slope,) = torch.autograd.grad(after, learner.module.rnn.weight_hh_l0)
     assert slope.any() and len(list(learner.module.parameters())) == 9
+    loss_of(learner, x).backward()
 
 
 def test_batch_norm_buffers_are_shared_with_the_parent(make: Make) -> None:

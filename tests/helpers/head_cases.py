@@ -16,6 +16,7 @@ from l2l_implicit.inner_problem.linearization import SquaredDistance
 from l2l_implicit.inner_problem.losses import CrossEntropy, OutputLoss, SquaredError
 
 M, WIDTH, CLASSES = 7, 4, 3
+KINDS: list[type[OutputLoss]] = [CrossEntropy, SquaredError]
 TORCH: dict[type[OutputLoss], Callable[..., Tensor]] = {
     CrossEntropy: lambda z, y: F.cross_entropy(z, y, reduction="sum"),  # of probabilities
     SquaredError: lambda z, y: F.mse_loss(z, y, reduction="sum"),

@@ -4,26 +4,350 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from head_oracle import (
-    LONG,
-    Array,
-    Inner,
-    Samples,
-    Truth,
-    distance,
-    hypergradient,
-    long,
-    of_weights,
-    short,
-    times,
-)
+from numpy.typing import NDArray
 from torch import Tensor, nn
+
+# The oracle: the hypergradient of a linear head in extended precision; no code of the library's.
+#
+# The inner problem is ``c * loss(X W, y) + l2/2 ||W - A||^2`` over ``W`` of shape ``[d, k]`` (bias:
+# one more column of ones in ``X``), strongly convex with constant ``l2``. Right-hand sides and
+# solutions are of shape ``[d, k]``, features ``[n, d]``, logits ``[n, k]``. Systems are solved by
+# conjugate gradient in float64, preconditioned by the diagonal blocks of the Hessian in the span of
+# the samples; what they have left is evaluated in numpy's long double (80 bits on x86) and solved
+# for again, until nothing is left.
+#
+# The answer is computed twice: with the weights as unknowns, and with one unknown a logit, in which
+# the equations, their cancellations and their rounding are others (the slope of the loss is then an
+# unknown, not a difference of two nearly equal numbers). `Truth.doubt`, the relative distance of
+# the two answers, says how far the oracle itself can be trusted.
+
+
+Array = NDArray[np.longdouble]
+Linear = Callable[[Tensor], Tensor]
+LONG = np.longdouble
+ROUNDING = 1e-15
+
+
+def long(tensor: Tensor) -> Array:
+    return tensor.detach().double().numpy().astype(LONG)
+
+
+def short(array: Array) -> Tensor:
+    return torch.from_numpy(array.astype(np.float64))
+
+
+def narrow(number: Any) -> Any:
+    return np.float64(number) if np.ndim(number) == 0 else number.astype(np.float64)
+
+
+def times(a: Array, b: Array) -> Array:
+    """A product; in long double einsum's loops are twice as fast as matmul's."""
+    return a @ b if a.dtype == np.float64 else np.einsum("ij,jk->ik", a, b)
+
+
+@dataclass
+class Samples:
+    """``c * sum of loss(f_i, y_i)`` of logits ``f`` ``[n, k]``, in long double."""
+
+    y: Array  # one row a sample: one-hot, or numbers
+    squared: bool
+    c: LONG
+
+    def state(self, f: Array) -> Array:
+        """What slope and curvature are computed from: probabilities, or the outputs."""
+        if self.squared:
+            return f
+        e = np.exp(f - f.max(axis=1, keepdims=True))
+        return e / e.sum(axis=1, keepdims=True)
+
+    def slope(self, p: Array) -> Array:
+        return (2 if self.squared else 1) * self.c * (p - self.y)
+
+    def curve(self, p: Array, u: Array) -> Array:
+        """The second derivative times ``u`` ``[n, k]``."""
+        if self.squared:
+            return 2 * self.c * u
+        return self.c * p * (u - (p * u).sum(axis=1, keepdims=True))
+
+    def diagonal(self, p: Array) -> Array:
+        if self.squared:
+            return np.full_like(p, 2 * self.c)
+        return self.c * p * (1 - p)
+
+
+@dataclass
+class Inner:
+    """The regularised problem."""
+
+    x: Array  # [n, d]
+    loss: Samples
+    anchor: Array  # [d, k]
+    l2: LONG
+
+    def state(self, w: Array) -> Array:
+        return self.loss.state(times(self.x, w))
+
+    def in_float64(self) -> Inner:
+        loss = Samples(narrow(self.loss.y), self.loss.squared, narrow(self.loss.c))
+        return Inner(narrow(self.x), loss, narrow(self.anchor), narrow(self.l2))
+
+    def slope(self, w: Array, p: Array) -> Array:
+        return times(self.x.T, self.loss.slope(p)) + self.l2 * (w - self.anchor)
+
+    def product(self, p: Array, v: Array) -> Array:
+        return times(self.x.T, self.loss.curve(p, times(self.x, v))) + self.l2 * v
+
+
+class Curvature:
+    """Solves with the Hessian ``X' S X + l2`` at probabilities ``p``; shapes ``[d, k]``."""
+
+    def __init__(self, inner: Inner, basis: tuple[Tensor, Tensor], p: Array) -> None:
+        self.inner, self.p = inner, p
+        self.p64, self.l2 = short(p), float(inner.l2)
+        self.basis, self.coordinates = basis  # orthonormal [d, r]; [n, r]
+        self.gauge = not inner.loss.squared  # softmax: one number more for all classes is no change
+        weights = short(inner.loss.diagonal(p)).clamp_min(0.0).sqrt()  # [n, k]
+        rows = weights.t().unsqueeze(2) * self.coordinates  # [k, n, r]
+        identity = self.l2**0.5 * torch.eye(self.coordinates.shape[1], dtype=torch.float64)
+        stacked = torch.cat([rows, identity.expand(len(rows), -1, -1)], dim=1)
+        factor = torch.linalg.qr(stacked, mode="r").R
+        inverse = torch.linalg.solve_triangular(factor, identity / self.l2**0.5, upper=True)
+        self.blocks = inverse @ inverse.mT  # [k, r, r], of each class alone
+        self.total = torch.linalg.cholesky(self.blocks.sum(0)) if self.gauge else None
+
+    def solve(self, b: Array) -> Array:
+        """To rounding in long double where the system allows it."""
+        v, before = np.zeros_like(b), np.inf
+        for _ in range(8):
+            left = b - self.inner.product(self.p, v)
+            size = float(np.sqrt((left**2).sum())) / self.l2
+            if not size < 0.5 * before:
+                break
+            better, before = v, size
+            if size <= ROUNDING * float(np.sqrt((v**2).sum())):
+                break
+            v = v + self.direction(left)
+        return better
+
+    def direction(self, b: Array) -> Array:
+        """An approximate solution, in float64, for a right-hand side of any size."""
+        scale = np.abs(b).max()
+        if scale == 0:
+            return np.zeros_like(b)
+        right = short(b / scale)
+        inside = self.basis.t() @ right
+        outside = right - self.basis @ inside
+        outside -= self.basis @ (self.basis.t() @ outside)
+        common = inside.mean(1, keepdim=True) if self.gauge else torch.zeros_like(inside[:, :1])
+        solved = conjugate_gradient(self.apply, self.precondition, inside - common)
+        v = self.basis @ (solved + common / self.l2) + outside / self.l2
+        return v.numpy().astype(b.dtype) * scale
+
+    def apply(self, v: Tensor) -> Tensor:
+        """The product in the coordinates of the span, ``[r, k]``."""
+        u, loss = self.coordinates @ v, self.inner.loss
+        s = 2 * u if loss.squared else self.p64 * (u - (self.p64 * u).sum(1, keepdim=True))
+        return float(loss.c) * (self.coordinates.t() @ s) + self.l2 * v
+
+    def precondition(self, r: Tensor) -> Tensor:
+        """The inverse of the diagonal blocks, among those ``[r, k]`` whose rows sum to 0."""
+        each = torch.bmm(self.blocks, r.t().unsqueeze(2)).squeeze(2).t()
+        if self.total is not None:
+            common = torch.cholesky_solve(each.sum(1, keepdim=True), self.total)
+            shared = torch.bmm(self.blocks, common.expand(len(self.blocks), -1, -1))
+            each = each - shared.squeeze(2).t()
+        return each
+
+
+def conjugate_gradient(apply: Linear, precondition: Linear, b: Tensor) -> Tensor:
+    v, r = torch.zeros_like(b), b
+    z = precondition(r)
+    p, rho = z, float((r * z).sum())
+    end = 1e-16 * rho  # what is left is solved for again
+    for _ in range(400):
+        if not rho > end:
+            break
+        h = apply(p)
+        step = rho / float((p * h).sum())
+        v, r = v + step * p, r - step * h
+        z = precondition(r)
+        rho, before = float((r * z).sum()), rho
+        p = z + (rho / before) * p
+    return v
+
+
+# The two forms of the answer.
+
+Query = Callable[[Array], Array]
+
+
+class Truth(NamedTuple):
+    """The query loss's derivatives."""
+
+    features: Tensor  # [n, d] of the support features, without the column of a bias
+    l2: float
+    start: Tensor  # [d, k] of the anchor
+    l2_scale: float  # ||v|| ||W - A||, or a thousandth of what W - A sums where that cancels
+    rounding: float  # of the features' gradient where probabilities are rounded to float64
+    weights: Array  # [d, k], the minimum
+    doubt: float
+
+
+def minimize(
+    inner: Inner, basis: tuple[Tensor, Tensor], w: Array, rounding: float
+) -> tuple[Array, Curvature]:
+    """The minimum by Newton with an exact line search, and the curvature there."""
+    best, found, idle = np.inf, None, 0
+    for _ in range(100):
+        p = inner.state(w)
+        slope = inner.slope(w, p)
+        size = float(np.sqrt((slope**2).sum()) / inner.l2)  # bounds the distance to the minimum
+        curvature = Curvature(inner, basis, p)
+        idle = 0 if size < 0.5 * best else idle + 1
+        if size < best or found is None:
+            best, found = size, (w, curvature)
+        if size <= rounding * float(np.sqrt((w**2).sum())) or (idle > 2 and near(found)):
+            break
+        direction = curvature.direction(-slope)
+        w = w + best_step(inner, w, direction) * direction
+    assert found is not None
+    return found
+
+
+def near(found: tuple[Array, Curvature]) -> bool:
+    """Whether Newton's next step is one of rounding only."""
+    w, curvature = found
+    step = curvature.direction(curvature.inner.slope(w, curvature.p))
+    return bool(np.abs(step).max() <= 1e-9 * np.abs(w).max())
+
+
+def best_step(inner: Inner, w: Array, direction: Array) -> LONG:
+    """Where the convex objective's slope along ``direction`` changes its sign; 1 near the end."""
+    f, df = times(inner.x, w), times(inner.x, direction)
+    pull = inner.l2 * ((w - inner.anchor) * direction).sum()
+    push = inner.l2 * (direction**2).sum()
+
+    def slope(t: LONG) -> LONG:
+        return (inner.loss.slope(inner.loss.state(f + t * df)) * df).sum() + pull + t * push
+
+    low, high = 0 * inner.l2, 0 * inner.l2 + 1
+    if abs(slope(high)) <= 1e-2 * abs(slope(low)):
+        return high
+    while slope(high) < 0 and high < 1e15:
+        low, high = high, 4 * high
+    while low == 0 and high > 1e-30:
+        low, high = (high / 4, high) if slope(high / 4) < 0 else (low, high / 4)
+    for _ in range(10):
+        middle = (low + high) / 2
+        low, high = (low, middle) if slope(middle) > 0 else (middle, high)
+    return (low + high) / 2
+
+
+class Solution(NamedTuple):
+    """The minimum, the linear system's solution, and what the loss makes of both."""
+
+    w: Array
+    v: Array
+    slope: Array  # of the loss in the logits at W, [n, k]
+    curve: Array  # its second derivative there times X v, [n, k]
+
+    def answer(self, inner: Inner, width: int) -> tuple[Array, LONG, Array]:
+        """Minus the mixed derivatives times ``v``: in the features, in ``l2``, in the anchor."""
+        features = times(self.slope, self.v.T) + times(self.curve, self.w.T)
+        return -features[:, :width], -((self.w - inner.anchor) * self.v).sum(), inner.l2 * self.v
+
+
+def of_weights(curvature: Curvature, w: Array, b: Array) -> Solution:
+    """With the weights as unknowns."""
+    inner, p = curvature.inner, curvature.p
+    v = curvature.solve(b)
+    return Solution(w, v, inner.loss.slope(p), inner.loss.curve(p, times(inner.x, v)))
+
+
+def of_samples(curvature: Curvature, first: Solution, query: Query) -> Solution:
+    """With one unknown a logit: ``W = A - X' slope / l2`` and ``v = (b - X' curve) / l2``."""
+    inner, x = curvature.inner, curvature.inner.x
+
+    def weights(slope: Array) -> Array:
+        return inner.anchor - times(x.T, slope) / inner.l2
+
+    def wrong_slope(slope: Array) -> Array:
+        return slope - inner.loss.slope(inner.state(weights(slope)))
+
+    slope = refine(curvature, wrong_slope, first.slope)
+    w = weights(slope)
+    b, p = query(w), inner.state(w)
+
+    def solved(curve: Array) -> Array:
+        return (b - times(x.T, curve)) / inner.l2
+
+    def wrong_curve(curve: Array) -> Array:
+        return curve - inner.loss.curve(p, times(x, solved(curve)))
+
+    curve = refine(curvature, wrong_curve, first.curve)
+    return Solution(w, solved(curve), slope, curve)
+
+
+def refine(curvature: Curvature, wrong: Callable[[Array], Array], start: Array) -> Array:
+    """Newton's on ``wrong(u) = 0``; ``(I + S X X' / l2)^-1 = I - S X H^-1 X'``."""
+    x, loss = curvature.inner.x, curvature.inner.loss
+    u, best, before = start, start, np.inf
+    for _ in range(6):
+        left = wrong(u)
+        size = float(np.sqrt((left**2).sum()))
+        if not size < before:
+            break
+        best, before = u, size
+        back = times(x, curvature.solve(times(x.T, left)))
+        u = u - left + loss.curve(curvature.p, back)
+    return best
+
+
+def distance(one: Array, other: Array) -> float:
+    size = float(np.sqrt((other**2).sum()))
+    gap = float(np.sqrt(((one - other) ** 2).sum()))
+    return gap / size if size else float(gap > 0)
+
+
+def span(x: Array) -> tuple[Tensor, Tensor]:
+    """An orthonormal basis ``[d, r]`` of the samples' span, and their coordinates ``[n, r]``."""
+    basis, coordinates = torch.linalg.qr(short(x).t())
+    return basis, coordinates.t()
+
+
+def hypergradient(inner: Inner, query: Query, width: int) -> tuple[Truth, Curvature]:
+    """``query`` is the outer loss's gradient in ``W``; ``width`` the features without a bias."""
+    basis, rough = span(inner.x), inner.in_float64()
+    w, _ = minimize(rough, basis, rough.anchor, 1e-9)
+    w, curvature = minimize(inner, basis, w.astype(LONG), ROUNDING)
+    first = of_weights(curvature, w, query(w))
+    features, l2, start = first.answer(inner, width)
+    moved = np.sqrt(((w - inner.anchor) ** 2).sum())
+    summed = np.sqrt((inner.x**2).sum() * (first.slope**2).sum()) / inner.l2
+    scale = np.sqrt((first.v**2).sum()) * max(moved, LONG(1e-3) * summed)
+    again = of_samples(curvature, first, query).answer(inner, width)
+    doubt = max(
+        distance(again[0], features),
+        float(abs(again[1] - l2) / scale) if scale else 0.0,
+        distance(again[2], start),
+    )
+    sizes = inner.loss.c * np.sqrt(len(inner.x) * (first.v**2).sum())
+    moving = float(np.finfo(np.float64).eps * sizes)
+    size = float(np.sqrt((features**2).sum()))
+    rounding = moving / size if size > 0 else float(moving > 0)
+    parts = short(features), float(l2), short(start), float(scale), rounding
+    return Truth(*parts, w, doubt), curvature
+
+
+# Few-shot heads as data, ordinary and hostile ones.
+
 
 TASKS = 3  # problems with the same settings, adapted together too
 PRECISIONS = {"float32": torch.float32, "float64": torch.float64}

@@ -5,8 +5,7 @@ and of theta's tensors; a field is ``g(phi, *theta) -> [n]``, the gradient that 
 shown, which need not be the derivative of anything.
 """
 
-from __future__ import annotations
-
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -168,22 +167,6 @@ def slope_along(
     return ((ends[0] - ends[1]) / 2e-6).reshape(1)
 
 
-def ridge(
-    x: Tensor, y: Tensor, x_query: Tensor, y_query: Tensor, l2: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ridge regression by hand: the query loss's derivatives in support features, query features
-    and ``l2``, and the solution.
-
-    Inner: ``1/2 ||X W' - Y||^2 + l2/2 ||W||^2``; outer: ``1/2 ||Xq W' - Yq||^2``.
-    """
-    system = x.t() @ x + l2 * torch.eye(x.shape[1], dtype=x.dtype)
-    w = torch.linalg.solve(system, x.t() @ y).t()
-    b = (x_query @ w.t() - y_query).t() @ x_query
-    v = torch.linalg.solve(system, b.t()).t()
-    support = -((x @ w.t() - y) @ v + (x @ v.t()) @ w)
-    return support, (x_query @ w.t() - y_query) @ w, -(v * w).sum(), w
-
-
 # Networks as functions of one vector.
 
 
@@ -216,6 +199,17 @@ def relative_error(got: Tensors, expected: Tensors) -> float:
     return float((flat(got) - flat(expected)).norm() / flat(expected).norm())
 
 
+def spd(n: int, condition: float = 100.0) -> Tensor:
+    """A random symmetric matrix with eigenvalues from 1 to ``condition``, evenly in the log."""
+    q = torch.linalg.qr(torch.randn(n, n))[0]
+    return q @ torch.diag(torch.logspace(0, math.log10(condition), n)) @ q.t()
+
+
+def rows(a: Tensor) -> Callable[[Tensor], Tensor]:
+    """Products of rows ``[T, n]`` with a symmetric matrix ``[n, n]``, or with one a row."""
+    return (lambda p: p @ a) if a.dim() == 2 else lambda p: torch.einsum("tij,tj->ti", a, p)
+
+
 def subroutine_1(
     matvec: Callable[[Tensor], Tensor], b: Tensor, steps: int, v: Tensor | None = None
 ) -> Tensor:
@@ -231,6 +225,13 @@ def subroutine_1(
         p = r_next + zeta * p
         r = r_next
     return v
+
+
+def count_operations(run: Callable[[], object]) -> int:
+    """How many of torch's operations ``run`` calls."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    return sum(event.count for event in profile.key_averages() if event.key.startswith("aten::"))
 
 
 def peak_of_live_tensors(run: Callable[[], object]) -> int:

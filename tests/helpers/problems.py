@@ -4,8 +4,6 @@ A loss is written once, for any callable ``net``: the learner under test, or a p
 phi for the oracles.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -13,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from oracles import flat, implicit, minimize
+from oracles import flat, implicit, minimize, polish, relative_error
 from small_task import adapt as take_steps
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -314,3 +312,11 @@ def hypergradient(task: Problem, loss: Tensor) -> list[Tensor]:
     gradients = [leaf_.grad for leaf_ in task.leaves()]
     assert all(g is not None for g in gradients), "a leaf of theta got no gradient"
     return [g for g in gradients if g is not None]
+
+
+def error_where_it_ended(task: Problem, learner: Any, got: list[Tensor]) -> float:
+    """Of a hypergradient, at the minimum next to the learner's: networks have more than one."""
+    found, leaves = flat(learner.module.parameters()), task.leaves()
+    phi = polish(task.inner, found, leaves)
+    assert relative_error([found], [phi]) < 1e-6
+    return relative_error(got, implicit(task.inner, task.outer, leaves, phi))

@@ -1,7 +1,5 @@
 """What each rank of a torchrun job runs in the tests: `rank_process.py JOB FOLDER`."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -1,8 +1,8 @@
 """Small tasks and heads, for tests of what a learner does, and the two ways of adapting one."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -21,6 +21,14 @@ def adapt(learner: Any, loss: Callable[[], Tensor], how: str, steps: int) -> Non
         return
     for _ in range(steps):
         learner.adapt(loss())
+
+
+@contextmanager
+def silent(category: type[Warning] = Warning) -> Iterator[None]:
+    """Within, a warning is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", category)
+        yield
 
 
 def six_inputs() -> Tensor:

@@ -1,7 +1,5 @@
 """Inner and linear solvers by name, and features in clusters, for tests of linear heads."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

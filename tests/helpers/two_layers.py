@@ -5,8 +5,6 @@ The truth is the response of the point where the inner solvers' own gradient van
 gradient is written out in plain operations, as a field.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from functools import cache

@@ -4,8 +4,6 @@ The rule: the number is right, or the library warns, or it raises one line that 
 expected. A wrong number without a word fails.
 """
 
-from __future__ import annotations
-
 import sys
 import traceback
 import warnings

@@ -1,7 +1,5 @@
 """Whatever the system or the head: a hypergradient is finite, or an error says why not."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +13,12 @@ from small_task import adapt
 from torch import Tensor, nn
 
 from l2l_implicit import CG, LBFGS, Direct, GradientDescent, ImplicitCGHead, Neumann, Newton
-from l2l_implicit.linear_solvers.solution import CONVERGED
+from l2l_implicit.linear_solvers.solution import (
+    CONVERGED,
+    MAX_STEPS,
+    NOT_POSITIVE,
+    LinearSolution,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 MANY_TOO = pytest.mark.parametrize("number", [60, pytest.param(3000, marks=pytest.mark.slow)])
@@ -71,6 +74,23 @@ def check_system(
             if dtype == torch.float64 and conditioned:  # by the true residual, not the recursion's
                 residual = (b - a @ answer.solution[0]).abs().max()
                 assert float(residual) <= 1e-3 * float(b.abs().max()), (solver, answer)
+        plain = isinstance(solver, CG) and start is None and max(map(abs, scales)) <= 6
+        if plain and clean and bool(b.any()):
+            check_truthful(solver, a.double(), b.double(), answer, torch.finfo(dtype).eps)
+
+
+def check_truthful(solver: CG, a: Tensor, b: Tensor, answer: LinearSolution, eps: float) -> None:
+    """The residual is the one that is said, and no solution is worse than none."""
+    v, said = answer.solution[0].double(), float(answer.relative_residual[0] * b.norm())
+    assert answer.reason[0] in (CONVERGED, MAX_STEPS, NOT_POSITIVE), (solver, answer)
+    assert int(answer.steps[0]) <= solver.steps
+    true, rounding = float((b - a @ v).norm()), 50 * eps * float(b.norm() + a.norm() * v.norm())
+    assert abs(true - said) <= rounding + 1e-6 * said, (solver, answer)
+    assert float(v @ (a @ v) / 2 - b @ v) <= 50 * eps * float(b.norm() * v.norm()), (solver, answer)
+    if answer.reason[0] == CONVERGED:
+        assert true <= solver.tol * (1 + 1e-6) * float(b.norm()) + rounding, (solver, answer)
+    else:
+        assert float(answer.relative_residual[0]) > solver.tol, (solver, answer)
 
 
 @MANY_TOO

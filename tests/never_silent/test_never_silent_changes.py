@@ -1,7 +1,5 @@
 """Weights, settings and data that the user changes between two adapts, or before the backward."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from functools import cache
@@ -93,15 +91,6 @@ def each(change: Callable[[Tensor, Tensor], Any]) -> Callable[[ImplicitCGHead, T
     return run
 
 
-def by_state(learner: ImplicitCGHead, values: Tensor) -> None:
-    learner.module.load_state_dict(named_pieces(learner, values), assign=True)
-
-
-def by_learners_state(learner: ImplicitCGHead, values: Tensor) -> None:
-    state = {f"module.{k}": v for k, v in named_pieces(learner, values).items()}
-    learner.load_state_dict(state, assign=True)
-
-
 def by_attribute(learner: ImplicitCGHead, values: Tensor) -> None:
     """New parameters in place of the old ones."""
     for name, value in named_pieces(learner, values).items():
@@ -116,10 +105,12 @@ CHANGES = {
     "p.data.copy_": each(lambda p, value: p.data.copy_(value)),
     "p.copy_": each(torch.no_grad()(lambda p, value: p.copy_(value))),
     "vector_to_parameters": lambda learner, v: vector_to_parameters(v, learner.module.parameters()),
-    "load_state_dict(assign=True)": by_state,
-    "learner.load_state_dict(assign=True)": by_learners_state,
+    "load_state_dict(assign=True)": lambda learner, v: learner.module.load_state_dict(
+        named_pieces(learner, v), assign=True),
+    "learner.load_state_dict(assign=True)": lambda learner, v: learner.load_state_dict(
+        {f"module.{k}": p for k, p in named_pieces(learner, v).items()}, assign=True),
     "new parameters": by_attribute,
-}
+}  # fmt: skip
 
 
 @EACH_NET

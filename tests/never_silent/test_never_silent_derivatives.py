@@ -1,7 +1,5 @@
 """Networks and losses whose second derivative autograd does not have, or has wrong."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from functools import partial

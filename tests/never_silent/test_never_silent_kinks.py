@@ -5,8 +5,6 @@ problem with its kinks rounded within a vanishing width. Networks have several m
 counts is the one next to where the learner ended.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache
 from typing import Any

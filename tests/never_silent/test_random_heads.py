@@ -2,12 +2,10 @@
 
 An error is the largest of the relative errors in the support features, in the anchor, and in
 ``l2`` (relative to the size of what it sums). Each problem has its own truth in extended precision
-(`head_oracle.py`). Left out are problems on which the two forms of that oracle differ by more than
-1e-4, and those whose answer is lost where the right weights and the query loss are rounded to the
-learner's precision: there no inner solver can help. Thousands of problems are slow.
+(`head_problems.py`). Left out are problems on which the two forms of that oracle differ by more
+than 1e-4, and those whose answer is lost where the right weights and the query loss are rounded to
+the learner's precision: there no inner solver can help. Thousands of problems are slow.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator

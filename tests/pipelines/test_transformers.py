@@ -5,8 +5,6 @@ order with a step of 1e-4: 1e-16 of truncation and 1e-12 of rounding, times what
 a network with layer norm are. So 1e-6 is asked for.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -146,9 +144,9 @@ def test_a_head(kind: str, attention: str) -> None:
 
 
 def test_a_head_under_bfloat16() -> None:
-    """What the learner does is in float32: its result is that of float32 on the same features.
+    """The encoder's gradient is right to a few roundings of bfloat16 (2**-8 each).
 
-    The encoder's gradient is right to a few roundings of bfloat16 (2**-8 each).
+    What the learner does is in float32 (core/test_mixed_precision.py).
     """
     torch.set_default_dtype(torch.float32)
     encoder = made("BertModel", "sdpa")
@@ -161,23 +159,7 @@ def test_a_head_under_bfloat16() -> None:
         found.append([p.grad.clone() for p in encoder.parameters() if p.grad is not None])
     assert 2**-12 < relative_error(*found) < 0.1
     with torch.autocast("cpu", torch.bfloat16):
-        low = encoder(TOKENS).pooler_output.detach()
-    assert low.dtype == torch.bfloat16
-    grads = []
-    for autocast, features in ((True, low), (False, low.float())):
-        torch.manual_seed(4)
-        head = ImplicitCGHead(nn.Linear(8, 3), 0.1)
-        learner, leaf = head.clone(), features.clone().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            h = leaf * 1.0
-            learner.adapt(F.cross_entropy(learner(h[:6]), LABELS))
-            logits = learner(h[6:])
-            assert logits.dtype == learner.module.weight.dtype == torch.float32
-            loss = F.cross_entropy(logits, LABELS.roll(1))
-        loss.backward()
-        grads.append(leaf.grad)
-        assert head.diagnostics.unsolved == 0
-    assert torch.equal(grads[0], grads[1].bfloat16())
+        assert encoder(TOKENS).pooler_output.dtype == torch.bfloat16
 
 
 # A whole network, or LoRA's part of it: the inner problem is the network's.

@@ -1,7 +1,5 @@
 """Linear heads in closed form against autograd and dense matrices, for one task and for three."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

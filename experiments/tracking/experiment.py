@@ -92,10 +92,10 @@ class TrackedExperiment(Experiment):
         options = {"save_git_info": False, "base_dir": str(REPOSITORY), **options}
         super().__init__(name, ingredients=ingredients, **options)
         self.settings, self.types = settings, types
+        check = partial(config.check_config, self)
+        self.config_hook(lambda config, command_name, logger: check(config))
         if settings is not None:
             self.configurations.append(ModelConfig(settings))
-            check = partial(config.check_config, self)
-            self.config_hook(lambda config, command_name, logger: check(config))
         self.doc = caller.get("__doc__") or ""
         self.captured_out_filter = keep_output  # type: ignore[assignment]  # inferred as None
         self.mainfile = dependencies.get_main_file(caller, False)[1]  # not this one
@@ -156,13 +156,12 @@ class TrackedExperiment(Experiment):
         asked = dict(options or {})
         updates = config.nested((config_updates or {}).items())
         config.check_named_configs(self, named_configs)
-        if self.settings is None and "seed" in updates:
-            RunSettings.of({"seed": updates["seed"]})
+        if self.settings is None:
+            defaults = {name: value for part in self.configurations for name, value in part().items()}
+            self.settings = config.model_of(defaults, self.types or {})
         # Sacred would add its own observer, and only warn of what is an error here
         handed = {**asked, MONGO_OPTION: None, "--force": True}
         plain = super()._create_run(command_name, updates, named_configs, info, meta_info, handed)
-        if self.settings is None:
-            config.check_like_defaults(plain, self.types or {})
         plain.__class__ = TrackedRun  # Sacred builds its own Run and takes no other class
         run = cast(TrackedRun, plain)
         for group in (run.config, *run.config.values()):

@@ -158,10 +158,10 @@ def test_what_is_wrong_or_unobserved_records_nothing(tmp_path: Path, words: str)
 PLAIN = {
     "rate=1": None, "sizes=(1,2,3)": None, "cell=c12": None, "seed=4": None,
     "ratee=1": "no configuration entry 'ratee'; did you mean 'rate'?",
-    "rate=abc": "rate: expected float, got 'abc'",
-    "cell=5": "cell: expected str | None, got 5",
-    "sizes=3": "sizes: expected list | tuple, got 3",
-    "on=1": "on: expected bool, got 1",
+    "rate=abc": "rate: expected a finite number, got 'abc'; try 0.5",
+    "cell=5": "cell: expected text or None, got 5; leave it out",
+    "sizes=3": "sizes: expected a list, each anything, got 3",
+    "on=1": "on: expected True or False, got 1",
     "seed=-1": "seed: expected",
 }  # fmt: skip
 """Words for an experiment with Sacred's own defaults, and the error of each that is wrong."""

@@ -34,6 +34,7 @@ from experiments.ingredients.algorithm_table import AlgorithmSettings, defaults_
 from experiments.ingredients.model import ModelSettings
 from experiments.tracking import TrackedExperiment, UserError
 from experiments.tracking.config import NotNegative, Positive, Seed, Text, Threads, Values
+from experiments.tracking.errors import reason
 from experiments.training import checkpoint, outcome
 from experiments.training.episodes import CheckedStream, Tasks
 from experiments.training.loop import Schedule, Training
@@ -150,7 +151,7 @@ def _prepare(config: Values, ranks: Ranks) -> tuple[Tasks, MetaLearner]:
         except Exception as error:  # torch's reader of plain data raises what its bytes lead to
             raise UserError(
                 f"parameters: expected those of a run with this model and algorithm, got {file}: "
-                f"{model.reason(error)}; give its settings, or leave parameters out"
+                f"{reason(error)}; give its settings, or leave parameters out"
             ) from error
     return given, learner
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from experiments.tracking import TrackedIngredient, UserError
 from experiments.tracking.config import Count, Settings
+from experiments.tracking.errors import reason
 from l2l_implicit import Chunked
 from l2l_implicit.distributed import own_device
 
@@ -41,14 +42,10 @@ model = TrackedIngredient("model", settings=ModelSettings)
 
 
 def build_backbone(input_shape: Sequence[int], settings: ModelSettings) -> tuple[nn.Module, int]:
-    """The network, and how many features it gives for one input.
+    """The network, and how many features it gives for one input; UserError: it cannot be built.
 
     Args:
         input_shape: (channels, height, width) of an image, or (n,) of a vector.
-        settings: of this ingredient.
-
-    Raises:
-        UserError: no such network, or not for such inputs.
     """
     image, shape = len(input_shape) == 3, tuple(input_shape)
     name = settings.name or ("cnn4" if image else "mlp")
@@ -120,11 +117,7 @@ def _check(name: str, settings: ModelSettings, shape: Sequence[int]) -> None:
 
 
 def device_of(name: str) -> torch.device:
-    """A device by its name, or the one to use by default (``auto``), on which torch can train.
-
-    Raises:
-        UserError: there is none.
-    """
+    """A device by its name, or the one to use by default (``auto``), on which torch can train."""
     try:
         if name == "auto":
             return own_device()
@@ -148,11 +141,7 @@ def use_threads(number: int) -> None:
 
 @contextmanager
 def within_limits() -> Iterator[None]:
-    """What does not fit into memory or into a float ends with one line; also before a function.
-
-    Raises:
-        UserError: it does not fit.
-    """
+    """UserError where something does not fit into memory or a float; also before a function."""
     try:
         yield
     except (ArithmeticError, torch.linalg.LinAlgError) as error:
@@ -169,9 +158,3 @@ def within_limits() -> Iterator[None]:
             f"memory: expected a run that fits into it, got {reason(error)}; ask for less at once: "
             "fewer tasks, classes, images or features"
         ) from error
-
-
-def reason(error: BaseException) -> str:
-    """The first line of an error's message, of a readable length."""
-    text = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return text if len(text) <= 150 else f"{text[:150]} ..."

@@ -166,14 +166,17 @@ def check_named_configs(experiment: Experiment, names: Iterable[str]) -> None:
             )
 
 
-def model_of(defaults: Values, types: Values) -> type[Settings]:
+def model_of(configurations: Iterable[Any], types: Values) -> type[Settings]:
     """The settings of an experiment whose defaults stand in Sacred's own ``@ex.config``.
 
     An entry has its default's type, or the one that ``types`` declares; None takes anything.
     """
     kinds = {list: _AnyList, tuple: _AnyList, bool: bool, int: int, float: float, str: str}
-    fields: dict[str, Any] = {name: (types.get(name, kinds.get(type(value), Any)), value)
-                              for name, value in defaults.items() if name != "seed"}  # fmt: skip
+    fields: dict[str, Any] = {}
+    for configuration in configurations:
+        for name, value in configuration().items():
+            fields[name] = types.get(name, kinds.get(type(value), Any)), value
+    fields.pop("seed", None)
     return create_model("Defaults", __base__=RunSettings, **fields)
 
 

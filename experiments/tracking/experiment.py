@@ -122,10 +122,7 @@ class TrackedExperiment(Experiment):
         finally:
             self._on_command_line = False
 
-    def run(self, command_name: str | None = None,
-            config_updates: dict[str, Any] | None = None, named_configs: Sequence[str] = (),
-            info: dict[str, Any] | None = None, meta_info: dict[str, Any] | None = None,
-            options: dict[str, Any] | None = None) -> Run:
+    def run(self, *arguments: Any, options: dict[str, Any] | None = None, **more: Any) -> Run:
         """As in Sacred; from the command line, expected errors end the process.
 
         UserError: a wrong configuration or database address; TrackingError: the database did not
@@ -133,9 +130,7 @@ class TrackedExperiment(Experiment):
         """
         try:
             with signals.handled():
-                run = self._create_run(
-                    command_name, config_updates, named_configs, info, meta_info, options
-                )
+                run = self._create_run(*arguments, options=options, **more)
                 _run_to_its_end(run)
                 return run
         except (UserError, TrackingError, Terminated, KeyboardInterrupt) as error:
@@ -149,21 +144,18 @@ class TrackedExperiment(Experiment):
 
     def _create_run(self, command_name: str | None = None,
                     config_updates: dict[str, Any] | None = None,
-                    named_configs: Sequence[str] = (), info: dict[str, Any] | None = None,
-                    meta_info: dict[str, Any] | None = None,
-                    options: dict[str, Any] | None = None) -> TrackedRun:
+                    named_configs: Sequence[str] = (), *,
+                    options: dict[str, Any] | None = None, **more: Any) -> TrackedRun:
         """Sacred's run with its checks, and its observer unless it is unobserved."""
         asked = dict(options or {})
         updates = config.nested((config_updates or {}).items())
         config.check_named_configs(self, named_configs)
         if self.settings is None:
-            defaults = {name: value for part in self.configurations for name, value in part().items()}
-            self.settings = config.model_of(defaults, self.types or {})
+            self.settings = config.model_of(self.configurations, self.types or {})
         # Sacred would add its own observer, and only warn of what is an error here
         handed = {**asked, MONGO_OPTION: None, "--force": True}
-        plain = super()._create_run(command_name, updates, named_configs, info, meta_info, handed)
-        plain.__class__ = TrackedRun  # Sacred builds its own Run and takes no other class
-        run = cast(TrackedRun, plain)
+        run: Any = super()._create_run(command_name, updates, named_configs, options=handed, **more)
+        run.__class__ = TrackedRun  # Sacred builds its own Run and takes no other class
         for group in (run.config, *run.config.values()):
             if isinstance(group, dict):
                 group.pop("__doc__", None)  # a named config's docstring, where Sacred puts it
@@ -181,7 +173,7 @@ class TrackedExperiment(Experiment):
                 raise
             run._metrics.sink = run.journal.record
             run.observers.append(run.journal)
-        return run
+        return cast(TrackedRun, run)
 
 
 def record(run: Run, values: Mapping[str, Any], step: int | None = None) -> None:
@@ -196,6 +188,7 @@ def _is_for_people(line: logging.LogRecord) -> bool:
 
 
 def _run_to_its_end(run: TrackedRun) -> None:
+    """An error of the run counts more than one of its record, which is told."""
     try:
         run()
     except BaseException:

@@ -31,6 +31,7 @@ import torch
 from sacred.utils import iterate_flattened
 
 from experiments.tracking import Terminated, TrackingError, UserError
+from experiments.tracking.errors import reason
 
 CONFIG, STATE, LOCK = "config.json", "checkpoint.pt", "lock"
 MAY_DIFFER = ("iterations", "checkpoint_seconds", "metrics_csv", "output", "resume")
@@ -64,8 +65,7 @@ def new_folder(output: Path, name: str) -> Path:
 def lock(folder: Path) -> None:
     """Hold the folder until `remove` or the end of this process, whatever ends it.
 
-    Raises:
-        UserError: a process that is alive works in it.
+    UserError: a process that is alive works in it.
     """
     if folder.resolve() in _held:
         return
@@ -103,11 +103,7 @@ def remove(folder: Path) -> None:
 
 
 def save(folder: Path, state: Mapping[str, Any]) -> None:
-    """Replace the folder's checkpoint; whoever is killed here leaves the old one whole.
-
-    Raises:
-        UserError: it cannot be written; the old one is whole.
-    """
+    """Replace the folder's checkpoint, as `replace` does."""
 
     def write(file: io.BytesIO) -> None:
         torch.save({**state, "generators": generators()}, file)
@@ -119,8 +115,7 @@ def save(folder: Path, state: Mapping[str, Any]) -> None:
 def load(folder: Path) -> dict[str, Any]:
     """The folder's checkpoint, on the CPU; none of it can run code.
 
-    Raises:
-        UserError: there is none, or it is damaged or another version's.
+    UserError: there is none, or it is damaged or another version's.
     """
     if not (path := folder / STATE).is_file():
         raise UserError(
@@ -129,19 +124,15 @@ def load(folder: Path) -> dict[str, Any]:
         )
     with in_one_line(path):
         content = path.read_bytes()
-        if hashlib.sha256(content[:-_CHECKSUM]).digest() != content[-_CHECKSUM:]:
+        whole, checksum = content[:-_CHECKSUM], content[-_CHECKSUM:]
+        if hashlib.sha256(whole).digest() != checksum:
             raise ValueError("its checksum does not fit, so that it is damaged")
-        whole = io.BytesIO(content[:-_CHECKSUM])
-        state = torch.load(whole, weights_only=True, map_location="cpu")
+        state = torch.load(io.BytesIO(whole), weights_only=True, map_location="cpu")
         return {**state, "settings": dict(json.loads(state["settings"]))}
 
 
 def find(output: Path, which: str) -> Path:
-    """The folder of a run by its number, by its path, or the one with the newest checkpoint.
-
-    Raises:
-        UserError: no such run.
-    """
+    """The folder of a run by its number, by its path, or the one with the newest checkpoint."""
     if Path(which).is_dir():
         return Path(which)
     with in_one_line(output):
@@ -157,15 +148,12 @@ def find(output: Path, which: str) -> Path:
 
 
 def check_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse settings that are not those the run was started with.
-
-    Raises:
-        UserError: names each that differs.
-    """
+    """UserError for settings that are not those the run was started with; names each."""
     old, new = (dict(iterate_flattened(settings))
                 for settings in (before, json.loads(settings_text(now))))  # fmt: skip
-    decays = old.get("meta_lr_schedule") == "cosine"
-    may = set(MAY_DIFFER) - ({"iterations"} if decays else set())
+    may = set(MAY_DIFFER)
+    if old.get("meta_lr_schedule") == "cosine":
+        may.remove("iterations")
     other = [key for key in {**old, **new} if old.get(key) != new.get(key) and key not in may]
     if other and not any(key in old and key in new for key in other):
         raise UserError(
@@ -202,8 +190,7 @@ def restore_generators(state: Mapping[str, Any]) -> None:
 def replace(path: Path, write: Callable[[io.BytesIO], object]) -> None:
     """The whole new file or the whole old one, whoever is killed and whenever power fails.
 
-    Raises:
-        UserError: it cannot be written; the old file is whole.
+    UserError: it cannot be written; the old file is whole.
     """
     content, temporary = io.BytesIO(), path.with_suffix(".new")
     write(content)
@@ -229,11 +216,7 @@ def replace(path: Path, write: Callable[[io.BytesIO], object]) -> None:
 
 @contextmanager
 def in_one_line(path: Path) -> Iterator[None]:
-    """What goes wrong within is a fault of this file.
-
-    Raises:
-        UserError: something has.
-    """
+    """Whatever goes wrong within is a UserError about this file."""
     try:
         yield
     except (Terminated, TrackingError, UserError):
@@ -244,7 +227,7 @@ def in_one_line(path: Path) -> Iterator[None]:
             "mend that, or choose another folder (output=FOLDER)"
         ) from error
     except Exception as error:  # torch's reader of plain data raises what its bytes lead to
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"resume: expected a checkpoint of this version, got {path}: {reason}; start anew"
+            f"resume: expected a checkpoint of this version, got {path}: {reason(error)}; start "
+            "anew"
         ) from error

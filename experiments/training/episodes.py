@@ -78,8 +78,7 @@ class TaskStream:
 def fault(episode: Episode, outputs: int) -> str | None:
     """What is wrong with a task's data: one line without its end; None if nothing is.
 
-    Args:
-        outputs: classes a label may have, 0 to ``outputs - 1``; not looked at for a regression.
+    Labels are 0 to ``outputs - 1``; a regression has none.
     """
     names = ("inputs", "support targets", "query targets")
     for name, tensor in zip(names, episode, strict=True):
@@ -110,8 +109,7 @@ class CheckedStream:
     def sample(self, where: str | None = None) -> Episode:
         """The next good task; ``where`` names it in messages, by default by its number.
 
-        Raises:
-            UserError: a task's data are wrong, and none is to be skipped, or too many in a row.
+        UserError: a task's data are wrong, and none is to be skipped, or too many in a row.
         """
         self._drawn += 1
         where = where or f"{self.name} task {self._drawn}"

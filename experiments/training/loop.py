@@ -14,7 +14,7 @@ from experiments.tracking import Terminated, UserError, record, signals
 from experiments.tracking.config import Count, Positive, RunSettings
 from experiments.training import checkpoint
 from experiments.training.episodes import CheckedStream, Tasks
-from experiments.training.meta_learner import Diverged, Interval, MetaLearner
+from experiments.training.meta_learner import Diverged, Interval, MetaLearner, snapshot
 from experiments.training.peak_memory import peak_memory, process_peak
 from experiments.training.scores import History, Scores
 
@@ -70,26 +70,19 @@ class Training:
     Args:
         seed: of the stream of training tasks; validation and test tasks are always the same.
         folder: where checkpoints go.
-
-    Attributes:
-        steps, seconds: outer iterations, and seconds of training by the schedule's clock, so far.
-        diverged: the reason, if the run left the finite numbers.
-        peak: bytes of live tensors, at most, in the measured steps.
     """
 
     def __init__(
         self, run: Any, learner: MetaLearner, tasks: Tasks, schedule: Schedule, seed: int,
         folder: Path,
     ) -> None:  # fmt: skip
-        self.folder = folder
         self.run, self.learner, self.tasks, self.schedule = run, learner, tasks, schedule
-        self._stream = self._checked("train", seed)
-        self.steps, self.peak, self.history = 0, 0, History()
+        self.folder, self._stream, self.history = folder, self._checked("train", seed), History()
         self.scores = Scores(learner, self._evaluate, self._record, schedule.early_stopping)
-        self.seconds = self._validated_at = 0.0
-        self._looked = True
-        self.diverged: str | None = None
-        self._saved_at = time.monotonic()
+        self.steps, self.seconds = 0, 0.0  # so far; by the schedule's clock
+        self.peak = 0  # bytes of live tensors, at most, in the measured steps
+        self.diverged: str | None = None  # the reason, if the run left the finite numbers
+        self._looked, self._validated_at, self._saved_at = True, 0.0, time.monotonic()
 
     def _checked(self, mode: str, seed: int) -> CheckedStream:
         stream, outputs = self.tasks.stream(mode, seed), self.tasks.outputs(mode)
@@ -106,8 +99,7 @@ class Training:
     def loop(self) -> None:
         """All outer iterations, with a progress bar, and the test at the end.
 
-        Raises:
-            KeyboardInterrupt, Terminated: a signal; the state is saved unless there were two.
+        KeyboardInterrupt, Terminated: by a signal; the state is saved unless there were two.
         """
         try:
             with signals.deferred():
@@ -183,12 +175,10 @@ class Training:
     def _measure_memory(self, iteration: int, episodes: list[Any]) -> None:
         """On a repetition of the step's gradient that is not timed: counting slows it down."""
         learner = self.learner
-        buffers = list(learner.algorithms.training.network().buffers())
-        before = [buffer.clone() for buffer in buffers]
+        put_back = snapshot(learner.algorithms.training.network())
         with learner.ranks.together(Diverged):
             peak = peak_memory(lambda: learner.hypergradient(episodes), learner.device)
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(value)
+        put_back()
         self.peak = max(self.peak, peak)
         self._record({"train/step_peak_bytes": peak}, iteration)
 
@@ -263,8 +253,7 @@ class Training:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint; what was recorded before it is recorded again, for this run.
 
-        Raises:
-            UserError: another version's.
+        UserError: another version's.
         """
         if missing := sorted(self.state_dict().keys() - state.keys()):
             raise UserError(

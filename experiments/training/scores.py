@@ -17,8 +17,8 @@ from experiments.training.meta_learner import Diverged, Interval, MetaLearner
 
 
 class BestTheta:
-    """The learner's theta at the best validation, after so many outer iterations (0: there was
-    none) and seconds of training: what early stopping would have kept."""
+    """Theta at the best validation, after so many outer iterations (0: there was none) and seconds
+    of training: what early stopping would have kept."""
 
     def __init__(self, learner: MetaLearner) -> None:
         self._learner = learner
@@ -41,11 +41,10 @@ class BestTheta:
             self._learner.load_theta_state(own)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """Plain data, of which `load_state_dict` is the inverse."""
         return {name: value for name, value in vars(self).items() if name != "_learner"}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`."""
         vars(self).update(state)
 
 
@@ -64,12 +63,9 @@ class Scores:
     """
 
     def __init__(
-        self,
-        learner: MetaLearner,
-        evaluate: Callable[[str], tuple[Interval, dict[str, float]]],
-        record: Callable[[dict[str, Any], int], None],
-        early_stopping: bool,
-    ) -> None:
+        self, learner: MetaLearner, evaluate: Callable[[str], tuple[Interval, dict[str, float]]],
+        record: Callable[[dict[str, Any], int], None], early_stopping: bool,
+    ) -> None:  # fmt: skip
         self._evaluate, self._record_values, self._measure = evaluate, record, learner.measure
         self.validations, self.tests = list[tuple[int, Interval]](), dict[int, Interval]()
         self.best = BestTheta(learner) if early_stopping else None
@@ -77,11 +73,7 @@ class Scores:
         self.stopped: Interval | None = None
 
     def validate(self, iteration: int, seconds: float) -> Interval:
-        """On validation tasks, after so many seconds of training.
-
-        Raises:
-            Diverged: theta left the finite numbers.
-        """
+        """On validation tasks, after so many seconds of training; or Diverged."""
         score, more = self._evaluate("validation")
         self.validations.append((iteration, score))
         if self.best is not None and self.result is None:
@@ -123,7 +115,7 @@ class Scores:
         self._record_values({f"{part}/{name}": value for name, value in values.items()}, at)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """Plain data, of which `load_state_dict` is the inverse."""
         return {
             "validations": [(at, *score) for at, score in self.validations],
             "tests": [(at, *score) for at, score in self.tests.items()],
@@ -133,7 +125,6 @@ class Scores:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`."""
         self.validations = [(at, Interval(*score)) for at, *score in state["validations"]]
         self.tests = {at: Interval(*score) for at, *score in state["tests"]}
         for name in ("result", "stopped"):
@@ -185,12 +176,11 @@ class History:
         return pd.DataFrame(columns).sort_index()
 
     def state_dict(self) -> dict[str, Any]:
-        """Iterations and values as tensors, by name."""
+        """Iterations and values as tensors, by name; `load_state_dict` is the inverse."""
         return {name: tuple(torch.from_numpy(np.array(part)) for part in column)
                 for name, column in self._columns.items()}  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`."""
         self._columns = {
             name: (array("q", at.tolist()),
                    array("d" if its.is_floating_point() else "q", its.tolist()))

@@ -84,9 +84,8 @@ class TrainSettings(Schedule):
 class ResumableExperiment(TrackedExperiment):
     """An experiment that takes the settings of the run which ``resume=`` names."""
 
-    def _create_run(self, command_name: str | None = None,
-                    config_updates: Values | None = None, named_configs: Sequence[str] = (),
-                    *more: Any, **options: Any) -> Any:  # fmt: skip
+    def _create_run(self, command_name: str | None = None, config_updates: Values | None = None,
+                    named_configs: Sequence[str] = (), **options: Any) -> Any:  # fmt: skip
         updates = dict(config_updates or {})
         if updates.get("resume") is not None:
             output = Path(str(updates.get("output", "runs")))
@@ -96,7 +95,7 @@ class ResumableExperiment(TrackedExperiment):
             with checkpoint.in_one_line(folder / checkpoint.STATE):
                 self.named_configs["resumed"] = ConfigDict(checkpoint.load(folder)["settings"])
             named_configs, updates["resume"] = ["resumed", *named_configs], str(folder)
-        run = super()._create_run(command_name, updates, named_configs, *more, **options)
+        run = super()._create_run(command_name, updates, named_configs, **options)
         task, method, seed = (run.config[part] for part in ("tasks", "algorithm", "seed"))
         name = " ".join(filter(None, (task["name"], method["name"], method["variant"])))
         run.meta_info.setdefault("comment", f"{name}, seed {seed}")  # what Omniboard shows
@@ -129,7 +128,12 @@ def _learner(config: Values, given: Tasks, ranks: Ranks) -> MetaLearner:
     backbone, width = model.build_backbone(given.input_shape(), network)
     backbone.to(device)
     if isinstance(backbone, Chunked):
-        _check_chunks(backbone, given, method.batch_norm == "together")
+        try:
+            for ways, shots, queries in (given.sizes("train"), given.sizes("test")):
+                sets = shots + queries if method.batch_norm == "together" else max(shots, queries)
+                backbone.check_batch(ways * sets)
+        except ValueError as error:
+            raise UserError(f"model.{error}") from error
     outputs = given.outputs("train"), given.outputs("test")
     algorithms = algorithm.make_algorithms(method, backbone, width, *outputs, measure.loss, device)
     return MetaLearner(
@@ -154,14 +158,6 @@ def _prepare(config: Values, ranks: Ranks) -> tuple[Tasks, MetaLearner]:
                 f"{reason(error)}; give its settings, or leave parameters out"
             ) from error
     return given, learner
-
-
-def _check_chunks(backbone: Chunked, given: Tasks, together: bool) -> None:
-    try:
-        for ways, shots, queries in (given.sizes("train"), given.sizes("test")):
-            backbone.check_batch(ways * (shots + queries if together else max(shots, queries)))
-    except ValueError as error:
-        raise UserError(f"model.{error}") from error
 
 
 def _centroid(given: Tasks, number: int) -> Interval | None:
@@ -193,22 +189,18 @@ def _resume(run: Any, training: Training, folder: Path, state: Values) -> None:
             f"{training.steps} that are done, got {iterations}; leave it out"
         )
     ranks.gather(None)  # every rank has read it
-    if not ranks.first:
-        return
-    checkpoint.save(training.folder, training.state_dict())
-    run.info["resumes"] = folder.name
-    if run.journal is not None:
-        run.journal.supersede(state["token"], run.info)
-    checkpoint.remove(folder)  # only now: one of the two is there at any moment
-    print(f"resumed          run {folder.name} after {training.steps} outer iterations")
+    if ranks.first:
+        checkpoint.save(training.folder, training.state_dict())
+        run.info["resumes"] = folder.name
+        if run.journal is not None:
+            run.journal.supersede(state["token"], run.info)
+        checkpoint.remove(folder)  # only now: one of the two is there at any moment
+        print(f"resumed          run {folder.name} after {training.steps} outer iterations")
 
 
 @ex.main
 def train(_run: Any, _config: Values) -> dict[str, Any]:
-    """The whole run; returns the test score with its interval.
-
-    Under torchrun every rank does it with its share of the tasks, and rank 0 records it.
-    """
+    """The whole run, and its result; under torchrun each rank has its share of the tasks."""
     try:
         with model.within_limits(), connect() as ranks:
             return _train(_run, _config, ranks)
@@ -256,10 +248,9 @@ def evaluate(_config: Values) -> float:
         stream = CheckedStream(given.stream("test", 0), given.outputs("test"), learner.skip,
                                tqdm.write, "test")  # fmt: skip
         progress = partial(tqdm, desc="meta-testing", unit="task", leave=False)
-        number = _config["test_tasks"]
-        score = learner.evaluate(stream, number, progress)
-    name, shown = learner.measure.name, learner.measure.show(score)
-    print(f"test {name:11} {shown} over {number} new tasks (95 % interval)")
+        score = learner.evaluate(stream, _config["test_tasks"], progress)
+    shown = f"{learner.measure.show(score)} over {_config['test_tasks']} new tasks"
+    print(f"test {learner.measure.name:11} {shown} (95 % interval)")
     return score.mean
 
 

@@ -53,9 +53,8 @@ ALGORITHMS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "maml_msl": (_UNROLLED, {"steps": 5, "anneal": 60}),
 }  # fmt: skip
 
+# The papers' names of them, and those of earlier records.
 ALIASES = {"rm_metal": "ImplicitCGHead", "imaml_gd": "ImplicitMAML", "imaml_hf": "ImplicitMAML_HF"}
-"""The papers' names of them, and those of earlier records."""
-
 VARIANTS: dict[str, dict[str, Any]] = {
     # Algorithm 1 as printed: fixed gradient steps, plain gradient outside.
     "paper": {"step": "gradient", "meta_optimizer": "sgd", "meta_lr": 0.1},

@@ -34,11 +34,10 @@ from experiments.tracking.experiment import REPOSITORY
 
 FIELDS = ("config.cell", "status", "start_time", "stop_time", "result", "fail_trace",
           "experiment.sources", "experiment.repositories")
+# Seconds beyond the budget: start, validation, meta-test; only until a like run is known.
 OVERHEAD = 45.0
-"""Seconds beyond the budget: start, validation, meta-test; only until a like run is known."""
-
+# A document of Sacred's ``runs``, besides ``changed``: whether its code is not that here.
 Run: TypeAlias = dict[str, Any]
-"""A document of Sacred's ``runs``, besides ``changed``: whether its code is not that here."""
 Answer = TypeVar("Answer")
 
 

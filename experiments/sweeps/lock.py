@@ -24,9 +24,7 @@ from experiments.tracking import socket_server
 from experiments.tracking.database import Database
 from experiments.tracking.embedded import data_folder
 
-LEASE = 300.0
-"""Seconds without a beat after which a holder on another machine is taken for dead."""
-
+LEASE = 300.0  # seconds without a beat after which a holder on another machine is taken for dead
 Document = dict[str, Any]
 
 

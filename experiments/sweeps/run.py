@@ -36,12 +36,10 @@ from experiments.tracking.experiment import REPOSITORY
 from experiments.tracking.uploader import upload_abandoned
 
 ATTEMPTS, POLL, BEAT, NICENESS = 2, 0.2, 2.0, 10
-GRACE = 30.0
-"""Seconds for a training that is told to stop: it brings its record into the database."""
-
+GRACE = 30.0  # seconds for a training that is told to stop: it brings its record into the database
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+# In a run's folder: `experiments.training.checkpoint`, not imported since it needs torch.
 CONFIG, STATE = "config.json", "checkpoint.pt"
-"""In a run's folder: `experiments.training.checkpoint`, not imported since it needs torch."""
 
 
 class Order(NamedTuple):

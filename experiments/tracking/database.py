@@ -34,9 +34,8 @@ DEFAULT_NAME = "l2l_implicit"
 
 UNRECORDED = "-u records nothing"
 WRONG_PASSWORD, NOT_ALLOWED, ATLAS = 18, 13, 8000
+# OutOfDiskSpace, and a quota that is exceeded; Atlas says 8000 for almost anything.
 FULL = (14031, 12501)
-"""OutOfDiskSpace, and a quota that is exceeded; Atlas says 8000 for almost anything."""
-
 Documents: TypeAlias = MongoDatabase[dict[str, Any]]
 
 

@@ -23,12 +23,9 @@ from experiments.tracking.errors import UserError
 
 EXECUTABLE = "secantusd-py"
 DATA_VARIABLE = "L2L_IMPLICIT_DATA"
+# Seconds until it must answer, and how often it may end before it does.
 START_TIMEOUT, STARTS = 40.0, 3
-"""Seconds until it must answer, and how often it may end before it does."""
-
-LONGEST_PATH = 100
-"""Bytes: a socket's path has at most 103 on macOS, 107 on Linux."""
-
+LONGEST_PATH = 100  # bytes: a socket's path has at most 103 on macOS, 107 on Linux
 NOT_INSTALLED = (
     "no database: the embedded MongoDB server is not installed;"
     ' `pip install "l2l_implicit[experiments]"`, or set L2L_IMPLICIT_MONGO_URL to a'

@@ -33,11 +33,9 @@ from experiments.tracking.values import storable
 
 DEFAULT_INTERVAL = 10.0
 PATIENCE_VARIABLE = "L2L_IMPLICIT_MONGO_PATIENCE"
-PATIENCE = 30.0
-"""Seconds at a run's end that a database which is away may take to come back."""
-
+PATIENCE = 30.0  # seconds at a run's end that a database which is away may take to come back
+# Seconds the whole of the end may take after one Ctrl-C, and after two.
 INTERRUPTED, HURRIED = 1.5, 0.5
-"""Seconds the whole of the end may take after one Ctrl-C, and after two."""
 
 
 class JournalObserver(MongoObserver):

@@ -27,26 +27,21 @@ from experiments.tracking.errors import UserError
 Document = dict[str, Any]
 RunId = int | str
 
+# Of a run's document; the printed output and the artifacts are left in the database.
 FIELDS = (
     "status", "start_time", "stop_time", "heartbeat", "result", "config", "fail_trace",
     "info", "experiment", "host.hostname", "meta.named_configs", "meta.config_updates",
 )  # fmt: skip
-"""Of a run's document; the printed output and the artifacts are left in the database."""
-
+# One document with a year beyond 9999 or text that is no UTF-8 does not end the reading of all.
 LENIENT: CodecOptions[Document] = CodecOptions(
     datetime_conversion=DatetimeConversion.DATETIME_AUTO, unicode_decode_error_handler="replace"
 )
-"""One document with a year beyond 9999 or text that is no UTF-8 does not end the reading of all."""
-
+# Runs a question asks for: the embedded server takes longer than in proportion to their number.
 BATCH = 100
-"""Runs a question asks for: the embedded server takes longer than in proportion to their number."""
-
-DEPTH = 40
-INT64 = 2**63
-LINE_LIMIT, FILE_LIMIT = 4 * 2**20, 32 * 2**20
-VALUES_LIMIT = 10**6
-"""Bytes of one line and of all files together, unpacked, and values in them: one value can take
-a hundred times the memory of its text."""
+DEPTH, INT64 = 40, 2**63
+# Bytes of one line and of all files together, unpacked, and values in them: one value can take a
+# hundred times the memory of its text.
+LINE_LIMIT, FILE_LIMIT, VALUES_LIMIT = 4 * 2**20, 32 * 2**20, 10**6
 
 
 class Series(NamedTuple):

@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import Any
 
 CLIENTS_LOCK, SERVER_LOCK = "clients.lock", "server.lock"
-LINGER = 2.0
-"""Seconds the server is kept after its last client, for the next run of a sweep."""
+LINGER = 2.0  # seconds the server is kept after its last client, for the next run of a sweep
 POLL = 0.2
 PATH = Path()
 bound = threading.Event()

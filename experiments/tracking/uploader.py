@@ -27,9 +27,8 @@ from experiments.tracking.embedded import data_folder
 from experiments.tracking.errors import TrackingError, one_line
 from experiments.tracking.journal import Entry, JournalReader
 
+# A document ends at 16 MB, about 388,000 points, and is rewritten whole at every push.
 POINTS_PER_DOCUMENT = 100_000
-"""A document ends at 16 MB, about 388,000 points, and is rewritten whole at every push."""
-
 KILLED = "killed: the process ended without a word (kill -9, out of memory, power)"
 COMMAND = "experiments.tracking.upload"
 COLUMNS = ("steps", "values", "timestamps")

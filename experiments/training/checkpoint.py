@@ -34,12 +34,9 @@ from experiments.tracking import Terminated, TrackingError, UserError
 from experiments.tracking.errors import reason
 
 CONFIG, STATE, LOCK = "config.json", "checkpoint.pt", "lock"
+# What a resumed run may set anew; all else would hold for a part of the result only. A step size
+# that decays over the iterations depends on their number.
 MAY_DIFFER = ("iterations", "checkpoint_seconds", "metrics_csv", "output", "resume")
-"""What a resumed run may set anew; all else would hold for a part of the result only.
-
-A step size that decays over the iterations depends on their number.
-"""
-
 _CHECKSUM = hashlib.sha256().digest_size
 _held: dict[Path, IO[str]] = {}
 

@@ -188,17 +188,6 @@ class Schedule:
 
         KeyboardInterrupt, Terminated: by a signal; the trainings have been told to stop.
         """
-        try:
-            return self._until_done()
-        except BrokenPipeError:
-            raise
-        except (OSError, CancelledError):
-            raise UserError(
-                f"the scheduler at {self._address} has gone; what is in the database stays,"
-                " checkpoints too: start one, and the same command goes on"
-            ) from None
-
-    def _until_done(self) -> list[Status]:
         form = "{n_fmt}/{total_fmt} cells |{bar:20}| {elapsed}{postfix}"
         statuses = self._board.look()
         told = {status.name: status.state for status in statuses}
@@ -212,9 +201,17 @@ class Schedule:
                     self._wait()
                     statuses = self._board.look()
         except (KeyboardInterrupt, Terminated):
-            self._client.cancel(list(self._futures.values()))
+            with suppress(OSError, CancelledError):
+                self._client.cancel(list(self._futures.values()))
             self._wait_for_trainings()
             raise
+        except BrokenPipeError:
+            raise
+        except (OSError, CancelledError):
+            raise UserError(
+                f"the scheduler at {self._address} has gone; what is in the database stays,"
+                " checkpoints too: start one, and the same command goes on"
+            ) from None
 
     def _submit(self, statuses: Sequence[Status]) -> None:
         """What is missing, no other scheduler runs, and has not ended here without completing."""
@@ -272,6 +269,7 @@ class Schedule:
 
 
 def _outcome(future: Future) -> tuple[str, str]:
+    """State and reason, as `run.run_cell` gives them."""
     if future.status == "finished":
         return future.result()
     if future.status != "error":

@@ -13,7 +13,6 @@ begins with a copy of all that was recorded before the checkpoint.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import io
 import itertools
@@ -24,13 +23,13 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 from sacred.utils import iterate_flattened
 
-from experiments.tracking import Terminated, TrackingError, UserError
+from experiments.tracking import Terminated, TrackingError, UserError, socket_server
 from experiments.tracking.errors import reason
 
 CONFIG, STATE, LOCK = "config.json", "checkpoint.pt", "lock"
@@ -38,7 +37,7 @@ CONFIG, STATE, LOCK = "config.json", "checkpoint.pt", "lock"
 # that decays over the iterations depends on their number.
 MAY_DIFFER = ("iterations", "checkpoint_seconds", "metrics_csv", "output", "resume")
 _CHECKSUM = hashlib.sha256().digest_size
-_held: dict[Path, IO[str]] = {}
+_held: dict[Path, int] = {}  # descriptors of their locks
 
 
 def new_folder(output: Path, name: str) -> Path:
@@ -67,21 +66,20 @@ def lock(folder: Path) -> None:
     if folder.resolve() in _held:
         return
     with in_one_line(folder / LOCK):
-        file = (folder / LOCK).open("a+")
+        file = socket_server.open_lock(folder / LOCK)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            who = file.read(80)
+            free = socket_server.try_lock(file)
+        except OSError as error:
+            free = True
+            print(f"warning: no lock on {folder} ({error.strerror}): let no two runs work in it")
+        if not free:
+            who = os.pread(file, 80, 0).decode(errors="replace")
             raise UserError(
                 f"resume: expected a run that has ended, got {folder}, where process "
                 f"{who if who.isprintable() else '?'} is at work; wait for its end"
-            ) from None
-        except OSError as error:
-            print(f"warning: no lock on {folder} ({error.strerror}): let no two runs work in it")
-        file.truncate(0)
-        file.write(f"{os.getpid()} on {platform.node()}")
-        file.flush()
+            )
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"{os.getpid()} on {platform.node()}".encode(), 0)
     _held[folder.resolve()] = file
 
 
@@ -95,8 +93,8 @@ def remove(folder: Path) -> None:
     with in_one_line(folder):
         for path in (folder / STATE, *folder.glob("*.new"), folder / LOCK):
             path.unlink(missing_ok=True)
-    if file := _held.pop(folder.resolve(), None):
-        file.close()
+    if (file := _held.pop(folder.resolve(), None)) is not None:
+        os.close(file)
 
 
 def save(folder: Path, state: Mapping[str, Any]) -> None:

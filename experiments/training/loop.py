@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -78,7 +79,7 @@ class Training:
     ) -> None:  # fmt: skip
         self.run, self.learner, self.tasks, self.schedule = run, learner, tasks, schedule
         self.folder, self._stream, self.history = folder, self._checked("train", seed), History()
-        self.scores = Scores(learner, self._evaluate, self._record, schedule.early_stopping)
+        self.scores = Scores(learner, schedule.early_stopping)
         self.steps, self.seconds = 0, 0.0  # so far; by the schedule's clock
         self.peak = 0  # bytes of live tensors, at most, in the measured steps
         self.diverged: str | None = None  # the reason, if the run left the finite numbers
@@ -124,7 +125,7 @@ class Training:
             self._save()  # a test that is broken off begins anew
             self.scores.result = self._test()
         self._save()
-        self.scores.test_best(lambda reason: self._say(f"not early stopped, {reason}"))
+        self._test_best()
         self._save()
         self._end_if_asked()
 
@@ -193,16 +194,58 @@ class Training:
         if due or ends or done in schedule.test_at:
             self._save()  # what is broken off begins anew
         if due:
-            score = self.scores.validate(done, self.seconds)
-            self._validated_at = self.seconds
-            bar.set_postfix_str(f"validation {self.learner.measure.show(score)}")
+            bar.set_postfix_str(f"validation {self.learner.measure.show(self._validate())}")
         if ends:
             self.scores.result = self._test()
         if done in schedule.test_at:
             self._test()
 
+    def _validate(self) -> Interval:
+        score, more = self._evaluate("validation")
+        self.scores.validations.append((self.steps, score))
+        if self.scores.best is not None and self.scores.result is None:
+            self.scores.best.offer(self.steps, self.seconds, score.mean)
+        self._record_score("validation", score, self.steps, self.seconds, more)
+        self._validated_at = self.seconds
+        return score
+
     def _test(self) -> Interval:
-        return self.scores.test(self.steps, self.seconds, self._note_divergence)
+        """Of theta as it is; once an iteration."""
+        tests, at = self.scores.tests, self.steps
+        if at not in tests:
+            tests[at], more = self._finite(f"after outer iteration {at}", self._note_divergence)
+            self._record_score("test", tests[at], at, self.seconds, more)
+        return tests[at]
+
+    def _test_best(self) -> None:
+        """Theta of the best validation, if there is one and it is asked for."""
+        best, score = self.scores.best, self.scores.stopped
+        if best is None or not best.iteration or score is not None:
+            return
+        score, more = self.scores.tests.get(best.iteration), dict[str, float]()
+        if score is None:
+            with best.in_place():
+                score, more = self._finite(f"of outer iteration {best.iteration}",
+                                           lambda why: self._say(f"not early stopped, {why}"))
+        self._record_score("early_stopped", score, best.iteration, best.seconds, more)
+        self.scores.stopped = score
+
+    def _finite(
+        self, which: str, failed: Callable[[str], None]
+    ) -> tuple[Interval, dict[str, float]]:
+        """A test; not a number, and ``failed`` told, if it diverges."""
+        try:
+            return self._evaluate("test")
+        except Diverged as reason:
+            failed(f"in the test {which}: {reason}")
+            return Interval(math.nan, math.nan), {}
+
+    def _record_score(
+        self, part: str, score: Interval, at: int, seconds: float, more: Mapping[str, float]
+    ) -> None:
+        values = {self.learner.measure.name: score.mean, "half_width": score.half_width,
+                  "training_seconds": seconds, **more}  # fmt: skip
+        self._record({f"{part}/{name}": value for name, value in values.items()}, at)
 
     def _evaluate(self, mode: str) -> tuple[Interval, dict[str, float]]:
         """The score on tasks of ``mode``, the seconds it took, the tasks skipped if any may be."""

@@ -43,6 +43,7 @@ from experiments.sweeps.lock import token_of
 from experiments.sweeps.plan import Plan, find_sweep, make_plan
 from experiments.tracking import Terminated, UserError, signals
 from experiments.tracking.database import Database, choose
+from experiments.tracking.errors import one_line
 from experiments.tracking.uploader import upload_abandoned
 
 LOGGERS = ("distributed", "distributed.client", "tornado", "tornado.application", "asyncio")
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             return status
     except (UserError, PyMongoError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, Terminated) as stop:
         number = signal.Signals(getattr(stop, "signum", signal.SIGINT))

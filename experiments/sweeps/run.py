@@ -32,6 +32,7 @@ from experiments.sweeps.listing import Run, counted, patiently, runs_of, state_o
 from experiments.sweeps.lock import LEASE, Lock, token_of
 from experiments.tracking import UserError
 from experiments.tracking.database import Database, choose
+from experiments.tracking.errors import one_line
 from experiments.tracking.experiment import REPOSITORY
 from experiments.tracking.uploader import upload_abandoned
 
@@ -72,7 +73,7 @@ def run_cell(order: Order) -> tuple[str, str]:
                 patiently(database, lock.release)
                 return ended
     except (UserError, PyMongoError) as error:
-        return INTERRUPTED, f"no database: {' '.join(str(error).split())}"
+        return INTERRUPTED, f"no database: {one_line(error)}"
 
 
 class _Attempts:

@@ -27,7 +27,7 @@ from sacred.config.config_summary import ConfigSummary
 from sacred.utils import iterate_flattened, set_by_dotted_path
 from typing_extensions import Self
 
-from experiments.tracking.errors import UserError, nearest
+from experiments.tracking.errors import UserError, nearest, one_line
 
 DESCRIPTION = "__doc__"  # Sacred hands on a named config's docstring under this name
 MOST, MOST_GROUPS = 10**9, 20  # of a count; that a name may have
@@ -215,10 +215,9 @@ def settings_in(path: str) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise ValueError(f"{type(found).__name__} at the top")
     except (OSError, ValueError, KeyError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"{path}: expected settings by name in a file *.json, *.yaml or *.yml, got "
-            f"{_short(reason)}; `save_config` writes one"
+            f"{_short(one_line(error))}; `save_config` writes one"
         ) from None
     return nested(found.items())
 

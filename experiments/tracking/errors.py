@@ -46,6 +46,6 @@ def one_line(error: BaseException) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of its message, or else its kind, of a readable length."""
-    text = next(iter(str(error).splitlines()), "") or type(error).__name__
+    """The same of a readable length."""
+    text = one_line(error)
     return text if len(text) <= 150 else f"{text[:150]} ..."

@@ -82,10 +82,8 @@ class Uploader:
 
     def how_it_ended(self) -> str:
         """Nothing, or that the run's end is missing because it was killed."""
-        return f"; its end is missing: {KILLED}" if self._was_killed() else ""
-
-    def _was_killed(self) -> bool:
-        return bool(self.document.get("fail_trace") == [KILLED])
+        killed = self.document.get("fail_trace") == [KILLED]
+        return f"; its end is missing: {KILLED}" if killed else ""
 
     def _forget(self) -> None:
         self.document: Entry = {}
@@ -188,7 +186,7 @@ class Uploader:
 
     def _has_been_cut(self) -> bool:
         """Whether the journal may hold less than it once did: damaged, or without an end."""
-        return bool(self.reader.damage) or self._was_killed()
+        return bool(self.reader.damage or self.how_it_ended())
 
     def _rows(self, name: str) -> list[Any]:
         """The points that are stored."""

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from experiments.ingredients import algorithm, model, named_configs, tasks
 from experiments.ingredients.algorithm_table import AlgorithmSettings, defaults_of
 from experiments.ingredients.model import ModelSettings
-from experiments.tracking import TrackedExperiment, UserError
+from experiments.tracking import TrackedExperiment, UserError, wrong
 from experiments.tracking.config import NotNegative, Positive, Seed, Text, Threads, Values
 from experiments.tracking.errors import reason
 from experiments.training import checkpoint, outcome
@@ -69,10 +69,8 @@ class TrainSettings(Schedule):
     @model_validator(mode="after")
     def _ends_where_its_schedule_does(self) -> TrainSettings:
         if self.meta_lr_schedule == "cosine" and self.budget is not None:
-            raise ValueError(
-                f"meta_lr_schedule: expected constant with budget={self.budget}, got 'cosine', "
-                "which ends with the iterations; leave budget out"
-            )
+            raise wrong("meta_lr_schedule", f"constant with budget={self.budget}",
+                        "'cosine', which ends with the iterations", "leave budget out")
         return self
 
     @classmethod
@@ -114,17 +112,13 @@ def _learner(config: Values, given: Tasks, ranks: Ranks) -> MetaLearner:
     """Theta with its algorithm, on the tasks' inputs and outputs."""
     measure, device = MEASURES[given.kind], model.device_of(config["device"])
     if config["score"] not in (None, measure.name):
-        raise UserError(
-            f"score: expected {measure.name!r} for {given.name}, a {given.kind}, got "
-            f"{config['score']!r}; leave it out"
-        )
+        expected = f"{measure.name!r} for {given.name}, a {given.kind}"
+        raise wrong("score", expected, repr(config["score"]))
     network, method = ModelSettings.of(config["model"]), AlgorithmSettings.of(config["algorithm"])
     if network.precision != "float32" and method.curvature is not None:
-        raise UserError(
-            f"model.precision: expected float32 for {method.name}, whose inner problem holds the "
-            f"backbone and is not solved in bfloat16's three digits, got {network.precision!r}; "
-            "leave it out"
-        )
+        expected = (f"float32 for {method.name}, whose inner problem holds the backbone and is not"
+                    " solved in bfloat16's three digits")
+        raise wrong("model.precision", expected, repr(network.precision))
     backbone, width = model.build_backbone(given.input_shape(), network)
     backbone.to(device)
     if isinstance(backbone, Chunked):
@@ -153,10 +147,9 @@ def _prepare(config: Values, ranks: Ranks) -> tuple[Tasks, MetaLearner]:
         try:
             learner.load_parameters(torch.load(file, weights_only=True, map_location="cpu"))
         except Exception as error:  # torch's reader of plain data raises what its bytes lead to
-            raise UserError(
-                f"parameters: expected those of a run with this model and algorithm, got {file}: "
-                f"{reason(error)}; give its settings, or leave parameters out"
-            ) from error
+            raise wrong("parameters", "those of a run with this model and algorithm",
+                        f"{file}: {reason(error)}",
+                        "give its settings, or leave parameters out") from error
     return given, learner
 
 
@@ -184,10 +177,8 @@ def _resume(run: Any, training: Training, folder: Path, state: Values) -> None:
         before = state["settings"]["iterations"]
     tested = training.scores.result is not None
     if iterations != before and (tested or training.steps >= iterations):
-        raise UserError(
-            f"resume: expected iterations={before}, or before the test more than the "
-            f"{training.steps} that are done, got {iterations}; leave it out"
-        )
+        more = f"before the test more than the {training.steps} that are done"
+        raise wrong("resume", f"iterations={before}, or {more}", iterations)
     ranks.gather(None)  # every rank has read it
     if ranks.first:
         checkpoint.save(training.folder, training.state_dict())

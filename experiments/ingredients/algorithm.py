@@ -12,7 +12,7 @@ from torch import nn
 import l2l_implicit as implicit
 from experiments.ingredients import algorithm_table as table
 from experiments.ingredients.algorithm_table import AlgorithmSettings
-from experiments.tracking import TrackedIngredient, UserError
+from experiments.tracking import TrackedIngredient, UserError, wrong
 from experiments.training import algorithms as learning
 from experiments.training.algorithms import Algorithm, Algorithms, Loss
 from l2l_implicit.baselines import Learn2LearnMAML, Reptile, UnrolledMAML
@@ -44,9 +44,7 @@ def _build(
     s: AlgorithmSettings, backbone: nn.Module, head: nn.Linear, test_outputs: int, loss: Loss
 ) -> Algorithms:
     if s.name in table.OF_CLASSES and not isinstance(loss, nn.CrossEntropyLoss):
-        raise ValueError(
-            f"name={s.name}: expected tasks of classes, got a regression; use ImplicitCGHead"
-        )
+        raise wrong(f"name={s.name}", "tasks of classes", "a regression", "use ImplicitCGHead")
     learn, test_steps, initial = _learner(s), s.test_steps or s.steps, head
     if s.batch_norm == "eval":  # running statistics, from now on
         for module in backbone.modules():
@@ -54,11 +52,9 @@ def _build(
                 module.eval()
     if (trained := head.out_features) != test_outputs:
         if s.scope == "network" or s.name in table.LEARNED_INITIAL_HEAD:
-            raise ValueError(
-                f"name={s.name}: expected test_ways={trained} as in training, got {test_outputs}; "
-                "the initial head is meta-learned and has that many outputs: use ImplicitCGHead or "
-                "itd_bio, or equal ways"
-            )
+            raise wrong(f"name={s.name}", f"test_ways={trained} as in training", test_outputs,
+                        "the initial head is meta-learned and has that many outputs: use "
+                        "ImplicitCGHead or itd_bio, or equal ways")
         head = nn.Linear(head.in_features, test_outputs).to(head.weight.device)
     training: Algorithm
     evaluation: Algorithm

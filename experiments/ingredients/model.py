@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from experiments.tracking import TrackedIngredient, UserError
+from experiments.tracking import TrackedIngredient, wrong
 from experiments.tracking.config import Count, Settings
 from experiments.tracking.errors import reason
 from l2l_implicit import Chunked
@@ -62,16 +62,12 @@ def build_backbone(input_shape: Sequence[int], settings: ModelSettings) -> tuple
             width = backbone.eval()(torch.zeros(1, *shape)).shape[1]
     except (RuntimeError, MemoryError) as error:
         size = "" if settings.hidden is None else f" with hidden={settings.hidden}"
-        raise UserError(
-            f"model: expected a network for inputs of shape {shape} that fits into memory, got "
-            f"{name}{size} ({reason(error)}); try model.name={'cnn4' if image else 'mlp'}, smaller "
-            "layers or larger images"
-        ) from error
+        expected = f"a network for inputs of shape {shape} that fits into memory"
+        small = f"try model.name={'cnn4' if image else 'mlp'}, smaller layers or larger images"
+        raise wrong("model", expected, f"{name}{size} ({reason(error)})", small) from error
     if not width:
-        raise UserError(
-            f"model.name: expected a network that leaves features of images of shape {shape}, got "
-            f"{name!r}, which leaves none; use larger images"
-        )
+        expected = f"a network that leaves features of images of shape {shape}"
+        raise wrong("model.name", expected, f"{name!r}, which leaves none", "use larger images")
     chunk = settings.chunk_size
     return backbone.train() if chunk is None else Chunked(backbone.train(), chunk), width
 
@@ -101,19 +97,15 @@ def _build(name: str, hidden: int, channels: int) -> nn.Module:
 
 def _check(name: str, settings: ModelSettings, shape: Sequence[int]) -> None:
     if settings.hidden is not None and name not in HIDDEN:
-        raise UserError(
-            f"model.hidden: expected none for {name}, got {settings.hidden}; leave it out"
-        )
+        raise wrong("model.hidden", f"none for {name}", settings.hidden)
     if not settings.last_pool and name != "cnn4":
-        raise UserError(f"model.last_pool: expected True for {name}, got False; leave it out")
+        raise wrong("model.last_pool", f"True for {name}", False)
     if (name == "mlp") == (len(shape) == 3):
         right = "cnn4, resnet12 or wrn28 for images" if name == "mlp" else "mlp for vectors"
-        raise UserError(f"model.name: expected {right}, got {name!r}; leave it out")
+        raise wrong("model.name", right, repr(name))
     if name == "wrn28" and shape[0] != 3:
-        raise UserError(
-            f"model.name: expected cnn4 or resnet12 for {shape[0]}-channel images, got 'wrn28', "
-            "which takes 3 channels; leave it out"
-        )
+        raise wrong("model.name", f"cnn4 or resnet12 for {shape[0]}-channel images",
+                    "'wrn28', which takes 3 channels")
 
 
 def device_of(name: str) -> torch.device:
@@ -126,10 +118,8 @@ def device_of(name: str) -> torch.device:
         (2 * one).sum().backward()
         one.grad.item()  # type: ignore[union-attr]  # what has no numbers raises here
     except Exception as error:  # each backend has its own
-        raise UserError(
-            f"device: expected auto, cpu or a GPU that is there, got {name!r} ({reason(error)}); "
-            "try cpu"
-        ) from error
+        got = f"{name!r} ({reason(error)})"
+        raise wrong("device", "auto, cpu or a GPU that is there", got, "try cpu") from error
     return device
 
 
@@ -147,14 +137,11 @@ def within_limits() -> Iterator[None]:
     except (ArithmeticError, torch.linalg.LinAlgError) as error:
         if isinstance(error, ZeroDivisionError):  # a bug
             raise
-        raise UserError(
-            f"numbers: expected finite ones, got {reason(error)}; choose less extreme settings"
-        ) from error
+        todo = "choose less extreme settings"
+        raise wrong("numbers", "finite ones", reason(error), todo) from error
     except (MemoryError, RuntimeError) as error:
         known = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if not known and not re.search("alloc|out of memory|invalid storage size", str(error)):
             raise
-        raise UserError(
-            f"memory: expected a run that fits into it, got {reason(error)}; ask for less at once: "
-            "fewer tasks, classes, images or features"
-        ) from error
+        less = "ask for less at once: fewer tasks, classes, images or features"
+        raise wrong("memory", "a run that fits into it", reason(error), less) from error

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from experiments.tracking import TrackedIngredient, UserError
+from experiments.tracking import TrackedIngredient, UserError, wrong
 from experiments.tracking.config import Settings, Text, Values
 from experiments.training.episodes import Sizes, Tasks
 from l2l_implicit.tasks import canonical, get_tasksets
@@ -60,10 +60,7 @@ class TaskSettings(Settings):
     def _of_this_data_set(self) -> TaskSettings:
         for key, value in self:
             if value not in (None, False) and not self._has(self.name, key):
-                raise ValueError(
-                    f"name={self.name}: expected no setting tasks.{key}, got {key}={value!r}; "
-                    "leave it out"
-                )
+                raise wrong(f"name={self.name}", f"no setting tasks.{key}", f"{key}={value!r}")
         return self
 
 

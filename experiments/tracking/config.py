@@ -27,7 +27,7 @@ from sacred.config.config_summary import ConfigSummary
 from sacred.utils import iterate_flattened, set_by_dotted_path
 from typing_extensions import Self
 
-from experiments.tracking.errors import UserError, nearest, one_line
+from experiments.tracking.errors import UserError, nearest, one_line, wrong
 
 DESCRIPTION = "__doc__"  # Sacred hands on a named config's docstring under this name
 MOST, MOST_GROUPS = 10**9, 20  # of a count; that a name may have
@@ -138,10 +138,8 @@ def check_config(experiment: Experiment, config: Values) -> None:
         if model is None:
             continue
         if "" in values:  # where Sacred puts it
-            raise UserError(
-                f"{group}: expected a group of settings, got {_short(values[''])}; set one as "
-                f"{group}.{next(iter(model.model_fields))}=VALUE"
-            )
+            raise wrong(group, "a group of settings", _short(values[""]),
+                        f"set one as {group}.{next(iter(model.model_fields))}=VALUE")
         groups[f"{group}." if group else ""] = model, values
         values.pop(DESCRIPTION, None)
     known = [prefix + name for prefix, (model, values) in groups.items()
@@ -215,10 +213,8 @@ def settings_in(path: str) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise ValueError(f"{type(found).__name__} at the top")
     except (OSError, ValueError, KeyError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(
-            f"{path}: expected settings by name in a file *.json, *.yaml or *.yml, got "
-            f"{_short(one_line(error))}; `save_config` writes one"
-        ) from None
+        raise wrong(path, "settings by name in a file *.json, *.yaml or *.yml",
+                    _short(one_line(error)), "`save_config` writes one") from None
     return nested(found.items())
 
 

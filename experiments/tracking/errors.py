@@ -26,6 +26,11 @@ class Terminated(SacredInterrupt):
         self.signum = signum
 
 
+def wrong(name: str, expected: str, got: object, todo: str = "leave it out") -> UserError:
+    """What is said of a setting or a file that will not do."""
+    return UserError(f"{name}: expected {expected}, got {got}; {todo}")
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the known name closest to `name`, else an empty string.
 

@@ -22,7 +22,7 @@ from bson import CodecOptions
 from bson.codec_options import DatetimeConversion
 
 from experiments.tracking.database import Documents
-from experiments.tracking.errors import UserError
+from experiments.tracking.errors import UserError, wrong
 
 Document = dict[str, Any]
 RunId = int | str
@@ -213,25 +213,21 @@ def _read(paths: Iterable[Path]) -> Iterator[Document]:
                     size += len(line)  # counted before anything is made of it
                     values += sum(map(line.count, (b"[", b"{", b",", b":")))
                     if max(len(line) / LINE_LIMIT, size / FILE_LIMIT, values / VALUES_LIMIT) > 1:
-                        raise UserError(
-                            f"{path}: expected lines of at most {LINE_LIMIT >> 20} MiB, and at most"
-                            f" {FILE_LIMIT >> 20} MiB and {VALUES_LIMIT} values in all, got more;"
-                            " read fewer files, or export fewer runs into one"
-                        )
+                        limits = (f"lines of at most {LINE_LIMIT >> 20} MiB, and at most"
+                                  f" {FILE_LIMIT >> 20} MiB and {VALUES_LIMIT} values in all")
+                        raise wrong(str(path), limits, "more",
+                                    "read fewer files, or export fewer runs into one")
                     entry = plain(json.loads(line))
                     if not isinstance(entry, dict) or not isinstance(entry.get("runs"), dict):
-                        raise UserError(
-                            f"{path}, line {number}: expected a run as experiments.tracking.export"
-                            " writes it, got something else"
-                        )
+                        raise wrong(f"{path}, line {number}",
+                                    "a run as experiments.tracking.export writes it",
+                                    "something else", "export it again")
                     yield {"metrics": {}, **entry}
         except UserError:
             raise
         except (gzip.BadGzipFile, EOFError, zlib.error, ValueError, RecursionError):
-            raise UserError(
-                f"{path}: expected gzip'ed JSON lines, got a damaged file, or another kind; fetch"
-                " it again"
-            ) from None
+            raise wrong(str(path), "gzip'ed JSON lines", "a damaged file, or another kind",
+                        "fetch it again") from None
         except OSError as error:
             why = error.strerror or error
             raise UserError(f"{path}: {why}; give a file of exported runs") from None

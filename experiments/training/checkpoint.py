@@ -29,13 +29,14 @@ import numpy as np
 import torch
 from sacred.utils import iterate_flattened
 
-from experiments.tracking import Terminated, TrackingError, UserError, socket_server
+from experiments.tracking import Terminated, TrackingError, UserError, socket_server, wrong
 from experiments.tracking.errors import reason
 
 CONFIG, STATE, LOCK = "config.json", "checkpoint.pt", "lock"
 # What a resumed run may set anew; all else would hold for a part of the result only. A step size
 # that decays over the iterations depends on their number.
 MAY_DIFFER = ("iterations", "checkpoint_seconds", "metrics_csv", "output", "resume")
+THIS_VERSION = "a checkpoint of this version"
 _CHECKSUM = hashlib.sha256().digest_size
 _held: dict[Path, int] = {}  # descriptors of their locks
 
@@ -50,10 +51,8 @@ def new_folder(output: Path, name: str) -> Path:
                 folder.mkdir()
                 break
     except OSError as error:
-        raise UserError(
-            f"output: expected a folder to write to, got {str(output)!r} ({error.strerror}); try "
-            "runs"
-        ) from error
+        got = f"{str(output)!r} ({error.strerror})"
+        raise wrong("output", "a folder to write to", got, "try runs") from error
     lock(folder)
     return folder
 
@@ -74,10 +73,8 @@ def lock(folder: Path) -> None:
             print(f"warning: no lock on {folder} ({error.strerror}): let no two runs work in it")
         if not free:
             who = os.pread(file, 80, 0).decode(errors="replace")
-            raise UserError(
-                f"resume: expected a run that has ended, got {folder}, where process "
-                f"{who if who.isprintable() else '?'} is at work; wait for its end"
-            )
+            got = f"{folder}, where process {who if who.isprintable() else '?'} is at work"
+            raise wrong("resume", "a run that has ended", got, "wait for its end")
         os.ftruncate(file, 0)
         os.pwrite(file, f"{os.getpid()} on {platform.node()}".encode(), 0)
     _held[folder.resolve()] = file
@@ -113,10 +110,8 @@ def load(folder: Path) -> dict[str, Any]:
     UserError: there is none, or it is damaged or another version's.
     """
     if not (path := folder / STATE).is_file():
-        raise UserError(
-            f"resume: expected a checkpoint {path}, got none; the run ended, or was killed before "
-            "its first: start it anew"
-        )
+        raise wrong("resume", f"a checkpoint {path}", "none",
+                    "the run ended, or was killed before its first: start it anew")
     with in_one_line(path):
         content = path.read_bytes()
         whole, checksum = content[:-_CHECKSUM], content[-_CHECKSUM:]
@@ -134,11 +129,9 @@ def find(output: Path, which: str) -> Path:
         found = sorted(output.glob(f"*/{STATE}"), key=lambda path: path.stat().st_mtime)
     known = {"latest" if which == "latest" else path.parent.name: path.parent for path in found}
     if which not in known:
-        raise UserError(
-            f"resume: expected latest, a run's folder, or a run with a checkpoint in {output}/ "
-            f"({', '.join(known) or 'there is none'}), got {which!r}; a run that ended has none, "
-            "output=FOLDER looks elsewhere"
-        )
+        expected = "latest, a run's folder, or a run with a checkpoint in"
+        raise wrong("resume", f"{expected} {output}/ ({', '.join(known) or 'there is none'})",
+                    repr(which), "a run that ended has none, output=FOLDER looks elsewhere")
     return known[which]
 
 
@@ -151,15 +144,11 @@ def check_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         may.remove("iterations")
     other = [key for key in {**old, **new} if old.get(key) != new.get(key) and key not in may]
     if other and not any(key in old and key in new for key in other):
-        raise UserError(
-            f"resume: expected a checkpoint of this version, got one of a version whose settings "
-            f"differ in {', '.join(other)}; go on with that version, or start anew"
-        )
+        got = f"one of a version whose settings differ in {', '.join(other)}"
+        raise wrong("resume", THIS_VERSION, got, "go on with that version, or start anew")
     if other:
         differ = ", ".join(f"{key}={new.get(key)!r} (it has {old.get(key)!r})" for key in other)
-        raise UserError(
-            f"resume: expected the run's own settings, got {differ}; leave that out, or start anew"
-        )
+        raise wrong("resume", "the run's own settings", differ, "leave that out, or start anew")
 
 
 def generators() -> dict[str, Any]:
@@ -217,12 +206,7 @@ def in_one_line(path: Path) -> Iterator[None]:
     except (Terminated, TrackingError, UserError):
         raise
     except OSError as error:
-        raise UserError(
-            f"{path}: expected to be able to read and write it, got {error.strerror or error}; "
-            "mend that, or choose another folder (output=FOLDER)"
-        ) from error
+        raise wrong(str(path), "to be able to read and write it", error.strerror or error,
+                    "mend that, or choose another folder (output=FOLDER)") from error
     except Exception as error:  # torch's reader of plain data raises what its bytes lead to
-        raise UserError(
-            f"resume: expected a checkpoint of this version, got {path}: {reason(error)}; start "
-            "anew"
-        ) from error
+        raise wrong("resume", THIS_VERSION, f"{path}: {reason(error)}", "start anew") from error

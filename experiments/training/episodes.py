@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from experiments.tracking import UserError
+from experiments.tracking import UserError, wrong
 from l2l_implicit import checks
 from l2l_implicit.tasks import canonical, describe_tasksets, kind_of, split_support_query
 
@@ -122,10 +122,8 @@ class CheckedStream:
                 raise UserError(f"{where}: {reason}; repair the data, or set on_bad_task=skip")
             self.skipped += 1
             self.say(f"skipped {where}: {reason}")
-        raise UserError(
-            f"{where}: expected a task that can be learnt, got {MOST_IN_A_ROW} bad ones in a row "
-            f"({reason}); repair the data"
-        )
+        got = f"{MOST_IN_A_ROW} bad ones in a row ({reason})"
+        raise wrong(where, "a task that can be learnt", got, "repair the data")
 
 
 class Tasks:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 from tqdm import tqdm
 
-from experiments.tracking import Terminated, UserError, record, signals
+from experiments.tracking import Terminated, record, signals, wrong
 from experiments.tracking.config import Count, Positive, RunSettings
 from experiments.training import checkpoint
 from experiments.training.episodes import CheckedStream, Tasks
@@ -48,10 +48,8 @@ class Schedule(RunSettings):
     @model_validator(mode="after")
     def _reaches_its_tests(self) -> Schedule:
         if (last := max(self.test_at, default=0)) > self.iterations:
-            raise ValueError(
-                f"test_at: expected outer iterations up to iterations={self.iterations}, got "
-                f"{last}; raise iterations"
-            )
+            raise wrong("test_at", f"outer iterations up to iterations={self.iterations}", last,
+                        "raise iterations")
         return self
 
     def bar(self, silent: bool) -> tqdm:  # type: ignore[type-arg]
@@ -299,10 +297,8 @@ class Training:
         UserError: another version's.
         """
         if missing := sorted(self.state_dict().keys() - state.keys()):
-            raise UserError(
-                f"resume: expected a checkpoint of this version, got one without {missing}; resume "
-                "with the version that wrote it, or start anew"
-            )
+            raise wrong("resume", checkpoint.THIS_VERSION, f"one without {missing}",
+                        "resume with the version that wrote it, or start anew")
         vars(self).update({name: state[name] for name in _STATE})
         for name in _PARTS:
             getattr(self, name).load_state_dict(state[name])

@@ -60,7 +60,7 @@ def build_backbone(input_shape: Sequence[int], settings: ModelSettings) -> tuple
             backbone = backbone.to(memory_format=torch.channels_last)
         with torch.no_grad():
             width = backbone.eval()(torch.zeros(1, *shape)).shape[1]
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, ZeroDivisionError) as error:  # resnet12 divides by its size
         size = "" if settings.hidden is None else f" with hidden={settings.hidden}"
         expected = f"a network for inputs of shape {shape} that fits into memory"
         small = f"try model.name={'cnn4' if image else 'mlp'}, smaller layers or larger images"

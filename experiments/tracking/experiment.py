@@ -55,16 +55,14 @@ class TrackedRun(Run):
     journal: JournalObserver | None  # of an observed run
     afterwards: list[Callable[[], object]]  # called once the record of all is on the disk
 
-    def add_artifact(self, filename: Any, name: str | None = None,
-                     metadata: dict[str, Any] | None = None,
-                     content_type: str | None = None) -> None:
-        """Store a file with the run; ValueError if it has more than 16 MiB."""
-        if (size := Path(filename).stat().st_size) > LARGEST_ARTIFACT:
-            raise ValueError(
-                f"artifact {str(filename)!r} has {size} bytes, more than {LARGEST_ARTIFACT}:"
-                " record its path and sha256 in the run's info instead"
-            )
-        super().add_artifact(str(filename), name, metadata, content_type)
+    def add_artifact(self, filename: Any, *arguments: Any, **options: Any) -> None:
+        """As in Sacred; of a file that has more than 16 MiB its path and MD5, in the run's info."""
+        path = str(Path(filename).absolute())
+        if Path(path).stat().st_size <= LARGEST_ARTIFACT:
+            super().add_artifact(path, *arguments, **options)
+        else:
+            digest = dependencies.get_digest(path)
+            self.info.setdefault("large_artifacts", []).append({"path": path, "md5": digest})
 
     def _emit_artifact_added(self, *event: Any) -> None:
         for observer in self.observers:

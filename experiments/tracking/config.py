@@ -164,17 +164,18 @@ def check_named_configs(experiment: Experiment, names: Iterable[str]) -> None:
             )
 
 
-def model_of(configurations: Iterable[Any], types: Values) -> type[Settings]:
+def model_of(experiment: Experiment, types: Values) -> type[Settings]:
     """The settings of an experiment whose defaults stand in Sacred's own ``@ex.config``.
 
     An entry has its default's type, or the one that ``types`` declares; None takes anything.
     """
+    groups = {one.path: one.settings.defaults() for one in experiment.ingredients}
+    defaults: dict[str, Any] = {}
+    for configuration in experiment.configurations:
+        defaults |= configuration(None, defaults, groups)
     kinds = {list: _AnyList, tuple: _AnyList, bool: bool, int: int, float: float, str: str}
-    fields: dict[str, Any] = {}
-    for configuration in configurations:
-        for name, value in configuration().items():
-            fields[name] = types.get(name, kinds.get(type(value), Any)), value
-    fields.pop("seed", None)
+    fields: dict[str, Any] = {name: (types.get(name, kinds.get(type(value), Any)), value)
+                              for name, value in defaults.items() if name != "seed"}  # fmt: skip
     return create_model("Defaults", __base__=RunSettings, **fields)
 
 

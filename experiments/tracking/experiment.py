@@ -80,7 +80,7 @@ class TrackedExperiment(Experiment):
         name, ingredients, options: as in Sacred.
         settings: the model of the configuration's entries; each ingredient has its own. Without it
             the defaults stand in ``@ex.config``, and an entry is checked against its default.
-        types: of such entries, by dotted name: ``{"inner.step": float | None}``.
+        types: of such entries: ``{"cell": str | None}``.
     """
 
     def __init__(self, name: str, ingredients: Sequence[Ingredient] = (),
@@ -149,7 +149,7 @@ class TrackedExperiment(Experiment):
         updates = config.nested((config_updates or {}).items())
         config.check_named_configs(self, named_configs)
         if self.settings is None:
-            self.settings = config.model_of(self.configurations, self.types or {})
+            self.settings = config.model_of(self, self.types or {})
         # Sacred would add its own observer, and only warn of what is an error here
         handed = {**asked, MONGO_OPTION: None, "--force": True}
         run: Any = super()._create_run(command_name, updates, named_configs, options=handed, **more)

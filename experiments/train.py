@@ -105,7 +105,8 @@ ex = ResumableExperiment(
     ingredients=[tasks.tasks, model.model, algorithm.algorithm],
     settings=TrainSettings,
 )
-named_configs.register(ex)
+for _name, _settings in named_configs.all_configs().items():
+    ex.add_named_config(_name, _settings)
 
 
 def _learner(config: Values, given: Tasks, ranks: Ranks) -> MetaLearner:

@@ -158,10 +158,8 @@ def check_named_configs(experiment: Experiment, names: Iterable[str]) -> None:
         if os.path.isfile(name):
             settings_in(name)
         elif name not in known:
-            raise UserError(
-                f"no named config {name!r}{nearest(name, known)}"
-                " (a value is set as KEY=VALUE, `print_named_configs` lists the names)"
-            )
+            raise UserError(f"no named config {name!r}{nearest(name, known)}"
+                            " (a value is set as KEY=VALUE, `print_named_configs` lists the names)")
 
 
 def model_of(experiment: Experiment, types: Values) -> type[Settings]:

@@ -153,26 +153,23 @@ class Board:
         identities = [cell.identity for cell in cells.values()]
         holders = self._watch.holders(identities)  # before the runs: a run completes while locked
         runs = runs_of(self.database, identities)
-        return {
-            name: Status(name, cell, *self._state(runs.get(own, []), holders.get(own), own))
-            for (name, cell), own in zip(cells.items(), identities, strict=True)
-        }
+        return {name: self._status(name, cell, runs.get(own, []), holders.get(own))
+                for (name, cell), own in zip(cells.items(), identities, strict=True)}  # fmt: skip
 
-    def _state(self, runs: list[Run], holder: Document | None, identity: str) -> tuple[Any, ...]:
-        """What follows name and cell in `Status`."""
+    def _status(self, name: str, cell: Cell, runs: list[Run], holder: Document | None) -> Status:
         if (run := counted(runs, self.redo_changed)) is not None:
-            return COMPLETED, run
+            return Status(name, cell, COMPLETED, run)
         if holder is not None:
             where = f"on {holder['host']}, process {holder['process']}"
-            return RUNNING, None, where, holder["scheduler"]
-        if identity in self.ended:
-            state, reason = self.ended[identity]
-            return state, None, reason
+            return Status(name, cell, RUNNING, None, where, holder["scheduler"])
+        if cell.identity in self.ended:
+            state, reason = self.ended[cell.identity]
+            return Status(name, cell, state, None, reason)
         if not runs or runs[-1]["status"] == "COMPLETED":  # by other code
-            return (PENDING,)
+            return Status(name, cell, PENDING)
         state = FAILED if state_of(runs[-1]) == FAILED else INTERRUPTED
         trace = runs[-1].get("fail_trace") or ["stopped"]
-        return state, None, f"run {runs[-1]['_id']}: {str(trace[-1]).strip()}"
+        return Status(name, cell, state, None, f"run {runs[-1]['_id']}: {str(trace[-1]).strip()}")
 
 
 def expected_seconds(statuses: Sequence[Status]) -> dict[str, float]:

@@ -41,7 +41,7 @@ from experiments.sweeps.definitions import SWEEPS
 from experiments.sweeps.listing import Board, Status
 from experiments.sweeps.lock import token_of
 from experiments.sweeps.plan import Plan, find_sweep, make_plan
-from experiments.tracking import Terminated, UserError, signals
+from experiments.tracking import Terminated, UserError, signals, wrong
 from experiments.tracking.database import Database, choose
 from experiments.tracking.errors import one_line
 from experiments.tracking.uploader import upload_abandoned
@@ -60,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.dry_run:
             return check_settings(plan)
         if options.workers is not None and (options.scheduler or options.workers < 1):
-            raise UserError("--workers: expected at least 1, and no --scheduler, whose workers are"
-                            f" its own; got {options.workers}")
+            raise wrong("--workers", "at least 1, and no --scheduler, whose workers are its own",
+                        options.workers)
         with closing(Database(choose(options.mongo_db))) as database, signals.handled():
             status = _sweep(plan, options, database)
             sys.stdout.flush()
@@ -151,11 +151,8 @@ def connected(address: str | None, workers: int) -> Client:
             where = "scheduler_file" if address.endswith(".json") else "address"
             return Client(**{where: address}, timeout=CONNECT)
         except (OSError, ValueError, TypeError) as error:
-            raise UserError(
-                f"--scheduler: expected the address that `dask scheduler` prints, such as"
-                f" tcp://HOST:8786, or its file, and a scheduler that answers; got {address!r}:"
-                f" {error}"
-            ) from None
+            expected = "the address that `dask scheduler` prints, tcp://HOST:PORT, or its file"
+            raise wrong("--scheduler", expected, f"{address!r} ({error})", "start one") from None
     # Else a place whose worker is killed twice, or is slow to start again, is given up after 15 s.
     dask.config.set({"distributed.deploy.lost-worker-timeout": "1000 days"})
     # Workers block what a terminal or a batch system sends to all: this process stops them.

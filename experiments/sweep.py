@@ -104,9 +104,9 @@ def check_settings(plan: Plan) -> int:
     for name, cell in [next(iter(cells.items())) for cells in stages if cells]:
         words = [sys.executable, "-m", cell.module, "print_config", "with", *cell.arguments()]
         answer = subprocess.run(words, env=run.environment(), capture_output=True, text=True)
-        wrong = f"{run.last_line(answer.stdout + answer.stderr)}: {shlex.join(words)}"
+        said = f"{run.last_line(answer.stdout + answer.stderr)}: {shlex.join(words)}"
         refused += answer.returncode != 0
-        print(f"{name}: {wrong if answer.returncode else 'fine'}", flush=True)
+        print(f"{name}: {said if answer.returncode else 'fine'}", flush=True)
     return 1 if refused else 0
 
 

@@ -198,8 +198,8 @@ def _metric(run: RunId, name: str, metric: Any) -> Metric:
              for step, value in zip(steps, values, strict=False)]  # fmt: skip
     right = [(int(s), v) for s, v in pairs if _is_number(s) and s % 1 == 0 and _is_number(v)]
     number = max(len(steps), len(values))
-    wrong = number - len(right)
-    fault = f"{name}: {wrong} of {number} points are no numbers at steps" if wrong else ""
+    lost = number - len(right)
+    fault = f"{name}: {lost} of {number} points are no numbers at steps" if lost else ""
     return Metric(run, name, Series([s for s, _ in right], [v for _, v in right]), fault)
 
 

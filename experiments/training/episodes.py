@@ -87,9 +87,9 @@ def fault(episode: Episode, outputs: int) -> str | None:
             if least < 0 or most >= outputs:
                 return f"{name}: expected labels 0 to {outputs - 1}, got {least} to {most}"
         elif not bool(torch.isfinite(tensor.sum())):  # one pass; the slow look only if need be
-            wrong = ~torch.isfinite(tensor)
-            if bool(wrong.any()):
-                where, value = int(wrong.flatten(1).any(1).nonzero()[0]), float(tensor[wrong][0])
+            bad = ~torch.isfinite(tensor)
+            if bool(bad.any()):
+                where, value = int(bad.flatten(1).any(1).nonzero()[0]), float(tensor[bad][0])
                 return f"{name}: expected finite numbers, got {value} (sample {where})"
     return None
 

@@ -69,6 +69,15 @@ def try_lock(descriptor: int, seconds: float = 0.0) -> bool:
         time.sleep(0.02)
 
 
+def is_free(path: Path) -> bool:
+    """Whether nobody holds a lock on this file."""
+    descriptor = open_lock(path)
+    try:
+        return try_lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def end_when_nobody_is_there(clients: int) -> None:
     """The lock is then kept: a client that comes meanwhile waits, and starts the next server."""
     last = time.monotonic()

@@ -171,11 +171,20 @@ class JournalObserver(MongoObserver):
 
     def _work(self) -> None:
         """Upload every few seconds; at the run's end until all is read back, or it is too late."""
+        assert self._uploader is not None
         pause, ending = self._interval, False
         while not ending or (self._error and time.monotonic() < self._deadline):
             self._stop.wait(pause)
             ending, began, away = self._stop.is_set(), time.monotonic(), self._error
-            self._error = self._try_upload(ending)
+            try:
+                if away:
+                    self._database.revive()
+                self._uploader.upload()
+                if ending:
+                    self._uploader.verify()
+                self._error = ""
+            except Exception as error:  # it is away, refuses, or answers nonsense
+                self._error = self._reason(error)
             if self._error and not away:
                 text = "The database is away; the run goes on and keeps its record (%s)"
                 self._log.warning(text, self._error)
@@ -183,19 +192,6 @@ class JournalObserver(MongoObserver):
                 self._log.warning("The database is back")
             pause = max(self._interval, 5 * (time.monotonic() - began))
             time.sleep(0.5 if ending and self._error else 0.0)
-
-    def _try_upload(self, ending: bool) -> str:
-        """One attempt; what is wrong if the database is away, refuses, or answers nonsense."""
-        assert self._uploader is not None
-        try:
-            if self._error:
-                self._database.revive()
-            self._uploader.upload()
-            if ending:
-                self._uploader.verify()
-            return ""
-        except Exception as error:
-            return self._reason(error)
 
     def finish(self) -> None:
         """Bring everything into the database, remove the journal, close the connection.

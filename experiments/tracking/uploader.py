@@ -110,11 +110,16 @@ class Uploader:
         if self.reader.damage and status != "RUNNING":
             self.document["status"] = status
             return  # the database has it from before the damage
-        ended = self.document["status"] != "RUNNING"
+        ended, fault = self.document["status"] != "RUNNING", ""
         if self.reader.damage and (ended or abandoned):
-            self._mark(f"a part of the record is lost: {self.reader.damage}", status)
+            fault = f"a part of the record is lost: {self.reader.damage}"
         elif not ended and abandoned:
-            self._mark(KILLED, status)
+            fault = KILLED
+        if fault:
+            sign = self.document.get("heartbeat") or self.document.get("start_time")
+            self.document |= {"fail_trace": [fault], "stop_time": sign or datetime.now(timezone.utc)}
+            # the database may say already how it has ended
+            self.document["status"] = "FAILED" if status == "RUNNING" else status
         for file_id in list(self._artifacts):
             self._put(file_id, self._artifacts.pop(file_id))
         for name, series in self._series.items():
@@ -151,12 +156,6 @@ class Uploader:
             wanted = stored["_id"] if stored else next_run_id(self._runs)
         self.run_id = wanted
         return str((stored or {}).get("status", "RUNNING"))
-
-    def _mark(self, reason: str, status: str) -> None:
-        """Record the run as FAILED, unless the database says already how it has ended."""
-        sign = self.document.get("heartbeat") or self.document.get("start_time")
-        ended = {"fail_trace": [reason], "stop_time": sign or datetime.now(timezone.utc)}
-        self.document |= {**ended, "status": "FAILED" if status == "RUNNING" else status}
 
     def _put(self, file_id: Any, artifact: Entry) -> None:
         name, self._stored[file_id] = artifact["artifact"], _digest(artifact["data"])

@@ -117,7 +117,8 @@ class Uploader:
             fault = KILLED
         if fault:
             sign = self.document.get("heartbeat") or self.document.get("start_time")
-            self.document |= {"fail_trace": [fault], "stop_time": sign or datetime.now(timezone.utc)}
+            self.document["fail_trace"] = [fault]
+            self.document["stop_time"] = sign or datetime.now(timezone.utc)
             # the database may say already how it has ended
             self.document["status"] = "FAILED" if status == "RUNNING" else status
         for file_id in list(self._artifacts):

@@ -57,12 +57,11 @@ class TrackedRun(Run):
 
     def add_artifact(self, filename: Any, *arguments: Any, **options: Any) -> None:
         """As in Sacred; of a file that has more than 16 MiB its path and MD5, in the run's info."""
-        path = str(Path(filename).absolute())
-        if Path(path).stat().st_size <= LARGEST_ARTIFACT:
-            super().add_artifact(path, *arguments, **options)
+        if Path(filename).stat().st_size <= LARGEST_ARTIFACT:
+            super().add_artifact(str(filename), *arguments, **options)
         else:
-            digest = dependencies.get_digest(path)
-            self.info.setdefault("large_artifacts", []).append({"path": path, "md5": digest})
+            noted = {"path": str(Path(filename).absolute()), "md5": dependencies.get_digest(filename)}
+            self.info.setdefault("large_artifacts", []).append(noted)
 
     def _emit_artifact_added(self, *event: Any) -> None:
         for observer in self.observers:

@@ -60,8 +60,8 @@ class TrackedRun(Run):
         if Path(filename).stat().st_size <= LARGEST_ARTIFACT:
             super().add_artifact(str(filename), *arguments, **options)
         else:
-            noted = {"path": str(Path(filename).absolute()), "md5": dependencies.get_digest(filename)}
-            self.info.setdefault("large_artifacts", []).append(noted)
+            path, digest = str(Path(filename).absolute()), dependencies.get_digest(filename)
+            self.info.setdefault("large_artifacts", []).append({"path": path, "md5": digest})
 
     def _emit_artifact_added(self, *event: Any) -> None:
         for observer in self.observers:

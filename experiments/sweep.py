@@ -41,8 +41,9 @@ from experiments.sweeps.definitions import SWEEPS
 from experiments.sweeps.listing import Board, Status
 from experiments.sweeps.lock import token_of
 from experiments.sweeps.plan import Plan, find_sweep, make_plan
-from experiments.tracking import Terminated, UserError, signals
+from experiments.tracking import Terminated, UserError, signals, wrong
 from experiments.tracking.database import Database, choose
+from experiments.tracking.errors import one_line
 from experiments.tracking.uploader import upload_abandoned
 
 LOGGERS = ("distributed", "distributed.client", "tornado", "tornado.application", "asyncio")
@@ -59,14 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.dry_run:
             return check_settings(plan)
         if options.workers is not None and (options.scheduler or options.workers < 1):
-            raise UserError("--workers: expected at least 1, and no --scheduler, whose workers are"
-                            f" its own; got {options.workers}")
+            raise wrong("--workers", "at least 1, and no --scheduler, whose workers are its own",
+                        options.workers)
         with closing(Database(choose(options.mongo_db))) as database, signals.handled():
             status = _sweep(plan, options, database)
             sys.stdout.flush()
             return status
     except (UserError, PyMongoError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, Terminated) as stop:
         number = signal.Signals(getattr(stop, "signum", signal.SIGINT))
@@ -103,9 +104,9 @@ def check_settings(plan: Plan) -> int:
     for name, cell in [next(iter(cells.items())) for cells in stages if cells]:
         words = [sys.executable, "-m", cell.module, "print_config", "with", *cell.arguments()]
         answer = subprocess.run(words, env=run.environment(), capture_output=True, text=True)
-        wrong = f"{run.last_line(answer.stdout + answer.stderr)}: {shlex.join(words)}"
+        said = f"{run.last_line(answer.stdout + answer.stderr)}: {shlex.join(words)}"
         refused += answer.returncode != 0
-        print(f"{name}: {wrong if answer.returncode else 'fine'}", flush=True)
+        print(f"{name}: {said if answer.returncode else 'fine'}", flush=True)
     return 1 if refused else 0
 
 
@@ -150,11 +151,8 @@ def connected(address: str | None, workers: int) -> Client:
             where = "scheduler_file" if address.endswith(".json") else "address"
             return Client(**{where: address}, timeout=CONNECT)
         except (OSError, ValueError, TypeError) as error:
-            raise UserError(
-                f"--scheduler: expected the address that `dask scheduler` prints, such as"
-                f" tcp://HOST:8786, or its file, and a scheduler that answers; got {address!r}:"
-                f" {error}"
-            ) from None
+            expected = "the address that `dask scheduler` prints, tcp://HOST:PORT, or its file"
+            raise wrong("--scheduler", expected, f"{address!r} ({error})", "start one") from None
     # Else a place whose worker is killed twice, or is slow to start again, is given up after 15 s.
     dask.config.set({"distributed.deploy.lost-worker-timeout": "1000 days"})
     # Workers block what a terminal or a batch system sends to all: this process stops them.
@@ -188,17 +186,6 @@ class Schedule:
 
         KeyboardInterrupt, Terminated: by a signal; the trainings have been told to stop.
         """
-        try:
-            return self._until_done()
-        except BrokenPipeError:
-            raise
-        except (OSError, CancelledError):
-            raise UserError(
-                f"the scheduler at {self._address} has gone; what is in the database stays,"
-                " checkpoints too: start one, and the same command goes on"
-            ) from None
-
-    def _until_done(self) -> list[Status]:
         form = "{n_fmt}/{total_fmt} cells |{bar:20}| {elapsed}{postfix}"
         statuses = self._board.look()
         told = {status.name: status.state for status in statuses}
@@ -212,9 +199,17 @@ class Schedule:
                     self._wait()
                     statuses = self._board.look()
         except (KeyboardInterrupt, Terminated):
-            self._client.cancel(list(self._futures.values()))
+            with suppress(OSError, CancelledError):
+                self._client.cancel(list(self._futures.values()))
             self._wait_for_trainings()
             raise
+        except BrokenPipeError:
+            raise
+        except (OSError, CancelledError):
+            raise UserError(
+                f"the scheduler at {self._address} has gone; what is in the database stays,"
+                " checkpoints too: start one, and the same command goes on"
+            ) from None
 
     def _submit(self, statuses: Sequence[Status]) -> None:
         """What is missing, no other scheduler runs, and has not ended here without completing."""
@@ -272,6 +267,7 @@ class Schedule:
 
 
 def _outcome(future: Future) -> tuple[str, str]:
+    """State and reason, as `run.run_cell` gives them."""
     if future.status == "finished":
         return future.result()
     if future.status != "error":

@@ -31,8 +31,9 @@ from tqdm import tqdm
 from experiments.ingredients import algorithm, model, named_configs, tasks
 from experiments.ingredients.algorithm_table import AlgorithmSettings, defaults_of
 from experiments.ingredients.model import ModelSettings
-from experiments.tracking import TrackedExperiment, UserError
+from experiments.tracking import TrackedExperiment, UserError, wrong
 from experiments.tracking.config import NotNegative, Positive, Seed, Text, Threads, Values
+from experiments.tracking.errors import reason
 from experiments.training import checkpoint, outcome
 from experiments.training.episodes import CheckedStream, Tasks
 from experiments.training.loop import Schedule, Training
@@ -71,9 +72,8 @@ class TrainSettings(Schedule):
 class ResumableExperiment(TrackedExperiment):
     """An experiment that takes the settings of the run which ``resume=`` names."""
 
-    def _create_run(self, command_name: str | None = None,
-                    config_updates: Values | None = None, named_configs: Sequence[str] = (),
-                    *more: Any, **options: Any) -> Any:  # fmt: skip
+    def _create_run(self, command_name: str | None = None, config_updates: Values | None = None,
+                    named_configs: Sequence[str] = (), **options: Any) -> Any:  # fmt: skip
         updates = dict(config_updates or {})
         if updates.get("resume") is not None:
             output = Path(str(updates.get("output", "runs")))
@@ -83,7 +83,7 @@ class ResumableExperiment(TrackedExperiment):
             with checkpoint.in_one_line(folder / checkpoint.STATE):
                 self.named_configs["resumed"] = ConfigDict(checkpoint.load(folder)["settings"])
             named_configs, updates["resume"] = ["resumed", *named_configs], str(folder)
-        run = super()._create_run(command_name, updates, named_configs, *more, **options)
+        run = super()._create_run(command_name, updates, named_configs, **options)
         task, method, seed = (run.config[part] for part in ("tasks", "algorithm", "seed"))
         name = " ".join(filter(None, (task["name"], method["name"], method["variant"])))
         run.meta_info.setdefault("comment", f"{name}, seed {seed}")  # what Omniboard shows
@@ -95,28 +95,30 @@ ex = ResumableExperiment(
     ingredients=[tasks.tasks, model.model, algorithm.algorithm],
     settings=TrainSettings,
 )
-named_configs.register(ex)
+for _name, _settings in named_configs.all_configs().items():
+    ex.add_named_config(_name, _settings)
 
 
 def _learner(config: Values, given: Tasks, ranks: Ranks) -> MetaLearner:
     """Theta with its algorithm, on the tasks' inputs and outputs."""
     measure, device = MEASURES[given.kind], model.device_of(config["device"])
     if config["score"] not in (None, measure.name):
-        raise UserError(
-            f"score: expected {measure.name!r} for {given.name}, a {given.kind}, got "
-            f"{config['score']!r}; leave it out"
-        )
+        expected = f"{measure.name!r} for {given.name}, a {given.kind}"
+        raise wrong("score", expected, repr(config["score"]))
     network, method = ModelSettings.of(config["model"]), AlgorithmSettings.of(config["algorithm"])
     if network.precision != "float32" and method.curvature is not None:
-        raise UserError(
-            f"model.precision: expected float32 for {method.name}, whose inner problem holds the "
-            f"backbone and is not solved in bfloat16's three digits, got {network.precision!r}; "
-            "leave it out"
-        )
+        expected = (f"float32 for {method.name}, whose inner problem holds the backbone and is not"
+                    " solved in bfloat16's three digits")
+        raise wrong("model.precision", expected, repr(network.precision))
     backbone, width = model.build_backbone(given.input_shape(), network)
     backbone.to(device)
     if isinstance(backbone, Chunked):
-        _check_chunks(backbone, given, method.batch_norm == "together")
+        try:
+            for ways, shots, queries in (given.sizes("train"), given.sizes("test")):
+                sets = shots + queries if method.batch_norm == "together" else max(shots, queries)
+                backbone.check_batch(ways * sets)
+        except ValueError as error:
+            raise UserError(f"model.{error}") from error
     outputs = given.outputs("train"), given.outputs("test")
     algorithms = algorithm.make_algorithms(method, backbone, width, *outputs, measure.loss, device)
     return MetaLearner(
@@ -135,19 +137,10 @@ def _prepare(config: Values, ranks: Ranks) -> tuple[Tasks, MetaLearner]:
         try:
             learner.load_parameters(torch.load(file, weights_only=True, map_location="cpu"))
         except Exception as error:  # torch's reader of plain data raises what its bytes lead to
-            raise UserError(
-                f"parameters: expected those of a run with this model and algorithm, got {file}: "
-                f"{model.reason(error)}; give its settings, or leave parameters out"
-            ) from error
+            raise wrong("parameters", "those of a run with this model and algorithm",
+                        f"{file}: {reason(error)}",
+                        "give its settings, or leave parameters out") from error
     return given, learner
-
-
-def _check_chunks(backbone: Chunked, given: Tasks, together: bool) -> None:
-    try:
-        for ways, shots, queries in (given.sizes("train"), given.sizes("test")):
-            backbone.check_batch(ways * (shots + queries if together else max(shots, queries)))
-    except ValueError as error:
-        raise UserError(f"model.{error}") from error
 
 
 def _centroid(given: Tasks, number: int) -> Interval | None:
@@ -174,27 +167,21 @@ def _resume(run: Any, training: Training, folder: Path, state: Values) -> None:
         before = state["settings"]["iterations"]
     tested = training.scores.result is not None
     if iterations != before and (tested or training.steps >= iterations):
-        raise UserError(
-            f"resume: expected iterations={before}, or before the test more than the "
-            f"{training.steps} that are done, got {iterations}; leave it out"
-        )
+        more = f"before the test more than the {training.steps} that are done"
+        raise wrong("resume", f"iterations={before}, or {more}", iterations)
     ranks.gather(None)  # every rank has read it
-    if not ranks.first:
-        return
-    checkpoint.save(training.folder, training.state_dict())
-    run.info["resumes"] = folder.name
-    if run.journal is not None:
-        run.journal.supersede(state["token"], run.info)
-    checkpoint.remove(folder)  # only now: one of the two is there at any moment
-    print(f"resumed          run {folder.name} after {training.steps} outer iterations")
+    if ranks.first:
+        checkpoint.save(training.folder, training.state_dict())
+        run.info["resumes"] = folder.name
+        if run.journal is not None:
+            run.journal.supersede(state["token"], run.info)
+        checkpoint.remove(folder)  # only now: one of the two is there at any moment
+        print(f"resumed          run {folder.name} after {training.steps} outer iterations")
 
 
 @ex.main
 def train(_run: Any, _config: Values) -> dict[str, Any]:
-    """The whole run; returns the test score with its interval.
-
-    Under torchrun every rank does it with its share of the tasks, and rank 0 records it.
-    """
+    """The whole run, and its result; under torchrun each rank has its share of the tasks."""
     try:
         with model.within_limits(), connect() as ranks:
             return _train(_run, _config, ranks)
@@ -242,10 +229,9 @@ def evaluate(_config: Values) -> float:
         stream = CheckedStream(given.stream("test", 0), given.outputs("test"), learner.skip,
                                tqdm.write, "test")  # fmt: skip
         progress = partial(tqdm, desc="meta-testing", unit="task", leave=False)
-        number = _config["test_tasks"]
-        score = learner.evaluate(stream, number, progress)
-    name, shown = learner.measure.name, learner.measure.show(score)
-    print(f"test {name:11} {shown} over {number} new tasks (95 % interval)")
+        score = learner.evaluate(stream, _config["test_tasks"], progress)
+    shown = f"{learner.measure.show(score)} over {_config['test_tasks']} new tasks"
+    print(f"test {learner.measure.name:11} {shown} (95 % interval)")
     return score.mean
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,42 +9,12 @@ import learn2learn as l2l
 import torch
 from torch import nn
 
-from experiments.ingredients.algorithm_table import (
-    ALGORITHMS,
-    LEARNED_INITIAL_HEAD,
-    OF_CLASSES,
-    AlgorithmSettings,
-)
-from experiments.tracking import TrackedIngredient, UserError
-from experiments.training.algorithms import (
-    Algorithm,
-    Algorithms,
-    HeadOnly,
-    HeadsTogether,
-    Loss,
-    MultiStepLoss,
-    Prototypes,
-    ReptileNetwork,
-    WholeNetwork,
-)
-from l2l_implicit import (
-    CG,
-    LBFGS,
-    Direct,
-    GaussNewton,
-    GradientDescent,
-    Hessian,
-    Identity,
-    ImplicitCGHead,
-    ImplicitMAML,
-    InnerSolver,
-    Jacobi,
-    Kronecker,
-    LinearSolver,
-    Neumann,
-    Newton,
-    Nystrom,
-)
+import l2l_implicit as implicit
+from experiments.ingredients import algorithm_table as table
+from experiments.ingredients.algorithm_table import AlgorithmSettings
+from experiments.tracking import TrackedIngredient, UserError, wrong
+from experiments.training import algorithms as learning
+from experiments.training.algorithms import Algorithm, Algorithms, Loss
 from l2l_implicit.baselines import Learn2LearnMAML, Reptile, UnrolledMAML
 
 algorithm = TrackedIngredient("algorithm", settings=AlgorithmSettings)
@@ -57,17 +26,12 @@ def make_algorithms(
     settings: AlgorithmSettings, backbone: nn.Module, width: int, outputs: int,
     test_outputs: int, loss: Loss, device: torch.device,
 ) -> Algorithms:  # fmt: skip
-    """The configured algorithm on a backbone and a linear head.
+    """The configured algorithm on a backbone and a linear head; UserError: what it cannot do.
 
     Args:
-        settings: of this ingredient.
-        backbone: inputs to ``width`` features.
+        backbone: inputs to ``width`` features, on the ``device``.
         outputs, test_outputs: of the head, in training and in evaluation.
         loss: of predictions and targets: the mean cross-entropy or squared error.
-        device: where the head is to be; the backbone is there.
-
-    Raises:
-        UserError: what the algorithm cannot do, in one line.
     """
     head = nn.Linear(width, outputs).to(device)
     try:
@@ -79,51 +43,46 @@ def make_algorithms(
 def _build(
     s: AlgorithmSettings, backbone: nn.Module, head: nn.Linear, test_outputs: int, loss: Loss
 ) -> Algorithms:
-    if s.name in OF_CLASSES and not isinstance(loss, nn.CrossEntropyLoss):
-        raise ValueError(
-            f"name={s.name}: expected tasks of classes, got a regression; use ImplicitCGHead"
-        )
+    if s.name in table.OF_CLASSES and not isinstance(loss, nn.CrossEntropyLoss):
+        raise wrong(f"name={s.name}", "tasks of classes", "a regression", "use ImplicitCGHead")
     learn, test_steps, initial = _learner(s), s.test_steps or s.steps, head
     if s.batch_norm == "eval":  # running statistics, from now on
         for module in backbone.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
     if (trained := head.out_features) != test_outputs:
-        if s.scope == "network" or s.name in LEARNED_INITIAL_HEAD:
-            raise ValueError(
-                f"name={s.name}: expected test_ways={trained} as in training, got {test_outputs}; "
-                "the initial head is meta-learned and has that many outputs: use ImplicitCGHead or "
-                "itd_bio, or equal ways"
-            )
+        if s.scope == "network" or s.name in table.LEARNED_INITIAL_HEAD:
+            raise wrong(f"name={s.name}", f"test_ways={trained} as in training", test_outputs,
+                        "the initial head is meta-learned and has that many outputs: use "
+                        "ImplicitCGHead or itd_bio, or equal ways")
         head = nn.Linear(head.in_features, test_outputs).to(head.weight.device)
+    training: Algorithm
+    evaluation: Algorithm
     if s.scope == "head":
         how: dict[str, Any] = {"together": s.batch_norm == "together"}
         if s.name == "protonet":
-            means = Prototypes(backbone, nn.Identity(), 0, loss, **how)
+            means = learning.Prototypes(backbone, nn.Identity(), 0, loss, **how)
             return Algorithms(means, means, backbone, nn.Identity())
         how |= {"cached": s.features == "cached", "squared": s.name == "r2d2"}
         if s.scale is not None:
             how["scale"] = l2l.nn.Scale(1, s.scale).to(head.weight.device)
+        evaluation = learning.HeadOnly(backbone, learn(head), test_steps, loss, **how)
         arguments = (backbone, learn(initial), s.steps, loss)
-        together = s.together  # by default where that is faster
-        if together == "auto":
-            together = s.features == "cached" and s.step != "lbfgs"
-        most = MOST_BYTES if s.together == "auto" else math.inf
-        training: Algorithm = (
-            HeadsTogether(*arguments, **how, most_bytes=most) if together
-            else HeadOnly(*arguments, **how)
-        )  # fmt: skip
-        evaluation: Algorithm = HeadOnly(backbone, learn(head), test_steps, loss, **how)
+        if s.together == "auto" and s.features == "cached" and s.step != "lbfgs":  # it is faster
+            training = learning.HeadsTogether(*arguments, most_bytes=MOST_BYTES, **how)
+        else:
+            kind = learning.HeadsTogether if s.together is True else learning.HeadOnly
+            training = kind(*arguments, **how)
         return Algorithms(training, evaluation, backbone, initial)
     learner = learn(nn.Sequential(backbone, head))
-    whole = ReptileNetwork if s.name == "reptile" else WholeNetwork
-    training = (
-        MultiStepLoss(learner, s.steps, loss, s.anneal) if s.anneal is not None
-        else whole(learner, s.steps, loss)
-    )  # fmt: skip
-    evaluation = WholeNetwork(learner, test_steps, loss)
+    if s.anneal is not None:
+        training = learning.MultiStepLoss(learner, s.steps, loss, s.anneal)
+    else:
+        whole = learning.ReptileNetwork if s.name == "reptile" else learning.WholeNetwork
+        training = whole(learner, s.steps, loss)
+    evaluation = learning.WholeNetwork(learner, test_steps, loss)
     if s.test_scope == "head":
-        evaluation = HeadOnly(backbone, learn(head), test_steps, loss, together=False)
+        evaluation = learning.HeadOnly(backbone, learn(head), test_steps, loss, together=False)
     return Algorithms(training, evaluation, backbone, head)
 
 
@@ -132,13 +91,14 @@ def _learner(s: AlgorithmSettings) -> Callable[[nn.Module], Any]:
     lr: Any = ANY_STEP_SIZE if s.lr == "auto" else s.lr
     if s.learn_lr:
         lr = nn.Parameter(torch.tensor(lr))
-    if "implicit" in ALGORITHMS[s.name][0]:
+    if "implicit" in table.ALGORITHMS[s.name][0]:
         l2: Any = nn.Parameter(torch.tensor(float(s.l2))) if s.learn_l2 else s.l2
-        cls = ImplicitCGHead if s.scope == "head" else ImplicitMAML
+        cls = implicit.ImplicitCGHead if s.scope == "head" else implicit.ImplicitMAML
         chosen: dict[str, Any] = {"inner": _inner(s), "linear": _linear(s)}
         chosen["accuracy"] = s.accuracy or None
         if s.curvature is not None:
-            chosen["curvature"] = {"hessian": Hessian, "gauss_newton": GaussNewton}[s.curvature]()
+            hessian = s.curvature == "hessian"
+            chosen["curvature"] = implicit.Hessian() if hessian else implicit.GaussNewton()
         return lambda module: cls(module, lr, l2=l2, **chosen)
     first_order = s.name in ("fo_anil", "fomaml")
     if s.name == "reptile":
@@ -155,10 +115,7 @@ def _learner(s: AlgorithmSettings) -> Callable[[nn.Module], Any]:
 
 
 def solvers(**settings: Any) -> dict[str, Any]:
-    """``inner`` and ``linear`` of `ImplicitCGHead`, from settings of ``ImplicitCGHead``.
-
-    Raises:
-        UserError: for one that there is not, in one line.
+    """``inner`` and ``linear`` of `ImplicitCGHead`, from its settings; UserError: a wrong one.
 
     Example:
         >>> from experiments.ingredients.algorithm import solvers
@@ -170,23 +127,25 @@ def solvers(**settings: Any) -> dict[str, Any]:
     return {"inner": _inner(s), "linear": _linear(s)}
 
 
-def _inner(s: AlgorithmSettings) -> InnerSolver:
+def _inner(s: AlgorithmSettings) -> implicit.InnerSolver:
     """Newton and L-BFGS go on until their error is small beside the linear solver's."""
     if s.step == "newton":
-        return Newton(cg_steps=s.cg_steps, tol=0.1 * s.cg_tol)
+        return implicit.Newton(cg_steps=s.cg_steps, tol=0.1 * s.cg_tol)
     if s.step == "lbfgs":
-        return LBFGS(tol=0.1 * s.cg_tol)
-    return GradientDescent(adaptive=s.lr == "auto")
+        return implicit.LBFGS(tol=0.1 * s.cg_tol)
+    return implicit.GradientDescent(adaptive=s.lr == "auto")
 
 
-def _linear(s: AlgorithmSettings) -> LinearSolver:
+def _linear(s: AlgorithmSettings) -> implicit.LinearSolver:
     if s.solver == "direct":
-        return Direct(damping=s.damping)
+        return implicit.Direct(damping=s.damping)
     if s.solver == "nystrom":
-        return Nystrom(rank=s.cg_steps, damping=s.damping)
+        return implicit.Nystrom(rank=s.cg_steps, damping=s.damping)
     if s.solver == "identity":  # the derivative of one gradient step
-        return Identity(ANY_STEP_SIZE if s.lr == "auto" else s.lr, damping=s.damping)
+        return implicit.Identity(ANY_STEP_SIZE if s.lr == "auto" else s.lr, damping=s.damping)
     if s.solver == "neumann":
-        return Neumann(steps=s.cg_steps, tol=s.cg_tol, damping=s.damping)
-    preconditioners = {"jacobi": Jacobi(), "nystrom": Nystrom(), "kronecker": Kronecker()}
-    return CG(s.cg_steps, s.cg_tol, s.damping, preconditioners.get(s.preconditioner), s.truncated)
+        return implicit.Neumann(steps=s.cg_steps, tol=s.cg_tol, damping=s.damping)
+    kinds = {"jacobi": implicit.Jacobi, "nystrom": implicit.Nystrom,
+             "kronecker": implicit.Kronecker}  # fmt: skip
+    kind = kinds.get(str(s.preconditioner))
+    return implicit.CG(s.cg_steps, s.cg_tol, s.damping, kind and kind(), s.truncated)

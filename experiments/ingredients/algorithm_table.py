@@ -6,12 +6,12 @@ that has it, its words. An algorithm's own defaults stand in `ALGORITHMS`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from experiments.tracking.config import Count, NotNegative, Positive, Settings, Values
+from experiments.tracking.errors import wrong
 
 _HEAD, _NETWORK = ("head", "implicit"), ("network", "implicit")
 _UNROLLED_HEAD, _UNROLLED = ("head", "unrolled"), ("network", "unrolled")
@@ -53,9 +53,8 @@ ALGORITHMS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "maml_msl": (_UNROLLED, {"steps": 5, "anneal": 60}),
 }  # fmt: skip
 
+# The papers' names of them, and those of earlier records.
 ALIASES = {"rm_metal": "ImplicitCGHead", "imaml_gd": "ImplicitMAML", "imaml_hf": "ImplicitMAML_HF"}
-"""The papers' names of them, and those of earlier records."""
-
 VARIANTS: dict[str, dict[str, Any]] = {
     # Algorithm 1 as printed: fixed gradient steps, plain gradient outside.
     "paper": {"step": "gradient", "meta_optimizer": "sgd", "meta_lr": 0.1},
@@ -140,51 +139,47 @@ class AlgorithmSettings(Settings):
 
     @model_validator(mode="after")
     def _fit_together(self) -> AlgorithmSettings:
-        for wrong in self._wrong():
-            raise ValueError(wrong)
-        return self
+        def refuse(key: str, expected: str, todo: str = "leave it out", why: str = "") -> NoReturn:
+            raise wrong(key, expected, f"{getattr(self, key)!r}{why}", todo)
 
-    def _wrong(self) -> Iterator[str]:
-        name, variant = self.name, self.variant
-        for key, default in defaults_of(name, variant).items():
+        name = self.name
+        for key, default in defaults_of(name, self.variant).items():
             value = getattr(self, key, default)
             if default is None and value is not None:
-                yield f"{key}: expected no such setting for {name}, got {value!r}; leave it out"
+                refuse(key, f"no such setting for {name}")
             if default is not None and value is None:
-                yield f"{key}: expected a value for {name}, got None; try {default!r}"
-        if variant is not None and name != "ImplicitCGHead":
-            yield f"variant: expected none for {name}, got {variant!r}; leave it out"
+                refuse(key, f"a value for {name}", f"try {default!r}")
+        if self.variant is not None and name != "ImplicitCGHead":
+            refuse("variant", f"none for {name}")
         usual = defaults_of(name, None)["scope"]
         if self.scope != usual and name != "unrolled":
-            yield (f"scope: expected {usual!r} for {name}, got {self.scope!r}; use unrolled, or an "
-                   "algorithm of that scope")
+            refuse("scope", f"{usual!r} for {name}", "use unrolled, or an algorithm of that scope")
         if self.scope == "network" and self.batch_norm == "together":
-            yield (f"batch_norm: expected separately or eval for {name}, got 'together'; a network "
-                   "that is adapted sees the query set only after the inner loop")
+            refuse("batch_norm", f"separately or eval for {name}",
+                   "a network that is adapted sees the query set only after the inner loop")
         if self.scope == "network" and self.features == "as_published":
-            yield ("features: expected 'cached' with scope='network', got 'as_published'; a "
-                   "network that is adapted has no features to keep")
+            refuse("features", "'cached' with scope='network'",
+                   "a network that is adapted has no features to keep")
         if self.test_scope is not None and (self.scope == "head" or name == "meta_sgd"):
-            yield f"test_scope: expected none for {name}, got 'head'; leave it out"
+            refuse("test_scope", f"none for {name}")
         if self.test_steps is not None and self.steps is None:
-            yield f"test_steps: expected none for {name}, got {self.test_steps}; leave it out"
+            refuse("test_steps", f"none for {name}")
         if self.solver not in ("cg", None) and (self.preconditioner != "none" or self.truncated):
-            yield (f"solver: expected cg with a preconditioner or truncated=True, got "
-                   f"{self.solver!r}; leave them out")
+            refuse("solver", "cg with a preconditioner or truncated=True", "leave them out")
         if self.scope == "network" and self.preconditioner == "kronecker":
-            yield (f"preconditioner: expected jacobi or nystrom for {name}, got 'kronecker', which "
-                   "only a linear head has")
+            refuse("preconditioner", f"jacobi or nystrom for {name}",
+                   why=", which only a linear head has")
         if self.lr == "auto" and self.step != "gradient":
-            yield "lr: expected a number without step=gradient, got 'auto'; try 0.1"
+            refuse("lr", "a number without step=gradient", "try 0.1")
         if self.together is True and self.features == "as_published":
-            yield ("together: expected False with features='as_published', got True; the backbone "
-                   "cannot run again at every inner step of all tasks at once")
+            refuse("together", "False with features='as_published'",
+                   "the backbone cannot run again at every inner step of all tasks at once")
         own_steps = name in ("itd_bio", "unrolled", "meta_sgd")
         others = own_steps or self.optimizer != "sgd" or self.learn_lr
         if self.engine == "learn2learn" and others:
-            yield (f"engine: expected higher for {name} with optimizer={self.optimizer}, learn_lr="
-                   f"{self.learn_lr}, got 'learn2learn', whose MAML has none of these; use "
-                   "engine=higher")
+            refuse("engine", f"higher for {name} with optimizer={self.optimizer}, learn_lr="
+                   f"{self.learn_lr}", "use engine=higher", ", whose MAML has none of these")
+        return self
 
 
 _OWN: dict[str, Any] = {

@@ -12,8 +12,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from experiments.tracking import TrackedIngredient, UserError
+from experiments.tracking import TrackedIngredient, wrong
 from experiments.tracking.config import Count, Settings
+from experiments.tracking.errors import reason
 from l2l_implicit import Chunked
 from l2l_implicit.distributed import own_device
 
@@ -41,14 +42,10 @@ model = TrackedIngredient("model", settings=ModelSettings)
 
 
 def build_backbone(input_shape: Sequence[int], settings: ModelSettings) -> tuple[nn.Module, int]:
-    """The network, and how many features it gives for one input.
+    """The network, and how many features it gives for one input; UserError: it cannot be built.
 
     Args:
         input_shape: (channels, height, width) of an image, or (n,) of a vector.
-        settings: of this ingredient.
-
-    Raises:
-        UserError: no such network, or not for such inputs.
     """
     image, shape = len(input_shape) == 3, tuple(input_shape)
     name = settings.name or ("cnn4" if image else "mlp")
@@ -63,18 +60,14 @@ def build_backbone(input_shape: Sequence[int], settings: ModelSettings) -> tuple
             backbone = backbone.to(memory_format=torch.channels_last)
         with torch.no_grad():
             width = backbone.eval()(torch.zeros(1, *shape)).shape[1]
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, ZeroDivisionError) as error:  # resnet12 divides by its size
         size = "" if settings.hidden is None else f" with hidden={settings.hidden}"
-        raise UserError(
-            f"model: expected a network for inputs of shape {shape} that fits into memory, got "
-            f"{name}{size} ({reason(error)}); try model.name={'cnn4' if image else 'mlp'}, smaller "
-            "layers or larger images"
-        ) from error
+        expected = f"a network for inputs of shape {shape} that fits into memory"
+        small = f"try model.name={'cnn4' if image else 'mlp'}, smaller layers or larger images"
+        raise wrong("model", expected, f"{name}{size} ({reason(error)})", small) from error
     if not width:
-        raise UserError(
-            f"model.name: expected a network that leaves features of images of shape {shape}, got "
-            f"{name!r}, which leaves none; use larger images"
-        )
+        expected = f"a network that leaves features of images of shape {shape}"
+        raise wrong("model.name", expected, f"{name!r}, which leaves none", "use larger images")
     chunk = settings.chunk_size
     return backbone.train() if chunk is None else Chunked(backbone.train(), chunk), width
 
@@ -107,28 +100,20 @@ def _build(name: str, hidden: int, channels: int) -> nn.Module:
 
 def _check(name: str, settings: ModelSettings, shape: Sequence[int]) -> None:
     if settings.hidden is not None and name not in HIDDEN:
-        raise UserError(
-            f"model.hidden: expected none for {name}, got {settings.hidden}; leave it out"
-        )
+        raise wrong("model.hidden", f"none for {name}", settings.hidden)
     if not settings.last_pool and name != "cnn4":
-        raise UserError(f"model.last_pool: expected True for {name}, got False; leave it out")
+        raise wrong("model.last_pool", f"True for {name}", False)
     if (name == "mlp") == (len(shape) == 3):
         image = "cnn4, omniglot_cnn, resnet12 or wrn28 for images"
         right = image if name == "mlp" else "mlp for vectors"
-        raise UserError(f"model.name: expected {right}, got {name!r}; leave it out")
+        raise wrong("model.name", right, repr(name))
     if name == "wrn28" and shape[0] != 3:
-        raise UserError(
-            f"model.name: expected cnn4 or resnet12 for {shape[0]}-channel images, got 'wrn28', "
-            "which takes 3 channels; leave it out"
-        )
+        raise wrong("model.name", f"cnn4 or resnet12 for {shape[0]}-channel images",
+                    "'wrn28', which takes 3 channels")
 
 
 def device_of(name: str) -> torch.device:
-    """A device by its name, or the one to use by default (``auto``), on which torch can train.
-
-    Raises:
-        UserError: there is none.
-    """
+    """A device by its name, or the one to use by default (``auto``), on which torch can train."""
     try:
         if name == "auto":
             return own_device()
@@ -137,10 +122,8 @@ def device_of(name: str) -> torch.device:
         (2 * one).sum().backward()
         one.grad.item()  # type: ignore[union-attr]  # what has no numbers raises here
     except Exception as error:  # each backend has its own
-        raise UserError(
-            f"device: expected auto, cpu or a GPU that is there, got {name!r} ({reason(error)}); "
-            "try cpu"
-        ) from error
+        got = f"{name!r} ({reason(error)})"
+        raise wrong("device", "auto, cpu or a GPU that is there", got, "try cpu") from error
     return device
 
 
@@ -152,30 +135,17 @@ def use_threads(number: int) -> None:
 
 @contextmanager
 def within_limits() -> Iterator[None]:
-    """What does not fit into memory or into a float ends with one line; also before a function.
-
-    Raises:
-        UserError: it does not fit.
-    """
+    """UserError where something does not fit into memory or a float; also before a function."""
     try:
         yield
     except (ArithmeticError, torch.linalg.LinAlgError) as error:
         if isinstance(error, ZeroDivisionError):  # a bug
             raise
-        raise UserError(
-            f"numbers: expected finite ones, got {reason(error)}; choose less extreme settings"
-        ) from error
+        todo = "choose less extreme settings"
+        raise wrong("numbers", "finite ones", reason(error), todo) from error
     except (MemoryError, RuntimeError) as error:
         known = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if not known and not re.search("alloc|out of memory|invalid storage size", str(error)):
             raise
-        raise UserError(
-            f"memory: expected a run that fits into it, got {reason(error)}; ask for less at once: "
-            "fewer tasks, classes, images or features"
-        ) from error
-
-
-def reason(error: BaseException) -> str:
-    """The first line of an error's message, of a readable length."""
-    text = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return text if len(text) <= 150 else f"{text[:150]} ..."
+        less = "ask for less at once: fewer tasks, classes, images or features"
+        raise wrong("memory", "a run that fits into it", reason(error), less) from error

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from sacred import Experiment
-
 from experiments.ingredients.algorithm_table import ALGORITHMS, ALIASES, VARIANTS, canonical
 
 Config = dict[str, Any]
@@ -97,9 +95,3 @@ def _rajeswaran() -> dict[str, Config]:
 def all_configs() -> dict[str, Config]:
     """Every named config of `experiments.train`."""
     return {**BENCHMARKS, **_METHODS, **_yang(), **_rajeswaran(), "smoke": _SMOKE}
-
-
-def register(experiment: Experiment) -> None:
-    """Offer every named config to ``experiment``."""
-    for name, config in all_configs().items():
-        experiment.add_named_config(name, config)

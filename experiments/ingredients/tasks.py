@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from experiments.tracking import TrackedIngredient, UserError
+from experiments.tracking import TrackedIngredient, UserError, wrong
 from experiments.tracking.config import Settings, Text, Values
 from experiments.training.episodes import Sizes, Tasks
 from l2l_implicit.tasks import canonical, get_tasksets
@@ -18,9 +18,9 @@ Ways = Annotated[int, Field(ge=2, le=MOST_SAMPLES)]
 Samples = Annotated[int, Field(ge=1, le=MOST_SAMPLES)]
 
 
-def of(*names: str, default: Any = None) -> Any:
+def of(*names: str, default: Any = None, **options: Any) -> Any:
     """A setting that these data sets alone have."""
-    return Field(default=default, json_schema_extra={"of": list(names)})
+    return Field(default=default, json_schema_extra={"of": list(names)}, **options)
 
 
 class TaskSettings(Settings):
@@ -41,7 +41,7 @@ class TaskSettings(Settings):
     # omniglot, folder: seed of the split into training, validation and test
     split_seed: int | None = of("omniglot", "folder")
     # of training images: lee2019 (mini_imagenet, tiered_imagenet: also normalize)
-    augmentation: Text | None = of(*AUGMENTATIONS)
+    augmentation: Text | None = of(*AUGMENTATIONS, serialization_alias="data_augmentation")
     # folder: leave out images that cannot be read, and count them
     skip_unreadable: bool = of("folder", default=False)
 
@@ -60,39 +60,25 @@ class TaskSettings(Settings):
     def _of_this_data_set(self) -> TaskSettings:
         for key, value in self:
             if value not in (None, False) and not self._has(self.name, key):
-                raise ValueError(
-                    f"name={self.name}: expected no setting tasks.{key}, got {key}={value!r}; "
-                    "leave it out"
-                )
+                raise wrong(f"name={self.name}", f"no setting tasks.{key}", f"{key}={value!r}")
         return self
 
 
 tasks = TrackedIngredient("tasks", settings=TaskSettings)
 SIZES = {"name", "root", "ways", "shots", "queries", "test_ways", "test_shots", "test_queries"}
-WORDS = {
-    "train_ways": "tasks.ways",
-    "test_ways": "tasks.test_ways",
-    "train_samples": "tasks.shots + tasks.queries",
-    "test_samples": "tasks.test_shots + tasks.test_queries",
-}
-"""Settings in the words of `get_tasksets`."""
+# Settings in the words of `get_tasksets`.
+WORDS = {"train_ways": "tasks.ways", "test_ways": "tasks.test_ways",
+         "train_samples": "tasks.shots + tasks.queries",
+         "test_samples": "tasks.test_shots + tasks.test_queries"}  # fmt: skip
 
 
 def make_tasks(**settings: Any) -> Tasks:
-    """The task sets that the settings of this ingredient name.
-
-    Raises:
-        UserError: what the data set cannot give, in one line.
-    """
+    """The task sets that these settings name; UserError: what the data set cannot give."""
     s = TaskSettings.of(settings, "tasks")
     train = Sizes(s.ways, s.shots, s.queries)
     asked = (s.test_ways, s.test_shots, s.test_queries)
     test = Sizes(*(usual if a is None else a for a, usual in zip(asked, train, strict=True)))
-    options = s.model_dump(exclude=SIZES, exclude_none=True)
-    if not s.skip_unreadable:
-        del options["skip_unreadable"]
-    if s.augmentation is not None:
-        options["data_augmentation"] = options.pop("augmentation")
+    options = s.model_dump(exclude=SIZES, exclude_defaults=True, by_alias=True)
     samples = {"train_samples": s.shots + s.queries, "test_samples": test.shots + test.queries}
     try:
         sets = get_tasksets(s.name, train_ways=train.ways, test_ways=test.ways, root=s.root,

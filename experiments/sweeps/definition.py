@@ -11,15 +11,12 @@ from typing import Any, NamedTuple, TypeAlias
 from experiments.tracking import UserError
 from experiments.tracking.config import plain_value
 
-Settings: TypeAlias = Mapping[str, Any]
-"""Dotted configuration entries and their values, such as {"algorithm.lr": 0.1}."""
+Settings: TypeAlias = Mapping[str, Any]  # by dotted name, such as {"algorithm.lr": 0.1}
 Grid: TypeAlias = tuple[Settings, ...]
-
+# Where things lie: a run is the same run on a machine that keeps them elsewhere.
 PLACES = ("tasks.root", "output")
-"""Where things lie: a run is the same run on a machine that keeps them elsewhere."""
-
+# Of a cell: the words of Sacred's statuses, and pending where there is no run.
 STATES = ("completed", "running", "pending", "interrupted", "failed")
-"""A cell's state: the words of Sacred's statuses, and pending where there is no run."""
 COMPLETED, RUNNING, PENDING, INTERRUPTED, FAILED = STATES
 
 

@@ -23,21 +23,16 @@ def _three(key: str, usual: float, other: float, meta_lr: float = 0.003) -> Grid
 
 
 LR, L2 = "algorithm.lr", "algorithm.l2"
-
 # These also go on to 1,500 outer iterations, for a comparison at equal iterations; what counts is
 # their test accuracy at the end of the budget, as everybody's.
 HEAD_ONLY = {"test_at": [1500]}
-
 # Measured: the two engines tie in second order, and learn2learn's is faster in first order.
 FASTER = {"algorithm.engine": "learn2learn"}
-
 # Measured on one core: second derivatives of the whole network take 0.8 of the time in the default
 # layout; ImplicitMAML takes the same in both, the other methods longer.
 OWN_LAYOUT = {"model.channels_last": False}
-
 # What ImplicitMAML had by default, with the Hessian, when these cells ran.
 DAMPED = {"algorithm.damping": 20.0}
-
 # A task costs it a second, and validations are not part of the budget.
 SELDOM = {"validate_seconds": 60, "validation_tasks": 50}
 
@@ -88,14 +83,12 @@ SEARCHED_ITD = tuple(
 PRINTED = Method(("yang_{benchmark}_rm_metal",), grids={"paper": SEARCHED})
 ADAM = {"meta_optimizer": "adam", "meta_lr": 1e-4}
 PAPERS_K = {"algorithm.steps": 20, "algorithm.test_steps": 20}
+TESTED = {**FASTER, "algorithm.test_steps": 20}
 MAIN = {
     "ImplicitCGHead": Method(("rm_metal",), _three(L2, 0.1, 0.3)),
-    "anil": Method(("anil",), _three(LR, 0.1, 0.03),
-                   settings={**FASTER, "algorithm.test_steps": 20}),
+    "anil": Method(("anil",), _three(LR, 0.1, 0.03), settings=TESTED),
     "itd_bio": Method(("itd_bio",), _three(LR, 0.1, 0.03), {"paper": SEARCHED_ITD}),
 }
-
-
 YANG_METHODS = {
     **MAIN,
     "as_printed_adam": replace(PRINTED, settings=ADAM),
@@ -142,8 +135,7 @@ YANG_QUARTER = replace(
     YANG_TABLE1,
     methods={
         **MAIN,
-        "fo_anil": Method(("fo_anil",), _three(LR, 0.3, 0.1),
-                          settings={**FASTER, "algorithm.test_steps": 20}),
+        "fo_anil": Method(("fo_anil",), _three(LR, 0.3, 0.1), settings=TESTED),
         "r2d2": Method(("r2d2",), _three(L2, 0.1, 1.0)),
         "logistic": Method(("logistic",), _three(L2, 0.1, 0.3)),
         # there is no inner setting
@@ -169,14 +161,15 @@ PRINTED_ON_OMNIGLOT = {
 
 # Equal time for all, two hours of a core; the inner settings are those of the papers, or for iMAML
 # those that learn (docs/choosing.md).
+OMNIGLOT_METHODS = {
+    "maml": Method(("maml",), settings={**FASTER, **OWN_LAYOUT}),
+    "fomaml": Method(("fomaml",), settings=FASTER),
+    "reptile": Method(("reptile",)),
+    "ImplicitMAML": Method(("ImplicitMAML",), settings=OWN_LAYOUT),
+    "ImplicitMAML_HF": Method(("ImplicitMAML_HF",), settings=OWN_LAYOUT),
+}
 RAJESWARAN_TABLE2 = Sweep(
-    methods={
-        "maml": Method(("maml",), settings={**FASTER, **OWN_LAYOUT}),
-        "fomaml": Method(("fomaml",), settings=FASTER),
-        "reptile": Method(("reptile",)),
-        "ImplicitMAML": Method(("ImplicitMAML",), settings=OWN_LAYOUT),
-        "ImplicitMAML_HF": Method(("ImplicitMAML_HF",), settings=OWN_LAYOUT),
-    },
+    methods=OMNIGLOT_METHODS,
     benchmarks={
         f"omniglot_{ways}way_{shots}shot": Benchmark(
             ("omniglot",),
@@ -190,13 +183,11 @@ RAJESWARAN_TABLE2 = Sweep(
     stage2={"budget": 7200, "early_stopping": True},
     published={
         f"omniglot_{ways}way_{shots}shot": {
-            name: Published(*row, nan)
-            for name, row in zip(("maml", "fomaml", "reptile", "ImplicitMAML", "ImplicitMAML_HF"),
-                                 rows, strict=True)
+            name: Published(*row, nan) for name, row in zip(OMNIGLOT_METHODS, rows, strict=True)
         }
         for (ways, shots), rows in PRINTED_ON_OMNIGLOT.items()
     },
-)  # fmt: skip
+)
 
 SWEEPS = {
     "accuracy": ACCURACY,

@@ -5,7 +5,6 @@ What counts is what the database has, the locks, and what has ended in this call
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections import Counter
@@ -15,17 +14,10 @@ from statistics import mean
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from pymongo.errors import PyMongoError
+from sacred.dependencies import get_digest
 
-from experiments.sweeps.definition import (
-    COMPLETED,
-    FAILED,
-    INTERRUPTED,
-    PENDING,
-    RUNNING,
-    STATES,
-    Cell,
-    describe,
-)
+from experiments.sweeps import definition
+from experiments.sweeps.definition import COMPLETED, FAILED, INTERRUPTED, PENDING, RUNNING, Cell
 from experiments.sweeps.lock import LEASE, Document, Watch
 from experiments.sweeps.plan import Group, Plan, best
 from experiments.tracking import UserError
@@ -34,11 +26,10 @@ from experiments.tracking.experiment import REPOSITORY
 
 FIELDS = ("config.cell", "status", "start_time", "stop_time", "result", "fail_trace",
           "experiment.sources", "experiment.repositories")
+# Seconds beyond the budget: start, validation, meta-test; only until a like run is known.
 OVERHEAD = 45.0
-"""Seconds beyond the budget: start, validation, meta-test; only until a like run is known."""
-
+# A document of Sacred's ``runs``, besides ``changed``: whether its code is not that here.
 Run: TypeAlias = dict[str, Any]
-"""A document of Sacred's ``runs``, besides ``changed``: whether its code is not that here."""
 Answer = TypeVar("Answer")
 
 
@@ -68,20 +59,17 @@ def runs_of(database: Database, identities: Iterable[str]) -> dict[str, list[Run
     """Every run of each of these cells that has one, oldest first."""
     wanted = {"config.cell": {"$in": list(identities)}}
     found = list(database.documents["runs"].find(wanted, dict.fromkeys(FIELDS, 1)))
-    pairs = {(name, file) for run in found for name, file in _sources(run)}
-    files = database.documents["fs.files"].find({"_id": {"$in": [file for _, file in pairs]}})
+    sources = {(name, file) for run in found for name, file in run["experiment"].get("sources", ())}
+    files = database.documents["fs.files"].find({"_id": {"$in": [file for _, file in sources]}})
     md5 = {file["_id"]: file.get("md5", "") for file in files}
-    here = {name: hashlib.md5(path.read_bytes()).hexdigest() if path.is_file() else ""
-            for path, name in {(REPOSITORY / name, name) for name, _ in pairs}}
+    here = {name: get_digest(str(REPOSITORY / name)) for name in {name for name, _ in sources}
+            if (REPOSITORY / name).is_file()}
+    changed = {(name, file) for name, file in sources if md5.get(file) != here.get(name, "")}
     runs: dict[str, list[Run]] = {}
     for run in sorted(found, key=lambda run: (run["start_time"], str(run["_id"]))):
-        run["changed"] = any(md5.get(file) != here[name] for name, file in _sources(run))
+        run["changed"] = not changed.isdisjoint(map(tuple, run["experiment"].get("sources", ())))
         runs.setdefault(run["config"]["cell"], []).append(run)
     return runs
-
-
-def _sources(run: Run) -> Sequence[Any]:
-    return run["experiment"].get("sources", ())
 
 
 def counted(runs: Iterable[Run], redo_changed: bool) -> Run | None:
@@ -149,11 +137,10 @@ class Board:
         if not group.grid or not group.final_names():
             return 0
         scores = [self._score(run) for name in group.grid if (run := found[name].run)]
-        self.choices[group.name] = (
-            f"{group.name}: {describe(group.candidates[best(scores)])}, of validation accuracies "
-            + " ".join(f"{100 * score:.1f}" for score in scores)
-        )
-        return best(scores)
+        chosen, shown = best(scores), " ".join(f"{100 * score:.1f}" for score in scores)
+        setting = definition.describe(group.candidates[chosen])
+        self.choices[group.name] = f"{group.name}: {setting}, of validation accuracies {shown}"
+        return chosen
 
     def _score(self, run: Run) -> float:
         """The last ``validation/accuracy``; minus infinity without one, or for a diverged run."""
@@ -166,26 +153,23 @@ class Board:
         identities = [cell.identity for cell in cells.values()]
         holders = self._watch.holders(identities)  # before the runs: a run completes while locked
         runs = runs_of(self.database, identities)
-        return {
-            name: Status(name, cell, *self._state(runs.get(own, []), holders.get(own), own))
-            for (name, cell), own in zip(cells.items(), identities, strict=True)
-        }
+        return {name: self._status(name, cell, runs.get(own, []), holders.get(own))
+                for (name, cell), own in zip(cells.items(), identities, strict=True)}  # fmt: skip
 
-    def _state(self, runs: list[Run], holder: Document | None, identity: str) -> tuple[Any, ...]:
-        """What follows name and cell in `Status`."""
+    def _status(self, name: str, cell: Cell, runs: list[Run], holder: Document | None) -> Status:
         if (run := counted(runs, self.redo_changed)) is not None:
-            return COMPLETED, run
+            return Status(name, cell, COMPLETED, run)
         if holder is not None:
             where = f"on {holder['host']}, process {holder['process']}"
-            return RUNNING, None, where, holder["scheduler"]
-        if identity in self.ended:
-            state, reason = self.ended[identity]
-            return state, None, reason
+            return Status(name, cell, RUNNING, None, where, holder["scheduler"])
+        if cell.identity in self.ended:
+            state, reason = self.ended[cell.identity]
+            return Status(name, cell, state, None, reason)
         if not runs or runs[-1]["status"] == "COMPLETED":  # by other code
-            return (PENDING,)
+            return Status(name, cell, PENDING)
         state = FAILED if state_of(runs[-1]) == FAILED else INTERRUPTED
         trace = runs[-1].get("fail_trace") or ["stopped"]
-        return state, None, f"run {runs[-1]['_id']}: {str(trace[-1]).strip()}"
+        return Status(name, cell, state, None, f"run {runs[-1]['_id']}: {str(trace[-1]).strip()}")
 
 
 def expected_seconds(statuses: Sequence[Status]) -> dict[str, float]:
@@ -229,13 +213,13 @@ def table(statuses: Sequence[Status]) -> list[str]:
     known = [status.cell.settings for status in statuses if status.cell is not None]
     first = sorted(known[0].items()) if len(known) > 1 else []
     shared = {k: v for k, v in first if all(k in other and other[k] == v for other in known)}
-    lines = [f"every run: {describe(shared)}"] if shared else []
+    lines = [f"every run: {definition.describe(shared)}"] if shared else []
     for status in statuses:
         shown = duration(status.seconds if status.run else expected[status.name])
         own = ""
         if status.cell is not None and status.run is None:
             other = {k: v for k, v in sorted(status.cell.settings.items()) if k not in shared}
-            own = f"{' '.join(status.cell.configs)} {describe(other)}".strip()
+            own = f"{' '.join(status.cell.configs)} {definition.describe(other)}".strip()
         told = "; ".join(filter(None, (own, _detail(status))))
         lines.append(f"{status.state:11}{shown:>12}  {status.name:{width}}  {told}".rstrip())
     return lines
@@ -244,7 +228,8 @@ def table(statuses: Sequence[Status]) -> list[str]:
 def summary(statuses: Sequence[Status], workers: int) -> str:
     """One line: how many cells are in which state, and the time left."""
     counts = Counter(status.state for status in statuses)
-    parts = [f"{counts[state]} {state}" for state in STATES if counts[state] or state == COMPLETED]
+    parts = [f"{counts[state]} {state}" for state in definition.STATES
+             if counts[state] or state == COMPLETED]
     if changed := sum(s.run is not None and s.run["changed"] for s in statuses):
         parts[0] += f" ({changed} by other code)"
     time = f": {remaining(statuses, workers)}" if counts[PENDING] + counts[RUNNING] else ""

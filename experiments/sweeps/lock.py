@@ -14,6 +14,7 @@ import platform
 import time
 import uuid
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from pymongo import ReturnDocument, WriteConcern
@@ -24,9 +25,7 @@ from experiments.tracking import socket_server
 from experiments.tracking.database import Database
 from experiments.tracking.embedded import data_folder
 
-LEASE = 300.0
-"""Seconds without a beat after which a holder on another machine is taken for dead."""
-
+LEASE = 300.0  # seconds without a beat after which a holder on another machine is taken for dead
 Document = dict[str, Any]
 
 
@@ -58,9 +57,10 @@ class Lock:
     def take(self) -> bool:
         """Whether the lock is this one's now; asked again after a failure, it says the same."""
         if self.descriptor < 0:
-            self.descriptor = _locked_file(self._key["_id"])
-        if self.descriptor < 0:
-            return False
+            self.descriptor = socket_server.open_lock(_file(self._key["_id"]))
+            if not socket_server.try_lock(self.descriptor):
+                self.close()
+                return False
         # Nobody has it, this one, or one that has died: its file is free, its scheduler gives again
         own = {"token": self._key["token"], **self._holder}
         may = [{key: own[key]} for key in ("token", "place", "scheduler")]
@@ -105,9 +105,7 @@ class Watch:
 
     def _has_died(self, lock: Document) -> bool:
         if lock["place"] == _place():
-            if (descriptor := _locked_file(lock["_id"])) >= 0:
-                os.close(descriptor)
-            return descriptor >= 0
+            return socket_server.is_free(_file(lock["_id"]))
         now, sign = time.monotonic(), (lock["token"], lock["beat"])
         last, since, looked = self._seen.get(lock["_id"], (None, now, now))
         if sign != last or now - looked > LEASE / 4:
@@ -121,10 +119,6 @@ def _place() -> str:
     return f"{platform.node()}:{data_folder('sweeps')}"
 
 
-def _locked_file(identity: str) -> int:
-    """A descriptor that has the cell's file locked; -1 if another process has."""
-    descriptor = socket_server.open_lock(data_folder("sweeps") / f"{identity}.lock")
-    if socket_server.try_lock(descriptor):
-        return descriptor
-    os.close(descriptor)
-    return -1
+def _file(identity: str) -> Path:
+    """The cell's, which is locked while somebody here trains it."""
+    return data_folder("sweeps") / f"{identity}.lock"

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from experiments.sweeps.definition import Cell, Grid, Settings, Sweep, describe
 from experiments.sweeps.definitions import SWEEPS
-from experiments.tracking import UserError
+from experiments.tracking import UserError, wrong
 from experiments.tracking.errors import nearest
 
 OPTIONS = ("benchmark", "seeds", "grid", "methods")
@@ -86,7 +86,7 @@ def make_plan(sweep: Sweep, given: Settings) -> Plan:
     here = sweep.benchmarks[benchmark]
     seeds = given.get("seeds", sweep.seeds)
     if type(seeds) is not int or seeds < 1:
-        raise UserError(f"seeds: expected a number of seeds of at least 1, got {seeds!r}")
+        raise wrong("seeds", "a number of seeds of at least 1", repr(seeds))
     chosen = str(given.get("methods", ",".join(sweep.methods))).replace(" ", "").split(",")
     for name in chosen:
         _known("method", name, sweep.methods)

@@ -32,16 +32,15 @@ from experiments.sweeps.listing import Run, counted, patiently, runs_of, state_o
 from experiments.sweeps.lock import LEASE, Lock, token_of
 from experiments.tracking import UserError
 from experiments.tracking.database import Database, choose
+from experiments.tracking.errors import one_line
 from experiments.tracking.experiment import REPOSITORY
 from experiments.tracking.uploader import upload_abandoned
 
 ATTEMPTS, POLL, BEAT, NICENESS = 2, 0.2, 2.0, 10
-GRACE = 30.0
-"""Seconds for a training that is told to stop: it brings its record into the database."""
-
+GRACE = 30.0  # seconds for a training that is told to stop: it brings its record into the database
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+# In a run's folder: `experiments.training.checkpoint`, not imported since it needs torch.
 CONFIG, STATE = "config.json", "checkpoint.pt"
-"""In a run's folder: `experiments.training.checkpoint`, not imported since it needs torch."""
 
 
 class Order(NamedTuple):
@@ -74,7 +73,7 @@ def run_cell(order: Order) -> tuple[str, str]:
                 patiently(database, lock.release)
                 return ended
     except (UserError, PyMongoError) as error:
-        return INTERRUPTED, f"no database: {' '.join(str(error).split())}"
+        return INTERRUPTED, f"no database: {one_line(error)}"
 
 
 class _Attempts:

@@ -10,10 +10,10 @@ Example:
 
 from experiments import extra  # noqa: F401, I001  (first: it says what to install)
 from experiments.tracking.database import open_database
-from experiments.tracking.errors import Terminated, TrackingError, UserError
+from experiments.tracking.errors import Terminated, TrackingError, UserError, wrong
 from experiments.tracking.experiment import TrackedExperiment, TrackedIngredient, record
 
 __all__ = [
     "Terminated", "TrackedExperiment", "TrackedIngredient", "TrackingError", "UserError",
-    "open_database", "record",
+    "open_database", "record", "wrong",
 ]  # fmt: skip

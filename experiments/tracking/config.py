@@ -20,15 +20,14 @@ from typing import Annotated, Any
 import sacred.experiment
 import sacred.initialize
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from sacred import Experiment
 from sacred.config.config_dict import ConfigDict as SacredConfig
 from sacred.config.config_summary import ConfigSummary
-from sacred.run import Run
 from sacred.utils import iterate_flattened, set_by_dotted_path
 from typing_extensions import Self
 
-from experiments.tracking.errors import UserError, nearest
+from experiments.tracking.errors import UserError, nearest, one_line, wrong
 
 DESCRIPTION = "__doc__"  # Sacred hands on a named config's docstring under this name
 MOST, MOST_GROUPS = 10**9, 20  # of a count; that a name may have
@@ -40,6 +39,7 @@ Threads = Annotated[int, Field(ge=0, le=1024)]
 Text = Annotated[str, Field(pattern=r"^[^\x00]*$", min_length=1)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Values = Mapping[str, Any]
+_AnyList = Annotated[list[Any], Field(strict=False)]
 
 # A field of a model, with the comment above it or behind it.
 _FIELD = re.compile(r"((?:^    # .*\n)*)^    (\w+): [^\n]*?(?:  # (.*))?$", re.M)
@@ -138,10 +138,8 @@ def check_config(experiment: Experiment, config: Values) -> None:
         if model is None:
             continue
         if "" in values:  # where Sacred puts it
-            raise UserError(
-                f"{group}: expected a group of settings, got {_short(values[''])}; set one as "
-                f"{group}.{next(iter(model.model_fields))}=VALUE"
-            )
+            raise wrong(group, "a group of settings", _short(values[""]),
+                        f"set one as {group}.{next(iter(model.model_fields))}=VALUE")
         groups[f"{group}." if group else ""] = model, values
         values.pop(DESCRIPTION, None)
     known = [prefix + name for prefix, (model, values) in groups.items()
@@ -160,33 +158,23 @@ def check_named_configs(experiment: Experiment, names: Iterable[str]) -> None:
         if os.path.isfile(name):
             settings_in(name)
         elif name not in known:
-            raise UserError(
-                f"no named config {name!r}{nearest(name, known)}"
-                " (a value is set as KEY=VALUE, `print_named_configs` lists the names)"
-            )
+            raise UserError(f"no named config {name!r}{nearest(name, known)}"
+                            " (a value is set as KEY=VALUE, `print_named_configs` lists the names)")
 
 
-def check_like_defaults(run: Run, types: Values) -> None:
-    """Raise UserError for an entry that is not there, or of another type than its default.
+def model_of(experiment: Experiment, types: Values) -> type[Settings]:
+    """The settings of an experiment whose defaults stand in Sacred's own ``@ex.config``.
 
-    For experiments whose defaults stand in Sacred's own ``@ex.config``. ``types`` declares entries
-    by dotted name, such as ``{"inner.step": float | None}``; a default of None takes anything.
+    An entry has its default's type, or the one that ``types`` declares; None takes anything.
     """
-    changes, settings = run.config_modifications, dict(iterate_flattened(run.config))
-    known = settings.keys() - changes.added
-    for name in sorted(name for name in changes.added if not name.endswith(DESCRIPTION)):
-        raise UserError(_unknown(name, known))
-    usual = {name: list | tuple if old in (list, tuple) else old
-             for name, (old, _) in changes.typechanged.items() if old is not type(None)}
-    for name, wanted in {**usual, **types}.items():
-        strict = ConfigDict(strict=True, arbitrary_types_allowed=True)
-        try:
-            TypeAdapter(wanted, config=strict).validate_python(settings.get(name))
-        except ValidationError:
-            kind = getattr(wanted, "__name__", str(wanted))
-            raise UserError(
-                f"{name}: expected {kind}, got {_short(settings.get(name))}; try another value"
-            ) from None
+    groups = {one.path: one.settings.defaults() for one in experiment.ingredients}
+    defaults: dict[str, Any] = {}
+    for configuration in experiment.configurations:
+        defaults |= configuration(None, defaults, groups)
+    kinds = {list: _AnyList, tuple: _AnyList, bool: bool, int: int, float: float, str: str}
+    fields: dict[str, Any] = {name: (types.get(name, kinds.get(type(value), Any)), value)
+                              for name, value in defaults.items() if name != "seed"}  # fmt: skip
+    return create_model("Defaults", __base__=RunSettings, **fields)
 
 
 def nested(updates: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -224,11 +212,8 @@ def settings_in(path: str) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise ValueError(f"{type(found).__name__} at the top")
     except (OSError, ValueError, KeyError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(
-            f"{path}: expected settings by name in a file *.json, *.yaml or *.yml, got "
-            f"{_short(reason)}; `save_config` writes one"
-        ) from None
+        raise wrong(path, "settings by name in a file *.json, *.yaml or *.yml",
+                    _short(one_line(error)), "`save_config` writes one") from None
     return nested(found.items())
 
 
@@ -289,13 +274,10 @@ def _expected(schema: Values) -> str:
         return f"a list{least}, each {_expected(schema['items'])}"
     words = {"integer": "a whole number", "number": "a finite number", "string": "text",
              "boolean": "True or False", "null": "None"}  # fmt: skip
-    return words.get(str(kind), "another value") + _limits(schema)
-
-
-def _limits(schema: Values) -> str:
-    least, most = schema.get("minimum"), schema.get("maximum")
-    if "exclusiveMinimum" in schema:
-        return f" above {schema['exclusiveMinimum']:g}"
-    if most is None:
-        return "" if least is None else f" of at least {least:g}"
-    return f" of at most {most}" if least is None else f" from {least} to {most}"
+    least, most, above = map(schema.get, ("minimum", "maximum", "exclusiveMinimum"))
+    limits = "" if above is None else f" above {above:g}"
+    if least is not None:
+        limits = f" of at least {least:g}" if most is None else f" from {least} to {most}"
+    elif most is not None:
+        limits = f" of at most {most}"
+    return words.get(str(kind), "anything") + limits

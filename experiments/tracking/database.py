@@ -1,8 +1,8 @@
 """Which MongoDB a run is recorded in, and the connection to it.
 
 In this order: `-m HOST:PORT:DB`, the URL in L2L_IMPLICIT_MONGO_URL, the URL in the file
-~/.config/l2l_implicit/mongo_url (L2L_IMPLICIT_MONGO_URL_FILE names another; mode 0600), and the
-embedded server. A URL with a password belongs in the variable or the file: options are recorded.
+~/.config/l2l_implicit/mongo_url (mode 0600), and the embedded server. A URL with a password belongs
+in the variable or the file: options are recorded.
 """
 
 from __future__ import annotations
@@ -26,17 +26,13 @@ from experiments.tracking.embedded import EmbeddedServer
 from experiments.tracking.errors import UserError
 from experiments.tracking.values import redacted, secrets_of
 
-URL_VARIABLE = "L2L_IMPLICIT_MONGO_URL"
-FILE_VARIABLE = "L2L_IMPLICIT_MONGO_URL_FILE"
-TIMEOUT_VARIABLE = "L2L_IMPLICIT_MONGO_TIMEOUT"
-DEFAULT_FILE = "~/.config/l2l_implicit/mongo_url"
+URL_VARIABLE, TIMEOUT_VARIABLE = "L2L_IMPLICIT_MONGO_URL", "L2L_IMPLICIT_MONGO_TIMEOUT"
+URL_FILE = "~/.config/l2l_implicit/mongo_url"
 DEFAULT_NAME = "l2l_implicit"
-
 UNRECORDED = "-u records nothing"
 WRONG_PASSWORD, NOT_ALLOWED, ATLAS = 18, 13, 8000
+# OutOfDiskSpace, and a quota that is exceeded; Atlas says 8000 for almost anything.
 FULL = (14031, 12501)
-"""OutOfDiskSpace, and a quota that is exceeded; Atlas says 8000 for almost anything."""
-
 Documents: TypeAlias = MongoDatabase[dict[str, Any]]
 
 
@@ -53,29 +49,24 @@ def choose(option: str | None = None) -> Choice:
     UserError: a malformed option or URL, or a URL file that others can read.
     """
     if option is not None:
-        return Choice(_url_of_option(option), "-m")
-    named = os.environ.get(FILE_VARIABLE)
-    path = Path(named or DEFAULT_FILE).expanduser()
+        fits = "@" not in option and re.match(get_pattern(), option)
+        parts = parse_mongo_db_arg(option) if fits else {"collection": ""}
+        if not parts.keys() <= {"url", "db_name"}:  # not shown: it may hold a password
+            raise UserError(
+                "-m takes HOST:PORT:DB, HOST:PORT or DB, got something else; put a mongodb:// URL,"
+                f" or a password, in {URL_VARIABLE} or {URL_FILE}: options are recorded"
+            )
+        host = parts.get("url", "localhost:27017")
+        return Choice(f"mongodb://{host}/{parts.get('db_name', DEFAULT_NAME)}", "-m")
     url, source = os.environ.get(URL_VARIABLE, "").strip(), URL_VARIABLE
-    if not url and not named and not path.exists():
+    path = Path(URL_FILE).expanduser()
+    if not url and not path.exists():
         return Choice(None, "embedded")
     if not url:
         url, source = _read_private(path), str(path)
     if not url.startswith(("mongodb://", "mongodb+srv://")):
         raise UserError(f"{source} must hold a URL that starts with mongodb:// or mongodb+srv://")
     return Choice(url, source)
-
-
-def _url_of_option(option: str) -> str:
-    fits = "@" not in option and re.match(get_pattern(), option)
-    parts = parse_mongo_db_arg(option) if fits else {"collection": ""}
-    if not parts.keys() <= {"url", "db_name"}:  # not shown: it may hold a password
-        raise UserError(
-            "-m takes HOST:PORT:DB, HOST:PORT or DB, got something else; put a mongodb:// URL,"
-            f" or a password, in {URL_VARIABLE} or {DEFAULT_FILE}: options are recorded"
-        )
-    host = parts.get("url", "localhost:27017")
-    return f"mongodb://{host}/{parts.get('db_name', DEFAULT_NAME)}"
 
 
 def _read_private(path: Path) -> str:

@@ -23,12 +23,9 @@ from experiments.tracking.errors import UserError
 
 EXECUTABLE = "secantusd-py"
 DATA_VARIABLE = "L2L_IMPLICIT_DATA"
+# Seconds until it must answer, and how often it may end before it does.
 START_TIMEOUT, STARTS = 40.0, 3
-"""Seconds until it must answer, and how often it may end before it does."""
-
-LONGEST_PATH = 100
-"""Bytes: a socket's path has at most 103 on macOS, 107 on Linux."""
-
+LONGEST_PATH = 100  # bytes: a socket's path has at most 103 on macOS, 107 on Linux
 NOT_INSTALLED = (
     "no database: the embedded MongoDB server is not installed;"
     ' `pip install "l2l_implicit[experiments]"`, or set L2L_IMPLICIT_MONGO_URL to a'
@@ -97,7 +94,7 @@ class EmbeddedServer:
                 raise UserError(
                     f"the embedded MongoDB server does not start: {last}; its log is {log}"
                 )
-            if started is None and not self._is_started():
+            if started is None and socket_server.is_free(self.folder / socket_server.SERVER_LOCK):
                 started = self._start_server(log)
             time.sleep(0.02)
 
@@ -105,13 +102,6 @@ class EmbeddedServer:
         with socket.socket(socket.AF_UNIX) as probe:
             probe.settimeout(1.0)
             return probe.connect_ex(str(self._socket)) == 0
-
-    def _is_started(self) -> bool:
-        lock = socket_server.open_lock(self.folder / socket_server.SERVER_LOCK)
-        try:
-            return not socket_server.try_lock(lock)
-        finally:
-            os.close(lock)
 
     def _start_server(self, log: Path) -> subprocess.Popen[bytes]:
         """Its own session, so that Ctrl-C at the terminal stops the run and not the database."""

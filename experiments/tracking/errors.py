@@ -26,6 +26,11 @@ class Terminated(SacredInterrupt):
         self.signum = signum
 
 
+def wrong(name: str, expected: str, got: object, todo: str = "leave it out") -> UserError:
+    """What is said of a setting or a file that will not do."""
+    return UserError(f"{name}: expected {expected}, got {got}; {todo}")
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the known name closest to `name`, else an empty string.
 
@@ -43,3 +48,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def one_line(error: BaseException) -> str:
     """Its message, or else its kind, in one line."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def reason(error: BaseException) -> str:
+    """The same of a readable length."""
+    text = one_line(error)
+    return text if len(text) <= 150 else f"{text[:150]} ..."

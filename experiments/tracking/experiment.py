@@ -55,16 +55,13 @@ class TrackedRun(Run):
     journal: JournalObserver | None  # of an observed run
     afterwards: list[Callable[[], object]]  # called once the record of all is on the disk
 
-    def add_artifact(self, filename: Any, name: str | None = None,
-                     metadata: dict[str, Any] | None = None,
-                     content_type: str | None = None) -> None:
-        """Store a file with the run; ValueError if it has more than 16 MiB."""
-        if (size := Path(filename).stat().st_size) > LARGEST_ARTIFACT:
-            raise ValueError(
-                f"artifact {str(filename)!r} has {size} bytes, more than {LARGEST_ARTIFACT}:"
-                " record its path and sha256 in the run's info instead"
-            )
-        super().add_artifact(str(filename), name, metadata, content_type)
+    def add_artifact(self, filename: Any, *arguments: Any, **options: Any) -> None:
+        """As in Sacred; of a file that has more than 16 MiB its path and MD5, in the run's info."""
+        if Path(filename).stat().st_size <= LARGEST_ARTIFACT:
+            super().add_artifact(str(filename), *arguments, **options)
+        else:
+            path, digest = str(Path(filename).absolute()), dependencies.get_digest(filename)
+            self.info.setdefault("large_artifacts", []).append({"path": path, "md5": digest})
 
     def _emit_artifact_added(self, *event: Any) -> None:
         for observer in self.observers:
@@ -82,7 +79,7 @@ class TrackedExperiment(Experiment):
         name, ingredients, options: as in Sacred.
         settings: the model of the configuration's entries; each ingredient has its own. Without it
             the defaults stand in ``@ex.config``, and an entry is checked against its default.
-        types: of such entries, by dotted name: ``{"inner.step": float | None}``.
+        types: of such entries: ``{"cell": str | None}``.
     """
 
     def __init__(self, name: str, ingredients: Sequence[Ingredient] = (),
@@ -92,10 +89,10 @@ class TrackedExperiment(Experiment):
         options = {"save_git_info": False, "base_dir": str(REPOSITORY), **options}
         super().__init__(name, ingredients=ingredients, **options)
         self.settings, self.types = settings, types
+        check = partial(config.check_config, self)
+        self.config_hook(lambda config, command_name, logger: check(config))
         if settings is not None:
             self.configurations.append(ModelConfig(settings))
-            check = partial(config.check_config, self)
-            self.config_hook(lambda config, command_name, logger: check(config))
         self.doc = caller.get("__doc__") or ""
         self.captured_out_filter = keep_output  # type: ignore[assignment]  # inferred as None
         self.mainfile = dependencies.get_main_file(caller, False)[1]  # not this one
@@ -122,10 +119,7 @@ class TrackedExperiment(Experiment):
         finally:
             self._on_command_line = False
 
-    def run(self, command_name: str | None = None,
-            config_updates: dict[str, Any] | None = None, named_configs: Sequence[str] = (),
-            info: dict[str, Any] | None = None, meta_info: dict[str, Any] | None = None,
-            options: dict[str, Any] | None = None) -> Run:
+    def run(self, *arguments: Any, options: dict[str, Any] | None = None, **more: Any) -> Run:
         """As in Sacred; from the command line, expected errors end the process.
 
         UserError: a wrong configuration or database address; TrackingError: the database did not
@@ -133,9 +127,7 @@ class TrackedExperiment(Experiment):
         """
         try:
             with signals.handled():
-                run = self._create_run(
-                    command_name, config_updates, named_configs, info, meta_info, options
-                )
+                run = self._create_run(*arguments, options=options, **more)
                 _run_to_its_end(run)
                 return run
         except (UserError, TrackingError, Terminated, KeyboardInterrupt) as error:
@@ -149,22 +141,18 @@ class TrackedExperiment(Experiment):
 
     def _create_run(self, command_name: str | None = None,
                     config_updates: dict[str, Any] | None = None,
-                    named_configs: Sequence[str] = (), info: dict[str, Any] | None = None,
-                    meta_info: dict[str, Any] | None = None,
-                    options: dict[str, Any] | None = None) -> TrackedRun:
+                    named_configs: Sequence[str] = (), *,
+                    options: dict[str, Any] | None = None, **more: Any) -> TrackedRun:
         """Sacred's run with its checks, and its observer unless it is unobserved."""
         asked = dict(options or {})
         updates = config.nested((config_updates or {}).items())
         config.check_named_configs(self, named_configs)
-        if self.settings is None and "seed" in updates:
-            RunSettings.of({"seed": updates["seed"]})
+        if self.settings is None:
+            self.settings = config.model_of(self, self.types or {})
         # Sacred would add its own observer, and only warn of what is an error here
         handed = {**asked, MONGO_OPTION: None, "--force": True}
-        plain = super()._create_run(command_name, updates, named_configs, info, meta_info, handed)
-        if self.settings is None:
-            config.check_like_defaults(plain, self.types or {})
-        plain.__class__ = TrackedRun  # Sacred builds its own Run and takes no other class
-        run = cast(TrackedRun, plain)
+        run: Any = super()._create_run(command_name, updates, named_configs, options=handed, **more)
+        run.__class__ = TrackedRun  # Sacred builds its own Run and takes no other class
         for group in (run.config, *run.config.values()):
             if isinstance(group, dict):
                 group.pop("__doc__", None)  # a named config's docstring, where Sacred puts it
@@ -182,7 +170,7 @@ class TrackedExperiment(Experiment):
                 raise
             run._metrics.sink = run.journal.record
             run.observers.append(run.journal)
-        return run
+        return cast(TrackedRun, run)
 
 
 def record(run: Run, values: Mapping[str, Any], step: int | None = None) -> None:
@@ -197,6 +185,7 @@ def _is_for_people(line: logging.LogRecord) -> bool:
 
 
 def _run_to_its_end(run: TrackedRun) -> None:
+    """An error of the run counts more than one of its record, which is told."""
     try:
         run()
     except BaseException:

@@ -29,9 +29,8 @@ from experiments.tracking.database import open_database
 from experiments.tracking.errors import UserError, one_line
 from experiments.tracking.records import DatabaseRecords, Document, RunId, printable
 
+# Metrics with a point at every outer iteration, as a pattern of their names.
 EVERY_STEP = r"^train/"
-"""Metrics with a point at every outer iteration, as a pattern of their names."""
-
 REMOTE = re.compile(r"(https?|ssh|git)://|[\w.-]+@[\w.-]+:")
 INSTALLED = re.compile(r"/[^\s\"':]*/(?=site-packages/|lib/python3)")
 

@@ -33,11 +33,9 @@ from experiments.tracking.values import storable
 
 DEFAULT_INTERVAL = 10.0
 PATIENCE_VARIABLE = "L2L_IMPLICIT_MONGO_PATIENCE"
-PATIENCE = 30.0
-"""Seconds at a run's end that a database which is away may take to come back."""
-
+PATIENCE = 30.0  # seconds at a run's end that a database which is away may take to come back
+# Seconds the whole of the end may take after one Ctrl-C, and after two.
 INTERRUPTED, HURRIED = 1.5, 0.5
-"""Seconds the whole of the end may take after one Ctrl-C, and after two."""
 
 
 class JournalObserver(MongoObserver):
@@ -173,11 +171,20 @@ class JournalObserver(MongoObserver):
 
     def _work(self) -> None:
         """Upload every few seconds; at the run's end until all is read back, or it is too late."""
+        assert self._uploader is not None
         pause, ending = self._interval, False
         while not ending or (self._error and time.monotonic() < self._deadline):
             self._stop.wait(pause)
             ending, began, away = self._stop.is_set(), time.monotonic(), self._error
-            self._error = self._try_upload(ending)
+            try:
+                if away:
+                    self._database.revive()
+                self._uploader.upload()
+                if ending:
+                    self._uploader.verify()
+                self._error = ""
+            except Exception as error:  # it is away, refuses, or answers nonsense
+                self._error = self._reason(error)
             if self._error and not away:
                 text = "The database is away; the run goes on and keeps its record (%s)"
                 self._log.warning(text, self._error)
@@ -185,19 +192,6 @@ class JournalObserver(MongoObserver):
                 self._log.warning("The database is back")
             pause = max(self._interval, 5 * (time.monotonic() - began))
             time.sleep(0.5 if ending and self._error else 0.0)
-
-    def _try_upload(self, ending: bool) -> str:
-        """One attempt; what is wrong if the database is away, refuses, or answers nonsense."""
-        assert self._uploader is not None
-        try:
-            if self._error:
-                self._database.revive()
-            self._uploader.upload()
-            if ending:
-                self._uploader.verify()
-            return ""
-        except Exception as error:
-            return self._reason(error)
 
     def finish(self) -> None:
         """Bring everything into the database, remove the journal, close the connection.

@@ -22,31 +22,26 @@ from bson import CodecOptions
 from bson.codec_options import DatetimeConversion
 
 from experiments.tracking.database import Documents
-from experiments.tracking.errors import UserError
+from experiments.tracking.errors import UserError, wrong
 
 Document = dict[str, Any]
 RunId = int | str
 
+# Of a run's document; the printed output and the artifacts are left in the database.
 FIELDS = (
     "status", "start_time", "stop_time", "heartbeat", "result", "config", "fail_trace",
     "info", "experiment", "host.hostname", "meta.named_configs", "meta.config_updates",
 )  # fmt: skip
-"""Of a run's document; the printed output and the artifacts are left in the database."""
-
+# One document with a year beyond 9999 or text that is no UTF-8 does not end the reading of all.
 LENIENT: CodecOptions[Document] = CodecOptions(
     datetime_conversion=DatetimeConversion.DATETIME_AUTO, unicode_decode_error_handler="replace"
 )
-"""One document with a year beyond 9999 or text that is no UTF-8 does not end the reading of all."""
-
+# Runs a question asks for: the embedded server takes longer than in proportion to their number.
 BATCH = 100
-"""Runs a question asks for: the embedded server takes longer than in proportion to their number."""
-
-DEPTH = 40
-INT64 = 2**63
-LINE_LIMIT, FILE_LIMIT = 4 * 2**20, 32 * 2**20
-VALUES_LIMIT = 10**6
-"""Bytes of one line and of all files together, unpacked, and values in them: one value can take
-a hundred times the memory of its text."""
+DEPTH, INT64 = 40, 2**63
+# Bytes of one line and of all files together, unpacked, and values in them: one value can take a
+# hundred times the memory of its text.
+LINE_LIMIT, FILE_LIMIT, VALUES_LIMIT = 4 * 2**20, 32 * 2**20, 10**6
 
 
 class Series(NamedTuple):
@@ -203,8 +198,8 @@ def _metric(run: RunId, name: str, metric: Any) -> Metric:
              for step, value in zip(steps, values, strict=False)]  # fmt: skip
     right = [(int(s), v) for s, v in pairs if _is_number(s) and s % 1 == 0 and _is_number(v)]
     number = max(len(steps), len(values))
-    wrong = number - len(right)
-    fault = f"{name}: {wrong} of {number} points are no numbers at steps" if wrong else ""
+    lost = number - len(right)
+    fault = f"{name}: {lost} of {number} points are no numbers at steps" if lost else ""
     return Metric(run, name, Series([s for s, _ in right], [v for _, v in right]), fault)
 
 
@@ -218,25 +213,21 @@ def _read(paths: Iterable[Path]) -> Iterator[Document]:
                     size += len(line)  # counted before anything is made of it
                     values += sum(map(line.count, (b"[", b"{", b",", b":")))
                     if max(len(line) / LINE_LIMIT, size / FILE_LIMIT, values / VALUES_LIMIT) > 1:
-                        raise UserError(
-                            f"{path}: expected lines of at most {LINE_LIMIT >> 20} MiB, and at most"
-                            f" {FILE_LIMIT >> 20} MiB and {VALUES_LIMIT} values in all, got more;"
-                            " read fewer files, or export fewer runs into one"
-                        )
+                        limits = (f"lines of at most {LINE_LIMIT >> 20} MiB, and at most"
+                                  f" {FILE_LIMIT >> 20} MiB and {VALUES_LIMIT} values in all")
+                        raise wrong(str(path), limits, "more",
+                                    "read fewer files, or export fewer runs into one")
                     entry = plain(json.loads(line))
                     if not isinstance(entry, dict) or not isinstance(entry.get("runs"), dict):
-                        raise UserError(
-                            f"{path}, line {number}: expected a run as experiments.tracking.export"
-                            " writes it, got something else"
-                        )
+                        raise wrong(f"{path}, line {number}",
+                                    "a run as experiments.tracking.export writes it",
+                                    "something else", "export it again")
                     yield {"metrics": {}, **entry}
         except UserError:
             raise
         except (gzip.BadGzipFile, EOFError, zlib.error, ValueError, RecursionError):
-            raise UserError(
-                f"{path}: expected gzip'ed JSON lines, got a damaged file, or another kind; fetch"
-                " it again"
-            ) from None
+            raise wrong(str(path), "gzip'ed JSON lines", "a damaged file, or another kind",
+                        "fetch it again") from None
         except OSError as error:
             why = error.strerror or error
             raise UserError(f"{path}: {why}; give a file of exported runs") from None

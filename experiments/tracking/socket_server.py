@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import Any
 
 CLIENTS_LOCK, SERVER_LOCK = "clients.lock", "server.lock"
-LINGER = 2.0
-"""Seconds the server is kept after its last client, for the next run of a sweep."""
+LINGER = 2.0  # seconds the server is kept after its last client, for the next run of a sweep
 POLL = 0.2
 PATH = Path()
 bound = threading.Event()
@@ -68,6 +67,15 @@ def try_lock(descriptor: int, seconds: float = 0.0) -> bool:
         if time.monotonic() >= deadline:
             return False
         time.sleep(0.02)
+
+
+def is_free(path: Path) -> bool:
+    """Whether nobody holds a lock on this file."""
+    descriptor = open_lock(path)
+    try:
+        return try_lock(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def end_when_nobody_is_there(clients: int) -> None:

@@ -27,9 +27,8 @@ from experiments.tracking.embedded import data_folder
 from experiments.tracking.errors import TrackingError, one_line
 from experiments.tracking.journal import Entry, JournalReader
 
+# A document ends at 16 MB, about 388,000 points, and is rewritten whole at every push.
 POINTS_PER_DOCUMENT = 100_000
-"""A document ends at 16 MB, about 388,000 points, and is rewritten whole at every push."""
-
 KILLED = "killed: the process ended without a word (kill -9, out of memory, power)"
 COMMAND = "experiments.tracking.upload"
 COLUMNS = ("steps", "values", "timestamps")
@@ -83,10 +82,8 @@ class Uploader:
 
     def how_it_ended(self) -> str:
         """Nothing, or that the run's end is missing because it was killed."""
-        return f"; its end is missing: {KILLED}" if self._was_killed() else ""
-
-    def _was_killed(self) -> bool:
-        return bool(self.document.get("fail_trace") == [KILLED])
+        killed = self.document.get("fail_trace") == [KILLED]
+        return f"; its end is missing: {KILLED}" if killed else ""
 
     def _forget(self) -> None:
         self.document: Entry = {}
@@ -113,11 +110,17 @@ class Uploader:
         if self.reader.damage and status != "RUNNING":
             self.document["status"] = status
             return  # the database has it from before the damage
-        ended = self.document["status"] != "RUNNING"
+        ended, fault = self.document["status"] != "RUNNING", ""
         if self.reader.damage and (ended or abandoned):
-            self._mark(f"a part of the record is lost: {self.reader.damage}", status)
+            fault = f"a part of the record is lost: {self.reader.damage}"
         elif not ended and abandoned:
-            self._mark(KILLED, status)
+            fault = KILLED
+        if fault:
+            sign = self.document.get("heartbeat") or self.document.get("start_time")
+            self.document["fail_trace"] = [fault]
+            self.document["stop_time"] = sign or datetime.now(timezone.utc)
+            # the database may say already how it has ended
+            self.document["status"] = "FAILED" if status == "RUNNING" else status
         for file_id in list(self._artifacts):
             self._put(file_id, self._artifacts.pop(file_id))
         for name, series in self._series.items():
@@ -155,12 +158,6 @@ class Uploader:
         self.run_id = wanted
         return str((stored or {}).get("status", "RUNNING"))
 
-    def _mark(self, reason: str, status: str) -> None:
-        """Record the run as FAILED, unless the database says already how it has ended."""
-        sign = self.document.get("heartbeat") or self.document.get("start_time")
-        ended = {"fail_trace": [reason], "stop_time": sign or datetime.now(timezone.utc)}
-        self.document |= {**ended, "status": "FAILED" if status == "RUNNING" else status}
-
     def _put(self, file_id: Any, artifact: Entry) -> None:
         name, self._stored[file_id] = artifact["artifact"], _digest(artifact["data"])
         if self._content(file_id) != self._stored[file_id]:
@@ -189,7 +186,7 @@ class Uploader:
 
     def _has_been_cut(self) -> bool:
         """Whether the journal may hold less than it once did: damaged, or without an end."""
-        return bool(self.reader.damage) or self._was_killed()
+        return bool(self.reader.damage or self.how_it_ended())
 
     def _rows(self, name: str) -> list[Any]:
         """The points that are stored."""

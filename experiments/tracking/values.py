@@ -17,20 +17,17 @@ from sacred.serializer import flatten
 from sacred.utils import apply_backspaces_and_linefeeds
 
 INT64 = 2**63
+# Characters kept of a longer output: its beginning, and its end with the results or errors.
+# Sacred stops recording a run whose output exceeds the 16 MB of a document.
 HEAD, TAIL = 200_000, 800_000
-"""Characters kept of a longer output: its beginning, and its end with the results or errors.
-Sacred stops recording a run whose output exceeds the 16 MB of a document."""
-
 CUT = f"\n[... output cut here: the first {HEAD} and the last {TAIL} characters are kept ...]\n"
 HIDDEN = "***"
+# Whatever stands before the last `@` of a URL's host: a name and password, or a token.
 USERINFO = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)[^/\s@'\"]*(?:@[^/\s@'\"]*)*@")
-"""Whatever stands before the last `@` of a URL's host: a name and password, or a token."""
-
+# Shorter passwords are hidden inside URLs only: masking every `a` would ruin the record.
 SHORTEST_SECRET = 6
-"""Shorter passwords are hidden inside URLs only: masking every `a` would ruin the record."""
-
+# Options of a URL that are passwords, or hold a session's token.
 SECRET_OPTIONS = ("tlscertificatekeyfilepassword", "ssl_pem_passphrase", "authmechanismproperties")
-"""Options of a URL that are passwords, or hold a session's token."""
 
 
 class CheckedMetrics(MetricsLogger):

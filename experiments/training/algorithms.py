@@ -3,6 +3,7 @@ gradient on theta."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -145,7 +146,7 @@ class HeadsTogether(HeadOnly):
             groups, of one task at least.
     """
 
-    def __init__(self, *arguments: Any, most_bytes: float, **options: Any) -> None:
+    def __init__(self, *arguments: Any, most_bytes: float = math.inf, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._most_bytes, self._bytes = most_bytes, dict[torch.Size, int]()
 

@@ -13,7 +13,6 @@ begins with a copy of all that was recorded before the checkpoint.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import io
 import itertools
@@ -24,23 +23,22 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 from sacred.utils import iterate_flattened
 
-from experiments.tracking import Terminated, TrackingError, UserError
+from experiments.tracking import Terminated, TrackingError, UserError, socket_server, wrong
+from experiments.tracking.errors import reason
 
 CONFIG, STATE, LOCK = "config.json", "checkpoint.pt", "lock"
+# What a resumed run may set anew; all else would hold for a part of the result only. A step size
+# that decays over the iterations depends on their number.
 MAY_DIFFER = ("iterations", "checkpoint_seconds", "metrics_csv", "output", "resume")
-"""What a resumed run may set anew; all else would hold for a part of the result only.
-
-A step size that decays over the iterations depends on their number.
-"""
-
+THIS_VERSION = "a checkpoint of this version"
 _CHECKSUM = hashlib.sha256().digest_size
-_held: dict[Path, IO[str]] = {}
+_held: dict[Path, int] = {}  # descriptors of their locks
 
 
 def new_folder(output: Path, name: str) -> Path:
@@ -53,10 +51,8 @@ def new_folder(output: Path, name: str) -> Path:
                 folder.mkdir()
                 break
     except OSError as error:
-        raise UserError(
-            f"output: expected a folder to write to, got {str(output)!r} ({error.strerror}); try "
-            "runs"
-        ) from error
+        got = f"{str(output)!r} ({error.strerror})"
+        raise wrong("output", "a folder to write to", got, "try runs") from error
     lock(folder)
     return folder
 
@@ -64,27 +60,23 @@ def new_folder(output: Path, name: str) -> Path:
 def lock(folder: Path) -> None:
     """Hold the folder until `remove` or the end of this process, whatever ends it.
 
-    Raises:
-        UserError: a process that is alive works in it.
+    UserError: a process that is alive works in it.
     """
     if folder.resolve() in _held:
         return
     with in_one_line(folder / LOCK):
-        file = (folder / LOCK).open("a+")
+        file = socket_server.open_lock(folder / LOCK)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            who = file.read(80)
-            raise UserError(
-                f"resume: expected a run that has ended, got {folder}, where process "
-                f"{who if who.isprintable() else '?'} is at work; wait for its end"
-            ) from None
+            free = socket_server.try_lock(file)
         except OSError as error:
+            free = True
             print(f"warning: no lock on {folder} ({error.strerror}): let no two runs work in it")
-        file.truncate(0)
-        file.write(f"{os.getpid()} on {platform.node()}")
-        file.flush()
+        if not free:
+            who = os.pread(file, 80, 0).decode(errors="replace")
+            got = f"{folder}, where process {who if who.isprintable() else '?'} is at work"
+            raise wrong("resume", "a run that has ended", got, "wait for its end")
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"{os.getpid()} on {platform.node()}".encode(), 0)
     _held[folder.resolve()] = file
 
 
@@ -98,16 +90,12 @@ def remove(folder: Path) -> None:
     with in_one_line(folder):
         for path in (folder / STATE, *folder.glob("*.new"), folder / LOCK):
             path.unlink(missing_ok=True)
-    if file := _held.pop(folder.resolve(), None):
-        file.close()
+    if (file := _held.pop(folder.resolve(), None)) is not None:
+        os.close(file)
 
 
 def save(folder: Path, state: Mapping[str, Any]) -> None:
-    """Replace the folder's checkpoint; whoever is killed here leaves the old one whole.
-
-    Raises:
-        UserError: it cannot be written; the old one is whole.
-    """
+    """Replace the folder's checkpoint, as `replace` does."""
 
     def write(file: io.BytesIO) -> None:
         torch.save({**state, "generators": generators()}, file)
@@ -119,64 +107,48 @@ def save(folder: Path, state: Mapping[str, Any]) -> None:
 def load(folder: Path) -> dict[str, Any]:
     """The folder's checkpoint, on the CPU; none of it can run code.
 
-    Raises:
-        UserError: there is none, or it is damaged or another version's.
+    UserError: there is none, or it is damaged or another version's.
     """
     if not (path := folder / STATE).is_file():
-        raise UserError(
-            f"resume: expected a checkpoint {path}, got none; the run ended, or was killed before "
-            "its first: start it anew"
-        )
+        raise wrong("resume", f"a checkpoint {path}", "none",
+                    "the run ended, or was killed before its first: start it anew")
     with in_one_line(path):
         content = path.read_bytes()
-        if hashlib.sha256(content[:-_CHECKSUM]).digest() != content[-_CHECKSUM:]:
+        whole, checksum = content[:-_CHECKSUM], content[-_CHECKSUM:]
+        if hashlib.sha256(whole).digest() != checksum:
             raise ValueError("its checksum does not fit, so that it is damaged")
-        whole = io.BytesIO(content[:-_CHECKSUM])
-        state = torch.load(whole, weights_only=True, map_location="cpu")
+        state = torch.load(io.BytesIO(whole), weights_only=True, map_location="cpu")
         return {**state, "settings": dict(json.loads(state["settings"]))}
 
 
 def find(output: Path, which: str) -> Path:
-    """The folder of a run by its number, by its path, or the one with the newest checkpoint.
-
-    Raises:
-        UserError: no such run.
-    """
+    """The folder of a run by its number, by its path, or the one with the newest checkpoint."""
     if Path(which).is_dir():
         return Path(which)
     with in_one_line(output):
         found = sorted(output.glob(f"*/{STATE}"), key=lambda path: path.stat().st_mtime)
     known = {"latest" if which == "latest" else path.parent.name: path.parent for path in found}
     if which not in known:
-        raise UserError(
-            f"resume: expected latest, a run's folder, or a run with a checkpoint in {output}/ "
-            f"({', '.join(known) or 'there is none'}), got {which!r}; a run that ended has none, "
-            "output=FOLDER looks elsewhere"
-        )
+        expected = "latest, a run's folder, or a run with a checkpoint in"
+        raise wrong("resume", f"{expected} {output}/ ({', '.join(known) or 'there is none'})",
+                    repr(which), "a run that ended has none, output=FOLDER looks elsewhere")
     return known[which]
 
 
 def check_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse settings that are not those the run was started with.
-
-    Raises:
-        UserError: names each that differs.
-    """
+    """UserError for settings that are not those the run was started with; names each."""
     old, new = (dict(iterate_flattened(settings))
                 for settings in (before, json.loads(settings_text(now))))  # fmt: skip
-    decays = old.get("meta_lr_schedule") == "cosine"
-    may = set(MAY_DIFFER) - ({"iterations"} if decays else set())
+    may = set(MAY_DIFFER)
+    if old.get("meta_lr_schedule") == "cosine":
+        may.remove("iterations")
     other = [key for key in {**old, **new} if old.get(key) != new.get(key) and key not in may]
     if other and not any(key in old and key in new for key in other):
-        raise UserError(
-            f"resume: expected a checkpoint of this version, got one of a version whose settings "
-            f"differ in {', '.join(other)}; go on with that version, or start anew"
-        )
+        got = f"one of a version whose settings differ in {', '.join(other)}"
+        raise wrong("resume", THIS_VERSION, got, "go on with that version, or start anew")
     if other:
         differ = ", ".join(f"{key}={new.get(key)!r} (it has {old.get(key)!r})" for key in other)
-        raise UserError(
-            f"resume: expected the run's own settings, got {differ}; leave that out, or start anew"
-        )
+        raise wrong("resume", "the run's own settings", differ, "leave that out, or start anew")
 
 
 def generators() -> dict[str, Any]:
@@ -202,8 +174,7 @@ def restore_generators(state: Mapping[str, Any]) -> None:
 def replace(path: Path, write: Callable[[io.BytesIO], object]) -> None:
     """The whole new file or the whole old one, whoever is killed and whenever power fails.
 
-    Raises:
-        UserError: it cannot be written; the old file is whole.
+    UserError: it cannot be written; the old file is whole.
     """
     content, temporary = io.BytesIO(), path.with_suffix(".new")
     write(content)
@@ -229,22 +200,13 @@ def replace(path: Path, write: Callable[[io.BytesIO], object]) -> None:
 
 @contextmanager
 def in_one_line(path: Path) -> Iterator[None]:
-    """What goes wrong within is a fault of this file.
-
-    Raises:
-        UserError: something has.
-    """
+    """Whatever goes wrong within is a UserError about this file."""
     try:
         yield
     except (Terminated, TrackingError, UserError):
         raise
     except OSError as error:
-        raise UserError(
-            f"{path}: expected to be able to read and write it, got {error.strerror or error}; "
-            "mend that, or choose another folder (output=FOLDER)"
-        ) from error
+        raise wrong(str(path), "to be able to read and write it", error.strerror or error,
+                    "mend that, or choose another folder (output=FOLDER)") from error
     except Exception as error:  # torch's reader of plain data raises what its bytes lead to
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(
-            f"resume: expected a checkpoint of this version, got {path}: {reason}; start anew"
-        ) from error
+        raise wrong("resume", THIS_VERSION, f"{path}: {reason(error)}", "start anew") from error

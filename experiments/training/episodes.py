@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from experiments.tracking import UserError
+from experiments.tracking import UserError, wrong
 from l2l_implicit import checks
 from l2l_implicit.tasks import canonical, describe_tasksets, kind_of, split_support_query
 
@@ -78,8 +78,7 @@ class TaskStream:
 def fault(episode: Episode, outputs: int) -> str | None:
     """What is wrong with a task's data: one line without its end; None if nothing is.
 
-    Args:
-        outputs: classes a label may have, 0 to ``outputs - 1``; not looked at for a regression.
+    Labels are 0 to ``outputs - 1``; a regression has none.
     """
     names = ("inputs", "support targets", "query targets")
     for name, tensor in zip(names, episode, strict=True):
@@ -88,9 +87,9 @@ def fault(episode: Episode, outputs: int) -> str | None:
             if least < 0 or most >= outputs:
                 return f"{name}: expected labels 0 to {outputs - 1}, got {least} to {most}"
         elif not bool(torch.isfinite(tensor.sum())):  # one pass; the slow look only if need be
-            wrong = ~torch.isfinite(tensor)
-            if bool(wrong.any()):
-                where, value = int(wrong.flatten(1).any(1).nonzero()[0]), float(tensor[wrong][0])
+            bad = ~torch.isfinite(tensor)
+            if bool(bad.any()):
+                where, value = int(bad.flatten(1).any(1).nonzero()[0]), float(tensor[bad][0])
                 return f"{name}: expected finite numbers, got {value} (sample {where})"
     return None
 
@@ -110,8 +109,7 @@ class CheckedStream:
     def sample(self, where: str | None = None) -> Episode:
         """The next good task; ``where`` names it in messages, by default by its number.
 
-        Raises:
-            UserError: a task's data are wrong, and none is to be skipped, or too many in a row.
+        UserError: a task's data are wrong, and none is to be skipped, or too many in a row.
         """
         self._drawn += 1
         where = where or f"{self.name} task {self._drawn}"
@@ -124,10 +122,8 @@ class CheckedStream:
                 raise UserError(f"{where}: {reason}; repair the data, or set on_bad_task=skip")
             self.skipped += 1
             self.say(f"skipped {where}: {reason}")
-        raise UserError(
-            f"{where}: expected a task that can be learnt, got {MOST_IN_A_ROW} bad ones in a row "
-            f"({reason}); repair the data"
-        )
+        got = f"{MOST_IN_A_ROW} bad ones in a row ({reason})"
+        raise wrong(where, "a task that can be learnt", got, "repair the data")
 
 
 class Tasks:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 from tqdm import tqdm
 
-from experiments.tracking import Terminated, UserError, record, signals
+from experiments.tracking import Terminated, record, signals, wrong
 from experiments.tracking.config import Count, Positive, RunSettings
 from experiments.training import checkpoint
 from experiments.training.episodes import CheckedStream, Tasks
-from experiments.training.meta_learner import Diverged, Interval, MetaLearner
+from experiments.training.meta_learner import Diverged, Interval, MetaLearner, snapshot
 from experiments.training.peak_memory import peak_memory, process_peak
 from experiments.training.scores import History, Scores
 
@@ -49,10 +50,8 @@ class Schedule(RunSettings):
     @model_validator(mode="after")
     def _reaches_its_tests(self) -> Schedule:
         if (last := max(self.test_at, default=0)) > self.iterations:
-            raise ValueError(
-                f"test_at: expected outer iterations up to iterations={self.iterations}, got "
-                f"{last}; raise iterations"
-            )
+            raise wrong("test_at", f"outer iterations up to iterations={self.iterations}", last,
+                        "raise iterations")
         return self
 
     def bar(self, silent: bool) -> tqdm:  # type: ignore[type-arg]
@@ -72,26 +71,19 @@ class Training:
     Args:
         seed: of the stream of training tasks; validation and test tasks are always the same.
         folder: where checkpoints go.
-
-    Attributes:
-        steps, seconds: outer iterations, and seconds of training by the schedule's clock, so far.
-        diverged: the reason, if the run left the finite numbers.
-        peak: bytes of live tensors, at most, in the measured steps.
     """
 
     def __init__(
         self, run: Any, learner: MetaLearner, tasks: Tasks, schedule: Schedule, seed: int,
         folder: Path,
     ) -> None:  # fmt: skip
-        self.folder = folder
         self.run, self.learner, self.tasks, self.schedule = run, learner, tasks, schedule
-        self._stream = self._checked("train", seed)
-        self.steps, self.peak, self.history = 0, 0, History()
-        self.scores = Scores(learner, self._evaluate, self._record, schedule.early_stopping)
-        self.seconds = self._validated_at = 0.0
-        self._looked = True
-        self.diverged: str | None = None
-        self._saved_at = time.monotonic()
+        self.folder, self._stream, self.history = folder, self._checked("train", seed), History()
+        self.scores = Scores(learner, schedule.early_stopping)
+        self.steps, self.seconds = 0, 0.0  # so far; by the schedule's clock
+        self.peak = 0  # bytes of live tensors, at most, in the measured steps
+        self.diverged: str | None = None  # the reason, if the run left the finite numbers
+        self._looked, self._validated_at, self._saved_at = True, 0.0, time.monotonic()
 
     def _checked(self, mode: str, seed: int) -> CheckedStream:
         stream, outputs = self.tasks.stream(mode, seed), self.tasks.outputs(mode)
@@ -108,8 +100,7 @@ class Training:
     def loop(self) -> None:
         """All outer iterations, with a progress bar, and the test at the end.
 
-        Raises:
-            KeyboardInterrupt, Terminated: a signal; the state is saved unless there were two.
+        KeyboardInterrupt, Terminated: by a signal; the state is saved unless there were two.
         """
         try:
             with signals.deferred():
@@ -134,7 +125,7 @@ class Training:
             self._save()  # a test that is broken off begins anew
             self.scores.result = self._test()
         self._save()
-        self.scores.test_best(lambda reason: self._say(f"not early stopped, {reason}"))
+        self._test_best()
         self._save()
         self._end_if_asked()
 
@@ -187,12 +178,10 @@ class Training:
     def _measure_memory(self, iteration: int, episodes: list[Any]) -> None:
         """On a repetition of the step's gradient that is not timed: counting slows it down."""
         learner = self.learner
-        buffers = list(learner.algorithms.training.network().buffers())
-        before = [buffer.clone() for buffer in buffers]
+        put_back = snapshot(learner.algorithms.training.network())
         with learner.ranks.together(Diverged):
             peak = peak_memory(lambda: learner.hypergradient(episodes), learner.device)
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(value)
+        put_back()
         self.peak = max(self.peak, peak)
         self._record({"train/step_peak_bytes": peak}, iteration)
 
@@ -207,16 +196,58 @@ class Training:
         if due or ends or done in schedule.test_at:
             self._save()  # what is broken off begins anew
         if due:
-            score = self.scores.validate(done, self.seconds)
-            self._validated_at = self.seconds
-            bar.set_postfix_str(f"validation {self.learner.measure.show(score)}")
+            bar.set_postfix_str(f"validation {self.learner.measure.show(self._validate())}")
         if ends:
             self.scores.result = self._test()
         if done in schedule.test_at:
             self._test()
 
+    def _validate(self) -> Interval:
+        score, more = self._evaluate("validation")
+        self.scores.validations.append((self.steps, score))
+        if self.scores.best is not None and self.scores.result is None:
+            self.scores.best.offer(self.steps, self.seconds, score.mean)
+        self._record_score("validation", score, self.steps, self.seconds, more)
+        self._validated_at = self.seconds
+        return score
+
     def _test(self) -> Interval:
-        return self.scores.test(self.steps, self.seconds, self._note_divergence)
+        """Of theta as it is; once an iteration."""
+        tests, at = self.scores.tests, self.steps
+        if at not in tests:
+            tests[at], more = self._finite(f"after outer iteration {at}", self._note_divergence)
+            self._record_score("test", tests[at], at, self.seconds, more)
+        return tests[at]
+
+    def _test_best(self) -> None:
+        """Theta of the best validation, if there is one and it is asked for."""
+        best, score = self.scores.best, self.scores.stopped
+        if best is None or not best.iteration or score is not None:
+            return
+        score, more = self.scores.tests.get(best.iteration), dict[str, float]()
+        if score is None:
+            with best.in_place():
+                score, more = self._finite(f"of outer iteration {best.iteration}",
+                                           lambda why: self._say(f"not early stopped, {why}"))
+        self._record_score("early_stopped", score, best.iteration, best.seconds, more)
+        self.scores.stopped = score
+
+    def _finite(
+        self, which: str, failed: Callable[[str], None]
+    ) -> tuple[Interval, dict[str, float]]:
+        """A test; not a number, and ``failed`` told, if it diverges."""
+        try:
+            return self._evaluate("test")
+        except Diverged as reason:
+            failed(f"in the test {which}: {reason}")
+            return Interval(math.nan, math.nan), {}
+
+    def _record_score(
+        self, part: str, score: Interval, at: int, seconds: float, more: Mapping[str, float]
+    ) -> None:
+        values = {self.learner.measure.name: score.mean, "half_width": score.half_width,
+                  "training_seconds": seconds, **more}  # fmt: skip
+        self._record({f"{part}/{name}": value for name, value in values.items()}, at)
 
     def _evaluate(self, mode: str) -> tuple[Interval, dict[str, float]]:
         """The score on tasks of ``mode``, the seconds it took, the tasks skipped if any may be."""
@@ -267,14 +298,11 @@ class Training:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint; what was recorded before it is recorded again, for this run.
 
-        Raises:
-            UserError: another version's.
+        UserError: another version's.
         """
         if missing := sorted(self.state_dict().keys() - state.keys()):
-            raise UserError(
-                f"resume: expected a checkpoint of this version, got one without {missing}; resume "
-                "with the version that wrote it, or start anew"
-            )
+            raise wrong("resume", checkpoint.THIS_VERSION, f"one without {missing}",
+                        "resume with the version that wrote it, or start anew")
         vars(self).update({name: state[name] for name in _STATE})
         for name in _PARTS:
             getattr(self, name).load_state_dict(state[name])

@@ -101,22 +101,12 @@ class MetaLearner:
     def hypergradient(self, batch: Sequence[Episode]) -> list[QueryResult | None]:
         """Leave the mean hypergradient of this rank's share of the batch on theta.
 
-        Returns:
-            A result for each task of the share; None for one that was left out.
-
-        Raises:
-            Diverged: where a number is not finite, and tasks are not to be skipped.
+        A result for each task of the share; None for one that was left out. Diverged: a number is
+        not finite, and tasks are not to be skipped.
         """
         numbered = [(f"task {i} of {len(batch)}", task) for i, task in enumerate(batch, 1)]
         tasks = {name: self._laid_out(task) for name, task in self.ranks.share(numbered)}
-        buffers = list(self.algorithms.training.network().buffers())
-        before, faults = [buffer.clone() for buffer in buffers], dict[str, str]()
-
-        def put_back() -> None:
-            with torch.no_grad():
-                for buffer, value in zip(buffers, before, strict=True):
-                    buffer.copy_(value)
-
+        put_back, faults = snapshot(self.algorithms.training.network()), dict[str, str]()
         try:
             return list(self._attempt([*tasks.values()]))
         except FloatingPointError as error:
@@ -164,15 +154,11 @@ class MetaLearner:
     def step(self, batch: Sequence[Episode]) -> dict[str, float]:
         """One outer iteration (Yang et al. 2025, Algorithm 1, lines 3 to 14).
 
-        Returns:
-            By name, means over the tasks of loss and score on the query set; the norm of the mean
-            hypergradient; the implicit learners' diagnostics (their means, and how many were
-            unsolved); wall seconds without data loading, and the process's own on all its threads;
-            the tasks left out, where they may be.
-
-        Raises:
-            Diverged: before theta is touched, where a number is not finite; where tasks may be
-                skipped, only if none of the batch is left.
+        By name, means over the tasks of loss and score on the query set; the norm of the mean
+        hypergradient; the implicit learners' diagnostics (their means, and how many were unsolved);
+        wall seconds without data loading, and the process's own on all its threads; the tasks left
+        out, where they may be. Diverged: before theta is touched, where a number is not finite;
+        where tasks may be skipped, only if none of the batch is left.
         """
         start, cpu = time.perf_counter(), time.process_time()
         with self.ranks.together(Diverged):
@@ -211,8 +197,7 @@ class MetaLearner:
     ) -> Interval:  # fmt: skip
         """Mean score over ``number`` tasks; nothing is kept for a backward pass.
 
-        Raises:
-            Diverged: an inner loop left the finite numbers, and tasks are not to be skipped.
+        Diverged: an inner loop left the finite numbers, and tasks are not to be skipped.
         """
         scores: list[float | None] = []
         with self.ranks.together(Diverged):
@@ -250,35 +235,46 @@ class MetaLearner:
             l2.clamp_(min=LEAST_L2)
 
     def theta_state(self) -> dict[str, Any]:
-        """Everything that evaluation depends on."""
+        """Everything that evaluation depends on; `load_theta_state` is the inverse."""
         return {
             "network": self.algorithms.training.network().state_dict(),
             "theta": [p.detach().clone() for p in self.parameters],
         }
 
-    @torch.no_grad()
     def load_theta_state(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `theta_state`."""
         self.algorithms.training.network().load_state_dict(state["network"])
-        for parameter, value in zip(self.parameters, state["theta"], strict=True):
-            parameter.copy_(value)
+        self._load_theta(state["theta"])
 
     @torch.no_grad()
+    def _load_theta(self, values: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
+
     def load_parameters(self, state: Mapping[str, Any]) -> None:
         """From what a run has left (``parameters.pt``): theta, and the buffers of its modules."""
         self.algorithms.backbone.load_state_dict(state["backbone"])
         self.algorithms.head.load_state_dict(state["head"])
-        for parameter, value in zip(self.parameters, state["theta"], strict=True):
-            parameter.copy_(value)
+        self._load_theta(state["theta"])
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that training changes."""
+        """Everything that training changes; `load_state_dict` is the inverse."""
         return {**self.theta_state(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`."""
         self.load_theta_state(state)
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def snapshot(module: nn.Module) -> Callable[[], None]:
+    """A function that puts the module's buffers back to what they are now."""
+    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+
+    def put_back() -> None:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+
+    return put_back
 
 
 def interval(values: Sequence[float]) -> Interval:

@@ -8,11 +8,11 @@ import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from statistics import fmean, median_high
+from statistics import median_high
 from typing import Any
 
 import matplotlib
-import numpy as np
+import pandas as pd
 import torch
 
 matplotlib.use("Agg")  # no screen needed
@@ -23,7 +23,6 @@ from experiments.training import checkpoint  # noqa: E402
 from experiments.training.loop import Training  # noqa: E402
 from experiments.training.meta_learner import COUNTS, Interval, MetaLearner  # noqa: E402
 from experiments.training.peak_memory import process_peak  # noqa: E402
-from experiments.training.scores import History  # noqa: E402
 
 
 def folder_of(run: Any, output: str) -> Path:
@@ -36,15 +35,15 @@ def folder_of(run: Any, output: str) -> Path:
 
 def save(run: Any, training: Training, centroid: Interval | None) -> None:
     """The artifacts, in the run's folder and in the database."""
-    folder, learner = training.folder, training.learner
+    folder, learner, best = training.folder, training.learner, training.scores.best
     optimizer = {"optimizer": learner.optimizer.state_dict()}
     files = [_save_parameters(folder / "parameters.pt", learner, optimizer)]
-    if training.scores.best is not None and training.scores.best.iteration:
-        at = {"iteration": training.scores.best.iteration}
-        with training.scores.best.in_place():
+    if best is not None and best.iteration:
+        at = {"iteration": best.iteration}
+        with best.in_place():
             files.append(_save_parameters(folder / "early_stopped_parameters.pt", learner, at))
     files.append(folder / "learning_curve.png")
-    draw(files[-1], _title(run.config), training, centroid)
+    draw(files[-1], run.config, training, centroid)
     for file in files:
         run.add_artifact(file)
 
@@ -58,17 +57,6 @@ def _save_parameters(path: Path, learner: MetaLearner, more: Mapping[str, Any]) 
     }
     checkpoint.replace(path, lambda file: torch.save(state, file))
     return path
-
-
-def _title(config: Mapping[str, Any]) -> str:
-    task, method = config["tasks"], config["algorithm"]
-    ways = "" if task["name"] == "sine" else f"{task['ways']}-way "
-    solver = f"step={method['step']}, " if method["step"] else ""
-    steps = f"K={method['steps']}, " if method["steps"] else ""
-    return (
-        f"{task['name']}, {ways}{task['shots']}-shot, {method['name']}, {solver}{steps}"
-        f"seed {config['seed']}"
-    )
 
 
 def summary(training: Training, centroid: Interval | None) -> dict[str, Any]:
@@ -145,30 +133,47 @@ def unsolved(training: Training) -> str:
     )
 
 
-def draw(path: Path, title: str, training: Training, centroid: Interval | None) -> None:
+def draw(path: Path, config: Any, training: Training, centroid: Interval | None) -> None:
     """A PNG: scores above, what was solved and how well below, over outer iterations."""
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(8, 7), sharex=True, height_ratios=(2, 1), layout="constrained"
     )
-    _draw_scores(top, training, centroid)
-    _draw_residuals(bottom, training.history)
+    table = training.history.table()
+    _draw_scores(top, table, training, centroid)
+    for name, label, color, most in (
+        # A bound above 1 says no more than 1; it may be 1e300.
+        ("train/hypergradient_error", "hypergradient's error, relative", None, 1.0),
+        ("train/cg_residual", "linear residual, relative", None, math.inf),
+        ("train/hypergradient_norm", "hypergradient norm", "0.6", math.inf),
+    ):
+        if name in table:
+            bottom.semilogy(table[name].clip(upper=most), label=label, color=color)
+    bottom.set(xlabel="outer iteration", ylabel="norm")
+    bottom.set_ylim(top=100 * bottom.get_ylim()[1])  # room for the legend
+    bottom.legend(loc="upper left", ncols=3, fontsize="small")
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
-    figure.suptitle(title)
+    task, method = config["tasks"], config["algorithm"]
+    ways = "" if task["name"] == "sine" else f"{task['ways']}-way "
+    parts = [task["name"], f"{ways}{task['shots']}-shot", method["name"]]
+    parts += [f"step={method['step']}"] if method["step"] else []
+    parts += [f"K={method['steps']}"] if method["steps"] else []
+    figure.suptitle(", ".join([*parts, f"seed {config['seed']}"]))
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def _draw_scores(axes: plt.Axes, training: Training, centroid: Interval | None) -> None:
+def _draw_scores(
+    axes: plt.Axes, table: pd.DataFrame, training: Training, centroid: Interval | None
+) -> None:
     measure = training.learner.measure
-    values = training.history.values(f"train/query_{measure.name}")
-    ends = range(1, len(values) + 1)
-    means = [measure.factor * fmean(values[max(0, end - 20) : end]) for end in ends]
-    axes.plot(ends, means, color="0.7", label="training tasks, mean of 20")
-    at = [iteration for iteration, _ in training.scores.validations]
-    scores = measure.factor * np.array([score for _, score in training.scores.validations])
-    mean, half = scores.reshape(-1, 2).T
-    axes.errorbar(at, mean, half, fmt="o-", capsize=3, label="validation tasks, 95 % interval")
+    names = [f"train/query_{measure.name}", f"validation/{measure.name}", "validation/half_width"]
+    scores = measure.factor * table.reindex(columns=names)
+    means = scores.pop(names[0]).rolling(20, min_periods=1).mean()
+    axes.plot(means, color="0.7", label="training tasks, mean of 20")
+    seen = scores.dropna()
+    axes.errorbar(seen.index, seen[names[1]], seen[names[2]], fmt="o-", capsize=3,
+                  label="validation tasks, 95 % interval")  # fmt: skip
     for value, color, style, name in (
         (training.scores.result, "C2", "--", "test tasks"),
         (centroid, "C3", ":", "raw pixels, centroid"),
@@ -178,18 +183,3 @@ def _draw_scores(axes: plt.Axes, training: Training, centroid: Interval | None) 
             axes.axhline(measure.factor * value.mean, color=color, linestyle=style, label=label)
     axes.set_ylabel(f"query {measure.name}" + (f" ({measure.unit})" if measure.unit else ""))
     axes.legend(loc="best")
-
-
-def _draw_residuals(axes: plt.Axes, history: History) -> None:
-    for name, label, color, most in (
-        # A bound above 1 says no more than 1; it may be 1e300.
-        ("train/hypergradient_error", "hypergradient's error, relative", None, 1.0),
-        ("train/cg_residual", "linear residual, relative", None, math.inf),
-        ("train/hypergradient_norm", "hypergradient norm", "0.6", math.inf),
-    ):
-        values = [min(value or math.nan, most) for value in history.values(name)]
-        if values:
-            axes.semilogy(range(1, len(values) + 1), values, label=label, color=color)
-    axes.set(xlabel="outer iteration", ylabel="norm")
-    axes.set_ylim(top=100 * axes.get_ylim()[1])  # room for the legend
-    axes.legend(loc="upper left", ncols=3, fontsize="small")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -13,12 +12,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from experiments.training.meta_learner import Diverged, Interval, MetaLearner
+from experiments.training.meta_learner import Interval, MetaLearner
 
 
 class BestTheta:
-    """The learner's theta at the best validation, after so many outer iterations (0: there was
-    none) and seconds of training: what early stopping would have kept."""
+    """Theta at the best validation, after so many outer iterations (0: there was none) and seconds
+    of training: what early stopping would have kept."""
 
     def __init__(self, learner: MetaLearner) -> None:
         self._learner = learner
@@ -41,89 +40,24 @@ class BestTheta:
             self._learner.load_theta_state(own)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """Plain data, of which `load_state_dict` is the inverse."""
         return {name: value for name, value in vars(self).items() if name != "_learner"}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`."""
         vars(self).update(state)
 
 
 class Scores:
-    """Theta's scores on the validation and test tasks, each measured and recorded once.
+    """Theta's scores on the validation and test tasks, each measured once."""
 
-    Args:
-        evaluate: the score on the tasks of a mode, and what else to record of it.
-        record: takes note of values at an outer iteration.
-
-    Attributes:
-        validations, tests: (iteration, score) pairs; test score by outer iteration.
-        result: the test score that counts, once it is there.
-        best: theta of the best validation before it; None unless early stopping is asked for.
-        stopped: its test score, once it is there.
-    """
-
-    def __init__(
-        self,
-        learner: MetaLearner,
-        evaluate: Callable[[str], tuple[Interval, dict[str, float]]],
-        record: Callable[[dict[str, Any], int], None],
-        early_stopping: bool,
-    ) -> None:
-        self._evaluate, self._record_values, self._measure = evaluate, record, learner.measure
+    def __init__(self, learner: MetaLearner, early_stopping: bool) -> None:
         self.validations, self.tests = list[tuple[int, Interval]](), dict[int, Interval]()
-        self.best = BestTheta(learner) if early_stopping else None
-        self.result: Interval | None = None
-        self.stopped: Interval | None = None
-
-    def validate(self, iteration: int, seconds: float) -> Interval:
-        """On validation tasks, after so many seconds of training.
-
-        Raises:
-            Diverged: theta left the finite numbers.
-        """
-        score, more = self._evaluate("validation")
-        self.validations.append((iteration, score))
-        if self.best is not None and self.result is None:
-            self.best.offer(iteration, seconds, score.mean)
-        self._record("validation", score, iteration, seconds, more)
-        return score
-
-    def test(self, iteration: int, seconds: float, failed: Callable[[str], None]) -> Interval:
-        """On test tasks, once an iteration; not a number, and ``failed`` told, if it diverges."""
-        if iteration not in self.tests:
-            self.tests[iteration], more = self._test(f"after outer iteration {iteration}", failed)
-            self._record("test", self.tests[iteration], iteration, seconds, more)
-        return self.tests[iteration]
-
-    def test_best(self, failed: Callable[[str], None]) -> None:
-        """Theta of the best validation, if there is one and it is asked for."""
-        if (best := self.best) is None or not best.iteration or self.stopped is not None:
-            return
-        more: Mapping[str, float] = {}
-        score = self.tests.get(best.iteration)
-        if score is None:
-            with best.in_place():
-                score, more = self._test(f"of outer iteration {best.iteration}", failed)
-        self._record("early_stopped", score, best.iteration, best.seconds, more)
-        self.stopped = score
-
-    def _test(self, which: str, failed: Callable[[str], None]) -> tuple[Interval, dict[str, float]]:
-        try:
-            return self._evaluate("test")
-        except Diverged as reason:
-            failed(f"in the test {which}: {reason}")
-            return Interval(math.nan, math.nan), {}
-
-    def _record(
-        self, part: str, score: Interval, at: int, seconds: float, more: Mapping[str, float]
-    ) -> None:
-        values = {self._measure.name: score.mean, "half_width": score.half_width,
-                  "training_seconds": seconds, **more}  # fmt: skip
-        self._record_values({f"{part}/{name}": value for name, value in values.items()}, at)
+        self.result: Interval | None = None  # the test score that counts, once it is there
+        self.best = BestTheta(learner) if early_stopping else None  # of validations before it
+        self.stopped: Interval | None = None  # the test score of that theta
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """Plain data, of which `load_state_dict` is the inverse."""
         return {
             "validations": [(at, *score) for at, score in self.validations],
             "tests": [(at, *score) for at, score in self.tests.items()],
@@ -133,7 +67,6 @@ class Scores:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`."""
         self.validations = [(at, Interval(*score)) for at, *score in state["validations"]]
         self.tests = {at: Interval(*score) for at, *score in state["tests"]}
         for name in ("result", "stopped"):
@@ -185,12 +118,11 @@ class History:
         return pd.DataFrame(columns).sort_index()
 
     def state_dict(self) -> dict[str, Any]:
-        """Iterations and values as tensors, by name."""
+        """Iterations and values as tensors, by name; `load_state_dict` is the inverse."""
         return {name: tuple(torch.from_numpy(np.array(part)) for part in column)
                 for name, column in self._columns.items()}  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`."""
         self._columns = {
             name: (array("q", at.tolist()),
                    array("d" if its.is_floating_point() else "q", its.tolist()))

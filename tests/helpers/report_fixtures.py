@@ -24,7 +24,6 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("L2L_IMPLICIT_DATA", str(tmp_path_factory.mktemp("data")))
         patch.delenv("L2L_IMPLICIT_MONGO_URL", raising=False)
-        patch.setenv("L2L_IMPLICIT_MONGO_URL_FILE", "")
         patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
         with open_database() as found:
             yield found

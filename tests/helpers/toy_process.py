@@ -37,8 +37,7 @@ def environment(data: Path, **variables: str) -> dict[str, str]:
 
 def own_data(patch: pytest.MonkeyPatch, data: Path) -> Path:
     """The data folder as this process's own, and no other database named."""
-    for name in ("L2L_IMPLICIT_MONGO_URL", "L2L_IMPLICIT_MONGO_URL_FILE"):
-        patch.delenv(name, raising=False)
+    patch.delenv("L2L_IMPLICIT_MONGO_URL", raising=False)
     patch.setenv("HOME", str(data.parent))
     patch.setenv("L2L_IMPLICIT_DATA", str(data))
     return data

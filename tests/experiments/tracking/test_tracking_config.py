@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toy_experiment import ex
+from toy_experiment import data, ex
 from toy_process import run
 
 from experiments.tracking import TrackedExperiment, UserError
@@ -158,10 +158,12 @@ def test_what_is_wrong_or_unobserved_records_nothing(tmp_path: Path, words: str)
 PLAIN = {
     "rate=1": None, "sizes=(1,2,3)": None, "cell=c12": None, "seed=4": None,
     "ratee=1": "no configuration entry 'ratee'; did you mean 'rate'?",
-    "rate=abc": "rate: expected float, got 'abc'",
-    "cell=5": "cell: expected str | None, got 5",
-    "sizes=3": "sizes: expected list | tuple, got 3",
-    "on=1": "on: expected bool, got 1",
+    "rate=abc": "rate: expected a finite number, got 'abc'; try 0.5",
+    "cell=5": "cell: expected text or None, got 5; leave it out",
+    "sizes=3": "sizes: expected a list, each anything, got 3",
+    "on=1": "on: expected True or False, got 1", "half=x": "half: expected a finite number, got",
+    "same=x": "same: expected a finite number, got",
+    "data.wayz=1": "did you mean 'data.ways'?",
     "seed=-1": "seed: expected",
 }  # fmt: skip
 """Words for an experiment with Sacred's own defaults, and the error of each that is wrong."""
@@ -169,11 +171,15 @@ PLAIN = {
 
 @pytest.mark.parametrize("words", PLAIN)
 def test_defaults_in_sacreds_own_config_are_checked(words: str) -> None:
-    ex = TrackedExperiment("plain", types={"cell": str | None})
+    ex = TrackedExperiment("plain", [data], types={"cell": str | None})
 
     @ex.config
     def defaults() -> None:
         cell, rate, sizes, on = None, 0.5, [1, 2], False  # noqa: F841
+
+    @ex.config
+    def more(rate: float, data: dict[str, Any]) -> None:
+        same, half = rate, data["ways"] / 2  # noqa: F841
 
     @ex.main
     def main(rate: float) -> float:

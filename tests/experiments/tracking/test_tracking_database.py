@@ -44,17 +44,19 @@ SECRET_URL = f"mongodb://me:{QUOTED}@there".encode()
 
 
 @pytest.mark.parametrize(("content", "mode", "message"), [
-    (SECRET_URL, 0o640, "chmod 600"), (SECRET_URL, 0o604, "chmod 600"), (None, 0, "No such file"),
+    (SECRET_URL, 0o640, "chmod 600"), (SECRET_URL, 0o604, "chmod 600"), (None, 0, "Is a directory"),
     (bytes(range(256)), 0o600, "must hold a URL that starts with mongodb://"),
 ])  # fmt: skip
 def test_a_url_file_that_will_not_do_is_refused(
-    monkeypatch: MonkeyPatch, tmp_path: Path, content: bytes | None, mode: int, message: str
+    tmp_path: Path, content: bytes | None, mode: int, message: str
 ) -> None:
-    path = tmp_path / "url"
-    if content is not None:
+    path = tmp_path / ".config/l2l_implicit/mongo_url"
+    path.parent.mkdir(parents=True)
+    if content is None:
+        path.mkdir()
+    else:
         path.write_bytes(content)
         path.chmod(mode)
-    monkeypatch.setenv("L2L_IMPLICIT_MONGO_URL_FILE", str(path))
     with pytest.raises(UserError, match=message) as caught:
         choose()
     assert str(path) in str(caught.value) and QUOTED not in str(caught.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import threading
@@ -371,6 +372,24 @@ def test_a_run_whose_points_were_deleted_meanwhile(
     code, output = finish(process)
     assert code == 0, output
     assert points(database, 1)["train/loss"] == [1 / (1 + step) for step in range(9)]
+
+
+def test_a_large_artifact_is_recorded_by_its_path(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    """As the parameters of resnet12 are."""
+    monkeypatch.setattr("experiments.tracking.experiment.LARGEST_ARTIFACT", 5)
+    files = {name: tmp_path / name for name in ("small", "large")}
+    for name, file in files.items():
+        file.write_text(name if name == "small" else 9 * name)
+    other = TrackedExperiment("other")
+
+    @other.main
+    def main(_run: Any) -> None:
+        for file in files.values():
+            _run.add_artifact(file)
+
+    info = other.run(options={"--unobserved": True}).info
+    md5 = hashlib.md5(files["large"].read_bytes()).hexdigest()
+    assert info["large_artifacts"] == [{"path": str(files["large"]), "md5": md5}]
 
 
 class Broken(RunObserver):

@@ -12,7 +12,7 @@ import logging
 import platform
 from collections import Counter
 from contextlib import closing
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,7 @@ class Uploader:
     def _mark(self, reason: str, status: str) -> None:
         """Record the run as FAILED, unless the database says already how it has ended."""
         sign = self.document.get("heartbeat") or self.document.get("start_time")
-        ended = {"fail_trace": [reason], "stop_time": sign or datetime.now(timezone.utc)}
+        ended = {"fail_trace": [reason], "stop_time": sign or datetime.now(UTC)}
         self.document |= {**ended, "status": "FAILED" if status == "RUNNING" else status}
 
     def _put(self, file_id: Any, artifact: Entry) -> None:

@@ -85,7 +85,7 @@ def anchors(document: Path) -> set[str]:
 
 
 def test_what_is_asked_for() -> None:
-    assert setup_keywords()["python_requires"] == ">=3.10"
+    assert setup_keywords()["python_requires"] == ">=3.11"
     assert {r.name for r in ranges()} == {"torch", "learn2learn", "numpy"}  # the learner alone
     extras = setup_keywords()["extras"]
     assert set(extras) == {"experiments", "baselines", "lightning", "huggingface", "dev"}

@@ -238,8 +238,9 @@ def peak_of_live_tensors(run: Callable[[], object]) -> int:
     with torch.profiler.profile(profile_memory=True) as profile:
         run()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    began = "start_ns" if hasattr(events[0], "start_ns") else "start_us"  # torch 2.2
     live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
+    for event in sorted(events, key=lambda e: getattr(e, began)()):
         live += event.nbytes()
         peak = max(peak, live)
     return peak

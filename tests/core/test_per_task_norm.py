@@ -224,4 +224,4 @@ def test_the_number_of_operations_does_not_grow_with_the_tasks() -> None:
             run(images).square().mean().backward()
         events = profile.key_averages()
         counts.append(sum(e.count for e in events if e.key.startswith("aten::")))
-    assert counts[0] == counts[1]
+    assert counts[1] <= counts[0]

@@ -26,7 +26,7 @@ EXTRAS = {
         "SecantusDB>=0.7.0b3",
         "matplotlib>=3.7",
         "tqdm>=4.60",
-        "pydantic>=2.6",  # 2.5 refuses a strict list
+        "pydantic>=2.9",  # 2.8 takes no strict= for a list of numbers with bounds
         "pyyaml>=6.0",
         "distributed>=2024.2",  # sweeps
         "bokeh>=3.3",  # its dashboard

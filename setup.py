@@ -26,7 +26,7 @@ EXTRAS = {
         "SecantusDB>=0.7.0b3",
         "matplotlib>=3.7",
         "tqdm>=4.60",
-        "pydantic>=2.5",
+        "pydantic>=2.9",  # 2.8 takes no strict= for a list of numbers with bounds
         "pyyaml>=6.0",
         "distributed>=2024.2",  # sweeps
         "bokeh>=3.3",  # its dashboard
@@ -64,7 +64,7 @@ setup(
     license="MIT",
     packages=find_packages(include=["l2l_implicit", "l2l_implicit.*"]),
     package_data={"l2l_implicit": ["py.typed", "tasks/*.npz", "tasks/*.md"]},
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     install_requires=[
         "torch>=2.2",  # the first whose autograd takes a GradientEdge as an input
         "learn2learn>=0.2.0",
@@ -73,9 +73,8 @@ setup(
     extras_require=EXTRAS,
     zip_safe=False,
     classifiers=[
-        "License :: OSI Approved :: MIT License",
         "Programming Language :: Python :: 3",
-        *(f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 12, 13)),
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)),
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],

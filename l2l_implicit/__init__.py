@@ -22,7 +22,7 @@ from l2l_implicit.linear_solvers.preconditioners import Jacobi, Kronecker, Preco
 from l2l_implicit.linear_solvers.solution import LinearSolution, LinearSolver
 from l2l_implicit.perturbed import Perturbed
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CG",

@@ -21,8 +21,8 @@ TESTING = ("pytest>=8", "hypothesis")
 # Of the checkout, all that a packager needs to build, test and document from the sdist.
 IN_SDIST = ("l2l_implicit", "experiments", "tests", "docs")
 TYPED = """
-from l2l_implicit import ImplicitCGHead, conjugate_gradient
-reveal_type(conjugate_gradient)
+from l2l_implicit import CG, ImplicitCGHead
+reveal_type(CG().solve)
 ImplicitCGHead(lr=0.1)
 """
 

@@ -16,7 +16,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from bson.errors import BSONError
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             archive.load([run for run in archive.runs if run.complete], METRICS)
             request = Request(archive, _sweeps(options.words, archive))
             sections = [section for make in SECTIONS for section in make(request)]
-        about = f"From {records.label}, {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC."
+        about = f"From {records.label}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC."
         given = ["--records", *options.records] if options.records else []
         command = shlex.join(["python", "-m", "experiments.report", *options.words, *given])
         path = write(Path(options.output), sections, about, command)

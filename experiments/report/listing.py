@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 from experiments.report import content
 from experiments.report.content import Column, Figure, Items, Record, Section, Source, Table
@@ -225,7 +225,7 @@ def _remarks(run: Run) -> Iterator[str]:
     yield f"diverged {run.result['diverged']}" if run.result.get("diverged") else ""
     heard = run.last_sign or run.started
     if run.status == "RUNNING" and heard is not None:
-        silent = (datetime.now(timezone.utc) - heard).total_seconds()
+        silent = (datetime.now(UTC) - heard).total_seconds()
         yield f"no sign of life for {duration(silent)}" if silent > SILENT else ""
     yield run.failure if not run.complete else ""
     yield f"not readable: {', '.join(run.faults)}" if run.faults else ""

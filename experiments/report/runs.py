@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import cached_property
 from itertools import count, groupby
 from typing import Any, NamedTuple, TypeVar
@@ -147,7 +147,7 @@ class Run:
     def _time(self, path: str) -> datetime | None:
         text = self._get(path, str)
         try:
-            return datetime.fromisoformat(text).astimezone(timezone.utc) if text else None
+            return datetime.fromisoformat(text).astimezone(UTC) if text else None
         except (ValueError, OverflowError):
             self.fault(f"{path}: expected a time, got text")
             return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,7 +39,7 @@ AVERAGED = {
 
 LARGEST = ("tensor_bytes", "process_bytes")
 NOT_CHOSEN = "its grid is not complete"
-LONG_AGO = datetime.min.replace(tzinfo=timezone.utc)
+LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
 
 class Summary:

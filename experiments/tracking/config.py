@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import sacred.experiment
 import sacred.initialize
@@ -25,7 +25,6 @@ from sacred import Experiment
 from sacred.config.config_dict import ConfigDict as SacredConfig
 from sacred.config.config_summary import ConfigSummary
 from sacred.utils import iterate_flattened, set_by_dotted_path
-from typing_extensions import Self
 
 from experiments.tracking.errors import UserError, nearest, one_line, wrong
 

@@ -14,7 +14,7 @@ import json
 import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -153,7 +153,7 @@ def plain(value: Any, depth: int = DEPTH) -> Any:
     if isinstance(value, int):
         return int(value) if abs(value) < INT64 else str(value)
     if isinstance(value, datetime):
-        return value.replace(tzinfo=value.tzinfo or timezone.utc).isoformat()
+        return value.replace(tzinfo=value.tzinfo or UTC).isoformat()
     if depth and isinstance(value, Mapping):
         return {printable(str(key)): plain(item, depth - 1) for key, item in value.items()}
     if depth and isinstance(value, (list, tuple)):

@@ -12,7 +12,7 @@ import logging
 import platform
 from collections import Counter
 from contextlib import closing
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ class Uploader:
         if fault:
             sign = self.document.get("heartbeat") or self.document.get("start_time")
             self.document["fail_trace"] = [fault]
-            self.document["stop_time"] = sign or datetime.now(timezone.utc)
+            self.document["stop_time"] = sign or datetime.now(UTC)
             # the database may say already how it has ended
             self.document["status"] = "FAILED" if status == "RUNNING" else status
         for file_id in list(self._artifacts):

@@ -7,7 +7,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Set
 from contextlib import suppress
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import unquote
 
@@ -45,7 +45,7 @@ class CheckedMetrics(MetricsLogger):
         number, whole = as_number(name, value), as_step(name, step)
         super().log_scalar_metric(name, number, whole)
         if self.sink is not None:
-            now = datetime.now(timezone.utc)
+            now = datetime.now(UTC)
             self.sink(name, number, self._metric_step_counter[name], now)
 
 

@@ -36,7 +36,7 @@ def of_gradients(error: RuntimeError) -> str:
     reason = str(error).strip().splitlines()[0].rstrip(".:;")[:200]
     what, fused = _operation(reason)
     expected, do = "one that torch can differentiate twice", "write it in operations that have one"
-    if "use_reentrant" in reason:
+    if "`inputs` parameter" in reason:
         return (
             "inner loss: expected activation checkpointing that torch.autograd.grad can pass, got "
             "the reentrant one; give checkpoint() use_reentrant=False"

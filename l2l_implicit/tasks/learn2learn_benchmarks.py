@@ -1,4 +1,4 @@
-"""Learn2learn's five benchmarks as task sets, with the defects of its version 0.2.0 routed round.
+"""Learn2learn's five benchmarks as task sets, with the defects of its release 0.2.0 routed round.
 
 The images come from learn2learn's and torchvision's own classes, and the task transforms are
 learn2learn's. Its benchmark functions are not used: without an option they leave mini-ImageNet at

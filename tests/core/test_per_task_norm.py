@@ -220,4 +220,4 @@ def test_the_number_of_operations_does_not_grow_with_the_tasks() -> None:
     for tasks in (2, 16):
         run, images = per_task_batch_norm(net_2d(), tasks), torch.randn(tasks * N, 2, 5, 5)
         counts.append(count_operations(lambda: run(images).square().mean().backward()))  # noqa: B023
-    assert counts[0] == counts[1]
+    assert counts[0] == counts[1] > 30

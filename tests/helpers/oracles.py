@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import grad, hessian, jacrev
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Objective = Callable[..., Tensor]
 Tensors = Sequence[Tensor]
@@ -227,11 +228,21 @@ def subroutine_1(
     return v
 
 
+class _Counted(TorchDispatchMode):
+    """torch 2.2's profiler loses some."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
 def count_operations(run: Callable[[], object]) -> int:
     """How many of torch's operations ``run`` calls."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with _Counted() as operations:
         run()
-    return sum(event.count for event in profile.key_averages() if event.key.startswith("aten::"))
+    return operations.count
 
 
 def peak_of_live_tensors(run: Callable[[], object]) -> int:
@@ -239,8 +250,9 @@ def peak_of_live_tensors(run: Callable[[], object]) -> int:
     with torch.profiler.profile(profile_memory=True) as profile:
         run()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    began = "start_ns" if hasattr(events[0], "start_ns") else "start_us"  # torch 2.2
     live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
+    for event in sorted(events, key=lambda e: getattr(e, began)()):
         live += event.nbytes()
         peak = max(peak, live)
     return peak

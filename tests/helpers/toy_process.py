@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +188,7 @@ def points(database: Any, run_id: int) -> dict[str, list[Any]]:
 def write_journal(path: Path, run_id: int = 1500, losses: Sequence[float] = (0.5, 1.5, 2.5, 3.5),
                   artifact: bytes = b"", sealed: bool = True) -> list[bytes]:  # fmt: skip
     """The journal of a run that has completed; its lines."""
-    now, token = datetime(2026, 1, 1, tzinfo=timezone.utc), path.name
+    now, token = datetime(2026, 1, 1, tzinfo=UTC), path.name
     header = {"token": token, "database": "embedded", "host": platform.node()}
     with closing(Journal(path, header)) as journal:
         document = {"_id": run_id, "meta": {"journal": token}, "status": "RUNNING", "info": {}}

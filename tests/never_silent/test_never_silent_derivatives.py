@@ -14,7 +14,11 @@ from torch import Tensor, nn
 from torch.autograd.function import Function as Operation
 from torch.autograd.function import once_differentiable
 from torch.func import grad
-from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+from torch.utils.checkpoint import (
+    checkpoint,
+    checkpoint_sequential,
+    set_checkpoint_early_stop,
+)
 from two_layers import (
     FIRST,
     HIDDEN,
@@ -155,16 +159,13 @@ def used(norm: Norm, kind: type[nn.Linear] = nn.Linear) -> Net:
 # Checkpoints, whose forward pass runs again, perhaps with other weights.
 
 
-KINDS: dict[str, dict[str, Any]] = {
-    "not reentrant": {"use_reentrant": False},
-    "reentrant": {"use_reentrant": True},
-    "not reentrant, no early stop": {"use_reentrant": False, "early_stop": False},
-}
+KINDS = ("not reentrant", "reentrant", "not reentrant, no early stop")
 
 
 def checkpointed(run: Callable[[Tensor], Tensor], x: Tensor, kind: str) -> Tensor:
     x = x.clone().requires_grad_() if kind == "reentrant" else x
-    return checkpoint(run, x, **KINDS[kind])
+    with set_checkpoint_early_stop("no early stop" not in kind):
+        return checkpoint(run, x, use_reentrant=kind == "reentrant")
 
 
 class First(nn.Linear):

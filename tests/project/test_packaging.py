@@ -7,6 +7,7 @@ import ast
 import os
 import re
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def anchors(document: Path) -> set[str]:
 
 
 def test_what_is_asked_for() -> None:
-    assert setup_keywords()["python_requires"] == ">=3.10"
+    assert setup_keywords()["python_requires"] == ">=3.11"
     assert {r.name for r in ranges()} == {"torch", "learn2learn", "numpy"}  # the learner alone
     extras = setup_keywords()["extras"]
     assert set(extras) == {"experiments", "baselines", "lightning", "huggingface", "dev"}
@@ -137,6 +138,15 @@ def test_every_mutation_still_applies() -> None:
 def test_package_data_exists_and_is_declared(pattern: str) -> None:
     assert list((ROOT / "l2l_implicit").glob(pattern))
     assert pattern in setup_keywords()["package_data"]["l2l_implicit"]
+
+
+@pytest.mark.parametrize("folder", ["l2l_implicit", "experiments", "tests"])
+def test_the_sdist_takes_every_source(folder: str) -> None:
+    lines = (ROOT / "MANIFEST.in").read_text(encoding="utf-8").splitlines()
+    (patterns,) = [line.split()[2:] for line in lines if f"recursive-include {folder} " in line]
+    files = [path.name for path in (ROOT / folder).rglob("*") if path.is_file()]
+    files = [name for name in files if not name.endswith(".pyc")]
+    assert files and [n for n in files if not any(fnmatch(n, p) for p in patterns)] == []
 
 
 def test_the_minimal_run_has_the_library_tests_and_not_the_experiments() -> None:

@@ -98,16 +98,19 @@ def test_a_database_without_a_complete_run(
     }
 
 
-def test_a_thousand_runs_take_less_than_20_seconds(recorder: Recorder, report: Report) -> None:
+def test_a_report_takes_time_in_proportion_to_its_runs(recorder: Recorder, report: Report) -> None:
     """Of the processor, the report's and its server's together: other programs do not count."""
-    for benchmark in ("caltech101", "glyphs"):
-        fill(recorder, make_plan(SWEEPS["accuracy"], {"benchmark": benchmark, "seeds": 45}),
-             random.Random(0))  # fmt: skip
-    assert recorder.documents["runs"].count_documents({}) >= 1000
-    start = time.process_time() + _server_seconds()
-    folder = report()
-    assert time.process_time() + _server_seconds() - start < 20
-    assert len(rows(folder, "runs_train")) >= 1000
+    numbers, seconds = [], []
+    for seeds in (5, 45):
+        for benchmark in ("caltech101", "glyphs"):
+            fill(recorder, make_plan(SWEEPS["accuracy"], {"benchmark": benchmark, "seeds": seeds}),
+                 random.Random(0))  # fmt: skip
+        start = time.process_time() + _server_seconds()
+        numbers.append(len(rows(report(), "runs_train")))
+        seconds.append(time.process_time() + _server_seconds() - start)
+    assert numbers[1] >= 1000
+    # twice: a processor that is busy is slower; what looks at every pair of runs takes eight times
+    assert seconds[1] / seconds[0] < 2 * numbers[1] / numbers[0]
 
 
 def _server_seconds() -> float:

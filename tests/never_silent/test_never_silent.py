@@ -13,7 +13,7 @@ from oracles import flat, implicit_from, linear
 from small_task import adapt
 from solver_settings import WAYS, clustered
 from torch import Tensor, nn
-from verdict import Heard, judge, must_be_right
+from verdict import LIMIT, Heard, judge, must_be_right
 
 from l2l_implicit import LBFGS, GradientDescent, ImplicitCGHead, Newton
 
@@ -146,8 +146,11 @@ def test_without_a_closed_form(name: str, data: str) -> None:
         torch.zeros(21, dtype=D), torch.ones(6, dtype=D),
     )  # fmt: skip
     for dtype in (torch.float32, D):
-        (must_be_right if data == "constant" else judge)(lambda d=dtype: gradient(d), right)
-        judge(lambda d=dtype: gradient(d, inner=LBFGS()), right)
+        # Without a closed form the error is an estimate: of phi, not of what the query loss makes
+        # of it. It was 2 to 6 times too small here, and float32 ends the steps at its limit.
+        limit = LIMIT if dtype == D else 5 * LIMIT
+        (must_be_right if data == "constant" else judge)(lambda d=dtype: gradient(d), right, limit)
+        judge(lambda d=dtype: gradient(d, inner=LBFGS()), right, limit)
 
 
 # No regulariser, no samples, a start that is good already.

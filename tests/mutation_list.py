@@ -249,7 +249,7 @@ MUTATIONS = (
     m("tasks together: K steps for every one", LEARNER, "there.steps = torch.tensor(counts,",
       "there.steps = torch.tensor([steps] * len(counts),", "together::" + EACH),
     m("is_bound always True", LINEARIZATION, "    is_bound = False", "    is_bound = True",
-      "together::test_without_a_regulariser diagnostics::test_solved_says_nothing"),
+      "diagnostics::test_without_gradients_the_inner_part_is_there"),
     m("is_bound never True", HEADS, "there.solved = there.is_bound = True", "there.solved = True",
       "diagnostics::test_solved_says_nothing"),
     # The learner.

@@ -1,6 +1,7 @@
 """What is said of a problem that was not solved, with a hypergradient and without; else nothing."""
 
 import math
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -323,7 +324,8 @@ def test_without_gradients_the_inner_part_is_there(net: str, solver: str, steps:
     assert parent.diagnostics.unsolved_inner == bad
     said = [str(w.message) for w in caught if issubclass(w.category, UnsolvedWarning)]
     assert len(said) == (bad > 0)
-    assert not bad or "\n" not in said[0] and "the inner problem is not solved" in said[0]
+    for text in said:  # an estimate, and called so
+        assert re.search("^the inner problem is not solved.*got (about|one that)[^\n]*$", text)
     assert bad == 2 or solver not in ("gradient", "diverging") or steps > 1
 
 

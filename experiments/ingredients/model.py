@@ -144,8 +144,8 @@ def within_limits() -> Iterator[None]:
         todo = "choose less extreme settings"
         raise wrong("numbers", "finite ones", reason(error), todo) from error
     except (MemoryError, RuntimeError) as error:
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not known and not re.search("alloc|out of memory|invalid storage size", str(error)):
+        told = re.search("alloc|out of memory|invalid storage size", str(error))
+        if not told and not isinstance(error, MemoryError):
             raise
         less = "ask for less at once: fewer tasks, classes, images or features"
         raise wrong("memory", "a run that fits into it", reason(error), less) from error

@@ -243,7 +243,10 @@ def test_bad_settings_are_one_line_each(capsys: pytest.CaptureFixture[str]) -> N
         assert expected in lines[0], (setting, lines[0])
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory: 9 bytes")])
+@pytest.mark.parametrize("error", [
+    MemoryError(), RuntimeError("can't allocate memory: 9 bytes"),
+    torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 bytes"),
+])  # fmt: skip
 def test_what_does_not_fit_into_memory_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception,
     tmp_path: Path,

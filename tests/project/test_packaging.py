@@ -159,6 +159,8 @@ def test_the_readme_gives_the_commands_and_ci_runs_one() -> None:
     blocks = SHELL.findall((ROOT / "README.md").read_text(encoding="utf-8"))
     lines = [line.strip() for block in blocks for line in block.splitlines()]
     assert TRAIN_COMMAND in lines and TEST_COMMAND in lines
+    if (ROOT / "PKG-INFO").exists():
+        return  # an sdist, which has no hidden files
     script = ROOT / ".ci" / "run"
     assert script.read_text(encoding="utf-8").splitlines()[-1] == TEST_COMMAND
     assert os.access(script, os.X_OK)

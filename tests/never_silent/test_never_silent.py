@@ -147,8 +147,9 @@ def test_without_a_closed_form(name: str, data: str) -> None:
     )  # fmt: skip
     for dtype in (torch.float32, D):
         # Without a closed form the error is an estimate: of phi, not of what the query loss makes
-        # of it. It was 2 to 6 times too small here, and float32 ends the steps at its limit.
-        limit = LIMIT if dtype == D else 5 * LIMIT
+        # of it. In this one case, where float32 ends the steps, it is 2 to 6 times too small.
+        known = (name, data, dtype) == ("squares", "large", torch.float32)
+        limit = 5 * LIMIT if known else LIMIT
         (must_be_right if data == "constant" else judge)(lambda d=dtype: gradient(d), right, limit)
         judge(lambda d=dtype: gradient(d, inner=LBFGS()), right, limit)
 

@@ -79,7 +79,7 @@ def test_a_symbol_is_where_the_table_says(file: str, name: str) -> None:
 
 
 def test_the_cost_figure_shows_the_table() -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="the extra experiments is not installed")
     text = (DOCS / "cost.md").read_text(encoding="utf-8")
     program = runpy.run_path(str(DOCS / "figures" / "time_and_memory.py"))
     costs = program["read"](text)
@@ -98,7 +98,7 @@ def test_the_navigation_has_every_page() -> None:
 
 
 def test_the_home_figure_shows_the_table_and_the_runs() -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="the extra experiments is not installed")
     program = runpy.run_path(str(DOCS / "figures" / "accuracy_and_memory.py"))
     memory, curves = program["read_memory"](), program["read_runs"]()
     assert all(set(of) == {1, 5, 20, 100} for of in memory.values())

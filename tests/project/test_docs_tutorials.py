@@ -68,7 +68,7 @@ def test_tutorial(
     name: str, options: tuple[str, ...], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     if name.endswith("lightning"):
-        pytest.importorskip("pytorch_lightning")
+        pytest.importorskip("pytorch_lightning", reason="the extra lightning is not installed")
     env = {}
     if name.endswith("mongodb"):
         env["L2L_IMPLICIT_MONGO_URL"] = request.getfixturevalue("mongo_url")

@@ -38,7 +38,7 @@ def has_example(value: Any) -> bool:
 @pytest.mark.parametrize("name", MODULES)
 def test_examples(name: str) -> None:
     if name == "l2l_implicit.baselines.unrolled":
-        pytest.importorskip("higher")
+        pytest.importorskip("higher", reason="the extra baselines is not installed")
     if name == "l2l_implicit.mixed_precision" and not hasattr(torch.amp, "GradScaler"):
         pytest.skip("this torch has no torch.amp.GradScaler")  # from 2.3 on
     result = doctest.testmod(importlib.import_module(name), extraglobs={})
@@ -48,7 +48,7 @@ def test_examples(name: str) -> None:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_everything_public_has_an_example(package: str) -> None:
     if package == ".lightning":
-        pytest.importorskip("pytorch_lightning")
+        pytest.importorskip("pytorch_lightning", reason="the extra lightning is not installed")
     offered = list(public(package))
     assert offered
     assert not [value.__qualname__ for value in offered if not has_example(value)]

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Self
 import sacred.experiment
 import sacred.initialize
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 from sacred import Experiment
 from sacred.config.config_dict import ConfigDict as SacredConfig
 from sacred.config.config_summary import ConfigSummary
@@ -95,7 +95,7 @@ class Settings(BaseModel):
     def _line(cls, error: ValidationError, given: Values, prefix: str) -> str:
         """The first of its errors."""
         first = error.errors(include_url=False)[0]
-        if not first["loc"]:
+        if not first["loc"] or first["type"] == "value_error":
             return f"{prefix}{first.get('ctx', {}).get('error', first['msg'])}"
         field, value = str(first["loc"][0]), given.get(str(first["loc"][0]))
         if field not in cls.model_fields or (isinstance(value, dict) and value):
@@ -164,16 +164,41 @@ def check_named_configs(experiment: Experiment, names: Iterable[str]) -> None:
 def model_of(experiment: Experiment, types: Values) -> type[Settings]:
     """The settings of an experiment whose defaults stand in Sacred's own ``@ex.config``.
 
-    An entry has its default's type, or the one that ``types`` declares; None takes anything.
+    An entry has its default's type, or the one that ``types`` declares by dotted name; None takes
+    anything, a dictionary the entries that it has.
     """
     groups = {one.path: one.settings.defaults() for one in experiment.ingredients}
     defaults: dict[str, Any] = {}
     for configuration in experiment.configurations:
         defaults |= configuration(None, defaults, groups)
+    defaults.pop("seed", None)
+    return _model_like(defaults, types, RunSettings)
+
+
+def _model_like(
+    defaults: Values, types: Values, base: type[Settings] = Settings, group: str = ""
+) -> type[Settings]:
     kinds = {list: _AnyList, tuple: _AnyList, bool: bool, int: int, float: float, str: str}
-    fields: dict[str, Any] = {name: (types.get(name, kinds.get(type(value), Any)), value)
-                              for name, value in defaults.items() if name != "seed"}  # fmt: skip
-    return create_model("Defaults", __base__=RunSettings, **fields)
+    fields: dict[str, Any] = {}
+    for name, value in defaults.items():
+        kind = types.get(f"{group}{name}", kinds.get(type(value), Any))
+        if isinstance(value, dict) and value and kind is Any:
+            kind = _entries_like(value, types, f"{group}{name}")
+        fields[name] = kind, value
+    return create_model("Defaults", __base__=base, **fields)
+
+
+def _entries_like(defaults: Values, types: Values, group: str) -> Any:
+    model = _model_like(defaults, types, group=f"{group}.")
+
+    def check(given: dict[str, Any]) -> dict[str, Any]:
+        if unknown := given.keys() - defaults.keys():
+            name = min(unknown, key=str)
+            raise UserError(_unknown(f"{group}.{name}", [f"{group}.{one}" for one in defaults]))
+        model.of(given, group)
+        return given
+
+    return Annotated[dict[str, Any], AfterValidator(check)]
 
 
 def nested(updates: Iterable[tuple[str, Any]]) -> dict[str, Any]:

@@ -164,6 +164,12 @@ PLAIN = {
     "on=1": "on: expected True or False, got 1", "half=x": "half: expected a finite number, got",
     "same=x": "same: expected a finite number, got",
     "data.wayz=1": "did you mean 'data.ways'?",
+    "inner.step=0.2": None, "inner.deep.n=2": None, "inner.name=x": None,
+    "inner.step=x": "inner.step: expected a finite number, got 'x'; try 0.1",
+    "inner.stepp=1": "no configuration entry 'inner.stepp'; did you mean 'inner.step'?",
+    "inner.deep.n=x": "inner.deep.n: expected a whole number, got 'x'; try 1",
+    "inner.deep.m=1": "no configuration entry 'inner.deep.m'",
+    "inner.name=3": "inner.name: expected text or None, got 3; leave it out",
     "seed=-1": "seed: expected",
 }  # fmt: skip
 """Words for an experiment with Sacred's own defaults, and the error of each that is wrong."""
@@ -171,11 +177,12 @@ PLAIN = {
 
 @pytest.mark.parametrize("words", PLAIN)
 def test_defaults_in_sacreds_own_config_are_checked(words: str) -> None:
-    ex = TrackedExperiment("plain", [data], types={"cell": str | None})
+    ex = TrackedExperiment("plain", [data], types={"cell": str | None, "inner.name": str | None})
 
     @ex.config
     def defaults() -> None:
         cell, rate, sizes, on = None, 0.5, [1, 2], False  # noqa: F841
+        inner = {"step": 0.1, "deep": {"n": 1}, "name": None}  # noqa: F841
 
     @ex.config
     def more(rate: float, data: dict[str, Any]) -> None:

@@ -78,6 +78,31 @@ def test_without_a_clone(how: str, anchor: str) -> None:
     )
 
 
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.cell, self.last = kind(4, 5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.last(self.cell(inputs.unsqueeze(1).expand(-1, 3, -1))[0][:, -1])
+
+
+@HOWS
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_modules(kind: type[nn.RNNBase], how: str) -> None:
+    """The inner minimum is one (its gradient is zero), and the parent gets a gradient."""
+    parent = ImplicitCGHead(Recurrent(kind), 0.1, anchor="init", l2=1.0, **EXACT)
+    learner, inputs, initial = parent.clone(), x(), list(parent.module.parameters())
+    fit(learner, inputs, how, 15)
+    new = list(learner.module.parameters())
+    squares = sum((p - a.detach()).square().sum() for p, a in zip(new, initial, strict=True))
+    objective = F.cross_entropy(learner(inputs), Y) + 0.5 * squares
+    slopes = torch.autograd.grad(objective, new)
+    assert max(float(g.abs().max()) for g in slopes) < 1e-8
+    F.cross_entropy(learner(inputs), Y.roll(1)).backward()
+    assert all(p.grad is not None and p.grad.any() for p in initial)
+
+
 @HOWS
 def test_unused_parameters_go_to_their_anchor(how: str) -> None:
     module = nn.ModuleDict({"used": nn.Linear(4, 3), "idle": nn.Linear(2, 2)})

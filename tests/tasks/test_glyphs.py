@@ -16,6 +16,13 @@ from experiments.build_glyphs.drawings import Renderings
 from l2l_implicit.tasks import Glyphs, get_tasksets, nearest_centroid_accuracy
 from l2l_implicit.tasks.glyph_distortions import (
     LEVELS,
+    WARPS,
+    Background,
+    Warp,
+    add_fragments,
+    distort,
+    smooth,
+    vary_strokes,
 )
 from l2l_implicit.tasks.glyphs import PATH, glyph_arrays
 from l2l_implicit.tasks.tasksets import MODES
@@ -162,3 +169,81 @@ def test_levels_are_ordered_by_difficulty() -> None:
         accuracy.append(nearest_centroid_accuracy(test, 5, 5, 15, num_tasks=60)[0])
     # Over 600 tasks: 94.5, 78.7, 43.4, 21.3 %; the intervals of 60 tasks are about 2 points.
     assert accuracy == pytest.approx([0.945, 0.787, 0.434, 0.213], abs=0.05)
+
+
+@pytest.fixture
+def drawings(arrays: Arrays) -> np.ndarray:
+    return arrays["images"][::100]
+
+
+def test_warp_agrees_with_bilinear_interpolation_in_floating_point(drawings: np.ndarray) -> None:
+    warp = Warp(rotation=18, scale=(0.7, 1.1), shear=0.2, shift=2.5, elastic=0)
+    warped = warp(drawings, np.random.RandomState(0))
+    matrices, offsets = warp._affine(len(drawings), np.random.RandomState(0))
+    for image, result, matrix, offset in zip(drawings, warped, matrices, offsets, strict=True):
+        expected = _bilinear(image.astype(float), matrix / 1024, offset / 2048)
+        # Positions are rounded to 1/256 pixel: at most 2 of 255 grey values along the two axes.
+        assert np.abs(result - expected).max() <= 2.5
+
+
+def _bilinear(image: np.ndarray, matrix: np.ndarray, offset: np.ndarray) -> np.ndarray:
+    """Hat functions around each source position, summed over all pixels; black beyond."""
+    column_and_row = np.indices((28, 28))[::-1].reshape(2, -1) - 13.5
+    x, y = matrix @ column_and_row + offset[:, None]
+    across, down = (np.maximum(0, 1 - np.abs(p[:, None] - np.arange(28))) for p in (x, y))
+    return np.einsum("pj,pi,ji->p", down, across, image, optimize=True).reshape(28, 28)
+
+
+def test_elastic_field_moves_pixels(drawings: np.ndarray) -> None:
+    ranges = {"rotation": 0, "scale": (1, 1), "shear": 0, "shift": 0, "aspect": 0}
+    bent = Warp(**ranges, elastic=1.0)(drawings, np.random.RandomState(0))
+    assert (bent != drawings).any((1, 2)).mean() > 0.9
+
+
+def test_smooth_interpolates_its_nodes() -> None:
+    nodes = np.array([[3, 3, 3, 3] * 4, list(range(16))], np.float32)
+    constant, ramp = smooth(nodes, 4) / 4096
+    assert (constant == 3).all()
+    assert ramp[[0, 0, 27, 27], [0, 27, 0, 27]].tolist() == [0, 3, 12, 15]
+    assert (np.diff(ramp, axis=1) > 0).all() and (np.diff(ramp, axis=0) > 0).all()
+
+
+def test_strokes_only_thicken_or_thin(drawings: np.ndarray) -> None:
+    rng = np.random.RandomState(0)
+    ink, before = vary_strokes(drawings, 0.2, rng).astype(int), drawings.astype(int)
+    change = ink.sum((1, 2)) - before.sum((1, 2))
+    assert (ink[change > 0] >= before[change > 0]).all()
+    assert 0.1 < (change > 0).mean() < 0.3 and 0.6 < (change == 0).mean() < 0.8
+    point = np.zeros((1, 28, 28), np.uint8)
+    point[0, 5, 5] = 200
+    assert np.argwhere(vary_strokes(point, 1.0, rng)[0] == 200).tolist() == [
+        [4, 5], [5, 4], [5, 5], [5, 6], [6, 5],
+    ]
+
+
+def test_fragments_stay_at_one_border() -> None:
+    blank, full = np.zeros((200, 28, 28), np.uint8), np.full((1, 28, 28), 9, np.uint8)
+    cluttered = add_fragments(blank, full, 0.5, np.random.RandomState(0)) == 9
+    touched = cluttered.any((1, 2))
+    assert 0.4 < touched.mean() < 0.6
+    assert set(cluttered[touched].mean((1, 2))) <= {k / 28 for k in range(8, 13)}
+    borders = cluttered[touched][:, [0, 27, 14, 14], [14, 14, 0, 27]]
+    assert (borders.sum(1) == 1).all() and borders.any(0).all()
+
+
+def test_background_has_the_contrast_noise_and_inversion_it_is_given() -> None:
+    grey = np.full((400, 28, 28), 128, np.uint8)
+    plain = Background(contrast=(1, 1), texture=0, noise=0, inverted=0)
+    assert np.array_equal(plain(grey, np.random.RandomState(0)), grey)
+    noisy = Background(contrast=(1, 1), texture=0, noise=0.08, inverted=0)
+    assert noisy(grey, np.random.RandomState(0)).std() == pytest.approx(0.08 * 255, rel=0.02)
+    turned = Background(contrast=(0.5, 0.5), texture=0, noise=0, inverted=0.5)
+    values, counts = np.unique(turned(grey, np.random.RandomState(0)), return_counts=True)
+    assert values.tolist() == [64, 191] and counts.min() / counts.sum() > 0.4
+
+
+def test_clean_level_changes_nothing(drawings: np.ndarray) -> None:
+    assert distort(drawings, "clean", np.random.RandomState(0)) is drawings
+    assert set(WARPS) == set(LEVELS) - {"clean"}
+    still = Warp(rotation=0, scale=(1, 1), shear=0, shift=0, elastic=0, aspect=0)
+    assert np.array_equal(still(drawings, np.random.RandomState(0)), drawings)

@@ -66,7 +66,10 @@ setup(
     package_data={"l2l_implicit": ["py.typed", "tasks/*.npz", "tasks/*.md"]},
     python_requires=">=3.11",
     install_requires=[
-        "torch>=2.2",  # the first whose autograd takes a GradientEdge as an input
+        # The first whose autograd takes a GradientEdge as an input; on Python 3.12 the first whose
+        # torchrun does not crash and that compiles.
+        "torch>=2.2; python_version != '3.12'",
+        "torch>=2.4; python_version == '3.12'",
         "learn2learn>=0.2.0",
         "numpy>=1.23.5,<2",  # learn2learn needs qpth, which refuses numpy 2
     ],

@@ -33,6 +33,7 @@ from l2l_implicit.inner_problem.passes import noted
 from l2l_implicit.inner_problem.recognition import HeadLoss, recognize
 from l2l_implicit.inner_problem.second_derivative import (
     StepTaken,
+    in_theta,
     moves_with_each_pass,
     products_agree,
 )
@@ -598,7 +599,7 @@ class ImplicitCGHead(MAML):
 
     def _linearize(
         self, loss: Tensor, phi: list[Tensor], unused: bool, differentiable: bool,
-        known: HeadLoss | None,
+        known: HeadLoss | None, retain: bool = False,
     ) -> Linearization:  # fmt: skip
         if known is not None:
             return known.heads(phi, self._quadratic(phi, torch.float64))
@@ -613,7 +614,8 @@ class ImplicitCGHead(MAML):
             "quadratic": quadratic, "anchor": anchor, "stand_ins": stand_ins, "unused": unused,
         }  # fmt: skip
         if not isinstance(self.linear, Perturbed):
-            return self.curvature.linearize(loss, phi, differentiable=differentiable, **settings)
+            settings |= {"differentiable": differentiable, "retain": retain}
+            return self.curvature.linearize(loss, phi, **settings)
         if differentiable:
             return FirstDerivatives(loss, phi, **settings)
         return AutogradLinearization(loss, phi, differentiable=False, **settings)
@@ -762,9 +764,11 @@ class ImplicitCGHead(MAML):
         if moves_with_each_pass(self.module):
             return self._say(at, False)
 
-        def evaluate(point: Tensor) -> tuple[Tensor, Tensor]:
+        def evaluate(point: Tensor) -> list[Tensor]:
             with buffers_apart(self.module):  # each from the same state
-                return objective.evaluate(point)
+                there = objective.linearize(point, False, retain=True)
+            assert isinstance(there, AutogradLinearization)
+            return [there.gradient, *in_theta(there)]
 
         devices = [at.point.device] if at.point.is_cuda else []
         with torch.random.fork_rng(devices=devices):
@@ -830,7 +834,9 @@ class _ClosureObjective:
         """The closure is to be asked again, even at the same point."""
         self._fresh = None
 
-    def linearize(self, point: Tensor, differentiable: bool) -> Linearization:
+    def linearize(
+        self, point: Tensor, differentiable: bool, retain: bool = False
+    ) -> Linearization:
         """The linearization at ``point``; without products unless wanted."""
         fresh, self._fresh = self._fresh, None
         loss = fresh[1] if fresh is not None and fresh[0] is point else self.loss(point)
@@ -839,7 +845,7 @@ class _ClosureObjective:
         known = None
         if learner._plain_regularizer:
             known = recognize(loss, self.phi, learner._task.independent)
-        return learner._linearize(loss, self.phi, self._unused, differentiable, known)
+        return learner._linearize(loss, self.phi, self._unused, differentiable, known, retain)
 
     def evaluate(self, point: Tensor) -> tuple[Tensor, Tensor]:
         """The objective and its gradient at ``point``, shapes ``[1]``, ``[1, n]``."""

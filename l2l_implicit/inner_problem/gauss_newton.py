@@ -195,7 +195,7 @@ class GaussNewtonLinearization(AutogradLinearization):
     def _check_slope(self, tangents: Sequence[Tensor | None], vector: Tensor) -> None:
         """The loss's change along the tangents is that along the gradient."""
         slopes = self._slopes[: len(tangents)]
-        gradient = self._loss_gradient
+        gradient = self.loss_gradient
         if self._direct:
             gradient = gradient - flat(self._slopes[len(tangents) :], self.parameters).detach()
         forward, size = _inner_product(slopes, tangents)

@@ -86,8 +86,8 @@ class Task:
         initial: the module's parameters before the first step, with their history.
 
     Attributes:
-        solver: the inner solver whose state ``step`` is, once there is one.
-        step: see ``solver``.
+        made_by: the inner solver and step size whose state ``step`` is, once there is one.
+        step: see ``made_by``.
         first_norm: norm of the first inner gradient; for tasks together ``[T]``.
         steps: inner steps taken.
         taken: the last step of loss tensors, until it has shown what the second derivative is.
@@ -99,13 +99,13 @@ class Task:
     """
 
     __slots__ = (
-        "again", "first_norm", "independent", "initial", "key", "linear", "looks", "missing",
-        "saved", "solution", "solver", "step", "steps", "taken",
+        "again", "first_norm", "independent", "initial", "key", "linear", "looks", "made_by", "missing",
+        "saved", "solution", "step", "steps", "taken",
     )  # fmt: skip
 
     def __init__(self, key: Hashable | None, initial: list[Tensor]) -> None:
         self.key, self.initial = key, initial
-        self.solver: InnerSolver | None = None
+        self.made_by: tuple[InnerSolver, float] | None = None
         self.step: InnerStep | None = None
         self.first_norm: float | Tensor = 0.0
         self.steps, self.looks = 0, 0
@@ -229,7 +229,8 @@ class ImplicitCGHead(MAML):
         self._plain_solve = cls.linear_solve is own.linear_solve
         self.diagnostics = Diagnostics()
         self._memory: dict[Hashable, Remembered] | None = {} if warm_start else None
-        self._compared: set[int] = set()  # losses whose second derivative is known; of all clones
+        # Of each loss, and of all clones: how often it was met, and its second derivative judged.
+        self._compared: dict[int, list[int]] = {}
         self._task = Task(key=None, initial=list(model.parameters()))
         checks.hidden_names(self, model)
 
@@ -461,14 +462,12 @@ class ImplicitCGHead(MAML):
             )
         task.release()  # before there are two
         at = self._linearize(loss, phi, unused, True, known)
-        new = at if isinstance(at, AutogradLinearization) and self._is_new(at) else None
-        if new is not None:
-            self._look(new)
+        due = isinstance(at, AutogradLinearization) and self._is_due(at) and not self._look(at)
         point = self._step(at)
         seldom = task.looks < 20 or task.steps % 8 < 2  # steps get short, and short ones tell
-        if new is not None and seldom and task.looks < _LOOKS and self._is_new(new):
-            task.taken, task.looks = StepTaken.of(new, point), task.looks + 1
-        new = None
+        if due and seldom and task.looks < _LOOKS:
+            assert isinstance(at, AutogradLinearization)
+            task.taken, task.looks = StepTaken.of(at, point), task.looks + 1
         self._install(point, phi, at if keep else None)
         self._note(at, [self.diagnostics])
 
@@ -491,8 +490,6 @@ class ImplicitCGHead(MAML):
             substitute(self.module, objective.phi, phi)
             self._task.steps, self._task.first_norm = before
             raise
-        if keep:
-            end_of_gradients(objective.leaves)
         self._install(at.point, objective.phi, at if keep else None, objective)
         self._note(at, [self.diagnostics])
         if not keep:
@@ -574,9 +571,9 @@ class ImplicitCGHead(MAML):
 
     def _stepper(self) -> InnerStep:
         """The task's inner solver, made at its first step."""
-        task = self._task
-        if task.step is None or task.solver is not self.inner:
-            task.solver, task.step = self.inner, self.inner.begin(self.lr)
+        task, now = self._task, (self.inner, self.lr)
+        if task.step is None or task.made_by != now:
+            task.made_by, task.step = now, self.inner.begin(self.lr)
         return task.step
 
     def _first_order_steps(
@@ -741,25 +738,30 @@ class ImplicitCGHead(MAML):
 
     # Whether autograd's second derivative is one.
 
-    def _is_new(self, at: AutogradLinearization) -> bool:
-        """Whether it is not known yet of a loss of these operations, and has to be."""
-        known = hash(tuple(at.operations)) in self._compared or len(self._compared) >= _LOSSES
-        return at.needs_second and not known
+    def _is_due(self, at: AutogradLinearization) -> bool:
+        """Whether a loss of these operations is to be compared: at first, then ever more seldom."""
+        key, known = hash(tuple(at.operations)), self._compared
+        if not at.needs_second or (key not in known and len(known) >= _LOSSES):
+            return False
+        count = known.setdefault(key, [0, 0])
+        count[0] += 1
+        return count[0] >= 2 ** count[1]
 
-    def _look(self, at: AutogradLinearization) -> None:
-        """Compare the gradient's change since the last loss tensor with the products."""
+    def _look(self, at: AutogradLinearization) -> bool:
+        """Whether the gradient's change since the last loss tensor tells what products are."""
         taken, self._task.taken = self._task.taken, None
+        agrees: bool | None = None
         if moves_with_each_pass(self.module):
-            self._say(at, False)
-        if taken is None:
-            return
-        agrees, self._task.missing = taken.agrees(at, self._task.missing)
+            agrees = False
+        elif taken is not None:
+            agrees, self._task.missing = taken.agrees(at, self._task.missing)
         if agrees is not None:
             self._say(at, agrees)
+        return agrees is not None
 
     def _compare(self, at: AutogradLinearization, objective: _ClosureObjective) -> None:
         """Compare a product with a difference of gradients, with every buffer left as it was."""
-        if not self._is_new(at):
+        if not self._is_due(at):
             return
         if moves_with_each_pass(self.module):
             return self._say(at, False)
@@ -775,7 +777,7 @@ class ImplicitCGHead(MAML):
             self._say(at, products_agree(at, evaluate))
 
     def _say(self, at: AutogradLinearization, agrees: bool | None) -> None:
-        self._compared.add(hash(tuple(at.operations)))
+        self._compared[hash(tuple(at.operations))][1] += 60 if agrees is False else 1
         if agrees is False:
             warnings.warn(
                 "the inner gradient does not change as its second derivative says: expected an "
@@ -802,7 +804,6 @@ class _ClosureObjective:
     ) -> None:
         self.phi = self._before = phi
         self._learner, self._closure, self._unused = learner, closure, unused
-        self.leaves: list[Tensor] = []
         self._fresh: tuple[Tensor, Tensor] | None = None  # a point and the loss there, not used yet
         self.random: RandomState | None = None  # before the last call, where it is to come again
 
@@ -810,17 +811,11 @@ class _ClosureObjective:
         """The loss at ``point``, shape ``[1, n]``; None: where the learner stood before."""
         if point is None:
             point = flatten(self._before).detach().unsqueeze(0)
-        end_of_gradients(self.leaves)  # none is to end in what is replaced
-        self.phi = self.leaves = self._learner._put(point, self.phi)
+        self.phi = self._learner._put(point, self.phi)
+        end_of_gradients(self.phi)  # the closure's own, or those of what it keeps
         if isinstance(self._learner.linear, Perturbed):
             self.random = RandomState(point.device)
         loss = checks.loss(self._closure())
-        for leaf in self.leaves:
-            if leaf.grad is not None:
-                raise RuntimeError(
-                    "adapt: expected a closure that only computes the loss, got one that calls "
-                    "backward() too; return the loss, and leave backward() to adapt()"
-                )
         self._fresh = point, loss
         return loss
 

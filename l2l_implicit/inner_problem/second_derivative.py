@@ -85,8 +85,10 @@ class StepTaken(NamedTuple):
     in_theta: list[Tensor]
 
     @classmethod
-    def of(cls, at: AutogradLinearization, to: Tensor) -> StepTaken:
-        """The step from ``at`` to the point ``to``."""
+    def of(cls, at: AutogradLinearization, to: Tensor) -> StepTaken | None:
+        """The step from ``at`` to the point ``to``; None where finite steps may cross kinks."""
+        if any(kink in name for name in at.operations for kink in _KINKS):
+            return None
         step, gradient = to - at.point, in_theta(at)
         both = gradient + in_theta(at, step)
         return cls(at.point, to.norm(), at.gradient, at.derivative(step), both)
@@ -106,8 +108,7 @@ class StepTaken(NamedTuple):
         Returns:
             The verdict, and what is missing at this step.
         """
-        kinks = (kink in name for name in at.operations for kink in _KINKS)
-        if not torch.equal(self.length, at.point.norm()) or any(kinks):  # which finite steps cross
+        if not torch.equal(self.length, at.point.norm()):
             return None, math.inf
         step, eps = at.point - self.point, torch.finfo(at.point.dtype).eps
         moved, product = float(step.norm()) > eps**0.5 * float(self.length), at.derivative(step)

@@ -91,8 +91,8 @@ def model_and_lr(model: Any, lr: Any) -> None:
     not_compiled(model)
     if any(p.is_complex() for p in model.parameters()):
         raise TypeError(
-            "model: expected real parameters, got complex ones; keep real and imaginary parts as "
-            "two parameters, or as one and use torch.view_as_complex in forward()"
+            "model: expected real parameters, got complex ones; keep the real and imaginary parts "
+            "as one real tensor, and use torch.view_as_complex in forward()"
         )
     if isinstance(lr, Tensor) and lr.requires_grad:
         raise TypeError(
@@ -110,21 +110,18 @@ def model_and_lr(model: Any, lr: Any) -> None:
 def not_compiled(model: nn.Module) -> None:
     """Modules that run on a task's parameters, not on those with which they were compiled."""
     for name, part in model.named_modules():
-        kinds = {kind.__name__ for kind in type(part).__mro__} & {*_COMPILED}
-        kinds |= {"OptimizedModule"} if part._compiled_call_impl is not None else set()
-        if kinds:
+        kinds = {kind.__name__ for kind in type(part).__mro__}
+        if kinds & _COMPILED or part._compiled_call_impl is not None:
             what = printable(name) if name else "the whole"
             raise TypeError(
-                f"model: expected modules that are not compiled, got {what} by "
-                f"{_COMPILED[kinds.pop()]}, which runs on the parameters it was given and not on "
-                "a task's; compile the backbone, and pass what is adapted as it was (of "
-                "torch.compile: compiled._orig_mod)"
+                f"model: expected modules that are not compiled, got {what} by torch.compile, "
+                "torch.jit or torch.fx, which runs on the parameters it was given and not on a "
+                "task's; compile the backbone, and pass what is adapted as it was "
+                "(compiled._orig_mod)"
             )
 
 
-_COMPILED = {
-    "OptimizedModule": "torch.compile", "ScriptModule": "torch.jit", "GraphModule": "torch.fx",
-}  # fmt: skip
+_COMPILED = {"OptimizedModule", "ScriptModule", "GraphModule"}
 
 
 def hidden_names(learner: nn.Module, model: nn.Module) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from learn2learn.algorithms import MAML
@@ -33,7 +35,7 @@ from l2l_implicit.inner_problem.passes import noted
 from l2l_implicit.inner_problem.recognition import HeadLoss, recognize
 from l2l_implicit.inner_problem.second_derivative import (
     StepTaken,
-    in_theta,
+    gradients,
     moves_with_each_pass,
     products_agree,
 )
@@ -71,13 +73,7 @@ _LOSSES = 20  # different losses of which it is
 _PART = 0.45  # of `accuracy` that either solver may leave: a tenth is for rounding
 
 
-class Remembered(NamedTuple):
-    """A task's phi and v, shape ``[1, n]`` each, at the end of its last visit."""
-
-    phi: Tensor
-    v: Tensor
-
-
+@dataclass(eq=False, slots=True)
 class Task:
     """The state of one adaptation.
 
@@ -98,24 +94,20 @@ class Task:
         solution, linear: of what was solved at once: phi as installed, ``[n]``, and the solver.
     """
 
-    __slots__ = (
-        "again", "first_norm", "independent", "initial", "key", "linear", "looks", "made_by", "missing",
-        "saved", "solution", "step", "steps", "taken",
-    )  # fmt: skip
-
-    def __init__(self, key: Hashable | None, initial: list[Tensor]) -> None:
-        self.key, self.initial = key, initial
-        self.made_by: tuple[InnerSolver, float] | None = None
-        self.step: InnerStep | None = None
-        self.first_norm: float | Tensor = 0.0
-        self.steps, self.looks = 0, 0
-        self.taken: StepTaken | None = None
-        self.missing = math.inf
-        self.independent: set[weakref.ref[Tensor]] = set()
-        self.saved: weakref.ref[SavedLinearization] | None = None
-        self.again: Again | None = None
-        self.solution: Tensor | None = None
-        self.linear: LinearSolver | Perturbed | None = None
+    key: Hashable | None
+    initial: list[Tensor]
+    made_by: tuple[InnerSolver, float] | None = None
+    step: InnerStep | None = None
+    first_norm: float | Tensor = 0.0
+    steps: int = 0
+    looks: int = 0
+    taken: StepTaken | None = None
+    missing: float = math.inf
+    independent: set[weakref.ref[Tensor]] = field(default_factory=set)
+    saved: weakref.ref[SavedLinearization] | None = None
+    again: Again | None = None
+    solution: Tensor | None = None
+    linear: LinearSolver | Perturbed | None = None
 
     def __reduce__(self) -> Any:
         """Saved without its graph: what is read back has the adapted parameters alone."""
@@ -228,7 +220,8 @@ class ImplicitCGHead(MAML):
         self._plain_step = cls.inner_step is own.inner_step
         self._plain_solve = cls.linear_solve is own.linear_solve
         self.diagnostics = Diagnostics()
-        self._memory: dict[Hashable, Remembered] | None = {} if warm_start else None
+        # Each task's phi and v, shape [1, n] each, at the end of its last visit.
+        self._memory: dict[Hashable, tuple[Tensor, Tensor]] | None = {} if warm_start else None
         # Of each loss, and of all clones: how often it was met, and its second derivative judged.
         self._compared: dict[int, list[int]] = {}
         self._task = Task(key=None, initial=list(model.parameters()))
@@ -290,7 +283,7 @@ class ImplicitCGHead(MAML):
             clone._begin_at(anchor)
         if clone._memory is not None and task in clone._memory:
             phi = checks.inner_parameters(clone.module, clone.allow_nograd)
-            clone._put(clone._memory[task].phi, phi)
+            clone._put(clone._memory[task][0], phi)
         return clone
 
     def _begin_at(self, anchor: Tensor | Sequence[Tensor]) -> None:
@@ -439,7 +432,7 @@ class ImplicitCGHead(MAML):
 
     def _adapt_loss(self, loss: Tensor, phi: list[Tensor], unused: bool, keep: bool) -> None:
         task = self._task
-        known = recognize(loss, phi, task.independent) if self._plain_regularizer else None
+        known = self._known(loss, phi)
         if known is not None and self._plain_step and getattr(self.inner, "at_once", False):
             quadratic = self._quadratic(phi, torch.float64)
             there = task.solved(known, quadratic, phi) if keep else None
@@ -462,7 +455,7 @@ class ImplicitCGHead(MAML):
             )
         task.release()  # before there are two
         at = self._linearize(loss, phi, unused, True, known)
-        due = isinstance(at, AutogradLinearization) and self._is_due(at) and not self._look(at)
+        due = isinstance(at, AutogradLinearization) and self._is_due(at) and self._look(at) is None
         point = self._step(at)
         seldom = task.looks < 20 or task.steps % 8 < 2  # steps get short, and short ones tell
         if due and seldom and task.looks < _LOOKS:
@@ -497,15 +490,15 @@ class ImplicitCGHead(MAML):
 
     def _solve_heads(self, objective: _ClosureObjective, steps: int) -> LinearHeads | None:
         """The end of the inner loop of a closure whose loss is one of a linear head; else None."""
-        loss, independent = objective.loss(), self._task.independent
-        known = recognize(loss, objective.phi, independent) if self._plain_regularizer else None
+        loss = objective.loss()
+        known = self._known(loss, objective.phi)
         if known is None:
             return None
         del loss  # its graph
         quadratic = self._quadratic(objective.phi, torch.float64)
         before = self._task.steps, self._task.first_norm
         there = self._on_heads(known.heads(objective.phi, quadratic), steps)
-        again = recognize(objective.loss(there.point), objective.phi, independent)
+        again = self._known(objective.loss(there.point), objective.phi)
         same = again is not None and again.same(known)
         at_once = self._plain_step and getattr(self.inner, "at_once", False)
         if again is not None and not same and at_once:
@@ -588,6 +581,13 @@ class ImplicitCGHead(MAML):
             phi = new
 
     # The inner problem.
+
+    def _known(self, loss: Tensor, phi: Sequence[Tensor]) -> HeadLoss | None:
+        """The loss as one of a linear head, if the whole objective has a closed form."""
+        if self._plain_regularizer:
+            with contextlib.suppress(RuntimeError):  # freed, changed in place: autograd says so
+                return recognize(loss, phi, self._task.independent)
+        return None
 
     def _quadratic(self, phi: Sequence[Tensor], dtype: torch.dtype) -> SquaredDistance:
         """The regulariser in closed form, which it has unless it is a subclass's own."""
@@ -695,7 +695,7 @@ class ImplicitCGHead(MAML):
         key, memory = self._task.key, self._memory
         start = None
         if memory is not None and key in memory:
-            start = memory[key].v
+            start = memory[key][1]
         damping = float(getattr(self.linear, "damping", 0.0))
         perturbed = (
             self.linear if self._plain_solve and isinstance(self.linear, Perturbed) else None
@@ -733,7 +733,7 @@ class ImplicitCGHead(MAML):
             bound = at.is_bound and reason in (FACTORED, ZERO)  # another v is not bounded in theta
             mine.record(int(row[4]), int(row[3]), reason, sizes, errors, bound, settings)
         if memory is not None and key is not None:
-            memory[key] = Remembered(phi, answer.solution)
+            memory[key] = phi, answer.solution
         return answer
 
     # Whether autograd's second derivative is one.
@@ -745,32 +745,32 @@ class ImplicitCGHead(MAML):
             return False
         count = known.setdefault(key, [0, 0])
         count[0] += 1
-        return count[0] >= 2 ** count[1]
+        due = count[0] >= 2 ** count[1]
+        if due and moves_with_each_pass(self.module):
+            self._say(at, False)
+            return False
+        return due
 
-    def _look(self, at: AutogradLinearization) -> bool:
-        """Whether the gradient's change since the last loss tensor tells what products are."""
+    def _look(self, at: AutogradLinearization) -> bool | None:
+        """Whether the gradient's change since the last loss tensor is what the products say."""
         taken, self._task.taken = self._task.taken, None
-        agrees: bool | None = None
-        if moves_with_each_pass(self.module):
-            agrees = False
-        elif taken is not None:
-            agrees, self._task.missing = taken.agrees(at, self._task.missing)
+        if taken is None:
+            return None
+        agrees, self._task.missing = taken.agrees(at, self._task.missing)
         if agrees is not None:
             self._say(at, agrees)
-        return agrees is not None
+        return agrees
 
     def _compare(self, at: AutogradLinearization, objective: _ClosureObjective) -> None:
         """Compare a product with a difference of gradients, with every buffer left as it was."""
         if not self._is_due(at):
             return
-        if moves_with_each_pass(self.module):
-            return self._say(at, False)
 
         def evaluate(point: Tensor) -> list[Tensor]:
             with buffers_apart(self.module):  # each from the same state
                 there = objective.linearize(point, False, retain=True)
             assert isinstance(there, AutogradLinearization)
-            return [there.gradient, *in_theta(there)]
+            return gradients(there)
 
         devices = [at.point.device] if at.point.is_cuda else []
         with torch.random.fork_rng(devices=devices):
@@ -837,9 +837,7 @@ class _ClosureObjective:
         loss = fresh[1] if fresh is not None and fresh[0] is point else self.loss(point)
         self._fresh, fresh = None, None
         learner = self._learner
-        known = None
-        if learner._plain_regularizer:
-            known = recognize(loss, self.phi, learner._task.independent)
+        known = learner._known(loss, self.phi)
         return learner._linearize(loss, self.phi, self._unused, differentiable, known, retain)
 
     def evaluate(self, point: Tensor) -> tuple[Tensor, Tensor]:

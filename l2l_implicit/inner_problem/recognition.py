@@ -5,7 +5,6 @@ Nothing is guessed: what the graph does not say is left to the general path.
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -82,15 +81,10 @@ def recognize(
         parameters: phi.
         independent: the features whose history was last found to be free of phi, and so of every
             later phi; weak, since a history is as large as its backbone's graph.
+
+    Raises:
+        RuntimeError: torch's own, if the graph is freed, or its data were changed in place.
     """
-    with contextlib.suppress(RuntimeError):  # a freed graph, changed data: autograd will say so
-        return _recognized(loss, parameters, independent)
-    return None
-
-
-def _recognized(
-    loss: Tensor, parameters: Sequence[Tensor], independent: set[weakref.ref[Tensor]]
-) -> HeadLoss | None:
     node: Any = loss.grad_fn
     read = None if node is None else _LOSSES.get(node.name())
     found = None if read is None else read(node)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from l2l_implicit.inner_problem.linearization import AutogradLinearization, flat
+from l2l_implicit.inner_problem.linearization import AutogradLinearization, Products, flat
 
 _TOL, _CLEAR, _FLAT = 0.02, 0.1, 1e3
 _KINKS = ("Relu", "Threshold", "MaxPool", "Abs", "Clamp", "Hardt", "Prelu", "Maximum", "Minimum")
@@ -37,7 +37,7 @@ def products_agree(
 
     Args:
         at: the linearization, T = 1.
-        evaluate: the gradients in phi and, as in `in_theta`, in theta at other points.
+        evaluate: `gradients` at other points.
 
     Returns:
         None where two step sizes disagree: the gradient has kinks or noise there.
@@ -53,9 +53,7 @@ def products_agree(
         return [(up - down) / (2.0 * step) for up, down in zip(*ends, strict=True)]
 
     verdict: bool | None = True
-    gradients = [at.gradient, *in_theta(at)]
-    products = [at.derivative(direction), *in_theta(at, direction)]
-    parts = gradients, differences(2.0 * size), differences(size), products
+    parts = gradients(at), differences(2.0 * size), differences(size), products(at, direction)
     for gradient, wide, narrow, product in zip(*parts, strict=True):
         scale, rounding = float(narrow.norm()), eps * float(gradient.norm()) / size
         if not float((wide - narrow).norm()) <= 0.5 * _TOL * scale + _FLAT * rounding:
@@ -65,36 +63,41 @@ def products_agree(
     return verdict
 
 
-def in_theta(at: AutogradLinearization, vector: Tensor | None = None) -> list[Tensor]:
-    """The loss's gradient in theta, or its derivative along ``vector``; nothing without a theta."""
-    parts = at.in_theta() if vector is None else at.mixed(vector)
+def gradients(at: AutogradLinearization) -> list[Tensor]:
+    """The objective's in phi, and the loss's in theta where there is one, as vectors."""
+    return [at.gradient, *_vector(at, at.in_theta())]
+
+
+def products(at: AutogradLinearization, vector: Tensor) -> list[Tensor]:
+    """The derivatives of `gradients` along ``vector``."""
+    return [at.derivative(vector), *_vector(at, at.mixed(vector))]
+
+
+def _vector(at: AutogradLinearization, parts: Products) -> list[Tensor]:
     return [flat(parts, at.sources()[: len(parts)])] if parts else []
 
 
 class StepTaken(NamedTuple):
-    """A step of loss tensors: where from, the norm of where to, gradient and product with it there,
-    in phi and in theta (`in_theta`).
+    """A step of loss tensors: where from, the norm of where to, gradients and products with it
+    there.
 
     The next loss is at its end, unless the user has moved the weights: then the norm is another.
     """
 
     point: Tensor
     length: Tensor
-    gradient: Tensor
-    product: Tensor
-    in_theta: list[Tensor]
+    gradients: list[Tensor]
+    products: list[Tensor]
 
     @classmethod
     def of(cls, at: AutogradLinearization, to: Tensor) -> StepTaken | None:
         """The step from ``at`` to the point ``to``; None where finite steps may cross kinks."""
         if any(kink in name for name in at.operations for kink in _KINKS):
             return None
-        step, gradient = to - at.point, in_theta(at)
-        both = gradient + in_theta(at, step)
-        return cls(at.point, to.norm(), at.gradient, at.derivative(step), both)
+        return cls(at.point, to.norm(), gradients(at), products(at, to - at.point))
 
     def agrees(self, at: AutogradLinearization, before: float) -> tuple[bool | None, float]:
-        """Whether the gradient has changed as the products at both ends say; None: no telling.
+        """Whether the gradients have changed as the products at both ends say; None: no telling.
 
         Their mean is right to third order in the step: what it misses vanishes as the steps get
         short, where the second derivative is one, and stays where it is none. So a miss counts that
@@ -108,37 +111,32 @@ class StepTaken(NamedTuple):
         Returns:
             The verdict, and what is missing at this step.
         """
-        if not torch.equal(self.length, at.point.norm()):
-            return None, math.inf
         step, eps = at.point - self.point, torch.finfo(at.point.dtype).eps
-        moved, product = float(step.norm()) > eps**0.5 * float(self.length), at.derivative(step)
-        del step  # before there is another vector
-        change = at.gradient - self.gradient
-        size, norm = float(change.norm()), float(self.gradient.norm())
-        rounding = eps * max(norm, float(at.regularizer_norm()))
-        if not size > _FLAT * rounding or not moved:
+        moved = float(step.norm()) > eps**0.5 * float(self.length)
+        if not moved or not torch.equal(self.length, at.point.norm()):
             return None, math.inf
-        missing = float((change - 0.5 * (self.product + product)).norm()) / size
-        if missing <= _TOL:
-            del change, product
-            return self._agrees_in_theta(at), missing
-        explained = float((product - self.product).norm()) / size
-        beyond_minimum = size > 1.2 * max(norm, float(at.gradient_norm))
-        if missing <= explained or beyond_minimum:
-            return None, math.inf
-        short = size <= 0.3 * norm and missing > max(_CLEAR, 3.0 * explained)
-        return (False if short or missing > 0.7 * before else None), missing
-
-    def _agrees_in_theta(self, at: AutogradLinearization) -> bool | None:
-        """The same of theta's gradient, on a step that phi's has followed."""
-        now = [*in_theta(at), *in_theta(at, at.point - self.point)]
-        if [*map(Tensor.numel, now)] != [*map(Tensor.numel, self.in_theta)]:
-            return None
-        if not now:
-            return True
-        change, before, after = now[0] - self.in_theta[0], self.in_theta[1], now[1]
-        missing, explained = (change - 0.5 * (before + after)).norm(), (after - before).norm()
-        rounding = _FLAT * torch.finfo(change.dtype).eps * now[0].norm()
-        if bool(missing <= _TOL * change.norm() + rounding):
-            return True
-        return False if bool(missing > explained) else None
+        ends = self.gradients, gradients(at), self.products, products(at, step)
+        del step
+        verdict: bool | None = True
+        worst, floor = 0.0, float(at.regularizer_norm())
+        for old, new, product, last in zip(*ends, strict=False):
+            if old.shape != new.shape:  # other data
+                return None, math.inf
+            norm, size = float(old.norm()), float((new - old).norm())
+            if not size > _FLAT * eps * max(norm, floor):
+                if old is self.gradients[0]:
+                    return None, math.inf
+                continue  # theta's need not change
+            missing = float((new - old - 0.5 * (product + last)).norm()) / size
+            worst = max(worst, missing)
+            if missing <= _TOL:
+                continue
+            explained = float((last - product).norm()) / size
+            beyond_minimum = size > 1.2 * max(norm, float(new.norm()))
+            if missing <= explained or beyond_minimum:
+                return None, math.inf
+            short = size <= 0.3 * norm and missing > max(_CLEAR, 3.0 * explained)
+            if short or missing > 0.7 * before:
+                return False, missing
+            verdict = None
+        return verdict, worst

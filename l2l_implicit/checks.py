@@ -111,7 +111,8 @@ def not_compiled(model: nn.Module) -> None:
     """Modules that run on a task's parameters, not on those with which they were compiled."""
     for name, part in model.named_modules():
         kinds = {kind.__name__ for kind in type(part).__mro__}
-        if kinds & _COMPILED or part._compiled_call_impl is not None:
+        compiled = kinds & {"OptimizedModule", "ScriptModule", "GraphModule"}
+        if compiled or part._compiled_call_impl is not None:
             what = printable(name) if name else "the whole"
             raise TypeError(
                 f"model: expected modules that are not compiled, got {what} by torch.compile, "
@@ -119,9 +120,6 @@ def not_compiled(model: nn.Module) -> None:
                 "task's; compile the backbone, and pass what is adapted as it was "
                 "(compiled._orig_mod)"
             )
-
-
-_COMPILED = {"OptimizedModule", "ScriptModule", "GraphModule"}
 
 
 def hidden_names(learner: nn.Module, model: nn.Module) -> None:

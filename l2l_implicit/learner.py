@@ -402,8 +402,8 @@ class ImplicitCGHead(MAML):
             >>> features = torch.randn(8, 50, 10, requires_grad=True)  # 8 tasks, 25 + 25 images
             >>> y = (torch.arange(25) % 5).expand(8, 25)
             >>> adapted = head.adapt_together(features[:, :25], y)
-            >>> adapted(features[:, 25:]).shape
-            torch.Size([8, 25, 5])
+            >>> adapted(features[:, 25:]).shape, adapted.weight.shape
+            (torch.Size([8, 25, 5]), torch.Size([8, 5, 10]))
         """
         from l2l_implicit.together import adapt_heads
 
@@ -829,9 +829,7 @@ class _ClosureObjective:
         """The closure is to be asked again, even at the same point."""
         self._fresh = None
 
-    def linearize(
-        self, point: Tensor, differentiable: bool, retain: bool = False
-    ) -> Linearization:
+    def linearize(self, point: Tensor, differentiable: bool, retain: bool = False) -> Linearization:
         """The linearization at ``point``; without products unless wanted."""
         fresh, self._fresh = self._fresh, None
         loss = fresh[1] if fresh is not None and fresh[0] is point else self.loss(point)

@@ -273,7 +273,6 @@ def _refuse(leaf: Tensor) -> None:
     if lost is not None and bool(lost.any()):
         raise RuntimeError(
             "expected a loss of the learner's current parameters, got one that depends on those of "
-            "an inner step: of a closure, one that calls backward() itself (it is to return the "
-            "loss alone), or features or outputs that it kept from one of its calls; compute them "
-            "before adapt(), anew in each call, or after adapt()"
+            "an inner step: a closure's, one that calls backward() itself, or features or outputs "
+            "kept from one of its calls; return the loss alone, compute these anew or outside"
         )

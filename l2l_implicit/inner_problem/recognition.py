@@ -81,9 +81,6 @@ def recognize(
         parameters: phi.
         independent: the features whose history was last found to be free of phi, and so of every
             later phi; weak, since a history is as large as its backbone's graph.
-
-    Raises:
-        RuntimeError: torch's own, if the graph is freed, or its data were changed in place.
     """
     node: Any = loss.grad_fn
     read = None if node is None else _LOSSES.get(node.name())

@@ -102,14 +102,10 @@ class StepTaken(NamedTuple):
         Their mean is right to third order in the step: what it misses vanishes as the steps get
         short, where the second derivative is one, and stays where it is none. So a miss counts that
         the difference of the products does not explain, on a step that is clearly short or if it
-        is no smaller than the miss of the step before.
-
-        Args:
-            at: the linearization where the step has led to.
-            before: what was missing at the step before, relative; infinity for nothing known.
+        is no smaller than the miss ``before`` (relative, of the step before; infinity for none).
 
         Returns:
-            The verdict, and what is missing at this step.
+            The verdict, and what is missing at this step, which has led to ``at``.
         """
         step, eps = at.point - self.point, torch.finfo(at.point.dtype).eps
         moved = float(step.norm()) > eps**0.5 * float(self.length)

@@ -89,6 +89,11 @@ def model_and_lr(model: Any, lr: Any) -> None:
             "l2l_implicit.distributed"
         )
     not_compiled(model)
+    if any(p.is_complex() for p in model.parameters()):
+        raise TypeError(
+            "model: expected real parameters, got complex ones; keep the real and imaginary parts "
+            "as one real tensor, and use torch.view_as_complex in forward()"
+        )
     if isinstance(lr, Tensor) and lr.requires_grad:
         raise TypeError(
             "lr: expected a number, got a tensor that requires grad; the solution of the inner "
@@ -105,12 +110,15 @@ def model_and_lr(model: Any, lr: Any) -> None:
 def not_compiled(model: nn.Module) -> None:
     """Modules that run on a task's parameters, not on those with which they were compiled."""
     for name, part in model.named_modules():
-        if type(part).__name__ == "OptimizedModule" or part._compiled_call_impl is not None:
+        kinds = {kind.__name__ for kind in type(part).__mro__}
+        compiled = kinds & {"OptimizedModule", "ScriptModule", "GraphModule"}
+        if compiled or part._compiled_call_impl is not None:
             what = printable(name) if name else "the whole"
             raise TypeError(
                 f"model: expected modules that are not compiled, got {what} by torch.compile, "
-                "which runs on the parameters it was given and not on a task's; compile the "
-                "backbone, and pass what is adapted as it was (compiled._orig_mod)"
+                "torch.jit or torch.fx, which runs on the parameters it was given and not on a "
+                "task's; compile the backbone, and pass what is adapted as it was "
+                "(compiled._orig_mod)"
             )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from learn2learn.algorithms import MAML
@@ -33,6 +35,7 @@ from l2l_implicit.inner_problem.passes import noted
 from l2l_implicit.inner_problem.recognition import HeadLoss, recognize
 from l2l_implicit.inner_problem.second_derivative import (
     StepTaken,
+    gradients,
     moves_with_each_pass,
     products_agree,
 )
@@ -70,13 +73,7 @@ _LOSSES = 20  # different losses of which it is
 _PART = 0.45  # of `accuracy` that either solver may leave: a tenth is for rounding
 
 
-class Remembered(NamedTuple):
-    """A task's phi and v, shape ``[1, n]`` each, at the end of its last visit."""
-
-    phi: Tensor
-    v: Tensor
-
-
+@dataclass(eq=False, slots=True)
 class Task:
     """The state of one adaptation.
 
@@ -85,8 +82,8 @@ class Task:
         initial: the module's parameters before the first step, with their history.
 
     Attributes:
-        solver: the inner solver whose state ``step`` is, once there is one.
-        step: see ``solver``.
+        made_by: the inner solver and step size whose state ``step`` is, once there is one.
+        step: see ``made_by``.
         first_norm: norm of the first inner gradient; for tasks together ``[T]``.
         steps: inner steps taken.
         taken: the last step of loss tensors, until it has shown what the second derivative is.
@@ -97,24 +94,20 @@ class Task:
         solution, linear: of what was solved at once: phi as installed, ``[n]``, and the solver.
     """
 
-    __slots__ = (
-        "again", "first_norm", "independent", "initial", "key", "linear", "looks", "missing",
-        "saved", "solution", "solver", "step", "steps", "taken",
-    )  # fmt: skip
-
-    def __init__(self, key: Hashable | None, initial: list[Tensor]) -> None:
-        self.key, self.initial = key, initial
-        self.solver: InnerSolver | None = None
-        self.step: InnerStep | None = None
-        self.first_norm: float | Tensor = 0.0
-        self.steps, self.looks = 0, 0
-        self.taken: StepTaken | None = None
-        self.missing = math.inf
-        self.independent: set[weakref.ref[Tensor]] = set()
-        self.saved: weakref.ref[SavedLinearization] | None = None
-        self.again: Again | None = None
-        self.solution: Tensor | None = None
-        self.linear: LinearSolver | Perturbed | None = None
+    key: Hashable | None
+    initial: list[Tensor]
+    made_by: tuple[InnerSolver, float] | None = None
+    step: InnerStep | None = None
+    first_norm: float | Tensor = 0.0
+    steps: int = 0
+    looks: int = 0
+    taken: StepTaken | None = None
+    missing: float = math.inf
+    independent: set[weakref.ref[Tensor]] = field(default_factory=set)
+    saved: weakref.ref[SavedLinearization] | None = None
+    again: Again | None = None
+    solution: Tensor | None = None
+    linear: LinearSolver | Perturbed | None = None
 
     def __reduce__(self) -> Any:
         """Saved without its graph: what is read back has the adapted parameters alone."""
@@ -227,8 +220,10 @@ class ImplicitCGHead(MAML):
         self._plain_step = cls.inner_step is own.inner_step
         self._plain_solve = cls.linear_solve is own.linear_solve
         self.diagnostics = Diagnostics()
-        self._memory: dict[Hashable, Remembered] | None = {} if warm_start else None
-        self._compared: set[int] = set()  # losses whose second derivative is known; of all clones
+        # Each task's phi and v, shape [1, n] each, at the end of its last visit.
+        self._memory: dict[Hashable, tuple[Tensor, Tensor]] | None = {} if warm_start else None
+        # Of each loss, and of all clones: how often it was met, and its second derivative judged.
+        self._compared: dict[int, list[int]] = {}
         self._task = Task(key=None, initial=list(model.parameters()))
         checks.hidden_names(self, model)
 
@@ -288,7 +283,7 @@ class ImplicitCGHead(MAML):
             clone._begin_at(anchor)
         if clone._memory is not None and task in clone._memory:
             phi = checks.inner_parameters(clone.module, clone.allow_nograd)
-            clone._put(clone._memory[task].phi, phi)
+            clone._put(clone._memory[task][0], phi)
         return clone
 
     def _begin_at(self, anchor: Tensor | Sequence[Tensor]) -> None:
@@ -407,8 +402,8 @@ class ImplicitCGHead(MAML):
             >>> features = torch.randn(8, 50, 10, requires_grad=True)  # 8 tasks, 25 + 25 images
             >>> y = (torch.arange(25) % 5).expand(8, 25)
             >>> adapted = head.adapt_together(features[:, :25], y)
-            >>> adapted(features[:, 25:]).shape
-            torch.Size([8, 25, 5])
+            >>> adapted(features[:, 25:]).shape, adapted.weight.shape
+            (torch.Size([8, 25, 5]), torch.Size([8, 5, 10]))
         """
         from l2l_implicit.together import adapt_heads
 
@@ -437,7 +432,7 @@ class ImplicitCGHead(MAML):
 
     def _adapt_loss(self, loss: Tensor, phi: list[Tensor], unused: bool, keep: bool) -> None:
         task = self._task
-        known = recognize(loss, phi, task.independent) if self._plain_regularizer else None
+        known = self._known(loss, phi)
         if known is not None and self._plain_step and getattr(self.inner, "at_once", False):
             quadratic = self._quadratic(phi, torch.float64)
             there = task.solved(known, quadratic, phi) if keep else None
@@ -460,14 +455,12 @@ class ImplicitCGHead(MAML):
             )
         task.release()  # before there are two
         at = self._linearize(loss, phi, unused, True, known)
-        new = at if isinstance(at, AutogradLinearization) and self._is_new(at) else None
-        if new is not None:
-            self._look(new)
+        due = isinstance(at, AutogradLinearization) and self._is_due(at) and self._look(at) is None
         point = self._step(at)
         seldom = task.looks < 20 or task.steps % 8 < 2  # steps get short, and short ones tell
-        if new is not None and seldom and task.looks < _LOOKS and self._is_new(new):
-            task.taken, task.looks = StepTaken.of(new, point), task.looks + 1
-        new = None
+        if due and seldom and task.looks < _LOOKS:
+            assert isinstance(at, AutogradLinearization)
+            task.taken, task.looks = StepTaken.of(at, point), task.looks + 1
         self._install(point, phi, at if keep else None)
         self._note(at, [self.diagnostics])
 
@@ -490,8 +483,6 @@ class ImplicitCGHead(MAML):
             substitute(self.module, objective.phi, phi)
             self._task.steps, self._task.first_norm = before
             raise
-        if keep:
-            end_of_gradients(objective.leaves)
         self._install(at.point, objective.phi, at if keep else None, objective)
         self._note(at, [self.diagnostics])
         if not keep:
@@ -499,15 +490,15 @@ class ImplicitCGHead(MAML):
 
     def _solve_heads(self, objective: _ClosureObjective, steps: int) -> LinearHeads | None:
         """The end of the inner loop of a closure whose loss is one of a linear head; else None."""
-        loss, independent = objective.loss(), self._task.independent
-        known = recognize(loss, objective.phi, independent) if self._plain_regularizer else None
+        loss = objective.loss()
+        known = self._known(loss, objective.phi)
         if known is None:
             return None
         del loss  # its graph
         quadratic = self._quadratic(objective.phi, torch.float64)
         before = self._task.steps, self._task.first_norm
         there = self._on_heads(known.heads(objective.phi, quadratic), steps)
-        again = recognize(objective.loss(there.point), objective.phi, independent)
+        again = self._known(objective.loss(there.point), objective.phi)
         same = again is not None and again.same(known)
         at_once = self._plain_step and getattr(self.inner, "at_once", False)
         if again is not None and not same and at_once:
@@ -573,9 +564,9 @@ class ImplicitCGHead(MAML):
 
     def _stepper(self) -> InnerStep:
         """The task's inner solver, made at its first step."""
-        task = self._task
-        if task.step is None or task.solver is not self.inner:
-            task.solver, task.step = self.inner, self.inner.begin(self.lr)
+        task, now = self._task, (self.inner, self.lr)
+        if task.step is None or task.made_by != now:
+            task.made_by, task.step = now, self.inner.begin(self.lr)
         return task.step
 
     def _first_order_steps(
@@ -591,6 +582,13 @@ class ImplicitCGHead(MAML):
 
     # The inner problem.
 
+    def _known(self, loss: Tensor, phi: Sequence[Tensor]) -> HeadLoss | None:
+        """The loss as one of a linear head, if the whole objective has a closed form."""
+        if self._plain_regularizer:
+            with contextlib.suppress(RuntimeError):  # freed, changed in place: autograd says so
+                return recognize(loss, phi, self._task.independent)
+        return None
+
     def _quadratic(self, phi: Sequence[Tensor], dtype: torch.dtype) -> SquaredDistance:
         """The regulariser in closed form, which it has unless it is a subclass's own."""
         anchor = self._initial_of(phi) if self.anchor == "init" else []
@@ -598,7 +596,7 @@ class ImplicitCGHead(MAML):
 
     def _linearize(
         self, loss: Tensor, phi: list[Tensor], unused: bool, differentiable: bool,
-        known: HeadLoss | None,
+        known: HeadLoss | None, retain: bool = False,
     ) -> Linearization:  # fmt: skip
         if known is not None:
             return known.heads(phi, self._quadratic(phi, torch.float64))
@@ -613,7 +611,8 @@ class ImplicitCGHead(MAML):
             "quadratic": quadratic, "anchor": anchor, "stand_ins": stand_ins, "unused": unused,
         }  # fmt: skip
         if not isinstance(self.linear, Perturbed):
-            return self.curvature.linearize(loss, phi, differentiable=differentiable, **settings)
+            settings |= {"differentiable": differentiable, "retain": retain}
+            return self.curvature.linearize(loss, phi, **settings)
         if differentiable:
             return FirstDerivatives(loss, phi, **settings)
         return AutogradLinearization(loss, phi, differentiable=False, **settings)
@@ -696,7 +695,7 @@ class ImplicitCGHead(MAML):
         key, memory = self._task.key, self._memory
         start = None
         if memory is not None and key in memory:
-            start = memory[key].v
+            start = memory[key][1]
         damping = float(getattr(self.linear, "damping", 0.0))
         perturbed = (
             self.linear if self._plain_solve and isinstance(self.linear, Perturbed) else None
@@ -734,44 +733,50 @@ class ImplicitCGHead(MAML):
             bound = at.is_bound and reason in (FACTORED, ZERO)  # another v is not bounded in theta
             mine.record(int(row[4]), int(row[3]), reason, sizes, errors, bound, settings)
         if memory is not None and key is not None:
-            memory[key] = Remembered(phi, answer.solution)
+            memory[key] = phi, answer.solution
         return answer
 
     # Whether autograd's second derivative is one.
 
-    def _is_new(self, at: AutogradLinearization) -> bool:
-        """Whether it is not known yet of a loss of these operations, and has to be."""
-        known = hash(tuple(at.operations)) in self._compared or len(self._compared) >= _LOSSES
-        return at.needs_second and not known
-
-    def _look(self, at: AutogradLinearization) -> None:
-        """Compare the gradient's change since the last loss tensor with the products."""
-        taken, self._task.taken = self._task.taken, None
-        if moves_with_each_pass(self.module):
+    def _is_due(self, at: AutogradLinearization) -> bool:
+        """Whether a loss of these operations is to be compared: at first, then ever more seldom."""
+        key, known = hash(tuple(at.operations)), self._compared
+        if not at.needs_second or (key not in known and len(known) >= _LOSSES):
+            return False
+        count = known.setdefault(key, [0, 0])
+        count[0] += 1
+        due = count[0] >= 2 ** count[1]
+        if due and moves_with_each_pass(self.module):
             self._say(at, False)
+            return False
+        return due
+
+    def _look(self, at: AutogradLinearization) -> bool | None:
+        """Whether the gradient's change since the last loss tensor is what the products say."""
+        taken, self._task.taken = self._task.taken, None
         if taken is None:
-            return
+            return None
         agrees, self._task.missing = taken.agrees(at, self._task.missing)
         if agrees is not None:
             self._say(at, agrees)
+        return agrees
 
     def _compare(self, at: AutogradLinearization, objective: _ClosureObjective) -> None:
         """Compare a product with a difference of gradients, with every buffer left as it was."""
-        if not self._is_new(at):
+        if not self._is_due(at):
             return
-        if moves_with_each_pass(self.module):
-            return self._say(at, False)
 
-        def evaluate(point: Tensor) -> tuple[Tensor, Tensor]:
+        def evaluate(point: Tensor) -> list[Tensor]:
             with buffers_apart(self.module):  # each from the same state
-                return objective.evaluate(point)
+                there = objective.linearize(point, False, retain=True)
+            return gradients(there) if isinstance(there, type(at)) else [there.gradient]
 
         devices = [at.point.device] if at.point.is_cuda else []
         with torch.random.fork_rng(devices=devices):
             self._say(at, products_agree(at, evaluate))
 
     def _say(self, at: AutogradLinearization, agrees: bool | None) -> None:
-        self._compared.add(hash(tuple(at.operations)))
+        self._compared[hash(tuple(at.operations))][1] += 60 if agrees is False else 1
         if agrees is False:
             warnings.warn(
                 "the inner gradient does not change as its second derivative says: expected an "
@@ -798,7 +803,6 @@ class _ClosureObjective:
     ) -> None:
         self.phi = self._before = phi
         self._learner, self._closure, self._unused = learner, closure, unused
-        self.leaves: list[Tensor] = []
         self._fresh: tuple[Tensor, Tensor] | None = None  # a point and the loss there, not used yet
         self.random: RandomState | None = None  # before the last call, where it is to come again
 
@@ -806,17 +810,11 @@ class _ClosureObjective:
         """The loss at ``point``, shape ``[1, n]``; None: where the learner stood before."""
         if point is None:
             point = flatten(self._before).detach().unsqueeze(0)
-        end_of_gradients(self.leaves)  # none is to end in what is replaced
-        self.phi = self.leaves = self._learner._put(point, self.phi)
+        self.phi = self._learner._put(point, self.phi)
+        end_of_gradients(self.phi)  # the closure's own, or those of what it keeps
         if isinstance(self._learner.linear, Perturbed):
             self.random = RandomState(point.device)
         loss = checks.loss(self._closure())
-        for leaf in self.leaves:
-            if leaf.grad is not None:
-                raise RuntimeError(
-                    "adapt: expected a closure that only computes the loss, got one that calls "
-                    "backward() too; return the loss, and leave backward() to adapt()"
-                )
         self._fresh = point, loss
         return loss
 
@@ -830,16 +828,14 @@ class _ClosureObjective:
         """The closure is to be asked again, even at the same point."""
         self._fresh = None
 
-    def linearize(self, point: Tensor, differentiable: bool) -> Linearization:
+    def linearize(self, point: Tensor, differentiable: bool, retain: bool = False) -> Linearization:
         """The linearization at ``point``; without products unless wanted."""
         fresh, self._fresh = self._fresh, None
         loss = fresh[1] if fresh is not None and fresh[0] is point else self.loss(point)
         self._fresh, fresh = None, None
         learner = self._learner
-        known = None
-        if learner._plain_regularizer:
-            known = recognize(loss, self.phi, learner._task.independent)
-        return learner._linearize(loss, self.phi, self._unused, differentiable, known)
+        known = learner._known(loss, self.phi)
+        return learner._linearize(loss, self.phi, self._unused, differentiable, known, retain)
 
     def evaluate(self, point: Tensor) -> tuple[Tensor, Tensor]:
         """The objective and its gradient at ``point``, shapes ``[1]``, ``[1, n]``."""

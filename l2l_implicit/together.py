@@ -26,17 +26,6 @@ class AdaptedHeads:
         weight: ``[T, k, d]``.
         bias: ``[T, k]``, or None.
         diagnostics: of each task.
-
-    Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> from l2l_implicit import ImplicitCGHead
-        >>> head, y = ImplicitCGHead(nn.Linear(10, 5), lr=0.1), torch.arange(25) % 5
-        >>> adapted = head.adapt_together(torch.randn(8, 25, 10), y.expand(8, 25))
-        >>> adapted.weight.shape, adapted.bias.shape
-        (torch.Size([8, 5, 10]), torch.Size([8, 5]))
-        >>> adapted(torch.randn(8, 15, 10)).shape
-        torch.Size([8, 15, 5])
     """
 
     def __init__(

@@ -105,7 +105,7 @@ class DifferentiableUpdate:
         if self._clip_norm is None:
             return gradients
         norm = torch.stack([g.square().sum() for g in gradients if g is not None]).sum().sqrt()
-        if not float(norm) > self._clip_norm:
+        if not float(norm.detach()) > self._clip_norm:
             return gradients
         return [None if g is None else g * (self._clip_norm / norm) for g in gradients]
 

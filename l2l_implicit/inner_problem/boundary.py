@@ -260,7 +260,7 @@ def _stop(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
 
 
 def end_of_gradients(leaves: Iterable[Tensor]) -> None:
-    """Make it an error that ``backward()`` leaves a gradient in ``leaves``, of a past inner step.
+    """Make it an error that ``backward()`` leaves a gradient in ``leaves``, of an inner step.
 
     The gradient belongs to theta, and there is no way on from here.
     """
@@ -273,6 +273,6 @@ def _refuse(leaf: Tensor) -> None:
     if lost is not None and bool(lost.any()):
         raise RuntimeError(
             "expected a loss of the learner's current parameters, got one that depends on those of "
-            "an inner step: features or outputs that a closure kept from one of its calls; compute "
-            "them before adapt(), anew in each call, or after adapt()"
+            "an inner step: a closure's, one that calls backward() itself, or features or outputs "
+            "kept from one of its calls; return the loss alone, compute these anew or outside"
         )

@@ -185,33 +185,17 @@ class GaussNewtonLinearization(AutogradLinearization):
                 ends, self.parameters, weights, retain_graph=True, allow_unused=True
             )
         product = flat(found, self.parameters)
-        self._check_adjoint(tangents, curved, product, vector)
+        _check_equal(curved[: len(tangents)], tangents, product, vector)
         if self._direct:
             product += flat(curved[len(outputs) :], self.parameters)
         return product
 
-    # That forward mode and the backward pass are of one function: two numbers a product.
-
     def _check_slope(self, tangents: Sequence[Tensor | None], vector: Tensor) -> None:
         """The loss's change along the tangents is that along the gradient."""
-        slopes = self._slopes[: len(tangents)]
-        gradient = self._loss_gradient
+        gradient = self.loss_gradient
         if self._direct:
             gradient = gradient - flat(self._slopes[len(tangents) :], self.parameters).detach()
-        forward, size = _inner_product(slopes, tangents)
-        backward = float((gradient * vector).sum())
-        rounding = float(gradient.norm() * vector.norm())
-        _check_equal(forward, backward, max(size, abs(backward)), rounding, vector)
-
-    def _check_adjoint(
-        self, tangents: Sequence[Tensor | None], curved: Sequence[Tensor | None], product: Tensor,
-        vector: Tensor,
-    ) -> None:  # fmt: skip
-        """The tangents' product with what went back is the vector's with what arrived."""
-        forward, size = _inner_product(curved[: len(tangents)], tangents)
-        backward = float((product * vector).sum())
-        rounding = float(product.norm() * vector.norm())
-        _check_equal(forward, backward, max(size, abs(backward)), rounding, vector)
+        _check_equal(self._slopes[: len(tangents)], tangents, gradient, vector)
 
 
 def _products(
@@ -240,9 +224,15 @@ def _tol(like: Tensor) -> float:
     return float(torch.finfo(like.dtype).eps ** (1 / 3))
 
 
-def _check_equal(a: float, b: float, size: float, rounding: float, like: Tensor) -> None:
-    eps = torch.finfo(like.dtype).eps
-    if math.isfinite(a) and not abs(a - b) <= _tol(like) * size + 100 * eps * rounding:
+def _check_equal(
+    ends: Sequence[Tensor | None], tangents: Sequence[Tensor | None], back: Tensor, vector: Tensor
+) -> None:
+    """That forward mode and the backward pass are of one function, by two numbers: the tangents'
+    product with what goes back from the outputs, the vector's with what arrives."""
+    a, size = _inner_product(ends, tangents)
+    b, eps = float((back * vector).sum()), torch.finfo(vector.dtype).eps
+    size, rounding = max(size, abs(b)), float(back.norm() * vector.norm())
+    if math.isfinite(a) and not abs(a - b) <= _tol(vector) * size + 100 * eps * rounding:
         raise RuntimeError(
             "GaussNewton: expected one derivative of the module's outputs, got another by forward "
             f"mode than by the backward pass ({a:.6g} and {b:.6g}): a detached piece, "

@@ -296,9 +296,9 @@ class AutogradLinearization(Linearization):
         )  # fmt: skip
         self.parameters, self.differentiable = parameters, differentiable
         self._value = loss.detach().view(1)
-        self._loss_gradient = flat(gradients, parameters).detach()
+        self.loss_gradient = flat(gradients, parameters).detach()
         offset, strength = self.quadratic.offset(self.point), self.quadratic.strength
-        self.gradient = self._loss_gradient.add(offset, alpha=strength)
+        self.gradient = self.loss_gradient.add(offset, alpha=strength)
         if differentiable:
             self._gradients: Sequence[Tensor | None] | None = gradients if keeps_second else None
         if differentiable or retain:
@@ -334,15 +334,27 @@ class AutogradLinearization(Linearization):
         return [*self._inputs.sources(), *self._anchor, *self.quadratic.sources()]
 
     def mixed_vjp(self, answer: LinearSolution) -> Products:
-        gradients: Sequence[Tensor | None] = ()
         if self.needs_second:
             self._check_unchanged()
-            gradients = self._graph()
         vector = answer.solution
+        return self.mixed(vector) + self.quadratic.mixed_vjp(self.point, vector)
+
+    def mixed(self, vector: Tensor) -> Products:
+        """The derivatives of `in_theta` along ``vector``."""
+        gradients = self._graph() if self.needs_second else ()
         product = partial(self._vjp, gradients, vector=vector)
-        products = self._inputs.vjp(product, self.parameters)
-        products += product(self._stand_ins)
-        return products + self.quadratic.mixed_vjp(self.point, vector)
+        return [*self._inputs.vjp(product, self.parameters), *product(self._stand_ins)]
+
+    def in_theta(self) -> Products:
+        r"""The loss's gradients :math:`\nabla_\theta g` at ``point``, one for each of `sources`
+        but l2 and the anchor of the regulariser in closed form."""
+
+        def gradients(inputs: Sequence[Any]) -> Sequence[Tensor | None]:
+            if not inputs:
+                return []
+            return gradients_of(self.loss, inputs, retain_graph=True, allow_unused=True)
+
+        return [*self._inputs.vjp(gradients, self.parameters), *gradients(self._stand_ins)]
 
     def _graph(self) -> Sequence[Tensor | None]:
         """The loss's gradient with its graph, as it was kept or made anew."""
@@ -370,7 +382,7 @@ class AutogradLinearization(Linearization):
         part of the module again (activation checkpointing) after the weights have moved.
         """
         again = gradients_of(self.loss, self.parameters, retain_graph=True, allow_unused=True)
-        now, before = flat(again, self.parameters), self._loss_gradient
+        now, before = flat(again, self.parameters), self.loss_gradient
         tol = torch.finfo(now.dtype).eps ** 0.5
         if not bool((now - before).norm() <= tol * before.norm()):
             raise RuntimeError(
@@ -395,17 +407,6 @@ class FirstDerivatives(AutogradLinearization):
 
     def sources(self) -> list[Tensor]:
         return self._sources
-
-    def in_theta(self) -> Products:
-        r"""The loss's gradients :math:`\nabla_\theta g` at ``point``, one for each of `sources`
-        but l2 and the anchor of the regulariser in closed form."""
-
-        def gradients(inputs: Sequence[Any]) -> Sequence[Tensor | None]:
-            if not inputs:
-                return []
-            return gradients_of(self.loss, inputs, retain_graph=True, allow_unused=True)
-
-        return [*self._inputs.vjp(gradients, self.parameters), *gradients(self._stand_ins)]
 
     def revisited_by(self, revisit: Callable[[], Callable[[Tensor, bool], Any] | None]) -> None:
         """Forget the graph: from now on ``revisit()`` computes the loss anew, while it is there.
@@ -437,7 +438,7 @@ class FirstDerivatives(AutogradLinearization):
 
     def _size(self, there: AutogradLinearization) -> Tensor:
         """How large the loss's own gradient is; at a minimum the whole gradient is next to none."""
-        return torch.maximum(self._loss_gradient.norm(), there._loss_gradient.norm())
+        return torch.maximum(self.loss_gradient.norm(), there.loss_gradient.norm())
 
     def _at(self, point: Tensor, in_theta: bool) -> Any:
         revisit = self._revisit()

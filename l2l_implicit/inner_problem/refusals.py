@@ -41,6 +41,11 @@ def of_gradients(error: RuntimeError) -> str:
             "inner loss: expected activation checkpointing that torch.autograd.grad can pass, got "
             "the reentrant one; give checkpoint() use_reentrant=False"
         )
+    if "second time" in reason:
+        return (
+            "inner loss: expected its graph as learner(...) made it, got one that backward() or "
+            "autograd.grad() has freed; leave both to adapt(), or pass retain_graph=True"
+        )
     if fused:
         do = f"{_IN_STEPS}, use curvature=GaussNewton() if theta is the anchor alone"
     elif what is None:

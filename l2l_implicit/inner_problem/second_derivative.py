@@ -2,19 +2,20 @@
 
 An operation without a second derivative, one whose second derivative is wrong, a state that moves
 with every pass, other data at every call: each leaves a gradient that is right and products that
-are not. A difference of two gradients sees all of them, once for each learner.
+are not. Differences of gradients in phi and theta see all of them, at first and ever more seldom.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from l2l_implicit.inner_problem.linearization import AutogradLinearization, Evaluate
+from l2l_implicit.inner_problem.linearization import AutogradLinearization, Products, flat
 
 _TOL, _CLEAR, _FLAT = 0.02, 0.1, 1e3
 _KINKS = ("Relu", "Threshold", "MaxPool", "Abs", "Clamp", "Hardt", "Prelu", "Maximum", "Minimum")
@@ -29,81 +30,110 @@ def moves_with_each_pass(module: nn.Module) -> bool:
     return False
 
 
-def products_agree(at: AutogradLinearization, evaluate: Evaluate) -> bool | None:
-    """Whether a product is the gradient's derivative along one direction, by central differences.
+def products_agree(
+    at: AutogradLinearization, evaluate: Callable[[Tensor], list[Tensor]]
+) -> bool | None:
+    """Whether products are the gradients' derivatives along one direction, by central differences.
 
     Args:
         at: the linearization, T = 1.
-        evaluate: objective and gradient at other points.
+        evaluate: `gradients` at other points.
 
     Returns:
         None where two step sizes disagree: the gradient has kinks or noise there.
     """
     generator = torch.Generator("cpu").manual_seed(0)
     direction = torch.randn(at.point.shape, generator=generator, device="cpu").to(at.point)
+    direction *= at.loss_gradient != 0  # what is masked, as a padding's row, is to stay
     eps = torch.finfo(at.point.dtype).eps
     size = eps ** (1 / 3) * float(at.point.square().mean().sqrt().clamp_min(1e-3))
 
-    def difference(step: float) -> Tensor:
-        up, down = (evaluate(at.point + sign * step * direction)[1] for sign in (1.0, -1.0))
-        return (up - down) / (2.0 * step)
+    def differences(step: float) -> list[Tensor]:
+        ends = (evaluate(at.point + sign * step * direction) for sign in (1.0, -1.0))
+        pairs = zip(*ends, strict=False)
+        return [(up - down) / (2.0 * step) for up, down in pairs if up.shape == down.shape]
 
-    wide, narrow = difference(2.0 * size), difference(size)
-    product, scale = at.derivative(direction), float(narrow.norm())
-    rounding = eps * float(at.gradient_norm) / size
-    if not float((wide - narrow).norm()) <= 0.5 * _TOL * scale + _FLAT * rounding:
-        return None
-    return bool((product - narrow).norm() <= _TOL * scale + _FLAT * rounding)
+    verdict: bool | None = True
+    parts = gradients(at), differences(2.0 * size), differences(size), products(at, direction)
+    for gradient, wide, narrow, product in zip(*parts, strict=False):
+        scale, rounding = float(narrow.norm()), eps * float(gradient.norm()) / size
+        same = wide.shape == narrow.shape == product.shape  # else other data at each call
+        if not (same and float((wide - narrow).norm()) <= 0.5 * _TOL * scale + _FLAT * rounding):
+            verdict = None
+        elif not float((product - narrow).norm()) <= _TOL * scale + _FLAT * rounding:
+            return False
+    return verdict
+
+
+def gradients(at: AutogradLinearization) -> list[Tensor]:
+    """The objective's in phi, and the loss's in theta where there is one, as vectors."""
+    return [at.gradient, *_vector(at, at.in_theta())]
+
+
+def products(at: AutogradLinearization, vector: Tensor) -> list[Tensor]:
+    """The derivatives of `gradients` along ``vector``."""
+    return [at.derivative(vector), *_vector(at, at.mixed(vector))]
+
+
+def _vector(at: AutogradLinearization, parts: Products) -> list[Tensor]:
+    return [flat(parts, at.sources()[: len(parts)])] if parts else []
 
 
 class StepTaken(NamedTuple):
-    """A step of loss tensors: where from, the norm of where to, gradient and product with it there.
+    """A step of loss tensors: where from, the norm of where to, gradients and products there.
 
     The next loss is at its end, unless the user has moved the weights: then the norm is another.
     """
 
     point: Tensor
     length: Tensor
-    gradient: Tensor
-    product: Tensor
+    gradients: list[Tensor]
+    products: list[Tensor]
 
     @classmethod
-    def of(cls, at: AutogradLinearization, to: Tensor) -> StepTaken:
-        """The step from ``at`` to the point ``to``."""
-        return cls(at.point, to.norm(), at.gradient, at.derivative(to - at.point))
+    def of(cls, at: AutogradLinearization, to: Tensor) -> StepTaken | None:
+        """The step from ``at`` to the point ``to``; None where finite steps may cross kinks."""
+        if any(kink in name for name in at.operations for kink in _KINKS):
+            return None
+        return cls(at.point, to.norm(), gradients(at), products(at, to - at.point))
 
     def agrees(self, at: AutogradLinearization, before: float) -> tuple[bool | None, float]:
-        """Whether the gradient has changed as the products at both ends say; None: no telling.
+        """Whether the gradients have changed as the products at both ends say; None: no telling.
 
         Their mean is right to third order in the step: what it misses vanishes as the steps get
         short, where the second derivative is one, and stays where it is none. So a miss counts that
         the difference of the products does not explain, on a step that is clearly short or if it
-        is no smaller than the miss of the step before.
-
-        Args:
-            at: the linearization where the step has led to.
-            before: what was missing at the step before, relative; infinity for nothing known.
+        is no smaller than the miss ``before`` (relative, of the step before; infinity for none).
 
         Returns:
-            The verdict, and what is missing at this step.
+            The verdict, and what is missing at this step, which has led to ``at``.
         """
-        kinks = (kink in name for name in at.operations for kink in _KINKS)
-        if not torch.equal(self.length, at.point.norm()) or any(kinks):  # which finite steps cross
-            return None, math.inf
         step, eps = at.point - self.point, torch.finfo(at.point.dtype).eps
-        moved, product = float(step.norm()) > eps**0.5 * float(self.length), at.derivative(step)
-        del step  # before there is another vector
-        change = at.gradient - self.gradient
-        size, norm = float(change.norm()), float(self.gradient.norm())
-        rounding = eps * max(norm, float(at.regularizer_norm()))
-        if not size > _FLAT * rounding or not moved:
+        moved = float(step.norm()) > eps**0.5 * float(self.length)
+        if not moved or not torch.equal(self.length, at.point.norm()):
             return None, math.inf
-        missing = float((change - 0.5 * (self.product + product)).norm()) / size
-        if missing <= _TOL:
-            return True, missing
-        explained = float((product - self.product).norm()) / size
-        beyond_minimum = size > 1.2 * max(norm, float(at.gradient_norm))
-        if missing <= explained or beyond_minimum:
-            return None, math.inf
-        short = size <= 0.3 * norm and missing > max(_CLEAR, 3.0 * explained)
-        return (False if short or missing > 0.7 * before else None), missing
+        ends = self.gradients, gradients(at), self.products, products(at, step)
+        del step
+        verdict: bool | None = True
+        worst, floor = 0.0, float(at.regularizer_norm())
+        for old, new, product, last in zip(*ends, strict=False):
+            if old.shape != new.shape:  # other data
+                return None, math.inf
+            norm, size = float(old.norm()), float((new - old).norm())
+            if not size > _FLAT * eps * max(norm, floor):
+                if old is self.gradients[0]:
+                    return None, math.inf
+                continue  # theta's need not change
+            missing = float((new - old - 0.5 * (product + last)).norm()) / size
+            worst = max(worst, missing)
+            if missing <= _TOL:
+                continue
+            explained = float((last - product).norm()) / size
+            beyond_minimum = size > 1.2 * max(norm, float(new.norm()))
+            if missing <= explained or beyond_minimum:
+                return None, math.inf
+            short = size <= 0.3 * norm and missing > max(_CLEAR, 3.0 * explained)
+            if short or missing > 0.7 * before:
+                return False, missing
+            verdict = None
+        return verdict, worst

@@ -26,13 +26,6 @@ def largest_curvature(
 
     References:
         Golub, Van Loan, Matrix Computations, section 10.1.
-
-    Example:
-        >>> import torch
-        >>> from l2l_implicit.linear_solvers.curvature import largest_curvature
-        >>> A = torch.tensor([1.0, 2.0, 5.0])
-        >>> largest_curvature(lambda p: p * A, torch.ones(1, 3)).round(decimals=3)
-        tensor([5.])
     """
     # Vectors that lie in no subspace on purpose, the same at every call.
     generator = torch.Generator("cpu").manual_seed(0)

@@ -138,13 +138,6 @@ class System:
         damping, at: see above; ``at`` is None where only the products are known.
         shift: the multiple of the identity that is known to be in the matrix: l2 plus damping.
         calls: how many products there were.
-
-    Example:
-        >>> import torch
-        >>> from l2l_implicit.linear_solvers.solution import System
-        >>> system = System(lambda p: 2.0 * p, damping=0.5)
-        >>> system(torch.ones(1, 2)), system.shift, system.calls
-        (tensor([[2.5000, 2.5000]]), 0.5, 1)
     """
 
     def __init__(

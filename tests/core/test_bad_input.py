@@ -340,23 +340,69 @@ def test_a_compiled_module(cls: type, which: str) -> None:
     assert f"got {what} by torch.compile" in error_line(lambda: cls(net, 0.1))
 
 
+@pytest.mark.parametrize("cls", [ImplicitMAML, UnrolledMAML])
+@pytest.mark.parametrize("wrap", [
+    torch.jit.script, lambda net: torch.jit.trace(net, inputs()), torch.fx.symbolic_trace,
+])  # fmt: skip
+def test_a_module_made_by_a_compiler(cls: type, wrap: Callable[..., nn.Module]) -> None:
+    """learn2learn's clone of it has no parameters, or no forward()."""
+    for net, what in ((wrap(network()), "the whole"), (nn.Sequential(wrap(network())), "0")):
+        assert f"got {what} by torch.compile, torch.jit or" in error_line(lambda n=net: cls(n, 0.1))
+
+
+@pytest.mark.parametrize("cls", [ImplicitCGHead, ImplicitMAML])
+def test_complex_parameters(cls: type) -> None:
+    assert "real parameters" in error_line(lambda: cls(nn.Linear(5, 3, dtype=torch.cfloat), 0.1))
+
+
 def test_data_parallel() -> None:
     learner = nn.DataParallel(ImplicitMAML(network(), 0.1))
     assert "DataParallel" in error_line(learner.module._replicate_for_data_parallel)
 
 
-@pytest.mark.parametrize("module", [nn.Linear(5, 3), network()], ids=["head", "network"])
-def test_a_closure_that_calls_backward(module: nn.Module) -> None:
+EACH_MODULE = pytest.mark.parametrize(
+    "module", [nn.Linear(5, 3), network()], ids=["head", "network"]
+)
+
+
+@EACH_MODULE
+@pytest.mark.parametrize("cleans_up", [False, True])
+def test_a_closure_that_calls_backward(module: nn.Module, cleans_up: bool) -> None:
+    """Cleaned up or not: the loss's gradient in theta would stay in ``x.grad``."""
     learner, x = ImplicitMAML(module, 0.1).clone(), inputs().requires_grad_()
 
     def closure() -> Tensor:
         loss = F.cross_entropy(learner(x), NINE)
-        loss.backward()
+        loss.backward(retain_graph=cleans_up)
+        if cleans_up:
+            learner.zero_grad()
         return loss
 
     before = [*learner.parameters()]
     assert "one that calls backward()" in error_line(lambda: learner.adapt(closure, steps=3))
     assert all(a is b for a, b in zip(before, learner.parameters(), strict=True))
+
+
+@EACH_MODULE
+@HOWS
+def test_a_graph_that_has_been_freed(module: nn.Module, how: str) -> None:
+    learner = ImplicitMAML(module, 0.1).clone()
+
+    def closure() -> Tensor:
+        loss = F.cross_entropy(learner(inputs()), NINE)
+        torch.autograd.grad(loss, [*learner.parameters()])
+        return loss
+
+    assert "has freed" in error_line(lambda: adapt(learner, closure, how, 3))
+
+
+@EACH_MODULE
+@pytest.mark.parametrize("what", ["features", "targets"])
+def test_data_changed_before_adapt(module: nn.Module, what: str) -> None:
+    learner, x, y = ImplicitMAML(module, 0.1).clone(), inputs(), NINE.clone()
+    loss = F.cross_entropy(learner(x), y)
+    (x if what == "features" else y).zero_()
+    assert "clone what is changed" in error_line(lambda: learner.adapt(loss))
 
 
 def test_a_closure_without_steps() -> None:

@@ -204,6 +204,21 @@ def test_a_setting_that_is_changed_is_used(
 
 @EACH_NET
 @HOWS
+def test_the_next_step_has_the_lr_that_is_set(name: str, how: str) -> None:
+    """What is not solved may be warned of, above, whatever its step: here the step is looked at."""
+
+    def second_step(lr: float) -> Tensor:
+        learner = ImplicitCGHead(copy.deepcopy(NETS[name]), 0.1, inner=GradientDescent()).clone()
+        fit(learner, how, 1)
+        before, learner.lr = flat(learner.module.parameters()), lr
+        fit(learner, how, 1)
+        return flat(learner.module.parameters()) - before
+
+    torch.testing.assert_close(second_step(0.5), 5.0 * second_step(0.1))
+
+
+@EACH_NET
+@HOWS
 @pytest.mark.parametrize("linear", [Direct(), CG(steps=300, tol=1e-12), Neumann(steps=3)], ids=repr)
 @pytest.mark.parametrize("moment", ["before adapt", "before backward"])
 def test_the_linear_solver_is_the_one_that_is_set(

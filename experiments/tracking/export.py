@@ -12,7 +12,6 @@ printed output and artifacts stay in the database. `experiments.report --records
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import re
@@ -26,8 +25,8 @@ from pymongo.errors import PyMongoError
 
 from experiments.tracking.config import plain_value
 from experiments.tracking.database import open_database
-from experiments.tracking.errors import UserError, one_line
-from experiments.tracking.records import DatabaseRecords, Document, RunId, printable
+from experiments.tracking.errors import CommandLine, UserError, one_line
+from experiments.tracking.records import DatabaseRecords, Document, RunId
 
 # Metrics with a point at every outer iteration, as a pattern of their names.
 EVERY_STEP = r"^train/"
@@ -37,16 +36,13 @@ INSTALLED = re.compile(r"/[^\s\"':]*/(?=site-packages/|lib/python3)")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; 0, or 1 after an error that is one line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.tracking.export",
-        description="Write finished runs to a file that outlives their database.",
-    )
+    text = "Write finished runs to a file that outlives their database."
+    parser = CommandLine("tracking.export", text)
     add = parser.add_argument
     add("file", type=Path, metavar="FILE", help="written; such as memory.jsonl.gz")
     add("words", nargs="*", metavar="RUN | KEY=VALUE", help="which runs; default: all")
     add("--without", default=EVERY_STEP, metavar="PATTERN",
         help=f"metrics that are left out, a regular expression (default: {EVERY_STEP}; '': none)")
-    add("-m", "--mongo_db", metavar="HOST:PORT:DB", help="as in experiments.train")
     options = parser.parse_intermixed_args(argv)
     try:
         re.compile(options.without)
@@ -56,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise UserError("no run that has ended fits; nothing is written")
             _write(options.file, records, options.without)
     except (UserError, PyMongoError, BSONError, OverflowError, OSError, re.error) as error:
-        print("error: " + printable(one_line(error)), file=sys.stderr)
+        print("error: " + one_line(error), file=sys.stderr)
         return 1
     size = options.file.stat().st_size / 1024
     print(f"{len(records.runs)} runs, {size:.0f} KiB: {options.file}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 import subprocess
 import sys
@@ -174,7 +175,7 @@ def test_a_line_of_any_shape_costs_itself(line: Any, tmp_path: Path) -> None:
 WHOLE = zipped(*[LINE] * 50)
 HALF = len(WHOLE) // 2
 FILES: dict[str, tuple[bytes | None, str]] = {
-    "plain text": (b"runs", DAMAGED), "cut off": (WHOLE[:-20], DAMAGED),
+    "empty": (b"", DAMAGED), "plain text": (b"runs", DAMAGED), "cut off": (WHOLE[:-20], DAMAGED),
     "a flipped byte": (WHOLE[:HALF] + bytes([WHOLE[HALF] ^ 255]) + WHOLE[HALF + 1 :], DAMAGED),
     "no JSON": (gzip.compress(b"{runs\n"), DAMAGED),
     "brackets": (gzip.compress(b"[" * 100_000 + b"\n"), DAMAGED),
@@ -182,6 +183,7 @@ FILES: dict[str, tuple[bytes | None, str]] = {
     "another format": (gzip.compress(b'{"format": "l2l_implicit records", "version": 1}'),
                        "line 1: expected a run as experiments.tracking.export writes it"),
     "nothing": (None, "No such file"), "a folder": (None, "Is a directory"),
+    "a FIFO": (None, "a FIFO, which would be waited for"),
 }  # fmt: skip
 
 
@@ -195,6 +197,8 @@ def test_a_file_that_is_none_is_one_line(
         path.write_bytes(content)
     elif name == "a folder":
         path.mkdir()
+    elif name == "a FIFO":
+        os.mkfifo(path)
     assert report_main(["--records", str(path), "--output", str(tmp_path / "report")]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error

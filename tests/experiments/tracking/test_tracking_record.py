@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import hashlib
 import math
 import os
@@ -397,6 +398,19 @@ class Broken(RunObserver):
 
     def heartbeat_event(self, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError("broken")
+
+
+def test_an_upload_that_breaks_off_keeps_the_journal(
+    data: Path, database: Any, monkeypatch: MonkeyPatch
+) -> None:
+    """By whatever: only what has been read back counts as stored."""
+    experiment = TrackedExperiment("broken off")
+    experiment.main(lambda: None)
+    monkeypatch.setattr(uploader.Uploader, "verify", lambda self: _thread.exit())
+    with pytest.raises(TrackingError, match="the upload has broken off"):
+        experiment.run()
+    (kept,) = (data / "journals").glob("run-*.jsonl")
+    kept.unlink()
 
 
 def test_a_failed_observer_of_others_is_an_error(data: Path, database: Any) -> None:

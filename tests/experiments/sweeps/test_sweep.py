@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import signal
+import socket
 import subprocess
 import sys
 from typing import Any
@@ -12,6 +13,9 @@ import psutil
 import pytest
 from sweep_process import TOY, Place, complete
 from toy_process import DEADLINE, ROOT, finish, is_alive, read_until, wait_for
+
+from experiments import sweep
+from experiments.tracking import UserError
 
 pytest_plugins = ("sweep_process",)
 
@@ -80,12 +84,19 @@ def test_a_dry_run_names_the_setting_that_is_refused(place: Place) -> None:
     assert place.run("methods=plain", "--dry-run") == (0, "plain/final/0: fine\n")
 
 
-@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "a b", "x://y"])
-def test_no_scheduler_is_one_line(place: Place, address: str) -> None:
-    code, output = place.run("methods=plain", "--scheduler", address)
+def test_no_scheduler_is_one_line(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor one that is silent, whose answer Dask's own client waits for, as for a file's."""
+    code, output = place.run("methods=plain", "--scheduler", "tcp://127.0.0.1:1")
     line = output.splitlines()[-1]
     assert code == 1 and line.startswith("error: --scheduler: expected the address"), output
-    assert repr(address) in line and "Traceback" not in output and "distributed" not in output
+    assert "Traceback" not in output and "distributed" not in output
+    monkeypatch.setattr(sweep, "CONNECT", 1.0)
+    (place.folder / "list.json").write_text("[1]")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        for address in ("a b", "x://y", "", "none.json", f"{place.folder}/list.json",
+                        f"tcp://127.0.0.1:{silent.getsockname()[1]}"):  # fmt: skip
+            with pytest.raises(UserError, match=f"--scheduler: .*, got '{address}'"):
+                sweep.connected(address, 1)
 
 
 def test_workers_belong_to_this_machine(place: Place) -> None:

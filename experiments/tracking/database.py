@@ -59,7 +59,7 @@ def choose(option: str | None = None) -> Choice:
         host = parts.get("url", "localhost:27017")
         return Choice(f"mongodb://{host}/{parts.get('db_name', DEFAULT_NAME)}", "-m")
     url, source = os.environ.get(URL_VARIABLE, "").strip(), URL_VARIABLE
-    path = Path(URL_FILE).expanduser()
+    path = Path(os.path.expanduser(URL_FILE))  # which does without a home
     if not url and not os.path.lexists(path):
         return Choice(None, "embedded")
     if not url:
@@ -133,8 +133,9 @@ class Database:
             text = f"no database answers ({source}): {reason}{_tls(reason)}; {UNRECORDED}"
         elif isinstance(error, (ConfigurationError, ValueError)):
             text = (
-                f"the URL in {source} is not valid; name and password must be"
-                " percent-encoded, as in mongodb://NAME:PASSWORD@HOST:PORT/DB"
+                f"the URL in {source} is not valid: see host, port (at most 65535), database and"
+                " options; name and password are percent-encoded, %40 for @ and %2F for /;"
+                " mongodb+srv:// asks the DNS for the host"
             )
         else:
             text = f"the database of {source} cannot be used: {reason}"

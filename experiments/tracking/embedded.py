@@ -15,6 +15,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
@@ -39,7 +41,10 @@ def data_folder(name: str) -> Path:
     UserError: it belongs to somebody else, or cannot be made.
     """
     root = os.environ.get(DATA_VARIABLE) or "~/.local/share/l2l_implicit"
-    return _private(Path(root).expanduser().absolute() / name)
+    try:
+        return _private(Path(root).expanduser().absolute() / name)
+    except RuntimeError:
+        raise UserError(f"no home for {root}; {DATA_VARIABLE} names another folder") from None
 
 
 def _private(folder: Path) -> Path:
@@ -56,12 +61,23 @@ def _private(folder: Path) -> Path:
 
 
 def _socket(folder: Path) -> Path:
-    """Where the server of this folder listens; elsewhere if the folder's name is too long."""
+    """Where the server of this folder listens; elsewhere if the folder's name will not do."""
     path = folder / "mongodb.sock"
-    if len(os.fsencode(path)) <= LONGEST_PATH:
+    name = os.fsencode(path)
+    if len(name) <= LONGEST_PATH and name == str(path).encode("utf-8", "replace"):
         return path
     short = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:20]
     return _private(Path("/tmp") / f"l2l_implicit-{os.geteuid()}") / f"{short}.sock"
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"the embedded MongoDB server cannot use its folder: {error}; mend or remove that"
+        ) from None
 
 
 class EmbeddedServer:
@@ -78,8 +94,9 @@ class EmbeddedServer:
         self._program = beside or shutil.which(EXECUTABLE)
         if self._program is None:
             raise UserError(NOT_INSTALLED)
-        self._share = socket_server.open_lock(self.folder / socket_server.CLIENTS_LOCK)
-        fcntl.flock(self._share, fcntl.LOCK_SH)  # waits while a server is stopping
+        with _in_one_line():
+            self._share = socket_server.open_lock(self.folder / socket_server.CLIENTS_LOCK)
+            fcntl.flock(self._share, fcntl.LOCK_SH)  # waits while a server is stopping
 
     def start(self) -> None:
         """Return when the server answers; it is started first where it is not up."""
@@ -94,8 +111,10 @@ class EmbeddedServer:
                 raise UserError(
                     f"the embedded MongoDB server does not start: {last}; its log is {log}"
                 )
-            if started is None and socket_server.is_free(self.folder / socket_server.SERVER_LOCK):
-                started = self._start_server(log)
+            with _in_one_line():
+                lock = self.folder / socket_server.SERVER_LOCK
+                if started is None and socket_server.is_free(lock):
+                    started = self._start_server(log)
             time.sleep(0.02)
 
     def _answers(self) -> bool:
@@ -106,6 +125,9 @@ class EmbeddedServer:
     def _start_server(self, log: Path) -> subprocess.Popen[bytes]:
         """Its own session, so that Ctrl-C at the terminal stops the run and not the database."""
         config = self.folder / "empty.toml"  # keeps a stray ./secantusd.toml from being read
+        for path in (config, log):
+            if path.is_fifo():
+                raise OSError(f"{path} is a FIFO")
         config.write_text("")
         command = [sys.executable, socket_server.__file__, str(self.folder), str(self._socket)]
         command += [str(self._program), "--config", str(config), "--standalone"]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -99,7 +100,7 @@ def _hidden(run: Document) -> Document:
     places = [
         (_group(run, "experiment").get("base_dir"), "."),
         (_group(config, "tasks").get("root"), "DATA"),
-        (config.get("output"), "runs"), (str(Path.home()), "~"),
+        (config.get("output"), "runs"), (os.path.expanduser("~"), "~"),
     ]  # fmt: skip
     words = {place.rstrip("/"): word for place, word in places
              if isinstance(place, str) and re.match("/.", place)}  # fmt: skip

@@ -141,7 +141,7 @@ BAD = {
     "accuracy methods=anil,mamll": "did you mean 'maml'?",
     "accuracy seeds=0": "seeds: expected a number of seeds from 1 to 1000, got 0",
     "accuracy seeds=1000000000": "seeds: expected a number of seeds from 1 to 1000",
-    "accuracy methods=anil --cell=": "no cell ''",
+    "accuracy methods=anil --cell=": "no cell ''", "accuracy a/b=1": "no configuration entry 'a/b'",
     "accuracy seed=1": "the number of seeds is seeds=N",
     "accuracy algorithm.lr=0.1": "algorithm.lr is what the grid of itd_bio searches",
     "accuracy glyphs": "expected KEY=VALUE, got 'glyphs'",

@@ -82,16 +82,23 @@ def _question(words: Iterable[str]) -> Document:
 
 
 def _write(path: Path, records: DatabaseRecords, without: str) -> None:
-    """The same records make the same file."""
+    """The same records make the same file; it is there as a whole, or as it was."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"expected the name of a file to write, got {path}; try runs.jsonl.gz")
     metrics: dict[RunId, dict[str, Any]] = {run["_id"]: {} for run in records.runs}
     for run, name, series, fault in records.metrics(list(metrics), without=without):
         if fault:
             raise UserError(f"run {run}: {fault}; mend the run's record, or export the others")
         metrics[run][name] = series._asdict()
-    with open(path, "wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as file:
-        for document in records.runs:
-            entry = {"runs": _hidden(document), "metrics": metrics[document["_id"]]}
-            file.write(json.dumps(entry).encode() + b"\n")
+    draft = path.with_name(f"{path.name}.new")
+    try:
+        with open(draft, "wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as file:
+            for document in records.runs:
+                entry = {"runs": _hidden(document), "metrics": metrics[document["_id"]]}
+                file.write(json.dumps(entry).encode() + b"\n")
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _hidden(run: Document) -> Document:

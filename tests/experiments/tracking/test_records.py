@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -15,7 +16,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from bson import ObjectId
-from pytest import CaptureFixture
+from pytest import CaptureFixture, MonkeyPatch
 from report_runs import WORDS, Recorder, fill
 
 from experiments.report import get_results
@@ -203,6 +204,22 @@ def test_a_file_that_is_none_is_one_line(
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert not (tmp_path / "report").exists()
+
+
+def test_an_export_that_fails_leaves_the_older_file(
+    tmp_path: Path, recorder: Recorder, monkeypatch: MonkeyPatch, capsys: CaptureFixture[str]
+) -> None:
+    recorder.run({"seed": 1})
+    path = tmp_path / "f.gz"
+    path.write_text("older")
+
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    assert export([str(path)]) == 1 and "No space left" in capsys.readouterr().err
+    assert [file.read_text() for file in tmp_path.glob("f.gz*")] == ["older"]
+    assert export(["/dev/null"]) == 1 and "the name of a file" in capsys.readouterr().err
 
 
 START, END = b'{"runs": {"_id": 1, "config": {"a": ', b"}}}\n"

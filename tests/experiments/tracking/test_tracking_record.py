@@ -400,6 +400,7 @@ class Broken(RunObserver):
         raise RuntimeError("broken")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_an_upload_that_breaks_off_keeps_the_journal(
     data: Path, database: Any, monkeypatch: MonkeyPatch
 ) -> None:

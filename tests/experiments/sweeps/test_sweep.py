@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import psutil
@@ -85,16 +86,18 @@ def test_a_dry_run_names_the_setting_that_is_refused(place: Place) -> None:
 
 
 def test_no_scheduler_is_one_line(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor one that is silent, whose answer Dask's own client waits for, as for a file's."""
+    """Nor a silent one, for which Dask itself waits, as for a file; nor another server."""
     code, output = place.run("methods=plain", "--scheduler", "tcp://127.0.0.1:1")
     line = output.splitlines()[-1]
     assert code == 1 and line.startswith("error: --scheduler: expected the address"), output
     assert "Traceback" not in output and "distributed" not in output
     monkeypatch.setattr(sweep, "CONNECT", 1.0)
     (place.folder / "list.json").write_text("[1]")
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        for address in ("a b", "x://y", "", "none.json", f"{place.folder}/list.json",
-                        f"tcp://127.0.0.1:{silent.getsockname()[1]}"):  # fmt: skip
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("", 0)) as other:
+        silent, web = (f"tcp://127.0.0.1:{s.getsockname()[1]}" for s in (one, other))
+        answer = b"HTTP/1.1 400 Bad Request\r\n\r\n"
+        threading.Thread(target=lambda: other.accept()[0].sendall(answer), daemon=True).start()
+        for address in ("a b", "x://y", "", "none.json", f"{place.folder}/list.json", silent, web):
             with pytest.raises(UserError, match=f"--scheduler: .*, got '{address}'"):
                 sweep.connected(address, 1)
 

@@ -268,6 +268,12 @@ def test_a_line_is_read_once_it_is_whole(tmp_path: Path) -> None:
         assert len(list(reader.entries())) == 4 and not reader.damage
 
 
+def test_a_fifo_is_no_journal(tmp_path: Path, database: Any) -> None:
+    os.mkfifo(tmp_path / "r")
+    with pytest.raises(TrackingError, match="is a FIFO, no journal"):
+        upload_journal(tmp_path / "r", database)
+
+
 @pytest.mark.parametrize("content", [b"", b"{}\n", b"[]", b"null\n", bytes(5000), b"\xff\n" * 9])
 def test_what_is_no_journal(data: Path, database: Any, journal: Path, content: bytes) -> None:
     journal.write_bytes(content)

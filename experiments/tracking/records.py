@@ -74,7 +74,7 @@ class DatabaseRecords:
         self._documents = documents.with_options(codec_options=LENIENT)
         self._ids: dict[RunId, Any] = {}
         files = self._documents["fs.files"].find({"md5": {"$exists": True}}, {"md5": 1})
-        md5 = {str(file["_id"]): plain(file["md5"]) for file in files}
+        md5 = {str(plain(file["_id"])): plain(file["md5"]) for file in files}
         found = self._documents["runs"].find(question or {}, dict.fromkeys(FIELDS, 1))
         self.runs = sorted((self._run(document, md5) for document in found), key=_order)
 

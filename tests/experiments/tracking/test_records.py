@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gzip
+import hashlib
 import json
 import os
 import random
@@ -89,6 +90,8 @@ def test_what_is_left_out_and_which_places_are_hidden(recorder: Recorder, tmp_pa
     assert run["config"] == {"tasks": {"root": "DATA"}, "output": "runs", "seed": 0}
     assert run["fail_trace"] == ["in DATA/a.png"]
     assert run["experiment"]["repositories"] == [{"url": ""}]
+    md5 = hashlib.md5(b"1").hexdigest()  # not the file's number in this database
+    assert run["experiment"]["sources"] == [["experiments/train.py", md5]]
     assert list(metrics) == ["validation/accuracy"]
     text = gzip.decompress(path.read_bytes())
     assert b"/me" not in text and b"omniboard" not in text and b"captured_out" not in text

@@ -42,9 +42,12 @@ def data_folder(name: str) -> Path:
     """
     root = os.environ.get(DATA_VARIABLE) or "~/.local/share/l2l_implicit"
     try:
-        return _private(Path(root).expanduser().absolute() / name)
-    except RuntimeError:
-        raise UserError(f"no home for {root}; {DATA_VARIABLE} names another folder") from None
+        folder = Path(root).expanduser().absolute() / name
+        str(folder).encode()  # which the server has to read
+    except (RuntimeError, UnicodeError):
+        what = f"expected a home for ~, and a name in UTF-8, got {root!r}"
+        raise UserError(f"{what}; {DATA_VARIABLE} names another") from None
+    return _private(folder)
 
 
 def _private(folder: Path) -> Path:
@@ -61,10 +64,9 @@ def _private(folder: Path) -> Path:
 
 
 def _socket(folder: Path) -> Path:
-    """Where the server of this folder listens; elsewhere if the folder's name will not do."""
+    """Where the server of this folder listens; elsewhere if the folder's name is too long."""
     path = folder / "mongodb.sock"
-    name = os.fsencode(path)
-    if len(name) <= LONGEST_PATH and name == str(path).encode("utf-8", "replace"):
+    if len(os.fsencode(path)) <= LONGEST_PATH:
         return path
     short = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:20]
     return _private(Path("/tmp") / f"l2l_implicit-{os.geteuid()}") / f"{short}.sock"

@@ -37,7 +37,7 @@ def main() -> int:
     """Print all findings; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m experiments.doctor")
     parser.add_argument("--root", default="~/data", help="folder of the data sets (%(default)s)")
-    root = Path(parser.parse_args().root).expanduser()
+    root = Path(os.path.expanduser(parser.parse_args().root))
     warnings.simplefilter("ignore")  # of packages about one another: none is about this machine
     sections: dict[str, Callable[[], Findings]] = {
         "Packages": packages,

@@ -1,6 +1,8 @@
 """Imported first by whatever needs more than the library: says in one line what to install."""
 
 import importlib.util
+import os
+import sys
 import warnings
 
 warnings.filterwarnings("ignore", message="pkg_resources is deprecated")  # Sacred imports it
@@ -18,3 +20,9 @@ for _name in (
             "pip install -r requirements.txt, or -r requirements-learn2learn.txt '.[experiments]'",
             name=_name,
         )
+
+for _name in ("stdout", "stderr"):
+    if getattr(sys, _name) is None:  # closed; the next file would be opened under its number
+        setattr(sys, _name, open(os.devnull, "w"))
+if hasattr(sys.stdout, "reconfigure"):  # no letter that an encoding lacks ends a run
+    sys.stdout.reconfigure(errors="backslashreplace")

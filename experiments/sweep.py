@@ -11,7 +11,8 @@ SWEEP stands in place of a name. What each option does: docs/sweeps.md.
 
 from __future__ import annotations
 
-import argparse
+import asyncio
+import json
 import logging
 import os
 import shlex
@@ -19,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Sequence
 from concurrent.futures import CancelledError
 from contextlib import closing, suppress
@@ -31,7 +33,8 @@ from experiments import extra  # noqa: F401  (first: it says what to install)
 # isort: split
 import dask
 from dask.system import CPU_COUNT
-from distributed import Client, Future, KilledWorker
+from distributed import Client, Future, KilledWorker, Security
+from distributed.comm import connect
 from pymongo.errors import PyMongoError
 from tqdm import tqdm
 
@@ -43,7 +46,7 @@ from experiments.sweeps.lock import token_of
 from experiments.sweeps.plan import Plan, find_sweep, make_plan
 from experiments.tracking import Terminated, UserError, signals, wrong
 from experiments.tracking.database import Database, choose
-from experiments.tracking.errors import one_line
+from experiments.tracking.errors import CommandLine, one_line
 from experiments.tracking.uploader import upload_abandoned
 
 LOGGERS = ("distributed", "distributed.client", "tornado", "tornado.application", "asyncio")
@@ -55,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
     try:
         plan = make_plan(find_sweep(options.name), parse_settings(options.settings))
-        if options.cell:
+        if options.cell is not None:
             plan = plan.only(options.cell)
         if options.dry_run:
             return check_settings(plan)
@@ -78,22 +81,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.sweep", description="Run the missing cells of a sweep."
-    )
+def _parse(argv: Sequence[str] | None) -> Namespace:
+    parser = CommandLine("sweep", "Run the missing cells of a sweep.")
     add = parser.add_argument
     add("name", help=f"{', '.join(SWEEPS)}, or a Python file that defines SWEEP")
     add("settings", nargs="*", metavar="KEY=VALUE",
         help="benchmark=NAME, seeds=N, grid=NAME, methods=A,B, or a setting of every run")
-    add("--list", action="store_true", help="show every cell and what is known of it")
-    add("--print", action="store_true", help="print one command a line for another engine")
-    add("--dry-run", action="store_true", help="check every method's settings, run nothing")
+    one = parser.add_mutually_exclusive_group().add_argument
+    one("--list", action="store_true", help="show every cell and what is known of it")
+    one("--print", action="store_true", help="print one command a line for another engine")
+    one("--dry-run", action="store_true", help="check every method's settings, run nothing")
     add("--workers", type=int, metavar="N", help="processes here (default: one a core)")
     add("--scheduler", metavar="ADDRESS", help="of a Dask cluster, instead of processes here")
     add("--redo-changed", action="store_true", help="run again what other code has run")
     add("--cell", metavar="NAME", help="run only this cell, and the grid it needs")
-    add("-m", "--mongo_db", metavar="HOST:PORT:DB", help="as in experiments.train")
     return parser.parse_intermixed_args(argv)
 
 
@@ -110,7 +111,7 @@ def check_settings(plan: Plan) -> int:
     return 1 if refused else 0
 
 
-def _sweep(plan: Plan, options: argparse.Namespace, database: Database) -> int:
+def _sweep(plan: Plan, options: Namespace, database: Database) -> int:
     """Show what there is to do, do it, show what has come of it."""
     upload_abandoned(database, logging.getLogger("sweep"))
     board = Board(plan, database, options.redo_changed)
@@ -148,16 +149,21 @@ def connected(address: str | None, workers: int) -> Client:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if address is not None:
         try:
-            where = "scheduler_file" if address.endswith(".json") else "address"
-            return Client(**{where: address}, timeout=CONNECT)
-        except (OSError, ValueError, TypeError) as error:
+            # of a file that is not there Dask waits for ever
+            file = address.endswith(".json")
+            at = str(json.loads(Path(address).read_text())["address"] if file else address)
+            asyncio.run(_answers(at))
+            return Client(at, timeout=CONNECT)
+        except Exception as error:  # whatever answers there may answer nonsense
             expected = "the address that `dask scheduler` prints, tcp://HOST:PORT, or its file"
-            raise wrong("--scheduler", expected, f"{address!r} ({error})", "start one") from None
+            got = f"{address!r} ({one_line(error)})"
+            raise wrong("--scheduler", expected, got, "start one") from None
     # Else a place whose worker is killed twice, or is slow to start again, is given up after 15 s.
-    # And its profiler and clock, at 50 and 100 Hz, take 6 % of a core from each training.
+    # Its profiler and clock, at 100 and 50 Hz, would take 6 % of a core from each training.
     dask.config.set({"distributed.deploy.lost-worker-timeout": "1000 days",
                      "distributed.worker.profile.enabled": False,
-                     "distributed.admin.tick.interval": "1s"})  # fmt: skip
+                     "distributed.admin.tick.interval": "1s",
+                     "scheduler-address": None})  # DASK_SCHEDULER_ADDRESS names another
     # Workers block what a terminal or a batch system sends to all: this process stops them.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)
     resource_tracker.ensure_running()  # its start, now or at the first worker, unblocks two
@@ -168,6 +174,13 @@ def connected(address: str | None, workers: int) -> Client:
                       dashboard_address="127.0.0.1:0", silence_logs=logging.CRITICAL)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+async def _answers(address: str) -> None:
+    """Or OSError; for the answer of a program that is silent Dask's client waits for ever."""
+    options = Security().get_connection_args("client")
+    async with asyncio.timeout(1.5 * CONNECT):
+        await (await connect(address, timeout=CONNECT, **options)).close()
 
 
 class Schedule:

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -78,10 +79,11 @@ class ResumableExperiment(TrackedExperiment):
         if updates.get("resume") is not None:
             output = Path(str(updates.get("output", "runs")))
             folder = checkpoint.find(output, str(updates["resume"]))
-            if _first():
-                checkpoint.lock(folder)
+            settings = checkpoint.load(folder)["settings"]
             with checkpoint.in_one_line(folder / checkpoint.STATE):
-                self.named_configs["resumed"] = ConfigDict(checkpoint.load(folder)["settings"])
+                self.named_configs["resumed"] = ConfigDict(settings)
+            if _first() and command_name in (None, "train"):
+                checkpoint.lock(folder)
             named_configs, updates["resume"] = ["resumed", *named_configs], str(folder)
         run = super()._create_run(command_name, updates, named_configs, **options)
         task, method, seed = (run.config[part] for part in ("tasks", "algorithm", "seed"))
@@ -135,6 +137,8 @@ def _prepare(config: Values, ranks: Ranks) -> tuple[Tasks, MetaLearner]:
     learner = _learner(config, given, ranks)
     if (file := config["parameters"]) is not None:
         try:
+            if Path(file).is_fifo():
+                raise OSError("a FIFO, which would be waited for")
             learner.load_parameters(torch.load(file, weights_only=True, map_location="cpu"))
         except Exception as error:  # torch's reader of plain data raises what its bytes lead to
             raise wrong("parameters", "those of a run with this model and algorithm",
@@ -192,9 +196,9 @@ def train(_run: Any, _config: Values) -> dict[str, Any]:
 def _train(run: Any, config: Values, ranks: Ranks) -> dict[str, Any]:
     old = None if config["resume"] is None else Path(config["resume"])
     if old is not None:
+        state = checkpoint.load(old)
         if ranks.first:
             checkpoint.lock(old)  # a file of settings may name it
-        state = checkpoint.load(old)
         checkpoint.check_settings(state["settings"], config)
     run.info["keeps_freed_memory"] = keep_freed_memory()
     given, learner = _prepare(config, ranks)
@@ -224,6 +228,9 @@ def _train(run: Any, config: Values, ranks: Ranks) -> dict[str, Any]:
 @ex.command(unobserved=True)
 def evaluate(_config: Values) -> float:
     """Test a run's trained parameters on test tasks, and train nothing; nothing is recorded."""
+    if (folder := _config["resume"]) is not None:
+        todo = f"give parameters={folder}/parameters.pt, which a run has at its end"
+        raise wrong("resume", "no run to go on with", repr(folder), todo)
     with model.within_limits():
         given, learner = _prepare(_config, ALONE)
         stream = CheckedStream(given.stream("test", 0), given.outputs("test"), learner.skip,
@@ -239,7 +246,8 @@ def main(argv: Sequence[str]) -> None:
     """The command line: Sacred's, and ``resume=``."""
     arguments = list(argv)
     if "with" not in arguments and any(word.startswith("resume=") for word in arguments):
-        arguments.insert(1, "with")
+        first = next(n for n, word in enumerate(arguments[1:], 1) if re.match(r"[\w.]+=", word))
+        arguments.insert(first, "with")
     for option in () if _first() else ("-lERROR", "-u"):
         if option[:2] not in arguments:
             arguments.insert(1, option)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from experiments.ingredients.model import use_threads
 from experiments.report.content import Table
 from experiments.report.papers import PARTS, Metrics
-from experiments.report.runs import Run
+from experiments.sweeps.runs import Run
 from experiments.report.write import markdown_grid
 from experiments.tracking import record
 from experiments.tracking.config import RunSettings, Seed, Text, Threads

@@ -15,7 +15,8 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.report.runs import COMPLETED, Archive, flatten
+from experiments.report.runs import Archive
+from experiments.sweeps.runs import COMPLETED, flatten
 from experiments.tracking.database import Database, choose
 from experiments.tracking.records import DatabaseRecords, FileRecords, Records
 

@@ -12,9 +12,9 @@ shows: docs/report.md.
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,7 +31,7 @@ from experiments.sweeps.definition import parse_settings
 from experiments.sweeps.definitions import SWEEPS
 from experiments.sweeps.plan import find_sweep
 from experiments.tracking import UserError
-from experiments.tracking.records import printable
+from experiments.tracking.errors import CommandLine, one_line
 
 SECTIONS: tuple[Callable[[Request], list[Section]], ...] = (
     listing.overview,
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = shlex.join(["python", "-m", "experiments.report", *options.words, *given])
         path = write(Path(options.output), sections, about, command)
     except (UserError, PyMongoError, BSONError, OSError) as error:
-        print("error: " + printable(" ".join(str(error).split())), file=sys.stderr)
+        print("error: " + one_line(error), file=sys.stderr)
         return 1
     print(f"report           {path}")
     return 0
@@ -79,17 +79,14 @@ def _sweeps(words: Sequence[str], archive: Archive) -> list[SweepState]:
     ]  # fmt: skip
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.report", description="Tables and figures from the database."
-    )
+def _parse(argv: Sequence[str] | None) -> Namespace:
+    parser = CommandLine("report", "Tables and figures from the database.")
     add = parser.add_argument
     add("words", nargs="*", metavar="SWEEP | KEY=VALUE",
         help="a sweep's name and what it was run with; default: every sweep")
     add("--output", default="report", metavar="FOLDER", help="for all files (default: report)")
     add("--records", nargs="+", metavar="FILE",
         help="of exported runs, read instead of the database (experiments.tracking.export)")
-    add("-m", "--mongo_db", metavar="HOST:PORT:DB", help="as in experiments.train")
     return parser.parse_intermixed_args(argv)
 
 

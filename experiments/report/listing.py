@@ -11,10 +11,11 @@ from datetime import UTC, datetime
 from experiments.report import content
 from experiments.report.content import Column, Figure, Items, Record, Section, Source, Table
 from experiments.report.figures import curve_caption, curve_records, draw_curves
-from experiments.report.runs import Run, command_of, is_number, run_list, setting_text, unequal
+from experiments.report.runs import run_list, unequal
 from experiments.report.summary import SCORES, Request, Summary, mean_record
 from experiments.sweeps.definition import COMPLETED, FAILED, INTERRUPTED, RUNNING
 from experiments.sweeps.listing import duration
+from experiments.sweeps.runs import Run, command_of, is_number, setting_text
 
 SILENT = 600.0
 """Seconds without a heartbeat after which a running run may have been killed."""

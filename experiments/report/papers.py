@@ -24,8 +24,9 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 from experiments.report import content
 from experiments.report.content import MIB, Column, Figure, Items, Record, Section, Source, Table
 from experiments.report.figures import label
-from experiments.report.runs import Run, command_of, difference_lines, run_list
+from experiments.report.runs import difference_lines, run_list
 from experiments.report.summary import Request
+from experiments.sweeps.runs import Run, command_of
 
 Metrics: TypeAlias = Mapping[str, pd.Series]
 """By name, as recorded: values by a number of steps, or by another count."""

@@ -8,23 +8,22 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from experiments.report.runs import Archive, Run, run_list
+from experiments.report.runs import Archive, run_list
 from experiments.statistics import Mean, seeds_mean
 from experiments.sweeps import definition
 from experiments.sweeps.definition import Cell, Settings, Sweep, describe, format_value
 from experiments.sweeps.plan import Group, best, make_plan
+from experiments.sweeps.runs import Run, newest
 
 DROP = 0.10
 """A validation score that is by more than this below the best one before has collapsed."""
 
 SCORES = ("accuracy", "mse")
-VALIDATION = "validation/accuracy"
 METRICS = tuple(
     f"{when}/{what}"
     for when in ("validation", "test")
@@ -39,7 +38,6 @@ AVERAGED = {
 
 LARGEST = ("tensor_bytes", "process_bytes")
 NOT_CHOSEN = "its grid is not complete"
-LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
 
 class Summary:
@@ -125,10 +123,7 @@ class CellState(NamedTuple):
     @property
     def score(self) -> float:
         """What a grid is decided by; minus infinity without a run, or for a diverged one."""
-        if self.run is None or self.run.result.get("diverged"):
-            return -math.inf
-        values = self.run.series(VALIDATION).values
-        return values[-1] if values and math.isfinite(values[-1]) else -math.inf
+        return -math.inf if self.run is None else self.run.last_validation
 
 
 class MethodState:
@@ -192,18 +187,15 @@ class SweepState:
 
 def _cell(name: str, cell: Cell, by_cell: Cells) -> CellState:
     runs = by_cell.get(cell.identity, ())
-    if complete := [run for run in runs if run.complete]:
-        newest = max(complete, key=lambda run: run.last_sign or LONG_AGO)
-        return CellState(name, cell.identity, runs, newest, definition.COMPLETED)
+    if (run := newest(runs)) is not None:
+        return CellState(name, cell.identity, runs, run, definition.COMPLETED)
     if not runs:
         return CellState(name, cell.identity)
     last = next((run for run in runs if run.status == "RUNNING"), runs[-1])
     if last.status == "RUNNING":
         return CellState(name, cell.identity, runs, None, definition.RUNNING, f"run {last.id}")
-    killed = last.status == "INTERRUPTED" or last.failure.startswith("killed:")
     why = f"run {last.id} {last.status}: {last.failure or 'stopped'}"
-    state = definition.INTERRUPTED if killed else definition.FAILED
-    return CellState(name, cell.identity, runs, None, state, why)
+    return CellState(name, cell.identity, runs, None, last.state, why)
 
 
 class Request(NamedTuple):

@@ -33,8 +33,9 @@ LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     "±": r"$\pm$", "≤": r"$\leq$", "–": "--", "†": r"$\dagger$", "<": r"$<$", ">": r"$>$",
-    "|": r"$|$",
+    "|": r"$|$", "[": "{[}",
 })  # fmt: skip
+MARKDOWN = str.maketrans({"\\": r"\\", "|": r"\|", "<": "&lt;"})
 
 
 def write(folder: Path, sections: Sequence[Section], about: str, command: str) -> Path:
@@ -98,8 +99,15 @@ def pictures(figure: Figure) -> tuple[bytes, bytes]:
 def csv_text(records: Sequence[Record], source: Source) -> str:
     """The raw values, a line a record; the command and the run ids are its last content."""
     own = {"source_command": source.command, "source_runs": run_list(source.runs)}
-    frame = pd.DataFrame(list(records), dtype=object).assign(**own)
+    inert = [{name: _inert(value) for name, value in record.items()} for record in records]
+    frame = pd.DataFrame(inert, dtype=object).assign(**own)
     return frame.to_csv(index=False, na_rep="nan", lineterminator="\n")
+
+
+def _inert(value: Any) -> Any:
+    """Text that a spreadsheet would run as a formula begins with a quote."""
+    formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@"))
+    return f"'{value}" if formula else value
 
 
 def markdown_text(table: Table) -> str:
@@ -110,7 +118,7 @@ def markdown_text(table: Table) -> str:
 
 def markdown_grid(table: Table) -> str:
     """The table's own lines."""
-    frame = _frame(table, "**{}**", lambda text: text.replace("|", r"\|"))
+    frame = _frame(table, "**{}**", lambda text: text.translate(MARKDOWN))
     sides = ["left" if column.text else "right" for column in table.columns]
     return frame.to_markdown(index=False, colalign=sides, disable_numparse=True)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
 from experiments.tracking import UserError
-from experiments.tracking.config import plain_value
+from experiments.tracking.config import nested, plain_value
 
 Settings: TypeAlias = Mapping[str, Any]  # by dotted name, such as {"algorithm.lr": 0.1}
 Grid: TypeAlias = tuple[Settings, ...]
@@ -98,7 +98,10 @@ class Cell:
 
 
 def parse_settings(words: Sequence[str]) -> dict[str, Any]:
-    """{"lr": 0.1} from ["lr=0.1"]; UserError for another word, or a key that is given twice."""
+    """{"lr": 0.1} from ["lr=0.1"]; UserError for another word, or a key that is given twice.
+
+    Nor is a key taken that no setting can have.
+    """
     settings: dict[str, Any] = {}
     for word in words:
         key, equals, text = word.partition("=")
@@ -107,6 +110,7 @@ def parse_settings(words: Sequence[str]) -> dict[str, Any]:
         if key in settings:
             raise UserError(f"{key} is given twice; give it once")
         settings[key] = plain_value(text)
+    nested(settings.items())
     return settings
 
 

@@ -10,8 +10,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from statistics import mean
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pymongo.errors import PyMongoError
 from sacred.dependencies import get_digest
@@ -20,16 +21,14 @@ from experiments.sweeps import definition
 from experiments.sweeps.definition import COMPLETED, FAILED, INTERRUPTED, PENDING, RUNNING, Cell
 from experiments.sweeps.lock import LEASE, Document, Watch
 from experiments.sweeps.plan import Group, Plan, best
+from experiments.sweeps.runs import LONG_AGO, VALIDATION, Run, newest
 from experiments.tracking import UserError
 from experiments.tracking.database import Database
 from experiments.tracking.experiment import REPOSITORY
+from experiments.tracking.records import DatabaseRecords, printable
 
-FIELDS = ("config.cell", "status", "start_time", "stop_time", "result", "fail_trace",
-          "experiment.sources", "experiment.repositories")
 # Seconds beyond the budget: start, validation, meta-test; only until a like run is known.
 OVERHEAD = 45.0
-# A document of Sacred's ``runs``, besides ``changed``: whether its code is not that here.
-Run: TypeAlias = dict[str, Any]
 Answer = TypeVar("Answer")
 
 
@@ -47,36 +46,27 @@ def patiently(database: Database, ask: Callable[[], Answer]) -> Answer:
                 database.revive()
 
 
-def state_of(run: Run) -> str:
-    """The state of a cell whose newest run this is; a death from outside is no failure."""
-    trace = run.get("fail_trace") or [""]
-    if run["status"] == "FAILED" and not str(trace[0]).startswith("killed:"):
-        return FAILED
-    return {"RUNNING": RUNNING, "COMPLETED": COMPLETED}.get(run["status"], INTERRUPTED)
-
-
 def runs_of(database: Database, identities: Iterable[str]) -> dict[str, list[Run]]:
     """Every run of each of these cells that has one, oldest first."""
     wanted = {"config.cell": {"$in": list(identities)}}
-    found = list(database.documents["runs"].find(wanted, dict.fromkeys(FIELDS, 1)))
-    sources = {(name, file) for run in found for name, file in run["experiment"].get("sources", ())}
-    files = database.documents["fs.files"].find({"_id": {"$in": [file for _, file in sources]}})
-    md5 = {file["_id"]: file.get("md5", "") for file in files}
-    here = {name: get_digest(str(REPOSITORY / name)) for name in {name for name, _ in sources}
-            if (REPOSITORY / name).is_file()}
-    changed = {(name, file) for name, file in sources if md5.get(file) != here.get(name, "")}
     runs: dict[str, list[Run]] = {}
-    for run in sorted(found, key=lambda run: (run["start_time"], str(run["_id"]))):
-        run["changed"] = not changed.isdisjoint(map(tuple, run["experiment"].get("sources", ())))
-        runs.setdefault(run["config"]["cell"], []).append(run)
+    found, here = map(Run, DatabaseRecords(database.documents, wanted).runs), cache(_digest)
+    for run in sorted(found, key=lambda run: (run.started or LONG_AGO, str(run.id))):
+        run.changed = any(here(name) != md5 for name, md5 in run.code.sources.items())
+        runs.setdefault(str(run.settings.get("cell")), []).append(run)
     return runs
+
+
+def _digest(name: str) -> str:
+    """Of a file of the code here; of none elsewhere, whatever a record calls it."""
+    path = (REPOSITORY / name).resolve()
+    return get_digest(str(path)) if path.is_file() and path.is_relative_to(REPOSITORY) else ""
 
 
 def counted(runs: Iterable[Run], redo_changed: bool) -> Run | None:
     """The completed run that counts, the one that ended last."""
-    done = [run for run in runs if run["status"] == "COMPLETED"]
-    newest = max(done, key=lambda run: run["stop_time"], default=None)
-    return None if newest is not None and newest["changed"] and redo_changed else newest
+    run = newest(runs)
+    return None if run is not None and redo_changed and run.changed else run
 
 
 class Status(NamedTuple):
@@ -97,8 +87,7 @@ class Status(NamedTuple):
     @property
     def seconds(self) -> float:
         """From the start to the end of the run that counts; NaN without one."""
-        run = self.run
-        return math.nan if run is None else (run["stop_time"] - run["start_time"]).total_seconds()
+        return math.nan if self.run is None else self.run.seconds
 
 
 class Board:
@@ -110,6 +99,7 @@ class Board:
         self.ended: dict[str, tuple[str, str]] = {}
         # A line a method whose grid is complete: what was chosen, of which accuracies.
         self.choices: dict[str, str] = {}
+        self._scores: dict[Any, float] = {}  # of completed runs
         self.database, self._watch = database, Watch(database)
         database.documents["runs"].create_index("config.cell")
 
@@ -144,10 +134,13 @@ class Board:
 
     def _score(self, run: Run) -> float:
         """The last ``validation/accuracy``; minus infinity without one, or for a diverged run."""
-        key = {"run_id": run["_id"], "name": "validation/accuracy"}
-        series = self.database.documents["metrics"].find_one(key, {"values": {"$slice": -1}})
-        value = float(series["values"][-1]) if series and series["values"] else -math.inf
-        return -math.inf if math.isnan(value) or _result(run).get("diverged") else value
+        if run.id not in self._scores:
+            of_cell = {"config.cell": run.settings["cell"]}
+            found = DatabaseRecords(self.database.documents, of_cell)
+            for metric in found.metrics([run.id], [VALIDATION]):
+                run.metrics[metric.name] = metric.series
+            self._scores[run.id] = run.last_validation
+        return self._scores[run.id]
 
     def _statuses(self, cells: Mapping[str, Cell]) -> dict[str, Status]:
         identities = [cell.identity for cell in cells.values()]
@@ -160,16 +153,16 @@ class Board:
         if (run := counted(runs, self.redo_changed)) is not None:
             return Status(name, cell, COMPLETED, run)
         if holder is not None:
-            where = f"on {holder['host']}, process {holder['process']}"
-            return Status(name, cell, RUNNING, None, where, holder["scheduler"])
+            where = printable(f"on {holder.get('host')}, process {holder.get('process')}")
+            return Status(name, cell, RUNNING, None, where, str(holder.get("scheduler")))
         if cell.identity in self.ended:
             state, reason = self.ended[cell.identity]
             return Status(name, cell, state, None, reason)
-        if not runs or runs[-1]["status"] == "COMPLETED":  # by other code
+        if not runs or runs[-1].complete:  # by other code
             return Status(name, cell, PENDING)
-        state = FAILED if state_of(runs[-1]) == FAILED else INTERRUPTED
-        trace = runs[-1].get("fail_trace") or ["stopped"]
-        return Status(name, cell, state, None, f"run {runs[-1]['_id']}: {str(trace[-1]).strip()}")
+        last = runs[-1]
+        state = FAILED if last.state == FAILED else INTERRUPTED
+        return Status(name, cell, state, None, f"run {last.id}: {last.failure or 'stopped'}")
 
 
 def expected_seconds(statuses: Sequence[Status]) -> dict[str, float]:
@@ -230,7 +223,7 @@ def summary(statuses: Sequence[Status], workers: int) -> str:
     counts = Counter(status.state for status in statuses)
     parts = [f"{counts[state]} {state}" for state in definition.STATES
              if counts[state] or state == COMPLETED]
-    if changed := sum(s.run is not None and s.run["changed"] for s in statuses):
+    if changed := sum(s.run is not None and s.run.changed for s in statuses):
         parts[0] += f" ({changed} by other code)"
     time = f": {remaining(statuses, workers)}" if counts[PENDING] + counts[RUNNING] else ""
     return f"{len(statuses)} cells: {', '.join(parts)}{time}"
@@ -245,14 +238,8 @@ def ended(status: Status) -> str:
 def _detail(status: Status) -> str:
     if (run := status.run) is None:
         return status.note
-    accuracy, half = (_result(run).get(f"test_{name}") for name in ("accuracy", "half_width"))
-    told = "completed" if accuracy is None else f"test accuracy {100 * accuracy:.1f}"
-    told += "" if accuracy is None else " %" if half is None else f" ± {100 * half:.1f} %"
-    repositories = run["experiment"].get("repositories") or [{}]
-    commit = repositories[0].get("commit", "")[:7] or "no commit"
-    other = f", other code ({commit})" if run["changed"] else ""
-    return f"{told}, {duration(status.seconds)}, run {run['_id']}{other}"
-
-
-def _result(run: Run) -> Mapping[str, Any]:
-    return result if isinstance(result := run.get("result"), dict) else {}
+    accuracy, half = (run.number(f"result.test_{name}") for name in ("accuracy", "half_width"))
+    told = "completed" if math.isnan(accuracy) else f"test accuracy {100 * accuracy:.1f}"
+    told += "" if math.isnan(accuracy) else " %" if math.isnan(half) else f" ± {100 * half:.1f} %"
+    other = f", other code ({run.code.commit[:7] or 'no commit'})" if run.changed else ""
+    return f"{told}, {duration(status.seconds)}, run {run.id}{other}"

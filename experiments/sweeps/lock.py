@@ -98,15 +98,15 @@ class Watch:
         found = {}
         for lock in self._locks.find({"_id": {"$in": list(identities)}}):
             if self._has_died(lock):
-                self._locks.delete_one({name: lock[name] for name in ("_id", "token", "beat")})
+                self._locks.delete_one({key: lock.get(key) for key in ("_id", "token", "beat")})
             else:
                 found[lock["_id"]] = lock
         return found
 
     def _has_died(self, lock: Document) -> bool:
-        if lock["place"] == _place():
+        if lock.get("place") == _place():
             return socket_server.is_free(_file(lock["_id"]))
-        now, sign = time.monotonic(), (lock["token"], lock["beat"])
+        now, sign = time.monotonic(), (lock.get("token"), lock.get("beat"))
         last, since, looked = self._seen.get(lock["_id"], (None, now, now))
         if sign != last or now - looked > LEASE / 4:
             since = now  # a database that was away has kept the holder from beating

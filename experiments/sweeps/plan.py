@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,9 +11,10 @@ from typing import NamedTuple
 from experiments.sweeps.definition import Cell, Grid, Settings, Sweep, describe
 from experiments.sweeps.definitions import SWEEPS
 from experiments.tracking import UserError, wrong
-from experiments.tracking.errors import nearest
+from experiments.tracking.errors import nearest, reason
 
 OPTIONS = ("benchmark", "seeds", "grid", "methods")
+MOST_SEEDS = 1000
 
 
 def find_sweep(name: str) -> Sweep:
@@ -22,7 +24,12 @@ def find_sweep(name: str) -> Sweep:
         return SWEEPS[name]
     if not Path(name).is_file():
         raise UserError(f"no file {name} that defines a SWEEP")
-    found = runpy.run_path(name).get("SWEEP")
+    try:
+        found = runpy.run_path(name).get("SWEEP")
+    except (Exception, SystemExit) as error:  # whatever stands in it
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        got = f"{type(error).__name__}: {reason(error)} ({line.filename}, line {line.lineno})"
+        raise wrong(name, "Python that defines SWEEP", got, "mend it") from error
     if not isinstance(found, Sweep):
         raise UserError(f"{name} must define SWEEP, an experiments.sweeps.definition.Sweep")
     return found
@@ -81,12 +88,15 @@ def make_plan(sweep: Sweep, given: Settings) -> Plan:
             raise UserError(f"{key} is set by the sweep; the number of seeds is seeds=N")
         if "." not in key and (near := nearest(key, OPTIONS)):
             raise UserError(f"no option {key!r} of a sweep{near}")
+    grids = [grid for m in sweep.methods.values() for grid in (m.grid, *m.grids.values())]
+    if not (sweep.benchmarks and grids and all(grids)):
+        raise UserError("a sweep has a method and a benchmark, and each grid has a candidate")
     benchmark = str(given.get("benchmark", next(iter(sweep.benchmarks))))
     _known("benchmark", benchmark, sweep.benchmarks)
     here = sweep.benchmarks[benchmark]
     seeds = given.get("seeds", sweep.seeds)
-    if type(seeds) is not int or seeds < 1:
-        raise wrong("seeds", "a number of seeds of at least 1", repr(seeds))
+    if type(seeds) is not int or not 1 <= seeds <= MOST_SEEDS:
+        raise wrong("seeds", f"a number of seeds from 1 to {MOST_SEEDS}", repr(seeds))
     chosen = str(given.get("methods", ",".join(sweep.methods))).replace(" ", "").split(",")
     for name in chosen:
         _known("method", name, sweep.methods)
@@ -99,7 +109,7 @@ def make_plan(sweep: Sweep, given: Settings) -> Plan:
         layers = [sweep.settings, here.settings, method.settings, stage]
         layers += [here.methods.get(name, {}), candidate, overrides]
         settings = {key: value for layer in layers for key, value in layer.items()}
-        own = [config.format(benchmark=here.like) for config in method.configs]
+        own = [config.replace("{benchmark}", here.like) for config in method.configs]
         return Cell(sweep.module, (*here.configs, *own), {**settings, "seed": seed})
 
     def group(name: str) -> Group:

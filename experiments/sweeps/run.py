@@ -28,13 +28,15 @@ from pymongo.errors import PyMongoError
 
 from experiments.sweeps import tied
 from experiments.sweeps.definition import COMPLETED, FAILED, INTERRUPTED, RUNNING, Cell
-from experiments.sweeps.listing import Run, counted, patiently, runs_of, state_of
+from experiments.sweeps.listing import counted, patiently, runs_of
 from experiments.sweeps.lock import LEASE, Lock, token_of
+from experiments.sweeps.runs import Run
 from experiments.tracking import UserError
 from experiments.tracking.database import Database, choose
 from experiments.tracking.errors import one_line
 from experiments.tracking.experiment import REPOSITORY
 from experiments.tracking.uploader import upload_abandoned
+from experiments.tracking.values import is_name
 
 ATTEMPTS, POLL, BEAT, NICENESS = 2, 0.2, 2.0, 10
 GRACE = 30.0  # seconds for a training that is told to stop: it brings its record into the database
@@ -116,13 +118,12 @@ class _Attempts:
         self._runs = patiently(self._database, ask)
         if counted(self._runs, self._order.redo) is not None:
             return COMPLETED
-        newest = self._runs[-1] if self._runs else {"status": "none"}
-        return FAILED if state_of(newest) == FAILED else INTERRUPTED
+        return FAILED if self._runs and self._runs[-1].state == FAILED else INTERRUPTED
 
     def _checkpoint(self) -> Path | None:
         """Where a run that was stopped, of the code that is here, may go on."""
-        stopped = [r for r in self._runs if not r["changed"] and state_of(r) != FAILED]
-        return find_checkpoint(self._order.cell, [run["_id"] for run in reversed(stopped)])
+        stopped = [r for r in self._runs if r.state != FAILED and not r.changed]
+        return find_checkpoint(self._order.cell, [run.id for run in reversed(stopped)])
 
     def _start(self, checkpoint: Path | None) -> tuple[subprocess.Popen[bytes], int]:
         """The process, from its start or a checkpoint, and where in the log its output begins."""
@@ -193,12 +194,12 @@ def environment() -> dict[str, str]:
 
 def find_checkpoint(cell: Cell, run_ids: Sequence[Any]) -> Path | None:
     """The folder of the first of these runs that has left a checkpoint of this cell here."""
-    for run_id in run_ids:
-        folder = Path(str(cell.settings.get("output", "runs"))) / str(run_id)
-        config = folder / CONFIG
-        # another database's run may have the same number
-        if (folder / STATE).is_file() and config.is_file():
-            if json.loads(config.read_text()).get("cell") == cell.identity:
+    for name in filter(is_name, map(str, run_ids)):
+        folder = Path(str(cell.settings.get("output", "runs"))) / name
+        # another database's run may have the same number, and the file be damaged
+        with suppress(OSError, ValueError, AttributeError):
+            config = json.loads((folder / CONFIG).read_text())
+            if config.get("cell") == cell.identity and (folder / STATE).is_file():
                 return folder
     return None
 

@@ -7,7 +7,6 @@ in the variable or the file: options are recorded.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import stat
@@ -30,6 +29,7 @@ URL_VARIABLE, TIMEOUT_VARIABLE = "L2L_IMPLICIT_MONGO_URL", "L2L_IMPLICIT_MONGO_T
 URL_FILE = "~/.config/l2l_implicit/mongo_url"
 DEFAULT_NAME = "l2l_implicit"
 UNRECORDED = "-u records nothing"
+LONGEST = 1e6  # seconds that can be waited for
 WRONG_PASSWORD, NOT_ALLOWED, ATLAS = 18, 13, 8000
 # OutOfDiskSpace, and a quota that is exceeded; Atlas says 8000 for almost anything.
 FULL = (14031, 12501)
@@ -59,8 +59,8 @@ def choose(option: str | None = None) -> Choice:
         host = parts.get("url", "localhost:27017")
         return Choice(f"mongodb://{host}/{parts.get('db_name', DEFAULT_NAME)}", "-m")
     url, source = os.environ.get(URL_VARIABLE, "").strip(), URL_VARIABLE
-    path = Path(URL_FILE).expanduser()
-    if not url and not path.exists():
+    path = Path(os.path.expanduser(URL_FILE))  # which does without a home
+    if not url and not os.path.lexists(path):
         return Choice(None, "embedded")
     if not url:
         url, source = _read_private(path), str(path)
@@ -72,7 +72,7 @@ def choose(option: str | None = None) -> Choice:
 def _read_private(path: Path) -> str:
     try:
         mode = stat.S_IMODE(path.stat().st_mode)
-        text = path.read_text(errors="replace").strip()
+        text = "" if path.is_fifo() else path.read_text(errors="replace").strip()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; it should hold a mongodb:// URL") from None
     if mode & 0o077:
@@ -133,8 +133,9 @@ class Database:
             text = f"no database answers ({source}): {reason}{_tls(reason)}; {UNRECORDED}"
         elif isinstance(error, (ConfigurationError, ValueError)):
             text = (
-                f"the URL in {source} is not valid; name and password must be"
-                " percent-encoded, as in mongodb://NAME:PASSWORD@HOST:PORT/DB"
+                f"the URL in {source} is not valid: see host, port (at most 65535), database and"
+                " options; name and password are percent-encoded, %40 for @ and %2F for /;"
+                " mongodb+srv:// asks the DNS for the host"
             )
         else:
             text = f"the database of {source} cannot be used: {reason}"
@@ -166,7 +167,7 @@ def seconds(variable: str, default: float) -> float:
     """A time limit from the environment; UserError if it is none."""
     text = os.environ.get(variable) or str(default)
     with suppress(ValueError):
-        if 0 <= float(text) < math.inf:
+        if 0 <= float(text) <= LONGEST:
             return float(text)
     raise UserError(f"{variable} must be a number of seconds, got {text!r}")
 

@@ -15,6 +15,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
@@ -39,7 +41,13 @@ def data_folder(name: str) -> Path:
     UserError: it belongs to somebody else, or cannot be made.
     """
     root = os.environ.get(DATA_VARIABLE) or "~/.local/share/l2l_implicit"
-    return _private(Path(root).expanduser().absolute() / name)
+    try:
+        folder = Path(root).expanduser().absolute() / name
+        str(folder).encode()  # which the server has to read
+    except (RuntimeError, UnicodeError):
+        what = f"expected a home for ~, and a name in UTF-8, got {root!r}"
+        raise UserError(f"{what}; {DATA_VARIABLE} names another") from None
+    return _private(folder)
 
 
 def _private(folder: Path) -> Path:
@@ -64,6 +72,16 @@ def _socket(folder: Path) -> Path:
     return _private(Path("/tmp") / f"l2l_implicit-{os.geteuid()}") / f"{short}.sock"
 
 
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"the embedded MongoDB server cannot use its folder: {error}; mend or remove that"
+        ) from None
+
+
 class EmbeddedServer:
     """A share in the embedded server: it stays up at least until `release`.
 
@@ -78,8 +96,9 @@ class EmbeddedServer:
         self._program = beside or shutil.which(EXECUTABLE)
         if self._program is None:
             raise UserError(NOT_INSTALLED)
-        self._share = socket_server.open_lock(self.folder / socket_server.CLIENTS_LOCK)
-        fcntl.flock(self._share, fcntl.LOCK_SH)  # waits while a server is stopping
+        with _in_one_line():
+            self._share = socket_server.open_lock(self.folder / socket_server.CLIENTS_LOCK)
+            fcntl.flock(self._share, fcntl.LOCK_SH)  # waits while a server is stopping
 
     def start(self) -> None:
         """Return when the server answers; it is started first where it is not up."""
@@ -94,8 +113,10 @@ class EmbeddedServer:
                 raise UserError(
                     f"the embedded MongoDB server does not start: {last}; its log is {log}"
                 )
-            if started is None and socket_server.is_free(self.folder / socket_server.SERVER_LOCK):
-                started = self._start_server(log)
+            with _in_one_line():
+                lock = self.folder / socket_server.SERVER_LOCK
+                if started is None and socket_server.is_free(lock):
+                    started = self._start_server(log)
             time.sleep(0.02)
 
     def _answers(self) -> bool:
@@ -106,6 +127,9 @@ class EmbeddedServer:
     def _start_server(self, log: Path) -> subprocess.Popen[bytes]:
         """Its own session, so that Ctrl-C at the terminal stops the run and not the database."""
         config = self.folder / "empty.toml"  # keeps a stray ./secantusd.toml from being read
+        for path in (config, log):
+            if path.is_fifo():
+                raise OSError(f"{path} is a FIFO")
         config.write_text("")
         command = [sys.executable, socket_server.__file__, str(self.folder), str(self._socket)]
         command += [str(self._program), "--config", str(config), "--standalone"]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import NoReturn
 
 from sacred.utils import SacredInterrupt
+
+from experiments.tracking.values import told
 
 
 class UserError(ValueError):
@@ -46,11 +50,24 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Its message, or else its kind, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """Its message, or else its kind, in one line without passwords."""
+    return told(str(error)) or type(error).__name__
 
 
 def reason(error: BaseException) -> str:
     """The same of a readable length."""
     text = one_line(error)
     return text if len(text) <= 150 else f"{text[:150]} ..."
+
+
+class CommandLine(ArgumentParser):
+    """The words of a command that reads runs, with ``-m``."""
+
+    def __init__(self, name: str, description: str) -> None:
+        super().__init__(prog=f"python -m experiments.{name}", description=description)
+        where = {"metavar": "HOST:PORT:DB", "help": "as in experiments.train"}
+        self.add_argument("-m", "--mongo_db", **where)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit status 2; one of the words may be a password."""
+        super().error(told(message))

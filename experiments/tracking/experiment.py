@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from docopt import DocoptExit
 from sacred import SETTINGS, Experiment, Ingredient, dependencies, stdout_capturing
+from sacred.experiment import gather_command_line_options
 from sacred.run import Run
 
 from experiments.tracking import config, signals
 from experiments.tracking.config import ModelConfig, RunSettings, Settings
-from experiments.tracking.database import Database, choose
-from experiments.tracking.errors import Terminated, TrackingError, UserError, one_line
+from experiments.tracking.database import LONGEST, Database, choose
+from experiments.tracking.errors import Terminated, TrackingError, UserError, one_line, wrong
 from experiments.tracking.observer import JournalObserver
-from experiments.tracking.values import CheckedMetrics, Tape, keep_output, redacted
+from experiments.tracking.values import CheckedMetrics, Tape, is_name, keep_output, redacted
 
 REPOSITORY = Path(__file__).parents[2]
 MONGO_OPTION = "--mongo_db"
 LARGEST_ARTIFACT = 16 * 2**20
 TIMEOUT = 5.0
+# A disk that is full, or a pipe that nobody reads: no bug, whoever has written there.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE, errno.EROFS)
 GPU_QUERY = ["--query-gpu=driver_version,memory.total,name", "--format=csv,noheader,nounits"]
 
 SETTINGS.CAPTURE_MODE = "sys"  # `fd` loses last lines
@@ -119,6 +124,10 @@ class TrackedExperiment(Experiment):
         finally:
             self._on_command_line = False
 
+    def _check_command(self, cmd_name: str | None) -> None:
+        if text := super()._check_command(cmd_name):
+            raise UserError(text.removeprefix("Error: "))
+
     def run(self, *arguments: Any, options: dict[str, Any] | None = None, **more: Any) -> Run:
         """As in Sacred; from the command line, expected errors end the process.
 
@@ -130,8 +139,9 @@ class TrackedExperiment(Experiment):
                 run = self._create_run(*arguments, options=options, **more)
                 _run_to_its_end(run)
                 return run
-        except (UserError, TrackingError, Terminated, KeyboardInterrupt) as error:
-            if not self._on_command_line or (options or {}).get("--debug"):
+        except (UserError, TrackingError, Terminated, KeyboardInterrupt, OSError) as error:
+            bug = isinstance(error, OSError) and error.errno not in NO_ROOM
+            if bug or not self._on_command_line or (options or {}).get("--debug"):
                 raise
             _exit(error)
 
@@ -150,9 +160,10 @@ class TrackedExperiment(Experiment):
         if self.settings is None:
             self.settings = config.model_of(self, self.types or {})
         # Sacred would add its own observer, and only warn of what is an error here
-        handed = {**asked, MONGO_OPTION: None, "--force": True}
+        handed = {"--force": True}
         run: Any = super()._create_run(command_name, updates, named_configs, options=handed, **more)
         run.__class__ = TrackedRun  # Sacred builds its own Run and takes no other class
+        self._apply(asked, run)
         for group in (run.config, *run.config.values()):
             if isinstance(group, dict):
                 group.pop("__doc__", None)  # a named config's docstring, where Sacred puts it
@@ -171,6 +182,27 @@ class TrackedExperiment(Experiment):
             run._metrics.sink = run.journal.record
             run.observers.append(run.journal)
         return cast(TrackedRun, run)
+
+    def _apply(self, asked: Mapping[str, Any], run: Any) -> None:
+        """Sacred's options; UserError for a value that will not do."""
+        for option in (*gather_command_line_options(), *self.additional_cli_options):
+            flag = option.get_flag()
+            if (value := asked.get(flag)) and flag != MONGO_OPTION:
+                try:
+                    option.apply(value, run)
+                    _check_options(run)
+                except (ValueError, LookupError, ImportError, OSError, RuntimeError) as error:
+                    got = f"{value!r} ({one_line(error)})"
+                    raise wrong(flag, "a value that fits", got) from error
+
+
+def _check_options(run: Any) -> None:
+    """ValueError, LookupError: of what Sacred would only fail at later."""
+    stdout_capturing.get_stdcapturer(run.capture_mode)
+    if not 0 <= run.beat_interval <= LONGEST:
+        raise ValueError("no number of seconds")
+    if run._id is not None and not is_name(run._id):
+        raise ValueError("no name that a folder may have")
 
 
 def record(run: Run, values: Mapping[str, Any], step: int | None = None) -> None:
@@ -211,7 +243,10 @@ def _finish(run: TrackedRun) -> None:
 def _exit(error: BaseException) -> NoReturn:
     """One line, and the exit status."""
     if not isinstance(error, (Terminated, KeyboardInterrupt)):
-        print(f"error: {one_line(error)}", flush=True)
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):  # a disk that is full, a pipe that nobody reads
+                print(f"error: {one_line(error)}", file=stream, flush=True)
+                break
         sys.exit(1)
     signum = error.signum if isinstance(error, Terminated) else signal.SIGINT
     by = f" by {signal.Signals(signum).name}" if isinstance(error, Terminated) else ""

@@ -12,9 +12,9 @@ printed output and artifacts stay in the database. `experiments.report --records
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -26,8 +26,8 @@ from pymongo.errors import PyMongoError
 
 from experiments.tracking.config import plain_value
 from experiments.tracking.database import open_database
-from experiments.tracking.errors import UserError, one_line
-from experiments.tracking.records import DatabaseRecords, Document, RunId, printable
+from experiments.tracking.errors import CommandLine, UserError, one_line
+from experiments.tracking.records import DatabaseRecords, Document, RunId
 
 # Metrics with a point at every outer iteration, as a pattern of their names.
 EVERY_STEP = r"^train/"
@@ -37,16 +37,13 @@ INSTALLED = re.compile(r"/[^\s\"':]*/(?=site-packages/|lib/python3)")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; 0, or 1 after an error that is one line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.tracking.export",
-        description="Write finished runs to a file that outlives their database.",
-    )
+    text = "Write finished runs to a file that outlives their database."
+    parser = CommandLine("tracking.export", text)
     add = parser.add_argument
     add("file", type=Path, metavar="FILE", help="written; such as memory.jsonl.gz")
     add("words", nargs="*", metavar="RUN | KEY=VALUE", help="which runs; default: all")
     add("--without", default=EVERY_STEP, metavar="PATTERN",
         help=f"metrics that are left out, a regular expression (default: {EVERY_STEP}; '': none)")
-    add("-m", "--mongo_db", metavar="HOST:PORT:DB", help="as in experiments.train")
     options = parser.parse_intermixed_args(argv)
     try:
         re.compile(options.without)
@@ -56,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise UserError("no run that has ended fits; nothing is written")
             _write(options.file, records, options.without)
     except (UserError, PyMongoError, BSONError, OverflowError, OSError, re.error) as error:
-        print("error: " + printable(one_line(error)), file=sys.stderr)
+        print("error: " + one_line(error), file=sys.stderr)
         return 1
     size = options.file.stat().st_size / 1024
     print(f"{len(records.runs)} runs, {size:.0f} KiB: {options.file}")
@@ -85,16 +82,23 @@ def _question(words: Iterable[str]) -> Document:
 
 
 def _write(path: Path, records: DatabaseRecords, without: str) -> None:
-    """The same records make the same file."""
+    """The same records make the same file; it is there as a whole, or as it was."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"expected the name of a file to write, got {path}; try runs.jsonl.gz")
     metrics: dict[RunId, dict[str, Any]] = {run["_id"]: {} for run in records.runs}
     for run, name, series, fault in records.metrics(list(metrics), without=without):
         if fault:
             raise UserError(f"run {run}: {fault}; mend the run's record, or export the others")
         metrics[run][name] = series._asdict()
-    with open(path, "wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as file:
-        for document in records.runs:
-            entry = {"runs": _hidden(document), "metrics": metrics[document["_id"]]}
-            file.write(json.dumps(entry).encode() + b"\n")
+    draft = path.with_name(f"{path.name}.new")
+    try:
+        with open(draft, "wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as file:
+            for document in records.runs:
+                entry = {"runs": _hidden(document), "metrics": metrics[document["_id"]]}
+                file.write(json.dumps(entry).encode() + b"\n")
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _hidden(run: Document) -> Document:
@@ -103,7 +107,7 @@ def _hidden(run: Document) -> Document:
     places = [
         (_group(run, "experiment").get("base_dir"), "."),
         (_group(config, "tasks").get("root"), "DATA"),
-        (config.get("output"), "runs"), (str(Path.home()), "~"),
+        (config.get("output"), "runs"), (os.path.expanduser("~"), "~"),
     ]  # fmt: skip
     words = {place.rstrip("/"): word for place, word in places
              if isinstance(place, str) and re.match("/.", place)}  # fmt: skip

@@ -92,6 +92,8 @@ class JournalReader:
     """
 
     def __init__(self, path: Path) -> None:
+        if path.is_fifo():
+            raise TrackingError(f"{path} is a FIFO, no journal")
         self._file = open(path, "r+b")  # a lock over NFS needs write access
         self.close = self._file.close
         self.rewind()

@@ -55,6 +55,7 @@ class JournalObserver(MongoObserver):
         self._uploader: uploader.Uploader | None = None
         self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
         self._stop, self._deadline, self._error = threading.Event(), 0.0, ""
+        self._stored = False  # whether all has been read back
         uploader.upload_abandoned(database, log)
         header = {"token": self.token, "database": self.label, "host": platform.node()}
         self._journal = Journal(data_folder("journals") / f"run-{self.token}.jsonl", header)
@@ -113,7 +114,7 @@ class JournalObserver(MongoObserver):
         """Let the killed run of another journal name this one, whose ``info`` names it."""
         self._set(info=info)
         change = {"status": "INTERRUPTED", "info.resumed_by": self.run_entry["_id"]}
-        killed = {"meta.journal": token, "status": {"$ne": "COMPLETED"}}
+        killed = {"meta.journal": {"$eq": token}, "status": {"$ne": "COMPLETED"}}
         try:
             if token is not None:
                 self.runs.update_one(killed, {"$set": change})
@@ -182,7 +183,7 @@ class JournalObserver(MongoObserver):
                 self._uploader.upload()
                 if ending:
                     self._uploader.verify()
-                self._error = ""
+                self._error, self._stored = "", ending
             except Exception as error:  # it is away, refuses, or answers nonsense
                 self._error = self._reason(error)
             if self._error and not away:
@@ -226,7 +227,8 @@ class JournalObserver(MongoObserver):
             return "no answer in time"
         reader.close()
         no_end = "" if "status" in self._known else "its end was not recorded"
-        return reader.damage or self._error or no_end
+        unknown = "" if self._stored else "the upload has broken off"
+        return reader.damage or self._error or no_end or unknown
 
     def _reason(self, error: BaseException) -> str:
         return str(self._database.redacted(one_line(error).split(", Timeout:")[0]))

@@ -23,6 +23,7 @@ from bson.codec_options import DatetimeConversion
 
 from experiments.tracking.database import Documents
 from experiments.tracking.errors import UserError, wrong
+from experiments.tracking.values import printable
 
 Document = dict[str, Any]
 RunId = int | str
@@ -73,7 +74,7 @@ class DatabaseRecords:
         self._documents = documents.with_options(codec_options=LENIENT)
         self._ids: dict[RunId, Any] = {}
         files = self._documents["fs.files"].find({"md5": {"$exists": True}}, {"md5": 1})
-        md5 = {str(file["_id"]): plain(file["md5"]) for file in files}
+        md5 = {str(plain(file["_id"])): plain(file["md5"]) for file in files}
         found = self._documents["runs"].find(question or {}, dict.fromkeys(FIELDS, 1))
         self.runs = sorted((self._run(document, md5) for document in found), key=_order)
 
@@ -161,13 +162,6 @@ def plain(value: Any, depth: int = DEPTH) -> Any:
     return printable(value if type(value) is str else repr(value) if depth else "nested too deeply")
 
 
-def printable(text: str) -> str:
-    r"""The text with what no one should print spelled out: control characters as ``\x1b``."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -207,7 +201,10 @@ def _read(paths: Iterable[Path]) -> Iterator[Document]:
     """The lines of the files, all together within the limits."""
     size = values = 0
     for path in paths:
+        before = size
         try:
+            if path.is_fifo():
+                raise OSError("a FIFO, which would be waited for")
             with gzip.open(path, "rb") as file:
                 for number, line in enumerate(iter(lambda: file.readline(LINE_LIMIT + 1), b""), 1):
                     size += len(line)  # counted before anything is made of it
@@ -223,6 +220,8 @@ def _read(paths: Iterable[Path]) -> Iterator[Document]:
                                     "a run as experiments.tracking.export writes it",
                                     "something else", "export it again")
                     yield {"metrics": {}, **entry}
+            if size == before:
+                raise EOFError
         except UserError:
             raise
         except (gzip.BadGzipFile, EOFError, zlib.error, ValueError, RecursionError):

@@ -12,11 +12,12 @@ import sys
 import threading
 
 from experiments.tracking.database import Database, choose
-from experiments.tracking.errors import UserError
+from experiments.tracking.errors import CommandLine, UserError
 
 if __name__ == "__main__":
     try:
-        database = Database(choose())
+        words = CommandLine("tracking.serve", "Keep the database up, and print its address.")
+        database = Database(choose(words.parse_args().mongo_db))
     except UserError as error:
         sys.exit(f"error: {error}")
     done = threading.Event()

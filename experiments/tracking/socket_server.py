@@ -53,8 +53,8 @@ class OneSocket(socket.socket):
 
 
 def open_lock(path: Path) -> int:
-    """A file descriptor to flock; closing it releases the lock."""
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    """A file descriptor to flock; closing it releases the lock. OSError: also for a link."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
 
 def try_lock(descriptor: int, seconds: float = 0.0) -> bool:

@@ -6,21 +6,16 @@ The database is the one a run would use; `-m HOST:PORT:DB` names another. A file
 everything is in the database.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 from experiments.tracking.database import Database, choose
-from experiments.tracking.errors import UserError, one_line
+from experiments.tracking.errors import CommandLine, UserError, one_line
 from experiments.tracking.uploader import upload_journal
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.tracking.upload",
-        description="Upload the records of runs whose database had gone away.",
-    )
+    parser = CommandLine("tracking.upload", "Upload records of runs whose database had gone away.")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    parser.add_argument("-m", "--mongo_db", metavar="HOST:PORT:DB")
     arguments = parser.parse_args()
     try:
         opened = Database(choose(arguments.mongo_db))

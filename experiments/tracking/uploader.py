@@ -36,7 +36,7 @@ COLUMNS = ("steps", "values", "timestamps")
 
 def next_run_id(runs: Collection[dict[str, Any]]) -> int:
     """One more than the largest number in use; runs may have names instead (Sacred's -i)."""
-    last = runs.find_one({"_id": {"$gte": 0}}, {"_id": 1}, sort=[("_id", -1)])
+    last = runs.find_one({"_id": {"$gte": 0, "$lt": 2**62}}, {"_id": 1}, sort=[("_id", -1)])
     return int(last["_id"]) + 1 if last else 1
 
 

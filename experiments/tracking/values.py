@@ -24,10 +24,12 @@ CUT = f"\n[... output cut here: the first {HEAD} and the last {TAIL} characters 
 HIDDEN = "***"
 # Whatever stands before the last `@` of a URL's host: a name and password, or a token.
 USERINFO = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)[^/\s@'\"]*(?:@[^/\s@'\"]*)*@")
+LOGIN = re.compile(r"[^\s@'\"/:=]+:(?!//)[^\s@'\"]+@(?=\w)")  # the same without a scheme
 # Shorter passwords are hidden inside URLs only: masking every `a` would ruin the record.
 SHORTEST_SECRET = 6
 # Options of a URL that are passwords, or hold a session's token.
 SECRET_OPTIONS = ("tlscertificatekeyfilepassword", "ssl_pem_passphrase", "authmechanismproperties")
+OPTION = re.compile(rf"\b({'|'.join(SECRET_OPTIONS)})=[^&\s'\"]+", re.IGNORECASE)
 
 
 class CheckedMetrics(MetricsLogger):
@@ -127,10 +129,28 @@ def redacted(value: Any, secrets: Iterable[str] = ()) -> Any:
     if isinstance(value, str):
         for secret in sorted(secrets, reverse=True):
             value = value if len(secret) < SHORTEST_SECRET else value.replace(secret, HIDDEN)
+        value = OPTION.sub(rf"\1={HIDDEN}", value)
         return USERINFO.sub(rf"\g<scheme>{HIDDEN}@", value) if "@" in value else value
     if isinstance(value, Mapping):
         return {redacted(k, secrets): redacted(item, secrets) for k, item in value.items()}
     return [redacted(v, secrets) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def told(text: str) -> str:
+    """Text for a terminal: one line without logins, and without what a terminal would obey."""
+    return printable(LOGIN.sub(f"{HIDDEN}@", redacted(" ".join(text.split()))))
+
+
+def is_name(text: str) -> bool:
+    """Whether a folder may be called so: it leads to nowhere else, and can be shown."""
+    return bool(text) and text.isprintable() and "/" not in text and text not in (".", "..")
+
+
+def printable(text: str) -> str:
+    r"""The text with what no one should print spelled out: control characters as ``\x1b``."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def keep_output(text: str) -> str:

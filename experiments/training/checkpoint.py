@@ -109,10 +109,11 @@ def load(folder: Path) -> dict[str, Any]:
 
     UserError: there is none, or it is damaged or another version's.
     """
-    if not (path := folder / STATE).is_file():
-        raise wrong("resume", f"a checkpoint {path}", "none",
-                    "the run ended, or was killed before its first: start it anew")
+    path = folder / STATE
     with in_one_line(path):
+        if not path.is_file():
+            raise wrong("resume", f"a checkpoint {path}", "none",
+                        "the run has ended, or none is written yet: start it anew")
         content = path.read_bytes()
         whole, checksum = content[:-_CHECKSUM], content[-_CHECKSUM:]
         if hashlib.sha256(whole).digest() != checksum:
@@ -123,9 +124,9 @@ def load(folder: Path) -> dict[str, Any]:
 
 def find(output: Path, which: str) -> Path:
     """The folder of a run by its number, by its path, or the one with the newest checkpoint."""
-    if Path(which).is_dir():
-        return Path(which)
     with in_one_line(output):
+        if Path(which).is_dir():
+            return Path(which)
         found = sorted(output.glob(f"*/{STATE}"), key=lambda path: path.stat().st_mtime)
     known = {"latest" if which == "latest" else path.parent.name: path.parent for path in found}
     if which not in known:

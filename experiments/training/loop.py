@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -107,7 +108,8 @@ class Training:
                 self._loop()
         except (KeyboardInterrupt, Terminated):
             if not signals.urgent():
-                self._say(f"\nsaved; python -m experiments.train resume={self.folder}")
+                word = shlex.quote(f"resume={self.folder}")
+                self._say(f"\nsaved; python -m experiments.train {word}")
             raise
 
     def _loop(self) -> None:

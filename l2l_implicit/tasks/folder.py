@@ -164,7 +164,13 @@ def modes_of(root: Path, split_seed: int | None) -> tuple[dict[str, Classes], in
 
 def _classes(folder: Path) -> Classes:
     """Every folder is a class, every file in it a picture; hidden ones are neither."""
-    classes = {path.name: _visible(path) for path in _folders(folder)}
+    try:
+        classes = {path.name: _visible(path) for path in _folders(folder)}
+    except OSError as error:
+        raise ValueError(
+            f"expected folders of images in {printable(folder)}, got {printable(error.filename)} "
+            f"({error.strerror}): mend or remove it"
+        ) from error
     if not classes:
         raise FileNotFoundError(
             f"expected one folder for each class in {printable(folder)}, found none: put images of "
@@ -174,7 +180,9 @@ def _classes(folder: Path) -> Classes:
 
 
 def _folders(folder: Path) -> list[Path]:
-    return [path for path in _visible(folder) if path.is_dir()]
+    """Also a link that leads to none: the class is missed when it is read."""
+    found = _visible(folder)
+    return [path for path in found if path.is_dir() or path.is_symlink() and not path.exists()]
 
 
 def _visible(folder: Path) -> list[Path]:

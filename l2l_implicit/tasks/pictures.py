@@ -19,6 +19,7 @@ Image.init()
 COMMON = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 FORMATS: list[str] = [name for name in COMMON if name in Image.OPEN]
 FEW_PIXELS, PIXELS_A_BYTE = 2**24, 100  # a larger picture has no more pixels a byte of its file
+TILE = (322, 323)  # TIFF's tags of a tile's width and height
 STRIP = 2**18  # pixels that are converted at a time
 
 
@@ -43,7 +44,9 @@ def read_square(path: Path, size: int) -> tuple[NDArray[np.uint8], bool]:
         if not path.is_file():  # opening a FIFO would wait
             raise OSError("no regular file")
         with Image.open(path, formats=FORMATS) as opened:
-            (width, height), length = opened.size, path.stat().st_size
+            tile = getattr(opened, "tag_v2", {})  # of a TIFF, decoded as a whole
+            width, height = (max(s, tile.get(t, 0)) for s, t in zip(opened.size, TILE, strict=True))
+            length = path.stat().st_size
             if width * height > max(FEW_PIXELS, PIXELS_A_BYTE * length):
                 raise ValueError(f"{width} x {height} pixels in {length} bytes")
             square, grey = _central_square(opened), Image.getmodebase(opened.mode) == "L"

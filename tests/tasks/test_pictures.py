@@ -83,6 +83,13 @@ def icon() -> bytes:
     return struct.pack("<HHH", 0, 1, 1) + entry + inner
 
 
+def tiled(side: int) -> bytes:
+    """A TIFF of 9 x 9 pixels in one tile, which would be unpacked as a whole."""
+    entries = {256: 9, 257: 9, 258: 8, 259: 8, 262: 1, 277: 1, 322: side, 323: side, 324: 8, 325: 9}
+    tags = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + tags + bytes(4)
+
+
 NO_PICTURES: dict[str, tuple[bytes | Callable[[Path], None], str]] = {
     "socket": (bound_socket, "got no regular file"),
     "device": (link("/dev/zero"), "got no regular file"),
@@ -99,6 +106,7 @@ NO_PICTURES: dict[str, tuple[bytes | Callable[[Path], None], str]] = {
     **{f"half a {format}": (half(format), "") for format in ("png", "webp", "gif", "tiff")},
     "header of a large PNG": (png(50_000, 8), "exceeds limit of"),
     "large and small": (png(9000, 1, bytes(1126 * 9000)), r"9000 x 9000 pixels in \d+ by"),
+    "a large tile": (tiled(30_000), "30000 x 30000 pixels in 134 bytes"),
     "levels of 32 bit": (tiff(np.int32(70_000)), "instead of 0 to 65535"),
     "negative levels": (tiff(np.int32(-1)), "instead of 0 to 65535"),
     "floats to 255": (tiff(np.float32(255)), "levels from 255 to 255"),

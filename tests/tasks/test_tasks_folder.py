@@ -86,6 +86,9 @@ def test_one_folder_is_split_by_seed(tmp_path: Path) -> None:
      r"test_samples between 1 and 1, the images in the smallest test class \(test2\), got 3"),
     (lambda root: [p.unlink() for p in (root / "train/train3").iterdir()], {},
      r"images in every train class, got none in train3: give it at least 3"),
+    *((lambda root, to=to: (root / "train/gone").symlink_to(to), {},
+       f"got .*gone .*{reason}.*: mend or remove it")
+      for to, reason in (("/no/where", "No such file"), ("gone", "symbolic links"))),
     (lambda root: [shutil.rmtree(root / mode) for mode in ("train", "test")], {},
      "each of train, validation and test"),
     (lambda root: shutil.rmtree(root), {}, "a folder of images at .*, found none: pass root="),

@@ -16,7 +16,10 @@ from bson.datetime_ms import DatetimeMS
 from report_runs import CURVE, Recorder, Report, rows, validations
 
 from experiments.report.__main__ import main
-from experiments.report.runs import Run
+from experiments.sweeps.definition import Cell
+from experiments.sweeps.listing import Board, runs_of, summary, table
+from experiments.sweeps.plan import Plan
+from experiments.sweeps.runs import Run
 from experiments.tracking.records import LENIENT, plain
 
 pytest_plugins = ("report_fixtures",)
@@ -78,6 +81,11 @@ def test_a_field_of_any_type_costs_its_run_a_line(recorder: Recorder, report: Re
         remark = told[str(bad[path, "'x'"]["_id"])]
         assert f"not readable: {path}: expected {kind}" in remark, remark
     assert rows(folder, "other_other") == [alone]
+    found = runs_of(recorder, ["c0"])["c0"]  # and so does the list of a sweep
+    board, cell = Board(Plan(()), recorder, redo_changed=False), Cell("x", (), {})
+    statuses = [board._status(f"anil/final/{run.id}", cell, [run], None) for run in found]
+    lines = [*table(statuses), summary(statuses, 1)]
+    assert len(lines) > 600 and all(line.isprintable() for line in lines)
 
 
 def test_a_metric_or_a_source_file_of_any_shape_costs_its_run_a_line(

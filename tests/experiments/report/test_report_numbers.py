@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +13,8 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure as Drawing
 
-from experiments.report.content import significant
+from experiments.report import content, write
+from experiments.report.content import Table, significant
 from experiments.report.figures import LOOKS, band, draw_curves, looks
 from experiments.report.runs import run_list
 from experiments.statistics import seeds_mean
@@ -68,6 +72,18 @@ def test_seeds_with_nothing_in_common_are_drawn_one_by_one() -> None:
         assert [list(line.get_xdata()) for line in axes.lines] == [[x] for x in at]
     (legend,) = [axes.get_legend() for axes in drawing.axes if axes.get_legend()]
     assert [text.get_text() for text in legend.get_texts()] == ["anil"]
+
+
+def test_a_cell_is_no_formula_markup_or_command() -> None:
+    """In a spreadsheet, a page made of the Markdown, and LaTeX, where a row may begin [2pt]."""
+    record = {"first": "[2pt]", "second": "=1+1", "third": "\\|<b>", "fourth": -1.5}
+    table = Table("t", "caption", content.texts("first", "second", "third"), [record])
+    text = write.csv_text([record], table.source)
+    (row,) = csv.DictReader(io.StringIO(text))
+    assert [row[name] for name in record] == ["[2pt]", "'=1+1", "\\|<b>", "-1.5"]
+    cells = write.markdown_grid(table).splitlines()[-1]
+    assert r"| \\\|&lt;b> |" in re.sub(" +", " ", cells)
+    assert "\n{[}2pt]" in write.latex_text(table)
 
 
 def test_numbers_of_any_size_and_run_ids_are_short() -> None:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import platform
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import psutil
 import pytest
 from sweep_process import TOY, Place, complete
 from toy_process import DEADLINE, ROOT, finish, is_alive, read_until, wait_for
+
+from experiments import sweep
+from experiments.tracking import UserError
 
 pytest_plugins = ("sweep_process",)
 
@@ -80,12 +85,21 @@ def test_a_dry_run_names_the_setting_that_is_refused(place: Place) -> None:
     assert place.run("methods=plain", "--dry-run") == (0, "plain/final/0: fine\n")
 
 
-@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "a b", "x://y"])
-def test_no_scheduler_is_one_line(place: Place, address: str) -> None:
-    code, output = place.run("methods=plain", "--scheduler", address)
+def test_no_scheduler_is_one_line(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor a silent one, for which Dask itself waits, as for a file; nor another server."""
+    code, output = place.run("methods=plain", "--scheduler", "tcp://127.0.0.1:1")
     line = output.splitlines()[-1]
     assert code == 1 and line.startswith("error: --scheduler: expected the address"), output
-    assert repr(address) in line and "Traceback" not in output and "distributed" not in output
+    assert "Traceback" not in output and "distributed" not in output
+    monkeypatch.setattr(sweep, "CONNECT", 1.0)
+    (place.folder / "list.json").write_text("[1]")
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("", 0)) as other:
+        silent, web = (f"tcp://127.0.0.1:{s.getsockname()[1]}" for s in (one, other))
+        answer = b"HTTP/1.1 400 Bad Request\r\n\r\n"
+        threading.Thread(target=lambda: other.accept()[0].sendall(answer), daemon=True).start()
+        for address in ("a b", "x://y", "", "none.json", f"{place.folder}/list.json", silent, web):
+            with pytest.raises(UserError, match=f"--scheduler: .*, got '{address}'"):
+                sweep.connected(address, 1)
 
 
 def test_workers_belong_to_this_machine(place: Place) -> None:

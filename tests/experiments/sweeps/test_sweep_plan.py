@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from pytest import MonkeyPatch
@@ -23,10 +24,11 @@ from experiments.sweeps.definition import (
     parse_settings,
 )
 from experiments.sweeps.definitions import SWEEPS
-from experiments.sweeps.listing import duration, state_of
+from experiments.sweeps.listing import duration
 from experiments.sweeps.lock import Lock, Watch, token_of
 from experiments.sweeps.plan import Plan, best, find_sweep, make_plan
 from experiments.sweeps.run import find_checkpoint
+from experiments.sweeps.runs import Run
 from experiments.tracking import UserError
 from experiments.tracking.config import plain_value
 from experiments.tracking.database import Choice, Database
@@ -137,7 +139,9 @@ BAD = {
     "accuracy benchmark=caltech": "did you mean 'caltech101'?",
     "accuracy benchmrk=glyphs": "did you mean 'benchmark'?",
     "accuracy methods=anil,mamll": "did you mean 'maml'?",
-    "accuracy seeds=0": "seeds: expected a number of seeds of at least 1, got 0",
+    "accuracy seeds=0": "seeds: expected a number of seeds from 1 to 1000, got 0",
+    "accuracy seeds=1000000000": "seeds: expected a number of seeds from 1 to 1000",
+    "accuracy methods=anil --cell=": "no cell ''", "accuracy a/b=1": "no configuration entry 'a/b'",
     "accuracy seed=1": "the number of seeds is seeds=N",
     "accuracy algorithm.lr=0.1": "algorithm.lr is what the grid of itd_bio searches",
     "accuracy glyphs": "expected KEY=VALUE, got 'glyphs'",
@@ -237,7 +241,7 @@ KILLED = ["killed: the process ended without a word (kill -9, out of memory, pow
     ("FAILED", ["Traceback", "ValueError: killed: no"], "failed"),
 ])  # fmt: skip
 def test_states_are_those_of_sacred(status: str, trace: list[str] | None, state: str) -> None:
-    assert state_of({"status": status, "fail_trace": trace}) == state
+    assert Run({"_id": 1, "status": status, "fail_trace": trace}).state == state
 
 
 def test_a_checkpoint_is_found_by_its_cell(tmp_path: Path) -> None:
@@ -247,7 +251,12 @@ def test_a_checkpoint_is_found_by_its_cell(tmp_path: Path) -> None:
         (tmp_path / number / "config.json").write_text(f'{{"cell": "{identity}"}}')
         if number < "3":
             (tmp_path / number / "checkpoint.pt").touch()
-    assert find_checkpoint(mine, [3, 2, 1]) == tmp_path / "1"
+    for number, damaged in (("4", "[1]"), ("5", "{"), ("6", "")):
+        (tmp_path / number).mkdir()
+        (tmp_path / number / "config.json").write_text(damaged)
+    assert find_checkpoint(mine, [3, 4, 5, 6, 2, 1]) == tmp_path / "1"
+    for elsewhere in (f"{tmp_path}/1", "../1", "2/../1", "", "."):
+        assert find_checkpoint(cell(output=str(tmp_path / "1"), seed=0), [elsewhere]) is None
     assert find_checkpoint(mine, [3, 2, 9]) is None
 
 
@@ -257,6 +266,29 @@ def test_small_things() -> None:
     assert [duration(s) for s in (3.2, 600, 11100)] == ["3 s", "10 min", "3 h 05 min"]
     with pytest.raises(UserError, match="must define SWEEP"):
         find_sweep(__file__)
+
+
+PARTS = {"methods": {"a": Method(())}, "benchmarks": {"b": Benchmark()}}
+
+
+@pytest.mark.parametrize("empty", [
+    {"methods": {}}, {"benchmarks": {}}, {"methods": {"a": Method((), grid=())}},
+    {"methods": {"a": Method((), grids={"other": ()})}},
+])  # fmt: skip
+def test_a_sweep_without_a_part_is_one_line(empty: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="has a method and a benchmark, and each grid has"):
+        make_plan(Sweep(**{**PARTS, **empty}), {})
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("1/0", "ZeroDivisionError: division by zero"), ("import sys; sys.exit(0)", "SystemExit: 0"),
+    ("SWEEP = (", r"SyntaxError: .* \(.*mine.py, line 1\)"), ("\0", "null bytes"),
+])  # fmt: skip
+def test_a_sweep_s_file_that_fails_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        find_sweep(str(tmp_path / "mine.py"))
+    assert "\n" not in str(caught.value)
 
 
 def test_the_sweep_of_the_docs_is_one(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pymongo
@@ -46,9 +47,11 @@ def test_a_data_folder_is_its_users_alone(data: Path, monkeypatch: MonkeyPatch) 
         patch.setattr(os, "geteuid", lambda: 12345)
         with pytest.raises(UserError, match="of your own: it belongs to somebody else"):
             data_folder("mongodb")
-    monkeypatch.setenv("L2L_IMPLICIT_DATA", "/dev/null/x")
-    with pytest.raises(UserError, match="Not a directory; L2L_IMPLICIT_DATA names another"):
-        data_folder("mongodb")
+    for root, reason in (("/dev/null/x", "Not a directory"), ("~no-one-is-so-called/x", "a home"),
+                         ("/tmp/\udcff", r"in UTF-8, got '/tmp/\\udcff'")):  # fmt: skip
+        monkeypatch.setenv("L2L_IMPLICIT_DATA", root)
+        with pytest.raises(UserError, match=f"{reason}.*; L2L_IMPLICIT_DATA names another"):
+            data_folder("mongodb")
 
 
 @pytest.mark.parametrize("instead", ["nothing", "a file"])
@@ -74,6 +77,16 @@ def test_nonsense_in_every_file_of_the_folder(data: Path) -> None:
         path.write_bytes(b"[]\0" * 99)
     with open_database() as database:
         assert database["runs"].find_one() == MINE
+
+
+@pytest.mark.parametrize(("name", "make"), [
+    *((name, os.mkdir) for name in ("clients.lock", "server.lock", "empty.toml", "server.log")),
+    ("empty.toml", os.mkfifo), ("server.log", os.mkfifo),
+])  # fmt: skip
+def test_another_thing_in_place_of_a_file_is_one_line(data: Path, name: str, make: Any) -> None:
+    make(data_folder("mongodb") / name)
+    with pytest.raises(UserError, match=f"cannot use its folder: .*{name}"), open_database():
+        pass
 
 
 def test_a_name_too_long_for_a_socket(tmp_path: Path, monkeypatch: MonkeyPatch, data: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
+import hashlib
 import json
+import os
 import random
 import subprocess
 import sys
@@ -14,7 +17,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from bson import ObjectId
-from pytest import CaptureFixture
+from pytest import CaptureFixture, MonkeyPatch
 from report_runs import WORDS, Recorder, fill
 
 from experiments.report import get_results
@@ -87,6 +90,8 @@ def test_what_is_left_out_and_which_places_are_hidden(recorder: Recorder, tmp_pa
     assert run["config"] == {"tasks": {"root": "DATA"}, "output": "runs", "seed": 0}
     assert run["fail_trace"] == ["in DATA/a.png"]
     assert run["experiment"]["repositories"] == [{"url": ""}]
+    md5 = hashlib.md5(b"1").hexdigest()  # not the file's number in this database
+    assert run["experiment"]["sources"] == [["experiments/train.py", md5]]
     assert list(metrics) == ["validation/accuracy"]
     text = gzip.decompress(path.read_bytes())
     assert b"/me" not in text and b"omniboard" not in text and b"captured_out" not in text
@@ -174,7 +179,7 @@ def test_a_line_of_any_shape_costs_itself(line: Any, tmp_path: Path) -> None:
 WHOLE = zipped(*[LINE] * 50)
 HALF = len(WHOLE) // 2
 FILES: dict[str, tuple[bytes | None, str]] = {
-    "plain text": (b"runs", DAMAGED), "cut off": (WHOLE[:-20], DAMAGED),
+    "empty": (b"", DAMAGED), "plain text": (b"runs", DAMAGED), "cut off": (WHOLE[:-20], DAMAGED),
     "a flipped byte": (WHOLE[:HALF] + bytes([WHOLE[HALF] ^ 255]) + WHOLE[HALF + 1 :], DAMAGED),
     "no JSON": (gzip.compress(b"{runs\n"), DAMAGED),
     "brackets": (gzip.compress(b"[" * 100_000 + b"\n"), DAMAGED),
@@ -182,6 +187,7 @@ FILES: dict[str, tuple[bytes | None, str]] = {
     "another format": (gzip.compress(b'{"format": "l2l_implicit records", "version": 1}'),
                        "line 1: expected a run as experiments.tracking.export writes it"),
     "nothing": (None, "No such file"), "a folder": (None, "Is a directory"),
+    "a FIFO": (None, "a FIFO, which would be waited for"),
 }  # fmt: skip
 
 
@@ -195,10 +201,28 @@ def test_a_file_that_is_none_is_one_line(
         path.write_bytes(content)
     elif name == "a folder":
         path.mkdir()
+    elif name == "a FIFO":
+        os.mkfifo(path)
     assert report_main(["--records", str(path), "--output", str(tmp_path / "report")]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert not (tmp_path / "report").exists()
+
+
+def test_an_export_that_fails_leaves_the_older_file(
+    tmp_path: Path, recorder: Recorder, monkeypatch: MonkeyPatch, capsys: CaptureFixture[str]
+) -> None:
+    recorder.run({"seed": 1})
+    path = tmp_path / "f.gz"
+    path.write_text("older")
+
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    assert export([str(path)]) == 1 and "No space left" in capsys.readouterr().err
+    assert [file.read_text() for file in tmp_path.glob("f.gz*")] == ["older"]
+    assert export(["/dev/null"]) == 1 and "the name of a file" in capsys.readouterr().err
 
 
 START, END = b'{"runs": {"_id": 1, "config": {"a": ', b"}}}\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 from toy_experiment import data, ex
 from toy_process import run
 
+from experiments.report.__main__ import main as report
+from experiments.sweep import main as sweep
 from experiments.tracking import TrackedExperiment, UserError
 from experiments.tracking.config import words_as_updates
 from experiments.tracking.errors import nearest
@@ -83,6 +86,47 @@ def test_print_config_shows_the_comments_of_a_model(capsys: pytest.CaptureFixtur
     assert re.search(r"ways = 5 .*# classes a task\x1b", shown)
     assert re.search(r"fault = '' .*# a mistake of the main function; empty: none\x1b", shown)
     assert re.search(r"steps = 3$", shown, re.M)
+
+
+SACREDS = {
+    "--beat-interval": ["abc", "-1", "nan", "inf", "1e300"], "--loglevel": ["NOLEVEL"],
+    "--capture": ["bogus"], "--s3": ["x"], "--priority": ["x"],
+    "--id": ["../x", "/x", "a/b", ".", "..", "a\nb", "a\x1b"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("option", SACREDS)
+def test_a_value_that_no_option_of_sacreds_takes(option: str) -> None:
+    """What its run would only fail at later, or, waiting for ever, not upload."""
+    for value in SACREDS[option]:
+        with pytest.raises(UserError, match=f"{option}: expected a value that fits, got '"):
+            ex._create_run(options={option: value, "--unobserved": True})
+
+
+SECRETS = {
+    "mongodb://me:Zq8@host/db": "mongodb://***@host/db", "me:Zq8@host:1:db": "***@host:1:db",
+    "mongodb+srv://h/?tlsCertificateKeyFilePassword=Zq8&a=b":
+        "mongodb+srv://h/?tlsCertificateKeyFilePassword=***&a=b",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("word", SECRETS)
+def test_a_password_among_the_words_is_not_told(
+    word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor what a terminal would obey; an unknown command is one line."""
+    words: list[tuple[Callable[[list[str]], Any], list[str]]] = [
+        (ex.run_commandline, ["toy", f"{word}\x1b[2J"]), (report, [word]), (sweep, ["smoke", word]),
+        (ex.run_commandline, ["toy", "with", word]), (report, [f"--url={word}"]),
+    ]  # fmt: skip
+    for command, arguments in words:
+        try:
+            assert command(arguments) == 1
+        except SystemExit as stopped:
+            assert stopped.code in (1, 2)
+        said = "".join(capsys.readouterr())
+        assert "error: " in said and "Zq8" not in said and "\x1b" not in said
+        assert SECRETS[word] in said or "=" in word
 
 
 FILES = {

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +45,18 @@ SECRET_URL = f"mongodb://me:{QUOTED}@there".encode()
 
 
 @pytest.mark.parametrize(("content", "mode", "message"), [
-    (SECRET_URL, 0o640, "chmod 600"), (SECRET_URL, 0o604, "chmod 600"), (None, 0, "Is a directory"),
+    (SECRET_URL, 0o640, "chmod 600"), (SECRET_URL, 0o604, "chmod 600"),
+    (Path.mkdir, 0, "Is a directory"), (lambda path: os.mkfifo(path, 0o600), 0, "must hold a URL"),
+    (lambda path: path.symlink_to("nowhere"), 0, "No such file"),
     (bytes(range(256)), 0o600, "must hold a URL that starts with mongodb://"),
 ])  # fmt: skip
 def test_a_url_file_that_will_not_do_is_refused(
-    tmp_path: Path, content: bytes | None, mode: int, message: str
+    tmp_path: Path, content: bytes | Callable[[Path], object], mode: int, message: str
 ) -> None:
     path = tmp_path / ".config/l2l_implicit/mongo_url"
     path.parent.mkdir(parents=True)
-    if content is None:
-        path.mkdir()
+    if not isinstance(content, bytes):
+        content(path)
     else:
         path.write_bytes(content)
         path.chmod(mode)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import hashlib
 import math
 import os
@@ -267,6 +268,12 @@ def test_a_line_is_read_once_it_is_whole(tmp_path: Path) -> None:
         assert len(list(reader.entries())) == 4 and not reader.damage
 
 
+def test_a_fifo_is_no_journal(tmp_path: Path, database: Any) -> None:
+    os.mkfifo(tmp_path / "r")
+    with pytest.raises(TrackingError, match="is a FIFO, no journal"):
+        upload_journal(tmp_path / "r", database)
+
+
 @pytest.mark.parametrize("content", [b"", b"{}\n", b"[]", b"null\n", bytes(5000), b"\xff\n" * 9])
 def test_what_is_no_journal(data: Path, database: Any, journal: Path, content: bytes) -> None:
     journal.write_bytes(content)
@@ -397,6 +404,20 @@ class Broken(RunObserver):
 
     def heartbeat_event(self, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError("broken")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_upload_that_breaks_off_keeps_the_journal(
+    data: Path, database: Any, monkeypatch: MonkeyPatch
+) -> None:
+    """By whatever: only what has been read back counts as stored."""
+    experiment = TrackedExperiment("broken off")
+    experiment.main(lambda: None)
+    monkeypatch.setattr(uploader.Uploader, "verify", lambda self: _thread.exit())
+    with pytest.raises(TrackingError, match="the upload has broken off"):
+        experiment.run()
+    (kept,) = (data / "journals").glob("run-*.jsonl")
+    kept.unlink()
 
 
 def test_a_failed_observer_of_others_is_an_error(data: Path, database: Any) -> None:

@@ -244,6 +244,24 @@ def test_a_live_run_is_not_resumed(
         second.wait()
 
 
+def test_a_folder_without_a_checkpoint_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also a file that is called like the lock; a lock that leads elsewhere is not followed."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / checkpoint.LOCK).write_text("mine")
+    for which in ("", ".", str(tmp_path)):
+        assert "expected a checkpoint" in refusal(f"resume={which}")
+    assert "File name too long" in refusal(f"resume={'a' * 5000}")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / checkpoint.LOCK).symlink_to(tmp_path / checkpoint.LOCK)
+    checkpoint.save(tmp_path / "run", STATE)
+    assert "symbolic links" in refusal("resume=run")
+    assert (tmp_path / checkpoint.LOCK).read_text() == "mine"
+    assert "expected no run to go on with" in refusal("evaluate", "with", "resume=run")
+
+
 def test_no_two_runs_share_a_folder(tmp_path: Path) -> None:
     """Another database numbers its runs from 1 too, and its checkpoint must not be lost."""
     names = [checkpoint.new_folder(tmp_path / "runs", "1").name for _ in range(3)]

@@ -227,14 +227,19 @@ BAD = {
     f"output={'a' * 300}": "' (File name too long); try runs",
     "device=meta": "device: expected auto, cpu or a GPU that is there, got 'meta'",
     "device=xla": "device: expected auto, cpu or a GPU that is there, got 'xla'",
+    "parameters=FIFO": "FIFO: a FIFO, which would be waited for; give its settings, or leave",
     "tasks.name=folder tasks.level=None tasks.root=~nobody-of-this-name/x": "tasks.name=folder: ",
 }
 
 
-def test_bad_settings_are_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_settings_are_one_line_each(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In this process, unobserved: fifty starts of a process would take minutes."""
     from experiments.train import ex
 
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("FIFO")
     for setting, expected in BAD.items():
         with pytest.raises(SystemExit) as stopped:
             ex.run_commandline(["train", "-u", "with", "smoke", *setting.split()])

@@ -13,7 +13,6 @@ tolerances are relative: a scaled loss scales it, no more.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -42,16 +41,11 @@ def as_now(function: Callable[[], Tensor], device: str) -> Callable[[], Tensor]:
     if not autocast_enabled(device):
         return function
     low = torch.get_autocast_dtype(device) if _BY_DEVICE else _old_dtype(device)
-    return functools.partial(_under, torch.autocast(device, dtype=low), function)
+    return torch.autocast(device, dtype=low)(function)
 
 
 def _old_dtype(device: str) -> torch.dtype:
     return torch.get_autocast_cpu_dtype() if device == "cpu" else torch.get_autocast_gpu_dtype()
-
-
-def _under(context: torch.autocast, function: Callable[[], Tensor]) -> Tensor:
-    with context:
-        return function()
 
 
 def precision_of(module: nn.Module) -> tuple[str, torch.dtype] | None:

@@ -95,14 +95,10 @@ class BaselineLearner(MAML):
         unused = _first(allow_unused, self.allow_unused)
         checks.adapt(loss, steps)
         checks.inner_parameters(self.module, _first(allow_nograd, self.allow_nograd))
-        keep = torch.is_grad_enabled()
+        keep, call = torch.is_grad_enabled(), (lambda: loss) if isinstance(loss, Tensor) else loss
         with torch.enable_grad():
             for _ in range(steps or 1):  # no name for the loss: its graph ends with the step
-                self._step(_evaluate(loss), unused, first_order, keep)
-
-
-def _evaluate(loss: Tensor | Closure) -> Tensor:
-    return checks.loss(loss if isinstance(loss, Tensor) else loss())
+                self._step(checks.loss(call()), unused, first_order, keep)
 
 
 def _first(given: bool | None, otherwise: bool) -> bool:

@@ -181,8 +181,7 @@ def _classes(folder: Path) -> Classes:
 
 def _folders(folder: Path) -> list[Path]:
     """Also a link that leads to none: the class is missed when it is read."""
-    found = _visible(folder)
-    return [path for path in found if path.is_dir() or path.is_symlink() and not path.exists()]
+    return [p for p in _visible(folder) if p.is_dir() or (p.is_symlink() and not p.exists())]
 
 
 def _visible(folder: Path) -> list[Path]:

@@ -176,7 +176,8 @@ MUTATIONS = (
       "never_silent_derivatives::test_a_masked_gradient_is_not_doubted"),
     m("a module that moves with each pass goes unnoticed", LOOK,
       "if part.training and (hooks or type(part).__name__ == \"_SpectralNorm\"):", "if False:",
-      "never_silent_derivatives::test_networks"),
+      "never_silent_derivatives::"
+      "test_spectral_norm_in_training_mode_is_warned_of_beside_kinks"),
     m("the first loss's second derivative stands for all", LEARNER,
       "key not in known and len(known) >= _LOSSES", "key not in known and known",
       "never_silent_derivatives::test_a_loss_that_comes_after_a_good_one"),

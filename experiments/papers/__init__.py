@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from experiments.ingredients.model import use_threads
 from experiments.report.content import Table
 from experiments.report.papers import PARTS, Metrics
-from experiments.sweeps.runs import Run
 from experiments.report.write import markdown_grid
+from experiments.sweeps.runs import Run
 from experiments.tracking import record
 from experiments.tracking.config import RunSettings, Seed, Text, Threads
 from experiments.training.outcome import folder_of

@@ -441,6 +441,15 @@ def test_spectral_norm_in_evaluation_mode_is_right(name: str) -> None:
     must_be_right(net, truth(constant))
 
 
+@pytest.mark.parametrize("name", ["spectral norm", "old spectral norm"])
+def test_spectral_norm_in_training_mode_is_warned_of_beside_kinks(name: str) -> None:
+    """Loss tensors of a network with kinks are not compared."""
+    net = nn.Sequential(NORMS[name](layer()), nn.ReLU(), nn.Linear(HIDDEN, 3).double())
+    learner = ImplicitMAML(net, lr=0.1, l2=L2).clone()
+    heard = Heard(lambda: adapt(learner, lambda: F.cross_entropy(learner(X), Y), "loss", 3))
+    assert any("second derivative" in text for text in heard.warned)
+
+
 @HOWS
 @pytest.mark.parametrize("kind", [*KINDS, "sequential", *NORMS])
 def test_beside_the_learner_they_are_right(kind: str, how: str) -> None:

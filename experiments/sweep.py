@@ -257,18 +257,21 @@ class Schedule:
 
     def _show(self, bar: tqdm[NoReturn], statuses: Sequence[Status], told: dict[str, str]) -> None:
         """A line for each cell that has ended since the last look, and the time left."""
+        left = []
         for status in statuses:
             over = status.cell is not None and status.cell.identity in self._board.ended
             if (over or status.run is not None) and told[status.name] != status.state:
                 bar.write(listing.ended(status), file=sys.stdout)
                 told[status.name] = status.state
+            if not over or status.run is not None:
+                left.append(status)
         before, bar.n = bar.n, sum(status.state == COMPLETED for status in statuses)
         workers = sum(self._client.nthreads().values())
         if not workers and self._had_workers:
             bar.write("no worker is connected; expected one that is started in the checkout:"
                       f" python -m dask worker {self._address}", file=sys.stdout)
         self._had_workers = bool(workers)
-        bar.set_postfix_str(listing.remaining(statuses, workers), refresh=False)
+        bar.set_postfix_str(listing.remaining(left, workers), refresh=False)
         if bar.n != before or sys.stderr.isatty():
             bar.refresh()
 

@@ -177,9 +177,9 @@ def expected_seconds(statuses: Sequence[Status]) -> dict[str, float]:
 
 
 def remaining(statuses: Sequence[Status], workers: int) -> str:
-    """``about 1 h 20 min with 2 workers`` for what is pending or runs."""
+    """``about 1 h 20 min with 2 workers`` for what runs or is to run, also once more."""
     expected = expected_seconds(statuses)
-    left = [expected[s.name] for s in statuses if s.state in (PENDING, RUNNING)]
+    left = [expected[s.name] for s in statuses if s.state != COMPLETED]
     known = [seconds for seconds in left if not math.isnan(seconds)]
     if left and not known:
         return "of unknown length"

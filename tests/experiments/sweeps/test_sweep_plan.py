@@ -16,6 +16,11 @@ from pytest import MonkeyPatch
 from experiments import sweep
 from experiments.sweeps import lock as locks
 from experiments.sweeps.definition import (
+    COMPLETED,
+    FAILED,
+    INTERRUPTED,
+    PENDING,
+    RUNNING,
     Benchmark,
     Cell,
     Method,
@@ -24,7 +29,7 @@ from experiments.sweeps.definition import (
     parse_settings,
 )
 from experiments.sweeps.definitions import SWEEPS
-from experiments.sweeps.listing import duration
+from experiments.sweeps.listing import Status, duration, remaining
 from experiments.sweeps.lock import Lock, Watch, token_of
 from experiments.sweeps.plan import Plan, best, find_sweep, make_plan
 from experiments.sweeps.run import find_checkpoint
@@ -242,6 +247,20 @@ KILLED = ["killed: the process ended without a word (kill -9, out of memory, pow
 ])  # fmt: skip
 def test_states_are_those_of_sacred(status: str, trace: list[str] | None, state: str) -> None:
     assert Run({"_id": 1, "status": status, "fail_trace": trace}).state == state
+
+
+def test_the_time_left_is_of_all_that_is_to_run() -> None:
+    """Also of what was killed or failed, which the same command runs again."""
+    times = {"start_time": "2026-01-01T00:00:00+00:00", "stop_time": "2026-01-01T00:10:00+00:00"}
+    done = Status("a/final/0", cell(), COMPLETED, Run({"_id": 1, "status": "COMPLETED", **times}))
+    like = [Status("a/final/1", cell(), s) for s in (PENDING, RUNNING, INTERRUPTED, FAILED)]
+    other = Status("b/final/0", cell(), INTERRUPTED)
+    assert remaining([done], 1) == "about 0 s with 1 worker"
+    for status in like:
+        assert remaining([done, status], 1) == "about 10 min with 1 worker"
+    assert remaining([done, *like], 2) == "about 20 min with 2 workers"
+    assert remaining([done, *like, other], 2) == "at least 20 min with 2 workers"
+    assert remaining([done, other], 1) == "of unknown length"
 
 
 def test_a_checkpoint_is_found_by_its_cell(tmp_path: Path) -> None:

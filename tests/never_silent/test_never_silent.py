@@ -1,7 +1,7 @@
 """Linear heads that are hard, or odd: right, or warned of, or refused in one line."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from typing import Any
 
@@ -13,7 +13,7 @@ from oracles import flat, implicit_from, linear
 from small_task import adapt
 from solver_settings import WAYS, clustered
 from torch import Tensor, nn
-from verdict import LIMIT, Heard, judge, must_be_right
+from verdict import Heard, judge, must_be_right
 
 from l2l_implicit import LBFGS, GradientDescent, ImplicitCGHead, Newton
 
@@ -128,30 +128,35 @@ DATA = {"small": times(0.3), "large": times(30.0), "constant": constants(1.0),
 @pytest.mark.parametrize("name", WITHOUT_CLOSED_FORM)
 @pytest.mark.parametrize("data", DATA)
 def test_without_a_closed_form(name: str, data: str) -> None:
-    """Theta is one scale a feature, in support and query."""
+    """Theta is one scale a feature, in support and query.
+
+    For squares of large outputs the direct and the implicit gradient cancel to a thousandth of
+    either, which no error that the learner can know of shows (docs/mathematics.md): float32 has no
+    digits for it, and is asked for the implicit one alone.
+    """
     loss = WITHOUT_CLOSED_FORM[name]
     support, queries = (DATA[data](part.double()) for part in clustered(3, 4, 6))
 
-    def gradient(dtype: torch.dtype, **settings: Any) -> Tensor:
+    def gradient(dtype: torch.dtype, in_query: bool, **settings: Any) -> Tensor:
         scale = torch.ones(6, dtype=dtype, requires_grad=True)
         learner = ImplicitCGHead(nn.Linear(6, 3).to(dtype), 0.1, l2=0.1, **settings).clone()
         x, query = support.to(dtype), queries.to(dtype)
         learner.adapt(lambda: loss(learner(x * scale)), steps=60)
-        F.cross_entropy(learner(query * scale), Y).backward()
+        F.cross_entropy(learner(query * scale if in_query else query), Y).backward()
         return scale.grad
 
-    right = implicit_from(
-        lambda p, s: loss(linear(p, support * s, 3)) + 0.05 * p.square().sum(),
-        lambda p, s: F.cross_entropy(linear(p, queries * s, 3), Y),
-        torch.zeros(21, dtype=D), torch.ones(6, dtype=D),
-    )  # fmt: skip
+    def truth(in_query: bool) -> Tensor:
+        return implicit_from(
+            lambda p, s: loss(linear(p, support * s, 3)) + 0.05 * p.square().sum(),
+            lambda p, s: F.cross_entropy(linear(p, queries * s if in_query else queries, 3), Y),
+            torch.zeros(21, dtype=D), torch.ones(6, dtype=D),
+        )  # fmt: skip
+
     for dtype in (torch.float32, D):
-        # Without a closed form the error is an estimate that cannot see how direct and implicit
-        # gradient cancel. In this case to a thousandth of either: it is up to 6 times too small.
-        known = (name, data, dtype) == ("squares", "large", torch.float32)
-        limit = 5 * LIMIT if known else LIMIT
-        (must_be_right if data == "constant" else judge)(lambda d=dtype: gradient(d), right, limit)
-        judge(lambda d=dtype: gradient(d, inner=LBFGS()), right, limit)
+        both = (name, data, dtype) != ("squares", "large", torch.float32)
+        find, right = partial(gradient, dtype, both), truth(both)
+        (must_be_right if data == "constant" else judge)(find, right)
+        judge(partial(find, inner=LBFGS()), right)
 
 
 # No regulariser, no samples, a start that is good already.

@@ -7,8 +7,22 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from l2l_implicit.inner_problem.linearization import Sizes
 from l2l_implicit.linear_solvers.solution import INEXACT, REMEDIES
+
+_UNREACHED = (
+    "backward: expected an inner loss that depends on something to be meta-learned, got one whose "
+    "gradient depends on nothing besides the adapted parameters: their implicit gradient is zero "
+    "everywhere; pass features with their graph (not detached), or, for a whole network, use "
+    'ImplicitMAML, or anchor="init" (said once)'
+)
+_NOT_CARRIED = (
+    "backward: expected parameters that adapt() left with gradients enabled, got those of an "
+    "adapt() under torch.no_grad(): there is no implicit gradient; call adapt() outside it (said "
+    "once)"
+)
 
 
 class UnsolvedWarning(UserWarning):
@@ -20,18 +34,9 @@ class UnsolvedWarning(UserWarning):
 
     Example:
         >>> import warnings
-        >>> import torch
-        >>> from l2l_implicit import GradientDescent, ImplicitCGHead, UnsolvedWarning
-        >>> x, head = torch.randn(9, 4), torch.nn.Linear(4, 2)
-        >>> learner = ImplicitCGHead(head, lr=0.01, inner=GradientDescent()).clone()
-        >>> learner.adapt(lambda: learner(x).square().mean(), steps=1)
-        >>> with warnings.catch_warnings(record=True) as caught:
-        ...     warnings.simplefilter("error", UnsolvedWarning)  # stop there instead
-        ...     try:
-        ...         learner(x).sum().backward()
-        ...     except UnsolvedWarning as warning:
-        ...         print(str(warning)[:31])
-        the inner problem is not solved
+        >>> from l2l_implicit import UnsolvedWarning
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("error", UnsolvedWarning)  # within, stop at the first one
     """
 
 
@@ -141,20 +146,13 @@ class Diagnostics:
             text = last._why((error, 0.0, 0.0), is_bound, *settings)
             warnings.warn(text, UnsolvedWarning, stacklevel=3)
 
-    def unreached(self) -> None:
-        """Warn, once, that a hypergradient reached nothing that could be meta-learned."""
+    def unreached(self, leaf: Tensor | None = None) -> None:
+        """Warn, once, that no hypergradient reaches what is meta-learned; or ends in a ``leaf``."""
         if self.parent is not None:
-            self.parent.unreached()
+            self.parent.unreached(leaf)
         elif not self._said_unreached:
             self._said_unreached = True
-            warnings.warn(
-                "backward: expected an inner loss that depends on something to be meta-learned, "
-                "got one whose gradient depends on nothing besides the adapted parameters: their "
-                "implicit gradient is zero everywhere; pass features with their graph (not "
-                "detached), or, for a whole network, use ImplicitMAML, or anchor=\"init\" (said "
-                "once)",
-                stacklevel=2,
-            )
+            warnings.warn(_UNREACHED if leaf is None else _NOT_CARRIED, stacklevel=2)
 
     def _why(
         self, errors: tuple[float, float, float], is_bound: bool, limit: float, inner: object,
@@ -183,7 +181,7 @@ class Diagnostics:
             remedy = REMEDIES[INEXACT]
         else:
             what = "the precision does not suffice for features of this size and this l2"
-            remedy = "use float64, scale the features down, or raise l2"
+            remedy = "scale the features down, raise l2, or use float64 where it is not in use"
         got = f"{'at most' if is_bound else 'about'} {sum(parts):.2g}"
         got = got if sum(parts) < 100.0 else "one that is not known"
         return (

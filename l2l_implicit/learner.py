@@ -645,7 +645,8 @@ class ImplicitCGHead(MAML):
             task.release()
         task.solution = task.saved = task.again = None
         if at is None:
-            self._put(point, phi)
+            for leaf in self._put(point, phi):
+                leaf.register_post_accumulate_grad_hook(self.diagnostics.unreached)
             return
         vector = point.to(phi[0].dtype)
         # Held for a warm start only: the parameters are copies.

@@ -197,7 +197,12 @@ class TrackedExperiment(Experiment):
 
 
 def _check_options(run: Any) -> None:
-    """ValueError, LookupError: of what Sacred would only fail at later."""
+    """ValueError, LookupError, OSError: of what Sacred would only fail at later."""
+    for observer in run.observers:
+        if folder := getattr(observer, "basedir", None):  # of -F
+            os.makedirs(folder, exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(f"{folder} cannot be written to")
     stdout_capturing.get_stdcapturer(run.capture_mode)
     if not 0 <= run.beat_interval <= LONGEST:
         raise ValueError("no number of seconds")

@@ -495,6 +495,22 @@ def test_a_hypergradient_that_reaches_nothing(reason: str, warned: list[str]) ->
     assert 'anchor="init"' in text and "ImplicitMAML" in text
 
 
+def test_a_hypergradient_of_what_no_grad_has_adapted(warned: list[str]) -> None:
+    """Theta would get the query loss's own gradient only; to adapt on is to adapt."""
+    x, parent = inputs().requires_grad_(), ImplicitCGHead(nn.Linear(5, 3), 0.1)
+    for _ in range(2):
+        learner = parent.clone()
+        with torch.no_grad():
+            adapt(learner, lambda head=learner: F.cross_entropy(head(x), NINE), "closure", 5)
+            F.cross_entropy(learner(x), NINE)
+        assert not warned[1:]
+        F.cross_entropy(learner(x), NINE).backward()
+    assert len(warned) == 1 and "got those of an adapt() under torch.no_grad()" in warned[0]
+    learner.adapt(F.cross_entropy(learner(x), NINE))
+    F.cross_entropy(learner(x), NINE).backward()
+    assert len(warned) == 1
+
+
 @pytest.mark.parametrize("what", ["features", "anchor", "l2"])
 def test_one_that_reaches_something(what: str, warned: list[str]) -> None:
     x = inputs().requires_grad_(what == "features")

@@ -92,6 +92,7 @@ SACREDS = {
     "--beat-interval": ["abc", "-1", "nan", "inf", "1e300"], "--loglevel": ["NOLEVEL"],
     "--capture": ["bogus"], "--s3": ["x"], "--priority": ["x"],
     "--id": ["../x", "/x", "a/b", ".", "..", "a\nb", "a\x1b"],
+    "--file_storage": ["/dev/null", "/dev/null/x"],
 }  # fmt: skip
 
 

@@ -36,7 +36,6 @@ from l2l_implicit.inner_problem.recognition import HeadLoss, recognize
 from l2l_implicit.inner_problem.second_derivative import (
     StepTaken,
     gradients,
-    moves_with_each_pass,
     products_agree,
 )
 from l2l_implicit.inner_solvers.newton import Newton
@@ -52,6 +51,7 @@ from l2l_implicit.linear_solvers.solution import (
     System,
 )
 from l2l_implicit.mixed_precision import as_now, autocast_enabled, precision_of, without_autocast
+from l2l_implicit.module_state import moves_with_each_pass
 from l2l_implicit.perturbed import Again, Perturbed
 from l2l_implicit.vectors import (
     RandomState,
@@ -331,8 +331,8 @@ class ImplicitCGHead(MAML):
 
         Under ``torch.no_grad()`` a closure works and nothing is kept. The steps end before
         ``steps`` where the inner solver has nothing left to do. A linear head's closure is called
-        at the first and the last point only; if its data have changed in between, the steps are
-        taken once more, with a call for each.
+        once by `Newton`, else at the first and the last point only; if its data have changed in
+        between, the steps are taken once more, with a call for each.
 
         Args:
             loss: a scalar, or a closure that returns one.
@@ -490,22 +490,19 @@ class ImplicitCGHead(MAML):
 
     def _solve_heads(self, objective: _ClosureObjective, steps: int) -> LinearHeads | None:
         """The end of the inner loop of a closure whose loss is one of a linear head; else None."""
-        loss = objective.loss()
-        known = self._known(loss, objective.phi)
+        known = self._known(objective.loss(), objective.phi)
         if known is None:
             return None
-        del loss  # its graph
         quadratic = self._quadratic(objective.phi, torch.float64)
         before = self._task.steps, self._task.first_norm
         there = self._on_heads(known.heads(objective.phi, quadratic), steps)
+        if self._plain_step and getattr(self.inner, "at_once", False):
+            there.sees(known)  # solved: what it draws at another call is another problem
+            return there
         again = self._known(objective.loss(there.point), objective.phi)
-        same = again is not None and again.same(known)
-        at_once = self._plain_step and getattr(self.inner, "at_once", False)
-        if again is not None and not same and at_once:
-            there = self._on_heads(again.heads(objective.phi, quadratic), steps)
-        elif again is None or not same:
+        if again is None or not again.same(known):
             self._task.steps, self._task.first_norm = before
-            objective.forget()
+            objective.fresh = None
             return None  # the closure draws anew each time: it has to be asked at each step
         there.sees(again)
         return there
@@ -747,7 +744,7 @@ class ImplicitCGHead(MAML):
         count = known.setdefault(key, [0, 0])
         count[0] += 1
         due = count[0] >= 2 ** count[1]
-        if due and moves_with_each_pass(self.module):
+        if due and any(map(moves_with_each_pass, self.module.modules())):
             self._say(at, False)
             return False
         return due
@@ -797,6 +794,7 @@ class _ClosureObjective:
 
     Attributes:
         phi: the tensors that the module holds now.
+        fresh: a point and the loss there, not used yet.
     """
 
     def __init__(
@@ -804,7 +802,7 @@ class _ClosureObjective:
     ) -> None:
         self.phi = self._before = phi
         self._learner, self._closure, self._unused = learner, closure, unused
-        self._fresh: tuple[Tensor, Tensor] | None = None  # a point and the loss there, not used yet
+        self.fresh: tuple[Tensor, Tensor] | None = None
         self.random: RandomState | None = None  # before the last call, where it is to come again
 
     def loss(self, point: Tensor | None = None) -> Tensor:
@@ -816,24 +814,20 @@ class _ClosureObjective:
         if isinstance(self._learner.linear, Perturbed):
             self.random = RandomState(point.device)
         loss = checks.loss(self._closure())
-        self._fresh = point, loss
+        self.fresh = point, loss
         return loss
 
     def start(self) -> Tensor:
         """Where the learner stood before, shape ``[1, n]``."""
-        if self._fresh is not None:
-            return self._fresh[0]
+        if self.fresh is not None:
+            return self.fresh[0]
         return flatten(self._before).detach().unsqueeze(0)
-
-    def forget(self) -> None:
-        """The closure is to be asked again, even at the same point."""
-        self._fresh = None
 
     def linearize(self, point: Tensor, differentiable: bool, retain: bool = False) -> Linearization:
         """The linearization at ``point``; without products unless wanted."""
-        fresh, self._fresh = self._fresh, None
+        fresh, self.fresh = self.fresh, None
         loss = fresh[1] if fresh is not None and fresh[0] is point else self.loss(point)
-        self._fresh, fresh = None, None
+        self.fresh, fresh = None, None
         learner = self._learner
         known = learner._known(loss, self.phi)
         return learner._linearize(loss, self.phi, self._unused, differentiable, known, retain)

@@ -5,6 +5,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+
+def moves_with_each_pass(module: nn.Module) -> bool:
+    """Whether a module is spectral norm in training mode, whose every pass is another function."""
+    hooks = any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())
+    return module.training and (hooks or type(module).__name__ == "_SpectralNorm")
 
 
 class Tables(NamedTuple):

@@ -281,6 +281,7 @@ class LinearHeads(Linearization):
             base = problem.outputs(center.expand_as(self.point))
         a, outputs, last, inverse = torch.zeros_like(base), base, math.inf, None
         movements: list[Tensor] = []
+        least: float | Tensor = math.inf if center is None else 0.0
         for _ in range(_MOST_STEPS if base.numel() else 0):
             loss = problem.loss.moved(outputs)
             if inverse is None or last > _NEAR:  # near enough the last one does
@@ -292,7 +293,10 @@ class LinearHeads(Linearization):
             movements.append(omega)
             largest = float(omega) if len(omega) == 1 else float(omega.max())
             if not largest <= 1.75:  # below it a whole step lowers the objective for certain
-                change, move = self._shortened(loss, a, base, change, move, rho, omega)
+                falls = omega < 0.75 * least  # a few times only, since it cannot fall for ever
+                least = torch.where(falls, omega, least)
+                if not bool(falls.all()):
+                    change, move = self._shortened(loss, a, base, change, move, rho, omega, falls)
             a, outputs = a + change, outputs + move
             small = largest < _NEAR and 0.5 * largest * max(largest, last) <= goal
             if small or largest < 1e-3 and largest > 0.5 * last or math.isnan(largest):
@@ -311,9 +315,9 @@ class LinearHeads(Linearization):
 
     def _shortened(
         self, loss: OutputLoss, a: Tensor, base: Tensor, change: Tensor, move: Tensor, rho: Tensor,
-        omega: Tensor,
+        omega: Tensor, whole: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        r"""What to take of a long Newton step: all where it lowers the objective enough.
+        r"""What to take of a long step: all where ``whole``, or it lowers the objective enough.
 
         Else the best of a few shares, one of which, :math:`\ln(1 + \omega) / \omega`, lowers it for
         certain: the Hessian changes by at most :math:`e^{\omega}` along the step (Sun, Tran-Dinh
@@ -326,7 +330,7 @@ class LinearHeads(Linearization):
             return loss.value(outputs).add_(penalty, alpha=half)
 
         now, slope = objective(a, outputs), (rho * move).sum((1, 2))
-        enough = objective(a + change, outputs + move) <= now + 1e-4 * slope
+        enough = whole | (objective(a + change, outputs + move) <= now + 1e-4 * slope)
         if bool(enough.all()):
             return change, move
         sure = torch.where(omega.isfinite(), torch.log1p(omega) / omega, 0.0)

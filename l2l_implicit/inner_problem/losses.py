@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -86,10 +87,13 @@ class OutputLoss(ABC):
 class CrossEntropy(OutputLoss):
     """``torch.nn.functional.cross_entropy`` of each task; P is `probabilities`."""
 
-    def __init__(self, outputs: Tensor, targets: Tensor, scale: float) -> None:
-        super().__init__(outputs, targets, scale)
-        self.probabilities = outputs.softmax(-1)
-        self.gradient = (self.probabilities - targets).mul_(scale)
+    @cached_property
+    def probabilities(self) -> Tensor:
+        return self.outputs.softmax(-1)
+
+    @cached_property
+    def gradient(self) -> Tensor:  # type: ignore[override]
+        return (self.probabilities - self.targets).mul_(self.scale)
 
     def value(self, outputs: Tensor) -> Tensor:
         chosen = (outputs * self.targets).sum(-1)
@@ -117,9 +121,9 @@ class CrossEntropy(OutputLoss):
 class SquaredError(OutputLoss):
     """``torch.nn.functional.mse_loss`` of each task: its Hessian is the same everywhere."""
 
-    def __init__(self, outputs: Tensor, targets: Tensor, scale: float) -> None:
-        super().__init__(outputs, targets, scale)
-        self.gradient = (outputs - targets).mul_(2.0 * scale)
+    @cached_property
+    def gradient(self) -> Tensor:  # type: ignore[override]
+        return (self.outputs - self.targets).mul_(2.0 * self.scale)
 
     def value(self, outputs: Tensor) -> Tensor:
         return (outputs - self.targets).square().sum((-2, -1)).mul_(self.scale)

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
 from l2l_implicit.inner_problem.boundary import CHILD, Outputs, is_boundary, source_of, unseen
 from l2l_implicit.inner_problem.linear_heads import GOALS, HeadProblem, LinearHeads
@@ -95,8 +94,8 @@ def recognize(
     *bias, (origin, _), (transpose, _) = linear.next_functions
     if transpose is None or transpose.name() != "TBackward0":
         return None
-    edges = [*map(_edge, parameters)]
-    if edges != [transpose.next_functions[0], *bias]:
+    edges = [transpose.next_functions[0], *bias]
+    if len(edges) != len(parameters) or not all(map(_leads_to, edges, parameters)):
         return None
     if bias and not linear._saved_alpha == linear._saved_beta == 1:
         return None
@@ -105,8 +104,7 @@ def recognize(
         return HeadLoss(x.detach().clone(), None, None, bool(bias), targets, kind, scale)
     if not is_boundary(origin):
         return None
-    source = source_of(origin)
-    made = _edge(source)
+    source, made = source_of(origin), origin.next_functions[0]
     if weakref.ref(source) not in independent:
         stack, inner = [made[0]], dict(edges)
         for node in unseen(stack, set()):
@@ -154,8 +152,8 @@ def _scale(node: Any, count: int) -> float | None:
     return 1.0 / count if node._saved_reduction == _MEAN and count else None
 
 
-def _edge(tensor: Tensor) -> tuple[Any, int]:
-    """Where a gradient with respect to ``tensor`` arrives: a node and the number of its output."""
+def _leads_to(edge: tuple[Any, int], tensor: Tensor) -> bool:
+    """Whether a gradient that takes this edge arrives at ``tensor``."""
     if tensor.grad_fn is not None:
-        return tensor.grad_fn, tensor.output_nr
-    return get_gradient_edge(tensor).node, 0
+        return edge == (tensor.grad_fn, tensor.output_nr)
+    return getattr(edge[0], "variable", None) is tensor

@@ -12,22 +12,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.spectral_norm import SpectralNorm
+from torch import Tensor
 
 from l2l_implicit.inner_problem.linearization import AutogradLinearization, Products, flat
 
 _TOL, _CLEAR, _FLAT = 0.02, 0.1, 1e3
 _KINKS = ("Relu", "Threshold", "MaxPool", "Abs", "Clamp", "Hardt", "Prelu", "Maximum", "Minimum")
-
-
-def moves_with_each_pass(module: nn.Module) -> bool:
-    """Whether a module is spectral norm in training mode, whose every pass is another function."""
-    for part in module.modules():
-        hooks = any(isinstance(hook, SpectralNorm) for hook in part._forward_pre_hooks.values())
-        if part.training and (hooks or type(part).__name__ == "_SpectralNorm"):
-            return True
-    return False
 
 
 def products_agree(

@@ -391,8 +391,8 @@ def test_data_changed_without_a_trace_are_refused_on_the_general_path(how: str) 
 # Closures
 
 
-@pytest.mark.parametrize("name", ["gradient", "newton"])
-def test_a_closure_that_returns_the_same_loss_is_called_twice(name: str) -> None:
+@pytest.mark.parametrize(("name", "times"), [("gradient", 2), ("newton", 1)])
+def test_a_closure_that_returns_the_same_loss_is_called_seldom(name: str, times: int) -> None:
     calls, h = 0, torch.randn(M, WIDTH)
     learner = ImplicitCGHead(nn.Linear(WIDTH, CLASSES), 0.1, **DESCENT[name]).clone()
 
@@ -402,7 +402,7 @@ def test_a_closure_that_returns_the_same_loss_is_called_twice(name: str) -> None
         return F.cross_entropy(learner(h), Y)
 
     learner.adapt(closure, steps=20)
-    assert calls == 2
+    assert calls == times
 
 
 def drawing(
@@ -440,9 +440,9 @@ def test_a_closure_that_draws_anew_is_asked_at_every_step(changes: str, name: st
 
 
 @pytest.mark.parametrize("changes", ["features", "labels"])
-def test_newton_solves_what_a_closure_computed_last(changes: str) -> None:
+def test_newton_solves_what_a_closure_computed_first(changes: str) -> None:
     module, weights = nn.Linear(WIDTH, CLASSES), []
-    for order in ([0, 1], [1, 1]):
+    for order in ([0, 1], [0, 0]):
         learner = ImplicitCGHead(module, 0.1).clone()
         learner.adapt(drawing(learner, order, changes), steps=1)
         weights.append(learner.module.weight.detach())

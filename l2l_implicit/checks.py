@@ -390,6 +390,8 @@ def can_be_together(learner: Any) -> None:
         "first_order=True": learner.first_order,
         "warm_start=True": learner._memory is not None,
         "a regularizer of its own": not known,
+        "frozen parameters": learner.allow_nograd
+        and not all(p.requires_grad for p in learner.module.parameters()),
     }
     for name, used in alone.items():
         if used:
@@ -441,6 +443,8 @@ def support(features: Any, targets: Any, head: nn.Linear, squared: bool) -> None
 
 def queries(query: Tensor, weight: Tensor) -> None:
     """Query features of the T tasks that the heads were adapted to."""
+    if not isinstance(query, Tensor):
+        raise TypeError(f"query: expected a tensor, got {type(query).__name__}; stack the tasks")
     if query.dim() != 3 or query.shape[0] != weight.shape[0] or query.shape[2] != weight.shape[2]:
         expected = f"[{weight.shape[0]}, q, {weight.shape[2]}]"
         raise ValueError(

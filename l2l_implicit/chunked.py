@@ -32,7 +32,8 @@ class Chunked(nn.Module):
     chunk's supervised step plus the features; a step costs one more forward pass. The second pass
     finds parameters, buffers, train or eval mode, random numbers and autocast as the first one
     did, and leaves running statistics alone, so they are updated once. Forward hooks inside the
-    backbone are called in both passes. Random masks (dropout) are drawn chunk by chunk.
+    backbone are called in both passes. What changes with each pass does with each chunk: random
+    masks (dropout), spectral norm, the running statistics of instance norm.
 
     Batch statistics must not cross a chunk: with a batch norm that uses them, each batch has to fit
     into one chunk. Support and query set passed as two batches have statistics of their own.
@@ -131,7 +132,8 @@ def uses_batch_statistics(module: nn.Module) -> bool:
 
     Known are torch's classes, their subclasses, and others that are called a batch norm.
     """
-    named = "batchnorm" in type(module).__name__.lower().replace("_", "")
+    name = getattr(module, "original_name", type(module).__name__)  # of a scripted one
+    named = "batchnorm" in name.lower().replace("_", "")
     if not (named or isinstance(module, _BatchNorm)):
         return False
     return module.training or getattr(module, "running_mean", module) is None

@@ -113,9 +113,13 @@ class Ranks:
         Raises:
             RankLost: a rank has ended or does not answer in time.
         """
+        checks.number("weight", weight)
         kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        for parameter in parameters if self.size > 1 else ():
-            kinds.setdefault((parameter.dtype, parameter.device), []).append(parameter)
+        for parameter in parameters:
+            if self.size > 1:
+                kinds.setdefault((parameter.dtype, parameter.device), []).append(parameter)
+            elif parameter.grad is not None and weight != 1.0:
+                parameter.grad = weight * parameter.grad
         for alike in kinds.values():
             self._average(alike, weight)
 

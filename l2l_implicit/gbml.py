@@ -74,6 +74,9 @@ class ImplicitGBML(ImplicitCGHead):
                     "KroneckerTransform(KroneckerLinear), or compute_update="
                 )
             compute_update = ParameterUpdate(module.parameters(), transform)
+        if not isinstance(compute_update, ParameterUpdate):
+            got = type(compute_update).__name__
+            raise TypeError(f"compute_update: expected learn2learn's, got {got}; or pass transform")
         self.compute_update = compute_update
 
     def regularizer(self, parameters: Sequence[Tensor], anchor: Sequence[Tensor]) -> Tensor:

@@ -73,7 +73,8 @@ def overflow_skips(scaler: Any, parameters: Iterable[Tensor]) -> Iterator[None]:
 
     A learner raises ``FloatingPointError`` where half precision has overflowed: at ``adapt`` for
     the features, in ``backward`` for the loss. Without a scaler that is what one wants to know;
-    with one, overflow is expected: it leaves the step out and lowers its scale.
+    with one, overflow is expected: it leaves the step out and lowers its scale. A disabled one
+    leaves nothing out, and a scale below 1 is no overflow's doing: then the error stays.
 
     Args:
         scaler: a ``torch.amp.GradScaler``.
@@ -95,6 +96,8 @@ def overflow_skips(scaler: Any, parameters: Iterable[Tensor]) -> Iterator[None]:
     try:
         yield
     except FloatingPointError:
+        if scaler is None or not scaler.is_enabled() or scaler.get_scale() < 1.0:
+            raise
         for parameter in parameters:
             parameter.grad = torch.full_like(parameter, torch.inf)
             scaler.scale(parameter.new_zeros(()))  # it knows no scale before it is first asked

@@ -13,15 +13,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torch.nn.utils.parametrizations as parametrizations
 from learn2learn.vision.models.resnet12 import DropBlock
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.nn.utils.spectral_norm import SpectralNorm
 
 from l2l_implicit import checks
 from l2l_implicit.chunked import Chunked
+from l2l_implicit.module_state import moves_with_each_pass
 
 
 def per_task_batch_norm(backbone: nn.Module, tasks: int) -> Callable[[Tensor], Tensor]:
@@ -70,6 +69,7 @@ def _run(backbone: nn.Module, tasks: int, images: Tensor) -> Tensor:
             "every task needs equally many"
         )
     forwards: dict[nn.Module, Callable[..., Tensor]] = {}  # of those that are to keep tasks apart
+    done: set[nn.Module] = set()
     for name, module in backbone.named_modules():
         if (why := _coupling(module)) is not None:
             raise ValueError(
@@ -77,7 +77,7 @@ def _run(backbone: nn.Module, tasks: int, images: Tensor) -> Tensor:
                 f"BatchNorm1d, 2d, 3d, got {type(module).__name__}, {why}; run one task at a time"
             )
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-            forwards[module] = functools.partial(_normalize, module, tasks, rows, name)
+            forwards[module] = functools.partial(_normalize, module, done, tasks, rows, name)
         if type(module) is DropBlock and module.training:
             forwards[module] = functools.partial(_drop_blocks, module, tasks)
     before = {module: module.__dict__.get("forward") for module in forwards}
@@ -115,7 +115,9 @@ def _layout(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def _normalize(norm: _BatchNorm, tasks: int, rows: int, name: str, x: Tensor) -> Tensor:
+def _normalize(
+    norm: _BatchNorm, done: set[nn.Module], tasks: int, rows: int, name: str, x: Tensor
+) -> Tensor:
     """``norm(x)`` of each task; x is ``[n * T, C, ...]``, the task running fastest."""
     if len(x) != rows:
         raise ValueError(
@@ -130,6 +132,12 @@ def _normalize(norm: _BatchNorm, tasks: int, rows: int, name: str, x: Tensor) ->
     grouped = x.reshape(rows // tasks, tasks * x.shape[1], *x.shape[2:])
     # With momentum 1 these statistics are the batch's own, one row for each task.
     out = F.batch_norm(grouped, mean, var, weight, bias, True, 1.0, norm.eps)
+    if running and norm in done:  # each task's passes would come one after the other
+        raise ValueError(
+            f"{name or 'backbone'}: expected a batch norm that is called once in a pass, got one "
+            "that is called again; run one task at a time"
+        )
+    done.add(norm)
     if running:
         _update(norm, running, [statistic.view(tasks, -1) for statistic in batch])
     return out.view(rows, *x.shape[1:]).contiguous(memory_format=_layout(x))
@@ -145,7 +153,7 @@ def _update(norm: _BatchNorm, running: list[Tensor], batch: list[Tensor]) -> Non
     tasks, like, momentum, count = len(batch[0]), batch[0], norm.momentum, norm.num_batches_tracked
     assert count is not None
     if momentum is None:
-        share = (1.0 / (count + tasks)).to(like.dtype)
+        share = (1.0 / (count + tasks).double()).to(like.dtype)
         keep, weights = count * share, share.expand(tasks)
     else:
         powers = torch.arange(tasks - 1, -1, -1, device=like.device, dtype=like.dtype)
@@ -184,7 +192,7 @@ def _coupling(module: nn.Module) -> str | None:
 
     Known are torch's own; a module of the user's own that mixes images is not noticed.
     """
-    name = type(module).__name__.lower().replace("_", "")
+    name = getattr(module, "original_name", type(module).__name__).lower().replace("_", "")
     if type(module) not in _PLAIN and isinstance(module, _BatchNorm):
         return "whose forward is not known here"
     if type(module) not in _PLAIN and "batchnorm" in name:
@@ -197,7 +205,6 @@ def _coupling(module: nn.Module) -> str | None:
         return "whose scale may be that of the whole batch"
     if isinstance(module, _InstanceNorm) and module.track_running_stats:
         return "whose running statistics are averaged over the batch"
-    spectral = isinstance(module, getattr(parametrizations, "_SpectralNorm", ()))
-    if spectral or any(isinstance(h, SpectralNorm) for h in module._forward_pre_hooks.values()):
+    if moves_with_each_pass(module):
         return "whose spectral norm advances at every pass"
     return None

@@ -55,7 +55,9 @@ def adapt_heads(
     checks.count("steps (K)", steps)
     head: nn.Linear = learner.module
     loss, keep = learner.loss, torch.is_grad_enabled()
-    squared = targets.is_floating_point() if loss is None else isinstance(loss, nn.MSELoss)
+    squared = isinstance(loss, nn.MSELoss)
+    if loss is None and isinstance(targets, Tensor):
+        squared = targets.is_floating_point()
     checks.support(features, targets, head, squared)
     phi = checks.inner_parameters(head, allow_nograd=False)
     tasks, m = features.shape[:2]

@@ -49,7 +49,8 @@ class DifferentiableUpdate:
         leaves = placeholders(like)  # higher copies the parameters it is given
         optimizer = make_optimizer(choice, leaves)
         groups = optimizer.param_groups  # one for each parameter, which may have its own step size
-        groups[:] = [{**group, "params": [p]} for group in groups for p in group["params"]]
+        apart = {id(p): {**group, "params": [p]} for group in groups for p in group["params"]}
+        groups[:] = [apart[id(p)] for p in leaves]  # whatever groups the user has made
         try:
             self._higher = higher.get_diff_optim(optimizer, leaves)
         except ValueError:

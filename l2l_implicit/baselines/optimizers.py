@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, Optimizer, RMSprop
+from torch.optim import LBFGS, SGD, Adam, Optimizer, RMSprop
 
 from l2l_implicit import checks
 
@@ -34,6 +34,13 @@ def make_optimizer(choice: str | Factory, parameters: Sequence[Tensor]) -> Optim
         raise TypeError(
             "optimizer: expected the function to return a torch.optim.Optimizer, got "
             f"{type(optimizer).__name__}; return one made of the parameters it is given"
+        )
+    own = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    if sorted(own) != sorted(map(id, parameters)) or isinstance(optimizer, LBFGS):
+        raise ValueError(
+            "optimizer: expected one of all the parameters that the function is given, and no "
+            f"others, whose step() needs no closure, got {type(optimizer).__name__} of {len(own)} "
+            f"parameters where {len(parameters)} are given; try torch.optim.SGD(parameters)"
         )
     return optimizer
 

@@ -106,5 +106,6 @@ class Reptile(BaselineLearner):
         for p, gradient in zip(phi, gradients, strict=True):
             p.grad = gradient
         self._inner.step()
+        torch.clear_autocast_cache()  # it has the weights as they were
         for p in phi:
             p.grad = None

@@ -144,8 +144,13 @@ class Episodes(Dataset):  # type: ignore[type-arg]
         return self._length
 
     def __getitem__(self, number: int) -> Any:
+        tasks = self._tasks
         with own_random(f"{self._seed} {number}"):
-            return self._tasks.sample()
+            if getattr(tasks, "num_tasks", -1) < 1:
+                return tasks.sample()
+            with own_random(f"task {random.randrange(tasks.num_tasks)}"):
+                description = tasks.sample_task_description()
+            return tasks.get_task(description)
 
 
 class EpisodeNumbers(DistributedSampler):  # type: ignore[type-arg]

@@ -125,6 +125,11 @@ class _Implicit(LightningEpisodicModule):  # type: ignore[misc]  # learn2learn i
                 f"labels: expected one for each of the outputs {tuple(outputs.shape)}, got "
                 f"{tuple(labels.shape)}; give the module as many outputs as a sample has labels"
             )
+        if self._name == "f1" and not bool(((labels >= 0) & (labels <= 1)).all()):
+            raise ValueError(
+                f"labels: expected 0 or 1 with task='multilabel', got {float(labels.min()):g} to "
+                f"{float(labels.max()):g}; their loss has no minimum"
+            )
         return outputs, labels.to(outputs.dtype).view_as(outputs)
 
     def log(self, name: str, value: Any, *arguments: Any, **options: Any) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from l2l_implicit import checks
+
 Labelled = tuple[Tensor, Tensor]  # inputs [n, ...], labels [n]
 
 
@@ -39,6 +41,7 @@ def split_support_query(data: Tensor, labels: Tensor, shots: int) -> tuple[Label
         )
     if shots < 1:
         raise ValueError(f"expected shots of at least 1, got {shots}: pass a positive number")
+    checks.count("shots", shots)
     ordered, order = torch.sort(labels, stable=True)
     classes, counts = torch.unique_consecutive(ordered, return_counts=True)
     if bool((counts <= shots).any()):

@@ -80,6 +80,12 @@ def folder_tables(
             f"({printable(shared[0])}): are they different things?",
             stacklevel=2,
         )
+    real = Counter(paths[0].parent.resolve() for classes in modes.values()
+                   for paths in classes.values() if paths)  # fmt: skip
+    if twice := [path for path in real if real[path] > 1]:
+        raise ValueError(
+            f"expected every class once, got {printable(twice[0])} under two names: remove the link"
+        )
     files = [
         (mode, label, path)
         for mode, classes in modes.items()

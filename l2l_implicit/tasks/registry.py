@@ -57,6 +57,8 @@ def get_tasksets(name: str, num_tasks: int = -1, **kwargs: Any) -> Any:
     listed = (*benchmarks.list_tasksets(), *LEARN2LEARN, *ALIASES)
     checks.choice("name", name, dict.fromkeys(listed))
     name = canonical(name)
+    if kwargs.get("root", "") is None:
+        del kwargs["root"]
     if name not in LEARN2LEARN:
         return benchmarks.get_tasksets(name, num_tasks=num_tasks, **kwargs)
     datasets, transforms = LEARN2LEARN[name](**kwargs)

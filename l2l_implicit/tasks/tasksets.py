@@ -14,6 +14,7 @@ from typing import Any
 
 import learn2learn as l2l
 
+from l2l_implicit import checks
 from l2l_implicit.checks import printable
 from l2l_implicit.tasks.image_table import ImageTable
 
@@ -61,6 +62,9 @@ def build_tasksets(
 
 def check_sizes(table: ImageTable, mode: str, ways: int, samples: int, prefix: str) -> None:
     """Raises ValueError where the table cannot give `ways` classes of `samples` images."""
+    for name, value in ((f"{prefix}_ways", ways), (f"{prefix}_samples", samples)):
+        if value not in (0, None):  # told below
+            checks.count(name, value)
     available = len(table.classes)
     if not available:
         raise ValueError(f"expected at least {ways} {mode} classes, got none: add classes")
@@ -102,6 +106,7 @@ def refuse_unknown(options: Mapping[str, Any], own: tuple[str, ...]) -> None:
 def draw_modes(items: Iterable[Any], shares: Sequence[float], seed: int) -> dict[str, list[Any]]:
     """Items by mode: these shares for validation and test, rounded, and the rest for training."""
     drawn = list(items)
+    checks.not_negative("split_seed", seed)  # random drops the sign
     random.Random(seed).shuffle(drawn)
     validation, test = (round(share * len(drawn)) for share in shares)
     train = len(drawn) - validation - test

@@ -55,6 +55,11 @@ OPTIMIZERS = [
     ({"optimizer": "adamm"}, ValueError, "did you mean 'adam'?"),
     ({"optimizer": 3}, TypeError, "optimizer: expected a name or a function of the parameters, "),
     ({"optimizer": lambda parameters: None}, TypeError, "torch.optim.Optimizer, got NoneType"),
+    ({"optimizer": lambda _: torch.optim.SGD([nn.Parameter(torch.ones(1))])}, ValueError,
+     "expected one of all the parameters that the function is given"),
+    ({"optimizer": lambda parameters: torch.optim.SGD(parameters[:1])}, ValueError,
+     "got SGD of 1 parameters where 2 are given"),
+    ({"optimizer": torch.optim.LBFGS}, ValueError, "whose step() needs no closure, got LBFGS"),
 ]
 NOT_BY_HIGHER = [  # and so not unrolled
     ({"optimizer": torch.optim.AdamW}, ValueError, "got AdamW; try SGD, Adam or RMSprop"),

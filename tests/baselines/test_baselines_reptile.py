@@ -56,6 +56,22 @@ def test_inner_optimizers_begin_anew_in_every_clone(kind: str) -> None:
         assert relative_error(list(learner.module.parameters()), adapted) < 1e-12
 
 
+@pytest.mark.parametrize("how", ["loss", "closure"])
+def test_every_step_is_one_under_autocast(how: str) -> None:
+    """Which keeps a copy of the weights in low precision, of before the step."""
+    torch.manual_seed(0)
+    x, y, found = torch.randn(6, 3).float(), torch.arange(6) % 2, []
+    module = torch.nn.Linear(3, 2).float()
+    before = torch.nn.functional.cross_entropy(module(x), y)
+    for cache in (True, False):
+        learner = Reptile(module, 0.5).clone()
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=cache):
+            loss = lambda n=learner: torch.nn.functional.cross_entropy(n(x).float(), y)  # noqa: E731
+            adapt(learner, loss, how, 6)
+            found.append(loss())
+    assert torch.equal(*found) and found[0] < 0.95 * before
+
+
 def test_weights_and_tasks_add_up() -> None:
     case = make_case("maml linear")
     parent = Reptile(case.module, 0.3)

@@ -1,6 +1,7 @@
 """The unrolled hypergradients against computations that share no code with them."""
 
 from collections.abc import Callable
+from typing import Any
 
 import higher  # noqa: F401  (these tests need the extra "baselines")
 import pytest
@@ -113,12 +114,21 @@ def step_sizes(case: Case) -> list[torch.Tensor]:
     return [LR * torch.randn_like(p) for p in case.module.parameters()]
 
 
+def biases_first(parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
+    """In groups, as for weight decay on the weights alone."""
+    groups = [[p for p in parameters if (p.dim() < 2) is few] for few in (True, False)]
+    return torch.optim.SGD([{"params": group} for group in groups], lr=0.1)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", biases_first])
 @pytest.mark.parametrize("second_order", [True, False])
 @pytest.mark.parametrize("name", CASES)
-def test_meta_sgd_is_learn2learns(name: str, second_order: bool) -> None:
+def test_meta_sgd_is_learn2learns(name: str, second_order: bool, optimizer: Any) -> None:
     case = make_case(name)
     twin, lrs = case.twin(), step_sizes(case)
-    ours = UnrolledMAML(case.module, nn.ParameterList(lrs), first_order=not second_order)
+    ours = UnrolledMAML(
+        case.module, nn.ParameterList(lrs), first_order=not second_order, optimizer=optimizer
+    )
     outer_step(ours, case, 3)
     leaves = nn.ParameterList(lr.clone() for lr in lrs)
     theirs = MetaSGD(twin.module, lrs=leaves, first_order=not second_order).clone()

@@ -124,6 +124,7 @@ CROSSING: list[nn.Module] = [
     nn.BatchNorm2d(4), nn.SyncBatchNorm(4), nn.BatchNorm2d(4, track_running_stats=False).eval(),
     type("BatchNormOfAnotherLibrary", (nn.Identity,), {})(),
     nn.Sequential(nn.Sequential(nn.BatchNorm2d(4))),
+    torch.jit.script(nn.Sequential(nn.BatchNorm2d(4))),
 ]  # fmt: skip
 
 

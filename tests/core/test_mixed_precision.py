@@ -198,3 +198,16 @@ def test_a_scaler_skips_the_step_that_overflows(poison: str) -> None:
     body, scaler, _ = outer_steps(2.0**30, *20 * [""])
     assert scaler.get_scale() < 2.0**24
     assert all(bool(p.grad.isfinite().all()) for p in body.parameters())
+
+
+@pytest.mark.skipif(not BY_DEVICE, reason="this torch scales on a GPU only")
+@pytest.mark.parametrize("scaler", [
+    None, torch.amp.GradScaler("cpu", enabled=False) if BY_DEVICE else None,
+    torch.amp.GradScaler("cpu", init_scale=0.5) if BY_DEVICE else None,
+])  # fmt: skip
+def test_what_no_scaler_would_skip_stays_an_error(scaler: Any) -> None:
+    """A disabled one would step on infinite gradients; one of 0.5 has skipped for long."""
+    with pytest.raises(FloatingPointError), overflow_skips(scaler, [nn.Parameter(torch.ones(1))]):
+        if scaler is not None:
+            scaler.scale(torch.ones(1))
+        raise FloatingPointError("nan in the data")

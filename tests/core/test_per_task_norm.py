@@ -198,6 +198,8 @@ REFUSED: list[tuple[Callable[[], nn.Module], str]] = [
     (lambda: Chunked(net_2d(), 100), "second pass"),
     (FoldsIntoTheBatch, "norm: expected the batch of 12 images, got 120 rows"),
     (lambda: nn.Flatten(0, 1), "expected one row of features"),
+    (lambda: torch.jit.script(nn.Sequential(nn.BatchNorm2d(2))), "called a batch norm"),
+    (lambda: nn.Sequential(*2 * [nn.BatchNorm2d(2)]), "0: expected a batch norm that is called o"),
 ]
 
 

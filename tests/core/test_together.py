@@ -423,6 +423,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"features": torch.zeros(0, 8, 7)}, ValueError, r"got \[0, 8, 7\]"),
     ({"features": X.long()}, TypeError, "expected floats"),
     ({"features": [1.0]}, TypeError, "expected tensors, got list, Tensor; stack the tasks"),
+    ({"targets": [1.0]}, TypeError, "expected tensors, got Tensor, list; stack the tasks"),
+    ({"query": [1.0]}, TypeError, "query: expected a tensor, got list; stack the tasks"),
     ({"features": X.to("meta")}, ValueError, "expected one device"),
     ({"targets": torch.zeros(2, 7).long()}, ValueError, r"targets: .* of shape \[2, 8\]"),
     ({"targets": torch.zeros(2, 8)}, ValueError, r"expected floats of shape \[2, 8, 3\]"),
@@ -440,7 +442,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"head": lambda: head(first_order=True)}, ValueError, "got first_order"),
     ({"head": lambda: ImplicitGBML(nn.Linear(7, 3), lambda parameter: None)}, ValueError,
      "got a regularizer of its own"),
-    *(({"head": lambda name=name: frozen(name)}, ValueError, f"got {name} without")
+    *(({"head": lambda name=name: frozen(name)}, ValueError, "got frozen parameters; a")
       for name in ("weight", "bias")),
     *(({"head": lambda loss=loss: head(loss=loss)}, ValueError,
        "loss: expected nn.CrossEntropyLoss") for loss in (

@@ -97,15 +97,16 @@ def test_a_lost_rank_ends_the_job(tmp_path: Path, job: str) -> None:
 
 
 def test_one_process_needs_no_second_path() -> None:
-    parameter = nn.Parameter(torch.zeros(1))
+    parameter, other = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    other.grad = torch.full((1,), 2.0)
     with connect() as ranks:
         assert ranks is ALONE and ranks.first
-        ranks.average([parameter], 0.5)
+        ranks.average([parameter, other], 0.5)
         ranks.broadcast([parameter])
         assert ranks.collect(ranks.share([1, 2])) == [1, 2]
         with pytest.raises(ArithmeticError, match="^bad$"), ranks.together(ArithmeticError):
             raise ArithmeticError("bad")
-    assert parameter.grad is None
+    assert parameter.grad is None and other.grad.tolist() == [1.0]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])

@@ -22,7 +22,7 @@ from l2l_implicit.lightning import (
 )
 from l2l_implicit.lightning.data import Done, EpisodeNumbers
 from l2l_implicit.lightning.module import f1
-from l2l_implicit.tasks import split_support_query
+from l2l_implicit.tasks import get_tasksets, split_support_query
 
 import pytorch_lightning as pl  # isort: skip  (l2l_implicit first: it makes torchvision importable)
 from learn2learn.algorithms import LightningANIL, LightningEpisodicModule  # isort: skip
@@ -245,6 +245,21 @@ def test_tasks_are_those_of_their_numbers_whoever_draws_them() -> None:
     assert all(torch.equal(a[0], b[0]) for a, b in zip(alone, helped, strict=True))
 
 
+def test_tasks_of_a_finite_set_too() -> None:
+    """Whoever draws them first, and whatever was drawn before."""
+    def drawn(workers: int, skip: int = 0) -> list[Tensor]:
+        sets = get_tasksets("glyphs", num_tasks=3, level="clean", train_ways=2, train_samples=2)
+        for _ in range(skip):
+            sets.train.sample()
+        tasks = EpisodicDataModule(sets.train, epoch_length=8, num_workers=workers)
+        return [x for x, _ in tasks.train_dataloader()]
+
+    alone, helped, later = drawn(0), drawn(2), drawn(0, skip=2)
+    for a, b, c in zip(alone, helped, later, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+    assert len({x.numpy().tobytes() for x in alone}) == 3
+
+
 def test_examples() -> None:
     for name in ("module", "data"):
         found = importlib.import_module(f"l2l_implicit.lightning.{name}")
@@ -447,3 +462,6 @@ def test_what_does_not_fit_is_one_line() -> None:
         module.meta_learn((x, y), 0, 5, 16, 1)
     with pytest.raises(ValueError, match=r"^labels: expected one for each [^\n]*$"):
         module.meta_learn((x, y[:, 0]), 0, 5, 8, 8)
+    module = LightningImplicitMAML(nn.Linear(3, 2), task="multilabel", l2=5.0)
+    with pytest.raises(ValueError, match=r"^labels: expected 0 or 1 [^\n]*got -1 to 1; [^\n]*$"):
+        module.meta_learn((x, y.sign()), 0, 5, 8, 8)

@@ -178,6 +178,8 @@ def test_settings_that_have_no_meaning_here() -> None:
         ImplicitGBML(nn.Linear(4, 3), KFO, adapt_transform=True)
     with pytest.raises(TypeError, match="transform: expected one of learn2learn.optim"):
         ImplicitGBML(nn.Linear(4, 3))
+    with pytest.raises(TypeError, match="compute_update: expected learn2learn's, got str"):
+        ImplicitGBML(nn.Linear(4, 3), compute_update="x")
     update = l2l.optim.ParameterUpdate([nn.Linear(4, 3).weight], KFO)
     learner = ImplicitGBML(nn.Linear(4, 3), lr=0.1, compute_update=update).clone()
     with pytest.raises(ValueError, match="compute_update: expected one made for the module's 2"):

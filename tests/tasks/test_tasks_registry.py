@@ -74,6 +74,8 @@ def test_a_finite_task_set_repeats_its_tasks() -> None:
      "train_ways between 1 and 343, .* got 344: .* at most 343"),
     ("glyphs", {"test_ways": 86}, ValueError,
      "test_ways between 1 and 85, the number of validation .* got 86"),
+    ("glyphs", {"train_ways": 2.5}, TypeError, "train_ways: expected a whole number, got 2.5"),
+    ("glyphs", {"test_samples": 2.5}, TypeError, "test_samples: expected a whole number, got 2.5"),
     ("glyphs", {"levels": "easy"}, TypeError, "got levels='easy': did you mean level?"),
     ("glyphs", {"data_augmentation": "lee2019"}, TypeError, "data_augmentation='lee2019'"),
 ])  # fmt: skip
@@ -83,7 +85,7 @@ def test_what_cannot_be_had(name: str, options: Any, error: Any, message: str) -
 
 
 def test_what_learn2learn_hands_on_for_nothing_is_taken() -> None:
-    assert get_tasksets("glyphs", level="clean", data_augmentation=None).train.sample()
+    assert get_tasksets("glyphs", level="clean", data_augmentation=None, root=None).train.sample()
 
 
 def test_a_task_is_quick(tasksets: object) -> None:
@@ -141,6 +143,8 @@ def test_split_refuses_what_it_cannot_split() -> None:
         split_support_query(data, labels[:4], shots=1)
     with pytest.raises(ValueError, match="shots of at least 1, got 0"):
         split_support_query(data, labels, shots=0)
+    with pytest.raises(TypeError, match="shots: expected a whole number, got 1.5"):
+        split_support_query(data, labels, shots=1.5)
 
 
 class Blobs:

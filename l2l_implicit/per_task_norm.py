@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from l2l_implicit import checks
+from l2l_implicit import checks, module_state
 from l2l_implicit.chunked import Chunked
-from l2l_implicit.module_state import moves_with_each_pass
 
 
 def per_task_batch_norm(backbone: nn.Module, tasks: int) -> Callable[[Tensor], Tensor]:
@@ -205,6 +204,6 @@ def _coupling(module: nn.Module) -> str | None:
         return "whose scale may be that of the whole batch"
     if isinstance(module, _InstanceNorm) and module.track_running_stats:
         return "whose running statistics are averaged over the batch"
-    if moves_with_each_pass(module):
+    if module_state.moves_with_each_pass(module):
         return "whose spectral norm advances at every pass"
     return None

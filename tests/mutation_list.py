@@ -176,8 +176,8 @@ MUTATIONS = (
       "never_silent_derivatives::test_the_mixed_derivative"),
     m("the comparison moves what has no gradient", LOOK, "direction *= at.loss_gradient != 0", "",
       "never_silent_derivatives::test_a_masked_gradient_is_not_doubted"),
-    m("a module that moves with each pass goes unnoticed", LOOK,
-      "if part.training and (hooks or type(part).__name__ == \"_SpectralNorm\"):", "if False:",
+    m("a module that moves with each pass goes unnoticed", "module_state.py",
+      "return module.training and (hooks or", "return False and (hooks or",
       "never_silent_derivatives::"
       "test_spectral_norm_in_training_mode_is_warned_of_beside_kinks"),
     m("the first loss's second derivative stands for all", LEARNER,

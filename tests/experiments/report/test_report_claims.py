@@ -81,7 +81,9 @@ def drawn(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder, stem = tmp_path_factory.mktemp("accuracy"), request.param.name.partition(".")[0]
     sweep = next(name for name in SWEEPS if stem.startswith(f"{name}_"))
     benchmark = stem.removeprefix(f"{sweep}_")
-    lines = reported(request.param, [sweep, f"benchmark={benchmark}"], folder)
+    words = [sweep, f"benchmark={benchmark}"]
+    words += ["model.precision=bfloat16"] * (benchmark == "fc100")
+    lines = reported(request.param, words, folder)
     complete = [line for line in lines if line["runs"]["status"] == "COMPLETED"]
     budgets = [line["runs"]["config"]["budget"] or math.inf for line in complete]
     found: dict[str, dict[int, Final]] = defaultdict(dict)

@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from experiments.ingredients.algorithm_table import ALGORITHMS, AlgorithmSettings
+from experiments.ingredients.model import ModelSettings, build_backbone
 from experiments.ingredients.named_configs import all_configs
 from experiments.tracking import UserError
 from experiments.tracking.config import ModelConfig
 from experiments.train import ex
+
+WEIGHTS = [*(Path(__file__).parents[3] / "docs" / "records").glob("*_best.pt")]
 
 
 def resolved(*names: str, **updates: Any) -> dict[str, Any]:
@@ -100,3 +104,14 @@ def test_variants_of_algorithm_1() -> None:
 def test_every_named_config_is_accepted() -> None:
     for name in all_configs():
         assert resolved(name)["seed"] is not None
+
+
+@pytest.mark.parametrize("file", WEIGHTS, ids=lambda file: file.stem)
+def test_published_weights_are_those_of_their_config(file: Path) -> None:
+    assert file.stat().st_size < 2**20
+    saved = torch.load(file, weights_only=True)
+    settings = ModelSettings.of(all_configs()[file.stem]["model"])
+    backbone, width = build_backbone((3, 32, 32), settings)
+    backbone.load_state_dict(saved["backbone"])
+    assert saved["head"]["weight"].shape[1] == width
+    assert all(bool(value.isfinite().all()) for value in saved["theta"])

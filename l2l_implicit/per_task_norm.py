@@ -123,6 +123,12 @@ def _normalize(
             f"{name or 'backbone'}: expected the batch of {rows} images, got {len(x)} rows; "
             "run a backbone that changes the batch dimension one task at a time"
         )
+    if norm.running_mean is not None and norm in done:  # its statistics have T tasks behind them
+        raise ValueError(
+            f"{name or 'backbone'}: expected a batch norm that is called once in a pass, got one "
+            "that is called again; run one task at a time"
+        )
+    done.add(norm)
     norm._check_input_dim(x)
     weight, bias = (None if p is None else p.repeat(tasks) for p in (norm.weight, norm.bias))
     running = [s for s in (norm.running_mean, norm.running_var) if s is not None]
@@ -131,12 +137,6 @@ def _normalize(
     grouped = x.reshape(rows // tasks, tasks * x.shape[1], *x.shape[2:])
     # With momentum 1 these statistics are the batch's own, one row for each task.
     out = F.batch_norm(grouped, mean, var, weight, bias, True, 1.0, norm.eps)
-    if running and norm in done:  # each task's passes would come one after the other
-        raise ValueError(
-            f"{name or 'backbone'}: expected a batch norm that is called once in a pass, got one "
-            "that is called again; run one task at a time"
-        )
-    done.add(norm)
     if running:
         _update(norm, running, [statistic.view(tasks, -1) for statistic in batch])
     return out.view(rows, *x.shape[1:]).contiguous(memory_format=_layout(x))

@@ -146,8 +146,8 @@ class Episodes(Dataset):  # type: ignore[type-arg]
     def __getitem__(self, number: int) -> Any:
         tasks = self._tasks
         with own_random(f"{self._seed} {number}"):
-            if getattr(tasks, "num_tasks", -1) < 1:
-                return tasks.sample()
+            if not hasattr(tasks, "sample_task_description") or tasks.num_tasks < 1:
+                return tasks.sample()  # of no end, or not learn2learn's
             with own_random(f"task {random.randrange(tasks.num_tasks)}"):
                 description = tasks.sample_task_description()
             return tasks.get_task(description)

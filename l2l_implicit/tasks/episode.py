@@ -28,6 +28,7 @@ def split_support_query(data: Tensor, labels: Tensor, shots: int) -> tuple[Label
 
     Raises:
         ValueError: labels do not match the data, or a class has not more than `shots` samples.
+        TypeError: `shots` is no whole number.
 
     Example:
         >>> x, y = torch.arange(6.0), torch.tensor([1, 0, 1, 0, 1, 0])
@@ -39,8 +40,6 @@ def split_support_query(data: Tensor, labels: Tensor, shots: int) -> tuple[Label
             f"expected one label for each of {len(data)} inputs, got labels of shape "
             f"{tuple(labels.shape)}: pass data and labels of the same episode"
         )
-    if shots < 1:
-        raise ValueError(f"expected shots of at least 1, got {shots}: pass a positive number")
     checks.count("shots", shots)
     ordered, order = torch.sort(labels, stable=True)
     classes, counts = torch.unique_consecutive(ordered, return_counts=True)

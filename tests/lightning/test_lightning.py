@@ -258,6 +258,9 @@ def test_tasks_of_a_finite_set_too() -> None:
     for a, b, c in zip(alone, helped, later, strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
     assert len({x.numpy().tobytes() for x in alone}) == 3
+    own = Numbers("regression")
+    own.num_tasks = 3  # of a set that is not learn2learn's it means whatever it means there
+    assert len(list(EpisodicDataModule(own, epoch_length=2).train_dataloader())) == 2
 
 
 def test_examples() -> None:

@@ -78,6 +78,7 @@ def test_a_finite_task_set_repeats_its_tasks() -> None:
     ("glyphs", {"test_ways": 86}, ValueError,
      "test_ways between 1 and 85, the number of validation .* got 86"),
     ("glyphs", {"train_ways": 2.5}, TypeError, "train_ways: expected a whole number, got 2.5"),
+    ("glyphs", {"train_ways": None}, TypeError, "train_ways: expected a whole number, got None"),
     ("glyphs", {"test_samples": 2.5}, TypeError, "test_samples: expected a whole number, got 2.5"),
     ("glyphs", {"levels": "easy"}, TypeError, "got levels='easy': did you mean level?"),
     ("glyphs", {"data_augmentation": "lee2019"}, TypeError, "data_augmentation='lee2019'"),
@@ -144,7 +145,7 @@ def test_split_refuses_what_it_cannot_split() -> None:
         split_support_query(data, labels, shots=2)
     with pytest.raises(ValueError, match=r"one label for each of 5 inputs, got .*\(4,\)"):
         split_support_query(data, labels[:4], shots=1)
-    with pytest.raises(ValueError, match="shots of at least 1, got 0"):
+    with pytest.raises(ValueError, match="shots: expected at least 1, got 0"):
         split_support_query(data, labels, shots=0)
     with pytest.raises(TypeError, match="shots: expected a whole number, got 1.5"):
         split_support_query(data, labels, shots=1.5)

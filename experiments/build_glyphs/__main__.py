@@ -11,10 +11,6 @@ from experiments.build_glyphs import classes
 from experiments.build_glyphs.drawings import Face, all_faces, render_all
 
 TASKS = Path(__file__).parents[2] / "l2l_implicit" / "tasks"
-DIGEST_COMMAND = (  # run where the package is installed: this environment has no torch
-    "python -c 'import numpy; from l2l_implicit.tasks.glyphs import PATH, digest; "
-    "print(digest(numpy.load(PATH)))'"
-)
 HEADER = """# Typefaces drawn in glyphs.npz
 
 `glyphs.npz` holds 28 x 28 pixel pictures of characters, drawn from the typefaces below. It holds
@@ -82,7 +78,7 @@ def main() -> None:
     print(f"{len(arrays['images'])} images of {len(faces)} faces, "
           f"{np.bincount(arrays['labels']).min()} to {np.bincount(arrays['labels']).max()} a class")
     print(f"{options.out}: {options.out.stat().st_size / 1e6:.2f} MB")
-    print("record its digest in l2l_implicit/tasks/glyphs.py:", DIGEST_COMMAND)
+    print("record its SHA-256 in tests/tasks/test_glyphs.py")
 
 
 if __name__ == "__main__":

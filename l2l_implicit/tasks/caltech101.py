@@ -68,17 +68,6 @@ class Caltech101(ImageTable):
     Raises:
         ValueError: an unknown mode, a size below 1, or a photograph that cannot be read.
         FileNotFoundError: the folder, or the folder of a category, is missing or empty.
-
-    Example:
-        >>> import pathlib, tempfile, PIL.Image
-        >>> from l2l_implicit.tasks.caltech101 import FOLDER, SPLIT, Caltech101
-        >>> root = tempfile.TemporaryDirectory()
-        >>> for category in SPLIT["validation"]:
-        ...     pathlib.Path(root.name, FOLDER, category).mkdir(parents=True)
-        ...     PIL.Image.new("RGB", (40, 30)).save(f"{root.name}/{FOLDER}/{category}/1.jpg")
-        >>> photographs = Caltech101("validation", root.name)
-        >>> len(photographs), photographs[0][0].shape
-        (16, torch.Size([3, 32, 32]))
     """
 
     def __init__(
@@ -86,8 +75,7 @@ class Caltech101(ImageTable):
         device: Device = None,
     ) -> None:  # fmt: skip
         checks.choice("mode", mode, MODES)
-        if size < 1:
-            raise ValueError(f"expected a size of at least 1 pixel, got {size}: pass e.g. 32")
+        checks.count("size", size)
         folder, names = Path(root).expanduser() / FOLDER, SPLIT[mode]
         found = [sorted((folder / name).glob("*.jpg")) for name in names]
         empty = [name for name, own in zip(names, found, strict=True) if not own]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from l2l_implicit import checks
 from l2l_implicit.checks import printable
 from l2l_implicit.tasks.image_table import Device, ImageTable
 from l2l_implicit.tasks.pictures import Arrays, kept_arrays, listing_of, read_square
@@ -57,20 +58,10 @@ def folder_tables(
 
     Raises:
         FileNotFoundError: no folder, or no class in it.
-        ValueError: an incomplete layout, a size below 1, or files that cannot be read.
-
-    Example:
-        >>> import pathlib, tempfile, PIL.Image
-        >>> from l2l_implicit.tasks import folder_tables
-        >>> root = tempfile.TemporaryDirectory()
-        >>> for name in "abcdefghijkl":
-        ...     pathlib.Path(root.name, name).mkdir()
-        ...     PIL.Image.new("RGB", (40, 30), "red").save(pathlib.Path(root.name, name, "0.png"))
-        >>> {mode: len(table.classes) for mode, table in folder_tables(root.name).items()}
-        {'train': 8, 'validation': 2, 'test': 2}
+        ValueError, TypeError: an incomplete layout, a size below 1 or no whole number, files that
+            cannot be read.
     """
-    if size < 1:
-        raise ValueError(f"expected a size of at least 1 pixel, got {size}: pass e.g. 32")
+    checks.count("size", size)
     folder = Path(root).expanduser()
     modes, seed = modes_of(folder, split_seed)
     uses = Counter(name for classes in modes.values() for name in classes)
@@ -214,7 +205,7 @@ def _pictures(paths: Sequence[Path], root: Path, size: int) -> Arrays:
         return {"images": images, "grey": grey, "faults": np.array("\n".join(faults))}
 
     kept = root / f".reduced_{size}.npz"  # hidden: no class, whatever layout the folder has
-    listing = f"2 {printable(root.resolve())} {listing_of(paths, root, times=True)}"
+    listing = f"3 {printable(root.resolve())} {listing_of(paths, root, times=True)}"
     return kept_arrays(kept, listing, make)
 
 

@@ -27,8 +27,8 @@ def read_square(path: Path, size: int) -> tuple[NDArray[np.uint8], bool]:
     """The central square of a picture, bilinearly resized, and whether the picture is grey.
 
     It is turned as its EXIF orientation says; what is transparent becomes white; of several frames
-    the first is taken. Deep grey levels (16 bit) are reduced to 8 bit. Memory: a few bytes a pixel,
-    beside what the decoder needs.
+    the first is taken. Deep grey levels (16 bit) are reduced to 8 bit, and must reach 4096 of
+    65535. Memory: a few bytes a pixel, beside what the decoder needs.
 
     Args:
         path: regular file in one of `FORMATS`, whatever its name.
@@ -69,12 +69,21 @@ def _central_square(picture: Image.Image) -> Image.Image:
 
     It is cut out before it is resized: `resize(box=...)` would mix in pixels from beside it.
     """
-    side = min(picture.size)
+    side, highest = min(picture.size), 0
     left, top = ((length - side) // 2 for length in picture.size)
     square, rows = Image.new("RGB", (side, side)), max(1, STRIP // side)
     for row in range(0, side, rows):
         last = min(row + rows, side)
-        square.paste(_as_rgb(picture.crop((left, top + row, left + side, top + last))), (0, row))
+        strip = picture.crop((left, top + row, left + side, top + last))
+        if picture.mode[0] == "I":
+            highest = max(highest, int(np.asarray(strip).max()))
+        square.paste(_as_rgb(strip), (0, row))
+    if 0 < highest < 4096:  # pixels of 8 or 12 bit in a deeper file: nearly black
+        left_over = round(255 * highest / 65535) + 1
+        raise ValueError(
+            f"levels up to {highest} of 65535, of which {left_over} of 256 would be left (stretch "
+            "them to 65535)"
+        )
     return square
 
 
@@ -86,7 +95,9 @@ def _as_rgb(picture: Image.Image) -> Image.Image:
             raise ValueError(
                 f"levels from {levels.min():g} to {levels.max():g} instead of 0 to {highest:g}"
             )
-        picture = Image.fromarray((255 * levels / highest).round().astype(np.uint8))
+        reduced = (255 * levels / highest).round().astype(np.uint8)
+        reduced[levels == picture.info.get("transparency", -1)] = 255
+        picture = Image.fromarray(reduced)
     if picture.has_transparency_data:
         opaque = Image.new("RGBA", picture.size, "white")
         return Image.alpha_composite(opaque, picture.convert("RGBA")).convert("RGB")

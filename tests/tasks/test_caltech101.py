@@ -73,8 +73,10 @@ def test_missing_folder_says_where_to_get_what(tmp_path: Path) -> None:
 def test_a_missing_category_and_wrong_options_are_named(root: Path) -> None:
     with pytest.raises(ValueError, match="got 'valid'. did you mean 'validation'"):
         Caltech101("valid", root)
-    with pytest.raises(ValueError, match="size of at least 1 pixel, got 0"):
+    with pytest.raises(ValueError, match="size: expected at least 1, got 0"):
         Caltech101("train", root, size=0)
+    with pytest.raises(TypeError, match="size: expected a whole number, got 8.0"):
+        Caltech101("train", root, size=8.0)
     for path in (categories(root) / "accordion").iterdir():
         path.unlink()
     mode = next(mode for mode, names in SPLIT.items() if "accordion" in names)

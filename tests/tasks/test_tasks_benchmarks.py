@@ -2,6 +2,8 @@
 
 import l2l_implicit  # noqa: F401, I001  (first: it makes learn2learn importable)
 
+import os
+import pickle
 import random
 import shutil
 import zipfile
@@ -322,6 +324,31 @@ def test_damaged_files_stay(name: str, file: str, tmp_path: Path, attempts: list
     with pytest.raises(UserError, match=r"(not read it \(\w+.*\)|got .*): delete it,? and") as told:
         made(name, tmp_path)
     assert file in str(told.value) and (tmp_path / file).exists() and attempts == []
+
+
+class Runs:
+    """Pickled: a call that makes a folder as soon as the file is read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize(("name", "file"), [
+    ("fc100", "FC100_val.pickle"), ("mini_imagenet", "mini-imagenet-cache-train.pkl"),
+    ("tiered_imagenet", "tiered-imagenet/test_images_png.pkl"),
+    ("tiered_imagenet", "tiered-imagenet/test_labels.pkl"),
+])  # fmt: skip
+def test_files_of_data_run_nothing(name: str, file: str, tmp_path: Path) -> None:
+    """And learn2learn's own classes read as ever once the task sets are made."""
+    WRITERS[name](tmp_path, 3, 3)
+    (tmp_path / file).write_bytes(pickle.dumps(Runs(tmp_path / "made")))
+    with pytest.raises(UserError, match=f"asks for {os.name}.mkdir, not for arrays alone.*delete"):
+        made(name, tmp_path)
+    assert not (tmp_path / "made").exists()
+    assert learn2learn.vision.datasets.fc100.pickle is pickle
 
 
 def test_an_interrupted_copy_leaves_nothing(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:

@@ -80,7 +80,7 @@ def test_one_folder_is_split_by_seed(tmp_path: Path) -> None:
      "expected every class once, got .*train0 under two names: remove the link"),
     (lambda root: [shutil.rmtree(root), write_classes(root, 25)], {"split_seed": -1},
      "split_seed: expected a number of at least 0, got -1"),
-    (lambda root: None, {"size": 0}, "size of at least 1 pixel, got 0"),
+    (lambda root: None, {"size": 0}, "size: expected at least 1, got 0"),
     (lambda root: None, {"level": "easy"}, "got level='easy'"),
     (lambda root: (root / "train/train0/more").mkdir(), {}, "found the folder .*more: move"),
     (lambda root: None, {"ways": 5},
@@ -196,6 +196,13 @@ def test_deep_grey_levels_are_reduced_not_clipped(tmp_path: Path) -> None:
     Image.fromarray(levels).save(tmp_path / "deep.png")
     pixels, grey = read_square(tmp_path / "deep.png", 2)
     assert grey and pixels[0].tolist() == [[0, 1], [128, 255]]
+
+
+def test_a_transparent_deep_level_becomes_white(tmp_path: Path) -> None:
+    levels = np.array([[0, 257], [32896, 65535]], np.uint16)
+    Image.fromarray(levels).save(tmp_path / "deep.png", transparency=257)
+    pixels, grey = read_square(tmp_path / "deep.png", 2)
+    assert grey and pixels[0].tolist() == [[0, 255], [128, 255]]
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])

@@ -68,6 +68,16 @@ class Caltech101(ImageTable):
     Raises:
         ValueError: an unknown mode, a size below 1, or a photograph that cannot be read.
         FileNotFoundError: the folder, or the folder of a category, is missing or empty.
+
+    Example:
+        >>> import pathlib, tempfile, PIL.Image
+        >>> from l2l_implicit.tasks.caltech101 import FOLDER, SPLIT, Caltech101
+        >>> root = tempfile.TemporaryDirectory()
+        >>> for category in SPLIT["validation"]:
+        ...     pathlib.Path(root.name, FOLDER, category).mkdir(parents=True)
+        ...     PIL.Image.new("RGB", (40, 30)).save(f"{root.name}/{FOLDER}/{category}/1.jpg")
+        >>> Caltech101("validation", root.name)[0][0].shape
+        torch.Size([3, 32, 32])
     """
 
     def __init__(
@@ -111,16 +121,9 @@ def caltech101_tasksets(
         ValueError, TypeError: see `get_tasksets`.
 
     Example:
-        >>> import pathlib, tempfile, PIL.Image
-        >>> from l2l_implicit.tasks import get_tasksets
-        >>> from l2l_implicit.tasks.caltech101 import FOLDER, SPLIT
-        >>> root = tempfile.TemporaryDirectory()
-        >>> for category in sum(map(list, SPLIT.values()), []):
-        ...     pathlib.Path(root.name, FOLDER, category).mkdir(parents=True)
-        ...     PIL.Image.new("RGB", (40, 30)).save(f"{root.name}/{FOLDER}/{category}/1.jpg")
-        >>> tasks = get_tasksets("caltech101", root=root.name, train_samples=1, test_samples=1)
-        >>> tasks.train.sample()[0].shape
-        torch.Size([5, 3, 32, 32])
+        >>> from l2l_implicit.tasks import TASKSETS, caltech101_tasksets
+        >>> TASKSETS["caltech101"] is caltech101_tasksets
+        True
     """
     refuse_unknown(kwargs, own=("size",))
     folder = Path(root or "~/data").expanduser()

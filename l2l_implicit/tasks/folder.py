@@ -27,11 +27,10 @@ class FolderImages(ImageTable):
         skipped: how many files of the whole folder could not be read.
 
     Example:
-        >>> import torch
-        >>> from l2l_implicit.tasks import FolderImages
-        >>> images = FolderImages(torch.zeros(2, 3, 16, 16, dtype=torch.uint8), [0, 0], ["cats"])
+        >>> import torch, l2l_implicit.tasks as tasks
+        >>> images = tasks.FolderImages(torch.zeros(2, 3, 9, 9, dtype=torch.uint8), [0, 0], ["cat"])
         >>> len(images), images.skipped, images[0][0].shape
-        (2, 0, torch.Size([3, 16, 16]))
+        (2, 0, torch.Size([3, 9, 9]))
     """
 
     skipped = 0
@@ -60,6 +59,16 @@ def folder_tables(
         FileNotFoundError: no folder, or no class in it.
         ValueError, TypeError: an incomplete layout, a size below 1 or no whole number, files that
             cannot be read.
+
+    Example:
+        >>> import pathlib, tempfile, PIL.Image
+        >>> from l2l_implicit.tasks import folder_tables
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     for name in "abcdefghijkl":
+        ...         pathlib.Path(root, name).mkdir()
+        ...         PIL.Image.new("RGB", (40, 30)).save(pathlib.Path(root, name, "0.png"))
+        ...     [len(table.classes) for table in folder_tables(root).values()]
+        [8, 2, 2]
     """
     checks.count("size", size)
     folder = Path(root).expanduser()

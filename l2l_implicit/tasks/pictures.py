@@ -78,12 +78,8 @@ def _central_square(picture: Image.Image) -> Image.Image:
         if picture.mode[0] == "I":
             highest = max(highest, int(np.asarray(strip).max()))
         square.paste(_as_rgb(strip), (0, row))
-    if 0 < highest < 4096:  # pixels of 8 or 12 bit in a deeper file: nearly black
-        left_over = round(255 * highest / 65535) + 1
-        raise ValueError(
-            f"levels up to {highest} of 65535, of which {left_over} of 256 would be left (stretch "
-            "them to 65535)"
-        )
+    if 0 < highest < 4096:  # pixels of 8 or 12 bit in a deeper file
+        raise ValueError(f"levels up to {highest} of 65535, nearly black (stretch them to 65535)")
     return square
 
 

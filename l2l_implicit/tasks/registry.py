@@ -73,7 +73,6 @@ def canonical(name: str) -> str:
     """Our name of a benchmark: learn2learn's "mini-imagenet" is "mini_imagenet" here.
 
     Example:
-        >>> from l2l_implicit.tasks import canonical
         >>> canonical("cifar-fs"), canonical("glyphs")
         ('cifarfs', 'glyphs')
     """
@@ -84,7 +83,6 @@ def kind_of(name: str) -> str:
     """What its targets are: "regression" where they are numbers, else "classification".
 
     Example:
-        >>> from l2l_implicit.tasks import kind_of
         >>> kind_of("sine"), kind_of("glyphs")
         ('regression', 'classification')
     """

@@ -109,8 +109,8 @@ NO_PICTURES: dict[str, tuple[bytes | Callable[[Path], None], str]] = {
     "a large tile": (tiled(30_000), "30000 x 30000 pixels in 134 bytes"),
     "levels of 32 bit": (tiff(np.int32(70_000)), "instead of 0 to 65535"),
     "negative levels": (tiff(np.int32(-1)), "instead of 0 to 65535"),
-    "pixels of 12 bit": (tiff(np.uint16(4095)), "levels up to 4095 of 65535, of which 17 of 256"),
-    "pixels of 8 bit": (tiff(np.int32(255)), "levels up to 255 of 65535, of which 2 of 256"),
+    "pixels of 12 bit": (tiff(np.uint16(4095)), "levels up to 4095 of 65535"),
+    "pixels of 8 bit": (tiff(np.int32(255)), "levels up to 255 of 65535"),
     "floats to 255": (tiff(np.float32(255)), "levels from 255 to 255"),
     "nan": (tiff(np.float32(np.nan)), "levels from nan to nan"),
 }  # fmt: skip

@@ -110,11 +110,3 @@ def test_what_cannot_be_had_is_one_line(options: dict[str, Any], message: str) -
 def test_an_unknown_mode_suggests_the_nearest() -> None:
     with pytest.raises(ValueError, match="got 'val'; did you mean 'validation'"):
         made(level="clean").stream("val", 0)
-
-
-def test_the_docs_print_the_split_of_caltech101() -> None:
-    text = (Path(__file__).parents[3] / "docs" / "tasks.md").read_text(encoding="utf-8")
-    printed = text.split("the split\n")[1]
-    for mode, names in SPLIT.items():
-        listed = printed.split(f"**{mode.capitalize()}** ({len(names)}):")[1].split(".")[0]
-        assert tuple(listed.replace("\n", " ").strip().split(", ")) == names

@@ -200,6 +200,9 @@ def cells(line: str) -> list[str]:
 
 @pytest.mark.parametrize("table", ["summary", "time"])
 def test_the_page_shows_the_report_s_tables(drawn: Drawn, table: str) -> None:
+    """Those of the papers' own data."""
+    if drawn.sweep == "accuracy":
+        return
     pages = (drawn.folder / f"{table}_{drawn.sweep}_{drawn.benchmark}.md",
              DOCS / "reproduction_tables.md")  # fmt: skip
     # every line of a table but the one under the head

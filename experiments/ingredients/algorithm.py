@@ -66,7 +66,8 @@ def _build(
         how |= {"cached": s.features == "cached", "squared": s.name == "r2d2"}
         if s.scale is not None:
             how["scale"] = l2l.nn.Scale(1, s.scale).to(head.weight.device)
-        evaluation = learning.HeadOnly(backbone, learn(head), test_steps, loss, **how)
+        tested = learn if s.test_l2 is None else _learner(s.model_copy(update={"l2": s.test_l2}))
+        evaluation = learning.HeadOnly(backbone, tested(head), test_steps, loss, **how)
         arguments = (backbone, learn(initial), s.steps, loss)
         if s.together == "auto" and s.features == "cached" and s.step != "lbfgs":  # it is faster
             training = learning.HeadsTogether(*arguments, most_bytes=MOST_BYTES, **how)

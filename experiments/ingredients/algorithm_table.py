@@ -94,6 +94,7 @@ class AlgorithmSettings(Settings):
     # head: a network's head alone is adapted in validation and test
     test_scope: Literal["head"] | None = None
     l2: NotNegative = own()  # inner regulariser
+    test_l2: NotNegative | None = None  # of a head in validation and test; None: as in training
     step: Literal["newton", "lbfgs", "gradient"] = own()  # inner solver: newton, lbfgs or gradient
     # linear solver: cg, neumann, nystrom, identity or direct
     solver: Literal["cg", "neumann", "nystrom", "identity", "direct"] = own(implicit="cg")
@@ -164,6 +165,8 @@ class AlgorithmSettings(Settings):
             refuse("test_scope", f"none for {name}")
         if self.test_steps is not None and self.steps is None:
             refuse("test_steps", f"none for {name}")
+        if self.test_l2 is not None and (self.scope == "network" or self.learn_l2 is not False):
+            refuse("test_l2", f"none for {name}, or a head whose l2 is not learned")
         if self.solver not in ("cg", None) and (self.preconditioner != "none" or self.truncated):
             refuse("solver", "cg with a preconditioner or truncated=True", "leave them out")
         if self.scope == "network" and self.preconditioner == "kronecker":

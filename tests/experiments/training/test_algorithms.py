@@ -408,6 +408,17 @@ def test_a_network_can_be_tested_by_its_head_alone() -> None:
         assert evaluation.adapt(episode()).predictions.shape == (WAYS * SHOTS, WAYS)
 
 
+def test_a_head_can_be_held_closer_in_test() -> None:
+    """It is the head of a learner that was trained with that l2; training has its own."""
+    theirs = meta_learner("ImplicitCGHead", l2=3.0).algorithms
+    ours = meta_learner("ImplicitCGHead", l2=0.1, test_l2=3.0).algorithms
+    assert (ours.training.learner.l2, ours.evaluation.learner.l2) == (0.1, 3.0)
+    ours.backbone.load_state_dict(theirs.backbone.state_dict())
+    with torch.no_grad():
+        found, right = (a.evaluation.adapt(episode()).predictions for a in (ours, theirs))
+    torch.testing.assert_close(found, right)
+
+
 @pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
 @pytest.mark.parametrize("name", ["anil", "maml", "as_released", "ImplicitMAML", "reptile"])
 def test_a_diverging_inner_loop_is_said_before_theta_moves(name: str) -> None:

@@ -206,6 +206,8 @@ BAD = {
     "algorithm.features=as_published": "features: expected 'cached' with scope='network'",
     "algorithm.name=protonet algorithm.features=cached": "expected no such setting for protonet",
     "algorithm.name=protonet algorithm.test_steps=5": "test_steps: expected none for protonet, got",
+    "algorithm.name=logistic algorithm.test_l2=1.0": "test_l2: expected none for logistic, or",
+    "algorithm.name=ImplicitMAML algorithm.test_l2=1.0": "test_l2: expected none for ImplicitMAML",
     "algorithm.name=meta_sgd algorithm.test_scope=head": "test_scope: expected none for meta_sgd",
     "algorithm.name=meta_sgd algorithm.engine=learn2learn": "engine: expected higher for meta_sgd",
     "algorithm.scale=2.0": "algorithm.scale: expected no such setting for ImplicitCGHead, got 2.0",

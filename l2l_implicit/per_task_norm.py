@@ -63,10 +63,8 @@ def per_task_batch_norm(backbone: nn.Module, tasks: int) -> Callable[[Tensor], T
 def _run(backbone: nn.Module, tasks: int, images: Tensor) -> Tensor:
     rows = len(images)
     if not rows or rows % tasks:
-        raise ValueError(
-            f"images: expected a multiple of tasks = {tasks}, got {rows}; "
-            "every task needs equally many"
-        )
+        multiple = f"images: expected a multiple of tasks = {tasks}"
+        raise ValueError(f"{multiple}, got {rows}; every task needs equally many")
     forwards: dict[nn.Module, Callable[..., Tensor]] = {}  # of those that are to keep tasks apart
     done: set[nn.Module] = set()
     for name, module in backbone.named_modules():

@@ -318,10 +318,9 @@ class AutogradLinearization(Linearization):
     def hvp(self, vector: Tensor) -> Tensor:
         if not self.differentiable:
             raise RuntimeError(
-                "inner solver: expected one that needs first derivatives only, as "
-                "linear=Perturbed() takes no others, got one that asks for a Hessian product "
-                "(Newton() on this module, GradientDescent(adaptive=True)); use inner=LBFGS() or "
-                "GradientDescent()"
+                "inner solver: expected one of first derivatives, as linear=Perturbed() takes no "
+                "others, got one that asks for a Hessian product (Newton() on this module, "
+                "GradientDescent(adaptive=True)); use inner=LBFGS() or GradientDescent()"
             )
         return self.derivative(vector)
 

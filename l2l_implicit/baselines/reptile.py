@@ -83,7 +83,9 @@ class Reptile(BaselineLearner):
             RuntimeError: on a learner that is no clone.
         """
         if not self._original:
-            raise RuntimeError("outer_gradient: expected an adapted clone, got the original; clone()")
+            raise RuntimeError(
+                "outer_gradient: expected an adapted clone, got the original; call it on a clone()"
+            )
         for initial, adapted in zip(self._original, self.module.parameters(), strict=True):
             if initial.requires_grad:
                 way = weight * (initial - adapted)

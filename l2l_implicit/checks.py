@@ -78,6 +78,13 @@ def settings(
     positive("max_error", max_error)
 
 
+WRAPPED = (
+    "{}: expected a backbone, or a module whose forward() does the whole task, got a {}, whose "
+    "clone() and adapt() it would not see; use a process for each GPU, and Ranks.average of "
+    "l2l_implicit.distributed"
+)
+
+
 def model_and_lr(model: Any, lr: Any) -> None:
     """The constructor's first arguments, which learn2learn has too."""
     if not isinstance(model, nn.Module):
@@ -116,9 +123,8 @@ def not_compiled(model: nn.Module) -> None:
             what = printable(name) if name else "the whole"
             raise TypeError(
                 f"model: expected modules that are not compiled, got {what} by torch.compile, "
-                "torch.jit or torch.fx, which runs on the parameters it was given and not on a "
-                "task's; compile the backbone, and pass what is adapted as it was "
-                "(compiled._orig_mod)"
+                "torch.jit or torch.fx, which does not run on a task's parameters; compile the "
+                "backbone, and pass what is adapted as it was (compiled._orig_mod)"
             )
 
 
@@ -141,7 +147,8 @@ _MAML = ("module", "lr", "first_order", "allow_unused", "allow_nograd")
 
 def number(name: str, value: Any) -> float:
     """``value`` as a finite float."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real | Tensor):
+    odd = isinstance(value, Tensor) and (value.is_complex() or value.dtype is torch.bool)
+    if odd or isinstance(value, bool) or not isinstance(value, numbers.Real | Tensor):
         raise TypeError(f"{name}: expected a number, got {value!r}; pass a float")
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(
@@ -219,8 +226,16 @@ def choice(name: str, value: Any, allowed: Iterable[str]) -> None:
     raise ValueError(f"{name}: expected one of {expected}, got {value!r}; {hint}")
 
 
+def no_transform() -> None:
+    """No transform of functorch, within which nothing can be made a leaf."""
+    if torch._C._are_functorch_transforms_active():
+        do = "use torch.autograd.grad, and adapt_together for several tasks"
+        raise RuntimeError(f"adapt: expected no torch.func transform around it, got one; {do}")
+
+
 def adapt(loss: Any, steps: Any) -> None:
     """What ``adapt`` got: a tensor alone, or a closure with its number of steps."""
+    no_transform()
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "adapt: expected a mode in which gradients can be enabled, got torch.inference_mode(); "
@@ -282,14 +297,22 @@ def anchor(given: Any, phi: Sequence[Tensor], *tasks: int) -> list[Tensor]:
     return tensors
 
 
+def like(name: str, value: Any, other: Tensor) -> Tensor:
+    """What a solver of one's own has returned: a tensor like another."""
+    got = (value.dtype, *value.shape) if isinstance(value, Tensor) else type(value).__name__
+    if got != (expected := (other.dtype, *other.shape)):
+        help_ = "see the protocols InnerSolver and LinearSolver"
+        raise TypeError(f"{name}: expected a tensor of {expected}, got {got}; {help_}")
+    return value
+
+
 def loss(value: Any) -> Tensor:
     """The inner loss: a finite scalar with a graph."""
     if not isinstance(value, Tensor):
         raise TypeError(f"loss: expected a tensor, got {type(value).__name__} from the closure")
-    if value.numel() != 1:
-        raise ValueError(
-            f"loss: expected a scalar, got shape {tuple(value.shape)}; reduce it, e.g. .mean()"
-        )
+    if value.numel() != 1 or value.is_complex():
+        got = f"shape {tuple(value.shape)}, {value.dtype}"
+        raise ValueError(f"loss: expected a scalar, got {got}; reduce it, e.g. .mean(), or .real")
     if not value.requires_grad:
         raise ValueError(
             "loss: expected one that depends on the learner's parameters, got one without a graph; "
@@ -297,9 +320,8 @@ def loss(value: Any) -> Tensor:
         )
     if not math.isfinite(value.item()):
         raise NotFinite(
-            f"loss: expected a finite number, got {float(value.detach())}; look for nan in the "
-            "data, an empty support set, or an inner step that diverges: smaller lr, or "
-            "inner=Newton()"
+            f"loss: expected a finite number, got {float(value.detach())}; look for nan, an empty "
+            "support set, or an inner step that diverges: smaller lr, or inner=Newton()"
         )
     return value
 
@@ -365,8 +387,9 @@ def head_loss(value: Any) -> None:
     """One of torch's two losses that a linear head has in closed form."""
     if value is None:
         return
-    plain = isinstance(value, nn.MSELoss) or (
-        isinstance(value, nn.CrossEntropyLoss)
+    forward = getattr(type(value), "forward", None)
+    plain = forward is nn.MSELoss.forward or (
+        forward is nn.CrossEntropyLoss.forward
         and value.weight is None
         and value.label_smoothing == 0.0
         and value.ignore_index < 0
@@ -386,12 +409,15 @@ def can_be_together(learner: Any) -> None:
             f"{type(learner.module).__name__}; adapt one task at a time"
         )
     known = type(learner).regularizer.__qualname__ == "ImplicitCGHead.regularizer"
+    head, own = learner.module, type(learner).forward.__qualname__ != "ImplicitCGHead.forward"
     alone = {
         "first_order=True": learner.first_order,
         "warm_start=True": learner._memory is not None,
         "a regularizer of its own": not known,
         "frozen parameters": learner.allow_nograd
-        and not all(p.requires_grad for p in learner.module.parameters()),
+        and not all(p.requires_grad for p in head.parameters()),
+        "hooks (weight_norm, pruning)": head._forward_hooks or head._forward_pre_hooks,
+        "a forward() of its own": own or "forward" in vars(head),
     }
     for name, used in alone.items():
         if used:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from l2l_implicit import checks
 from l2l_implicit.module_state import FirstPass, SecondPass
@@ -93,12 +93,18 @@ class Chunked(nn.Module):
     def _run_twice(self, chunk: Tensor) -> Any:
         """The chunk's features, whose backward pass computes what it needs again."""
         first = FirstPass(self.backbone, chunk)
-        return checkpoint(
-            self.backbone,
-            chunk,
-            use_reentrant=False,
-            context_fn=lambda: (first, SecondPass(first)),
-        )
+        norms: list[Tensor] = []  # of the features of both passes
+
+        def run(images: Tensor) -> Any:
+            features = self.backbone(images)
+            if isinstance(features, Tensor):
+                norms.append(features.detach().double().norm())
+                _check_same(norms[0], norms[-1], features)
+            return features
+
+        contexts = lambda: (first, SecondPass(first))  # noqa: E731
+        with set_checkpoint_early_stop(False):  # to the end, where they are compared
+            return checkpoint(run, chunk, use_reentrant=False, context_fn=contexts)
 
     def check_batch(self, largest: int) -> None:
         """Raises ValueError where the statistics of a batch of ``largest`` would cross a chunk."""
@@ -137,6 +143,14 @@ def uses_batch_statistics(module: nn.Module) -> bool:
     if not (named or isinstance(module, _BatchNorm)):
         return False
     return module.training or getattr(module, "running_mean", module) is None
+
+
+def _check_same(first: Tensor, now: Tensor, features: Tensor) -> None:
+    if not torch.isclose(first, now, rtol=torch.finfo(features.dtype).eps ** 0.5, equal_nan=True):
+        raise RuntimeError(
+            "backbone: expected the same features when backward() runs a chunk again, got others: "
+            "it draws numbers by other means than torch, or counts its passes; use torch.rand"
+        )
 
 
 def _check_rows(features: Any, images: int) -> None:

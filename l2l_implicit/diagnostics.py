@@ -20,8 +20,7 @@ _UNREACHED = (
 )
 _NOT_CARRIED = (
     "backward: expected parameters that adapt() left with gradients enabled, got those of an "
-    "adapt() under torch.no_grad(): there is no implicit gradient; call adapt() outside it (said "
-    "once)"
+    "adapt() under torch.no_grad(): no implicit gradient; call adapt() outside it (said once)"
 )
 
 
@@ -51,19 +50,16 @@ class Diagnostics:
         inner_steps: inner steps before the linearization.
         inner_gradient_norm: norm of the inner objective's gradient at the linearization point:
             where a closure's steps ended; with loss tensors, where the last loss was computed.
-        cg_steps: Hessian-vector products of the last linear solve, gradients with `Perturbed`; 0
-            for a factor.
+        cg_steps: Hessian-vector products of the last linear solve (`Perturbed`: gradients); or 0.
         cg_residual: relative residual of the linear system.
         cg_reason: why the linear solver stopped.
         hypergradient_error: how wrong the hypergradient may be, relative to its size: from the
             inner gradient's norm, the linear residual and l2, with what rounding costs. A bound for
-            a linear head with l2 > 0, an estimate for any other module; the derivation is in
-            docs/mathematics.md.
+            a linear head with l2 > 0, else an estimate, derived in docs/mathematics.md.
         is_bound: which of the two it is.
         hypergradients: how many were computed.
         unsolved: how many of them had an error above ``max_error``.
-        unsolved_inner: how many inner problems make one by themselves, with a hypergradient or (at
-            test time) without.
+        unsolved_inner: how many inner problems make one by themselves, also at test time.
         unsolved_linear: how many linear systems do.
 
     Example:
@@ -168,8 +164,10 @@ class Diagnostics:
             remedy = "use inner=Newton()"
             if is_bound:
                 remedy = "scale the features down, or raise l2"
+            elif hasattr(linear, "respond"):  # no second derivatives
+                remedy = "use inner=LBFGS() and more steps, or raise l2"
             elif getattr(inner, "at_once", False):
-                remedy = "take more steps, or raise l2"
+                remedy = "take more steps, give inner= a smaller tol, or raise l2"
         elif parts[1] == max(parts):
             what = (
                 f"the linear system is not solved: a relative residual of {self.cg_residual:.2g} "

@@ -127,7 +127,8 @@ class Ranks:
         """One message: the gradients, and of each whether there was one."""
         pieces = [torch.zeros_like(p) if p.grad is None else weight * p.grad for p in parameters]
         present = [0.0 if p.grad is None else 1.0 for p in parameters]
-        message = torch.cat([*(g.reshape(-1) for g in pieces), pieces[0].new_tensor(present)])
+        dense = [g.to_dense().reshape(-1) for g in pieces]
+        message = torch.cat([*dense, dense[0].new_tensor(present)])
         with self._answers():
             dist.all_reduce(message)
         sizes = [*(p.numel() for p in parameters), len(parameters)]

@@ -8,8 +8,7 @@ Differentiating it in :math:`\theta`, with :math:`H = \nabla^2_\phi g` and
           \qquad H v = b. \qquad \text{(Yang et al. 2025, eq. 4 to 8)}
 
 The query loss brings :math:`\nabla_\theta f` by ordinary autograd; `ImplicitSolution` adds the
-rest. T tasks do not meet except in what they share, the anchor and l2, whose hypergradients are
-sums.
+rest. T tasks meet only in what they share, the anchor and l2, whose hypergradients are sums.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from torch.linalg import vector_norm
 from l2l_implicit import checks
 from l2l_implicit.diagnostics import Diagnostics, UnsolvedWarning
 from l2l_implicit.implicit_diff import SHAPE, SavedLinearization, attach
-from l2l_implicit.inner_problem.boundary import each_tensor, end_of_gradients, marked
+from l2l_implicit.inner_problem.boundary import each_tensor, end_of_gradients, marked, watched
 from l2l_implicit.inner_problem.gauss_newton import Curvature, Hessian
 from l2l_implicit.inner_problem.linear_heads import LinearHeads
 from l2l_implicit.inner_problem.linearization import (
@@ -33,23 +33,12 @@ from l2l_implicit.inner_problem.linearization import (
 )
 from l2l_implicit.inner_problem.passes import noted
 from l2l_implicit.inner_problem.recognition import HeadLoss, recognize
-from l2l_implicit.inner_problem.second_derivative import (
-    StepTaken,
-    gradients,
-    products_agree,
-)
+from l2l_implicit.inner_problem.second_derivative import StepTaken, gradients, products_agree
 from l2l_implicit.inner_solvers.newton import Newton
 from l2l_implicit.inner_solvers.protocol import InnerSolver, InnerStep, descend
+from l2l_implicit.linear_solvers import solution
 from l2l_implicit.linear_solvers.conjugate_gradient import CG
-from l2l_implicit.linear_solvers.solution import (
-    FACTORED,
-    NON_FINITE,
-    ZERO,
-    LinearSolution,
-    LinearSolver,
-    Matvec,
-    System,
-)
+from l2l_implicit.linear_solvers.solution import LinearSolution, LinearSolver, Matvec, System
 from l2l_implicit.mixed_precision import as_now, autocast_enabled, precision_of, without_autocast
 from l2l_implicit.module_state import moves_with_each_pass
 from l2l_implicit.perturbed import Again, Perturbed
@@ -91,7 +80,7 @@ class Task:
         independent: features that are known not to depend on phi.
         saved: the linearization that the current parameters depend on, if it is alive.
         again: its closure, where the backward pass calls it.
-        solution, linear: of what was solved at once: phi as installed, ``[n]``, and the solver.
+        solution, settings: of what was solved at once: phi as installed, ``[n]``; the learner's.
     """
 
     key: Hashable | None
@@ -107,7 +96,7 @@ class Task:
     saved: weakref.ref[SavedLinearization] | None = None
     again: Again | None = None
     solution: Tensor | None = None
-    linear: LinearSolver | Perturbed | None = None
+    settings: tuple[Any, ...] = ()
 
     def __reduce__(self) -> Any:
         """Saved without its graph: what is read back has the adapted parameters alone."""
@@ -160,11 +149,9 @@ class ImplicitCGHead(MAML):
             solver starts, and its hypergradient is exactly zero); ``'init'``: a is the module's
             initial value, which is meta-learned (Rajeswaran et al.). A task may have a value of
             its own in place of the module's: ``clone(anchor=...)``.
-        inner: the inner solver: `Newton`, `GradientDescent` (the papers'), `LBFGS`, or one of your
-            own, an `InnerSolver`.
-        linear: the solver of the linear system in the backward pass: `CG`, `Neumann`, `Nystrom`,
-            `Identity`, `Direct`, or one of your own, a `LinearSolver`; or `Perturbed`, without
-            second derivatives.
+        inner: `Newton`, `GradientDescent` (the papers'), `LBFGS`, or an `InnerSolver` of your own.
+        linear: the solver of the backward pass's linear system: `CG`, `Neumann`, `Nystrom`,
+            `Identity`, `Direct`, a `LinearSolver` of your own; or `Perturbed`: first derivatives.
         loss: what `adapt_together` minimises: ``nn.CrossEntropyLoss`` or ``nn.MSELoss`` with
             reduction ``mean`` or ``sum``; None: the mean of the one that fits the targets.
         warm_start: remember phi and v of each task named in ``clone(task=...)`` and start from
@@ -268,6 +255,7 @@ class ImplicitCGHead(MAML):
                 and as the anchor a: a tensor for each adapted parameter, in their order and shapes.
                 The hypergradient reaches what made them (prototypes, a hypernetwork).
         """
+        checks.no_transform()
         if self.diagnostics.waiting is not None:
             self.diagnostics.say()
         clone = shallow_copy(self)
@@ -311,10 +299,9 @@ class ImplicitCGHead(MAML):
             run = functools.partial(again.forward, self.module)
         elif mark and self.curvature.notes_passes and not isinstance(self.linear, Perturbed):
             run = functools.partial(noted, self.module)
-        if low is None:
-            return run(*args, **kwargs)
-        with torch.autocast(low[0], enabled=False):
-            return run(*args, **kwargs)
+        with contextlib.nullcontext() if low is None else torch.autocast(low[0], enabled=False):
+            output = run(*args, **kwargs)
+        return watched(output) if mark else output
 
     def adapt(
         self, loss: Tensor | Closure, first_order: bool | None = None,
@@ -414,19 +401,11 @@ class ImplicitCGHead(MAML):
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """What DistributedDataParallel asks of the module it is to wrap."""
-        raise TypeError(
-            "DistributedDataParallel: expected a backbone, or a module whose forward() does the "
-            f"whole task, got a {type(self).__name__}, whose clone() and adapt() it would not see; "
-            "average the hypergradients with l2l_implicit.distributed's Ranks.average"
-        )
+        raise TypeError(checks.WRAPPED.format("DistributedDataParallel", type(self).__name__))
 
     def _replicate_for_data_parallel(self) -> Any:
         """What DataParallel asks of the module it is to wrap."""
-        raise TypeError(
-            "DataParallel: expected a backbone, or a module whose forward() does the whole task, "
-            f"got a {type(self).__name__}, of which each GPU would adapt a copy that is thrown "
-            "away; use a process for each GPU with l2l_implicit.distributed"
-        )
+        raise TypeError(checks.WRAPPED.format("DataParallel", type(self).__name__))
 
     # The pieces of adapt().
 
@@ -439,13 +418,13 @@ class ImplicitCGHead(MAML):
             if there is None:
                 task.release()
                 there = self._on_heads(known.heads(phi, quadratic), 1)
-            elif there.known.origin == known.origin and task.linear == self.linear:
+            elif there.known.origin == known.origin and task.settings == self._settings:
                 return
             there.sees(known)
             self._install(there.point, phi, there if keep else None)
             self._note(there, [self.diagnostics])
             if keep:
-                task.solution, task.linear = there.point[0].to(phi[0].dtype), self.linear
+                task.solution, task.settings = there.point[0].to(phi[0].dtype), self._settings
             return
         if known is None and isinstance(self.linear, Perturbed):
             raise TypeError(
@@ -557,7 +536,7 @@ class ImplicitCGHead(MAML):
                 task.steps -= 1
                 return at.point
         phi = self.inner_step(at)
-        return phi if phi is at.point else phi.detach()
+        return phi if phi is at.point else checks.like("inner step", phi, at.point).detach()
 
     def _stepper(self) -> InnerStep:
         """The task's inner solver, made at its first step."""
@@ -707,8 +686,9 @@ class ImplicitCGHead(MAML):
         else:
             part = None if self.accuracy is None else _PART * self.accuracy
             answer = self.linear_solve(System(at.hvp, damping, at, part), b, start)
-        if NON_FINITE in answer.reason:
-            bad = [t for t, reason in enumerate(answer.reason) if reason == NON_FINITE]
+            checks.like("linear solver's solution", getattr(answer, "solution", None), b)
+        if solution.NON_FINITE in answer.reason:
+            bad = [t for t, reason in enumerate(answer.reason) if reason == solution.NON_FINITE]
             raise FloatingPointError(
                 "hypergradient: expected finite products, got nan or infinity in the linear "
                 f"system{f' of tasks {bad}' if len(b) > 1 else ''}; look for nan in the data or "
@@ -728,7 +708,8 @@ class ImplicitCGHead(MAML):
             sizes = sizes._replace(residual=row[0], b=row[1], v=row[2])
             errors = at.errors(sizes, damping, torch.finfo(phi.dtype).eps)
             errors = errors[0], errors[1], errors[2] + row[5]
-            bound = at.is_bound and reason in (FACTORED, ZERO)  # another v is not bounded in theta
+            exact = solution.FACTORED, solution.ZERO  # another v is not bounded in theta
+            bound = at.is_bound and reason in exact
             mine.record(int(row[4]), int(row[3]), reason, sizes, errors, bound, settings)
         if memory is not None and key is not None:
             memory[key] = phi, answer.solution
@@ -782,8 +763,7 @@ class ImplicitCGHead(MAML):
                 "operation whose second derivative is missing or wrong (a custom "
                 "autograd.Function, once_differentiable, weight_norm, spectral_norm in training "
                 "mode, a detached piece), or other data at each call; the hypergradient is wrong: "
-                "write the operation out, or use linear=Perturbed() or first_order=True (said once "
-                "a loss)",
+                "write it out, or use linear=Perturbed() or first_order=True (said once a loss)",
                 UnsolvedWarning,
                 stacklevel=4,
             )

@@ -8,6 +8,7 @@ batch norm with a channel for each (task, channel) normalises every task by itse
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -63,10 +64,8 @@ def per_task_batch_norm(backbone: nn.Module, tasks: int) -> Callable[[Tensor], T
 def _run(backbone: nn.Module, tasks: int, images: Tensor) -> Tensor:
     rows = len(images)
     if not rows or rows % tasks:
-        raise ValueError(
-            f"images: expected a multiple of tasks = {tasks}, got {rows}; "
-            "every task needs equally many"
-        )
+        multiple = f"images: expected a multiple of tasks = {tasks}"
+        raise ValueError(f"{multiple}, got {rows}; every task needs equally many")
     forwards: dict[nn.Module, Callable[..., Tensor]] = {}  # of those that are to keep tasks apart
     done: set[nn.Module] = set()
     for name, module in backbone.named_modules():
@@ -128,6 +127,14 @@ def _normalize(
             f"{name or 'backbone'}: expected a batch norm that is called once in a pass, got one "
             "that is called again; run one task at a time"
         )
+    frame = sys._getframe()
+    while frame.f_code is not _run.__code__ and frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            raise ValueError(
+                f"{name or 'backbone'}: expected a batch norm outside of activation checkpointing, "
+                "got one that backward() is to run again; run one task at a time"
+            )
     done.add(norm)
     norm._check_input_dim(x)
     weight, bias = (None if p is None else p.repeat(tasks) for p in (norm.weight, norm.bias))

@@ -4,13 +4,11 @@ With :math:`b = \nabla_\phi f`, the inner problem tilted by b has a solution tha
 tilt, and what it does to the inner objective's own gradient in theta is the second term of eq. (8):
 
 .. math:: \phi_\epsilon = \text{argmin}_\phi \; g(\theta, \phi) + \epsilon \langle b, \phi \rangle,
-          \qquad
-          v = - \frac{d \phi_\epsilon}{d \epsilon}, \qquad
+          \qquad v = - \frac{d \phi_\epsilon}{d \epsilon}, \qquad
           \nabla^2_{\theta\phi} g \, v
           = - \frac{d}{d \epsilon} \nabla_\theta g(\theta, \phi_\epsilon).
 
-Both derivatives are differences of two (or of more) solutions. An operation that has a gradient
-need have nothing else.
+Both derivatives are differences of two (or of more) solutions. A gradient is all they need.
 """
 
 from __future__ import annotations
@@ -29,11 +27,7 @@ from torch.linalg import vector_norm
 from l2l_implicit import checks
 from l2l_implicit.implicit_diff import SavedLinearization
 from l2l_implicit.inner_problem.linear_heads import LinearHeads
-from l2l_implicit.inner_problem.linearization import (
-    FirstDerivatives,
-    Linearization,
-    Products,
-)
+from l2l_implicit.inner_problem.linearization import FirstDerivatives, Linearization, Products
 from l2l_implicit.inner_solvers.protocol import descend
 from l2l_implicit.linear_solvers import solution
 from l2l_implicit.linear_solvers.solution import LinearSolution, dot

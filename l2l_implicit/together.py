@@ -50,6 +50,7 @@ def adapt_heads(
 ) -> AdaptedHeads:  # fmt: skip
     """`ImplicitCGHead.adapt_together`."""
     checks.can_be_together(learner)
+    checks.head_loss(learner.loss)
     if learner.diagnostics.waiting is not None:
         learner.diagnostics.say()
     checks.count("steps (K)", steps)

@@ -46,6 +46,8 @@ class DifferentiableUpdate:
         self, choice: str | Factory, like: Sequence[Tensor], clip_norm: float | None = None
     ) -> None:
         higher, self._clip_norm = require_higher(), clip_norm
+        if clip_norm is not None:
+            checks.positive("clip_norm", clip_norm)
         leaves = placeholders(like)  # higher copies the parameters it is given
         optimizer = make_optimizer(choice, leaves)
         groups = optimizer.param_groups  # one for each parameter, which may have its own step size

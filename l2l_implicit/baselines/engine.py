@@ -13,8 +13,7 @@ from l2l_implicit.vectors import substitute
 class Learn2LearnMAML(BaselineLearner):
     """``learn2learn.algorithms.MAML`` with ``adapt(closure, steps=K)``, also under ``no_grad``.
 
-    Every inner step is learn2learn's own, as are the arguments. On a head it is ANIL, with
-    ``first_order`` FOMAML.
+    Every inner step is learn2learn's own, as are the arguments. On a head it is ANIL.
 
     References:
         Finn et al. (2017), Algorithm 1; Raghu et al. (2020).

@@ -15,6 +15,7 @@ from learn2learn.utils import clone_module
 from torch import Tensor, nn
 
 from l2l_implicit import checks
+from l2l_implicit.inner_problem import refusals
 from l2l_implicit.vectors import shallow_copy
 
 Self = TypeVar("Self", bound="BaselineLearner")
@@ -61,7 +62,8 @@ class BaselineLearner(MAML):
             first_order, allow_unused, allow_nograd: as in the constructor; None keeps its value.
         """
         clone = shallow_copy(self)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._links_to_initial):
+        links = self._links_to_initial and getattr(self, "learn_init", True)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and links):
             clone.module = clone_module(self.module)
         pairs = zip(clone.module.parameters(), self.module.parameters(), strict=True)
         for copied, initial in pairs:
@@ -83,8 +85,7 @@ class BaselineLearner(MAML):
         kept from one step to the next.
 
         Args:
-            loss: a scalar, or a closure (no arguments) that returns the loss of the learner as it
-                then is.
+            loss: a scalar, or a closure (no arguments) that returns the learner's present loss.
             first_order, allow_unused, allow_nograd: as in the constructor, for this call.
             steps: the number K of steps; with a closure only.
 
@@ -98,7 +99,12 @@ class BaselineLearner(MAML):
         keep, call = torch.is_grad_enabled(), (lambda: loss) if isinstance(loss, Tensor) else loss
         with torch.enable_grad():
             for _ in range(steps or 1):  # no name for the loss: its graph ends with the step
-                self._step(checks.loss(call()), unused, first_order, keep)
+                try:
+                    self._step(checks.loss(call()), unused, first_order, keep)
+                except RuntimeError as error:
+                    if "second time" not in str(error):
+                        raise
+                    raise RuntimeError(refusals.of_gradients(error)) from error
 
 
 def _first(given: bool | None, otherwise: bool) -> bool:

@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from l2l_implicit import checks
 from l2l_implicit.baselines.learner import BaselineLearner
 from l2l_implicit.baselines.optimizers import Factory, make_optimizer, placeholders
 from l2l_implicit.inner_problem.linearization import inner_gradient
@@ -35,9 +36,6 @@ class Reptile(BaselineLearner):
         optimizer: ``'sgd'``, ``'adam'``, ``'rmsprop'``, or a function of a list of parameters
             that returns a torch optimiser; its step size is ``lr``, its state begins anew in
             every clone. The paper's is Adam with ``betas=(0.0, 0.999)``.
-
-    Raises:
-        ValueError, TypeError: for a setting out of its range, in one line.
 
     References:
         Nichol, Achiam, Schulman (2018), Algorithms 1 and 2.
@@ -71,6 +69,8 @@ class Reptile(BaselineLearner):
         make_optimizer(optimizer, placeholders(model.parameters()))  # fails now if at all
         self.optimizer = optimizer
         self._inner: torch.optim.Optimizer | None = None
+        self._made_by: str | Factory = optimizer  # whose it is
+        checks.hidden_names(self, model)
         self._original: tuple[Tensor, ...] = ()
 
     @torch.no_grad()
@@ -84,8 +84,7 @@ class Reptile(BaselineLearner):
         """
         if not self._original:
             raise RuntimeError(
-                "outer_gradient: expected an adapted clone, got the original; call it on what "
-                "clone() returned"
+                "outer_gradient: expected an adapted clone, got the original; call it on a clone()"
             )
         for initial, adapted in zip(self._original, self.module.parameters(), strict=True):
             if initial.requires_grad:
@@ -99,8 +98,8 @@ class Reptile(BaselineLearner):
     def _step(self, loss: Tensor, unused: bool, first_order: bool, keep: bool) -> None:
         phi: list[Tensor] = [p for p in self.module.parameters() if p.requires_grad]
         gradients = inner_gradient(loss, phi, unused)
-        if self._inner is None:
-            self._inner = make_optimizer(self.optimizer, phi)
+        if self._inner is None or self._made_by != self.optimizer:
+            self._inner, self._made_by = make_optimizer(self.optimizer, phi), self.optimizer
         for group in self._inner.param_groups:
             group["lr"] = float(self.lr)
         for p, gradient in zip(phi, gradients, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from l2l_implicit import checks
 from l2l_implicit.baselines.differentiable_update import DifferentiableUpdate
 from l2l_implicit.baselines.learner import BaselineLearner
 from l2l_implicit.baselines.optimizers import Factory
+from l2l_implicit.inner_problem.boundary import find_meta_inputs
 from l2l_implicit.vectors import substitute
 
 Self = TypeVar("Self", bound="UnrolledMAML")
@@ -24,8 +26,7 @@ class UnrolledMAML(BaselineLearner):
     .. math:: \phi^{k+1} = U(\phi^k, \nabla_\phi \text{loss}(\theta, \phi^k)), \quad k < K,
 
     and ``backward()`` on a loss of the adapted learner leaves its exact derivative on theta (all
-    that the losses depend on), on :math:`\phi^0` and on ``lr``. Which algorithm it is depends on
-    what it wraps:
+    that the losses depend on), on :math:`\phi^0` and on ``lr``. What it wraps says which it is:
 
     =====================  ======================================================
     MAML, FOMAML           the whole network; ``first_order=True``
@@ -88,22 +89,29 @@ class UnrolledMAML(BaselineLearner):
         if each is not None:
             checks.step_sizes(each, list(model.parameters()))
             self.lr = each
-        DifferentiableUpdate(optimizer, list(model.parameters()))  # fails now rather than in adapt
-        if clip_norm is not None:
-            checks.positive("clip_norm", clip_norm)
+        DifferentiableUpdate(optimizer, list(model.parameters()), clip_norm)  # fails now if at all
         self.learn_init, self.optimizer, self.clip_norm = learn_init, optimizer, clip_norm
-        self._links_to_initial = learn_init
         self._update: DifferentiableUpdate | None = None
+        self._made_by: tuple[Any, ...] = ()  # the update's settings
+        checks.hidden_names(self, model)
 
     def _begin(self, parent: Self) -> None:
         self._update = None
 
     def _step(self, loss: Tensor, unused: bool, first_order: bool, keep: bool) -> None:
         parameters = list(self.module.parameters())
-        if self._update is None:
-            self._update = DifferentiableUpdate(self.optimizer, parameters, self.clip_norm)
         lr = self.lr.reshape(()) if isinstance(self.lr, Tensor) else self.lr
         lrs = list(lr) if isinstance(lr, list | nn.ParameterList) else [lr]
+        if self._update is None or self._made_by != (self.optimizer, self.clip_norm):
+            self._made_by = self.optimizer, self.clip_norm
+            self._update = DifferentiableUpdate(self.optimizer, parameters, self.clip_norm)
+            learned = self.learn_init or any(getattr(rate, "requires_grad", False) for rate in lrs)
+            if keep and not (learned or first_order or find_meta_inputs(loss, parameters).leaves):
+                warnings.warn(
+                    "adapt: expected an inner loss of something to be meta-learned, got one of the "
+                    "adapted parameters alone; pass features with their graph, or learn_init=True",
+                    stacklevel=3,
+                )
         take = self._update.unrolled if keep and not first_order else self._update.first_order
         with torch.set_grad_enabled(keep):
             new = take(loss, parameters, lrs, unused)

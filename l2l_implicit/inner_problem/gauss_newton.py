@@ -77,8 +77,7 @@ class GaussNewton:
     Hessian. A linear head that is recognised has its Hessian, which is the same matrix.
 
     Args:
-        fallback: warn, and take the Hessian, where there is no such product; without it that is an
-            error.
+        fallback: warn, and take the Hessian, where there is no such product, else an error.
             An operation may have no forward mode (``nn.LSTM``, ``weight_norm``, a custom
             ``autograd.Function`` without ``jvp``), the loss may pass by ``learner(...)``, or
             outputs of it may be inputs again. (Fused attention has none either: in forward mode it

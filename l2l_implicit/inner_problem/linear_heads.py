@@ -32,15 +32,9 @@ from l2l_implicit.inner_problem.linearization import (
     SquaredDistance,
 )
 from l2l_implicit.inner_problem.losses import Inverse, OutputLoss
+from l2l_implicit.linear_solvers import solution
 from l2l_implicit.linear_solvers.conjugate_gradient import conjugate_gradient
-from l2l_implicit.linear_solvers.solution import (
-    FACTORED,
-    NON_FINITE,
-    ZERO,
-    LinearSolution,
-    Matvec,
-    System,
-)
+from l2l_implicit.linear_solvers.solution import LinearSolution, Matvec, System
 
 MOST_SAMPLES = 512  # of a task whose problem is solved in the span of its samples
 GOALS = {torch.float64: 1e-13}  # what is small enough; 1e-6 for features of less precision
@@ -169,8 +163,7 @@ class LinearHeads(Linearization):
             shift: :math:`\mu`, l2 plus the damping, above 0.
 
         References:
-            Martens, Grosse (2015), Optimizing Neural Networks with Kronecker-factored Approximate
-            Curvature.
+            Martens, Grosse (2015), Kronecker-factored Approximate Curvature.
         """
         problem = self.problem
         x, (_, m, d) = problem.x, problem.x.shape
@@ -209,8 +202,7 @@ class LinearHeads(Linearization):
     def tilted(self, slope: Tensor, damping: float) -> LinearHeads:
         r"""The same plus :math:`\langle s, \phi \rangle + (\delta/2) \|\phi - \phi_0\|^2`.
 
-        The regulariser has another strength and centre, in each task its own; and small steps are
-        to be told apart.
+        The regulariser has another strength, its centre is each task's own, and small steps count.
 
         Args:
             slope: s, shape ``[T, n]``; :math:`\phi_0` is the present point.
@@ -319,9 +311,8 @@ class LinearHeads(Linearization):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         r"""What to take of a long step: all where ``whole``, or it lowers the objective enough.
 
-        Else the best of a few shares, one of which, :math:`\ln(1 + \omega) / \omega`, lowers it for
-        certain: the Hessian changes by at most :math:`e^{\omega}` along the step (Sun, Tran-Dinh
-        2019).
+        Else the best of a few shares, one of which, :math:`\ln(1 + \omega) / \omega`, is sure to
+        lower it: the Hessian changes by at most :math:`e^{\omega}` there (Sun, Tran-Dinh 2019).
         """
         outputs, half = loss.outputs, 0.5 * self.quadratic.strength
 
@@ -347,8 +338,7 @@ class LinearHeads(Linearization):
 
         :math:`v = (b - X^\top q) / \mu` with :math:`q = S X v`, which solves
         :math:`(S^{-1} + K / \mu) q = X b / \mu`; :math:`\mu` is l2 plus the damping. A factor from
-        one step before the minimum, or without the damping, is as good: a refinement makes up for
-        it.
+        one step before the minimum, or without the damping, is as good: refinements see to that.
         """
         problem, mu = self.problem, self.quadratic.strength + damping
         if self._factored is None:
@@ -370,11 +360,12 @@ class LinearHeads(Linearization):
                 break
             best, q = largest, q - residual + inverse(k_residual)
         v = (b - problem.in_phi(q)).div_(mu)
-        steps, reasons = torch.zeros_like(relative, dtype=torch.long), [FACTORED] * len(b)
+        steps, reasons = torch.zeros_like(relative, dtype=torch.long), [solution.FACTORED] * len(b)
         if not (math.isfinite(largest + float(v.sum())) and float(b_norm.min()) > 0.0):
             good = v.sum(1).isfinite() & relative.isfinite()
             names = zip(good.tolist(), b_norm.tolist(), strict=True)
-            reasons = [NON_FINITE if not g else ZERO if n == 0 else FACTORED for g, n in names]
+            found = {True: solution.ZERO, False: solution.FACTORED}
+            reasons = [found[n == 0.0] if g else solution.NON_FINITE for g, n in names]
             v, q = (torch.where(good.view(-1, *[1] * (t.dim() - 1)), t, 0.0) for t in (v, q))
             relative = torch.where(good, relative, torch.inf)
         return LinearSolution(v, steps, relative, reasons, q)

@@ -277,18 +277,11 @@ class AutogradLinearization(Linearization):
     """
 
     def __init__(
-        self,
-        loss: Tensor,
-        parameters: Sequence[Tensor],
-        *,
-        quadratic: SquaredDistance | None = None,
-        anchor: Sequence[Tensor] = (),
-        stand_ins: Sequence[Tensor] = (),
-        unused: bool = False,
-        differentiable: bool = True,
-        keeps_second: bool = True,
-        retain: bool = False,
-    ) -> None:
+        self, loss: Tensor, parameters: Sequence[Tensor], *,
+        quadratic: SquaredDistance | None = None, anchor: Sequence[Tensor] = (),
+        stand_ins: Sequence[Tensor] = (), unused: bool = False, differentiable: bool = True,
+        keeps_second: bool = True, retain: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(flatten(parameters).detach().unsqueeze(0), quadratic or _NOTHING)
         gradients = inner_gradient(
             loss, parameters, unused, create_graph=differentiable and keeps_second,
@@ -318,10 +311,9 @@ class AutogradLinearization(Linearization):
     def hvp(self, vector: Tensor) -> Tensor:
         if not self.differentiable:
             raise RuntimeError(
-                "inner solver: expected one that needs first derivatives only, as "
-                "linear=Perturbed() takes no others, got one that asks for a Hessian product "
-                "(Newton() on this module, GradientDescent(adaptive=True)); use inner=LBFGS() or "
-                "GradientDescent()"
+                "inner solver: expected one of first derivatives, as linear=Perturbed() takes no "
+                "others, got one that asks for a Hessian product (Newton() on this module, "
+                "GradientDescent(adaptive=True)); use inner=LBFGS() or GradientDescent()"
             )
         return self.derivative(vector)
 

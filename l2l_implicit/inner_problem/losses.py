@@ -1,15 +1,13 @@
 r"""The losses whose inner problem of a linear head has a closed form, for T tasks at once.
 
-With outputs :math:`Z` (``[T, m, k]``) and one scale :math:`s` (1, or 1 over what a mean divides
-by):
+With outputs :math:`Z` (``[T, m, k]``) and a scale :math:`s` (1, or 1 over what a mean divides by):
 
 .. math:: \text{cross-entropy:} \quad \nabla_Z = s (P - Y), \quad
           S U = s (P \odot U - P \odot (P \odot U) 1 1^\top)
 .. math:: \text{squared error:} \quad \nabla_Z = 2 s (Z - Y), \quad S U = 2 s U
 
 with the probabilities :math:`P = \text{softmax}(Z)`, the (one-hot) targets :math:`Y` and the
-Hessian :math:`S` in the outputs. Each loss also knows the inverse that the span of the samples
-needs,
+Hessian :math:`S` in the outputs. Each loss knows the inverse that the samples' span needs,
 
 .. math:: (S^{-1} + \hat K)^{-1} = S - S (\hat K^{-1} + S)^{-1} S, \qquad \hat K = X X^\top / l_2,
 
@@ -158,8 +156,7 @@ class _SoftmaxInverse:
     instead of one of k m, and all of them well conditioned.
 
     References:
-        Rasmussen, Williams (2006), Gaussian Processes for Machine Learning, eq. 3.47,
-        Algorithm 3.3.
+        Rasmussen, Williams (2006), Gaussian Processes for ML, eq. 3.47, Algorithm 3.3.
     """
 
     def __init__(self, probabilities: Tensor, scale: float, kernel: Tensor, classes: int) -> None:

@@ -87,6 +87,8 @@ def recognize(
     if found is None:
         return None
     kind, targets, scale, linear = found
+    if linear and linear.metadata.get(Outputs) or any(p._backward_hooks for p in parameters):
+        return None  # the user's, which may change the gradient
     if isinstance(linear, Outputs._backward_cls):  # type: ignore[attr-defined]
         linear = linear.next_functions[0][0]
     if scale is None or linear is None or linear.name() not in ("AddmmBackward0", "MmBackward0"):
@@ -97,7 +99,8 @@ def recognize(
     edges = [transpose.next_functions[0], *bias]
     if len(edges) != len(parameters) or not all(map(_leads_to, edges, parameters)):
         return None
-    if bias and not linear._saved_alpha == linear._saved_beta == 1:
+    plain = not bias or linear._saved_alpha == linear._saved_beta == 1
+    if not plain or bias and parameters[1].shape not in ((k := len(parameters[0]),), (1, k)):
         return None
     x = linear._saved_mat1 if bias else linear._saved_self  # the boundary's own copy
     if origin is None:

@@ -66,7 +66,8 @@ def products(at: AutogradLinearization, vector: Tensor) -> list[Tensor]:
 
 
 def _vector(at: AutogradLinearization, parts: Products) -> list[Tensor]:
-    return [flat(parts, at.sources()[: len(parts)])] if parts else []
+    dense = [part if part is None else part.to_dense() for part in parts]
+    return [flat(dense, at.sources()[: len(parts)])] if parts else []
 
 
 class StepTaken(NamedTuple):

@@ -21,8 +21,7 @@ class LBFGS:
     """``torch.optim.LBFGS`` with the strong Wolfe line search; a step is one iteration.
 
     The line search evaluates the objective at other points than the present one: a linear head's
-    cross-entropy or squared error can, and so can a closure. A loss tensor of anything else can
-    not, and is refused.
+    cross-entropy or squared error can, and so can a closure. Any other loss tensor is refused.
 
     Args:
         history: pairs of differences that it keeps.

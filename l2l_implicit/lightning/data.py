@@ -28,8 +28,7 @@ class EpisodicDataModule(pl.LightningDataModule):
         validation_tasks: as EpisodicBatcher, ``train_tasks`` by default.
         test_tasks: as EpisodicBatcher, ``validation_tasks`` by default.
         epoch_length: tasks an epoch, over all devices.
-        validation_length, test_length: tasks of a validation and of a test; ``epoch_length`` by
-            default.
+        validation_length, test_length: tasks of each, ``epoch_length`` by default.
         seed: of the training tasks; validation and test tasks are the same for every seed.
         num_workers: processes that draw tasks ahead, as in a DataLoader.
 
@@ -46,17 +45,10 @@ class EpisodicDataModule(pl.LightningDataModule):
     """
 
     def __init__(
-        self,
-        train_tasks: Any,
-        validation_tasks: Any = None,
-        test_tasks: Any = None,
-        epoch_length: int = 1,
-        *,
-        validation_length: int | None = None,
-        test_length: int | None = None,
-        seed: int = 0,
-        num_workers: int = 0,
-    ) -> None:
+        self, train_tasks: Any, validation_tasks: Any = None, test_tasks: Any = None,
+        epoch_length: int = 1, *, validation_length: int | None = None,
+        test_length: int | None = None, seed: int = 0, num_workers: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__()
         validation = train_tasks if validation_tasks is None else validation_tasks
         self.train_tasks, self.validation_tasks = train_tasks, validation

@@ -11,13 +11,7 @@ from torch import Tensor
 from l2l_implicit import checks
 from l2l_implicit.linear_solvers import solution
 from l2l_implicit.linear_solvers.preconditioners import Preconditioner
-from l2l_implicit.linear_solvers.solution import (
-    LinearSolution,
-    Matvec,
-    System,
-    dot,
-    largest_entry,
-)
+from l2l_implicit.linear_solvers.solution import LinearSolution, Matvec, System, dot
 
 
 @dataclass(frozen=True)
@@ -106,7 +100,7 @@ def conjugate_gradient(
         Golub, Van Loan, Matrix Computations, Algorithm 11.5.1 (preconditioned).
     """
     system, plain = System.of(matvec), inverse is None
-    scale = largest_entry(b)
+    scale = solution.largest_entry(b)
     lost, zero = ~scale.isfinite(), scale == 0
     unit = torch.where(lost | zero, 1.0, scale).unsqueeze(1)
     # In units of the largest entry of b no square overflows or underflows.

@@ -48,10 +48,8 @@ class Direct:
         """
         n = b.shape[1]
         if n > LARGEST:
-            raise ValueError(
-                f"linear=Direct(): expected at most {LARGEST} unknowns, got {n} parameters; use "
-                "linear=CG()"
-            )
+            expected = f"linear=Direct(): expected at most {LARGEST} unknowns"
+            raise ValueError(f"{expected}, got {n} parameters; use linear=CG()")
         scale = largest_entry(b)  # in units of which no square overflows
         unit = b / torch.where((scale > 0) & scale.isfinite(), scale, 1.0).unsqueeze(1)
         unit = unit.unsqueeze(2)

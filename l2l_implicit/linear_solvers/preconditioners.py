@@ -104,8 +104,7 @@ class Kronecker:
     For a linear head with cross-entropy or squared error and l2 (or the damping) above 0.
 
     References:
-        Martens, Grosse (2015), Optimizing Neural Networks with Kronecker-factored Approximate
-        Curvature.
+        Martens, Grosse (2015), Kronecker-factored Approximate Curvature.
 
     Example:
         >>> from torch import nn

@@ -77,9 +77,8 @@ class LinearSolution:
 class LinearSolver(Protocol):
     """Settings and a method: solves ``(A + damping I) v = b`` for T symmetric matrices A.
 
-    A linear head whose inner problem was solved exactly brings the factor of that solve, which is
-    nearer than any tolerance: a solver with an attribute ``takes_factor`` equal to True is not
-    asked then.
+    A linear head whose inner problem was solved exactly brings that solve's factor, nearer than any
+    tolerance: a solver with an attribute ``takes_factor`` equal to True is not asked then.
 
     Attributes:
         damping: added to the diagonal of every A by the learner; ``hvp`` is that of the sum.

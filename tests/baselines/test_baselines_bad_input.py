@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -105,6 +106,46 @@ def test_losses(loss: Any, steps: int | None, kind: type, words: str, cls: type)
     learner = cls(head(), 0.1).clone()
     given = loss(learner(X))
     assert words in message(kind, lambda: learner.adapt(given, steps=steps))
+
+
+@EVERY
+def test_a_closure_that_calls_backward(cls: type) -> None:
+    learner = cls(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)), 0.1).clone()
+
+    def closure() -> torch.Tensor:
+        loss = F.cross_entropy(learner(X), Y)
+        loss.backward()
+        return loss
+
+    assert "leave both to adapt()" in message(RuntimeError, lambda: learner.adapt(closure, steps=2))
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.optimizer, self.encoder = nn.Linear(4, 3), nn.Linear(3, 3)
+
+
+@pytest.mark.parametrize("cls", [UnrolledMAML, Reptile])
+def test_hidden_names(cls: type) -> None:
+    with pytest.warns(UserWarning, match=r"called optimizer, .* use learner\.module\.optimizer"):
+        learner = cls(Named(), 0.1)
+    assert learner.encoder is learner.module.encoder
+
+
+@pytest.mark.parametrize("reached", ["", "features", "lr", "start", "first order", "test time"])
+def test_an_inner_loop_that_reaches_nothing(reached: str) -> None:
+    x = X.clone().requires_grad_(reached == "features")
+    lr = torch.tensor(0.1, requires_grad=True) if reached == "lr" else 0.1
+    settings = {"learn_init": reached == "start", "first_order": reached == "first order"}
+    learner = UnrolledMAML(head(), lr, **settings).clone()
+    with warnings.catch_warnings(record=True) as caught, torch.set_grad_enabled(
+        reached != "test time"
+    ):
+        warnings.simplefilter("always")
+        learner.adapt(lambda: F.cross_entropy(learner(x), Y), steps=2)
+    found = [str(w.message) for w in caught if "learn_init=True" in str(w.message)]
+    assert len(found) == (reached == "")
 
 
 @EVERY

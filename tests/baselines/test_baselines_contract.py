@@ -89,6 +89,38 @@ def test_an_optimizers_state_begins_anew_in_a_clone(make: Callable[..., Any]) ->
     assert relative_error(*ends) < 1e-14
 
 
+CHANGED: list[tuple[type, dict[str, Any], dict[str, Any]]] = [
+    (UnrolledMAML, {"optimizer": "sgd"}, {"optimizer": "adam"}),
+    (UnrolledMAML, {"clip_norm": 1e-3}, {"clip_norm": None}),
+    (UnrolledMAML, {}, {"clip_norm": 1e-3}),
+    (Reptile, {"optimizer": "adam"}, {"optimizer": "sgd"}),
+]
+
+
+@pytest.mark.parametrize("cls, first, then", CHANGED)
+def test_a_setting_that_is_changed_is_used(cls: type, first: Any, then: Any) -> None:
+    """By the steps from then on, with a state of their own."""
+    case, ends = make_case("anil mlp"), []
+    for late in (True, False):
+        learner = cls(case.module, LR, **first).clone()
+        learner.adapt(support_loss(learner, case), steps=1)
+        for name, value in then.items():
+            setattr(learner, name, value)
+        learner = learner if late else learner.clone()
+        learner.adapt(support_loss(learner, case), steps=3)
+        ends.append(values(learner))
+    assert relative_error(*ends) < 1e-14
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_a_learned_start_may_be_changed(learned: bool) -> None:
+    case = make_case("anil mlp")
+    parent = UnrolledMAML(case.module, LR, learn_init=not learned)
+    parent.learn_init = learned
+    outer_step(parent, case, 2)
+    assert all((p.grad is not None) == learned for p in case.module.parameters())
+
+
 @pytest.mark.parametrize("cls", [UnrolledMAML, Learn2LearnMAML])
 @pytest.mark.parametrize("learned", [False, True])
 def test_a_step_size_that_is_a_parameter(learned: bool, cls: type) -> None:

@@ -21,6 +21,7 @@ from l2l_implicit import (
     GradientDescent,
     ImplicitCGHead,
     ImplicitMAML,
+    LinearSolution,
     Neumann,
     Newton,
 )
@@ -63,6 +64,8 @@ SETTINGS = [
     ("l2", torch.ones(2), ValueError, "override regularizer"),
     ("l2", float("nan"), ValueError, "finite"),
     ("l2", [0.1], TypeError, "number"),
+    ("l2", torch.tensor(True), TypeError, "number"),
+    ("l2", torch.tensor(0.1j), TypeError, "number"),
     ("anchor", "zeros", ValueError, "'zero'"),
     ("anchor", "initial", ValueError, "did you mean 'init'"),
     ("anchor", None, ValueError, "'zero', 'init'"),
@@ -149,6 +152,7 @@ LOSSES = [
     ("not a tensor", lambda learner: 3.0, TypeError, "tensor or a closure"),
     ("None", lambda learner: None, TypeError, "NoneType"),
     ("vector", lambda learner: learner(X).sum(1), ValueError, "shape (6,)"),
+    ("complex", lambda learner: learner(X).sum() * 1j, ValueError, "torch.complex64"),
     ("constant", lambda learner: torch.tensor(1.0), ValueError, "graph"),
     ("nan", nan_loss, ValueError, "finite"),
     ("infinite", lambda learner: learner(X).sum() * float("inf"), ValueError, "finite"),
@@ -272,18 +276,67 @@ def test_learned_l2_that_turned_negative() -> None:
     assert text.startswith("l2")
 
 
-@pytest.mark.parametrize("reason", ["shape", "dtype"])
-def test_inner_step_of_the_wrong_shape(reason: str) -> None:
+WRONG: dict[str, Callable[[Tensor], Any]] = {
+    "entries": lambda v: v[:, :-1], "rank": lambda v: v[0].clone(), "dtype": Tensor.half,
+    "tasks": lambda v: v.expand(2, -1), "nothing": lambda v: None, "numbers": Tensor.tolist,
+    "bare": torch.zeros_like,
+}  # fmt: skip
+LAYERS = [lambda: nn.Linear(4, 3), lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))]
+
+
+@pytest.mark.parametrize("reason", [reason for reason in WRONG if reason != "bare"])
+@pytest.mark.parametrize("make", LAYERS, ids=["head", "network"])
+def test_inner_step_of_the_wrong_shape(make: Callable[[], nn.Module], reason: str) -> None:
     """An override's mistake must not become a learner in an odd state."""
 
     class Wrong(ImplicitCGHead):
         def inner_step(self, at):
-            return at.point[:, :-1] if reason == "shape" else at.point.half()
+            return WRONG[reason](at.point)
 
-    learner = Wrong(nn.Linear(4, 3), 0.1).clone()
-    with pytest.raises((ValueError, TypeError, RuntimeError)):
-        learner.adapt(lambda: support(learner), steps=2)
-    assert learner(X).shape == (6, 3)
+    learner = Wrong(make(), 0.1).clone()
+    text = message(TypeError, lambda: learner.adapt(lambda: support(learner), steps=2))
+    assert text.startswith("inner step") and learner(X).shape == (6, 3)
+
+
+@pytest.mark.parametrize("reason", WRONG)
+@pytest.mark.parametrize("make", LAYERS, ids=["head", "network"])
+def test_linear_solve_of_the_wrong_shape(make: Callable[[], nn.Module], reason: str) -> None:
+    class Wrong(ImplicitCGHead):
+        def linear_solve(self, hvp, b, start):
+            found, zeros = WRONG[reason](b), torch.zeros(1)
+            bare = reason in ("nothing", "bare")  # no LinearSolution
+            return found if bare else LinearSolution(found, zeros, zeros, [""])
+
+    learner = Wrong(make(), 0.1, max_error=1e9).clone()
+    learner.adapt(lambda: support(learner), steps=2)
+    loss = support(learner)
+    assert "linear solver's solution" in message(TypeError, loss.backward)
+
+
+def test_a_transform_of_functorch() -> None:
+    learner = head()
+
+    def outer(scale: Tensor) -> Tensor:
+        clone = learner.clone()
+        clone.adapt(lambda: F.cross_entropy(clone(scale * X), Y), steps=2)
+        return F.cross_entropy(clone(X), Y)
+
+    assert "torch.autograd.grad" in message(
+        RuntimeError, lambda: torch.func.grad(outer)(torch.ones(()))
+    )
+
+
+def test_a_sparse_embedding_of_theta() -> None:
+    """Beside the learner its gradient stays sparse, and is that of a dense one."""
+    found, network = [], nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    for sparse in (False, True):
+        embedding = nn.Embedding(5, 3, sparse=sparse, _weight=torch.ones(5, 3))
+        learner = ImplicitMAML(network, 0.1, inner=Newton(), linear=CG(100)).clone()
+        learner.adapt(lambda n=learner, e=embedding: F.cross_entropy(n(X) + e(Y), Y), steps=30)
+        support(learner).backward()
+        assert embedding.weight.grad is not None and embedding.weight.grad.is_sparse == sparse
+        found.append(embedding.weight.grad.to_dense())
+    torch.testing.assert_close(*found)
 
 
 def test_inference_mode_is_refused_with_the_mode_to_use() -> None:

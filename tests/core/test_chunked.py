@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -180,6 +181,20 @@ def test_the_second_pass_computes_what_the_first_did(name: str) -> None:
     assert vars(middle).get("count", 3) == 3
     if list(network.buffers()):
         close(list(network.buffers()), list(twin.buffers()))
+
+
+class Masked(nn.Module):
+    """Dropout whose masks are no random numbers of torch's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.from_numpy(np.random.rand(*x.shape)).to(x)
+
+
+def test_a_second_pass_that_computes_something_else_is_an_error() -> None:
+    features = Chunked(Network(Masked()), 8)(pictures())
+    with pytest.raises(RuntimeError, match="expected the same features when backward") as caught:
+        features.square().mean().backward()
+    assert "\n" not in str(caught.value)
 
 
 def test_the_mode_of_the_first_pass_holds() -> None:

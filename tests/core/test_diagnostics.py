@@ -21,8 +21,10 @@ from l2l_implicit import (
     GaussNewton,
     GradientDescent,
     ImplicitCGHead,
+    ImplicitMAML,
     Neumann,
     Newton,
+    Perturbed,
     UnsolvedWarning,
 )
 from l2l_implicit.inner_problem import linear_heads
@@ -117,6 +119,22 @@ CASES: dict[str, tuple[str, dict[str, Any], float, int]] = {
     "one product": ("linear", {"inner": LBFGS(tol=1e-10), "linear": CG(1), "l2": 1e-2}, 5.0, 200),
 }
 REMEDIES = {"inner": "use inner=Newton()", "linear": "give linear= more steps"}
+
+
+@pytest.mark.parametrize("inner", [GradientDescent(), LBFGS()], ids=repr)
+def test_the_advice_without_second_derivatives_can_be_taken(inner: Any) -> None:
+    """Newton's method is none of them on a network."""
+    network = nn.Sequential(nn.Linear(10, 4), nn.Tanh(), nn.Linear(4, 5)).double()
+    x = torch.randn(25, 10, dtype=torch.float64)
+    for solver, steps, warns in ((inner, 1, True), (LBFGS(), 300, False)):
+        parent = ImplicitMAML(network, 0.01, l2=1.0, inner=solver, linear=Perturbed())
+        learner = parent.clone()
+        learner.adapt(lambda n=learner: F.cross_entropy(n(x), Y), steps=steps)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            F.cross_entropy(learner(x), Y.roll(1)).backward()
+        assert [w for w in caught if "use inner=LBFGS() and more steps" in str(w.message)] == caught
+        assert bool(caught) == warns
 
 
 @HOWS

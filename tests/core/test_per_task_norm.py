@@ -8,6 +8,7 @@ import torch
 from oracles import count_operations, relative_error
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 from l2l_implicit.chunked import Chunked
 from l2l_implicit.per_task_norm import _drop_blocks as drop_blocks
@@ -185,6 +186,17 @@ class FoldsIntoTheBatch(nn.Module):
         return self.norm(x.flatten(0, 2)).view(x.shape)
 
 
+class Checkpointed(nn.Module):
+    """A batch norm within activation checkpointing."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.norm, self.reentrant = nn.BatchNorm2d(2), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.norm, x, use_reentrant=self.reentrant)
+
+
 MyBatchNorm = type("MyBatchNorm", (nn.BatchNorm2d,), {})
 BatchNormOfMine = type("BatchNormOfMine", (nn.Identity,), {})
 REFUSED: list[tuple[Callable[[], nn.Module], str]] = [
@@ -198,6 +210,8 @@ REFUSED: list[tuple[Callable[[], nn.Module], str]] = [
     (lambda: Chunked(net_2d(), 100), "second pass"),
     (FoldsIntoTheBatch, "norm: expected the batch of 12 images, got 120 rows"),
     (lambda: nn.Flatten(0, 1), "expected one row of features"),
+    *((lambda reentrant=reentrant: Checkpointed(reentrant), "norm: .* outside of activation check")
+      for reentrant in (False, True)),
     (lambda: torch.jit.script(nn.Sequential(nn.BatchNorm2d(2))), "called a batch norm"),
     (lambda: nn.Sequential(*2 * [nn.BatchNorm2d(2)]), "0: expected a batch norm that is called o"),
 ]

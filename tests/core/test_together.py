@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from oracles import count_operations, peak_of_live_tensors, relative_error
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from l2l_implicit import (
     CG,
@@ -416,6 +417,36 @@ def frozen(name: str) -> ImplicitCGHead:
     return learner
 
 
+def hooked(name: str) -> ImplicitCGHead:
+    """Of a layer that computes something else than a linear layer does."""
+    learner = head()
+    layer = learner.module
+    if name == "pruned":
+        prune.random_unstructured(layer, "weight", amount=0.5)
+    elif name == "forward":
+        layer.forward = lambda x: 2.0 * F.linear(x, layer.weight, layer.bias)
+    else:
+        getattr(layer, name)(lambda layer, given, *output: (output or given)[0] * 2.0)
+    return learner
+
+
+class Scaled(ImplicitCGHead):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(2.0 * x)
+
+
+class Focal(nn.CrossEntropyLoss):
+    def forward(self, given: Tensor, target: Tensor) -> Tensor:
+        each = F.cross_entropy(given, target, reduction="none")
+        return ((1.0 - (-each).exp()) * each).mean()
+
+
+def later(loss: nn.Module) -> ImplicitCGHead:
+    learner = head()
+    learner.loss = loss
+    return learner
+
+
 X = torch.zeros(2, 8, 7)
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"features": torch.zeros(8, 7)}, ValueError, r"features: expected shape \[T, m, 7\]"),
@@ -448,7 +479,13 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
        "loss: expected nn.CrossEntropyLoss") for loss in (
         nn.CrossEntropyLoss(label_smoothing=0.1), nn.CrossEntropyLoss(weight=torch.ones(3)),
         nn.CrossEntropyLoss(ignore_index=1), nn.CrossEntropyLoss(reduction="none"),
-        nn.MSELoss(reduction="none"), nn.L1Loss(), nn.NLLLoss(), nn.MultiMarginLoss())),
+        nn.MSELoss(reduction="none"), nn.L1Loss(), nn.NLLLoss(), nn.MultiMarginLoss(), Focal())),
+    *(({"head": lambda loss=loss: later(loss)}, ValueError, "loss: expected nn.CrossEntropyLoss")
+      for loss in (nn.CrossEntropyLoss(label_smoothing=0.1), nn.L1Loss())),
+    *(({"head": lambda name=name: hooked(name)}, ValueError, "got hooks")
+      for name in ("pruned", "register_forward_hook", "register_forward_pre_hook")),
+    ({"head": lambda: hooked("forward")}, ValueError, r"got a forward\(\) of its own"),
+    ({"head": lambda: Scaled(nn.Linear(7, 3), 0.1)}, ValueError, r"got a forward\(\) of its own"),
 ]  # fmt: skip
 
 

@@ -109,6 +109,16 @@ def test_one_process_needs_no_second_path() -> None:
     assert parameter.grad is None and other.grad.tolist() == [1.0]
 
 
+def test_sparse_gradients_are_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks that have found the same."""
+    embedding = nn.Embedding(4, 2, sparse=True)
+    embedding(torch.tensor([1, 3])).sum().backward()
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda message: message.mul_(2.0))
+    Ranks(0, 2).average(embedding.parameters(), 0.5)
+    assert embedding.weight.grad is not None
+    assert embedding.weight.grad.tolist() == [[0.0, 0.0], [1.0, 1.0]] * 2
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_the_shares_are_the_whole(size: int) -> None:
     shares = [Ranks(rank, size).share(range(5)) for rank in range(size)]

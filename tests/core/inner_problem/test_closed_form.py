@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import flat, relative_error
+from oracles import flat, linear, relative_error, solve
 from problems import (
     Problem,
     Theta,
@@ -21,7 +21,7 @@ from small_task import HOWS, SIX_LABELS, adapt, six_inputs, small_nets
 from torch import Tensor, nn
 
 import l2l_implicit.learner as learner_module
-from l2l_implicit import CG, LBFGS, GradientDescent, ImplicitCGHead, Newton
+from l2l_implicit import CG, LBFGS, GradientDescent, ImplicitCGHead, Newton, UnsolvedWarning
 from l2l_implicit.inner_problem.losses import CrossEntropy, OutputLoss, SquaredError
 from l2l_implicit.inner_problem.recognition import recognize
 
@@ -209,6 +209,68 @@ def test_other_spellings_of_a_linear_map(spelling: str) -> None:
     assert error_of(LinearModule(spelling), plain, "closure") < 1e-9
 
 
+class Biased(nn.Module):
+    """A linear map whose bias has a shape of its own; its mean where the samples are others."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(CLASSES, WIDTH))
+        self.bias = nn.Parameter(torch.randn(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = len(self.bias) if self.bias.dim() == 2 else 1
+        bias = self.bias if rows in (1, len(x)) else self.bias.mean()
+        return torch.addmm(bias, x, self.weight.t())
+
+
+@HOWS
+@pytest.mark.parametrize(
+    "shape", [(), (1,), (1, CLASSES), (M, CLASSES), (M, 1), (CLASSES, 1)], ids=str
+)
+def test_biases_of_other_shapes(shape: tuple[int, ...], how: str, used: list[bool]) -> None:
+    """``torch.addmm`` spreads them over the samples; only one number a class is a head's."""
+    torch.manual_seed(SOLVED)
+    m = M if shape != (CLASSES, 1) else CLASSES
+    assert error_of(Biased(shape), lambda net, x: CE(net(x[:m]), Y[:m]), how, 40) < 1e-8
+    assert any(used) == (shape == (1, CLASSES))
+
+
+@HOWS
+def test_a_hook_on_the_outputs_is_obeyed_and_warned_of(how: str) -> None:
+    """It halves the loss's gradient: the minimum is that of half the loss. Autograd calls it again
+    for the second derivative, which is no derivative then."""
+    x, l2 = torch.randn(M, WIDTH, requires_grad=True), 0.2
+    settings = {"inner": GradientDescent(), "l2": l2, "max_error": 1e9}
+    learner = ImplicitCGHead(nn.Linear(WIDTH, CLASSES), 0.3, **settings).clone()
+
+    def loss() -> Tensor:
+        outputs = learner(x)
+        outputs.register_hook(lambda gradient: 0.5 * gradient)
+        return CE(outputs, Y)
+
+    def half(phi: Tensor) -> Tensor:
+        out = linear(phi, x.detach(), CLASSES)
+        return 0.5 * CE(out, Y) + 0.5 * l2 * phi.square().sum()
+
+    with pytest.warns(UnsolvedWarning, match="second derivative"):
+        adapt(learner, loss, how, 400)
+    expected = solve(half, torch.zeros(CLASSES * (WIDTH + 1)))
+    assert relative_error([flat(learner.module.parameters())], [expected]) < 1e-9
+
+
+def test_a_hook_on_phi_is_seen_and_hooks_stay_the_users() -> None:
+    learner, x = ImplicitCGHead(nn.Linear(WIDTH, CLASSES), 0.1).clone(), torch.randn(M, WIDTH)
+    phi, seen = [*learner.module.parameters()], list[float]()
+    assert recognize(CE(learner(x), Y), phi, set()) is not None
+    learner.module.weight.register_hook(lambda gradient: None)
+    assert recognize(CE(learner(x), Y), phi, set()) is None
+    outputs = learner(x)
+    outputs.mul_(2.0)  # a hook is one on what the tensor then is
+    outputs.register_hook(lambda gradient: seen.append(float(gradient.sum())))
+    outputs.sum().backward()
+    assert seen == [M * CLASSES]
+
+
 @pytest.mark.parametrize("leaf", [False, True])
 def test_learner_fed_its_own_weight(leaf: bool) -> None:
     """Inputs that are phi: the logits ``W W'`` are no linear map of W. Closures make W a leaf."""
@@ -289,6 +351,16 @@ def test_further_calls_with_the_same_data_change_nothing() -> None:
         learner.adapt(F.cross_entropy(learner(h), Y))
     assert all(a is b for a, b in zip(before, learner.module.parameters(), strict=True))
     assert learner._task.linearization() is at
+
+
+def test_a_changed_limit_is_the_one_that_counts() -> None:
+    learner, h = solved()
+    learner.max_error = 1e-30
+    loss = F.cross_entropy(learner(h), Y)
+    learner.adapt(loss)
+    with pytest.warns(UnsolvedWarning, match="at most 1e-30"):
+        F.cross_entropy(learner(h + 1.0), Y).backward()
+    assert learner.diagnostics.unsolved == 1
 
 
 def moved_weights(learner: ImplicitCGHead, h: Tensor) -> tuple[Tensor, Tensor]:

@@ -110,7 +110,8 @@ CHOSEN = {
     "77": None,
     "70-80": None,
     "1-99999999999": [1, 2, 3, 4, 5],
-    "99999999999999999999": "8-byte",
+    "99999999999999999999": "8-byte", "9" * 5000: "4300 digits", f"1-{'9' * 5000}": "4300 digits",
+    "\udcff": "surrogates not allowed", "a=\udcff": "surrogates not allowed",
     "$where=1": "expected KEY=VALUE",
     "=1": "expected KEY=VALUE",
     "config.seed=": None,
@@ -213,8 +214,10 @@ def test_an_export_that_fails_leaves_the_older_file(
     tmp_path: Path, recorder: Recorder, monkeypatch: MonkeyPatch, capsys: CaptureFixture[str]
 ) -> None:
     recorder.run({"seed": 1})
-    path = tmp_path / "f.gz"
+    path, other = tmp_path / "f.gz", tmp_path / "other"
     path.write_text("older")
+    other.write_text("other")
+    (tmp_path / "f.gz.new").symlink_to(other)
 
     def full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -222,6 +225,7 @@ def test_an_export_that_fails_leaves_the_older_file(
     monkeypatch.setattr(os, "replace", full)
     assert export([str(path)]) == 1 and "No space left" in capsys.readouterr().err
     assert [file.read_text() for file in tmp_path.glob("f.gz*")] == ["older"]
+    assert other.read_text() == "other"
     assert export(["/dev/null"]) == 1 and "the name of a file" in capsys.readouterr().err
 
 

@@ -59,8 +59,11 @@ def runs_of(database: Database, identities: Iterable[str]) -> dict[str, list[Run
 
 def _digest(name: str) -> str:
     """Of a file of the code here; of none elsewhere, whatever a record calls it."""
-    path = (REPOSITORY / name).resolve()
-    return get_digest(str(path)) if path.is_file() and path.is_relative_to(REPOSITORY) else ""
+    with suppress(OSError):  # a name that is too long, say
+        path = (REPOSITORY / name).resolve()
+        if path.is_relative_to(REPOSITORY) and path.is_file():
+            return get_digest(str(path))
+    return ""
 
 
 def counted(runs: Iterable[Run], redo_changed: bool) -> Run | None:

@@ -14,10 +14,11 @@ import platform
 import time
 import uuid
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pymongo import ReturnDocument, WriteConcern
+from pymongo import WriteConcern
 from pymongo.collection import Collection
 from pymongo.errors import DuplicateKeyError
 
@@ -36,9 +37,10 @@ def _locks(database: Database) -> Collection[Document]:
 
 def token_of(database: Database) -> str:
     """What tells this database from any other, whatever the address it is reached by."""
-    new = {"$setOnInsert": {"token": uuid.uuid4().hex}}
-    options: Any = {"upsert": True, "return_document": ReturnDocument.AFTER}
-    return str(_locks(database).find_one_and_update({"_id": "database"}, new, **options)["token"])
+    own, new = {"_id": "database"}, {"$set": {"token": uuid.uuid4().hex}}
+    with suppress(DuplicateKeyError):  # it has one
+        _locks(database).update_one({**own, "token": None}, new, upsert=True)
+    return str((_locks(database).find_one(own) or {}).get("token"))
 
 
 class Lock:

@@ -48,12 +48,25 @@ def main() -> int:
     }
     broken = 0
     for title, section in sections.items():
-        print(f"{title}:")
-        for name, state, text in section():
-            print(f"  {name:<18} {state}{text}")
+        print(f"{printable(title)}:")
+        for name, state, text in whole(section):
+            print(f"  {name:<18} {state}{printable(text)}")
             broken += state == BROKEN
     print(f"{broken} broken" if broken else "Nothing that is needed is broken.")
     return 1 if broken else 0
+
+
+def whole(section: Callable[[], Findings]) -> Findings:
+    """All that it finds; what it trips over is one more finding."""
+    try:
+        yield from section()
+    except Exception as error:
+        yield "error", BROKEN, _one_line(error)
+
+
+def printable(text: str) -> str:
+    """What a terminal would obey is shown as text; nothing is imported for it."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def imported(name: str) -> tuple[Any, str]:
@@ -173,4 +186,7 @@ def _one_line(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except OSError as error:  # a full disk, a pipe that nobody reads
+        sys.exit(f"error: {error}")

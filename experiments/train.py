@@ -16,6 +16,7 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -137,9 +138,9 @@ def _prepare(config: Values, ranks: Ranks) -> tuple[Tasks, MetaLearner]:
     learner = _learner(config, given, ranks)
     if (file := config["parameters"]) is not None:
         try:
-            if Path(file).is_fifo():
-                raise OSError("a FIFO, which would be waited for")
-            learner.load_parameters(torch.load(file, weights_only=True, map_location="cpu"))
+            if Path(file).exists() and not Path(file).is_file():
+                raise OSError("no regular file, which may be waited for")
+            learner.load_parameters(checkpoint.plain_data(Path(file).read_bytes()))
         except Exception as error:  # torch's reader of plain data raises what its bytes lead to
             raise wrong("parameters", "those of a run with this model and algorithm",
                         f"{file}: {reason(error)}",
@@ -159,7 +160,7 @@ def _centroid(given: Tasks, number: int) -> Interval | None:
 
 def _first() -> bool:
     """Whether this is the process that records and speaks for all."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def _resume(run: Any, training: Training, folder: Path, state: Values) -> None:
@@ -187,7 +188,12 @@ def _resume(run: Any, training: Training, folder: Path, state: Values) -> None:
 def train(_run: Any, _config: Values) -> dict[str, Any]:
     """The whole run, and its result; under torchrun each rank has its share of the tasks."""
     try:
-        with model.within_limits(), connect() as ranks:
+        with model.within_limits(), ExitStack() as job:
+            try:
+                ranks = job.enter_context(connect())
+            except ValueError as error:
+                todo = "start with torchrun, or unset RANK and WORLD_SIZE"
+                raise wrong("environment", "torchrun's", reason(error), todo) from error
             return _train(_run, _config, ranks)
     except RankLost as error:
         raise UserError(str(error)) from error

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from experiments.tracking import UserError, wrong
+from experiments.tracking.errors import one_line
 from l2l_implicit import checks
 from l2l_implicit.tasks import canonical, describe_tasksets, kind_of, split_support_query
 
@@ -114,8 +115,11 @@ class CheckedStream:
         self._drawn += 1
         where = where or f"{self.name} task {self._drawn}"
         for _ in range(MOST_IN_A_ROW):
-            episode = self.stream.sample()
-            reason = fault(episode, self.outputs)
+            try:
+                episode = self.stream.sample()
+                reason = fault(episode, self.outputs)
+            except (OSError, ValueError) as error:  # of a picture that cannot be read
+                reason = one_line(error)
             if reason is None:
                 return episode
             if not self.skip:

@@ -35,15 +35,10 @@ class ImageTable(Dataset):
     """
 
     def __init__(
-        self,
-        images: Any,
-        labels: Sequence[int],
-        classes: Sequence[str],
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        device: Device = None,
-        keep: bool = True,
-    ) -> None:
+        self, images: Any, labels: Sequence[int], classes: Sequence[str],
+        mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
+        device: Device = None, keep: bool = True,
+    ) -> None:  # fmt: skip
         self.images, self.classes = images, list(classes)
         self.notes: dict[str, Any] = {}
         self._labels = [int(label) for label in labels]  # plain integers: items need no .item()

@@ -28,12 +28,9 @@ class Needed(NamedTuple):
 
 
 def provide(
-    name: str,
-    root: Path,
-    needed: Sequence[Needed],
-    download: Callable[[], Any],
+    name: str, root: Path, needed: Sequence[Needed], download: Callable[[], Any],
     leaves: Sequence[str] = (),
-) -> None:
+) -> None:  # fmt: skip
     """Unpack or download what is not in place.
 
     Args:

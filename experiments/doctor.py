@@ -186,7 +186,4 @@ def _one_line(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except OSError as error:  # a full disk, a pipe that nobody reads
-        sys.exit(f"error: {error}")
+    sys.exit(main())

@@ -117,11 +117,10 @@ class CheckedStream:
         for _ in range(MOST_IN_A_ROW):
             try:
                 episode = self.stream.sample()
-                reason = fault(episode, self.outputs)
+                if (reason := fault(episode, self.outputs)) is None:
+                    return episode
             except (OSError, ValueError) as error:  # of a picture that cannot be read
                 reason = one_line(error)
-            if reason is None:
-                return episode
             if not self.skip:
                 raise UserError(f"{where}: {reason}; repair the data, or set on_bad_task=skip")
             self.skipped += 1

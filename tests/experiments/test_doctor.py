@@ -121,7 +121,7 @@ def test_nothing_is_printed_raw(tmp_path: Path) -> None:
     assert "\x1b" not in output and "\\x1b[31m/mongodb (mode 0700" in output
 
 
-@pytest.mark.parametrize("words", ["doctor", "tracking.serve", "sweep accuracy --list"])
+@pytest.mark.parametrize("words", ["tracking.serve", "sweep accuracy --list"])
 def test_a_full_disk_behind_the_output_is_no_traceback(tmp_path: Path, words: str) -> None:
     module, *more = words.split()
     own = {"HOME": str(tmp_path), "L2L_IMPLICIT_DATA": str(tmp_path), "PYTHONUNBUFFERED": "1"}

@@ -102,17 +102,17 @@ class Watch:
             if self._has_died(lock):
                 self._locks.delete_one({key: lock.get(key) for key in ("_id", "token", "beat")})
             else:
-                found[lock["_id"]] = lock
+                found[lock.get("_id")] = lock
         return found
 
     def _has_died(self, lock: Document) -> bool:
         if lock.get("place") == _place():
             return socket_server.is_free(_file(lock["_id"]))
         now, sign = time.monotonic(), (lock.get("token"), lock.get("beat"))
-        last, since, looked = self._seen.get(lock["_id"], (None, now, now))
+        last, since, looked = self._seen.get(lock.get("_id"), (None, now, now))
         if sign != last or now - looked > LEASE / 4:
             since = now  # a database that was away has kept the holder from beating
-        self._seen[lock["_id"]] = sign, since, now
+        self._seen[lock.get("_id")] = sign, since, now
         return now - since > LEASE
 
 

@@ -106,9 +106,8 @@ def compute() -> Findings:
     if not torch.cuda.device_count():
         yield "device", OK, f"cpu ({platform.machine()}); no CUDA device"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    limit = os.environ.get("OMP_NUM_THREADS", "unset")
-    text = f"{torch.get_num_threads()} of torch, {cores} cores, OMP_NUM_THREADS {limit}"
-    yield "threads", OK, text
+    own, limit = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS", "unset")
+    yield "threads", OK, f"{own} of torch, {cores} cores, OMP_NUM_THREADS {limit}"
 
 
 def hypergradient() -> Findings:

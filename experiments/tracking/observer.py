@@ -64,9 +64,9 @@ class JournalObserver(MongoObserver):
         """Insert the run's document, which gives its number; later events go to the journal."""
         event = self._clean(event)
         event["meta_info"]["journal"] = self.token
+        if isinstance(event["_id"], str) and event["_id"].isdecimal():  # Sacred's -i 7
+            event["_id"] = int(event["_id"])
         try:
-            if isinstance(event["_id"], str) and event["_id"].isdecimal():  # Sacred's -i 7
-                event["_id"] = int(event["_id"])
             uploader.index_metrics(self._database.documents)
             run_id = super().started_event(**event)
         except UserError:

@@ -150,7 +150,7 @@ def connected(address: str | None, workers: int) -> Client:
     if address is not None:
         try:
             # of a file that is not there Dask waits for ever
-            file = address.endswith(".json")
+            file = address.endswith(".json") and not Path(address).is_fifo()
             at = str(json.loads(Path(address).read_text())["address"] if file else address)
             asyncio.run(_answers(at))
             return Client(at, timeout=CONNECT)

@@ -36,6 +36,7 @@ from experiments.ingredients.model import ModelSettings
 from experiments.tracking import TrackedExperiment, UserError, wrong
 from experiments.tracking.config import NotNegative, Positive, Seed, Text, Threads, Values
 from experiments.tracking.errors import reason
+from experiments.tracking.values import told
 from experiments.training import checkpoint, outcome
 from experiments.training.episodes import CheckedStream, Tasks
 from experiments.training.loop import Schedule, Training
@@ -181,7 +182,7 @@ def _resume(run: Any, training: Training, folder: Path, state: Values) -> None:
         if run.journal is not None:
             run.journal.supersede(state["token"], run.info)
         checkpoint.remove(folder)  # only now: one of the two is there at any moment
-        print(f"resumed          run {folder.name} after {training.steps} outer iterations")
+        print(f"resumed          run {told(folder.name)} after {training.steps} outer iterations")
 
 
 @ex.main
@@ -191,9 +192,8 @@ def train(_run: Any, _config: Values) -> dict[str, Any]:
         with model.within_limits(), ExitStack() as job:
             try:
                 ranks = job.enter_context(connect())
-            except ValueError as error:
-                todo = "start with torchrun, or unset RANK and WORLD_SIZE"
-                raise wrong("environment", "torchrun's", reason(error), todo) from error
+            except ValueError as bad:
+                raise wrong("RANK, WORLD_SIZE", "torchrun's", reason(bad), "unset them") from bad
             return _train(_run, _config, ranks)
     except RankLost as error:
         raise UserError(str(error)) from error

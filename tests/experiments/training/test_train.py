@@ -267,8 +267,8 @@ def test_an_environment_that_is_not_torchruns_is_one_line(
     with pytest.raises(SystemExit):
         ex.run_commandline(["train", "-u", "with", "smoke", f"output={tmp_path}"])
     lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("error: ")]
-    assert len(lines) == 1 and "environment: expected torchrun's, got" in lines[0], lines
-    assert reason in lines[0] and lines[0].endswith("or unset RANK and WORLD_SIZE")
+    assert len(lines) == 1 and "RANK, WORLD_SIZE: expected torchrun's, got" in lines[0], lines
+    assert reason in lines[0] and lines[0].endswith("; unset them")
 
 
 @pytest.mark.parametrize("error", [

@@ -48,12 +48,25 @@ def main() -> int:
     }
     broken = 0
     for title, section in sections.items():
-        print(f"{title}:")
-        for name, state, text in section():
-            print(f"  {name:<18} {state}{text}")
+        print(f"{printable(title)}:")
+        for name, state, text in whole(section):
+            print(f"  {name:<18} {state}{printable(text)}")
             broken += state == BROKEN
     print(f"{broken} broken" if broken else "Nothing that is needed is broken.")
     return 1 if broken else 0
+
+
+def whole(section: Callable[[], Findings]) -> Findings:
+    """All that it finds; what it trips over is one more finding."""
+    try:
+        yield from section()
+    except Exception as error:
+        yield "error", BROKEN, _one_line(error)
+
+
+def printable(text: str) -> str:
+    """What a terminal would obey is shown as text; nothing is imported for it."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def imported(name: str) -> tuple[Any, str]:
@@ -93,9 +106,8 @@ def compute() -> Findings:
     if not torch.cuda.device_count():
         yield "device", OK, f"cpu ({platform.machine()}); no CUDA device"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    limit = os.environ.get("OMP_NUM_THREADS", "unset")
-    text = f"{torch.get_num_threads()} of torch, {cores} cores, OMP_NUM_THREADS {limit}"
-    yield "threads", OK, text
+    own, limit = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS", "unset")
+    yield "threads", OK, f"{own} of torch, {cores} cores, OMP_NUM_THREADS {limit}"
 
 
 def hypergradient() -> Findings:

@@ -69,16 +69,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = _sweep(plan, options, database)
             sys.stdout.flush()
             return status
-    except (UserError, PyMongoError) as error:
+    except BrokenPipeError:  # whoever read the list has seen enough: `--list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except (UserError, PyMongoError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, Terminated) as stop:
         number = signal.Signals(getattr(stop, "signum", signal.SIGINT))
         print(f"stopped by {number.name}; the same command goes on", file=sys.stderr)
         return 128 + number
-    except BrokenPipeError:  # whoever read the list has seen enough: `--list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
 
 
 def _parse(argv: Sequence[str] | None) -> Namespace:
@@ -150,7 +150,7 @@ def connected(address: str | None, workers: int) -> Client:
     if address is not None:
         try:
             # of a file that is not there Dask waits for ever
-            file = address.endswith(".json")
+            file = address.endswith(".json") and not Path(address).is_fifo()
             at = str(json.loads(Path(address).read_text())["address"] if file else address)
             asyncio.run(_answers(at))
             return Client(at, timeout=CONNECT)

@@ -16,6 +16,7 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +36,7 @@ from experiments.ingredients.model import ModelSettings
 from experiments.tracking import TrackedExperiment, UserError, wrong
 from experiments.tracking.config import NotNegative, Positive, Seed, Text, Threads, Values
 from experiments.tracking.errors import reason
+from experiments.tracking.values import told
 from experiments.training import checkpoint, outcome
 from experiments.training.episodes import CheckedStream, Tasks
 from experiments.training.loop import Schedule, Training
@@ -137,9 +139,9 @@ def _prepare(config: Values, ranks: Ranks) -> tuple[Tasks, MetaLearner]:
     learner = _learner(config, given, ranks)
     if (file := config["parameters"]) is not None:
         try:
-            if Path(file).is_fifo():
-                raise OSError("a FIFO, which would be waited for")
-            learner.load_parameters(torch.load(file, weights_only=True, map_location="cpu"))
+            if Path(file).exists() and not Path(file).is_file():
+                raise OSError("no regular file, which may be waited for")
+            learner.load_parameters(checkpoint.plain_data(Path(file).read_bytes()))
         except Exception as error:  # torch's reader of plain data raises what its bytes lead to
             raise wrong("parameters", "those of a run with this model and algorithm",
                         f"{file}: {reason(error)}",
@@ -159,7 +161,7 @@ def _centroid(given: Tasks, number: int) -> Interval | None:
 
 def _first() -> bool:
     """Whether this is the process that records and speaks for all."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def _resume(run: Any, training: Training, folder: Path, state: Values) -> None:
@@ -180,14 +182,18 @@ def _resume(run: Any, training: Training, folder: Path, state: Values) -> None:
         if run.journal is not None:
             run.journal.supersede(state["token"], run.info)
         checkpoint.remove(folder)  # only now: one of the two is there at any moment
-        print(f"resumed          run {folder.name} after {training.steps} outer iterations")
+        print(f"resumed          run {told(folder.name)} after {training.steps} outer iterations")
 
 
 @ex.main
 def train(_run: Any, _config: Values) -> dict[str, Any]:
     """The whole run, and its result; under torchrun each rank has its share of the tasks."""
     try:
-        with model.within_limits(), connect() as ranks:
+        with model.within_limits(), ExitStack() as job:
+            try:
+                ranks = job.enter_context(connect())
+            except ValueError as bad:
+                raise wrong("RANK, WORLD_SIZE", "torchrun's", reason(bad), "unset them") from bad
             return _train(_run, _config, ranks)
     except RankLost as error:
         raise UserError(str(error)) from error

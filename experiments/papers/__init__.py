@@ -44,9 +44,9 @@ class Points:
     def metrics(self) -> Metrics:
         return {name: pd.Series(curve) for name, curve in self._curves.items()}
 
-    def show(self, result: Mapping[str, float]) -> None:
+    def show(self, experiment: str, result: Mapping[str, float]) -> None:
         """Print the tables that the report makes of such a run, and keep its pictures."""
-        _, _, items = PARTS[self._run.experiment_info["name"]]
+        _, _, items = PARTS[experiment]  # whatever -n calls the run
         run = Run({"_id": self._run._id, "config": self._run.config, "result": result})
         for item in items(run, self.metrics):
             if isinstance(item, Table):

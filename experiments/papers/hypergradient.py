@@ -271,5 +271,5 @@ def hypergradient(_run: Any) -> dict[str, float]:
             tqdm.write(f"{title}: condition number {tasks[0].condition:.0f}")
     curves = named(points.metrics, "hypergradient/(.+)")
     result = {name: float(curve.iloc[-1]) for name, curve in curves.items()}
-    points.show(result)
+    points.show("hypergradient", result)
     return result

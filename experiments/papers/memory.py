@@ -228,5 +228,5 @@ def memory(_run: Any) -> dict[str, float]:
                     points.record(values, k)
     result = savings(named(points.metrics, "memory/(.+/.+)"))
     result["process_peak_bytes"] = float(process_peak())
-    points.show(result)
+    points.show("memory", result)
     return result

@@ -35,7 +35,7 @@ LATEX = str.maketrans({
     "±": r"$\pm$", "≤": r"$\leq$", "–": "--", "†": r"$\dagger$", "<": r"$<$", ">": r"$>$",
     "|": r"$|$", "[": "{[}",
 })  # fmt: skip
-MARKDOWN = str.maketrans({"\\": r"\\", "|": r"\|", "<": "&lt;"})
+MARKDOWN = str.maketrans({"\\": r"\\", "|": r"\|", "<": "&lt;", "`": r"\`", "[": r"\["})
 
 
 def write(folder: Path, sections: Sequence[Section], about: str, command: str) -> Path:
@@ -112,8 +112,9 @@ def _inert(value: Any) -> Any:
 
 def markdown_text(table: Table) -> str:
     """A pipe table; caption above, notes, command and runs below."""
-    source = f"`{table.source.command}`; runs: {run_list(table.source.runs) or 'none'}"
-    return "\n\n".join([table.caption, markdown_grid(table), *table.notes, source]) + "\n"
+    command, runs = table.source.command.replace("`", "'"), run_list(table.source.runs) or "none"
+    caption, end, *notes = (t.translate(MARKDOWN) for t in (table.caption, runs, *table.notes))
+    return "\n\n".join([caption, markdown_grid(table), *notes, f"`{command}`; runs: {end}\n"])
 
 
 def markdown_grid(table: Table) -> str:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
+from os.path import isfile  # False also for a name that is too long
 from statistics import mean
 from typing import Any, NamedTuple, TypeVar
 
@@ -60,7 +61,7 @@ def runs_of(database: Database, identities: Iterable[str]) -> dict[str, list[Run
 def _digest(name: str) -> str:
     """Of a file of the code here; of none elsewhere, whatever a record calls it."""
     path = (REPOSITORY / name).resolve()
-    return get_digest(str(path)) if path.is_file() and path.is_relative_to(REPOSITORY) else ""
+    return get_digest(str(path)) if isfile(path) and path.is_relative_to(REPOSITORY) else ""
 
 
 def counted(runs: Iterable[Run], redo_changed: bool) -> Run | None:

@@ -14,10 +14,11 @@ import platform
 import time
 import uuid
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pymongo import ReturnDocument, WriteConcern
+from pymongo import WriteConcern
 from pymongo.collection import Collection
 from pymongo.errors import DuplicateKeyError
 
@@ -36,9 +37,10 @@ def _locks(database: Database) -> Collection[Document]:
 
 def token_of(database: Database) -> str:
     """What tells this database from any other, whatever the address it is reached by."""
-    new = {"$setOnInsert": {"token": uuid.uuid4().hex}}
-    options: Any = {"upsert": True, "return_document": ReturnDocument.AFTER}
-    return str(_locks(database).find_one_and_update({"_id": "database"}, new, **options)["token"])
+    own, new = {"_id": "database"}, {"$set": {"token": uuid.uuid4().hex}}
+    with suppress(DuplicateKeyError):  # it has one
+        _locks(database).update_one({**own, "token": None}, new, upsert=True)
+    return str((_locks(database).find_one(own) or {}).get("token"))
 
 
 class Lock:
@@ -100,17 +102,17 @@ class Watch:
             if self._has_died(lock):
                 self._locks.delete_one({key: lock.get(key) for key in ("_id", "token", "beat")})
             else:
-                found[lock["_id"]] = lock
+                found[lock.get("_id")] = lock
         return found
 
     def _has_died(self, lock: Document) -> bool:
         if lock.get("place") == _place():
             return socket_server.is_free(_file(lock["_id"]))
         now, sign = time.monotonic(), (lock.get("token"), lock.get("beat"))
-        last, since, looked = self._seen.get(lock["_id"], (None, now, now))
+        last, since, looked = self._seen.get(lock.get("_id"), (None, now, now))
         if sign != last or now - looked > LEASE / 4:
             since = now  # a database that was away has kept the holder from beating
-        self._seen[lock["_id"]] = sign, since, now
+        self._seen[lock.get("_id")] = sign, since, now
         return now - since > LEASE
 
 

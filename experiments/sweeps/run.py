@@ -197,10 +197,10 @@ def find_checkpoint(cell: Cell, run_ids: Sequence[Any]) -> Path | None:
     for name in filter(is_name, map(str, run_ids)):
         folder = Path(str(cell.settings.get("output", "runs"))) / name
         # another database's run may have the same number, and the file be damaged
-        with suppress(OSError, ValueError, AttributeError):
-            config = json.loads((folder / CONFIG).read_text())
-            if config.get("cell") == cell.identity and (folder / STATE).is_file():
-                return folder
+        with suppress(OSError, ValueError, AttributeError, RecursionError):
+            if (folder / STATE).is_file() and (folder / CONFIG).is_file():  # no FIFO
+                if json.loads((folder / CONFIG).read_text()).get("cell") == cell.identity:
+                    return folder
     return None
 
 

@@ -54,8 +54,8 @@ def _private(folder: Path) -> Path:
     try:
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
-        folder.chmod(0o700)  # which only its owner, or root, can
-        if folder.stat().st_uid == os.geteuid():
+        if {folder.stat().st_uid, folder.lstat().st_uid} == {os.geteuid()}:  # and the link to it
+            folder.chmod(0o700)
             return folder
         reason: str | None = "it belongs to somebody else"
     except OSError as error:

@@ -276,7 +276,7 @@ def repository_info(folder: Path | str) -> list[dict[str, Any]]:
 
     The URL carries no password or token; `dirty` counts changes of tracked files.
     """
-    git = ("git", "-C", str(folder))
+    git = ("git", "--no-optional-locks", "-C", str(folder))  # a run only reads
     if (commit := _ask(*git, "rev-parse", "--verify", "HEAD")) is None:
         return []
     url = _ask(*git, "remote", "get-url", "origin") or _ask(*git, "rev-parse", "--show-toplevel")

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not records.runs:
                 raise UserError("no run that has ended fits; nothing is written")
             _write(options.file, records, options.without)
-    except (UserError, PyMongoError, BSONError, OverflowError, OSError, re.error) as error:
+    except (ValueError, PyMongoError, BSONError, OverflowError, OSError, re.error) as error:
         print("error: " + one_line(error), file=sys.stderr)
         return 1
     size = options.file.stat().st_size / 1024
@@ -91,8 +91,9 @@ def _write(path: Path, records: DatabaseRecords, without: str) -> None:
             raise UserError(f"run {run}: {fault}; mend the run's record, or export the others")
         metrics[run][name] = series._asdict()
     draft = path.with_name(f"{path.name}.new")
+    draft.unlink(missing_ok=True)  # of an export that was killed, or a link to elsewhere
     try:
-        with open(draft, "wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as file:
+        with open(draft, "xb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as file:
             for document in records.runs:
                 entry = {"runs": _hidden(document), "metrics": metrics[document["_id"]]}
                 file.write(json.dumps(entry).encode() + b"\n")

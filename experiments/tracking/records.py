@@ -74,13 +74,13 @@ class DatabaseRecords:
         self._documents = documents.with_options(codec_options=LENIENT)
         self._ids: dict[RunId, Any] = {}
         files = self._documents["fs.files"].find({"md5": {"$exists": True}}, {"md5": 1})
-        md5 = {str(plain(file["_id"])): plain(file["md5"]) for file in files}
+        md5 = {str(plain(file.get("_id"))): plain(file.get("md5")) for file in files}
         found = self._documents["runs"].find(question or {}, dict.fromkeys(FIELDS, 1))
         self.runs = sorted((self._run(document, md5) for document in found), key=_order)
 
     def _run(self, document: Document, md5: Mapping[str, Any]) -> Document:
-        number = _free(document["_id"], self._ids)
-        self._ids[number] = document["_id"]
+        number = _free(document.get("_id"), self._ids)
+        self._ids[number] = document.get("_id")
         run = {**plain(document), "_id": number}
         experiment, info = run.get("experiment"), run.get("info")
         if isinstance(experiment, dict) and isinstance(experiment.get("sources"), list):
@@ -106,8 +106,8 @@ class DatabaseRecords:
         for first in range(0, len(raw), BATCH):
             of_some = {"run_id": {"$in": raw[first : first + BATCH]}, **chosen}
             found = self._documents["metrics"].find(of_some, fields)
-            for metric in sorted(found, key=lambda metric: str(metric["_id"])):  # as recorded
-                run, name = numbers.get(_key(metric["run_id"])), metric.get("name")
+            for metric in sorted(found, key=lambda metric: str(metric.get("_id"))):  # as recorded
+                run, name = numbers.get(_key(metric.get("run_id"))), metric.get("name")
                 if run is not None and isinstance(name, str):
                     yield _metric(run, printable(name), metric)
 

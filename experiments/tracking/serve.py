@@ -12,18 +12,18 @@ import sys
 import threading
 
 from experiments.tracking.database import Database, choose
-from experiments.tracking.errors import CommandLine, UserError
+from experiments.tracking.errors import CommandLine, UserError, one_line
 
 if __name__ == "__main__":
     try:
         words = CommandLine("tracking.serve", "Keep the database up, and print its address.")
         database = Database(choose(words.parse_args().mongo_db))
-    except UserError as error:
-        sys.exit(f"error: {error}")
+        print(database.address, flush=True)
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {one_line(error)}")
     done = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: done.set())
-    print(database.address, flush=True)
     while not done.wait(1.0):
         with contextlib.suppress(UserError):
             database.revive()

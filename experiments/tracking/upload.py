@@ -12,6 +12,7 @@ from pathlib import Path
 from experiments.tracking.database import Database, choose
 from experiments.tracking.errors import CommandLine, UserError, one_line
 from experiments.tracking.uploader import upload_journal
+from experiments.tracking.values import told
 
 if __name__ == "__main__":
     parser = CommandLine("tracking.upload", "Upload records of runs whose database had gone away.")
@@ -20,14 +21,14 @@ if __name__ == "__main__":
     try:
         opened = Database(choose(arguments.mongo_db))
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {one_line(error)}")
     failed = False
     for file in arguments.files:
         try:
             if (uploader := upload_journal(file, opened.documents)) is None:
                 raise UserError(f"{file} belongs to a run that still goes on")
             status = f"{uploader.document.get('status')}, in {opened.label}"
-            print(f"run {uploader.run_id}: {status}{uploader.how_it_ended()}", flush=True)
+            print(told(f"run {uploader.run_id}: {status}{uploader.how_it_ended()}"), flush=True)
         except Exception as error:  # whatever a database answers; the file is kept
             gone = "; a later run may have uploaded it" * isinstance(error, FileNotFoundError)
             print(f"error: {opened.redacted(one_line(error))}{gone}", file=sys.stderr)

@@ -26,6 +26,7 @@ from experiments.tracking.database import Database, Documents
 from experiments.tracking.embedded import data_folder
 from experiments.tracking.errors import TrackingError, one_line
 from experiments.tracking.journal import Entry, JournalReader
+from experiments.tracking.values import is_name, told
 
 # A document ends at 16 MB, about 388,000 points, and is rewritten whole at every push.
 POINTS_PER_DOCUMENT = 100_000
@@ -149,11 +150,12 @@ class Uploader:
 
     def _claim_id(self) -> str:
         """Take the journal's run number unless another run has it; the run's stored status."""
-        token = self.document["meta"]["journal"]
+        own = {"meta.journal": {"$eq": self.document["meta"]["journal"]}}
         wanted = self.document["_id"] if self.run_id is None else self.run_id
-        stored = self._runs.find_one({"_id": wanted}, {"meta.journal": 1, "status": 1})
-        if stored and stored.get("meta", {}).get("journal") != token:
-            stored = self._runs.find_one({"meta.journal": token}, {"status": 1})
+        stored = self._runs.find_one({"_id": {"$eq": wanted}, **own}, {"status": 1})
+        fits = isinstance(wanted, int) or (isinstance(wanted, str) and is_name(wanted))
+        if not stored and (not fits or self._runs.find_one({"_id": wanted}, {"_id": 1})):
+            stored = self._runs.find_one(own, {"status": 1})
             wanted = stored["_id"] if stored else next_run_id(self._runs)
         self.run_id = wanted
         return str((stored or {}).get("status", "RUNNING"))
@@ -244,7 +246,7 @@ def upload_journal(path: Path, documents: Documents) -> Uploader | None:
             uploader.upload(abandoned=True)
             uploader.verify()
         if uploader.run_id is None and reader.header:  # killed at its start, or that is lost
-            own = {"meta.journal": reader.header["token"], "status": "RUNNING"}
+            own = {"meta.journal": {"$eq": reader.header["token"]}, "status": "RUNNING"}
             ended = {"status": "FAILED", "fail_trace": [reader.damage or KILLED]}
             documents["runs"].update_one(own, {"$set": ended})
         if uploader.run_id is None and reader.damage:
@@ -273,8 +275,8 @@ def upload_abandoned(database: Database, log: logging.Logger) -> None:
             if owner == (database.label, platform.node()):
                 if uploader := upload_journal(path, database.documents):
                     text = "Uploaded the record that run %s left%s"
-                    log.warning(text, uploader.run_id, uploader.how_it_ended())
+                    log.warning(text, told(str(uploader.run_id)), uploader.how_it_ended())
         except FileNotFoundError:
             continue  # another run has just uploaded it
         except Exception as error:  # whatever a database answers; the file is kept
-            log.warning("Cannot upload %s: %s", path.name, database.redacted(one_line(error)))
+            log.warning("Cannot upload %s: %s", told(path.name), database.redacted(one_line(error)))

@@ -143,7 +143,8 @@ def told(text: str) -> str:
 
 def is_name(text: str) -> bool:
     """Whether a folder may be called so: it leads to nowhere else, and can be shown."""
-    return bool(text) and text.isprintable() and "/" not in text and text not in (".", "..")
+    fits = text.isprintable() and 0 < len(text.encode()) < 200  # of 255 bytes, with a suffix
+    return fits and "/" not in text and text not in (".", "..")
 
 
 def printable(text: str) -> str:

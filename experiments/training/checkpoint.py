@@ -20,6 +20,7 @@ import json
 import os
 import platform
 import random
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -118,8 +119,17 @@ def load(folder: Path) -> dict[str, Any]:
         whole, checksum = content[:-_CHECKSUM], content[-_CHECKSUM:]
         if hashlib.sha256(whole).digest() != checksum:
             raise ValueError("its checksum does not fit, so that it is damaged")
-        state = torch.load(io.BytesIO(whole), weights_only=True, map_location="cpu")
+        state = plain_data(whole)
         return {**state, "settings": dict(json.loads(state["settings"]))}
+
+
+def plain_data(content: bytes) -> Any:
+    """What torch has saved, on the CPU; none of it can run code, or is larger than the file."""
+    if content[:2] == b"PK":
+        with zipfile.ZipFile(io.BytesIO(content)) as parts:
+            if sum(part.file_size for part in parts.infolist()) > len(content):
+                raise ValueError("it is packed, and larger in memory")
+    return torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
 
 
 def find(output: Path, which: str) -> Path:

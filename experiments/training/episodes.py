@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from experiments.tracking import UserError, wrong
+from experiments.tracking.errors import one_line
 from l2l_implicit import checks
 from l2l_implicit.tasks import canonical, describe_tasksets, kind_of, split_support_query
 
@@ -114,10 +115,12 @@ class CheckedStream:
         self._drawn += 1
         where = where or f"{self.name} task {self._drawn}"
         for _ in range(MOST_IN_A_ROW):
-            episode = self.stream.sample()
-            reason = fault(episode, self.outputs)
-            if reason is None:
-                return episode
+            try:
+                episode = self.stream.sample()
+                if (reason := fault(episode, self.outputs)) is None:
+                    return episode
+            except (OSError, ValueError) as error:  # of a picture that cannot be read
+                reason = one_line(error)
             if not self.skip:
                 raise UserError(f"{where}: {reason}; repair the data, or set on_bad_task=skip")
             self.skipped += 1

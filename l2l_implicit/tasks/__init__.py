@@ -9,22 +9,9 @@ from l2l_implicit.tasks.sine import sine_tasksets
 from l2l_implicit.tasks.tasksets import describe_tasksets
 
 __all__ = [
-    "TASKSETS",
-    "Caltech101",
-    "FolderImages",
-    "Glyphs",
-    "caltech101_tasksets",
-    "canonical",
-    "describe_tasksets",
-    "folder_tables",
-    "folder_tasksets",
-    "get_tasksets",
-    "glyphs_tasksets",
-    "kind_of",
-    "nearest_centroid_accuracy",
-    "register",
-    "sine_tasksets",
-    "split_support_query",
-]
+    "TASKSETS", "Caltech101", "FolderImages", "Glyphs", "caltech101_tasksets", "canonical",
+    "describe_tasksets", "folder_tables", "folder_tasksets", "get_tasksets", "glyphs_tasksets",
+    "kind_of", "nearest_centroid_accuracy", "register", "sine_tasksets", "split_support_query",
+]  # fmt: skip
 
 register()

@@ -30,6 +30,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from l2l_implicit import checks
 from l2l_implicit.tasks import omniglot
 from l2l_implicit.tasks.image_table import Device, ImageTable
+from l2l_implicit.tasks.pictures import opened
 from l2l_implicit.tasks.provide import Needed, damage_explained, provide, removed_if_interrupted
 from l2l_implicit.tasks.tasksets import MODES, Benchmark, build_tasksets, refuse_unknown
 
@@ -110,7 +111,8 @@ def cifarfs(root: Path, mode: str, device: Device) -> ImageTable:
         leaves = ("cifarfs", "cifarfs/processed", "cifarfs.zip")
         provide("cifarfs", root, needed, partial(CIFARFS, str(root), mode, download=True), leaves)
     with damage_explained("cifarfs", root, [copied]):
-        data = WholeCifarfs(str(root), mode, transform=_pixels)
+        data = WholeCifarfs(str(root), mode, transform=pil_to_tensor)
+        data.loader = _rgb
         listed = root / "cifarfs/cifar100/splits/bertinetto" / f"{short}.txt"
         # An interrupted copy leaves classes out, and would never be noticed.
         if listed.is_file() and sorted(listed.read_text().split()) != sorted(data.classes):
@@ -177,12 +179,7 @@ def lee2019(side: int) -> Callable[[Tensor], Tensor]:
     ])
 
 
-LOADERS = {
-    "cifarfs": cifarfs,
-    "fc100": fc100,
-    "mini_imagenet": mini_imagenet,
-    "tiered_imagenet": tiered_imagenet,
-}
+LOADERS = {loader.__name__: loader for loader in (cifarfs, fc100, mini_imagenet, tiered_imagenet)}
 
 
 def learn2learn_tasksets(
@@ -253,3 +250,8 @@ def _channels_first(images: np.ndarray) -> Tensor:
 
 def _pixels(picture: Image.Image) -> Tensor:
     return pil_to_tensor(picture.convert("RGB"))
+
+
+def _rgb(path: str) -> Image.Image:
+    with opened(Path(path)) as picture:
+        return picture.convert("RGB")

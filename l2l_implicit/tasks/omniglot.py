@@ -20,6 +20,7 @@ from torchvision.datasets import Omniglot
 from torchvision.transforms.functional import pil_to_tensor
 
 from l2l_implicit.tasks.image_table import Device, ImageTable
+from l2l_implicit.tasks.pictures import opened
 from l2l_implicit.tasks.provide import Needed, damage_explained, provide
 from l2l_implicit.tasks.tasksets import draw_modes
 
@@ -37,13 +38,18 @@ NEEDED = tuple(
 
 
 class UnpackedOmniglot(Omniglot):
-    """torchvision's, content with the unpacked folder.
+    """torchvision's, content with the unpacked folder; a drawing that cannot be read is named.
 
     The original insists on the archive and its checksum, and downloads again what lacks only that.
     """
 
     def _check_integrity(self) -> bool:
         return (Path(self.root) / self._get_target_folder()).is_dir()
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        name, character = self._flat_character_images[index]
+        with opened(Path(self.target_folder, self._characters[character], name)) as drawing:
+            return _small(drawing.convert("L")), character
 
 
 def rotate_classes(dataset: Any, description: Any) -> Any:
@@ -79,7 +85,7 @@ def omniglot_tables(root: Path, split_seed: int, device: Device = None) -> dict[
     download = functools.partial(FullOmniglot, str(root), download=True)
     provide("omniglot", root, NEEDED, download, leaves)
     with damage_explained("omniglot", root, NEEDED):
-        parts = [UnpackedOmniglot(str(root), flag, transform=_small) for flag in (True, False)]
+        parts = [UnpackedOmniglot(str(root), flag) for flag in (True, False)]
     names = [name for part in parts for name in part._characters]
     indices = iter(range(sum(map(len, parts))))
     members = [  # of each character, among the drawings of both parts

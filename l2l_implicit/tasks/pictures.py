@@ -2,8 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -40,22 +40,30 @@ def read_square(path: Path, size: int) -> tuple[NDArray[np.uint8], bool]:
     Raises:
         ValueError: the file cannot be read as a picture; the message names it.
     """
-    try:
-        if not path.is_file():  # opening a FIFO would wait
-            raise OSError("no regular file")
-        with Image.open(path, formats=FORMATS) as opened:
-            tile = getattr(opened, "tag_v2", {})  # of a TIFF, decoded as a whole
-            width, height = (max(s, tile.get(t, 0)) for s, t in zip(opened.size, TILE, strict=True))
-            length = path.stat().st_size
-            if width * height > max(FEW_PIXELS, PIXELS_A_BYTE * length):
-                raise ValueError(f"{width} x {height} pixels in {length} bytes")
-            square, grey = _central_square(opened), Image.getmodebase(opened.mode) == "L"
-            turned = opened.getexif().get(ExifTags.Base.Orientation, 1)
-            opened.close()  # frees its pixels
+    with opened(path) as picture:
+        square, grey = _central_square(picture), Image.getmodebase(picture.mode) == "L"
+        turned = picture.getexif().get(ExifTags.Base.Orientation, 1)
+        picture.close()  # frees its pixels
         square.getexif()[ExifTags.Base.Orientation] = turned
         ImageOps.exif_transpose(square, in_place=True)
         reduced = square.resize((size, size), Image.Resampling.BILINEAR)
         return np.asarray(reduced).transpose(2, 0, 1).copy(), grey
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """A picture, not decoded yet; whatever goes wrong within is a ValueError that names it."""
+    try:
+        if not path.is_file():  # opening a FIFO would wait
+            raise OSError("no regular file")
+        with Image.open(path, formats=FORMATS) as picture:
+            tile = getattr(picture, "tag_v2", {})  # of a TIFF, decoded as a whole
+            sides = zip(picture.size, TILE, strict=True)
+            width, height = (max(side, tile.get(tag, 0)) for side, tag in sides)
+            length = path.stat().st_size
+            if width * height > max(FEW_PIXELS, PIXELS_A_BYTE * length):
+                raise ValueError(f"{width} x {height} pixels in {length} bytes")
+            yield picture
     except Exception as error:  # Pillow's readers raise whatever a damaged file makes them raise
         reason = str(error).replace(repr(str(path)), "it").replace(str(path), "it")
         raise ValueError(

@@ -80,7 +80,9 @@ def unpack(archive: Path, folder: Path, url: str) -> None:
             except OSError:  # not where another process was quicker with the same
                 if not place.exists():
                     raise
-    except zipfile.BadZipFile as error:
+    except OSError:
+        raise
+    except Exception as error:  # what damage anywhere in it makes zipfile raise
         raise ValueError(
             f"expected a zip archive in {archive}, got {error}: delete it and get it from {url}"
         ) from error

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from fake_mongod import FakeMongod
 
-from experiments.doctor import EXTRA, LIBRARY
+from experiments.doctor import BROKEN, EXTRA, LIBRARY, database, datasets, whole
 
 ROOT = Path(__file__).parents[2]
 TORCH = ("torch", "torchvision", "learn2learn", "l2l_implicit")
@@ -103,6 +104,33 @@ def test_a_database_that_does_not_answer_and_a_url_that_others_can_read(tmp_path
     assert findings(output)["answer"] == (
         f"BROKEN: {path} has mode 0644: others may read it; run chmod 600 {path}"
     )
+
+
+def test_what_a_section_trips_over_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that refuses, a server that answers nonsense."""
+    *_, (name, state, text) = whole(lambda: datasets(Path("x" * 5000)))
+    assert (name, state) == ("error", BROKEN) and "File name too long" in text
+    with FakeMongod({"count": {"ok": 1, "n": "many"}}) as server:
+        monkeypatch.setenv("L2L_IMPLICIT_MONGO_URL", f"mongodb://{server.address}/runs")
+        *_, (name, state, text) = whole(database)
+    assert (name, state) == ("error", BROKEN) and "many" in text
+
+
+def test_nothing_is_printed_raw(tmp_path: Path) -> None:
+    _, output = run(tmp_path / "\x1b[31m", TORCH)
+    assert "\x1b" not in output and "\\x1b[31m/mongodb (mode 0700" in output
+
+
+@pytest.mark.parametrize("words", ["tracking.serve", "sweep accuracy --list"])
+def test_a_full_disk_behind_the_output_is_no_traceback(tmp_path: Path, words: str) -> None:
+    module, *more = words.split()
+    own = {"HOME": str(tmp_path), "L2L_IMPLICIT_DATA": str(tmp_path), "PYTHONUNBUFFERED": "1"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", f"experiments.{module}", *more], cwd=ROOT,
+                              env={**os.environ, **own}, stdout=full, stderr=subprocess.PIPE,
+                              text=True)  # fmt: skip
+    assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
+    assert "error: [Errno 28] No space left on device" in done.stderr
 
 
 @pytest.mark.parametrize("module", ["train", "sweep", "report.__main__", "papers.memory.__main__"])

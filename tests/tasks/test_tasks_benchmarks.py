@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torchvision import transforms
 
 from experiments.tracking import UserError
+from experiments.training.episodes import CheckedStream
 from l2l_implicit.tasks import get_tasksets, learn2learn_benchmarks, split_support_query
 from l2l_implicit.tasks.omniglot import SHARES
 from l2l_implicit.tasks.tasksets import draw_modes
@@ -324,6 +325,39 @@ def test_damaged_files_stay(name: str, file: str, tmp_path: Path, attempts: list
     with pytest.raises(UserError, match=r"(not read it \(\w+.*\)|got .*): delete it,? and") as told:
         made(name, tmp_path)
     assert file in str(told.value) and (tmp_path / file).exists() and attempts == []
+
+
+@pytest.mark.parametrize(("name", "instead"), [
+    ("cifarfs", "a FIFO"),  # torchvision sees none of omniglot's
+    *((name, instead) for name in ("cifarfs", "omniglot") for instead in ("half", "many pixels")),
+])  # fmt: skip
+def test_a_picture_that_cannot_be_read_is_named_or_its_task_left_out(
+    name: str, instead: str, tmp_path: Path
+) -> None:
+    """Pictures are read when a task first asks for them: a run may be hours old by then."""
+    some = {"cifarfs": "cifarfs/processed/train/train_00/*", "omniglot": "*/*/*/*/*[02468]_*"}[name]
+    WRITERS[name](tmp_path, 4, 3)
+    made(name, tmp_path)
+    for path in tmp_path.glob(some):
+        content = path.read_bytes()
+        path.unlink()
+        if instead == "a FIFO":
+            os.mkfifo(path)
+        elif instead == "half":
+            path.write_bytes(content[: len(content) // 2])
+        else:
+            Image.new("L", (5000, 5000)).save(path)
+    said: list[str] = []
+    tasks = made(name, tmp_path).stream("train", 0)
+    stream = CheckedStream(tasks, 3, True, said.append, "train")
+    for _ in range(10):
+        assert stream.sample().inputs.isfinite().all()
+    assert stream.skipped == len(said) > 0
+    stream.skip = False
+    with pytest.raises(UserError, match=r"^train task \d+: expected a picture .*\.png, got .*"):
+        while True:
+            stream.sample()
+    assert all(str(tmp_path) in text and "\n" not in text for text in said)
 
 
 class Runs:

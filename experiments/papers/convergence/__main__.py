@@ -256,7 +256,7 @@ def convergence(_run: Any) -> dict[str, Any]:
         result[f"slope_{name}"] = mean
         if math.isfinite(half_width):
             result[f"slope_{name}_half_width"] = half_width
-    points.show(result)
+    points.show("convergence", result)
     print(f"\nK_0 = {bounds.inner_steps}, N_0 = {bounds.cg_steps} at lambda_phi = 1 / l_g ="
           f" {bounds.inner_lr:.4f}; 1 / L_F = {experiment.inverse_l_f:.4f}")  # fmt: skip
     return result

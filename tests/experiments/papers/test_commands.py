@@ -28,7 +28,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 def run(name: str, **changes: Any) -> dict[str, float]:
     module = f"experiments.papers.{name}" + ".__main__" * (name == "convergence")
-    options = {"--unobserved": True, "--loglevel": "ERROR"}
+    options = {"--unobserved": True, "--loglevel": "ERROR", "--name": "mine"}
     ex = importlib.import_module(module).ex
     return ex.run(config_updates=changes, named_configs=["quick"], options=options).result
 

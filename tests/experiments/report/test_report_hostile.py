@@ -33,8 +33,9 @@ for _ in range(80):
     DEEP = [DEEP]
 WRONG: list[Any] = [
     "x", "", "{[]: 1}", "(" * 500, "\x1b[31mred\x00\u202e", "$\\frac{$", 7, -1e308, math.nan, True,
-    2**62, [], ["a", 1], [["a"]], [None, {}], {}, {"a": {"b": 1}}, DEEP, datetime(2026, 1, 1),
-    ObjectId("0" * 24), Decimal128("1.5"), Regex("a"), b"\xff", Binary(b"a" * 16, 4),
+    2**62, [], ["a", 1], [["a"]], [["x" * 5000, "y"]], [None, {}], {}, {"a": {"b": 1}}, DEEP,
+    datetime(2026, 1, 1), ObjectId("0" * 24), Decimal128("1.5"), Regex("a"), b"\xff",
+    Binary(b"a" * 16, 4),
 ]  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -84,6 +85,10 @@ def test_a_cell_is_no_formula_markup_or_command() -> None:
     cells = write.markdown_grid(table).splitlines()[-1]
     assert r"| \\\|&lt;b> |" in re.sub(" +", " ", cells)
     assert "\n{[}2pt]" in write.latex_text(table)
+    bad = "<img src=x>![x](http://there)`|"
+    table = replace(table, caption=bad, notes=[bad], source=content.Source(f"x '{bad}'", [bad]))
+    outside = re.sub("`x '[^`]*`", "", write.markdown_text(table))  # code is shown as it is
+    assert "<img" not in outside and "![x]" not in outside and outside.count(r"!\[x]") == 3
 
 
 def test_numbers_of_any_size_and_run_ids_are_short() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import signal
 import socket
@@ -93,11 +94,13 @@ def test_no_scheduler_is_one_line(place: Place, monkeypatch: pytest.MonkeyPatch)
     assert "Traceback" not in output and "distributed" not in output
     monkeypatch.setattr(sweep, "CONNECT", 1.0)
     (place.folder / "list.json").write_text("[1]")
+    os.mkfifo(place.folder / "fifo.json")
     with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("", 0)) as other:
         silent, web = (f"tcp://127.0.0.1:{s.getsockname()[1]}" for s in (one, other))
         answer = b"HTTP/1.1 400 Bad Request\r\n\r\n"
         threading.Thread(target=lambda: other.accept()[0].sendall(answer), daemon=True).start()
-        for address in ("a b", "x://y", "", "none.json", f"{place.folder}/list.json", silent, web):
+        files = (f"{place.folder}/{name}.json" for name in ("none", "list", "fifo"))
+        for address in ("a b", "x://y", "", *files, silent, web):
             with pytest.raises(UserError, match=f"--scheduler: .*, got '{address}'"):
                 sweep.connected(address, 1)
 

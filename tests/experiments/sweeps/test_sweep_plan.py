@@ -234,6 +234,9 @@ def test_a_database_has_a_token(
     monkeypatch.setenv("L2L_IMPLICIT_DATA", str(tmp_path / "other"))
     with closing(Database(Choice(None, "embedded"))) as other:
         assert token_of(database) == token_of(database) != token_of(other)
+        for one in (database, other):  # as a document of another shape has none
+            one.documents["sweep_locks"].replace_one({"_id": "database"}, {"a": 1})
+        assert token_of(database) == token_of(database) != token_of(other)
 
 
 KILLED = ["killed: the process ended without a word (kill -9, out of memory, power)"]
@@ -270,10 +273,14 @@ def test_a_checkpoint_is_found_by_its_cell(tmp_path: Path) -> None:
         (tmp_path / number / "config.json").write_text(f'{{"cell": "{identity}"}}')
         if number < "3":
             (tmp_path / number / "checkpoint.pt").touch()
-    for number, damaged in (("4", "[1]"), ("5", "{"), ("6", "")):
+    for number, damaged in (("4", "[1]"), ("5", "{"), ("6", ""), ("7", "[" * 100_000), ("8", None)):
         (tmp_path / number).mkdir()
-        (tmp_path / number / "config.json").write_text(damaged)
-    assert find_checkpoint(mine, [3, 4, 5, 6, 2, 1]) == tmp_path / "1"
+        (tmp_path / number / "checkpoint.pt").touch()
+        if damaged is None:
+            os.mkfifo(tmp_path / number / "config.json")
+        else:
+            (tmp_path / number / "config.json").write_text(damaged)
+    assert find_checkpoint(mine, [3, 4, 5, 6, 7, 8, "x" * 999, 2, 1]) == tmp_path / "1"
     for elsewhere in (f"{tmp_path}/1", "../1", "2/../1", "", "."):
         assert find_checkpoint(cell(output=str(tmp_path / "1"), seed=0), [elsewhere]) is None
     assert find_checkpoint(mine, [3, 2, 9]) is None

@@ -47,6 +47,12 @@ def test_a_data_folder_is_its_users_alone(data: Path, monkeypatch: MonkeyPatch) 
         patch.setattr(os, "geteuid", lambda: 12345)
         with pytest.raises(UserError, match="of your own: it belongs to somebody else"):
             data_folder("mongodb")
+    (data / "linked").symlink_to(data / "mongodb")
+    assert data_folder("linked").is_dir()
+    if os.geteuid() == 0:  # who alone can make such a link here; in /tmp everybody can
+        os.lchown(data / "linked", 12345, -1)
+        with pytest.raises(UserError, match="of your own: it belongs to somebody else"):
+            data_folder("linked")
     for root, reason in (("/dev/null/x", "Not a directory"), ("~no-one-is-so-called/x", "a home"),
                          ("/tmp/\udcff", r"in UTF-8, got '/tmp/\\udcff'")):  # fmt: skip
         monkeypatch.setenv("L2L_IMPLICIT_DATA", root)

@@ -11,18 +11,22 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 from bson import ObjectId
+from fake_mongod import FakeMongod
 from pytest import CaptureFixture, MonkeyPatch
 from report_runs import WORDS, Recorder, fill
 
 from experiments.report import get_results
 from experiments.report.__main__ import main as report_main
+from experiments.sweeps.lock import Watch
 from experiments.sweeps.plan import Plan
+from experiments.tracking.database import Database, choose
 from experiments.tracking.export import main as export
 from experiments.tracking.records import FileRecords
 
@@ -110,7 +114,8 @@ CHOSEN = {
     "77": None,
     "70-80": None,
     "1-99999999999": [1, 2, 3, 4, 5],
-    "99999999999999999999": "8-byte",
+    "99999999999999999999": "8-byte", "9" * 5000: "4300 digits", f"1-{'9' * 5000}": "4300 digits",
+    "\udcff": "surrogates not allowed", "a=\udcff": "surrogates not allowed",
     "$where=1": "expected KEY=VALUE",
     "=1": "expected KEY=VALUE",
     "config.seed=": None,
@@ -145,6 +150,17 @@ def test_a_metric_that_cannot_be_read_is_told(
     recorder.documents["metrics"].update_one({}, {"$set": {"values": "x"}})
     assert export([str(tmp_path / "f")]) == 1
     assert "run 1: m: steps or values are no list" in capsys.readouterr().err
+
+
+def test_a_server_whose_documents_have_no_number_is_read_too(
+    tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
+    found = {"ok": 1, "cursor": {"id": 0, "ns": "x.y", "firstBatch": [{"a": 1}]}}
+    with FakeMongod({"find": found}) as server:
+        monkeypatch.setenv("L2L_IMPLICIT_MONGO_URL", f"mongodb://{server.address}/x")
+        assert report_main(["--output", str(tmp_path / "report")]) == 0
+        with closing(Database(choose())) as database:
+            assert list(Watch(database).holders(["c1"])) == [None]
 
 
 def test_a_run_in_two_files_counts_once_and_one_number_may_stand_for_two(tmp_path: Path) -> None:
@@ -213,8 +229,10 @@ def test_an_export_that_fails_leaves_the_older_file(
     tmp_path: Path, recorder: Recorder, monkeypatch: MonkeyPatch, capsys: CaptureFixture[str]
 ) -> None:
     recorder.run({"seed": 1})
-    path = tmp_path / "f.gz"
+    path, other = tmp_path / "f.gz", tmp_path / "other"
     path.write_text("older")
+    other.write_text("other")
+    (tmp_path / "f.gz.new").symlink_to(other)
 
     def full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -222,6 +240,7 @@ def test_an_export_that_fails_leaves_the_older_file(
     monkeypatch.setattr(os, "replace", full)
     assert export([str(path)]) == 1 and "No space left" in capsys.readouterr().err
     assert [file.read_text() for file in tmp_path.glob("f.gz*")] == ["older"]
+    assert other.read_text() == "other"
     assert export(["/dev/null"]) == 1 and "the name of a file" in capsys.readouterr().err
 
 

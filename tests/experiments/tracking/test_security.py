@@ -36,6 +36,18 @@ def test_an_archive_writes_nothing_outside_of_its_folder(tmp_path: Path, name: s
     assert left == [tmp_path / "a.zip"]
 
 
+def test_a_damaged_archive_is_one_line(tmp_path: Path) -> None:
+    """Whatever byte of it is another one."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("folder/a", bytes(range(99)))
+    whole, path = content.getvalue(), tmp_path / "a.zip"
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        with suppress(ValueError, OSError):  # or it is a part that does not matter
+            unpack(path, tmp_path / "out", "https://there")
+
+
 class Evil:
     """What a pickle can do."""
 
@@ -54,6 +66,22 @@ def test_a_checkpoint_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "\n" not in str(refused.value) and not (tmp_path / "touched").exists()
     pickle.loads(pickle.dumps(Evil()))  # which a reader that trusts it does run
     assert (tmp_path / "touched").exists()
+
+
+def test_a_packed_checkpoint_is_refused_before_it_becomes_large(tmp_path: Path) -> None:
+    content, packed = io.BytesIO(), io.BytesIO()
+    torch.save({"steps": torch.zeros(2**20)}, content)
+    assert len(checkpoint.plain_data(content.getvalue())["steps"]) == 2**20
+    with zipfile.ZipFile(content) as parts, zipfile.ZipFile(packed, "w", 8) as small:
+        for part in parts.infolist():
+            small.writestr(part.filename, parts.read(part))
+    assert len(packed.getvalue()) < 2**14
+    with pytest.raises(ValueError, match="it is packed, and larger in memory"):
+        checkpoint.plain_data(packed.getvalue())
+    checksum = hashlib.sha256(packed.getvalue()).digest()
+    (tmp_path / checkpoint.STATE).write_bytes(packed.getvalue() + checksum)
+    with pytest.raises(UserError, match="it is packed, and larger in memory; start anew"):
+        checkpoint.load(tmp_path)
 
 
 def test_nothing_here_unpacks_by_other_means() -> None:

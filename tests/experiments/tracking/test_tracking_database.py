@@ -197,6 +197,14 @@ def test_the_token_of_a_git_remote_is_hidden(tmp_path: Path) -> None:
     git("commit", "-q", "--allow-empty", "-m", "first")
     (found,) = repository_info(tmp_path)
     assert (found["url"], found["dirty"]) == ("https://***@host/x.git", False)
+    file, index = tmp_path / "file", tmp_path / ".git" / "index"
+    file.touch()
+    git("add", "file")
+    git("commit", "-q", "-m", "second")
+    os.utime(file, (1, 1))  # which `git status` would note
+    before = index.read_bytes()
+    (found,) = repository_info(tmp_path)
+    assert not found["dirty"] and index.read_bytes() == before, "a run only reads"
 
 
 @pytest.mark.parametrize(("text", "hidden"), [

@@ -137,6 +137,25 @@ def test_a_number_taken_by_another_run_is_replaced(tmp_path: Path, database: Any
         assert points(database, number) == {"loss": [loss]} and not (tmp_path / name).exists()
 
 
+@pytest.mark.parametrize("name", ["/tmp/x", "..", "\x1b[31m", "x" * 300, {"$ne": 0}, 1.5])
+@pytest.mark.parametrize("token", ["theirs", {"$ne": 1}])
+def test_a_journal_of_others_changes_no_other_run(
+    tmp_path: Path, database: Any, name: Any, token: Any
+) -> None:
+    """Nor does it name one as no folder may be called, or trip over one of a wrong shape."""
+    runs, mine = database["runs"], {"_id": 1, "meta": {"journal": "mine"}, "status": "COMPLETED"}
+    runs.insert_many([mine, {"_id": 2, "meta": None}])
+    start = {"meta": {"journal": token}, "status": "RUNNING", "info": {}, "artifacts": []}
+    for wanted in (name, 2):
+        with closing(Journal(tmp_path / "r", {"token": token})) as journal:
+            journal.append({"start": {"_id": wanted, **start}})
+            journal.append({"set": {"status": "COMPLETED"}})
+            journal.seal()
+        uploaded = upload_journal(tmp_path / "r", database)
+        assert uploaded is not None and uploaded.run_id == 3
+    assert runs.find_one({"_id": 1}) == mine and runs.find_one({"_id": 2})["meta"] is None
+
+
 def test_a_long_series_goes_on(tmp_path: Path, database: Any, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(uploader, "POINTS_PER_DOCUMENT", 2)
     write_journal(tmp_path / "r", 1300, [1.0, 2.0, 3.0, 4.0, 5.0])

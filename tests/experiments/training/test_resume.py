@@ -94,10 +94,13 @@ def test_settings_are_the_run_s_own(bench: Bench, capsys: pytest.CaptureFixture[
     state |= {"settings": json.dumps(state["settings"]), "steps": 40}
     checkpoint.save(tested, {**state, "scores": {**state["scores"], "result": (0.5, 0.1)}})
     assert "iterations=40" in refusal(f"resume={tested}", "iterations=60")
-    main(["train", copied(folder), "-u", "iterations=43", f"output={bench.folder / 'more'}"])
+    strange = folder.parent / "a\x1b[31m"
+    (folder.parent / copied(folder).partition("=")[2]).rename(strange)
+    main(["train", f"resume={strange}", "-u", "iterations=43", f"output={bench.folder / 'more'}"])
     (more,) = (bench.folder / "more").iterdir()
     assert json.loads((more / "config.json").read_text())["iterations"] == 43
-    assert "median of 43" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "median of 43" in said and "\x1b" not in said and r"run a\x1b[31m after" in said
 
 
 def test_no_other_setting_is_taken() -> None:

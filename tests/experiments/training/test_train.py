@@ -229,7 +229,7 @@ BAD = {
     f"output={'a' * 300}": "' (File name too long); try runs",
     "device=meta": "device: expected auto, cpu or a GPU that is there, got 'meta'",
     "device=xla": "device: expected auto, cpu or a GPU that is there, got 'xla'",
-    "parameters=FIFO": "FIFO: a FIFO, which would be waited for; give its settings, or leave",
+    "parameters=FIFO": "FIFO: no regular file, which may be waited for; give its settings",
     "tasks.name=folder tasks.level=None tasks.root=~nobody-of-this-name/x": "tasks.name=folder: ",
 }
 
@@ -248,6 +248,29 @@ def test_bad_settings_are_one_line_each(
         lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("error: ")]
         assert stopped.value.code == 1 and len(lines) == 1, setting
         assert expected in lines[0], (setting, lines[0])
+
+
+@pytest.mark.parametrize(("rank", "size", "reason"), [
+    ("5", "2", "rank: expected 0 to 1, got 5"), ("0", "x", "invalid literal"),
+    ("0", "2", "MASTER_ADDR expected, but not set"),
+])  # fmt: skip
+def test_an_environment_that_is_not_torchruns_is_one_line(
+    rank: str, size: str, reason: str, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """And a RANK alone makes no run an unrecorded one."""
+    from experiments.train import _first, ex
+
+    monkeypatch.setenv("RANK", "1")
+    assert _first()
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    assert _first() == (rank == "0")
+    with pytest.raises(SystemExit):
+        ex.run_commandline(["train", "-u", "with", "smoke", f"output={tmp_path}"])
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("error: ")]
+    assert len(lines) == 1 and "RANK, WORLD_SIZE: expected torchrun's, got" in lines[0], lines
+    assert reason in lines[0] and lines[0].endswith("; unset them")
 
 
 @pytest.mark.parametrize("error", [

@@ -105,7 +105,8 @@ def _best() -> dict[str, Config]:
             "model": {"name": "cnn4", "hidden": 64, "precision": "bfloat16"},
             "algorithm": {"name": "ImplicitCGHead", "test_l2": 3.0},
             "meta_lr": 0.003, "meta_lr_schedule": "cosine", "iterations": 2000, "meta_batch": 16,
-            "validate_every": 200, "validation_tasks": 400, "test_tasks": 2000,
+            "validate_every": 200, "validation_tasks": 400, "early_stopping": True,
+            "test_tasks": 2000,
         }
         for name in ("cifarfs", "fc100")
     }  # fmt: skip

@@ -108,19 +108,20 @@ def test_every_named_config_is_accepted() -> None:
         assert resolved(name)["seed"] is not None
 
 
-def test_published_weights_are_those_of_their_config() -> None:
+@pytest.mark.parametrize("name", ["cifarfs", "fc100"])
+def test_published_weights_are_those_of_their_config(name: str) -> None:
     """And the docs have the accuracy of the run that has left them."""
-    (line,) = gzip.decompress((DOCS / "records/best_cifarfs.jsonl.gz").read_bytes()).splitlines()
+    records, best = DOCS / "records", f"{name}_best"
+    (line,) = gzip.decompress((records / f"best_{name}.jsonl.gz").read_bytes()).splitlines()
     run = json.loads(line)["runs"]
-    accuracy, half = (100 * run["result"][f"test_{name}"] for name in ("accuracy", "half_width"))
-    assert run["meta"]["named_configs"] == ["cifarfs_best"]
+    accuracy, half = (100 * run["result"][f"test_{what}"] for what in ("accuracy", "half_width"))
+    assert run["meta"]["named_configs"] == [best]
     shown = f"**{accuracy:.1f} ± {half:.1f} % over 2,000 test tasks"
     assert shown in (DOCS / "reproduction.md").read_text()
-    file = DOCS / "records" / "cifarfs_best.pt"
+    file = records / f"{best}.pt"
     assert file.stat().st_size < 2**20
     saved = torch.load(file, weights_only=True)
-    settings = ModelSettings.of(all_configs()[file.stem]["model"])
-    backbone, width = build_backbone((3, 32, 32), settings)
+    backbone, width = build_backbone((3, 32, 32), ModelSettings.of(all_configs()[best]["model"]))
     backbone.load_state_dict(saved["backbone"])
     assert saved["head"]["weight"].shape[1] == width
     assert all(bool(value.isfinite().all()) for value in saved["theta"])

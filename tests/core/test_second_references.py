@@ -21,9 +21,10 @@ from l2l_implicit import (
     Nystrom,
 )
 
-curvlinops = pytest.importorskip("curvlinops", reason="tox -e references has it")
-operators = pytest.importorskip("linear_operator.operators", reason="tox -e references has it")
-utils = pytest.importorskip("linear_operator.utils")
+NEEDS = {"reason": "curvlinops and linear_operator are no requirements: tox -e references has them"}
+curvlinops = pytest.importorskip("curvlinops", **NEEDS)
+operators = pytest.importorskip("linear_operator.operators", **NEEDS)
+utils = pytest.importorskip("linear_operator.utils", **NEEDS)
 
 pytestmark = pytest.mark.usefixtures("float64")
 L2 = 0.4

@@ -27,7 +27,9 @@ from experiments.report.__main__ import main as report
 DOCS = Path(__file__).parents[3] / "docs"
 SWEEPS = ("accuracy", "yang_table1", "yang_quarter", "rajeswaran_table2")
 FILES = [file for name in SWEEPS for file in (DOCS / "records").glob(f"{name}_*.jsonl.gz")]
-assert len(FILES) > 1, "docs/records holds no runs of the sweeps"
+OTHERS = [file for file in FILES if file.name.startswith("accuracy_")]  # than the papers' data
+FILES_OF = {"accuracy": OTHERS, "papers": [file for file in FILES if file not in OTHERS]}
+assert all(FILES_OF.values()), "docs/records holds no runs of the sweeps"
 T_975 = {1: 12.706204736, 2: 4.302652730}
 """Student's t for 95 % intervals, by degrees of freedom."""
 NAMES = {"rm_metal": "ImplicitCGHead", "imaml_gd": "ImplicitMAML", "imaml_hf": "ImplicitMAML_HF"}
@@ -198,11 +200,16 @@ def cells(line: str) -> list[str]:
     return [cell.strip().removeprefix("**").removesuffix("**") for cell in line.split("|")[1:-1]]
 
 
+@pytest.mark.parametrize("drawn", FILES_OF["accuracy"], indirect=True)
+def test_the_page_says_how_far_first_order_anil_is_behind(drawn: Drawn) -> None:
+    lead = drawn.rows("summary")["fo_anil"]
+    mean, half = (f"{100 * float(lead[f'lead_{what}']):.1f}" for what in ("mean", "half_width"))
+    assert f"{mean} ± {half}" in (DOCS / "reproduction.md").read_text()
+
+
+@pytest.mark.parametrize("drawn", FILES_OF["papers"], indirect=True)
 @pytest.mark.parametrize("table", ["summary", "time"])
 def test_the_page_shows_the_report_s_tables(drawn: Drawn, table: str) -> None:
-    """Those of the papers' own data."""
-    if drawn.sweep == "accuracy":
-        return
     pages = (drawn.folder / f"{table}_{drawn.sweep}_{drawn.benchmark}.md",
              DOCS / "reproduction_tables.md")  # fmt: skip
     # every line of a table but the one under the head

@@ -38,8 +38,6 @@ class Benchmark:
     configs: tuple[str, ...] = ()  # named configs, before the method's
     settings: Settings = field(default_factory=dict)  # for all runs
     like: str = ""  # the benchmark in whose named configs the methods' settings are
-    stage1: Settings = field(default_factory=dict)  # for the grid's runs here
-    stage2: Settings = field(default_factory=dict)  # for the final runs here
     methods: Mapping[str, Settings] = field(default_factory=dict)  # for some methods
 
 
@@ -58,8 +56,7 @@ class Sweep:
 
     The best candidate is the one with the highest final ``validation/accuracy``, the first of
     equals. What is set later in this list wins: `settings`, the benchmark's, the method's, the
-    stage's, the method's `final`, the benchmark's for the stage, its for the method, the candidate,
-    the command line.
+    stage's, the method's `final`, the benchmark's for the method, the candidate, the command line.
     """
 
     methods: Mapping[str, Method]  # by the name that the listing shows

@@ -120,9 +120,8 @@ def make_plan(sweep: Sweep, given: Settings) -> Plan:
                 f"{key} is what the grid of {name} searches ({describe(candidates[0])}, ...);"
                 " leave it out, or choose other methods with methods=A,B"
             )
-        first = {**sweep.stage1, **here.stage1}
-        final = {**sweep.stage2, **method.final, **here.stage2}
-        grid = {f"{name}/grid/{n}": cell(name, first, c) for n, c in enumerate(candidates)}
+        final = {**sweep.stage2, **method.final}
+        grid = {f"{name}/grid/{n}": cell(name, sweep.stage1, c) for n, c in enumerate(candidates)}
         finals = tuple(
             {f"{name}/final/{seed}": cell(name, final, c, seed) for seed in range(seeds)}
             for c in candidates

@@ -112,18 +112,14 @@ def test_a_quarter_and_the_whole_share_their_grids() -> None:
         ]
 
 
-def test_a_benchmark_may_have_budgets_of_its_own() -> None:
-    """Its settings for a stage beat the method's, its settings for a method the stage's."""
+def test_a_method_s_settings_beat_the_stage_s_and_the_benchmark_s_beat_both() -> None:
     sweep = Sweep(
-        {"a": Method(("a",), final={"test_at": [9], "x": 1}), "b": Method(("b",))},
-        {"here": Benchmark(stage2={"test_at": [], "tests": 6}, methods={"b": {"tests": 5}})},
-        stage2={"budget": 4, "tests": 7},
-        seeds=1,
-    )
+        {"a": Method(("a",), final={"tests": 6, "x": 1}), "b": Method(("b",), final={"tests": 6})},
+        {"here": Benchmark(methods={"b": {"tests": 5}})}, stage2={"budget": 4, "tests": 7}, seeds=1,
+    )  # fmt: skip
     (a,), (b,) = [group.finals for group in make_plan(sweep, {}).groups]
-    common = {"budget": 4, "test_at": [], "seed": 0}
-    assert a["a/final/0"].settings == {**common, "x": 1, "tests": 6}
-    assert b["b/final/0"].settings == {**common, "tests": 5}
+    assert a["a/final/0"].settings == {"budget": 4, "seed": 0, "tests": 6, "x": 1}
+    assert b["b/final/0"].settings == {"budget": 4, "seed": 0, "tests": 5}
 
 
 def test_settings_of_the_command_line_reach_every_cell() -> None:

@@ -1,9 +1,8 @@
 """From the runs to tables, figures and one page: `python -m experiments.report`.
 
-Read `runs` (what there is), `summary` (runs in numbers, and which cells of a sweep they fill),
-`listing`, `sweeps` and `papers` (what is shown), `content` (tables and figures as data), `write`
-(as files); `get_results` gives the runs as a pandas DataFrame. Nothing here trains, and nothing
-imports torch.
+Read `summary` (the runs in numbers, and which cells of a sweep they fill), `listing`, `sweeps` and
+`papers` (what is shown), `content` (tables and figures as data), `write` (as files); `get_results`
+gives the runs as a pandas DataFrame. Nothing here trains, and nothing imports torch.
 """
 
 from experiments import extra  # noqa: F401, I001  (first: it says what to install)
@@ -15,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.report.runs import Archive
+from experiments.report.summary import Archive
 from experiments.sweeps.runs import COMPLETED, flatten
 from experiments.tracking.database import Database, choose
 from experiments.tracking.records import DatabaseRecords, FileRecords, Records

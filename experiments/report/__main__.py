@@ -24,8 +24,7 @@ from pymongo.errors import PyMongoError
 
 from experiments.report import listing, open_records, papers, sweeps
 from experiments.report.content import Section
-from experiments.report.runs import Archive
-from experiments.report.summary import METRICS, Request, SweepState
+from experiments.report.summary import METRICS, Archive, Request, SweepState
 from experiments.report.write import write
 from experiments.sweeps.definition import parse_settings
 from experiments.sweeps.definitions import SWEEPS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from itertools import cycle
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
 
-from experiments.report.content import Record, shortened
+from experiments.report.content import Figure, shortened
 from experiments.report.summary import Summary
 from experiments.statistics import seeds_mean
 
@@ -21,11 +22,12 @@ Runs = Mapping[str, Sequence[Summary]]
 
 AXES = {"iteration": "outer iteration", "seconds": "seconds of training"}
 CAPTION = (
-    "Validation {score} against outer iterations (left) and seconds of training (right;{clock}"
-    " loading of data and validation excluded). Line: mean over {seeds}; band: from the lowest to"
-    " the highest seed, straight between validations, as far as all seeds go; seeds that have no"
-    " stretch in common are drawn one by one. A cross: the run diverged there."
+    "{benchmark}. Validation {score} against outer iterations (left) and seconds of training"
+    " (right;{clock} loading of data and validation excluded). Line: mean over {seeds}; band: from"
+    " the lowest to the highest seed, straight between validations, as far as all seeds go; seeds"
+    " that have no stretch in common are drawn one by one. A cross: the run diverged there."
 )
+DOTTED = " Dotted: the budget, where the test accuracy of the table is taken."
 
 
 class Look(NamedTuple):
@@ -51,13 +53,12 @@ LOOKS = {
     "fomaml": Look("#000000", "--", "D", NETWORK),
     "reptile": Look("#999933", "-.", "P", NETWORK),
 }
-SPARE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#332288", "#999933",
-         "#882255", "#000000")  # fmt: skip
 
 
 def looks(names: Iterable[str]) -> dict[str, Look]:
     """A look for every name; names that are no known method get one in turn."""
-    spare = map(Look, cycle(SPARE), cycle(("-", "--", ":", "-.")), cycle("osv^DPX<>*"))
+    colors = cycle(look.color for look in LOOKS.values())
+    spare = map(Look, colors, cycle(("-", "--", ":", "-.")), cycle("osv^DPX<>*"))
     return {name: LOOKS.get(name) or next(spare) for name in names}
 
 
@@ -104,25 +105,26 @@ def draw_curves(methods: Runs, score: str, budget: float) -> Drawing:
     return drawing
 
 
-def curve_records(methods: Runs) -> list[Record]:
-    """Every validation of every run that the figure is made of."""
-    return [
-        {"method": name, "run": run.run.id, "seed": run.run.seed,
-         "outer_iteration": point.iteration, "training_seconds": point.seconds,
-         f"validation_{run.score}": point.score, "half_width": point.half_width}
-        for name, runs in methods.items() for run in runs for point in run.points.itertuples()
-    ]  # fmt: skip
-
-
-def curve_caption(methods: Runs, score: str) -> str:
-    """What lines and bands are, with the number of seeds."""
+def curves_figure(
+    name: str, benchmark: str, methods: Runs, budget: float = math.nan, **more: Any
+) -> Figure:
+    """`draw_curves`, with every validation that it is made of; ``more`` as in `Figure`."""
+    score = next(iter(methods.values()))[0].score
     counts = [len(runs) for runs in methods.values()]
     least = f"{min(counts)} to " if min(counts) < max(counts) else ""
     seeds = "the only seed" if max(counts) == 1 else f"{least}{max(counts)} seeds"
-    settings = [run.run.settings for runs in methods.values() for run in runs]
-    cpu = all(each.get("budget_clock") == "cpu" for each in settings)
+    runs = [(method, run) for method, of in methods.items() for run in of]
+    cpu = all(run.run.settings.get("budget_clock") == "cpu" for _, run in runs)
     clock = " of the process's own time," if cpu else ""
-    return CAPTION.format(score=score, seeds=seeds, clock=clock)
+    records = [
+        {"method": method, "run": run.run.id, "seed": run.run.seed,
+         "outer_iteration": point.iteration, "training_seconds": point.seconds,
+         f"validation_{run.score}": point.score, "half_width": point.half_width}
+        for method, run in runs for point in run.points.itertuples()
+    ]  # fmt: skip
+    caption = CAPTION.format(benchmark=benchmark, score=score, seeds=seeds, clock=clock)
+    draw = partial(draw_curves, methods, score, budget)
+    return Figure(name, caption + DOTTED * (budget > 0), draw, records, **more)
 
 
 def _line(

@@ -9,10 +9,9 @@ from collections.abc import Hashable, Iterator, Sequence
 from datetime import UTC, datetime
 
 from experiments.report import content
-from experiments.report.content import Column, Figure, Items, Record, Section, Source, Table
-from experiments.report.figures import curve_caption, curve_records, draw_curves
-from experiments.report.runs import run_list, unequal
-from experiments.report.summary import SCORES, Request, Summary, mean_record
+from experiments.report.content import Column, Items, Record, Section, Source, Table
+from experiments.report.figures import curves_figure
+from experiments.report.summary import SCORES, Request, Summary, mean_record, run_list, unequal
 from experiments.sweeps.definition import COMPLETED, FAILED, INTERRUPTED, RUNNING
 from experiments.sweeps.listing import duration
 from experiments.sweeps.runs import Run, command_of, is_number, setting_text
@@ -130,14 +129,11 @@ def _figure(benchmark: str, groups: Sequence[Sequence[Summary]]) -> Items:
         curves[f"{_method(of[0].run)}, run{'s' * (len(of) > 1)} {ids}"] = of
     if not curves:
         return
-    score = next(iter(curves.values()))[0].score
     note = f"The newest {MOST_LINES} groups; {len(long) - MOST_LINES} older ones are not drawn."
-    yield Figure(
-        content.file_name("curves_other", benchmark),
-        f"{benchmark}. {curve_caption(curves, score)}",
-        lambda: draw_curves(curves, score, math.nan), curve_records(curves),
-        Source(COMMAND, [run.run.id for of in curves.values() for run in of]),
-        [note] if len(long) > MOST_LINES else [],
+    yield curves_figure(
+        content.file_name("curves_other", benchmark), benchmark, curves,
+        source=Source(COMMAND, [run.run.id for of in curves.values() for run in of]),
+        notes=[note] if len(long) > MOST_LINES else [],
     )  # fmt: skip
 
 
@@ -162,8 +158,8 @@ def _score(score: str, value: float, half_width: float) -> str:
 
 def all_runs(request: Request) -> list[Section]:
     """One table an experiment, newest run first."""
-    cells = {cell.identity: f"{state.name} {state.benchmark} {cell.name}"
-             for state in request.sweeps for cell in state.cells if cell.identity}  # fmt: skip
+    cells = {status.cell.identity: f"{state.name} {state.benchmark} {status.name}"
+             for state in request.sweeps for status in state.cells if status.cell}  # fmt: skip
     heads = (
         *content.texts("run", "status", "what", started="started (UTC)", took="took",
                        shown="result", code="code", remarks="remarks"),

@@ -24,8 +24,7 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 from experiments.report import content
 from experiments.report.content import MIB, Column, Figure, Items, Record, Section, Source, Table
 from experiments.report.figures import label
-from experiments.report.runs import difference_lines, run_list
-from experiments.report.summary import Request
+from experiments.report.summary import Request, difference_lines, run_list
 from experiments.sweeps.runs import Run, command_of
 
 Metrics: TypeAlias = Mapping[str, pd.Series]
@@ -122,52 +121,48 @@ PAPERS = {"": ("yang", "Yang et al., Fig. 2"),
 
 def _memory(run: Run, metrics: Metrics) -> Items:
     for prefix, (paper, title) in PAPERS.items():
-        if peaks := named(metrics, f"{prefix}memory/(.+/.+)"):
-            yield from _memory_of_paper(run, metrics, prefix, paper, title, peaks)
-
-
-def _memory_of_paper(
-    run: Run, metrics: Metrics, prefix: str, paper: str, title: str, peaks: Metrics
-) -> Items:
-    of, measured = run.settings.get, named(metrics, f"{prefix}seconds/(.+/.+)")
-    times = {name: measured.get(name, pd.Series()).reindex(curve.index)
-             for name, curve in peaks.items()}  # fmt: skip
-    task = (
-        f"{of(prefix + 'ways')}-way {of(prefix + 'shots')}-shot,"
-        f" {of(prefix + 'queries')} queries a class,"
-        f" {of(prefix + 'pixels')} x {of(prefix + 'pixels')} pixels,"
-        f" CNN4-{of('hidden')}, {of('device')}"
-    )
-    yield Figure(
-        f"memory_{paper}",
-        f"{title}: peak of live tensors (left) and median time (right) of one task's outer step"
-        f" against the inner steps K. {task}, random images.",
-        partial(draw_memory, metrics, prefix),
-        [{"method": name, "K": k, "peak_bytes": peak, "seconds": times[name][k]}
-         for name, curve in peaks.items() for k, peak in curve.items()],
-    )  # fmt: skip
-    asked = run.counts(f"{prefix}inner_steps")
-    left = {name: [str(k) for k in asked if k not in curve] for name, curve in peaks.items()}
-    told = "; ".join(f"{name} at K = {', '.join(k)}" for name, k in left.items() if k)
-    limit = f"limit_gib={of('limit_gib')}; a larger one fills them."
-    notes = [f"Missing: {told}: the forecast was above {limit}"] if told else []
-    ours, labels = peaks.get(OURS, pd.Series()), {name: _method(name) for name in peaks}
-    rows = [({**labels[name], "saved": _saved(name, ours, curve)}, curve)
-            for name, curve in peaks.items()]  # fmt: skip
-    last, claim = [], []
-    if CLAIM_AT in ours:
-        saved = f"ImplicitCGHead below it at K = {CLAIM_AT}, %"
-        last = [content.number(saved, "saved", 100, 0)]
-        claim = ["ImplicitCGHead below it: with cached features, the package's default."]
-    about = f"against inner steps K. {title}; {task}."
-    yield _curves(
-        f"memory_{paper}_peak", f"Peak of live tensors, MiB, {about}", rows, "K = ", "K_",
-        lambda value: content.rounded(value, 1 / MIB), asked, last, notes + claim,
-    )  # fmt: skip
-    yield _curves(
-        f"memory_{paper}_seconds", f"Seconds of one task's outer step, {about}",
-        [(labels[name], curve) for name, curve in times.items()], "K = ", also=asked, notes=notes,
-    )  # fmt: skip
+        if not (peaks := named(metrics, f"{prefix}memory/(.+/.+)")):
+            continue
+        of, measured = run.settings.get, named(metrics, f"{prefix}seconds/(.+/.+)")
+        times = {name: measured.get(name, pd.Series()).reindex(curve.index)
+                 for name, curve in peaks.items()}  # fmt: skip
+        task = (
+            f"{of(prefix + 'ways')}-way {of(prefix + 'shots')}-shot,"
+            f" {of(prefix + 'queries')} queries a class,"
+            f" {of(prefix + 'pixels')} x {of(prefix + 'pixels')} pixels,"
+            f" CNN4-{of('hidden')}, {of('device')}"
+        )
+        yield Figure(
+            f"memory_{paper}",
+            f"{title}: peak of live tensors (left) and median time (right) of one task's outer step"
+            f" against the inner steps K. {task}, random images.",
+            partial(draw_memory, metrics, prefix),
+            [{"method": name, "K": k, "peak_bytes": peak, "seconds": times[name][k]}
+             for name, curve in peaks.items() for k, peak in curve.items()],
+        )  # fmt: skip
+        asked = run.counts(f"{prefix}inner_steps")
+        left = {name: [str(k) for k in asked if k not in curve] for name, curve in peaks.items()}
+        told = "; ".join(f"{name} at K = {', '.join(k)}" for name, k in left.items() if k)
+        limit = f"limit_gib={of('limit_gib')}; a larger one fills them."
+        notes = [f"Missing: {told}: the forecast was above {limit}"] if told else []
+        ours, labels = peaks.get(OURS, pd.Series()), {name: _method(name) for name in peaks}
+        rows = [({**labels[name], "saved": _saved(name, ours, curve)}, curve)
+                for name, curve in peaks.items()]  # fmt: skip
+        last, claim = [], []
+        if CLAIM_AT in ours:
+            saved = f"ImplicitCGHead below it at K = {CLAIM_AT}, %"
+            last = [content.number(saved, "saved", 100, 0)]
+            claim = ["ImplicitCGHead below it: with cached features, the package's default."]
+        about = f"against inner steps K. {title}; {task}."
+        yield _curves(
+            f"memory_{paper}_peak", f"Peak of live tensors, MiB, {about}", rows, "K = ", "K_",
+            lambda value: content.rounded(value, 1 / MIB), asked, last, notes + claim,
+        )  # fmt: skip
+        yield _curves(
+            f"memory_{paper}_seconds", f"Seconds of one task's outer step, {about}",
+            [(labels[name], curve) for name, curve in times.items()], "K = ", also=asked,
+            notes=notes,
+        )  # fmt: skip
 
 
 def _method(name: str) -> dict[str, Any]:

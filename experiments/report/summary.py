@@ -1,24 +1,23 @@
-"""Trainings in numbers, the cells of the sweeps that they fill, and what a report is asked for.
-
-All from the runs alone: nothing is chosen or written.
-"""
+"""The runs of a database or of files, in numbers, and how they differ; the cells of the sweeps that
+they fill; and what a report is asked for. Nothing is chosen or written."""
 
 from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from itertools import count, groupby
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from experiments.report.runs import Archive, run_list
 from experiments.statistics import Mean, seeds_mean
-from experiments.sweeps import definition
-from experiments.sweeps.definition import Cell, Settings, Sweep, describe, format_value
+from experiments.sweeps.definition import PENDING, Cell, Settings, Sweep, describe, format_value
+from experiments.sweeps.listing import Status, recorded
 from experiments.sweeps.plan import Group, best, make_plan
-from experiments.sweeps.runs import Run, newest
+from experiments.sweeps.runs import Run, setting_text
+from experiments.tracking.records import Records, RunId
 
 DROP = 0.10
 """A validation score that is by more than this below the best one before has collapsed."""
@@ -29,15 +28,40 @@ METRICS = tuple(
     for when in ("validation", "test")
     for what in (*SCORES, "half_width", "training_seconds")
 )
-AVERAGED = {
-    "test": "test", "early_stopped": "early_stopped", "validation": "best",
-    "within_run": "test_half_width", "step_cpu_seconds": "step_cpu_seconds",
-    "step_seconds": "step_seconds", "iterations": "iterations",
-}  # fmt: skip
-"""What is averaged over seeds, and what it is in a `Summary`."""
-
+# Of a `Summary`: means over seeds, and the largest of the seeds.
+AVERAGED = ("test", "early_stopped", "validation", "within_run", "step_cpu_seconds",
+            "step_seconds", "iterations")  # fmt: skip
 LARGEST = ("tensor_bytes", "process_bytes")
 NOT_CHOSEN = "its grid is not complete"
+MOST_PARTS = 6
+"""Files and packages that a line about other code names."""
+
+
+class Archive:
+    """What a database or files have.
+
+    Attributes:
+        runs: by number; those with other names come last.
+        by_cell: the same, by the identity of the sweep's cell that they are.
+    """
+
+    def __init__(self, records: Records) -> None:
+        self._records = records
+        self.runs = [Run(document) for document in records.runs]
+        self.by_cell: dict[str, list[Run]] = {}
+        for run in self.runs:
+            self.by_cell.setdefault(str(run.settings.get("cell")), []).append(run)
+
+    def load(self, runs: Iterable[Run], names: Sequence[str] | None = None) -> None:
+        """Fetch these metrics of all these runs at once, or all their metrics."""
+        by_id = {run.id: run for run in runs}
+        for number, name, series, fault in self._records.metrics(by_id, names):
+            by_id[number].metrics[name] = series
+            by_id[number].fault(fault)
+
+    def of_experiment(self, name: str) -> list[Run]:
+        """The runs of one experiment."""
+        return [run for run in self.runs if run.experiment == name]
 
 
 class Summary:
@@ -51,7 +75,7 @@ class Summary:
         self.run = run
         self.score = next((name for name in SCORES if f"test_{name}" in run.result), SCORES[0])
         self.test = run.number(f"result.test_{self.score}")
-        self.test_half_width = run.number("result.test_half_width")
+        self.within_run = run.number("result.test_half_width")
         # of theta at the best validation
         self.early_stopped = run.number(f"result.early_stopped_{self.score}")
         # medians of an outer step, and peaks
@@ -70,7 +94,7 @@ class Summary:
         spent = (self.points["seconds"] >= budget).cummax()
         self.within = self.points[~spent.shift(fill_value=False)]
         finite = self.within["score"][np.isfinite(self.within["score"])]
-        self.best = float(finite.min() if self.score == "mse" else finite.max())
+        self.validation = float(finite.min() if self.score == "mse" else finite.max())
         fell = [self.score == "accuracy" and _fell(of) for of in (self.within, self.points)]
         self.collapsed, self.collapsed_later = fell[0], fell[1] and not fell[0]
         self.tests = dict(zip(*run.series(f"test/{self.score}"), strict=True))  # by iteration
@@ -86,8 +110,7 @@ class Summary:
 def mean_record(runs: Sequence[Summary], **more: Mean) -> dict[str, Any]:
     """What is known of runs of equal code and settings together: means over seeds, and counts."""
     largest = {name: [getattr(run, name) for run in runs] for name in LARGEST}
-    means = {name: seeds_mean([getattr(run, what) for run in runs])
-             for name, what in AVERAGED.items()} | more  # fmt: skip
+    means = {name: seeds_mean([getattr(run, name) for run in runs]) for name in AVERAGED} | more
     return {
         "seeds": len(runs),
         "runs": run_list(run.run.id for run in runs),
@@ -106,24 +129,47 @@ def _fell(points: pd.DataFrame) -> bool:
     return bool((points["score"] < points["score"].cummax().ffill().shift() - DROP).any())
 
 
-Cells = Mapping[str, Sequence[Run]]
-"""Every run by the identity of its cell."""
+def unequal(tables: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """What is not the same in all of these tables, with the values it takes."""
+    tables = list(tables)
+    values = {name: dict.fromkeys(setting_text(t[name]) if name in t else "not set" for t in tables)
+              for name in sorted({name for table in tables for name in table})}  # fmt: skip
+    return {name: list(found) for name, found in values.items() if len(found) > 1}
 
 
-class CellState(NamedTuple):
-    """One cell: all of its runs, and the one that counts."""
+def difference_lines(label: str, runs: Sequence[Run]) -> list[str]:
+    """A line for each way in which the runs of one mean differ, none if they do not."""
+    by_code: dict[Hashable, list[Run]] = {}
+    for run in runs:
+        by_code.setdefault(run.code.signature, []).append(run)
+    lines = [_code_line(label, list(by_code.values()))] if len(by_code) > 1 else []
+    if settings := unequal(run.compared for run in runs):
+        told = "; ".join(f"{name} = {' or '.join(values)}" for name, values in settings.items())
+        lines.append(f"{label}: settings differ between its runs: {told}")
+    hosts = sorted({run.host for run in runs})
+    if len(hosts) > 1:
+        lines.append(f"{label}: on {len(hosts)} machines ({', '.join(hosts)}); times may differ")
+    return lines
 
-    name: str  # METHOD/grid/N or METHOD/final/SEED
-    identity: str  # empty while the grid that decides its settings is incomplete
-    runs: Sequence[Run] = ()  # also killed ones, oldest first
-    run: Run | None = None  # the newest complete one
-    state: str = definition.PENDING
-    why: str = ""  # it is not complete
 
-    @property
-    def score(self) -> float:
-        """What a grid is decided by; minus infinity without a run, or for a diverged one."""
-        return -math.inf if self.run is None else self.run.last_validation
+def _code_line(label: str, groups: Sequence[Sequence[Run]]) -> str:
+    """Who was run by which code, and the files and packages that differ."""
+    versions = ", ".join(f"run{'s' * (len(same) > 1)} {run_list(run.id for run in same)}"
+                         f" by {same[0].code}" for same in groups)  # fmt: skip
+    codes = [same[0].code for same in groups]
+    parts = [*unequal(c.sources for c in codes), *unequal(c.packages for c in codes)]
+    parts = parts or ["the commit or its uncommitted changes (no source file is recorded)"]
+    more = f" and {len(parts) - MOST_PARTS} more" if len(parts) > MOST_PARTS else ""
+    return f"{label}: code differs: {versions}; in {', '.join(parts[:MOST_PARTS])}{more}"
+
+
+def run_list(ids: Iterable[RunId]) -> str:
+    """``1-3, 7`` for runs 1, 2, 3 and 7; names as they are."""
+    ids = set(ids)
+    numbers, place = sorted(i for i in ids if isinstance(i, int)), count()
+    spans = [list(span) for _, span in groupby(numbers, key=lambda n: n - next(place))]
+    texts = [f"{s[0]}-{s[-1]}" if len(s) > 2 else ", ".join(map(str, s)) for s in spans]
+    return ", ".join([*texts, *sorted(i for i in ids if isinstance(i, str))])
 
 
 class MethodState:
@@ -137,19 +183,21 @@ class MethodState:
         setting: the chosen candidate's; empty without a grid.
     """
 
-    def __init__(self, group: Group, by_cell: Cells) -> None:
-        def states(cells: Mapping[str, Cell]) -> list[CellState]:
-            return [_cell(name, cell, by_cell) for name, cell in cells.items()]
+    def __init__(self, group: Group, by_cell: Mapping[str, Sequence[Run]]) -> None:
+        def states(cells: Mapping[str, Cell]) -> list[Status]:
+            return [recorded(name, cell, by_cell.get(cell.identity, ()))
+                    for name, cell in cells.items()]  # fmt: skip
 
         self.name, self.candidates, self.grid = group.name, group.candidates, states(group.grid)
         finals = [states(cells) for cells in group.finals]
         counts = [sum(cell.run is not None for cell in cells) for cells in finals]
         self.chosen: int | None = counts.index(max(counts)) if max(counts) else None
         self.remark = "Final runs are there, but not all of the grid" if max(counts) else ""
-        if all(cell.run for cell in self.grid):
-            self.chosen = best([cell.score for cell in self.grid]) if self.grid else 0
+        scores = [cell.run.last_validation for cell in self.grid if cell.run is not None]
+        if len(scores) == len(self.grid):
+            self.chosen = best(scores) if scores else 0
             self.remark = ""
-        unknown = [CellState(name, "", why=NOT_CHOSEN) for name in group.final_names()]
+        unknown = [Status(n, None, PENDING, None, NOT_CHOSEN) for n in group.final_names()]
         self.finals = unknown if self.chosen is None else finals[self.chosen]
         self.runs = [cell.run for cell in self.finals if cell.run is not None]
         chosen = self.chosen
@@ -183,19 +231,6 @@ class SweepState:
     def command(self, *only: str) -> str:
         """What runs the sweep, or with ``--cell``, NAME one cell of it."""
         return shlex.join(["python", "-m", "experiments.sweep", *self._words, *only])
-
-
-def _cell(name: str, cell: Cell, by_cell: Cells) -> CellState:
-    runs = by_cell.get(cell.identity, ())
-    if (run := newest(runs)) is not None:
-        return CellState(name, cell.identity, runs, run, definition.COMPLETED)
-    if not runs:
-        return CellState(name, cell.identity)
-    last = next((run for run in runs if run.status == "RUNNING"), runs[-1])
-    if last.status == "RUNNING":
-        return CellState(name, cell.identity, runs, None, definition.RUNNING, f"run {last.id}")
-    why = f"run {last.id} {last.status}: {last.failure or 'stopped'}"
-    return CellState(name, cell.identity, runs, None, last.state, why)
 
 
 class Request(NamedTuple):

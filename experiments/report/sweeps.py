@@ -6,12 +6,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from experiments.report import content
 from experiments.report.content import UNTOLD, Column, Figure, Items, Record, Section, Source, Table
-from experiments.report.figures import curve_caption, curve_records, draw_accuracies, draw_curves
-from experiments.report.runs import difference_lines, run_list
-from experiments.report.summary import DROP, MethodState, Request, Summary, SweepState, mean_record
+from experiments.report.figures import curves_figure, draw_accuracies
+from experiments.report.summary import (
+    DROP,
+    MethodState,
+    Request,
+    Summary,
+    SweepState,
+    difference_lines,
+    mean_record,
+    run_list,
+)
 from experiments.statistics import Mean, seeds_mean
 from experiments.sweeps.definition import COMPLETED, Published, describe
 
@@ -33,9 +42,9 @@ def _section(state: SweepState) -> Section:
     found = {method.name: list(map(Summary, method.runs)) for method in state.methods}
     records = [_record(state, method, found) for method in state.methods]
     items: list[Table | Figure] = [
-        _summary_table(state, records, found), *_accuracy_figure(state, found),
-        *_curves(state, found), *_time_table(state, found), *_details_table(state, records),
-        *_missing_table(state), *_grid_table(state),
+        _summary_table(state, records, found), *_figures(state, found),
+        *_time_table(state, found), *_details_table(state, records), *_missing_table(state),
+        *_grid_table(state),
     ]  # fmt: skip
     source = Source(state.command(), [run.id for run in state.runs])
     items = [replace(item, name=content.file_name(item.name, state.name, state.benchmark),
@@ -210,36 +219,28 @@ def _differences(state: SweepState) -> list[str]:
 # Figures
 
 
-def _accuracy_figure(state: SweepState, found: Found) -> Items:
-    runs = {name: of for name, of in found.items() if any(math.isfinite(run.test) for run in of)}
-    if not runs:
-        return
-    records = [
-        {"method": name, "run": run.run.id, "seed": run.run.seed, "test_accuracy": run.test,
-         "half_width": run.test_half_width}
-        for name, of in runs.items() for run in of
-    ]  # fmt: skip
-    yield Figure(
-        "test",
-        f"{state.benchmark}. Test accuracy at the end of the budget. Large mark and bar: mean over"
-        " seeds with its 95 % interval (Student's t; none for one seed); small marks: the seeds.",
-        lambda: draw_accuracies(runs), records, notes=_absent(found, runs),
-    )  # fmt: skip
-
-
-def _curves(state: SweepState, found: Found) -> Items:
+def _figures(state: SweepState, found: Found) -> Items:
+    """Test accuracies and curves; neither where no run has any."""
+    tested = {name: of for name, of in found.items() if any(math.isfinite(run.test) for run in of)}
+    if tested:
+        records = [
+            {"method": name, "run": run.run.id, "seed": run.run.seed, "test_accuracy": run.test,
+             "half_width": run.within_run}
+            for name, of in tested.items() for run in of
+        ]  # fmt: skip
+        caption = (
+            f"{state.benchmark}. Test accuracy at the end of the budget. Large mark and bar: mean"
+            " over seeds with its 95 % interval (Student's t; none for one seed); small marks: the"
+            " seeds."
+        )
+        draw = partial(draw_accuracies, tested)
+        yield Figure("test", caption, draw, records, notes=_absent(found, tested))
     curves = {name: of for name, of in found.items() if any(len(run.points) for run in of)}
-    if not curves:
-        return
-    budgets = {run.run.number("config.budget") for of in curves.values() for run in of}
-    budget = budgets.pop() if len(budgets) == 1 else math.nan
-    dotted = " Dotted: the budget, where the test accuracy of the table is taken."
-    yield Figure(
-        "curves",
-        f"{state.benchmark}. {curve_caption(curves, 'accuracy')}{dotted if budget > 0 else ''}",
-        lambda: draw_curves(curves, "accuracy", budget), curve_records(curves),
-        notes=_absent(found, curves),
-    )  # fmt: skip
+    if curves:
+        budgets = {run.run.number("config.budget") for of in curves.values() for run in of}
+        budget = budgets.pop() if len(budgets) == 1 else math.nan
+        absent = _absent(found, curves)
+        yield curves_figure("curves", state.benchmark, curves, budget, notes=absent)
 
 
 def _absent(found: Found, drawn: Found) -> list[str]:
@@ -253,8 +254,8 @@ def _absent(found: Found, drawn: Found) -> list[str]:
 
 def _time_table(state: SweepState, found: Found) -> Items:
     """Nothing while no method has a validation."""
-    bests = {name: best for name, runs in found.items()
-             if math.isfinite(best := seeds_mean([run.best for run in runs]).mean)}  # fmt: skip
+    bests = {name: seeds_mean([run.validation for run in of]).mean for name, of in found.items()}
+    bests = {name: best for name, best in bests.items() if math.isfinite(best)}
     if not bests:
         return
     leader = max(bests, key=lambda name: bests[name])
@@ -326,7 +327,7 @@ def _missing_table(state: SweepState) -> Items:
     if not cells:
         return
     records = [
-        {"cell": cell.name, "state": cell.state, "why": cell.why,
+        {"cell": cell.name, "state": cell.state, "why": cell.note,
          "attempts": run_list(run.id for run in cell.runs),
          "command": state.command("--cell", cell.name)}
         for cell in cells
@@ -348,7 +349,7 @@ def _grid_table(state: SweepState) -> Items:
         {
             "method": method.name,
             "setting": describe(setting),
-            "validation_accuracy": cell.score,
+            "validation_accuracy": cell.run.last_validation if cell.run else -math.inf,
             "chosen": "yes" if method.chosen == index else "",
             "state": cell.state,
             "run": "" if cell.run is None else cell.run.id,

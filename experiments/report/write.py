@@ -16,7 +16,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from experiments.report.content import Figure, Record, Section, Source, Table
-from experiments.report.runs import run_list
+from experiments.report.summary import run_list
 
 TITLE = "l2l_implicit: what the runs show"
 TYPES = {"csv": "text/csv", "md": "text/markdown", "tex": "application/x-tex",

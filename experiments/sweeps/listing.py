@@ -19,7 +19,7 @@ from pymongo.errors import PyMongoError
 from sacred.dependencies import get_digest
 
 from experiments.sweeps import definition
-from experiments.sweeps.definition import COMPLETED, FAILED, INTERRUPTED, PENDING, RUNNING, Cell
+from experiments.sweeps.definition import COMPLETED, INTERRUPTED, PENDING, RUNNING, Cell
 from experiments.sweeps.lock import LEASE, Document, Watch
 from experiments.sweeps.plan import Group, Plan, best
 from experiments.sweeps.runs import LONG_AGO, VALIDATION, Run, newest
@@ -79,6 +79,7 @@ class Status(NamedTuple):
     run: Run | None = None  # the completed run that counts
     note: str = ""  # where it runs, why it did not complete, what it waits for
     scheduler: str = ""  # of the holder of its lock, if running
+    runs: Sequence[Run] = ()  # all of it, oldest first
 
     @property
     def kind(self) -> str:
@@ -89,6 +90,17 @@ class Status(NamedTuple):
     def seconds(self) -> float:
         """From the start to the end of the run that counts; NaN without one."""
         return math.nan if self.run is None else self.run.seconds
+
+
+def recorded(name: str, cell: Cell, runs: Sequence[Run], redo_changed: bool = False) -> Status:
+    """What a cell's runs alone say of it, oldest first."""
+    if (run := counted(runs, redo_changed)) is not None:
+        return Status(name, cell, COMPLETED, run, runs=runs)
+    if not runs or runs[-1].complete:  # by other code
+        return Status(name, cell, PENDING, runs=runs)
+    last = runs[-1]
+    note = f"run {last.id}" + (f": {last.failure}" if last.failure else "")
+    return Status(name, cell, last.state, None, note, runs=runs)
 
 
 class Board:
@@ -151,19 +163,16 @@ class Board:
                 for (name, cell), own in zip(cells.items(), identities, strict=True)}  # fmt: skip
 
     def _status(self, name: str, cell: Cell, runs: list[Run], holder: Document | None) -> Status:
-        if (run := counted(runs, self.redo_changed)) is not None:
-            return Status(name, cell, COMPLETED, run)
+        status = recorded(name, cell, runs, self.redo_changed)
+        if status.run is not None:
+            return status
         if holder is not None:
             where = printable(f"on {holder.get('host')}, process {holder.get('process')}")
             return Status(name, cell, RUNNING, None, where, str(holder.get("scheduler")))
         if cell.identity in self.ended:
             state, reason = self.ended[cell.identity]
             return Status(name, cell, state, None, reason)
-        if not runs or runs[-1].complete:  # by other code
-            return Status(name, cell, PENDING)
-        last = runs[-1]
-        state = FAILED if last.state == FAILED else INTERRUPTED
-        return Status(name, cell, state, None, f"run {last.id}: {last.failure or 'stopped'}")
+        return status._replace(state=INTERRUPTED) if status.state == RUNNING else status
 
 
 def expected_seconds(statuses: Sequence[Status]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure as Drawing
 from experiments.report import content, write
 from experiments.report.content import Table, significant
 from experiments.report.figures import LOOKS, band, draw_curves, looks
-from experiments.report.runs import run_list
+from experiments.report.summary import run_list
 from experiments.statistics import seeds_mean
 from experiments.sweeps.definitions import SWEEPS
 

@@ -17,8 +17,7 @@ from report_runs import WORDS, Recorder, Report, fill, rows
 from toy_process import server_process
 
 from experiments.report.__main__ import main
-from experiments.report.runs import Archive
-from experiments.report.summary import Request
+from experiments.report.summary import Archive, Request
 from experiments.report.write import pictures
 from experiments.sweeps.definitions import SWEEPS
 from experiments.sweeps.plan import Plan, make_plan

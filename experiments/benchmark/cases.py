@@ -82,24 +82,15 @@ class BenchmarkSettings(RunSettings):
         """Of each step; the first is the floor."""
         return measure(steps, self.repetitions, self.seconds, self.device)
 
-    def compared(
-        self, case: str, steps: Mapping[str, Step], limits: Limits | None = None
-    ) -> list[Row]:
-        """The `rows` of what they cost."""
-        return self.rows(case, self.costs(steps), limits or {})
-
-    def rows(self, case: str, costs: Mapping[str, Cost], limits: Limits) -> list[Row]:
+    def rows(self, case: str, costs: Mapping[str, Cost], limits: Limits | None = None) -> list[Row]:
         """One row a method, the floor first; ours with K and N."""
         rows = []
         for name, cost in costs.items():
             counts = (self.steps, self.cg_steps) if name.startswith("implicit") else (None, None)
-            rows.append(Row(case, name, *counts, cost, _bars(cost, limits.get(name, ()))))
+            ratios, asked = (cost.time_ratio, cost.memory_ratio), (limits or {}).get(name, ())
+            bars = tuple(map(Bar, ("time", "memory"), ratios, asked))
+            rows.append(Row(case, name, *counts, cost, bars))
         return rows
-
-
-def _bars(cost: Cost, limits: Sequence[float]) -> tuple[Bar, ...]:
-    ratios = {"time": cost.time_ratio, "memory": cost.memory_ratio}
-    return tuple(Bar(*ratio, limit) for ratio, limit in zip(ratios.items(), limits, strict=False))
 
 
 Case = Callable[[BenchmarkSettings], list[Row]]
@@ -121,7 +112,7 @@ def against_floor(
         steps[name] = implicit(problem, step, adapt(c.steps), c.cg_steps)
         asked[name] = limits[call]
     case = f"{problem.title}, {problem.head.in_features} features{note}"
-    return c.compared(case, steps, asked)
+    return c.rows(case, c.costs(steps), asked)
 
 
 def two_threads(c: BenchmarkSettings) -> list[Row]:
@@ -144,7 +135,7 @@ def fifty_shot_chunked(c: BenchmarkSettings) -> list[Row]:
         "implicit, newton": outer.cached(problem, head, adapt),
         chunks: outer.cached(problem, head, adapt, Chunked(problem.backbone, c.chunk_size)),
     }
-    return c.compared(problem.title, steps, {chunks: (1.4, 0.25)})
+    return c.rows(problem.title, c.costs(steps), {chunks: (1.4, 0.25)})
 
 
 def layouts(c: BenchmarkSettings) -> list[Row]:
@@ -156,7 +147,7 @@ def layouts(c: BenchmarkSettings) -> list[Row]:
         if c.compile:
             compiled = problem._replace(backbone=torch.compile(problem.backbone))
             steps[f"supervised, {name}, compiled"] = outer.supervised(compiled)
-    return c.compared(f"layouts: {problem.title}", steps)
+    return c.rows(f"layouts: {problem.title}", c.costs(steps))
 
 
 # Growth with K and N
@@ -235,7 +226,7 @@ def meta_batch(c: BenchmarkSettings) -> list[Row]:
     for together, name in (("auto", "heads together"), (False, "one task at a time")):
         steps[f"implicit, newton, {name}"] = _engine(problem, episodes, together, c)
     asked = {"implicit, newton, heads together": (1.02,)}
-    return c.compared(f"meta batch of {TASKS}: {problem.title}", steps, asked)
+    return c.rows(f"meta batch of {TASKS}: {problem.title}", c.costs(steps), asked)
 
 
 def _episode(problem: Problem, seed: int) -> Episode:
@@ -379,7 +370,7 @@ def whole_network(c: BenchmarkSettings) -> list[Row]:
     learner = ImplicitMAML(network, 0.01, **_all_products(least))
     exact = f"iMAML, K = {least}, N = {least}, Hessian"
     steps[exact] = outer.apart(problem, learner, closure(least), outer.IMAGES)
-    floor, *rows, hessian = c.compared(case, steps)
+    floor, *rows, hessian = c.rows(case, c.costs(steps))
     bars = [Bar("gradients' memory", row.cost.memory_ratio, GRADIENTS) for row in rows]
     rows = [floor, *(row._replace(bars=(bar,)) for row, bar in zip(rows, bars, strict=True))]
     flat = _range("memory", [row.cost.peak_bytes for row in rows[1:]], FLAT)
@@ -422,8 +413,6 @@ CASES: dict[str, Case] = {
     "imaml": whole_network,
     "layouts": layouts,
     "resnet12": lambda c: against_floor(c, FLOOR, "resnet12", tensors=False, pixels=84),
-    "resnet12-wide": lambda c: against_floor(c, OTHER, "resnet12, 16,000 features", tensors=False,
-                                             pixels=84),
 }  # fmt: skip
 
 

@@ -89,19 +89,11 @@ def _wide(hidden: int) -> nn.Module:
     return nn.Sequential(*blocks, nn.Flatten())
 
 
-def _resnet12_wide(_: int) -> nn.Module:
-    """ResNet12 without its last pooling: 16,000 features at 84 pixels."""
-    network = l2l.vision.models.ResNet12Backbone(avg_pool=False)
-    network.flatten = nn.Flatten()  # learn2learn's refuses channels_last
-    return network
-
-
 NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "cnn4": lambda hidden: l2l.vision.models.CNN4Backbone(hidden_size=hidden),
     "cnn4, GroupNorm": _group_norm,
     "cnn4, pooled once": _wide,
     "resnet12": lambda _: l2l.vision.models.ResNet12Backbone(),
-    "resnet12, 16,000 features": _resnet12_wide,
 }
 
 

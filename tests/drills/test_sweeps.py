@@ -127,29 +127,6 @@ def test_a_killed_sweep_goes_on_from_the_checkpoint(place: Place, database: Any)
     assert database["runs"].find_one({"_id": 2})["info"]["resumes"] == folder.name
     assert place.run(sweep="resumed.py")[0] == 0
     assert len(statuses(database)) == 2, "nothing finished runs twice"
-
-
-def test_a_sweep_killed_twice_loses_and_doubles_nothing(place: Place, database: Any) -> None:
-    arguments = ("methods=plain", "seeds=4", "hold=True", "--workers", "1")
-    for number in (1, 2):
-        place.let_end(2 * number - 1)
-        sweep = place.start(*arguments)
-        wait_for(lambda number=number: place.started().total() == 2 * number)
-        sweep.kill()
-        finish(sweep)
-        wait_for(lambda: not is_alive(place.training()))
-        done = complete(database)
-        assert len(done) == number, "killed while a cell was open"
-        assert {place.started()[cell] for cell in done} <= {1, 2}
-
-    place.let_end(100)
-    before, done = place.started(), complete(database)
-    code, output = place.run(*arguments)
-    assert code == 0 and "4 completed" in output, output
-    assert len(complete(database)) == len(set(complete(database))) == 4
-    assert {cell: place.started()[cell] for cell in done} == {cell: before[cell] for cell in done}
-    assert len(statuses(database)) == place.started().total(), "every start is there"
-    assert "RUNNING" not in statuses(database)
     assert database["sweep_locks"].distinct("_id") == ["database"]
 
 

@@ -105,27 +105,13 @@ def test_no_scheduler_is_one_line(place: Place, monkeypatch: pytest.MonkeyPatch)
                 sweep.connected(address, 1)
 
 
-def test_workers_belong_to_this_machine(place: Place) -> None:
-    for words in (("--workers", "2", "--scheduler", "127.0.0.1:1"), ("--workers", "0")):
-        code, output = place.run("methods=plain", *words)
-        assert code == 1 and output.startswith("error: --workers: expected at least 1"), output
-
-
-def start_tied(place: Place, module: str) -> subprocess.Popen[str]:
-    (place.folder / "module.py").write_text(module)
-    return place.popen([sys.executable, str(TIED), "module", "a", "b"], stdin=subprocess.PIPE)
-
-
-def test_a_tied_module_is_the_main_program(place: Place) -> None:
-    process = start_tied(place, "import sys; print(__name__, sys.argv[1:]); sys.exit(3)")
-    assert process.wait(DEADLINE) == 3  # its standard input is open until then
-    assert process.stdout is not None and process.stdout.read() == "__main__ ['a', 'b']\n"
-
-
-def test_a_tied_module_dies_when_its_starter_lets_go(place: Place) -> None:
+def test_a_tied_module_is_the_main_program_until_its_starter_lets_go(place: Place) -> None:
     """The end of standard input is all that it knows of where there is no prctl."""
-    process = start_tied(place, "import time; print('up', flush=True); time.sleep(600)")
-    read_until(process, "up")
+    (place.folder / "module.py").write_text(
+        "import sys, time; print(__name__, sys.argv[1:], flush=True); time.sleep(600)"
+    )
+    process = place.popen([sys.executable, str(TIED), "module", "a"], stdin=subprocess.PIPE)
+    assert read_until(process, "\n") == "__main__ ['a']\n"
     assert process.stdin is not None
     process.stdin.close()
     assert process.wait(DEADLINE) == -signal.SIGKILL

@@ -151,6 +151,8 @@ BAD = {
     "accuracy seeds=1 seeds=2": "seeds is given twice",
     "yang_table1 grid=papr": "did you mean 'paper'?",
     "accuracy --cell anil/final/7": "did you mean 'anil/final/",
+    "smoke --workers 0": "--workers: expected at least 1",
+    "smoke --workers 2 --scheduler 127.0.0.1:1": "--workers: expected at least 1",
 }
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import subprocess
 import sys
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 from report_runs import WORDS, Recorder, Report, fill, rows
-from toy_process import server_process
 
 from experiments.report.__main__ import main
 from experiments.report.summary import Archive, Request
@@ -95,30 +92,6 @@ def test_a_database_without_a_complete_run(
     assert {r["completed"] for r in rows(folder, "sweeps") if r["sweep"] == "accuracy"} == {
         f"0 of {len(make_plan(SWEEPS['accuracy'], {}).names())}"
     }
-
-
-def test_a_report_takes_time_in_proportion_to_its_runs(recorder: Recorder, report: Report) -> None:
-    """Of the processor, the report's and its server's together: other programs do not count."""
-    numbers, seconds = [], []
-    for seeds in (5, 45):
-        for benchmark in ("caltech101", "glyphs"):
-            fill(recorder, make_plan(SWEEPS["accuracy"], {"benchmark": benchmark, "seeds": seeds}),
-                 random.Random(0))  # fmt: skip
-        start = time.process_time() + _server_seconds()
-        numbers.append(len(rows(report(), "runs_train")))
-        seconds.append(time.process_time() + _server_seconds() - start)
-    assert numbers[1] >= 1000
-    # twice: a processor that is busy is slower; what looks at every pair of runs takes eight times
-    assert seconds[1] / seconds[0] < 2 * numbers[1] / numbers[0]
-
-
-def _server_seconds() -> float:
-    """Of the embedded server; 0 where the system does not tell."""
-    if sys.platform != "linux":
-        return 0.0
-    stat = Path(f"/proc/{server_process(Path(os.environ['L2L_IMPLICIT_DATA']))}/stat")
-    after_name = stat.read_text().rpartition(")")[2].split()
-    return sum(map(int, after_name[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
 BAD = {

@@ -36,6 +36,7 @@ from experiments.ingredients.model import ModelSettings, build_backbone, within_
 from experiments.ingredients.tasks import make_tasks
 from experiments.papers import PaperSettings, Points
 from experiments.papers.hypergradient import Classification, Problem
+from experiments.report.figures import draw_panels
 from experiments.tracking import TrackedExperiment, UserError
 from experiments.tracking.config import Count, Positive, Text
 from l2l_implicit import (
@@ -378,17 +379,13 @@ def against_time(c: DifferentiatingSettings) -> Tables:
 
 def draw(found: Mapping[str, pd.DataFrame]) -> Figure:
     """A panel a problem, a curve a way."""
-    drawing = Figure(figsize=(11.0, 4.8), layout="constrained")
-    panels = drawing.subplots(1, len(found), squeeze=False)[0]
-    for axes, (title, table) in zip(panels, found.items(), strict=True):
-        for name, way in CURVES.items():
-            rows = table.loc[[f"{name}, {budget:g}" for budget in way.budgets]]
-            axes.loglog(rows["ms"], rows["error"], "o-", label=name, markersize=4)
-        axes.set(xlabel="processor time of the backward pass, ms", title=title,
-                 ylabel="relative error of the hypergradient")  # fmt: skip
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
-    return drawing
+    panels = {
+        title: {name: table.loc[[f"{name}, {budget:g}" for budget in way.budgets]]
+                .set_index("ms")["error"] for name, way in CURVES.items()}
+        for title, table in found.items()
+    }  # fmt: skip
+    return draw_panels(panels, lambda name: False, ylabel="relative error of the hypergradient",
+                       xlabel="processor time of the backward pass, ms")  # fmt: skip
 
 
 @ex.automain

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import cycle
 from typing import Any, NamedTuple
@@ -153,6 +153,31 @@ def _curve(run: Summary, horizontal: str) -> pd.Series:
     points = run.points[[horizontal, "score"]].astype(float)
     points = points[np.isfinite(points).all(axis=1)].drop_duplicates(horizontal)
     return points.set_index(horizontal)["score"]
+
+
+def draw_panels(
+    panels: Mapping[str, Mapping[str, pd.Series]], dashed: Callable[[str], bool], **axes_labels: str
+) -> Drawing:
+    """A panel a title, a line a curve, on logarithmic scales.
+
+    One colour for what stands before a name's ``/``. Open markers, smaller from colour to colour,
+    so that equal curves are all seen.
+    """
+    drawing = Drawing(figsize=(5.5 * len(panels), 5.0), layout="constrained")
+    grid = drawing.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, curves) in zip(grid, panels.items(), strict=True):
+        methods = list(dict.fromkeys(name.partition("/")[0] for name in curves))
+        for name, curve in curves.items():
+            n = methods.index(name.partition("/")[0])
+            axes.loglog(
+                curve, "--" if dashed(name) else "-", color=f"C{n}", marker="os^D"[n % 4],
+                markersize=max(11.0 - 2.0 * n, 3.0), markerfacecolor="none",
+                label=label(name.replace("/", ", ").replace("_", " ")),
+            )  # fmt: skip
+        axes.set(title=label(title), **axes_labels)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    return drawing
 
 
 def draw_accuracies(runs: Runs) -> Drawing:

@@ -23,7 +23,7 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from experiments.report import content
 from experiments.report.content import MIB, Column, Figure, Items, Record, Section, Source, Table
-from experiments.report.figures import label
+from experiments.report.figures import draw_panels
 from experiments.report.summary import Request, difference_lines, run_list
 from experiments.sweeps.runs import Run, command_of
 
@@ -180,31 +180,22 @@ def _saved(name: str, ours: pd.Series, theirs: pd.Series) -> float:
 def draw_memory(metrics: Metrics, prefix: str) -> Drawing:
     """Memory and time of one task's outer step; ``prefix`` is that of the paper's metrics.
 
-    Solid: cached features, or iMAML; dashed: as published. One colour a method. Open markers,
-    smaller from method to method, so that equal curves are all seen.
+    Solid: cached features, or iMAML; dashed: as published.
     """
-    drawing = Drawing(figsize=(11.5, 5.0), layout="constrained")
-    panels = ("memory", MIB, "peak of live tensors, MiB"), ("seconds", 1, "seconds an outer step")
-    for axes, (what, scale, unit) in zip(drawing.subplots(1, 2), panels, strict=True):
-        looks: dict[str, dict[str, Any]] = {}
-        for name, curve in named(metrics, f"{prefix}{what}/(.+/.+)").items():
-            method, _, variant = name.partition("/")
-            n = len(looks)
-            looks.setdefault(method, {"color": f"C{n}", "marker": "os^D"[n % 4],
-                                      "markersize": max(11.0 - 2.5 * n, 3.0)})  # fmt: skip
-            axes.loglog(curve / scale, "--" if variant == "as_published" else "-", **looks[method],
-                        label=label(f"{method}, {variant.replace('_', ' ')}"),
-                        markerfacecolor="none")  # fmt: skip
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(LogLocator(10, (1, 2, 5)))
-            axis.set_major_formatter(FormatStrFormatter("%g"))
-            axis.set_minor_formatter(NullFormatter())
-        axes.grid(alpha=0.3, which="both")
-        for floor in named(metrics, f"{prefix}{what}/(supervised)").values():
-            axes.axhline(floor.iloc[-1] / scale, color="0.6", linewidth=1,
-                         label="supervised step")  # fmt: skip
-        axes.set(xlabel="inner steps K", ylabel=f"{unit}, one task")
-        axes.legend(fontsize="small")
+    shown = {"memory": (MIB, "peak of live tensors, MiB"), "seconds": (1, "seconds an outer step")}
+    panels = {title: {name: curve / scale for name, curve
+                      in named(metrics, f"{prefix}{what}/(.+/.+)").items()}
+              for what, (scale, title) in shown.items()}  # fmt: skip
+    drawing = draw_panels(panels, lambda name: name.endswith("/as_published"),
+                          xlabel="inner steps K", ylabel="one task")  # fmt: skip
+    for axis in (axis for axes in drawing.axes for axis in (axes.xaxis, axes.yaxis)):
+        axis.set_major_locator(LogLocator(10, (1, 2, 5)))
+        axis.set_major_formatter(FormatStrFormatter("%g"))
+        axis.set_minor_formatter(NullFormatter())
+    for floor in named(metrics, f"{prefix}memory/(supervised)").values():
+        drawing.axes[0].axhline(floor.iloc[-1] / MIB, color="0.6", linewidth=1,
+                                label="supervised step")  # fmt: skip
+        drawing.axes[0].legend(fontsize="small")
     return drawing
 
 
@@ -218,12 +209,16 @@ def _errors(run: Run, metrics: Metrics) -> Items:
         errors.setdefault(problem, {})[method] = curve
     if not errors:
         return
+    panels = {problem.replace("_", " "): {name.replace("_cg", ", CG steps: "): curve
+                                          for name, curve in methods.items()}
+              for problem, methods in errors.items()}  # fmt: skip
     yield Figure(
         "hypergradient",
         "Relative error of the hypergradient against the exact one, over the inner steps K;"
         f" geometric mean over {run.settings.get('problems')} problems. Solid: implicit, with"
         " the number of conjugate gradient steps; dashed: unrolled.",
-        partial(draw_errors, errors),
+        partial(draw_panels, panels, lambda name: "CG steps" not in name, xlabel="inner steps K",
+                ylabel="relative error of the hypergradient"),
         [{"problem": problem, "method": method, "K": k, "relative_error": error}
          for problem, methods in errors.items() for method, curve in methods.items()
          for k, error in curve.items()],
@@ -235,28 +230,6 @@ def _errors(run: Run, metrics: Metrics) -> Items:
             f" {problem.replace('_', ' ')}.",
             [({"method": method}, curve) for method, curve in methods.items()], "K = ",
         )  # fmt: skip
-
-
-def draw_errors(errors: Mapping[str, Metrics]) -> Drawing:
-    """Error over inner steps by problem and method, one panel a problem.
-
-    Solid: implicit, dashed: unrolled. Open markers, smaller from method to method, so that equal
-    curves are all seen.
-    """
-    drawing = Drawing(figsize=(5 * len(errors), 5.2), layout="constrained")
-    panels = drawing.subplots(1, len(errors), squeeze=False)[0]
-    for axes, (title, curves) in zip(panels, errors.items(), strict=True):
-        for number, (name, curve) in enumerate(curves.items()):
-            axes.loglog(
-                curve, "-" if "_cg" in name else "--",
-                label=label(name.replace("_cg", ", CG steps: ").replace("_", " ")),
-                marker="o", markersize=max(10.0 - 1.8 * number, 3.0), markerfacecolor="none",
-            )  # fmt: skip
-        axes.set(xlabel="inner steps K", ylabel="relative error of the hypergradient",
-                 title=label(title.replace("_", " ")))  # fmt: skip
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small", loc="lower left")
-    return drawing
 
 
 # Convergence

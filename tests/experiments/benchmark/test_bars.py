@@ -23,13 +23,6 @@ def holds(bar: Bar) -> bool:
     return bar.value >= least if bar.at_least else bar.value <= most
 
 
-def test_a_bar_that_does_not_hold_is_seen() -> None:
-    assert holds(Bar("time", 1.6, 1.05)) and not holds(Bar("time", 2.2, 1.05))
-    assert holds(Bar("memory", 1.0, 1.01)) and not holds(Bar("newton's memory", 1.02, 1.01))
-    assert not holds(Bar("times slower than newton", 2.4, 5.0, at_least=True))
-    assert holds(Bar("gradients' memory", 2.1, 2.5)) and not holds(Bar("gradients' memory", 3, 2.5))
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
 def test_the_bars_hold() -> None:

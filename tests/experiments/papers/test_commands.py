@@ -79,31 +79,22 @@ def test_a_command_records_every_curve(
     assert min(pictures.values()) > 20_000
 
 
-COUNTS = "inner_steps: expected a list of at least one, each a whole"
-DEVICE = "device: expected auto, cpu or a GPU that is there"
 NOT_FINITE = "numbers: expected finite ones, got .*; choose less extreme"
 
 
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("memory", {"inner_steps": []}, COUNTS),
+        ("memory", {"inner_steps": []}, "inner_steps: expected a list of at least one, each"),
         ("memory", {"imaml_pixels": 8}, "imaml_pixels: expected a whole number from 16 to"),
         ("memory", {"limit_gib": 0.0}, "limit_gib: expected a finite number above 0"),
-        ("memory", {"device": "cuba"}, DEVICE),
-        ("memory", {"device": "meta"}, DEVICE),
-        ("hypergradient", {"inner_steps": []}, COUNTS),
+        ("memory", {"device": "cuba"}, "device: expected auto, cpu or a GPU that is there"),
         ("hypergradient", {"spread": 0.5}, "spread: .* at least 1, got 0.5; try 1000.0"),
         ("hypergradient", {"spread": 1e308}, NOT_FINITE),
         ("hypergradient", {"output": "/dev/null/runs"}, "output: .* got .* .Not a directory"),
-        ("hypergradient", {"regression_l2": -1.0}, "regression_l2: expected a finite number above"),
-        ("convergence", {"problems": 1}, "problems: expected a whole number from 2 .*, got 1"),
-        ("convergence", {"batches": [0, 2]}, "batches: expected a list of at least one, each a"),
         ("convergence", {"batches": [2, 2]}, "batches: expected two different ones at least"),
-        ("convergence", {"iterations": 5}, "iterations: expected a whole number from 20 "),
         ("convergence", {"condition": 1e308}, NOT_FINITE),
         ("convergence", {"theta_size": 40}, "theta_size: expected at most phi_size=12, got 40"),
-        ("convergence", {"condition": 0.5}, "condition: .* of at least 1, got 0.5"),
     ],
 )
 def test_a_wrong_setting_is_one_line(name: str, changes: dict[str, Any], message: str) -> None:

@@ -104,32 +104,20 @@ def last_decade(curve: Sequence[float]) -> float:
     return slope(at, [curve[t - 1] for t in at])
 
 
-def evaluations(settings: Settings, tasks: int) -> int:
-    """Gradient evaluations of one outer iteration.
-
-    For each task K inner gradients, N + 1 Hessian products, the gradient of f and the mixed
-    product, all of about the same cost.
-    """
-    return tasks * (settings.inner_steps + settings.cg_steps + 3)
-
-
-def first_below(curve: Sequence[float], epsilon: float) -> int | None:
-    """The smallest T with an average of at most ``epsilon`` (Definition 1)."""
-    return next((t for t, value in enumerate(curve, 1) if value <= epsilon), None)
-
-
 def cheapest(
     curves: Mapping[int, Sequence[float]], settings: Settings, high: float, low: float
 ) -> dict[float, int]:
-    """Evaluations up to an epsilon-solution, by the batch size that needs the fewest.
+    """Gradient evaluations up to an average of at most epsilon (Definition 1), by the batch size
+    that needs the fewest.
 
     The averages are given by batch size. Of ten epsilons, from high to low, those that nothing
     reaches are left out.
     """
-    found = {}
+    # of a task: K inner gradients, N + 1 Hessian products, the gradient of f and the mixed product
+    each, found = settings.inner_steps + settings.cg_steps + 3, {}
     for epsilon in map(float, np.geomspace(high, low, 10)):
-        reached = {batch: first_below(curve, epsilon) for batch, curve in curves.items()}
-        costs = [t * evaluations(settings, batch) for batch, t in reached.items() if t]
+        below = {b: np.flatnonzero(np.asarray(curve) <= epsilon) for b, curve in curves.items()}
+        costs = [batch * each * int(at[0] + 1) for batch, at in below.items() if len(at)]
         if costs:
             found[epsilon] = min(costs)
     return found

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from experiments.papers.hypergradient import Classification, Method, Problem, Regression, methods
+from experiments.papers.hypergradient import Classification, Method, Problem, Regression
 
 pytestmark = pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
 
@@ -94,10 +94,3 @@ def test_imaml_after_k_steps_by_hand() -> None:
     expected = task.l2 * torch.linalg.solve(curvature, slope)
     found = task.estimate(Method(8), 9)
     assert oracles.relative_error([found], [expected]) < 1e-10
-
-
-def test_methods_by_name() -> None:
-    task, by_name = regression(), methods(("imaml", "maml"), [2, 5])
-    assert list(by_name) == ["imaml_cg2", "imaml_cg5", "maml", "maml_unregularised"]
-    exact = error(task, by_name["imaml_cg5"], 500)
-    assert exact < 1e-6 < error(task, by_name["imaml_cg2"], 500)

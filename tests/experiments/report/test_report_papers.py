@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-import pytest
 from report_runs import Recorder, Report, markdown, rows
 
 pytest_plugins = ("report_fixtures",)
@@ -31,25 +29,7 @@ def memory(recorder: Recorder, scale: float = 1, updates: Mapping[str, Any] | No
                  meta={"config_updates": updates}, **options)  # fmt: skip
 
 
-def test_memory_and_what_is_saved_at_five_steps(recorder: Recorder, report: Report) -> None:
-    memory(recorder)
-    folder = report("smoke")
-    found = {(r["method"], r["variant"]): r for r in rows(folder, "memory_yang_peak")}
-    ours = ("ImplicitCGHead", "cached")
-    assert list(found) == [("maml", "as published"), ours, ("anil", "cached")]
-    assert float(found["maml", "as published"]["K_5"]) == 250 * MIB
-    assert float(found["maml", "as published"]["saved"]) == pytest.approx(0.8)
-    assert float(found["anil", "cached"]["saved"]) == pytest.approx(-0.25)
-    assert math.isnan(float(found[ours]["saved"]))
-    text = markdown(folder, "memory_yang_peak")
-    assert "| maml | as published | 100.0 | 250.0 | – | 80 |" in text
-    assert "Missing: maml/as_published at K = 20" in text and "limit_gib=4.0" in text
-    assert float(rows(folder, "memory_yang_seconds")[1]["K_20"]) == 0.125
-    assert (folder / "memory_yang.png").read_bytes().startswith(b"\x89PNG")
-    assert len(rows(folder, "memory_yang")) == 8
-
-
-def test_runs_are_never_averaged(recorder: Recorder, report: Report) -> None:
+def test_runs_are_never_averaged_and_gaps_are_named(recorder: Recorder, report: Report) -> None:
     """The newest of equal settings counts; of other settings each is drawn by itself."""
     memory(recorder, 0.5, sources={"a.py": "1"})
     memory(recorder, sources={"a.py": "2"})
@@ -61,6 +41,8 @@ def test_runs_are_never_averaged(recorder: Recorder, report: Report) -> None:
         (found,) = [r for r in table if r["method"] == "ImplicitCGHead"]
         assert (float(found["K_5"]), found["source_runs"]) == (mib * MIB, runs)
     text = markdown(folder, "memory_yang_peak")
+    assert "| maml | as published | 100.0 | 250.0 | – | 80 |" in text
+    assert "Missing: maml/as_published at K = 20" in text and "limit_gib=4.0" in text
     assert "Run 2 is the newest of 2 runs of equal settings" in text and "code differs" in text
     assert "in a.py" in text
     other = markdown(folder, "memory_yang_peak_1")

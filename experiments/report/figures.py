@@ -1,4 +1,4 @@
-"""The pictures of trainings: learning curves, and every method's test accuracy."""
+"""Pictures: learning curves, every method's test accuracy, and curves on logarithmic scales."""
 
 from __future__ import annotations
 

@@ -77,8 +77,8 @@ def test_every_definition_gives_different_cells(name: str) -> None:
             assert all(type(c.settings["seed"]) is int for c in grids + finals)
 
 
-FAIR = [("accuracy", benchmark) for benchmark in SWEEPS["accuracy"].benchmarks]
-FAIR += [("yang_quarter", benchmark) for benchmark in SWEEPS["yang_quarter"].benchmarks]
+FAIR = [(name, benchmark) for name in ("accuracy", "yang_quarter")
+        for benchmark in SWEEPS[name].benchmarks]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "benchmark"), FAIR)

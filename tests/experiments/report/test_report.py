@@ -37,6 +37,7 @@ def test_methods_are_compared_seed_by_seed(
     assert "| anil | algorithm.lr=0.1 | 2/3 | 64.0 ± 1.0 | 25.4 | 4.0 ± 12.7 | 70.0 |" in summary
     assert "| 3.0 ± 25.4 |" in summary and "| 300 | 0.100 | 32.0 | 0 of 2 |" in summary
     assert "Early stopped: test accuracy of theta" in summary
+    assert "| 70.0 ± 12.7 |" in markdown(folder, "details_accuracy_glyphs")
 
 
 def test_missing_cells_have_their_command(recorder: Recorder, plan: Plan, report: Report) -> None:
@@ -92,7 +93,7 @@ def test_other_code_and_settings_are_never_averaged_silently(
     recorder.documents["runs"].update_one({"_id": run}, change)
     folder = report(*WORDS)
     assert row(folder, SUMMARY, "anil")["differs"] == "True"
-    for file in (f"{SUMMARY}.md", "index.html"):
+    for file in (f"{SUMMARY}.md", "details_accuracy_glyphs.md", "index.html"):
         text = (folder / file).read_text()
         assert "anil: code differs" in text and "in a.py, experiments/train.py" in text, file
         assert "anil: settings differ between its runs: algorithm.l2 = not set or 0.1" in text

@@ -71,12 +71,12 @@ class Problem:
         return on_vector(self.head, phi)
 
 
-def on_vector(module: nn.Module, phi: Tensor) -> Net:
+def on_vector(module: nn.Module, phi: Tensor) -> Callable[..., Any]:
     """What the module computes where its parameters, in their order, are the vector ``phi``."""
     shapes = {name: p.shape for name, p in module.named_parameters()}
     pieces = phi.split([shape.numel() for shape in shapes.values()])
     named = {k: p.view(s) for (k, s), p in zip(shapes.items(), pieces, strict=True)}
-    return lambda x: functional_call(module, named, (x,))
+    return lambda *args, **kwargs: functional_call(module, named, args, kwargs)
 
 
 def leaf(*shape: int) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from oracles import relative_error
 from problems import Problem, adapt, hypergradient, make_learner, problem, truth
+from several_tasks import Batch, assert_alike
 from small_task import HOWS, silent
 from torch import Tensor, nn
 
@@ -87,12 +88,6 @@ def test_a_network_ends_where_its_estimate_says(name: str, linear: LinearSolver)
     assert errors[-1] < 1e-5 < errors[0]
 
 
-def test_loss_tensors_and_closures_take_the_same_steps() -> None:
-    settings = {"inner": GradientDescent(), "accuracy": 1e-3}
-    one, other = (solved(problem(HEADS[0]), how, **settings)[0] for how in ("loss", "closure"))
-    assert one.diagnostics.inner_steps == other.diagnostics.inner_steps > 3
-
-
 @HOWS
 @pytest.mark.parametrize("name", [HEADS[0], "two layers anchored"])
 def test_further_calls_change_nothing(name: str, how: str) -> None:
@@ -108,21 +103,10 @@ def test_further_calls_change_nothing(name: str, how: str) -> None:
 
 @pytest.mark.parametrize("inner", [GradientDescent(), LBFGS(), Newton()], ids=repr)
 def test_heads_together_end_each_where_it_would_alone(inner: InnerSolver) -> None:
-    x, y = torch.randn(3, 12, 6), torch.arange(12).expand(3, 12) % 3
-    x = x * torch.tensor([0.3, 1.0, 2.0]).view(3, 1, 1)  # not equally hard
-    parent = ImplicitCGHead(nn.Linear(6, 3), 0.3, inner=inner, linear=CG(100), accuracy=1e-2)
-    together = parent.adapt_together(x.requires_grad_(), y, steps=1000)
-    F.cross_entropy(together(x.detach()).flatten(0, 1), y.flatten(), reduction="sum").backward()
-    for t in range(3):
-        alone, leaf = parent.clone(), x.detach()[t].requires_grad_()
-        alone.adapt(lambda: F.cross_entropy(alone(leaf), y[0]), steps=1000)  # noqa: B023
-        F.cross_entropy(alone(leaf.detach()), y[0], reduction="sum").backward()
-        assert relative_error([x.grad[t]], [leaf.grad]) < 1e-9
-        one, other = together.diagnostics[t], alone.diagnostics
-        assert (one.inner_steps, one.cg_steps) == (other.inner_steps, other.cg_steps)
-    counts = {said.inner_steps for said in together.diagnostics}
-    assert len(counts) > 1 or isinstance(inner, Newton)
-    assert parent.diagnostics.unsolved == 0
+    settings = {"inner": inner, "linear": CG(100), "accuracy": 1e-2}
+    said = assert_alike(Batch(), 1000, 1e-9, **settings)  # of tasks that are not equally hard
+    assert len({each.inner_steps for each in said}) > 1 or isinstance(inner, Newton)
+    assert not any(each.unsolved for each in said)
 
 
 @pytest.mark.parametrize("steps, linear", [(2, CG(1000)), (1000, CG(2))], ids=["K", "N"])

@@ -1,5 +1,6 @@
 """Settings that several test files share."""
 
+import gc
 import signal
 from collections.abc import Iterator
 
@@ -30,3 +31,12 @@ def float64() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """Reference cycles stay visible."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()

@@ -23,7 +23,7 @@ def head() -> nn.Module:
     return nn.Linear(4, 3)
 
 
-def message(kind: type[BaseException], call: Callable[[], Any]) -> str:
+def message(kind: Any, call: Callable[[], Any]) -> str:
     with pytest.raises(kind) as caught:
         call()
     text = str(caught.value)
@@ -32,7 +32,7 @@ def message(kind: type[BaseException], call: Callable[[], Any]) -> str:
 
 
 @EVERY
-@pytest.mark.parametrize("lr", [[], [torch.ones(3, 4)], [torch.ones(3), torch.ones(3)], [0.1, 0.1],
+@pytest.mark.parametrize("lr", [[], [torch.ones(3), torch.ones(3)], [0.1, 0.1],
                                 nn.ParameterList([torch.ones(3, 4), torch.ones(1)])])  # fmt: skip
 def test_a_step_size_for_each_parameter(lr: Any, cls: type) -> None:
     """Of another number or shape; elsewhere none at all."""
@@ -48,8 +48,6 @@ class Own(torch.optim.SGD):
 SETTINGS = [
     ({"model": "cnn"}, TypeError, "model: expected a torch.nn.Module, got 'cnn'"),
     ({"lr": 0.0}, ValueError, "lr: expected a number above 0, got 0.0"),
-    ({"lr": float("nan")}, ValueError, "lr: expected a finite number, got nan"),
-    ({"lr": "0.1"}, TypeError, "lr: expected a number, got '0.1'"),
     ({"lr": torch.ones(3)}, ValueError, "lr: expected one number, got a tensor of shape (3,)"),
 ]
 OPTIMIZERS = [
@@ -90,34 +88,29 @@ def test_reptile_takes_every_optimizer_and_its_original_no_outer_gradient(
 
 
 @EVERY
-@pytest.mark.parametrize("loss, steps, kind, words", [
-    (lambda out: F.cross_entropy(out, Y), 3, ValueError, "steps: expected with a closure"),
-    (lambda out: lambda: F.cross_entropy(out, Y), 0, ValueError, "steps (K): expected at"),
-    (lambda out: lambda: 3.0, 2, TypeError, "loss: expected a tensor, got float"),
-    (lambda out: "loss", None, TypeError, "loss: expected a tensor or a closure, got str"),
-    (lambda out: out, None, ValueError, "loss: expected a scalar, got shape (6, 3)"),
-    (lambda out: out.sum().detach(), None, ValueError, "got one without a graph"),
-    (lambda out: out.sum() / 0, None, ValueError, "loss: expected a finite number"),
-    (lambda out: X.clone().requires_grad_().sum(), None, ValueError, "none of them"),
-    (lambda out: torch.ones((), requires_grad=True) + out.detach().sum(), None, ValueError,
-     "none of them"),
+@pytest.mark.parametrize("loss, steps, words", [
+    (lambda learner: F.cross_entropy(learner(X), Y), 3, "steps: expected with a closure"),
+    (lambda learner: lambda: 3.0, 2, "loss: expected a tensor, got float"),
+    (lambda learner: learner(X), None, "loss: expected a scalar, got shape (6, 3)"),
+    (lambda learner: learner(X).sum() / 0, None, "loss: expected a finite number"),
+    (lambda learner: X.clone().requires_grad_().sum(), None, "none of them"),
+    (lambda learner: learner.module.weight.square().sum(), None,
+     "1 of them do not enter; pass allow_unused=True"),
+    (lambda learner: lambda: with_backward(learner), 2, "leave both to adapt()"),
 ])  # fmt: skip
-def test_losses(loss: Any, steps: int | None, kind: type, words: str, cls: type) -> None:
+def test_losses(loss: Any, steps: int | None, words: str, cls: type) -> None:
+    """And the learner is as it was; the same checks as of the implicit learners."""
     learner = cls(head(), 0.1).clone()
-    given = loss(learner(X))
-    assert words in message(kind, lambda: learner.adapt(given, steps=steps))
+    before, given = list(learner.module.parameters()), loss(learner)
+    errors = TypeError, ValueError, RuntimeError
+    assert words in message(errors, lambda: learner.adapt(given, steps=steps))
+    assert all(a is b for a, b in zip(before, learner.module.parameters(), strict=True))
 
 
-@EVERY
-def test_a_closure_that_calls_backward(cls: type) -> None:
-    learner = cls(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)), 0.1).clone()
-
-    def closure() -> torch.Tensor:
-        loss = F.cross_entropy(learner(X), Y)
-        loss.backward()
-        return loss
-
-    assert "leave both to adapt()" in message(RuntimeError, lambda: learner.adapt(closure, steps=2))
+def with_backward(learner: Any) -> torch.Tensor:
+    loss = F.cross_entropy(learner(X).tanh(), Y)
+    loss.backward()
+    return loss
 
 
 class Named(nn.Module):
@@ -146,16 +139,6 @@ def test_an_inner_loop_that_reaches_nothing(reached: str) -> None:
         learner.adapt(lambda: F.cross_entropy(learner(x), Y), steps=2)
     found = [str(w.message) for w in caught if "learn_init=True" in str(w.message)]
     assert len(found) == (reached == "")
-
-
-@EVERY
-def test_parameters_absent_from_the_loss(cls: type) -> None:
-    """And the learner is as it was."""
-    learner = cls(head(), 0.1).clone()
-    before = list(learner.module.parameters())
-    text = message(ValueError, lambda: learner.adapt(learner.module.weight.square().sum()))
-    assert "1 of them do not enter; pass allow_unused=True" in text
-    assert all(a is b for a, b in zip(before, learner.module.parameters(), strict=True))
 
 
 @EVERY

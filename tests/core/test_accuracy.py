@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from oracles import relative_error
 from problems import Problem, adapt, hypergradient, make_learner, problem, truth
 from several_tasks import Batch, assert_alike
@@ -20,7 +19,6 @@ from l2l_implicit import (
     InnerSolver,
     InnerStep,
     Jacobi,
-    Linearization,
     LinearSolver,
     Neumann,
     Newton,
@@ -127,18 +125,6 @@ def test_max_error_is_the_accuracy_unless_it_is_given() -> None:
 
     assert (limit(), limit(accuracy=0.1), limit(accuracy=1e-3)) == (0.01, 0.1, 1e-3)
     assert limit(accuracy=1e-3, max_error=0.5) == 0.5
-
-
-def test_an_override_of_the_inner_step_ends_too() -> None:
-    class Half(ImplicitCGHead):
-        def inner_step(self, at: Linearization) -> Tensor:
-            return at.point - 0.5 * at.gradient
-
-    parent = Half(nn.Linear(6, 3), 0.3, accuracy=1e-2, linear=CG(100))
-    x, y, learner = torch.randn(12, 6), torch.arange(12) % 3, parent.clone()
-    learner.adapt(lambda: F.cross_entropy(learner(x), y), steps=5000)
-    F.cross_entropy(learner(x), y.roll(1)).backward()
-    assert parent.diagnostics.unsolved == 0 and 1 < parent.diagnostics.inner_steps < 5000
 
 
 @pytest.mark.parametrize("solver", LINEAR[:3], ids=repr)

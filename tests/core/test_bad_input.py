@@ -328,15 +328,6 @@ def test_a_closure_that_calls_backward(make: Callable[[], nn.Module], cleans_up:
     assert all(a is b for a, b in zip(before, learner.parameters(), strict=True))
 
 
-@MODULES
-@pytest.mark.parametrize("what", ["features", "targets"])
-def test_data_changed_before_adapt(make: Callable[[], nn.Module], what: str) -> None:
-    learner, x, y = ImplicitMAML(make(), 0.1).clone(), X.clone(), Y.clone()
-    loss = support(learner, x, y)
-    (x if what == "features" else y).zero_()
-    assert "clone what is changed" in message(lambda: learner.adapt(loss))
-
-
 # What is warned of.
 
 

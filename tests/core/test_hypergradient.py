@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from oracles import finite_difference, relative_error, unrolled
 from problems import (
     EXACT,
@@ -18,7 +17,6 @@ from problems import (
     error_where_it_ended,
     expected,
     hypergradient,
-    leaf,
     linear,
     make_learner,
     minimum,
@@ -32,7 +30,6 @@ from torch import Tensor, nn
 
 from l2l_implicit import CG, GradientDescent, Newton
 from l2l_implicit.linear_solvers.solution import FACTORED
-from l2l_implicit.tasks import get_tasksets
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
@@ -120,10 +117,7 @@ def test_a_loss_is_linearized_where_it_was_computed() -> None:
     assert relative_error([got], [direct - torch.tensordot(v, mixed, dims=1)]) < 1e-11
 
 
-# Heads and features of other kinds.
-
-
-WORDS = 30
+# Heads of other kinds.
 
 
 class WrittenOut(nn.Module):
@@ -140,32 +134,6 @@ class WrittenOut(nn.Module):
         return centered / (variance + self.eps).sqrt() * self.weight + self.bias
 
 
-def sine() -> Problem:
-    """Ten support and ten query points of one sinusoid, as the tasks of this name give them."""
-    x, y = (part.double() for part in get_tasksets("sine", train_samples=20).train.sample())
-
-    def embed(theta: Theta) -> tuple[Tensor, Tensor]:
-        h = torch.tanh(torch.tanh(x @ theta["first"]) @ theta["second"])
-        return h[:10], h[10:]
-
-    theta = {"first": leaf(1, 12), "second": leaf(12, 6)}
-    return Problem("sine", linear(1, width=6), theta, embed,
-                   lambda net, t, h: F.mse_loss(net(h[0]), y[:10]),
-                   lambda net, t, h: F.mse_loss(net(h[1]), y[10:]))  # fmt: skip
-
-
-def text() -> Problem:
-    """Documents as lists of word numbers: the mean of their words' vectors, a linear head."""
-    words = torch.randint(WORDS, (12, 7)), torch.randint(WORDS, (9, 7))
-
-    def embed(theta: Theta) -> tuple[Tensor, Tensor]:
-        support, query = (F.embedding(part, theta["words"]).mean(1) for part in words)
-        return support, query
-
-    return Problem("text", linear(3, width=5), {"words": leaf(WORDS, 5)}, embed,
-                   cross_entropy("mean"), query_cross_entropy, anchor="init", l2=1.0)  # fmt: skip
-
-
 def tabular(*between: nn.Module) -> Problem:
     """Given columns; of the features only their scales are learned."""
     head = nn.Sequential(linear(6), *between, nn.Tanh(), linear(3, width=6)).double()
@@ -180,9 +148,6 @@ def tabular(*between: nn.Module) -> Problem:
 
 
 CASES: dict[str, Callable[[], Problem]] = {
-    "sine": sine,
-    "text": text,
-    "multi-layer": tabular,
     "layer norm": lambda: tabular(nn.LayerNorm(6)),
     "batch norm": lambda: tabular(nn.BatchNorm1d(6)),
     "batch norm in eval mode": lambda: tabular(nn.BatchNorm1d(6).eval()),

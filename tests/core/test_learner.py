@@ -17,7 +17,6 @@ from l2l_implicit import (
     CG,
     LBFGS,
     GradientDescent,
-    Hessian,
     ImplicitCGHead,
     ImplicitMAML,
     InnerSolver,
@@ -66,43 +65,16 @@ def test_first_order_is_exactly_learn2learns(how: str, name: str, where: str) ->
 @pytest.mark.parametrize("anchor", ["zero", "init"])
 def test_without_a_clone(how: str, anchor: str) -> None:
     """The parent itself adapts: its first parameters are still the initial value."""
-    parent = ImplicitCGHead(nn.Linear(4, 3), 0.1, anchor=anchor, **EXACT)
-    control = ImplicitCGHead(copy.deepcopy(parent.module), 0.1, anchor=anchor, **EXACT)
-    initial, inputs = list(parent.module.parameters()), x()
-    clone = control.clone()
-    for learner in (parent, clone):
+    inputs, grads = x(), []
+    module = nn.Linear(4, 3)
+    for cloned in (False, True):
+        parent = ImplicitCGHead(copy.deepcopy(module), 0.1, anchor=anchor, **EXACT)
+        initial = list(parent.module.parameters())
+        learner = parent.clone() if cloned else parent
         fit(learner, inputs, how)
         learner(inputs).square().sum().backward()
-    grads = [p.grad for p in control.module.parameters()]
-    assert all(p.grad is not None for p in initial)
-    assert relative_error([p.grad for p in initial], grads) < 1e-9 or not any(
-        g.any() for g in grads
-    )
-
-
-class Recurrent(nn.Module):
-    def __init__(self, kind: type[nn.RNNBase]) -> None:
-        super().__init__()
-        self.cell, self.last = kind(4, 5, batch_first=True), nn.Linear(5, 3)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.last(self.cell(inputs.unsqueeze(1).expand(-1, 3, -1))[0][:, -1])
-
-
-@HOWS
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
-def test_recurrent_modules(kind: type[nn.RNNBase], how: str) -> None:
-    """The inner minimum is one (its gradient is zero), and the parent gets a gradient."""
-    parent = ImplicitCGHead(Recurrent(kind), 0.1, anchor="init", l2=1.0, **EXACT)
-    learner, inputs, initial = parent.clone(), x(), list(parent.module.parameters())
-    fit(learner, inputs, how, 15)
-    new = list(learner.module.parameters())
-    squares = sum((p - a.detach()).square().sum() for p, a in zip(new, initial, strict=True))
-    objective = F.cross_entropy(learner(inputs), Y) + 0.5 * squares
-    slopes = torch.autograd.grad(objective, new)
-    assert max(float(g.abs().max()) for g in slopes) < 1e-8
-    F.cross_entropy(learner(inputs), Y.roll(1)).backward()
-    assert all(p.grad is not None and p.grad.any() for p in initial)
+        grads.append([p.grad for p in initial])
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-12)
 
 
 @HOWS
@@ -120,14 +92,6 @@ def test_unused_parameters_go_to_their_anchor(how: str) -> None:
     assert torch.equal(idle.weight, before.weight)
     (loss() + idle.weight.sum()).backward()
     assert torch.allclose(before.weight.grad, torch.ones(2, 2), rtol=1e-3)
-
-
-def test_imaml_is_the_same_class_with_other_defaults() -> None:
-    maml = ImplicitMAML(nn.Linear(4, 3), 0.1)
-    assert isinstance(maml, ImplicitCGHead)
-    assert (maml.anchor, maml.l2, maml.curvature) == ("init", 0.5, Hessian())
-    assert (maml.inner, maml.linear) == (GradientDescent(), CG())
-    assert type(maml.clone()) is ImplicitMAML
 
 
 @pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
@@ -293,16 +257,3 @@ def test_no_warm_start_unless_asked_and_a_deepcopy_has_a_memory_of_its_own() -> 
     for visited, asked in ((parent, twin), (cold, cold)):
         visit(visited, inputs, 5, task="a")
         assert torch.equal(asked.clone(task="a").module.weight, asked.module.weight)
-
-
-@pytest.mark.parametrize("tol", [1e-5, 1e-13])
-def test_lbfgs_goes_on_from_next_to_the_minimum(tol: float) -> None:
-    """Its first step knows no curvature; a line search that begins too long sees only rounding."""
-    for seed in range(10):
-        torch.manual_seed(seed)
-        parent = ImplicitCGHead(nn.Linear(4, 3), 0.1, warm_start=True, inner=LBFGS(tol=tol))
-        inputs, norms = x(), []
-        for steps in (20, 1, 1, 10):
-            learner = visit(parent, inputs, steps, task="a")
-            norms.append(learner.diagnostics.inner_gradient_norm)
-        assert max(norms[1:]) < 2.0 * norms[0] + 1e-14 and norms[3] < 1e-4

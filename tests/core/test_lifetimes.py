@@ -1,8 +1,6 @@
 """What the learner leaves behind: nothing."""
 
-import gc
 import weakref
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,16 +13,7 @@ from small_task import small_nets as nets
 from l2l_implicit import GaussNewton, GradientDescent, ImplicitCGHead, Newton
 from l2l_implicit.inner_problem.linearization import Linearization
 
-pytestmark = pytest.mark.usefixtures("float64")
-
-
-@pytest.fixture(autouse=True)
-def no_collector() -> Iterator[None]:
-    """Reference cycles stay visible."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
+pytestmark = pytest.mark.usefixtures("float64", "no_collector")
 
 
 @pytest.fixture

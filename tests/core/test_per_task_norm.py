@@ -55,16 +55,13 @@ def net_2d(**settings: object) -> nn.Module:
 IMAGES_2D = (TASKS * N, 2, 5, 5)
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "2d": (net_2d, IMAGES_2D),
-    "momentum": (lambda: net_2d(momentum=0.37), IMAGES_2D),
     "cumulative average": (lambda: net_2d(momentum=None), IMAGES_2D),
     "no running statistics": (lambda: net_2d(track_running_stats=False), IMAGES_2D),
     "not affine": (lambda: net_2d(affine=False), IMAGES_2D),
-    "1d": (lambda: nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3)), (TASKS * N, 6)),
     "1d sequence": (lambda: nn.Sequential(nn.Conv1d(2, 3, 2), nn.BatchNorm1d(3)),
                     (TASKS * N, 2, 6)),
     "3d": (lambda: nn.Sequential(nn.Conv3d(2, 3, 2), nn.BatchNorm3d(3)), (TASKS * N, 2, 4, 4, 4)),
     "one layer 3d": (lambda: nn.BatchNorm3d(2), (TASKS * N, 2, 4, 4, 4)),
-    "one layer": (lambda: nn.BatchNorm2d(2), IMAGES_2D),
     "per-image norms": (lambda: nn.Sequential(nn.GroupNorm(1, 2), nn.InstanceNorm2d(2),
                                               nn.BatchNorm2d(2)), IMAGES_2D),
     "CNN4": (lambda: CNN4Backbone(hidden_size=4, channels=3), (TASKS * N, 3, 16, 16)),

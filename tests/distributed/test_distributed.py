@@ -11,7 +11,6 @@ import rank_process
 import torch
 from torch import nn
 
-from l2l_implicit import ImplicitCGHead
 from l2l_implicit.distributed import ALONE, Ranks, connect
 
 ROOT = Path(__file__).parents[2]
@@ -75,17 +74,14 @@ def test_two_processes_have_the_gradients_of_one_with_all_tasks(
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_what_the_helpers_bring(folder: Path, rank: int) -> None:
-    alone, shared, nowhere, same, message, _, *lists = torch.load(folder / f"seen{rank}")
+    """DistributedDataParallel has neither clone nor adapt, and would not average what goes round.
+    """
+    alone, shared, nowhere, same, message, refusal, *lists = torch.load(folder / f"seen{rank}")
     assert alone.tolist() == [0.5, 0.5] and shared.tolist() == [1.5, 1.5]
     assert nowhere is None and same.tolist() == [0.0]
     assert message == "rank 1: bad task"
-    assert lists == [[0, 1], ["a", "b", "c", "d", "e"]]
-
-
-def test_under_distributed_data_parallel_an_error_says_how(folder: Path) -> None:
-    """Which has neither clone nor adapt, and would not average what goes round it."""
-    *_, refusal, _, _ = torch.load(folder / "seen0")
     assert "expected a backbone" in refusal and "Ranks.average" in refusal
+    assert lists == [[0, 1], ["a", "b", "c", "d", "e"]]
 
 
 @pytest.mark.parametrize("job", ["killed", "hangs"])
@@ -123,13 +119,5 @@ def test_sparse_gradients_are_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_shares_are_the_whole(size: int) -> None:
     shares = [Ranks(rank, size).share(range(5)) for rank in range(size)]
     assert sorted(item for share in shares for item in share) == [0, 1, 2, 3, 4]
-
-
-def test_a_rank_that_cannot_be() -> None:
-    with pytest.raises(ValueError, match="expected 0 to 1, got 2"):
-        Ranks(2, 2)
-
-
-def test_a_learner_refuses_a_wrapped_module() -> None:
-    with pytest.raises(TypeError, match="expected the module itself, got a DataParallel"):
-        ImplicitCGHead(nn.DataParallel(nn.Linear(3, 2)), lr=0.1)
+    with pytest.raises(ValueError, match=f"expected 0 to {size - 1}, got {size}"):
+        Ranks(size, size)

@@ -1,6 +1,7 @@
 """`LightningImplicitCGHead`, `LightningImplicitMAML` and the data module under a real Trainer."""
 
 import argparse
+import copy
 import doctest
 import importlib
 import warnings
@@ -148,20 +149,6 @@ def test_a_resumed_run_ends_as_if_undisturbed(
     assert same(state(whole), state(resumed))
 
 
-def test_a_checkpoint_knows_its_settings(tmp_path: Path) -> None:
-    trained = module(l2=0.3, max_error=0.5, adaptation_steps=9)
-    run = trainer(tmp_path, max_epochs=1)
-    run.fit(trained, data())
-    run.save_checkpoint(tmp_path / "end.ckpt")
-    loaded = LightningImplicitCGHead.load_from_checkpoint(
-        tmp_path / "end.ckpt", features=features(), classifier=nn.Linear(4, 3), weights_only=True
-    )
-    assert same(state(trained), state(loaded))
-    head = loaded.classifier
-    assert (head.l2, head.max_error, loaded.adaptation_steps) == (0.3, 0.5, 9)
-    assert loaded.hparams.l2 == 0.3 and loaded.hparams.train_shots == 2
-
-
 def test_a_learned_regulariser_moves_until_training_stops_early(tmp_path: Path) -> None:
     """And every inner problem is solved."""
     l2 = nn.Parameter(torch.tensor(0.1))
@@ -174,15 +161,6 @@ def test_a_learned_regulariser_moves_until_training_stops_early(tmp_path: Path) 
     found = trained.classifier.diagnostics
     assert run.current_epoch == 2 and float(l2.detach()) != 0.1
     assert (found.hypergradients, found.unsolved) == (12, 0)
-
-
-def test_the_command_line_of_learn2learns_example() -> None:
-    parent = argparse.ArgumentParser(add_help=False)
-    parent.add_argument("--dataset", default="omniglot")
-    parser = LightningImplicitCGHead.add_model_specific_args(parent)
-    words = ["--l2", "0.5", "--train_ways", "3", "--test_ways", "3"]
-    made = LightningImplicitCGHead(features(), nn.Linear(4, 3), **vars(parser.parse_args(words)))
-    assert (made.classifier.l2, made.train_ways, made.adaptation_steps) == (0.5, 3, 20)
 
 
 def test_arguments_reach_the_head_or_are_an_error() -> None:
@@ -334,20 +312,6 @@ def test_features_for_a_head_are_learned(tmp_path: Path, task: str) -> None:
     assert ratio < BETTER[task] if task == "regression" else ratio > BETTER[task]
 
 
-def test_a_whole_network_is_learned(tmp_path: Path) -> None:
-    network = nn.Sequential(body(), nn.Linear(6, 1))
-    module = LightningImplicitMAML(
-        network, task="regression", **ALIKE, inner=LBFGS(), max_error=1e9
-    )
-    run, data = trainer(tmp_path, **FOUR), episodes("regression", 80, alone=True)
-    (before,) = run.test(module, data, verbose=False)
-    run.fit(module, data)
-    (after,) = run.test(module, data, verbose=False)
-    assert after["test_loss"] < 0.8 * before["test_loss"]
-    assert after["test_absolute_error"] < 0.9 * before["test_absolute_error"]
-    assert module.model.diagnostics.hypergradients == 80
-
-
 # Hypergradients, by computations that share no code with the module's.
 
 
@@ -432,22 +396,33 @@ def test_accumulated_batches_of_a_whole_network_are_the_meta_batch(tmp_path: Pat
 # Around it.
 
 
-def test_a_checkpoint_keeps_the_task_and_the_command_line_has_it(tmp_path: Path) -> None:
-    network = nn.Sequential(nn.Linear(3, 1))
-    module = LightningImplicitMAML(network, task="regression", **{**ALIKE, "l2": 0.7})
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_checkpoint_keeps_settings_and_task_and_the_command_line_has_them(
+    tmp_path: Path, whole: bool
+) -> None:
+    cls = LightningImplicitMAML if whole else LightningImplicitCGHead
+    given = {"model": nn.Linear(3, 1)} if whole else {
+        "features": nn.Linear(3, 6), "classifier": nn.Linear(6, 1)}  # fmt: skip
+    settings = {"l2": 0.7, "max_error": 1e9, "adaptation_steps": 9}
+    trained = cls(**given, task="regression", **{**ALIKE, **settings})
     run = trainer(tmp_path, **FOUR, limit_train_batches=4, limit_val_batches=0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UnsolvedWarning)
-        run.fit(module, episodes("regression", 4, alone=True))
+    run.fit(trained, episodes("regression", 4, alone=True))
     run.save_checkpoint(tmp_path / "end.ckpt")
-    loaded = LightningImplicitMAML.load_from_checkpoint(
-        tmp_path / "end.ckpt", model=nn.Sequential(nn.Linear(3, 1)), weights_only=True
-    )
-    assert loaded.hparams.task == "regression" and loaded.model.l2 == 0.7
-    assert isinstance(loaded.model, ImplicitMAML) and isinstance(loaded.loss, nn.MSELoss)
-    parser = LightningImplicitMAML.add_model_specific_args(argparse.ArgumentParser(add_help=False))
-    made = LightningImplicitMAML(network, **vars(parser.parse_args(["--task", "multilabel"])))
-    assert (made.model.l2, made.model.anchor, made.hparams.task) == (0.5, "init", "multilabel")
+    fresh = {name: copy.deepcopy(part) for name, part in given.items()}
+    loaded = cls.load_from_checkpoint(tmp_path / "end.ckpt", **fresh, weights_only=True)
+    assert same(state(trained), state(loaded)) and isinstance(loaded.loss, nn.MSELoss)
+    head = loaded.model if whole else loaded.classifier
+    assert (head.l2, head.max_error, loaded.adaptation_steps) == (0.7, 1e9, 9)
+    assert loaded.hparams.task == "regression" and loaded.hparams.train_shots == SHOTS
+    assert isinstance(head, ImplicitMAML) == whole
+    parent = argparse.ArgumentParser(add_help=False)
+    parent.add_argument("--dataset", default="omniglot")
+    parser = cls.add_model_specific_args(parent)
+    words = ["--l2", "0.25", "--train_ways", "3", "--task", "multilabel"]
+    made = cls(**given, **vars(parser.parse_args(words)))
+    head = made.model if whole else made.classifier
+    assert (head.l2, made.train_ways, made.hparams.task) == (0.25, 3, "multilabel")
+    assert (head.anchor, made.adaptation_steps) == ("init" if whole else "zero", 20)
 
 
 def test_metrics() -> None:

@@ -16,13 +16,7 @@ from experiments.build_glyphs.drawings import Renderings
 from l2l_implicit.tasks import Glyphs, get_tasksets, nearest_centroid_accuracy
 from l2l_implicit.tasks.glyph_distortions import (
     LEVELS,
-    WARPS,
-    Background,
     Warp,
-    add_fragments,
-    distort,
-    smooth,
-    vary_strokes,
 )
 from l2l_implicit.tasks.glyphs import PATH, glyph_arrays
 from l2l_implicit.tasks.tasksets import MODES
@@ -47,7 +41,7 @@ def test_array_is_small_and_complete(arrays: Arrays) -> None:
     assert arrays["images"].shape[1:] == (28, 28) and arrays["images"].dtype == np.uint8
     assert len(arrays["labels"]) == len(arrays["faces"]) == len(arrays["images"])
     assert len(arrays["codepoints"]) == len(arrays["scripts"]) == arrays["labels"].max() + 1 == 536
-    assert (arrays["images"].max((1, 2)) > 40).all()
+    assert (arrays["images"].max((1, 2)) > 40).all() and not arrays["images"].flags.writeable
     characters = [chr(point) for point in arrays["codepoints"]]
     assert len(set(characters)) == len(characters)  # and none is composed of others
     assert all(len(unicodedata.normalize("NFKD", character)) == 1 for character in characters)
@@ -87,20 +81,12 @@ def test_a_missing_or_damaged_file_says_to_reinstall(tmp_path: Path) -> None:
     file, content = tmp_path / "glyphs.npz", PATH.read_bytes()
     with pytest.raises(FileNotFoundError, match="found no file: reinstall the package"):
         glyph_arrays(file)
-    for share in (0.0, 0.5, 0.999):
-        file.write_bytes(content[: int(share * len(content))])
-        with pytest.raises(ValueError, match=r"got \d+ bytes that do not unpack .*reinstall"):
-            glyph_arrays(file)
     changed = bytearray(content)
     changed[len(content) // 2] ^= 1
-    file.write_bytes(changed)
-    with pytest.raises(ValueError, match=r"got \d+ bytes that do not unpack .*reinstall"):
-        glyph_arrays(file)
-
-
-def test_arrays_cannot_be_changed_by_a_user(arrays: Arrays) -> None:
-    with pytest.raises(ValueError, match="read-only"):
-        arrays["images"][0, 0, 0] = 1
+    for damaged in (b"", content[:-4000], changed):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"got \d+ bytes that do not unpack .*reinstall"):
+            glyph_arrays(file)
 
 
 def test_confusable_classes_are_merged_along_chains() -> None:
@@ -121,16 +107,6 @@ def test_pixels_are_the_same_on_every_machine(level: str, expected: str) -> None
     assert hashlib.sha256(images).hexdigest()[:16] == expected
 
 
-def test_item_is_a_float_image_and_an_int_label() -> None:
-    glyphs = Glyphs("validation")
-    image, label = glyphs[5]
-    assert image.shape == (1, 28, 28) and image.dtype == torch.float32 and isinstance(label, int)
-    assert torch.equal(image, glyphs.images[5].float() / 255)
-    assert glyphs.images.dtype == torch.uint8 and image.max() <= 1
-    moved = Glyphs("validation", device="cpu")[5]
-    assert torch.equal(moved[0], image) and moved[1] == label
-
-
 def test_labels_indices_and_characters_agree(arrays: Arrays) -> None:
     glyphs = Glyphs("test", split="script", level="clean")
     assert sorted(glyphs.labels_to_indices) == list(range(105)) == list(range(len(glyphs.classes)))
@@ -141,7 +117,10 @@ def test_labels_indices_and_characters_agree(arrays: Arrays) -> None:
         assert np.array_equal(glyphs.images[indices[0], 0], arrays["images"][row])
         assert glyphs.face_families[indices[0]] == arrays["face_families"][arrays["faces"][row]]
     assert sum(map(len, glyphs.labels_to_indices.values())) == len(glyphs) == len(glyphs.labels)
-    assert all("CYRILLIC" in unicodedata.name(character) for character in glyphs.classes)
+    image, label = glyphs[5]
+    assert image.shape == (1, 28, 28) and image.dtype == torch.float32 and isinstance(label, int)
+    assert torch.equal(image, glyphs.images[5].float() / 255)
+    assert torch.equal(image, Glyphs("test", split="script", level="clean", device="cpu")[5][0])
 
 
 def test_seed_decides_the_distortion_and_leaves_global_generators_alone() -> None:
@@ -155,9 +134,7 @@ def test_seed_decides_the_distortion_and_leaves_global_generators_alone() -> Non
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"mode": "valid"}, "got 'valid'; did you mean 'validation'?"), ({"seed": -1}, "got -1"),
-    ({"seed": 1.5}, "got 1.5"),
-    ({"split": "scripts"}, "got 'scripts'; did you mean 'script'?"),
-    ({"level": "med"}, "got 'med'; did you mean 'medium'?"),
+    ({"split": "scripts"}, "did you mean 'script'?"), ({"level": "med"}, "did you mean 'medium'?"),
 ])  # fmt: skip
 def test_wrong_options_name_the_right_ones(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError) as raised:
@@ -175,12 +152,8 @@ def test_levels_are_ordered_by_difficulty() -> None:
     assert accuracy == pytest.approx([0.945, 0.787, 0.434, 0.213], abs=0.05)
 
 
-@pytest.fixture
-def drawings(arrays: Arrays) -> np.ndarray:
-    return arrays["images"][::100]
-
-
-def test_warp_agrees_with_bilinear_interpolation_in_floating_point(drawings: np.ndarray) -> None:
+def test_warp_agrees_with_bilinear_interpolation_in_floating_point(arrays: Arrays) -> None:
+    drawings = arrays["images"][::100]
     warp = Warp(rotation=18, scale=(0.7, 1.1), shear=0.2, shift=2.5, elastic=0)
     warped = warp(drawings, np.random.RandomState(0))
     matrices, offsets = warp._affine(len(drawings), np.random.RandomState(0))
@@ -196,58 +169,3 @@ def _bilinear(image: np.ndarray, matrix: np.ndarray, offset: np.ndarray) -> np.n
     x, y = matrix @ column_and_row + offset[:, None]
     across, down = (np.maximum(0, 1 - np.abs(p[:, None] - np.arange(28))) for p in (x, y))
     return np.einsum("pj,pi,ji->p", down, across, image, optimize=True).reshape(28, 28)
-
-
-def test_elastic_field_moves_pixels(drawings: np.ndarray) -> None:
-    ranges = {"rotation": 0, "scale": (1, 1), "shear": 0, "shift": 0, "aspect": 0}
-    bent = Warp(**ranges, elastic=1.0)(drawings, np.random.RandomState(0))
-    assert (bent != drawings).any((1, 2)).mean() > 0.9
-
-
-def test_smooth_interpolates_its_nodes() -> None:
-    nodes = np.array([[3, 3, 3, 3] * 4, list(range(16))], np.float32)
-    constant, ramp = smooth(nodes, 4) / 4096
-    assert (constant == 3).all()
-    assert ramp[[0, 0, 27, 27], [0, 27, 0, 27]].tolist() == [0, 3, 12, 15]
-    assert (np.diff(ramp, axis=1) > 0).all() and (np.diff(ramp, axis=0) > 0).all()
-
-
-def test_strokes_only_thicken_or_thin(drawings: np.ndarray) -> None:
-    rng = np.random.RandomState(0)
-    ink, before = vary_strokes(drawings, 0.2, rng).astype(int), drawings.astype(int)
-    change = ink.sum((1, 2)) - before.sum((1, 2))
-    assert (ink[change > 0] >= before[change > 0]).all()
-    assert 0.1 < (change > 0).mean() < 0.3 and 0.6 < (change == 0).mean() < 0.8
-    point = np.zeros((1, 28, 28), np.uint8)
-    point[0, 5, 5] = 200
-    assert np.argwhere(vary_strokes(point, 1.0, rng)[0] == 200).tolist() == [
-        [4, 5], [5, 4], [5, 5], [5, 6], [6, 5],
-    ]
-
-
-def test_fragments_stay_at_one_border() -> None:
-    blank, full = np.zeros((200, 28, 28), np.uint8), np.full((1, 28, 28), 9, np.uint8)
-    cluttered = add_fragments(blank, full, 0.5, np.random.RandomState(0)) == 9
-    touched = cluttered.any((1, 2))
-    assert 0.4 < touched.mean() < 0.6
-    assert set(cluttered[touched].mean((1, 2))) <= {k / 28 for k in range(8, 13)}
-    borders = cluttered[touched][:, [0, 27, 14, 14], [14, 14, 0, 27]]
-    assert (borders.sum(1) == 1).all() and borders.any(0).all()
-
-
-def test_background_has_the_contrast_noise_and_inversion_it_is_given() -> None:
-    grey = np.full((400, 28, 28), 128, np.uint8)
-    plain = Background(contrast=(1, 1), texture=0, noise=0, inverted=0)
-    assert np.array_equal(plain(grey, np.random.RandomState(0)), grey)
-    noisy = Background(contrast=(1, 1), texture=0, noise=0.08, inverted=0)
-    assert noisy(grey, np.random.RandomState(0)).std() == pytest.approx(0.08 * 255, rel=0.02)
-    turned = Background(contrast=(0.5, 0.5), texture=0, noise=0, inverted=0.5)
-    values, counts = np.unique(turned(grey, np.random.RandomState(0)), return_counts=True)
-    assert values.tolist() == [64, 191] and counts.min() / counts.sum() > 0.4
-
-
-def test_clean_level_changes_nothing(drawings: np.ndarray) -> None:
-    assert distort(drawings, "clean", np.random.RandomState(0)) is drawings
-    assert set(WARPS) == set(LEVELS) - {"clean"}
-    still = Warp(rotation=0, scale=(1, 1), shear=0, shift=0, elastic=0, aspect=0)
-    assert np.array_equal(still(drawings, np.random.RandomState(0)), drawings)

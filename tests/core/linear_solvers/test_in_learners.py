@@ -4,15 +4,11 @@ Bolte, Pauwels, Vaiter (2023): the derivative of the last step of Newton's metho
 gradient in the limit; that of gradient descent misses the rate at which a step contracts.
 """
 
-import random
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from oracles import flat, implicit, relative_error
 from problems import (
     EXACT,
@@ -25,7 +21,7 @@ from problems import (
     problem,
     truth,
 )  # fmt: skip
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import grad, hessian
 
 from l2l_implicit import (
@@ -33,15 +29,11 @@ from l2l_implicit import (
     Direct,
     GradientDescent,
     Identity,
-    ImplicitMAML,
     LinearSolver,
     Neumann,
     Newton,
 )  # fmt: skip
 from l2l_implicit.linear_solvers.solution import APPROXIMATED, FACTORED
-from l2l_implicit.tasks import get_tasksets, split_support_query
-
-from learn2learn.vision.models import CNN4Backbone  # isort: skip  (after ours)
 
 exact = pytest.mark.usefixtures("float64")
 DAMPING = 0.7
@@ -75,35 +67,6 @@ def test_where_the_matrix_is_indefinite(linear: LinearSolver) -> None:
     got = hypergradient(task, loss)
     assert relative_error(got, implicit(task.inner, task.outer, task.leaves(), phi, 2.0)) < 1e-9
     assert learner.diagnostics.unsolved_linear == 0
-
-
-def meta_gradients(damping: float, tasks: int = 6, size: int = 10) -> tuple[Tensor, int]:
-    """Norms of the meta-gradients of as many tasks at a random CNN4, and how many were unsolved."""
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(0)
-    sets = get_tasksets("glyphs", train_ways=5, train_samples=size, test_ways=5, test_samples=size)
-    backbone = CNN4Backbone(hidden_size=4, channels=1)
-    net = nn.Sequential(backbone, nn.Flatten(), nn.LazyLinear(5))
-    net(sets.train.sample()[0])
-    maml = ImplicitMAML(net, lr=0.1, l2=2.0, linear=CG(steps=5, damping=damping))
-    norms = []
-    for _ in range(tasks):
-        (x, y), (x_query, y_query) = split_support_query(*sets.train.sample(), shots=size // 2)
-        learner = maml.clone()
-        learner.adapt(lambda: F.cross_entropy(learner(x), y), steps=16)  # noqa: B023
-        maml.zero_grad()
-        F.cross_entropy(learner(x_query), y_query).backward()
-        norms.append(flat(p.grad for p in maml.parameters()).norm())
-    return torch.stack(norms), maml.diagnostics.unsolved_linear
-
-
-def test_a_real_network_needs_it() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        norms, unsolved = meta_gradients(damping=0.0)
-        damped, left = meta_gradients(damping=20.0)
-    assert unsolved == len(norms) and left == 0
-    assert norms.max() > 3 * norms.median() and damped.max() < 2 * damped.median()
 
 
 # One step.

@@ -10,7 +10,6 @@ from baseline_oracles import (
     CASES,
     UPDATES,
     Case,
-    equation_3,
     first_order,
     gradients,
     make_case,
@@ -60,14 +59,14 @@ def test_maml_and_anil_and_in_first_order(
     assert relative_error(found, [*phi, *theta, *of_lr]) < 1e-12
 
 
-@pytest.mark.parametrize("steps", [1, 5])
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("name", ["anil linear", "anil mlp"])
-def test_itd_bio_is_equation_3(name: str, cached: bool, steps: int) -> None:
-    """Also with the backbone run again at each inner step, as published."""
+def test_itd_bio_is_equation_3(name: str, cached: bool) -> None:
+    """The whole path's derivative with a constant start; as published, with the backbone run again
+    at each inner step, and not."""
     case = make_case(name)
-    outer_step(UnrolledMAML(case.module, LR, learn_init=False), case, steps, cached)
-    assert relative_error([case.theta[0].grad], [equation_3(case, LR, steps)]) < 1e-12
+    outer_step(UnrolledMAML(case.module, LR, learn_init=False), case, 5, cached)
+    assert relative_error([case.theta[0].grad], unrolled(case, LR, 5)[1]) < 1e-12
     assert all(p.grad is None for p in case.module.parameters())
 
 

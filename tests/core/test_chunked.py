@@ -15,7 +15,7 @@ from experiments.training.peak_memory import peak_memory
 from l2l_implicit import ImplicitCGHead
 from l2l_implicit.chunked import Chunked
 
-from learn2learn.algorithms import MAML  # isort: skip  (after l2l_implicit, which repairs it)
+import learn2learn as l2l  # isort: skip  (after l2l_implicit, which repairs it)
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -69,7 +69,7 @@ def task_loss(features: Callable[[Tensor], Tensor], head: nn.Module, images: Ten
 
 @pytest.mark.parametrize("norm", list(NORMS))
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("learner", [ImplicitCGHead, MAML])
+@pytest.mark.parametrize("learner", [ImplicitCGHead, l2l.algorithms.MAML])
 def test_the_gradient_is_that_of_the_whole_batch(
     norm: str, size: int, learner: Callable[[nn.Module, float], nn.Module]
 ) -> None:
@@ -97,7 +97,7 @@ def test_a_network_whose_parameters_adapt() -> None:
     """learn2learn replaces parameters in place; the second pass must find those of the first."""
 
     def loss(network: nn.Module, images: Tensor) -> Tensor:
-        maml = MAML(network, 0.1)
+        maml = l2l.algorithms.MAML(network, 0.1)
         learner = maml.clone()
         for _ in range(2):
             learner.adapt(learner(images[:SUPPORT]).square().mean())
@@ -183,15 +183,10 @@ def test_the_second_pass_computes_what_the_first_did(name: str) -> None:
         close(list(network.buffers()), list(twin.buffers()))
 
 
-class Masked(nn.Module):
-    """Dropout whose masks are no random numbers of torch's."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.from_numpy(np.random.rand(*x.shape)).to(x)
-
-
 def test_a_second_pass_that_computes_something_else_is_an_error() -> None:
-    features = Chunked(Network(Masked()), 8)(pictures())
+    """Here by masks that are no random numbers of torch's."""
+    masked = l2l.nn.Lambda(lambda x: x * torch.from_numpy(np.random.rand(*x.shape)).to(x))
+    features = Chunked(Network(masked), 8)(pictures())
     with pytest.raises(RuntimeError, match="expected the same features when backward") as caught:
         features.square().mean().backward()
     assert "\n" not in str(caught.value)

@@ -2,10 +2,12 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from oracles import count_operations, relative_error
+from small_task import Made
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
@@ -125,17 +127,10 @@ def test_drop_block_scales_each_task_by_itself(monkeypatch: pytest.MonkeyPatch) 
 def test_drop_block_and_dropout_in_a_whole_network() -> None:
     """Random masks differ from the loop's; their share, and the task's own scale, do not."""
     torch.manual_seed(1)
-    block, x = DropBlock(block_size=2), torch.ones(TASKS * 40, 3, 9, 9)
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.block, self.dropout = block, nn.Dropout(0.5)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.dropout(self.block(x, gamma=0.05))
-
-    out = per_task_batch_norm(Net(), TASKS)(x)
+    x = torch.ones(TASKS * 40, 3, 9, 9)
+    net = Made(lambda own, x: own.dropout(own.block(x, gamma=0.05)),
+               block=DropBlock(block_size=2), dropout=nn.Dropout(0.5))  # fmt: skip
+    out = per_task_batch_norm(net, TASKS)(x)
     dropped = (out == 0).double().mean().item()
     expected = 1 - 0.5 * (1 - 0.05) ** 4  # four centers reach a place
     assert dropped == pytest.approx(expected, abs=0.03)
@@ -174,24 +169,14 @@ def test_low_precision_under_autocast(cast: torch.dtype) -> None:
     assert backbone[1].running_mean.dtype == torch.float32
 
 
-class FoldsIntoTheBatch(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x.flatten(0, 2)).view(x.shape)
+def folds_into_the_batch() -> nn.Module:
+    return Made(lambda own, x: own.norm(x.flatten(0, 2)).view(x.shape), norm=nn.BatchNorm1d(5))
 
 
-class Checkpointed(nn.Module):
+def checkpointed(reentrant: bool) -> nn.Module:
     """A batch norm within activation checkpointing."""
-
-    def __init__(self, reentrant: bool) -> None:
-        super().__init__()
-        self.norm, self.reentrant = nn.BatchNorm2d(2), reentrant
-
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.norm, x, use_reentrant=self.reentrant)
+    run = partial(checkpoint, use_reentrant=reentrant)
+    return Made(lambda own, x: run(own.norm, x), norm=nn.BatchNorm2d(2))
 
 
 MyBatchNorm = type("MyBatchNorm", (nn.BatchNorm2d,), {})
@@ -205,9 +190,9 @@ REFUSED: list[tuple[Callable[[], nn.Module], str]] = [
     (lambda: parametrizations.spectral_norm(nn.Conv2d(2, 3, 3)), "spectral norm"),
     (lambda: nn.utils.spectral_norm(nn.Conv2d(2, 3, 3)), "spectral norm"),
     (lambda: Chunked(net_2d(), 100), "second pass"),
-    (FoldsIntoTheBatch, "norm: expected the batch of 12 images, got 120 rows"),
+    (folds_into_the_batch, "norm: expected the batch of 12 images, got 120 rows"),
     (lambda: nn.Flatten(0, 1), "expected one row of features"),
-    *((lambda reentrant=reentrant: Checkpointed(reentrant), "norm: .* outside of activation check")
+    *((lambda reentrant=reentrant: checkpointed(reentrant), "norm: .* outside of activation check")
       for reentrant in (False, True)),
     (lambda: torch.jit.script(nn.Sequential(nn.BatchNorm2d(2))), "called a batch norm"),
     (lambda: nn.Sequential(*2 * [nn.BatchNorm2d(2)]), "0: expected a batch norm that is called o"),

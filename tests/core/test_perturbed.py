@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from oracles import flat, relative_error
 from problems import NAMES, adapt, hypergradient, make_learner, problem, truth
 from small_task import SIX_LABELS as Y
+from small_task import Made
 from small_task import six_inputs as x
 from torch import Tensor, nn
 
@@ -221,23 +222,15 @@ def test_single_precision(symmetric: bool) -> None:
 # What the extra calls of the closure leave behind: nothing.
 
 
-class Noisy(nn.Module):
-    """Batch norm in training mode, and dropout."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.norm, self.last = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.last(F.dropout(torch.tanh(self.norm(self.first(inputs))), 0.3))
-
-
 def test_batch_norm_and_dropout() -> None:
     """The hypergradient is that of the closure's last call, and no other number moves."""
     data, query, grads = x(), x(), []
     for linear in (CG(200, 1e-12), CLOSE):
         torch.manual_seed(3)
-        net = Noisy()
+        net = Made(
+            lambda own, x: own.last(F.dropout(torch.tanh(own.norm(own.first(x))), 0.3)),
+            first=nn.Linear(4, 8), norm=nn.BatchNorm1d(8), last=nn.Linear(8, 3),
+        )  # fmt: skip
         parent = ImplicitMAML(net, lr=0.1, l2=2.0, linear=linear, max_error=1e9)
         learner = adapted(data, 5, parent)
         loss = F.cross_entropy(learner(query), Y.roll(1))

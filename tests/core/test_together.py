@@ -227,15 +227,14 @@ def test_memory_does_not_depend_on_the_steps_and_grows_with_the_tasks_only() -> 
 
 
 @pytest.mark.parametrize("inner, linear", [
-    ("newton", "cg"), ("newton", "neumann"), ("gradient", "cg"),
+    (Newton(), CG()), (Newton(), Neumann(30)), (GradientDescent(), CG()),
 ])  # fmt: skip
-def test_the_number_of_operations_does_not_grow_with_the_tasks(inner: str, linear: str) -> None:
+def test_the_number_of_operations_does_not_grow_with_the_tasks(inner: Any, linear: Any) -> None:
     """Copies of one task, which take equally many steps; what `Direct` factors is one by one."""
     counts, x1, y1 = [], torch.randn(1, 6, WIDTH), torch.arange(6).view(1, 6) % CLASSES
     for tasks in (2, 16):
         x, y = x1.repeat(tasks, 1, 1), y1.repeat(tasks, 1)
-        solvers = {"inner": INNER[inner], "linear": LINEAR[linear]}
-        head = ImplicitCGHead(nn.Linear(WIDTH, CLASSES), 0.1, **solvers)
+        head = ImplicitCGHead(nn.Linear(WIDTH, CLASSES), 0.1, inner=inner, linear=linear)
 
         def run(head=head, x=x, y=y) -> None:  # type: ignore[no-untyped-def]
             leaf = x.clone().requires_grad_()

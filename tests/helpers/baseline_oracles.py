@@ -7,14 +7,14 @@ Phi and theta are tuples of tensors; an update is ``(phi, gradient, state, lr, k
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import grad, hessian, jacrev
+from torch.func import grad
 
 Tensors = tuple[Tensor, ...]
 Update = Callable[[Tensors, Tensors, Any, Any, int], tuple[Tensors, Any]]
@@ -154,34 +154,6 @@ def first_order(case: Case, lr: float, steps: int, update: Update = sgd) -> tupl
     """The query loss's plain gradients in phi and theta at the adapted point."""
     phi = path(case, case.start(), case.constants(), lr, steps, update)[-1]
     return grad(case.outer, argnums=(0, 1))(phi, case.constants())
-
-
-def equation_3(case: Case, lr: float, steps: int) -> Tensor:
-    """Yang et al. (2025), eq. (3), one task: Hessians and mixed derivatives as dense matrices."""
-    (theta,) = case.constants()
-    steps_of_phi = path(case, case.start(), (theta,), lr, steps)
-    flat = [torch.cat([t.reshape(-1) for t in phi]) for phi in steps_of_phi]
-
-    def g(phi: Tensor, theta: Tensor) -> Tensor:
-        return case.inner(_split(case, phi), (theta,))
-
-    def f(phi: Tensor, theta: Tensor) -> Tensor:
-        return case.outer(_split(case, phi), (theta,))
-
-    total = grad(f, argnums=1)(flat[-1], theta)
-    for k in range(steps):
-        vector = grad(f)(flat[-1], theta)
-        for q in range(steps - 1, k, -1):
-            vector = vector - lr * hessian(g)(flat[q], theta) @ vector
-        mixed = jacrev(grad(g), argnums=1)(flat[k], theta)
-        total = total - lr * torch.tensordot(vector, mixed, dims=1)
-    return total
-
-
-def _split(case: Case, phi: Tensor) -> Tensors:
-    like = case.start()
-    pieces: Sequence[Tensor] = phi.split([t.numel() for t in like])
-    return tuple(piece.view(t.shape) for piece, t in zip(pieces, like, strict=True))
 
 
 # A learner on a case.

@@ -47,3 +47,16 @@ def small_nets() -> dict[str, nn.Module]:
         "deep": nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)),
         "batch norm": nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)),
     }
+
+
+class Made(nn.Module):
+    """Parts by name, and what it computes of itself and its inputs."""
+
+    def __init__(self, run: Callable[..., Any], **parts: Any) -> None:
+        super().__init__()
+        self.run = run
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(self, *args, **kwargs)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import flat, implicit_from, linear, response
-from small_task import HOWS, adapt
+from small_task import HOWS, Made, adapt
 from torch import Tensor, nn
 from torch.autograd.function import Function as Operation
 from torch.autograd.function import once_differentiable
@@ -121,15 +121,6 @@ class Saving(Operation):
         return gradient @ w, gradient.t() @ ctx.x, None
 
 
-class SavingHead(nn.Module):
-    def __init__(self, both: bool) -> None:
-        super().__init__()
-        self.weight, self.both = nn.Parameter(torch.zeros(3, 5, dtype=D)), both
-
-    def forward(self, x: Tensor) -> Tensor:
-        return Saving.apply(x, self.weight, self.both)
-
-
 # Normalised weights.
 
 
@@ -142,19 +133,10 @@ def spectral(phi: Tensor, frozen: Tensor, x: Tensor) -> Tensor:
     return through(w / torch.linalg.matrix_norm(w, 2), phi, x)
 
 
-def frozen_norm(phi: Tensor, frozen: Tensor, x: Tensor) -> Tensor:
-    return through(2 * first_weight(phi) / first_weight(frozen).norm(), phi, x)
-
-
 def length_and_direction(phi: Tensor, frozen: Tensor, x: Tensor) -> Tensor:
     """Weight normalisation: first the lengths, then the directions."""
     g, v = phi[:HIDDEN].view(-1, 1), first_weight(phi[HIDDEN:])
     return through(g * v / v.norm(dim=1, keepdim=True), phi, x)
-
-
-class FrozenNorm(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, 2 * self.weight / self.weight.detach().norm(), self.bias)
 
 
 def layer(kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
@@ -172,9 +154,9 @@ NORMS: dict[str, Norm] = {
 }
 
 
-def used(norm: Norm, kind: type[nn.Linear] = nn.Linear) -> Net:
+def used(norm: Norm) -> Net:
     """The power iteration of a layer in use has converged."""
-    net = net_of(norm(layer(kind)))
+    net = net_of(norm(layer()))
     for _ in range(30):
         net(X)
     return net
@@ -201,23 +183,8 @@ class First(nn.Linear):
         return checkpointed(super().forward, x, self.kind)
 
 
-class Whole(Net):
-    """The whole network in one checkpoint."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpointed(super().forward, x, "not reentrant")
-
-
-def whole() -> Net:
-    net = net_of()
-    made = Whole(net.first, net.bend)
-    made.last = net.last
-    return made
-
-
 CHECKPOINTS: dict[str, Callable[[], Net]] = {
-    **{kind: lambda k=kind: net_of(layer(type("First", (First,), {"kind": k}))) for kind in KINDS},
-    "whole": whole,
+    kind: lambda k=kind: net_of(layer(type("First", (First,), {"kind": k}))) for kind in KINDS
 }
 
 
@@ -276,8 +243,6 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
        if "spectral" in name},
     **{name: (lambda n=norm: used(n), lambda: truth(length_and_direction, start=LENGTHS))
        for name, norm in NORMS.items() if "weight" in name},
-    "norm taken for a constant": (lambda: used(lambda made: made, FrozenNorm),
-                                  lambda: truth(frozen_norm)),
     **{name: (make, truth) for name, make in CHECKPOINTS.items()},
 }  # fmt: skip
 
@@ -357,7 +322,9 @@ def test_the_mixed_derivative(both: bool, inner: Any, how: str) -> None:
 
     def gradient() -> Tensor:
         x = X.clone().requires_grad_()
-        learner = ImplicitCGHead(SavingHead(both), 0.1, l2=0.3, inner=inner).clone()
+        head = Made(lambda own, x: Saving.apply(x, own.weight, both),
+                    weight=nn.Parameter(torch.zeros(3, 5, dtype=D)))  # fmt: skip
+        learner = ImplicitCGHead(head, 0.1, l2=0.3, inner=inner).clone()
         adapt(learner, lambda: F.cross_entropy(learner(x), Y), how, 60)
         F.cross_entropy(learner(QUERY), Y.roll(1)).backward()
         return x.grad
@@ -486,24 +453,21 @@ def test_beside_the_learner_they_are_right(kind: str, how: str) -> None:
 # Operations of torch's own without a second derivative: right, or a word of the library's.
 
 
-class Distances(nn.Module):
-    """Distances to prototypes, which are the parameters."""
+def distances(written_out: bool) -> nn.Module:
+    """To prototypes, which are the parameters."""
 
-    def __init__(self, written_out: bool) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.last = nn.Linear(5, 3, bias=False).double()
-        self.written_out = written_out
+    def run(own: Any, x: Tensor) -> Tensor:
+        if written_out:
+            return -(x.unsqueeze(1) - own.last.weight).square().sum(2).sqrt()
+        return -torch.cdist(x, own.last.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.written_out:
-            return -(x.unsqueeze(1) - self.last.weight).square().sum(2).sqrt()
-        return -torch.cdist(x, self.last.weight)
+    torch.manual_seed(1)
+    return Made(run, last=nn.Linear(5, 3, bias=False).double())
 
 
 @EACH_WAY
 def test_distances(way: str) -> None:
-    theta = Distances(True).last.weight.detach().reshape(-1)
+    theta = distances(True).last.weight.detach().reshape(-1)
 
     def out(phi: Tensor, x: Tensor) -> Tensor:
         return -(x.unsqueeze(1) - phi.view(3, 5)).square().sum(2).sqrt()
@@ -513,4 +477,4 @@ def test_distances(way: str) -> None:
         lambda p, t: F.cross_entropy(out(p, QUERY), Y), theta, theta,
     )  # fmt: skip
     for written, verdict in ((True, must_be_right), (False, judge)):
-        verdict(on_start(partial(Distances, written), way, F.cross_entropy), right)
+        verdict(on_start(partial(distances, written), way, F.cross_entropy), right)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import flat, implicit_from, linear, network, slope_along
-from small_task import adapt
+from small_task import Made, adapt
 from torch import Tensor, nn
 from verdict import judge, must_be_right
 
@@ -48,17 +48,6 @@ def soft_absolute(z: Tensor, width: float) -> Tensor:
 # Networks, anchored at their initial value, whose derivative is asked.
 
 
-class Pooled(nn.Module):
-    """The larger of two linear maps, as maxout and max pooling have it."""
-
-    def __init__(self, larger: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.a, self.b, self.larger = nn.Linear(5, 3), nn.Linear(5, 3), larger
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.larger(torch.stack([self.a(x), self.b(x)], dim=-1))
-
-
 # Each bend as torch has it and rounded within a width.
 BENDS: dict[str, tuple[nn.Module, Callable[[Tensor, float], Tensor]]] = {
     "relu": (nn.ReLU(), soft_relu),
@@ -87,7 +76,10 @@ class Network:
             self.l2, self.y, self.query_y = 0.7, torch.arange(12) % 3, torch.arange(12) % 3
             self.loss: Loss = F.cross_entropy
         else:
-            self.net, self.rounded = Pooled(POOLS[name]).double(), None
+            # The larger of two linear maps, as maxout and max pooling have it.
+            self.rounded, larger = None, POOLS[name]
+            self.net = Made(lambda own, x: larger(torch.stack([own.a(x), own.b(x)], dim=-1)),
+                            a=nn.Linear(5, 3), b=nn.Linear(5, 3)).double()  # fmt: skip
             # Concave: the squared error draws some of the two maps' outputs together.
             self.y = torch.minimum(self.x[:, :3], -self.x[:, 1:4]) - 1
             self.l2, self.query_y, self.loss = 0.05, self.query[:, :3], F.mse_loss

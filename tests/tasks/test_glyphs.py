@@ -4,16 +4,14 @@ import hashlib
 import random
 import unicodedata
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import l2l_implicit  # noqa: F401  (first: it makes learn2learn importable)
-from experiments.build_glyphs.classes import merge, random_split, script_of, script_split
-from experiments.build_glyphs.drawings import Renderings
-from l2l_implicit.tasks import Glyphs, get_tasksets, nearest_centroid_accuracy
+from experiments.build_glyphs.classes import random_split, script_of, script_split
+from l2l_implicit.tasks import Glyphs
 from l2l_implicit.tasks.glyph_distortions import (
     LEVELS,
     Warp,
@@ -47,15 +45,6 @@ def test_array_is_small_and_complete(arrays: Arrays) -> None:
     assert all(len(unicodedata.normalize("NFKD", character)) == 1 for character in characters)
 
 
-def test_every_class_has_enough_images_and_families(arrays: Arrays) -> None:
-    families = arrays["face_families"][arrays["faces"]]
-    for label in range(len(arrays["codepoints"])):
-        rows = arrays["labels"] == label
-        _, counts = np.unique(families[rows], return_counts=True)
-        assert 20 <= rows.sum() <= 40 and len(counts) >= 8 and counts.max() <= 4
-        assert len({image.tobytes() for image in arrays["images"][rows]}) == rows.sum()
-
-
 def test_splits_are_disjoint_and_those_of_the_build_script(arrays: Arrays) -> None:
     scripts = [script_of(point) for point in arrays["codepoints"].tolist()]
     assert scripts == arrays["scripts"].tolist()
@@ -87,18 +76,6 @@ def test_a_missing_or_damaged_file_says_to_reinstall(tmp_path: Path) -> None:
         file.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"got \d+ bytes that do not unpack .*reinstall"):
             glyph_arrays(file)
-
-
-def test_confusable_classes_are_merged_along_chains() -> None:
-    """In three faces a is like d, and d like e, but e is not like a; b and c are like none."""
-    images = np.zeros((5, 28, 28))
-    for row, degrees in {0: 0, 3: 20, 4: 40}.items():
-        images[row, 0, :2] = 250 * np.cos(np.radians(degrees)), 250 * np.sin(np.radians(degrees))
-    images[1, 1], images[2, 2] = 250, 250
-    points, faces = [ord(letter) for letter in "abcde"], [SimpleNamespace(family=n) for n in "xyz"]
-    drawn = Renderings(np.tile(images, (3, 1, 1)), np.tile(points, 3), np.repeat(range(3), 5))
-    chosen = {point: [row, row + 5, row + 10] for row, point in enumerate(points)}
-    assert merge(chosen, drawn, faces) == [ord(letter) for letter in "abc"]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("level", "expected"), list(zip(LEVELS, PIXELS, strict=True)))
@@ -140,16 +117,6 @@ def test_wrong_options_name_the_right_ones(options: dict[str, object], message: 
     with pytest.raises(ValueError) as raised:
         Glyphs(**options)
     assert message in str(raised.value)
-
-
-def test_levels_are_ordered_by_difficulty() -> None:
-    random.seed(0)
-    accuracy = []
-    for level in LEVELS:
-        test = get_tasksets("glyphs", test_samples=20, level=level).test
-        accuracy.append(nearest_centroid_accuracy(test, 5, 5, 15, num_tasks=60)[0])
-    # Over 600 tasks: 94.5, 78.7, 43.4, 21.3 %; the intervals of 60 tasks are about 2 points.
-    assert accuracy == pytest.approx([0.945, 0.787, 0.434, 0.213], abs=0.05)
 
 
 def test_warp_agrees_with_bilinear_interpolation_in_floating_point(arrays: Arrays) -> None:

@@ -64,17 +64,6 @@ def test_every_mode_gives_tasks_offline(name: str, data: Path, attempts: list[An
     assert benchmark.stream("validation", 0).sample().query_targets.dtype == torch.int64
 
 
-@pytest.mark.parametrize("name, same, options", [
-    *((name, name.replace("_", "-"), {}) for name in FIVE), ("cifarfs", "cifar-fs", {}),
-    ("mini_imagenet", "mini_imagenet", {"augmentation": "normalize"}),
-])  # fmt: skip
-def test_other_names_for_the_same(name: str, same: str, options: Any, data: Path) -> None:
-    """learn2learn's own, and what happens where nothing is asked for."""
-    mine, theirs = made(name, data), made(same, data, **options)
-    inputs = (benchmark.stream("train", 1).sample().inputs for benchmark in (mine, theirs))
-    assert torch.equal(*inputs) and theirs.name == name
-
-
 @pytest.mark.parametrize("name", FIVE[:4])
 def test_tasks_are_those_of_learn2learn(name: str, data: Path, tmp_path: Path) -> None:
     """Bit for bit, where its own loader is right: it gets a copy, as it writes into the root."""

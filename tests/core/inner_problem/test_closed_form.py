@@ -18,7 +18,7 @@ from problems import (
     make_learner,
     two_layers,
 )
-from small_task import HOWS, SIX_LABELS, adapt, six_inputs, small_nets
+from small_task import HOWS, SIX_LABELS, Made, adapt, six_inputs, small_nets
 from torch import Tensor, nn
 
 import l2l_implicit.learner as learner_module
@@ -141,20 +141,15 @@ def test_every_loss_is_right(name: str, bias: bool, how: str, used: list[bool]) 
     assert closed is None or all(u is closed for u in used)
 
 
-class Tied(nn.Module):
+def tied() -> nn.Module:
     """Logits ``tanh(x W') W'``: one weight, twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(torch.tanh(F.linear(x, self.weight)), self.weight)
+    return Made(lambda own, x: F.linear(torch.tanh(F.linear(x, own.weight)), own.weight),
+                weight=nn.Parameter(torch.randn(WIDTH, WIDTH)))  # fmt: skip
 
 
 @HOWS
 @pytest.mark.parametrize("name, make, loss", [
-    ("two layers", lambda: two_layers(2, 2.0), strong), ("tied", Tied, strong),
+    ("two layers", lambda: two_layers(2, 2.0), strong), ("tied", tied, strong),
     ("bypassing forward", lambda: nn.Linear(WIDTH, CLASSES), plain),
 ])  # fmt: skip
 def test_what_is_not_taken_for_a_linear_head(
@@ -178,35 +173,19 @@ SPELLINGS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-class LinearModule(nn.Module):
-    """A linear map in another spelling."""
-
-    def __init__(self, spelling: str) -> None:
-        super().__init__()
-        self.weight, self.spelling = nn.Parameter(torch.randn(WIDTH, WIDTH)), SPELLINGS[spelling]
-        self.bias = nn.Parameter(torch.randn(WIDTH)) if "bias" in spelling else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.spelling(x, self.weight, self.bias)
-
-
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_other_spellings_of_a_linear_map(spelling: str) -> None:
-    assert error_of(LinearModule(spelling), plain, "closure") < 1e-9
+    weight, run = nn.Parameter(torch.randn(WIDTH, WIDTH)), SPELLINGS[spelling]
+    bias = nn.Parameter(torch.randn(WIDTH)) if "bias" in spelling else None
+    head = Made(lambda own, x: run(x, own.weight, own.bias), weight=weight, bias=bias)
+    assert error_of(head, plain, "closure") < 1e-9
 
 
-class Biased(nn.Module):
+def biased(own: Any, x: Tensor) -> Tensor:
     """A linear map whose bias has a shape of its own; its mean where the samples are others."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(CLASSES, WIDTH))
-        self.bias = nn.Parameter(torch.randn(shape))
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = len(self.bias) if self.bias.dim() == 2 else 1
-        bias = self.bias if rows in (1, len(x)) else self.bias.mean()
-        return torch.addmm(bias, x, self.weight.t())
+    rows = len(own.bias) if own.bias.dim() == 2 else 1
+    bias = own.bias if rows in (1, len(x)) else own.bias.mean()
+    return torch.addmm(bias, x, own.weight.t())
 
 
 @HOWS
@@ -217,7 +196,9 @@ def test_biases_of_other_shapes(shape: tuple[int, ...], how: str, used: list[boo
     """``torch.addmm`` spreads them over the samples; only one number a class is a head's."""
     torch.manual_seed(SOLVED)
     m = M if shape != (CLASSES, 1) else CLASSES
-    assert error_of(Biased(shape), lambda net, x: CE(net(x[:m]), Y[:m]), how, 40) < 1e-8
+    weight, bias = (nn.Parameter(torch.randn(s)) for s in ((CLASSES, WIDTH), shape))
+    head = Made(biased, weight=weight, bias=bias)
+    assert error_of(head, lambda net, x: CE(net(x[:m]), Y[:m]), how, 40) < 1e-8
     assert any(used) == (shape == (1, CLASSES))
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from oracles import flat, relative_error, subroutine_1
 from problems import on_vector
-from small_task import HOWS, adapt
+from small_task import HOWS, Made, adapt
 from torch import Tensor, nn
 from torch.func import hessian, jacrev
 from torch.nn.functional import cross_entropy, dropout, mse_loss
@@ -110,17 +110,12 @@ def warm(norm: nn.Module) -> nn.Module:
     return norm.eval()
 
 
-class Twice(nn.Module):
+def twice() -> nn.Module:
     """One batch norm at two places, and tied weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.norm = nn.Linear(5, 5), nn.BatchNorm1d(5)
-        self.last = nn.Linear(5, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(self.first(x))
-        return self.last(self.norm(torch.tanh(self.first(h))))
+    return Made(
+        lambda own, x: own.last(own.norm(torch.tanh(own.first(own.norm(own.first(x)))))),
+        first=nn.Linear(5, 5), norm=nn.BatchNorm1d(5), last=nn.Linear(5, 3),
+    )  # fmt: skip
 
 
 TARGETS = torch.linspace(-1, 1, 24, dtype=torch.float64).view(8, 3)
@@ -130,7 +125,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Loss]] = {
     "batch norm, eval": (lambda: images_to(warm(nn.BatchNorm2d(4))), plain),
     "batch norm, bare": (
         lambda: dense_net(nn.BatchNorm1d(4, affine=False, track_running_stats=False)), plain),
-    "batch norm, twice": (Twice, plain),
+    "batch norm, twice": (twice, plain),
     "group norm": (lambda: images_to(nn.GroupNorm(2, 4)), plain),
     "squared error": (dense_net, lambda z, phi: mse_loss(z, TARGETS)),
     "scaled, smoothed": (
@@ -431,34 +426,17 @@ def test_refused_in_one_line_and_not_where_asked(loss: Callable, text: str) -> N
     assert not ends or torch.allclose(*ends, rtol=1e-12, atol=1e-14)
 
 
-class Detached(nn.Module):
-    """Half of its output has no gradient by ``no_grad``, which forward mode does not see."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(5, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = torch.tanh(self.layer(x))
-        with torch.no_grad():
-            constant = self.layer(x).square()
-        return z + constant
+# Half of its output has no gradient by ``no_grad``, which forward mode does not see; and parameters
+# used through an object that is not among the module's children.
+DIFFERENT: list[Callable[[Any, Tensor], Tensor]] = [
+    lambda own, x: torch.tanh(own.layer(x)) + torch.no_grad()(own.layer)(x).square(),
+    lambda own, x: torch.tanh(own.itself[0].layer(x)),
+]
 
 
-class Outside(nn.Module):
-    """Its parameters are used through an object that is not among its children."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(5, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.itself[0].layer(x))
-
-
-@pytest.mark.parametrize("module", [Detached, Outside])
-def test_two_derivatives_that_differ_are_seen(module: type[nn.Module]) -> None:
-    learner = recorded(module(), inner=Newton()).clone()
+@pytest.mark.parametrize("run", DIFFERENT)
+def test_two_derivatives_that_differ_are_seen(run: Callable[[Any, Tensor], Tensor]) -> None:
+    learner = recorded(Made(run, layer=nn.Linear(5, 3)), inner=Newton()).clone()
     learner.module.itself = [learner.module]
     with pytest.raises(RuntimeError, match="expected one derivative"):
         learner.adapt(lambda: cross_entropy(learner(torch.ones(8, 5)), LABELS), steps=1)

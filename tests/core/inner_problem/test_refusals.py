@@ -9,11 +9,14 @@ import torch
 import torch.nn.functional as F
 from attention import kernel
 from oracles import relative_error
+from small_task import Made
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from l2l_implicit import CG, LBFGS, GaussNewton, Hessian, ImplicitMAML, Newton, Perturbed
 from l2l_implicit.inner_problem import refusals
+
+import learn2learn as l2l  # isort: skip  (after l2l_implicit, which repairs it)
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
@@ -59,17 +62,6 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x[None])[0]
-
-
-class Bent(nn.Module):
-    """Two layers with a function between."""
-
-    def __init__(self, bend: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.first, self.last, self.bend = nn.Linear(4, 5), nn.Linear(5, 3), bend
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.bend(self.first(x)))
 
 
 def meta_gradient(
@@ -172,25 +164,20 @@ WRITE_IT, ENDS = "write it in operations that have one", "takes first derivative
     ],
 )  # fmt: skip
 def test_other_kinds(bend: Callable, curvature: Any, got: str, do: str) -> None:
-    line = said(Bent(bend), curvature=curvature)
+    net = nn.Sequential(nn.Linear(4, 5), l2l.nn.Lambda(bend), nn.Linear(5, 3))
+    line = said(net, curvature=curvature)
     assert got in line.split("; ")[0] and do in line.split("; ", 1)[1]
     assert "attention" not in line
 
 
 def test_an_operation_that_torch_names() -> None:
-    class Bag(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.words, self.last = nn.EmbeddingBag(6, 4, mode="mean"), nn.Linear(4, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.last(self.words(torch.arange(12).view(6, 2) % 6)) + x.sum()
-
-    line = said(Bag())
+    words = torch.arange(12).view(6, 2) % 6
+    bag = Made(lambda own, x: own.last(own.words(words)) + x.sum(),
+               words=nn.EmbeddingBag(6, 4, mode="mean"), last=nn.Linear(4, 3))  # fmt: skip
+    line = said(bag)
     assert re.search(r"got _embedding_bag(_dense)?_backward; ", line) and line.endswith(ENDS)
-    assert "got _embedding_bag; use GaussNewton(fallback=True)" in said(
-        Bag(), curvature=GaussNewton()
-    )
+    line = said(bag, curvature=GaussNewton())
+    assert "got _embedding_bag; use GaussNewton(fallback=True)" in line
 
 
 NOT_THERE = "derivative for aten::{} is not implemented"

@@ -6,6 +6,7 @@ import doctest
 import importlib
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,30 +80,29 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def by_hand(tasks: list[tuple[Tensor, Tensor]]) -> nn.Module:
-    """Outer steps of three tasks with learn2learn's contract and no Lightning."""
-    body = features()
-    head, mean = ImplicitCGHead(nn.Linear(4, 3), lr=0.1), 1.0 / 3
-    optimizer = torch.optim.Adam([*body.parameters(), *head.parameters()], lr=0.01)
+def by_hand(
+    parent: Any, body: nn.Module, tasks: Any, split: Callable[..., Any], loss: Any, lr: float,
+    every: int,
+) -> None:  # fmt: skip
+    """Outer steps with learn2learn's contract and no Lightning."""
+    optimizer = torch.optim.Adam([*body.parameters(), *parent.parameters()], lr=lr)
     for i, (inputs, labels) in enumerate(tasks, start=1):
-        learner = head.clone()
-        (x, y), (x_query, y_query) = split_support_query(body(inputs), labels, 2)
-        for _ in range(20):
-            learner.adapt(nn.functional.cross_entropy(learner(x), y))
-        (mean * nn.functional.cross_entropy(learner(x_query), y_query)).backward()
-        if i % 3 == 0:
+        learner = parent.clone()
+        (x, y), (x_query, y_query) = split(body(inputs), labels)
+        learner.adapt(lambda n=learner, x=x, y=y: loss(n(x), y), steps=20)
+        (loss(learner(x_query), y_query) / every).backward()
+        if i % every == 0:
             optimizer.step()
             optimizer.zero_grad()
-    return body
 
 
 def test_accumulated_batches_are_the_meta_batch(tmp_path: Path) -> None:
-    episodes = data()
+    episodes, trained, body = data(), module(inner=Newton()), features()
     tasks = [episodes.train_dataloader().dataset[i] for i in range(12)]
-    trained = module(inner=Newton())
     trainer(tmp_path).fit(trained, episodes)
-    expected = by_hand(tasks)
-    for name, value in expected.state_dict().items():
+    head, split = ImplicitCGHead(nn.Linear(4, 3), lr=0.1), partial(split_support_query, shots=2)
+    by_hand(head, body, tasks, split, F.cross_entropy, 0.01, 3)
+    for name, value in body.state_dict().items():
         torch.testing.assert_close(trained.features.state_dict()[name], value, atol=1e-6, rtol=0)
 
 
@@ -342,25 +342,18 @@ def test_several_labels_by_the_implicit_function_theorem() -> None:
 
 
 def test_accumulated_batches_of_a_whole_network_are_the_meta_batch(tmp_path: Path) -> None:
-    """Against learn2learn's loop with `ImplicitMAML` and no Lightning."""
     settings = {"l2": 2.0, "inner": LBFGS(), "linear": Direct()}
-    data = episodes("regression", 4)
+    data, network = episodes("regression", 4), nn.Sequential(body(), nn.Linear(6, 2))
     tasks = [data.train_dataloader().dataset[i] for i in range(4)]
-    module = LightningImplicitMAML(
-        nn.Sequential(body(), nn.Linear(6, 2)), F.mse_loss, task="regression",
-        **{**ALIKE, **settings},
-    )  # fmt: skip
-    torch.manual_seed(0)
-    network = nn.Sequential(body(), nn.Linear(6, 2))
-    network.load_state_dict(module.model.module.state_dict())
+    maml = ImplicitMAML(copy.deepcopy(network), lr=0.1, **settings)
+    given = {**ALIKE, **settings}
+    module = LightningImplicitMAML(network, F.mse_loss, task="regression", **given)
     trainer(tmp_path, **FOUR, limit_val_batches=0).fit(module, data)
-    maml = ImplicitMAML(network, lr=0.1, **settings)
-    optimizer = torch.optim.Adam(maml.parameters(), lr=0.03)
-    for x, y in tasks:
-        learner = maml.clone()
-        learner.adapt(lambda n=learner, x=x, y=y: F.mse_loss(n(x[:SHOTS]), y[:SHOTS]), steps=20)
-        (0.25 * F.mse_loss(learner(x[SHOTS:]), y[SHOTS:])).backward()
-    optimizer.step()
+
+    def split(x: Tensor, y: Tensor) -> Any:
+        return (x[:SHOTS], y[:SHOTS]), (x[SHOTS:], y[SHOTS:])
+
+    by_hand(maml, nn.Identity(), tasks, split, F.mse_loss, 0.03, 4)
     for a, b in zip(module.model.parameters(), maml.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-8, rtol=0)
 

@@ -10,6 +10,7 @@ import torch
 from baseline_oracles import gradients, make_case, outer_step, query_loss, support_loss
 from contract import *  # noqa: F403
 from oracles import relative_error
+from small_task import adapt
 from torch import Tensor, nn
 
 from l2l_implicit.baselines import Learn2LearnMAML, Reptile, UnrolledMAML
@@ -44,20 +45,15 @@ def values(learner: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", ["anil mlp", "maml cnn"])
 def test_a_loop_over_losses_equals_a_closure(name: str, make: Callable[..., Any]) -> None:
-    case = make_case(name)
+    case, found = make_case(name), []
     parent = make(case.module, LR)
-    one, other = parent.clone(), parent.clone()
-    one.adapt(support_loss(one, case), steps=4)
-    loss = support_loss(other, case)
-    for _ in range(4):
-        other.adapt(loss())
-    assert all(torch.equal(a, b) for a, b in zip(values(one), values(other), strict=True))
-    found = []
-    for learner in (one, other):
-        query_loss(learner, case).backward()
-        found.append([g.clone() for g in gradients(case)])
+    for how in ("closure", "loss"):
         for leaf in [*case.module.parameters(), *case.theta]:
             leaf.grad = None
+        learner = parent.clone()
+        adapt(learner, support_loss(learner, case), how, 4)
+        query_loss(learner, case).backward()
+        found.append([*values(learner), *(g.clone() for g in gradients(case))])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 

@@ -1,7 +1,9 @@
 """Memory does not grow with the number of inner steps."""
 
 from collections.abc import Callable
+from typing import Any
 
+import higher  # noqa: F401  (these tests need the extra "baselines")
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,7 @@ from l2l_implicit import (
     Newton,
     Perturbed,
 )
+from l2l_implicit.baselines import Learn2LearnMAML, Reptile, UnrolledMAML
 from l2l_implicit.inner_solvers.protocol import InnerSolver
 
 # After l2l_implicit, which repairs it.
@@ -48,25 +51,28 @@ def parent_of(head: str, inner: InnerSolver, **linear: LinearSolver) -> Implicit
     return ImplicitCGHead(HEADS[head](), 0.01, inner=inner, **settings)
 
 
-def task(parent: nn.Module, how: str, steps: int) -> Callable[[], None]:
+def task(parent: nn.Module, how: str, steps: int, grad: bool = True) -> Callable[[], None]:
     """One task with features that have history: adapt, then back-propagate the query loss."""
     width = next(parent.parameters()).shape[1]
     theta, data = torch.randn(8, width, requires_grad=True), torch.randn(10, 8)
 
     def run() -> None:
-        learner, h = parent.clone(), torch.tanh(data @ theta)
-        adapt(learner, lambda: F.cross_entropy(learner(h), Y), how, steps)
-        F.cross_entropy(learner(h), Y).backward()
+        with torch.set_grad_enabled(grad):
+            learner, h = parent.clone(), torch.tanh(data @ theta)
+            adapt(learner, lambda: F.cross_entropy(learner(h), Y), how, steps)
+            loss = F.cross_entropy(learner(h), Y)
+            if grad:
+                loss.backward()
         for leaf in (theta, *parent.parameters()):
             leaf.grad = None
 
     return run
 
 
-def peaks(parent: nn.Module, how: str, *numbers: int) -> list[int]:
+def peaks(parent: nn.Module, how: str, *numbers: int, grad: bool = True) -> list[int]:
     """The peak of a task at each of these numbers of inner steps."""
-    task(parent, how, 2)()  # what is allocated once and for all
-    return [peak_memory(task(parent, how, steps)) for steps in numbers]
+    task(parent, how, 2, grad)()  # what is allocated once and for all
+    return [peak_memory(task(parent, how, steps, grad)) for steps in numbers]
 
 
 def test_the_measure_knows_an_allocation() -> None:
@@ -92,9 +98,25 @@ def test_flat_in_the_steps(how: str, inner: InnerSolver, head: str, many: int) -
         assert end < 1.02 * one
 
 
-def test_the_measure_sees_what_learn2learn_keeps() -> None:
-    """The control: an unrolled learner does grow, by about a gradient a step."""
-    one, ten = peaks(MAML(HEADS["large"](), 0.01), "loss", 1, 10)
+def momentum(parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=1.0, momentum=0.9, weight_decay=0.01)
+
+
+@pytest.mark.parametrize("cls, settings", [
+    (Learn2LearnMAML, {}), (Reptile, {}), (UnrolledMAML, {}), (UnrolledMAML, {"learn_init": False}),
+    (UnrolledMAML, {"optimizer": "adam"}), (UnrolledMAML, {"optimizer": momentum}),
+])  # fmt: skip
+def test_baselines_are_flat_without_gradients_and_in_first_order(cls: type, settings: Any) -> None:
+    for grad in (False, True):
+        parent = cls(HEADS["two layers"](), 0.001, first_order=grad, **settings)
+        few, many = peaks(parent, "closure", 2, 200, grad=grad)
+        assert many < 1.01 * few
+
+
+@pytest.mark.parametrize("cls", [MAML, UnrolledMAML, Learn2LearnMAML])
+def test_the_measure_sees_an_unrolled_history(cls: type) -> None:
+    """The control: it grows by about a gradient a step."""
+    one, ten = peaks(cls(HEADS["large"](), 0.01), "loss", 1, 10)
     assert ten > 1.5 * one
 
 

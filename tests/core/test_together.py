@@ -362,13 +362,3 @@ def test_one_bad_task_is_named(solvers: dict[str, Any]) -> None:
     for bad in ((spoilt, y), (features, numbers)):
         with pytest.raises(FloatingPointError, match=r"in tasks \[1\]"):
             learner.adapt_together(*bad)
-
-
-def test_empty_support_sets_end_at_the_anchor() -> None:
-    """No samples: the regulariser alone, and no gradient to the features."""
-    learner = head(anchor="init")
-    adapted = learner.adapt_together(torch.zeros(2, 0, 7), torch.zeros(2, 0).long())
-    weight: Tensor = learner.module.weight
-    assert torch.equal(adapted.weight, weight.expand(2, -1, -1))
-    adapted(torch.ones(2, 1, 7)).sum().backward()
-    assert torch.allclose(weight.grad, torch.full((3, 7), 2.0))

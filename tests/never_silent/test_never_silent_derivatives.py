@@ -271,31 +271,6 @@ def test_losses(name: str, way: str) -> None:
     judge(on_start(net_of, way, loss), truth(loss=written_out))
 
 
-@pytest.mark.parametrize("name", LOSSES)
-@EACH_WAY
-def test_losses_of_a_linear_head(name: str, way: str) -> None:
-    """Theta: the features, of norm 2."""
-    (loss, written_out), (how, steps, settings) = LOSSES[name], WAYS[way]
-    l2 = 0.1
-
-    def gradient() -> Tensor:
-        x = X.clone().requires_grad_()
-        learner = ImplicitCGHead(nn.Linear(5, 3).double(), 0.1, l2=l2, **settings).clone()
-        adapt(learner, lambda: loss(learner(x), Y), how, steps if how == "closure" else 2 * steps)
-        F.cross_entropy(learner(QUERY), Y).backward()
-        return x.grad
-
-    def of_loss(phi: Tensor, x: Tensor, frozen: Tensor) -> Tensor:
-        x = x.view(12, 5)
-        return written_out(linear(phi, x, 3), linear(frozen, x, 3), Y)
-
-    def field(phi: Tensor, x: Tensor) -> Tensor:
-        return grad(of_loss, argnums=0)(phi, x, phi) + l2 * phi
-
-    outer = lambda p, x: F.cross_entropy(linear(p, QUERY, 3), Y)  # noqa: E731
-    judge(gradient, response(field, outer, torch.zeros(18, dtype=D), X.reshape(-1)).view(12, 5))
-
-
 @pytest.mark.parametrize("name, how", pairs(LOSSES, ["closure", "loss"]))
 def test_a_loss_that_comes_after_a_good_one(name: str, how: str) -> None:
     """The same learner's second task: what was seen of the first says nothing of it."""

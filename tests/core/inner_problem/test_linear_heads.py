@@ -4,13 +4,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from head_cases import CLASSES, TORCH, WIDTH, Case, M, case, dense_minimum, targets_of
 from oracles import relative_error
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import hessian
 
-from l2l_implicit import GradientDescent, ImplicitCGHead, Newton
+from l2l_implicit import GradientDescent, Newton
 from l2l_implicit.inner_problem.linear_heads import GOALS, MOST_SAMPLES, LinearHeads
 from l2l_implicit.inner_problem.losses import CrossEntropy, OutputLoss, SquaredError
 from l2l_implicit.linear_solvers.solution import FACTORED, NON_FINITE, ZERO
@@ -233,21 +232,3 @@ def test_the_factor_serves_up_to_its_number_of_samples() -> None:
     x = torch.randn(1, MOST_SAMPLES, 2)
     assert case(CrossEntropy, 1, x=x).heads.minimum() is not None
     assert case(CrossEntropy, 1, l2=0.0).heads.minimum() is None
-
-
-@pytest.mark.parametrize("anchor", ["zero", "init"])
-def test_many_samples_give_the_hypergradient_of_few(anchor: str) -> None:
-    """A mean over copies of a support set is the mean over the set."""
-    torch.manual_seed(1)
-    few, y = torch.randn(M, WIDTH), torch.arange(M) % CLASSES
-    head, query = nn.Linear(WIDTH, CLASSES), torch.randn(5, WIDTH)
-    found = []
-    for copies in (1, 1 + MOST_SAMPLES // M):
-        leaf = few.clone().requires_grad_()
-        learner = ImplicitCGHead(head, 0.1, anchor=anchor).clone()
-        h = leaf.repeat(copies, 1)
-        learner.adapt(lambda n=learner, h=h, c=copies: F.cross_entropy(n(h), y.repeat(c)), steps=1)
-        learner(query).square().sum().backward()
-        assert learner.diagnostics.unsolved == 0
-        found.append(leaf.grad)
-    assert relative_error(found[1:], found[:1]) < 1e-8

@@ -1,5 +1,6 @@
 """T tasks of a linear head behind a backbone, adapted together and by a clone for each."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class Batch:
         self.l2 = torch.tensor(0.2).requires_grad_()
         self.feature_scales = torch.ones(tasks, 1, 1)
         self.query_weights = torch.ones(tasks)
+        self.anchor: Callable[[Tensor], list[Tensor]] | None = None  # of a task's own features
         self.head, self.loss = nn.Linear(WIDTH, CLASSES, bias), LOSS[loss]
 
     def leaves(self) -> list[Tensor]:
@@ -54,7 +56,11 @@ class Batch:
     def together(self, learner: ImplicitCGHead, steps: int) -> Learnt:
         """Phi ``[T, n]``, hypergradients, and each task's diagnostics."""
         features = self.features()
-        adapted = learner.adapt_together(features[:, :SUPPORT], self.targets[:, :SUPPORT], steps)
+        support, anchor = features[:, :SUPPORT], None
+        if self.anchor is not None:
+            pieces = zip(*map(self.anchor, support), strict=True)
+            anchor = [torch.stack(piece) for piece in pieces]
+        adapted = learner.adapt_together(support, self.targets[:, :SUPPORT], steps, anchor)
         gradients = self._gradients(self.query_loss(adapted(features[:, SUPPORT:])))
         pieces = [adapted.weight, *([] if adapted.bias is None else [adapted.bias])]
         phi = torch.cat([piece.detach().flatten(1) for piece in pieces], 1)
@@ -65,7 +71,8 @@ class Batch:
         outputs, learners = [], []
         reduction = "mean" if parent.loss is None else parent.loss.reduction
         for features, y in zip(self.features(), self.targets, strict=True):
-            learner = parent.clone()
+            anchor = None if self.anchor is None else self.anchor(features[:SUPPORT])
+            learner = parent.clone(anchor=anchor)
 
             def support(n=learner, x=features[:SUPPORT], y=y[:SUPPORT]) -> Tensor:  # type: ignore[no-untyped-def]
                 return self.loss(n(x), y, reduction=reduction)

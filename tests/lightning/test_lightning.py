@@ -384,7 +384,7 @@ def test_a_checkpoint_keeps_settings_and_task_and_the_command_line_has_them(
     parent = argparse.ArgumentParser(add_help=False)
     parent.add_argument("--dataset", default="omniglot")
     parser = cls.add_model_specific_args(parent)
-    words = ["--l2", "0.25", "--train_ways", "3", "--task", "multilabel"]
+    words = ["--l2", "0.25", "--train_ways", "3", "--test_ways", "3", "--task", "multilabel"]
     made = cls(**given, **vars(parser.parse_args(words)))
     head = made.model if whole else made.classifier
     assert (head.l2, made.train_ways, made.hparams.task) == (0.25, 3, "multilabel")

@@ -51,9 +51,17 @@ class Recorded(ImplicitMAML):
         return super().linear_solve(hvp, b, start)
 
 
-def recorded(module: nn.Module, **settings: Any) -> Recorded:
+class Quartic(Recorded):
+    """A regulariser of its own, which is no quadratic."""
+
+    def regularizer(self, parameters: Sequence[Tensor], anchor: Sequence[Tensor]) -> Tensor:
+        pairs = zip(parameters, anchor, strict=True)
+        return super().regularizer(parameters, anchor) + sum((p - a).pow(4).sum() for p, a in pairs)
+
+
+def recorded(module: nn.Module, cls: type[Recorded] = Recorded, **settings: Any) -> Recorded:
     usual = {"l2": L2, "curvature": GaussNewton(), "linear": EXACT}
-    learner = Recorded(module, 0.1, **{**usual, **settings})
+    learner = cls(module, 0.1, **{**usual, **settings})
     learner.system = {}
     return learner
 
@@ -162,13 +170,16 @@ def test_products_and_hypergradient_are_the_dense_ones(name: str, how: str) -> N
 
 
 @HOWS
-def test_theta_of_every_kind(how: str) -> None:
-    """Inputs with a history, a leaf in the loss, l2 and the anchor: the mixed product is exact."""
+@pytest.mark.parametrize("cls", [Recorded, Quartic])
+def test_theta_of_every_kind(cls: type[Recorded], how: str) -> None:
+    """Inputs with a history, a leaf in the loss, l2 and the anchor: the mixed product is exact, and
+    a regulariser of one's own has its Hessian."""
     module, query = dense_net(), torch.randn(8, 5)
     backbone = torch.randn(6, 5).requires_grad_()
     scale, l2 = torch.tensor(1.5, requires_grad=True), torch.tensor(0.4, requires_grad=True)
     raw = torch.randn(8, 6)
-    maml, outputs, start = recorded(module, l2=l2), function_of(module), flat(module.parameters())
+    maml, outputs = recorded(module, cls, l2=l2), function_of(module)
+    start, quartic = flat(module.parameters()), float(cls is Quartic)
     learner, h, at = maml.clone(), torch.tanh(raw @ backbone), []
 
     def closure() -> Tensor:
@@ -181,39 +192,19 @@ def test_theta_of_every_kind(how: str) -> None:
 
     def objective(p: Tensor, w: Tensor, s: Tensor, coefficient: Tensor, anchor: Tensor) -> Tensor:
         z = outputs(p, torch.tanh(raw @ w))
-        return cross_entropy(s * z, LABELS) + 0.5 * coefficient * (p - anchor).square().sum()
+        own = 0.5 * coefficient * (p - anchor).square() + quartic * (p - anchor).pow(4)
+        return cross_entropy(s * z, LABELS) + own.sum()
 
     fixed = h.detach()
     matrix = dense(lambda p: outputs(p, fixed).reshape(-1), lambda z, p: plain(1.5 * z, p), phi)
-    v = torch.linalg.solve(matrix + 0.4 * torch.eye(len(phi)), maml.system["b"][0])
+    own = torch.diag(0.4 + 12 * quartic * (phi - start).square())
+    v = torch.linalg.solve(matrix + own, maml.system["b"][0])
     theta = backbone.detach(), scale.detach(), l2.detach(), start
     slope = torch.func.grad(objective)
     mixed = torch.func.grad(lambda t: slope(phi, *t) @ v)(theta)
     initial = flat(p.grad for p in module.parameters())
     for found, product in zip((backbone.grad, scale.grad, l2.grad, initial), mixed, strict=True):
         assert relative_error([found], [-product]) <= 1e-9
-
-
-class Quartic(Recorded):
-    """A regulariser of its own, which is no quadratic."""
-
-    def regularizer(self, parameters: Sequence[Tensor], anchor: Sequence[Tensor]) -> Tensor:
-        offset = torch.cat([(p - a).reshape(-1) for p, a in zip(parameters, anchor, strict=True)])
-        return 0.5 * L2 * offset.square().sum() + offset.pow(4).sum()
-
-
-def test_a_regularizer_of_ones_own_has_its_hessian() -> None:
-    module, (x, query) = dense_net(), torch.randn(2, 8, 5)
-    outputs, start = function_of(module), flat(module.parameters())
-    maml = Quartic(module, 0.1, curvature=GaussNewton(), linear=EXACT)
-    maml.system = {}
-    learner = maml.clone()
-    learner.adapt(lambda: cross_entropy(learner(x), LABELS), steps=3)
-    phi = flat(learner.parameters())
-    cross_entropy(learner(query), LABELS).backward()
-    own = torch.diag(L2 + 12 * (phi - start).square())
-    matrix = dense(lambda p: outputs(p, x).reshape(-1), plain, phi) + own
-    assert_initial(module, own @ torch.linalg.solve(matrix, maml.system["b"][0]))
 
 
 class Several(nn.Module):

@@ -60,7 +60,7 @@ def outer(phi: Tensor, backbone: Tensor, scale: Tensor, xq: Tensor) -> Tensor:
 
 
 def expected(theta: Theta, x: Tensor, xq: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The solution and both hypergradients, by dense matrices; checked by finite differences."""
+    """The solution and both hypergradients, by dense matrices."""
     def g(phi: Tensor, *theta: Tensor) -> Tensor:
         return inner(phi, *theta, x)
 
@@ -68,11 +68,7 @@ def expected(theta: Theta, x: Tensor, xq: Tensor) -> tuple[Tensor, list[Tensor]]
         return outer(phi, *theta, xq)
 
     phi = oracles.polish(g, torch.zeros(WAYS * (WIDTH + 1)), theta)
-    found = oracles.implicit(g, f, theta, phi)
-    direction = [torch.randn_like(t) for t in theta]
-    slope = sum(float((a * d).sum()) for a, d in zip(found, direction, strict=True))
-    assert slope == pytest.approx(oracles.finite_difference(g, f, theta, direction, phi), rel=1e-7)
-    return phi, found
+    return phi, oracles.implicit(g, f, theta, phi)
 
 
 SETTINGS: dict[str, tuple[type[ImplicitCGHead], dict[str, Any], int]] = {

@@ -24,7 +24,6 @@ from l2l_implicit import (
     GaussNewton,
     GradientDescent,
     Hessian,
-    ImplicitCGHead,
     ImplicitMAML,
     Newton,
     UnsolvedWarning,
@@ -296,19 +295,6 @@ def test_dropout_is_that_of_the_pass() -> None:
     jacobian = torch.autograd.functional.jacobian(drawn, phi)
     inner = hessian(lambda z: cross_entropy(z.view(8, 3), LABELS))(drawn(phi))
     assert_product(maml, jacobian.T @ inner @ jacobian + L2 * torch.eye(len(phi)))
-
-
-def test_a_linear_head_has_its_own_matrix() -> None:
-    head, h = nn.Linear(5, 3), torch.randn(8, 5)
-    gradients = []
-    for curvature in (GaussNewton(), Hessian()):
-        learner = ImplicitCGHead(head, 0.1, curvature=curvature).clone()
-        features = h.clone().requires_grad_()
-        learner.adapt(cross_entropy(learner(features), LABELS))
-        cross_entropy(learner(features), LABELS).backward()
-        gradients.append(features.grad)
-        assert learner.diagnostics.is_bound
-    assert torch.equal(*gradients)
 
 
 class Hooked(torch.autograd.Function):

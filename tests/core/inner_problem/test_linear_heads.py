@@ -143,14 +143,6 @@ def test_minimum_where_long_steps_fail(tasks: int, monkeypatch: pytest.MonkeyPat
         assert_minimum(found.at(found.heads.minimum()))
 
 
-@pytest.mark.parametrize("tasks", [1, 3])
-def test_minimum_where_all_samples_are_of_one_class(tasks: int) -> None:
-    found = case(CrossEntropy, tasks, anchored=False, l2=1e-4)
-    targets = torch.tensor([0.0, 1.0, 0.0]).expand(tasks, M, CLASSES)
-    problem = found.heads.problem._replace(loss=CrossEntropy(targets, targets, 1 / M))
-    assert_minimum(found.at(LinearHeads(problem, found.heads.point).minimum()))
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_single_precision_asks_for_its_own_digits_only(kind: type[OutputLoss]) -> None:
     """Float32's goal saves a step, not the digits that a float32 head can show."""

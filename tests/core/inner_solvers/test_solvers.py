@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from oracles import flat, relative_error
 from problems import adapt, hypergradient, make_learner, problem, truth
 from small_task import SIX_LABELS as Y
+from small_task import fit
 from small_task import six_inputs as x
 from torch import Tensor, nn
 
@@ -24,8 +25,7 @@ from l2l_implicit import (
     Newton,
     Nystrom,
 )
-from l2l_implicit.inner_problem.linearization import AutogradLinearization, Linearization
-from l2l_implicit.inner_solvers.gradient_descent import GradientStep
+from l2l_implicit.inner_problem.linearization import AutogradLinearization
 from l2l_implicit.inner_solvers.newton import NewtonStep
 from l2l_implicit.linear_solvers.solution import CONVERGED, FACTORED
 
@@ -225,25 +225,20 @@ def test_lbfgs_needs_a_loss_that_it_can_compute_again() -> None:
         learner.adapt(F.cross_entropy(learner(x()), Y))
 
 
-@pytest.mark.parametrize("kind", ["object", "function"])
-def test_ones_own_solver(kind: str) -> None:
-    """Its state begins anew with each task; it may have none."""
+def test_ones_own_solver() -> None:
+    """Its steps begin anew with each task; one with a state: `HalfSteps` of test_together.py."""
     made: list[float] = []
-
-    def once(at: Linearization) -> Tensor:
-        return at.point - 0.5 * at.gradient
 
     class Mine:
         def begin(self, lr: float) -> object:
             made.append(lr)
-            return GradientStep(0.5, False, None) if kind == "object" else once
+            return lambda at: at.point - 0.5 * at.gradient
 
     parent = ImplicitCGHead(nn.Linear(4, 3), 0.1, inner=Mine())
     reference = ImplicitCGHead(parent.module, 0.5, inner=GradientDescent())
     inputs, weights = x(), []
     for learner in (parent.clone(), parent.clone(), reference.clone()):
-        for _ in range(3):
-            learner.adapt(F.cross_entropy(learner(inputs), Y))
+        fit(learner, inputs, "loss", 3)
         weights.append(learner.module.weight)
     assert torch.equal(weights[0], weights[2]) and torch.equal(weights[1], weights[2])
     assert made == [0.1, 0.1]

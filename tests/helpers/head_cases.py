@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import pytest
 import torch
 import torch.nn.functional as F
 from oracles import solve
@@ -17,6 +18,7 @@ from l2l_implicit.inner_problem.losses import CrossEntropy, OutputLoss, SquaredE
 
 M, WIDTH, CLASSES = 7, 4, 3
 KINDS: list[type[OutputLoss]] = [CrossEntropy, SquaredError]
+each = pytest.mark.parametrize("tasks, kind", [(t, kind) for t in (1, 3) for kind in KINDS])
 TORCH: dict[type[OutputLoss], Callable[..., Tensor]] = {
     CrossEntropy: lambda z, y: F.cross_entropy(z, y, reduction="sum"),  # of probabilities
     SquaredError: lambda z, y: F.mse_loss(z, y, reduction="sum"),

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from head_cases import CLASSES, TORCH, WIDTH, Case, M, case, dense_minimum, targets_of
+from head_cases import CLASSES, KINDS, TORCH, WIDTH, Case, M, case, dense_minimum, each, targets_of
 from oracles import relative_error
 from torch import Tensor
 from torch.func import hessian
@@ -16,9 +16,7 @@ from l2l_implicit.linear_solvers.solution import FACTORED, NON_FINITE, ZERO
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-ROUNDING, SOLVED = 1e-13, 1e-10
-KINDS: list[type[OutputLoss]] = [CrossEntropy, SquaredError]
-each = pytest.mark.parametrize(("tasks", "kind"), [(t, kind) for t in (1, 3) for kind in KINDS])
+SOLVED = 1e-10
 
 
 # The losses.

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from head_cases import CLASSES, KINDS, case
+from head_cases import CLASSES, case, each
 from oracles import relative_error, rows, spd, subroutine_1
 from torch import Tensor
 
@@ -24,7 +24,6 @@ from l2l_implicit.linear_solvers.solution import (
 
 pytestmark = pytest.mark.usefixtures("float64")
 Matvec = Callable[[Tensor], Tensor]
-each = pytest.mark.parametrize("tasks, kind", [(t, kind) for t in (1, 3) for kind in KINDS])
 
 
 class Dense:

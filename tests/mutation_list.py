@@ -216,7 +216,8 @@ MUTATIONS = (
       "preconditioners::test_kronecker_is_the_inverse_of_the_kronecker_product"),
     m("one step of length one", "linear_solvers/identity.py", "right * self.step_size",
       "right * 1.0",
-      "in_learners preconditioners::test_one_step_is_as_wrong_as_the_step_contracts"),
+      "hypergradient::test_of_gradient_descent_it_is_the_last_steps_derivative "
+      "preconditioners::test_one_step_is_as_wrong_as_the_step_contracts"),
     m("accuracy of the inner problem alone", LEARNER, "None if self.accuracy is None else _PART",
       "None if True else _PART", "accuracy::test_a_head_is_as_accurate_as_asked_and_steps_follow"),
     m("the estimate of a long solution", LINEARIZATION,
@@ -270,7 +271,7 @@ MUTATIONS = (
     m("warm start: v forgotten", LEARNER, "start = memory[key][1]", "start = None",
       "learner::test_warm_start_continues_where_the_task_ended"),
     m("damping: none", LEARNER, "System(at.hvp, damping, at, part)",
-      "System(at.hvp, 0.0, at, part)", "in_learners::test_the_damped_system_is_solved"),
+      "System(at.hvp, 0.0, at, part)", "hypergradient::test_the_damped_system_is_solved"),
     m("autocast: features stay half", BOUNDARY,
       "wide = source if dtype is None else widened(source, dtype)", "wide = source",
       "mixed_precision"),

@@ -74,8 +74,6 @@ def fail(run: Any, fault: str) -> None:
     """The mistakes a main function can make."""
     if fault == "user":
         raise UserError("the toy was told to fail")
-    if fault == "bug":
-        raise RuntimeError("a bug of the toy")
     if fault == "artifact":
         run.add_artifact("no/such/file.txt")
     if fault == "leak":
@@ -84,9 +82,8 @@ def fail(run: Any, fault: str) -> None:
         run.log_scalar("loss", np.zeros(3))
     if fault == "name":
         run.log_scalar("train.loss", 1.0)
-    if fault == "info":
+    if fault == "odd":
         run.info.update(huge=2**80, scalar=np.float64(0.5), array=np.arange(3))
-    if fault == "long":
         print("x" * 99 + "\n", end="", flush=True)
         for _ in range(20):
             print(("y" * 99 + "\n") * 1000, end="")

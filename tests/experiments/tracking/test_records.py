@@ -110,14 +110,11 @@ CHOSEN = {
     "mine": ["mine"],
     "1 result.test_accuracy={[]:1}": None,
     "2-1": "write 1-2",
-    "3-1 5": "write 1-3",
-    "77": None,
     "70-80": None,
     "1-99999999999": [1, 2, 3, 4, 5],
-    "99999999999999999999": "8-byte", "9" * 5000: "4300 digits", f"1-{'9' * 5000}": "4300 digits",
-    "\udcff": "surrogates not allowed", "a=\udcff": "surrogates not allowed",
+    "99999999999999999999": "8-byte", "9" * 5000: "4300 digits",
+    "a=\udcff": "surrogates not allowed",
     "$where=1": "expected KEY=VALUE",
-    "=1": "expected KEY=VALUE",
     "config.seed=": None,
     "--without (": "missing ), unterminated",
 }
@@ -197,7 +194,6 @@ HALF = len(WHOLE) // 2
 FILES: dict[str, tuple[bytes | None, str]] = {
     "empty": (b"", DAMAGED), "plain text": (b"runs", DAMAGED), "cut off": (WHOLE[:-20], DAMAGED),
     "a flipped byte": (WHOLE[:HALF] + bytes([WHOLE[HALF] ^ 255]) + WHOLE[HALF + 1 :], DAMAGED),
-    "no JSON": (gzip.compress(b"{runs\n"), DAMAGED),
     "brackets": (gzip.compress(b"[" * 100_000 + b"\n"), DAMAGED),
     "digits": (gzip.compress(b'{"runs": ' + b"1" * 100_000 + b"}\n"), DAMAGED),
     "another format": (gzip.compress(b'{"format": "l2l_implicit records", "version": 1}'),
@@ -246,13 +242,9 @@ def test_an_export_that_fails_leaves_the_older_file(
 
 START, END = b'{"runs": {"_id": 1, "config": {"a": ', b"}}}\n"
 BOMBS: dict[str, Callable[[], bytes]] = {
-    "blank": lambda: b" " * 2**26,
     "a line of lists": lambda: START + b"[" + b"[]," * 2**24 + b"[]]" + END,
-    "lines of lists": lambda: (START + b"[" + b"[]," * 2**17 + b"[]]" + END) * 20,
     "lines of objects": lambda: (START + b"[" + b'{"":1},' * 2**16 + b"1]" + END) * 20,
-    "a long text": lambda: START + b'"' + b"a" * 2**26 + b'"' + END,
     "texts": lambda: (START + b'"' + b"a" * 2**21 + "\U0001f600".encode() + b'"' + END) * 20,
-    "numbers": lambda: (START + b"[" + b"0," * 2**20 + b"0]" + END) * 10,
 }
 """Files of a few kB or MB that would take gigabytes."""
 

@@ -100,8 +100,9 @@ def test_an_outage_for_a_while_and_one_for_good(tmp_path: Path, server: Server, 
         wait_for(lambda: half_done(database, 1))
         server.kill()
         read_until(process, "The database is away")
-        server.start()
         gate.touch()
+        wait_for(lambda: "COMPLETED" in journals(tmp_path)[0].read_text())  # the run goes on
+        server.start()
         code, output = finish(process)
         assert code == 0 and "The database is back" in output, output
         assert latest(database)["status"] == "COMPLETED" and not journals(tmp_path)

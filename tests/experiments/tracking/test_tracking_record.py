@@ -196,21 +196,17 @@ def test_every_change_of_a_journal_is_noticed(tmp_path: Path) -> None:
         assert read(path)[1], pieces
 
 
-@pytest.mark.parametrize(("how", "line", "left"), [
-    ("a digit", 5, 3), ("a line lost", 5, 3), ("a line twice", 6, 4), ("cut off", 5, 2),
-])  # fmt: skip
+@pytest.mark.parametrize(("how", "left"), [("a digit", 3), ("cut off", 2)])
 def test_a_damaged_journal_is_told_marked_and_kept(
-    data: Path, database: Any, journal: Path, how: str, line: int, left: int
+    data: Path, database: Any, journal: Path, how: str, left: int
 ) -> None:
     """By the next run, then by hand."""
     *first, fifth, sixth, last = write_journal(journal)
     changed = fifth.replace(b"2.5", b"2.4")  # it can still be parsed
-    lines = {"a digit": [changed, sixth, last], "a line lost": [sixth, last],
-             "a line twice": [fifth, fifth, sixth, last], "cut off": []}  # fmt: skip
-    journal.write_bytes(b"".join([*first, *lines[how]]))
+    journal.write_bytes(b"".join([*first, *([changed, sixth, last] if how == "a digit" else [])]))
     code, output = run(data, "with", "quick")
     kept = journal.with_name("run-t.jsonl.damaged")
-    assert code == 0 and f"a part of run 1500 is lost: of its journal line {line}" in output
+    assert code == 0 and "a part of run 1500 is lost: of its journal line 5" in output
     assert str(kept) in output and kept.exists() and not journal.exists()
     stored = database["runs"].find_one({"_id": 1500})
     assert stored["status"] == "FAILED" and len(losses_of(database)) == left
@@ -293,7 +289,7 @@ def test_a_fifo_is_no_journal(tmp_path: Path, database: Any) -> None:
         upload_journal(tmp_path / "r", database)
 
 
-@pytest.mark.parametrize("content", [b"", b"{}\n", b"[]", b"null\n", bytes(5000), b"\xff\n" * 9])
+@pytest.mark.parametrize("content", [b"", b"{}\n", bytes(5000)])
 def test_what_is_no_journal(data: Path, database: Any, journal: Path, content: bytes) -> None:
     journal.write_bytes(content)
     code, output = run(data, "with", "quick")
@@ -359,22 +355,16 @@ def test_what_is_printed_is_read_once_and_not_kept() -> None:
     assert sum(map(len, read)) == 20_000 and tape.read() == ""
 
 
-@pytest.mark.parametrize("fault", ["info", "long", "user"])
-def test_what_a_run_leaves(data: Path, database: Any, fault: str) -> None:
-    code, output = run(data, "with", "quick", f"fault={fault}")
-    assert code == (fault == "user"), output
-    (stored,) = database["runs"].find()
-    assert stored["status"] == ("FAILED" if code else "COMPLETED")
-    if fault == "info":
-        info = stored["info"]
-        assert (info["huge"], info["scalar"], info["array"]) == (str(2**80), 0.5, [0, 1, 2])
-        assert stored["result"] == 0.5
-    elif fault == "long":
-        kept = stored["captured_out"]
-        assert len(kept) == LONGEST
-        assert kept.startswith("begin") and kept.endswith("end\n")
-    else:
-        assert "told to fail" in "".join(stored["fail_trace"])
+def test_what_a_run_leaves(data: Path, database: Any) -> None:
+    """One that completes, and one that fails."""
+    assert [run(data, "with", "quick", f"fault={fault}")[0] for fault in ("odd", "user")] == [0, 1]
+    whole, failed = database["runs"].find().sort("_id", 1)
+    assert (whole["status"], failed["status"]) == ("COMPLETED", "FAILED")
+    info, kept = whole["info"], whole["captured_out"]
+    assert (info["huge"], info["scalar"], info["array"]) == (str(2**80), 0.5, [0, 1, 2])
+    assert whole["result"] == 0.5
+    assert len(kept) == LONGEST and kept.startswith("begin") and kept.endswith("end\n")
+    assert "told to fail" in "".join(failed["fail_trace"])
 
 
 def test_hostport_option(data: Path, server: Server) -> None:

@@ -11,6 +11,7 @@ in its environment says what, as JSON, so that a test need not guess how long an
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import runpy
@@ -18,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,17 @@ class Bench:
         path = self.folder / "runs" / str(run) / "parameters.pt"
         state = torch.load(path, weights_only=True)
         return [*state["theta"], *state["backbone"].values(), *state["head"].values()]
+
+
+def refusal(*words: str) -> str:
+    """The one line with which an unrecorded run ends in this process."""
+    from experiments.train import main
+
+    with redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit) as stopped:
+        main(["train", "-u", *words])
+    lines = [line for line in said.getvalue().splitlines() if line.startswith("error: ")]
+    assert stopped.value.code == 1 and len(lines) == 1, said.getvalue()
+    return lines[0]
 
 
 def metrics(database: Any, run: int) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import random
 import resource
 import shutil
 import signal
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import pytest
 import torch
 import train_process
 from sacred.utils import iterate_flattened
-from train_process import ENDLESS, LONG, Bench
+from train_process import ENDLESS, LONG, Bench, refusal
 
 from experiments.tracking import UserError, open_database
 from experiments.training import checkpoint
@@ -31,17 +30,6 @@ SETTINGS = ("with", "smoke", "iterations=24", "validate_every=5", "early_stoppin
             "meta_lr_schedule=cosine", "meta_weight_decay=0.01",
             "checkpoint_seconds=1e-6")  # fmt: skip
 STATE: dict[str, Any] = {"value": 1, "settings": "{}"}
-
-
-def refusal(*words: str) -> str:
-    """The one line with which a run ends in this process."""
-    from experiments.train import main
-
-    with redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit) as stopped:
-        main(["train", "-u", *words])
-    lines = [line for line in said.getvalue().splitlines() if line.startswith("error: ")]
-    assert stopped.value.code == 1 and len(lines) == 1, said.getvalue()
-    return lines[0]
 
 
 def copied(folder: Path) -> str:

@@ -6,7 +6,6 @@ in its environment says what, as JSON, so that a test need not guess how long an
     {"signal": [12, 9]}             the process gets signal 9 as the 12th step begins
     {"checkpoint": 8}               nothing is saved before the end but after the 8th, or a signal
     {"validations": [0.2, 0.5]}     scores by which early stopping chooses, an iteration each
-    {"testing": 15}                 it gets signal 15 as a test begins
 """
 
 from __future__ import annotations
@@ -166,12 +165,6 @@ def let_it_happen(happens: dict[str, Any]) -> None:
             os.kill(os.getpid(), happens["signal"][1])
         return whole(self, *arguments)
 
-    def evaluate(whole: Any, self: Training, mode: str) -> Any:
-        if mode == "test":
-            torch.rand(3)  # nothing of a test that is broken off is to be seen later
-            os.kill(os.getpid(), happens["testing"])
-        return whole(self, mode)
-
     def save(whole: Any, self: Training) -> None:
         if self.steps == happens["checkpoint"] or signals.asked():
             whole(self)
@@ -180,8 +173,8 @@ def let_it_happen(happens: dict[str, Any]) -> None:
         whole(self, iteration, seconds, happens["validations"][iteration - 1])
 
     for key, owner, name, function in (
-        ("signal", MetaLearner, "step", step), ("testing", Training, "_evaluate", evaluate),
-        ("checkpoint", Training, "_save", save), ("validations", BestTheta, "offer", offer),
+        ("signal", MetaLearner, "step", step), ("checkpoint", Training, "_save", save),
+        ("validations", BestTheta, "offer", offer),
     ):  # fmt: skip
         if key in happens:
             replaced(owner, name, function)

@@ -55,15 +55,16 @@ class Bench:
         others = {k: v for k, v in os.environ.items() if not k.startswith("L2L_IMPLICIT_MONGO")}
         self.environment = {**others, **own}
 
-    def start(self, *arguments: str, happens: dict[str, Any] | None = None, preexec_fn: Any = None
-              ) -> subprocess.Popen[bytes]:  # fmt: skip
+    def start(
+        self, *arguments: str, happens: dict[str, Any] | None = None
+    ) -> subprocess.Popen[bytes]:
         """A process whose output goes to the log; a process group of its own, as in a shell."""
         program = ["-m", "experiments.train"] if happens is None else [SCRIPT]
         env = {**self.environment, **environment(**happens or {})}
         with self.log.open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, *program, *arguments], cwd=self.folder, stdout=log, stderr=log,
-                env=env, start_new_session=True, preexec_fn=preexec_fn,
+                env=env, start_new_session=True,
             )  # fmt: skip
 
     def finish(self, *arguments: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -192,42 +193,25 @@ def test_theta_of_the_first_of_the_best_is_kept(kind: str, scores: list[float], 
     assert learner.done == 99
 
 
-def early_stopped(bench: Bench, *settings: str) -> tuple[str, Path]:
-    """What a short run printed, whose validations are given and not hoped for; its folder."""
-    validations = [0.3, 0.2, 0.5, 0.5, 0.4]  # the third is the first of the best
-    known = set(bench.folder.glob("runs/*"))
-    words = ("validate_every=1", "validation_tasks=4", "test_tasks=10", *settings)
-    happens = {"validations": validations}
-    process = bench.start("-u", "with", "smoke", *words, happens=happens)
-    assert process.wait() == 0, bench.text()
-    (folder,) = set(bench.folder.glob("runs/*")) - known
-    return bench.text(), folder
-
-
 def test_it_is_what_a_run_that_ends_there_has(bench: Bench) -> None:
     """Equal to the last digit, and in every parameter, to a run of so many iterations."""
-    text, whole = early_stopped(bench, "iterations=5", "early_stopping=True")
-    kept = torch.load(whole / "early_stopped_parameters.pt", weights_only=True)
-    assert kept["iteration"] == 3 and "of outer iteration 3, the best validation" in text
-    more, short = early_stopped(bench, "iterations=3")
-    score = text.partition("early stopped ")[2].split()[:4]
-    assert score == more[len(text) :].partition("test accuracy ")[2].split()[:4]
-    ended, other = (torch.load(folder / "parameters.pt", weights_only=True)
-                    for folder in (short, whole))  # fmt: skip
-    assert equal(kept, ended) and not equal(kept, other)
-    assert "early stopped" not in more[len(text) :]
-    assert not (short / "early_stopped_parameters.pt").exists()
-
-
-def equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """In all that is trained; the test moves running means, which nothing reads."""
-
-    def trained(state: dict[str, Any]) -> list[torch.Tensor]:
-        buffers = ("running_mean", "running_var", "num_batches_tracked")
-        named = (item for part in ("backbone", "head") for item in state[part].items())
-        return [*state["theta"], *(v for name, v in named if not name.endswith(buffers))]
-
-    return all(torch.equal(*pair) for pair in zip(trained(one), trained(other), strict=True))
+    happens = {"validations": [0.3, 0.2, 0.5, 0.5, 0.4]}  # the third is the first of the best
+    more = {"whole": ("iterations=5", "early_stopping=True"), "short": ("iterations=3",)}
+    for name, own in more.items():
+        words = ("validate_every=1", "validation_tasks=4", "test_tasks=10", f"output={name}", *own)
+        process = bench.start("-u", "with", "smoke", *words, happens=happens)
+        assert process.wait() == 0, bench.text()
+    (early,) = re.findall(r"early stopped +(.+?) with theta of outer iteration 3,", bench.text())
+    assert early == re.findall("test accuracy +(.+?) over", bench.text())[1]
+    kept, whole, short = (
+        torch.load(*bench.folder.glob(f"{name}.pt"), weights_only=True)
+        for name in ("whole/*/early_stopped_parameters", "whole/*/parameters", "short/*/parameters")
+    )
+    assert kept["iteration"] == 3
+    same = [[torch.equal(*pair) for pair in zip(kept["theta"], other["theta"], strict=True)]
+            for other in (short, whole)]  # fmt: skip
+    assert all(same[0]) and not all(same[1])
+    assert not list(bench.folder.glob("short/*/early_stopped_parameters.pt"))
 
 
 def falling(steps: int) -> float:

@@ -90,11 +90,19 @@ class Settings(BaseModel):
         return {name: words for name, words in found.items() if name in cls.model_fields and words}
 
     @classmethod
+    def summary(cls, fixed: Values | None = None, preset: Values | None = None,
+                fallback: Values | None = None) -> ConfigSummary:  # fmt: skip
+        """Defaults and words, as Sacred takes them from a function of its ``@ex.config``."""
+        summary = SacredConfig(cls.defaults(fixed, fallback))(fixed, preset, fallback)
+        summary.docs = cls.words()
+        return summary
+
+    @classmethod
     def _line(cls, error: ValidationError, given: Values, prefix: str) -> str:
         """The first of its errors."""
         first = error.errors(include_url=False)[0]
-        if not first["loc"] or first["type"] == "value_error":
-            return f"{prefix}{first.get('ctx', {}).get('error', first['msg'])}"
+        if not first["loc"]:  # of a check of several fields
+            return f"{prefix}{first['ctx']['error']}"
         field, value = str(first["loc"][0]), given.get(str(first["loc"][0]))
         if field not in cls.model_fields or (isinstance(value, dict) and value):
             return _unknown(prefix + _leaf(field, value), [prefix + name for name in cls.read({})])
@@ -110,19 +118,6 @@ class RunSettings(Settings):
     """The settings of an experiment."""
 
     seed: Seed | None = None  # of all random numbers; None: drawn, and recorded
-
-
-class ModelConfig:
-    """A model's defaults and words, as Sacred takes them from a function of its ``@ex.config``."""
-
-    def __init__(self, model: type[Settings]) -> None:
-        self._model, self._words = model, model.words()
-
-    def __call__(self, fixed: Values | None = None, preset: Values | None = None,
-                 fallback: Values | None = None) -> ConfigSummary:  # fmt: skip
-        summary = SacredConfig(self._model.defaults(fixed, fallback))(fixed, preset, fallback)
-        summary.docs = self._words
-        return summary
 
 
 def check_config(experiment: Experiment, config: Values) -> None:
@@ -142,9 +137,9 @@ def check_config(experiment: Experiment, config: Values) -> None:
     known = [prefix + name for prefix, (model, values) in groups.items()
              for name in model.read(values)]  # fmt: skip
     for prefix, (model, values) in groups.items():
-        for name in sorted(values.keys() - model.model_fields.keys(), key=str):
+        if unknown := values.keys() - model.model_fields.keys():
+            name = min(unknown, key=str)
             raise UserError(_unknown(prefix + _leaf(name, values[name]), known))
-    for prefix, (model, values) in groups.items():
         model.of(values, prefix.rstrip("."))
 
 

@@ -20,7 +20,7 @@ from sacred.experiment import gather_command_line_options
 from sacred.run import Run
 
 from experiments.tracking import config, signals
-from experiments.tracking.config import ModelConfig, RunSettings, Settings
+from experiments.tracking.config import RunSettings, Settings
 from experiments.tracking.database import LONGEST, Database, choose
 from experiments.tracking.errors import Terminated, TrackingError, UserError, one_line, wrong
 from experiments.tracking.observer import JournalObserver
@@ -51,7 +51,7 @@ class TrackedIngredient(Ingredient):
         super().__init__(name, base_dir=str(REPOSITORY), _caller_globals=caller,
                          save_git_info=False)  # fmt: skip
         self.settings = settings
-        self.configurations.append(ModelConfig(settings))
+        self.configurations.append(settings.summary)
 
 
 class TrackedRun(Run):
@@ -95,7 +95,7 @@ class TrackedExperiment(Experiment):
         check = partial(config.check_config, self)
         self.config_hook(lambda config, command_name, logger: check(config))
         if settings is not None:
-            self.configurations.append(ModelConfig(settings))
+            self.configurations.append(settings.summary)
         self.doc = caller.get("__doc__") or ""
         self.captured_out_filter = keep_output  # type: ignore[assignment]  # inferred as None
         self.mainfile = dependencies.get_main_file(caller, False)[1]  # not this one

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections import deque
@@ -86,10 +87,8 @@ def as_step(name: str, step: Any) -> int | None:
 
 def _item(value: Any) -> Any:
     """The Python number in a numpy or torch scalar; other values unchanged."""
-    size = getattr(value, "numel", None) or getattr(value, "size", None)
-    if not hasattr(value, "item") or (size() if callable(size) else size) != 1:
-        return value
-    return value.item()
+    one = hasattr(value, "item") and math.prod(getattr(value, "shape", (0,))) == 1
+    return value.item() if one else value
 
 
 def storable(value: Any) -> Any:

@@ -16,7 +16,6 @@ from experiments.ingredients.algorithm_table import ALGORITHMS, AlgorithmSetting
 from experiments.ingredients.model import ModelSettings, build_backbone
 from experiments.ingredients.named_configs import all_configs
 from experiments.tracking import UserError
-from experiments.tracking.config import ModelConfig
 from experiments.train import ex
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -78,9 +77,9 @@ def test_a_new_setting_of_an_algorithm_is_one_line(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(tmp_path))
         settings = importlib.import_module("with_momentum").AlgorithmSettings
-    summary = ModelConfig(settings)({"name": "maml"})
+    summary = settings.summary({"name": "maml"})
     assert summary["momentum"] == 0.9 and summary.docs["momentum"] == "of the inner optimiser"
-    assert ModelConfig(settings)({"name": "rm_metal"})["momentum"] is None
+    assert settings.summary({"name": "rm_metal"})["momentum"] is None
     for given, expected in {
         ("maml", -1): "a.momentum: expected a finite number of at least 0, got -1; try 0.9",
         ("maml", None): "a.momentum: expected a value for maml, got None; try 0.9",
@@ -89,10 +88,6 @@ def test_a_new_setting_of_an_algorithm_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(UserError) as refused:
             settings.of({"name": given[0], "momentum": given[1]}, "a")
         assert expected in str(refused.value)
-
-
-def test_a_key_beats_a_named_config_in_either_order() -> None:
-    assert resolved("anil", **{"algorithm.steps": 7})["algorithm"]["steps"] == 7
 
 
 def test_variants_of_algorithm_1() -> None:

@@ -185,19 +185,11 @@ def test_a_run_stops_and_says_where(spoilt: None, tmp_path: Any) -> None:
 
 
 def test_history_keeps_whole_numbers_whole() -> None:
-    history = History()
-    for step, values in enumerate([{"n": 1, "x": 0.5}, {"n": 2**40, "x": math.nan}, {"n": 3}], 1):
+    history, again = History(), History()
+    for step, values in enumerate([{"n": 1, "x": 0.5}, {"n": 2**40, "x": math.nan}], 1):
         history.add(values, step)
-    again = History()
     again.load_state_dict(history.state_dict())
-    points = list(again.points())
-    assert [(n, i, repr(v)) for n, i, v in points] == [
-        ("n", 1, "1"), ("n", 2, str(2**40)), ("n", 3, "3"), ("x", 1, "0.5"), ("x", 2, "nan"),
-    ]  # fmt: skip
+    found = [("n", 1, "1"), ("n", 2, str(2**40)), ("x", 1, "0.5"), ("x", 2, "nan")]
+    assert [(n, i, repr(v)) for n, i, v in again.points()] == found
     again.add({"n": 0.5}, 7)
-    once_more = History()
-    once_more.load_state_dict(again.state_dict())
-    assert [(i, v) for n, i, v in once_more.points() if n == "n"] == [
-        (1, 1.0), (2, 2.0**40), (3, 3.0), (7, 0.5),
-    ]  # fmt: skip
-    assert not len(again.values("none"))
+    assert list(again.values("n")) == [1.0, 2.0**40, 0.5] and not len(again.values("none"))

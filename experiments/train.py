@@ -38,7 +38,7 @@ from experiments.tracking.config import NotNegative, Positive, Seed, Text, Threa
 from experiments.tracking.errors import reason
 from experiments.tracking.values import told
 from experiments.training import checkpoint, outcome
-from experiments.training.episodes import CheckedStream, Tasks
+from experiments.training.episodes import Tasks
 from experiments.training.loop import Schedule, Training
 from experiments.training.meta_learner import MEASURES, Interval, MetaLearner
 from experiments.training.peak_memory import keep_freed_memory
@@ -239,8 +239,7 @@ def evaluate(_config: Values) -> float:
         raise wrong("resume", "no run to go on with", repr(folder), todo)
     with model.within_limits():
         given, learner = _prepare(_config, ALONE)
-        stream = CheckedStream(given.stream("test", 0), given.outputs("test"), learner.skip,
-                               tqdm.write, "test")  # fmt: skip
+        stream = given.stream("test", 0, learner.skip, tqdm.write)
         progress = partial(tqdm, desc="meta-testing", unit="task", leave=False)
         score = learner.evaluate(stream, _config["test_tasks"], progress)
     shown = f"{learner.measure.show(score)} over {_config['test_tasks']} new tasks"

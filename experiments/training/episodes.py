@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -49,14 +48,45 @@ class TaskStream:
     """Tasks in an order that depends on the seed alone, whatever else draws random numbers.
 
     learn2learn's ``taskset`` draws from Python's ``random``, of which a stream has its own state.
+
+    Args:
+        shots, outputs: support samples a class; as in `fault`.
+        name: in messages.
+        skip: the next task stands in for one whose data are wrong, and ``say`` is told;
+            ``skipped`` of them so far.
     """
 
-    def __init__(self, taskset: Any, shots: int, seed: int) -> None:
-        self.taskset, self._shots = taskset, shots
+    def __init__(
+        self, taskset: Any, shots: int, outputs: int, seed: int, name: str, skip: bool,
+        say: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self.taskset, self._shots, self._outputs = taskset, shots, outputs
         self.state = random.Random(seed).getstate()
+        self.skip, self._name, self._say = skip, name, say
+        self.skipped = self._drawn = 0
 
-    def sample(self) -> Episode:
-        """The next task."""
+    def sample(self, where: str | None = None) -> Episode:
+        """The next good task; ``where`` names it in messages, by default by its number.
+
+        UserError: a task's data are wrong, and none is to be skipped, or too many in a row.
+        """
+        self._drawn += 1
+        where = where or f"{self._name} task {self._drawn}"
+        for _ in range(MOST_IN_A_ROW):
+            try:
+                episode = self._draw()
+                if (reason := fault(episode, self._outputs)) is None:
+                    return episode
+            except (OSError, ValueError) as error:  # of a picture that cannot be read
+                reason = one_line(error)
+            if not self.skip:
+                raise UserError(f"{where}: {reason}; repair the data, or set on_bad_task=skip")
+            self.skipped += 1
+            self._say(f"skipped {where}: {reason}")
+        got = f"{MOST_IN_A_ROW} bad ones in a row ({reason})"
+        raise wrong(where, "a task that can be learnt", got, "repair the data")
+
+    def _draw(self) -> Episode:
         with self.own_random():
             inputs, targets = self.taskset.sample()
         if targets.is_floating_point():  # a regression has no classes to take the shots from
@@ -95,40 +125,6 @@ def fault(episode: Episode, outputs: int) -> str | None:
     return None
 
 
-@dataclass
-class CheckedStream:
-    """A stream whose tasks have data that can be learnt."""
-
-    stream: TaskStream
-    outputs: int  # as in `fault`
-    skip: bool  # the next task stands in for a bad one
-    say: Callable[[str], None]  # which were skipped
-    name: str  # in messages
-    skipped: int = 0  # tasks so far
-    _drawn: int = 0
-
-    def sample(self, where: str | None = None) -> Episode:
-        """The next good task; ``where`` names it in messages, by default by its number.
-
-        UserError: a task's data are wrong, and none is to be skipped, or too many in a row.
-        """
-        self._drawn += 1
-        where = where or f"{self.name} task {self._drawn}"
-        for _ in range(MOST_IN_A_ROW):
-            try:
-                episode = self.stream.sample()
-                if (reason := fault(episode, self.outputs)) is None:
-                    return episode
-            except (OSError, ValueError) as error:  # of a picture that cannot be read
-                reason = one_line(error)
-            if not self.skip:
-                raise UserError(f"{where}: {reason}; repair the data, or set on_bad_task=skip")
-            self.skipped += 1
-            self.say(f"skipped {where}: {reason}")
-        got = f"{MOST_IN_A_ROW} bad ones in a row ({reason})"
-        raise wrong(where, "a task that can be learnt", got, "repair the data")
-
-
 class Tasks:
     """The task sets train, validation and test of one data set, of a kind of `Measure`.
 
@@ -145,10 +141,12 @@ class Tasks:
         self._sizes = {"train": train, "validation": test, "test": test}
         self._options = dict(options)
 
-    def stream(self, mode: str, seed: int) -> TaskStream:
+    def stream(
+        self, mode: str, seed: int, skip: bool = False, say: Callable[[str], None] = print
+    ) -> TaskStream:
         """Tasks of ``mode`` (train, validation or test)."""
-        shots = self.sizes(mode).shots  # first: it knows the modes
-        return TaskStream(getattr(self.sets, mode), shots, seed)
+        ways, shots, _ = self.sizes(mode)  # first: it knows the modes
+        return TaskStream(getattr(self.sets, mode), shots, ways, seed, mode, skip, say)
 
     def sizes(self, mode: str) -> Sizes:
         """Ways, shots and queries of the tasks of ``mode``."""

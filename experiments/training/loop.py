@@ -15,7 +15,7 @@ from tqdm import tqdm
 from experiments.tracking import Terminated, record, signals, wrong
 from experiments.tracking.config import Count, Positive, RunSettings
 from experiments.training import checkpoint
-from experiments.training.episodes import CheckedStream, Tasks
+from experiments.training.episodes import Tasks, TaskStream
 from experiments.training.meta_learner import Diverged, Interval, MetaLearner, snapshot
 from experiments.training.peak_memory import peak_memory, process_peak
 from experiments.training.scores import History, Scores
@@ -79,16 +79,15 @@ class Training:
         folder: Path,
     ) -> None:  # fmt: skip
         self.run, self.learner, self.tasks, self.schedule = run, learner, tasks, schedule
-        self.folder, self._stream, self.history = folder, self._checked("train", seed), History()
+        self.folder, self._stream, self.history = folder, self._drawn("train", seed), History()
         self.scores = Scores(learner, schedule.early_stopping)
         self.steps, self.seconds = 0, 0.0  # so far; by the schedule's clock
         self.peak = 0  # bytes of live tensors, at most, in the measured steps
         self.diverged: str | None = None  # the reason, if the run left the finite numbers
         self._looked, self._validated_at, self._saved_at = True, 0.0, time.monotonic()
 
-    def _checked(self, mode: str, seed: int) -> CheckedStream:
-        stream, outputs = self.tasks.stream(mode, seed), self.tasks.outputs(mode)
-        return CheckedStream(stream, outputs, self.learner.skip, self._say, mode)
+    def _drawn(self, mode: str, seed: int) -> TaskStream:
+        return self.tasks.stream(mode, seed, self.learner.skip, self._say)
 
     def skipped_tasks(self) -> int:
         """In training, validations and tests."""
@@ -253,7 +252,7 @@ class Training:
 
     def _evaluate(self, mode: str) -> tuple[Interval, dict[str, float]]:
         """The score on tasks of ``mode``, the seconds it took, the tasks skipped if any may be."""
-        stream, learner, start = self._checked(mode, 0), self.learner, time.perf_counter()
+        stream, learner, start = self._drawn(mode, 0), self.learner, time.perf_counter()
         silent = mode != "test" or not learner.ranks.first
 
         def breakable(numbers: Iterable[int]) -> Iterator[int]:
@@ -292,7 +291,7 @@ class Training:
         return {
             **{name: getattr(self, name) for name in _STATE},
             **{name: getattr(self, name).state_dict() for name in _PARTS},
-            "stream": self._stream.stream.state,
+            "stream": self._stream.state,
             "token": None if journal is None else journal.token,
             "settings": checkpoint.settings_text(getattr(self.run, "config", {})),
         }
@@ -308,6 +307,6 @@ class Training:
         vars(self).update({name: state[name] for name in _STATE})
         for name in _PARTS:
             getattr(self, name).load_state_dict(state[name])
-        self._stream.stream.state = state["stream"]
+        self._stream.state = state["stream"]
         for name, iteration, value in self.history.points():
             self.run.log_scalar(name, value, iteration)

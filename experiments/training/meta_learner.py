@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.training.algorithms import Algorithms, Loss, QueryResult, Score
-from experiments.training.episodes import CheckedStream, Episode, TaskStream
+from experiments.training.episodes import Episode, TaskStream
 from l2l_implicit.distributed import ALONE, Ranks
 
 Item = TypeVar("Item")
@@ -192,9 +192,8 @@ class MetaLearner:
 
     @torch.no_grad()
     def evaluate(
-        self, tasks: TaskStream | CheckedStream, number: int,
-        progress: Callable[[Iterable[int]], Iterable[int]],
-    ) -> Interval:  # fmt: skip
+        self, tasks: TaskStream, number: int, progress: Callable[[Iterable[int]], Iterable[int]]
+    ) -> Interval:
         """Mean score over ``number`` tasks; nothing is kept for a backward pass.
 
         Diverged: an inner loop left the finite numbers, and tasks are not to be skipped.

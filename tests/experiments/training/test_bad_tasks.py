@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import cycle
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from experiments.tracking import UserError
 from experiments.training.algorithms import Algorithms, HeadOnly
-from experiments.training.episodes import MOST_IN_A_ROW, CheckedStream, Episode, TaskStream, fault
+from experiments.training.episodes import MOST_IN_A_ROW, Episode, TaskStream, fault
 from experiments.training.meta_learner import MEASURES, Diverged, MetaLearner
 from experiments.training.scores import History
 from l2l_implicit import GradientDescent, ImplicitCGHead
@@ -51,9 +50,11 @@ FAULTS: dict[str, tuple[Callable[[], Episode], str]] = {
 }
 
 
-def repeated(*tasks: Episode) -> Any:
+def repeated(*tasks: Episode, skip: bool = False, say: Any = print) -> TaskStream:
     """A stream of these, over and over."""
-    return SimpleNamespace(sample=cycle(tasks).__next__, state=None)
+    stream = TaskStream(None, 2, 3, 0, "test", skip, say)
+    stream._draw = cycle(tasks).__next__  # type: ignore[method-assign]
+    return stream
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -64,10 +65,9 @@ def test_wrong_data_are_named(name: str) -> None:
 
 
 def test_a_stream_stops_at_a_bad_task_and_says_which() -> None:
-    tasks = repeated(episode(), with_entry(math.nan))
-    stream = CheckedStream(tasks, 3, False, print, "train")
+    stream = repeated(episode(), with_entry(math.nan))
     stream.sample()
-    with pytest.raises(UserError, match=r"^train task 2: inputs: .*nan.*on_bad_task=skip$"):
+    with pytest.raises(UserError, match=r"^test task 2: inputs: .*nan.*on_bad_task=skip$"):
         stream.sample()
     with pytest.raises(UserError, match="^iteration 3, task 4: inputs"):
         stream.sample()
@@ -77,13 +77,13 @@ def test_a_stream_stops_at_a_bad_task_and_says_which() -> None:
 def test_a_stream_takes_the_next_task_instead_and_counts() -> None:
     said: list[str] = []
     good, bad = episode(), with_entry(math.nan)
-    stream = CheckedStream(repeated(bad, good, bad, bad, good), 3, True, said.append, "test")
+    stream = repeated(bad, good, bad, bad, good, skip=True, say=said.append)
     assert [stream.sample() is good for _ in range(2)] == [True, True]
     assert stream.skipped == len(said) == 3 and "skipped test task 2" in said[-1]
 
 
 def test_a_stream_of_bad_tasks_ends() -> None:
-    stream = CheckedStream(repeated(with_entry(math.nan)), 3, True, print, "train")
+    stream = repeated(with_entry(math.nan), skip=True)
     with pytest.raises(UserError, match=f"got {MOST_IN_A_ROW} bad ones in a row"):
         stream.sample()
 
@@ -154,15 +154,15 @@ def test_evaluation_skips_too() -> None:
 @pytest.fixture
 def spoilt(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every fifth task of every stream holds a nan."""
-    whole, last = TaskStream.sample, cycle([False] * 4 + [True])
+    whole, last = TaskStream._draw, cycle([False] * 4 + [True])
 
-    def sample(self: Any) -> Episode:
+    def draw(self: Any) -> Episode:
         task = whole(self)
         if next(last):
             task.inputs[0] = math.nan
         return task
 
-    monkeypatch.setattr(TaskStream, "sample", sample)
+    monkeypatch.setattr(TaskStream, "_draw", draw)
 
 
 def run_train(*words: str) -> Run:

@@ -27,7 +27,7 @@ from pymongo.errors import PyMongoError
 from experiments.tracking.config import plain_value
 from experiments.tracking.database import open_database
 from experiments.tracking.errors import CommandLine, UserError, one_line
-from experiments.tracking.records import DatabaseRecords, Document, RunId
+from experiments.tracking.records import DatabaseRecords, Document, RunId, group
 
 # Metrics with a point at every outer iteration, as a pattern of their names.
 EVERY_STEP = r"^train/"
@@ -104,10 +104,10 @@ def _write(path: Path, records: DatabaseRecords, without: str) -> None:
 
 def _hidden(run: Document) -> Document:
     """A run's document in which words stand for the folders of the machine that it ran on."""
-    config = _group(run, "config")
+    config = group(run, "config")
     places = [
-        (_group(run, "experiment").get("base_dir"), "."),
-        (_group(config, "tasks").get("root"), "DATA"),
+        (group(run, "experiment").get("base_dir"), "."),
+        (group(config, "tasks").get("root"), "DATA"),
         (config.get("output"), "runs"), (os.path.expanduser("~"), "~"),
     ]  # fmt: skip
     words = {place.rstrip("/"): word for place, word in places
@@ -126,11 +126,6 @@ def _hidden(run: Document) -> Document:
         return [hidden(item) for item in value] if isinstance(value, list) else value
 
     return hidden(run)
-
-
-def _group(document: Document, name: str) -> Document:
-    found = document.get(name)
-    return found if isinstance(found, dict) else {}
 
 
 if __name__ == "__main__":

@@ -82,15 +82,13 @@ class DatabaseRecords:
         number = _free(document.get("_id"), self._ids)
         self._ids[number] = document.get("_id")
         run = {**plain(document), "_id": number}
-        experiment, info = run.get("experiment"), run.get("info")
-        if isinstance(experiment, dict) and isinstance(experiment.get("sources"), list):
-            experiment["sources"] = [  # a file's md5 instead of its number in the database
+        if isinstance(sources := group(run, "experiment").get("sources"), list):
+            sources[:] = [  # a file's md5 instead of its number in the database
                 [source[0], md5.get(str(source[1]), str(source[1]))]
                 if isinstance(source, list) and len(source) == 2 else source
-                for source in experiment["sources"]
+                for source in sources
             ]  # fmt: skip
-        if isinstance(info, dict):
-            info.pop("metrics", None)  # a list of the metrics' numbers in this database
+        group(run, "info").pop("metrics", None)  # a list of their numbers in this database
         return run
 
     def metrics(
@@ -160,6 +158,12 @@ def plain(value: Any, depth: int = DEPTH) -> Any:
     if depth and isinstance(value, (list, tuple)):
         return [plain(item, depth - 1) for item in value]
     return printable(value if type(value) is str else repr(value) if depth else "nested too deeply")
+
+
+def group(document: Document, name: str) -> Document:
+    """The part of a plain document with this name; an empty one where that is none."""
+    found = document.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _is_number(value: Any) -> bool:

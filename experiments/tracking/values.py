@@ -36,14 +36,11 @@ OPTION = re.compile(rf"\b({'|'.join(SECRET_OPTIONS)})=[^&\s'\"]+", re.IGNORECASE
 class CheckedMetrics(MetricsLogger):
     """Sacred's metrics logger with the checks made at the call, not in the observer."""
 
+    # called with name, value, step and time of every point as it is logged
     sink: Callable[[str, float, int, datetime], None] | None = None
-    """Called with name, value, step and time of every point as it is logged."""
 
     def log_scalar_metric(self, metric_name: str, value: Any, step: int | None = None) -> None:
-        """Log one value, which is in the run's journal when this returns; NaN stays NaN.
-
-        See `check_name`, `as_number` and `as_step` for what is refused.
-        """
+        """Log one value, which is in the run's journal when this returns; NaN stays NaN."""
         name = check_name(metric_name)
         number, whole = as_number(name, value), as_step(name, step)
         super().log_scalar_metric(name, number, whole)

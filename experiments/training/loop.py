@@ -57,13 +57,9 @@ class Schedule(RunSettings):
 
     def bar(self, silent: bool) -> tqdm:  # type: ignore[type-arg]
         """In outer iterations, or in seconds of training where a budget ends the run."""
-        if self.budget is None:
-            more: dict[str, Any] = {"total": self.iterations, "unit": "iteration"}
-        else:
-            done = "{n:.0f}/{total:.0f} s of training"
-            form = f"{{l_bar}}{{bar}}| {done} [{{elapsed}}<{{remaining}}{{postfix}}]"
-            more = {"total": self.budget, "bar_format": form}
-        return tqdm(desc="meta-training", disable=silent, **more)
+        form = "{l_bar}{bar}| {n:.0f}/{total:.0f} s of training [{elapsed}<{remaining}{postfix}]"
+        return tqdm(desc="meta-training", disable=silent, total=self.budget or self.iterations,
+                    unit="iteration", bar_format=form if self.budget else None)
 
 
 class Training:

@@ -109,9 +109,8 @@ def keep_freed_memory() -> bool:
     """Have glibc keep blocks of up to 1 GiB that are freed; False where there is no glibc.
 
     By default it maps every block above a threshold of 32 MiB at most anew, and gives the free end
-    of the heap back; the system then fills the pages with zeros again at each step. On a CPU that
-    took up to a third of an outer step, of every method. The process's peak grows by a few per
-    cent, and it keeps the peak until it ends.
+    of the heap back; the system then fills the pages with zeros again at each step, which took up
+    to a third of an outer step. The process's peak grows by a few per cent, and stays.
     """
     if sys.platform != "linux" or any(name in os.environ for name in VARIABLES):
         return False

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from experiments.ingredients.model import ModelSettings, build_backbone, l2l
-from experiments.tracking import UserError
 
 
 @pytest.mark.parametrize(("last_pool", "width"), [(True, 8 * 2 * 2), (False, 8 * 4 * 4)])
@@ -24,12 +23,6 @@ def test_without_the_last_pool_there_are_four_times_as_many_features(
     sides = found[1].unflatten(1, (8, -1)).unflatten(2, (4 if not last_pool else 2, -1))
     pooled = sides if last_pool else torch.nn.functional.max_pool2d(sides, 2)
     torch.testing.assert_close(pooled.flatten(1), found[0])
-
-
-@pytest.mark.parametrize("side", [28, 32])
-def test_a_network_for_larger_images_is_refused_in_one_line(side: int) -> None:
-    with pytest.raises(UserError, match="^model: expected a network for inputs .* larger images$"):
-        build_backbone((3, side, side), ModelSettings.of({"name": "resnet12"}))
 
 
 def test_low_precision_is_of_the_products_alone() -> None:

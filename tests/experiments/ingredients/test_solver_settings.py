@@ -33,8 +33,6 @@ def test_the_linear_solver_is_the_one_that_is_set(settings: dict[str, Any], expe
         ({"solver": "direct", "truncated": True}, "solver: expected cg with a preconditioner"),
         ({"solver": "neumann", "preconditioner": "jacobi"}, "expected cg .* got 'neumann'"),
         ({"name": "imaml_gd", "preconditioner": "kronecker"}, "expected jacobi or nystrom"),
-        ({"name": "anil", "accuracy": 0.1}, "accuracy: expected no such setting for anil"),
-        ({"accuracy": -1.0}, "accuracy"),
     ],
 )
 def test_what_does_not_fit_is_refused(settings: dict[str, Any], message: str) -> None:

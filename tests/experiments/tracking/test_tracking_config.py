@@ -122,7 +122,6 @@ def test_a_password_among_the_words_is_not_told(
 
 FILES = {
     "settings.json": ('{"steps": 7, "data": {"ways": 2}}', ""),
-    "unknown.json": ('{"data": {"wayz": 7}}', "did you mean 'data.ways'?"),
     "call.json": ('{"say": {"py/reduce": [{"py/function": "os.getcwd"}, {}]}}', "'py/reduce'"),
     "deep.json": ('{"a":' * 900 + "1" + "}" * 900, "no configuration entry 'a'"),
     "deeper.json": ('{"a":' * 90_000 + "1" + "}" * 90_000, "expected settings by name in a file"),
@@ -132,11 +131,9 @@ FILES = {
     "settings.yaml": ("# dotted names too\nsteps: 7\ndata.ways: 2", ""),
     "settings.yml": ("steps: 7\ndata:\n  ways: 2", ""),
     "wrong.yaml": ("lr: 1e-4", "lr: expected a finite number, got '1e-4'; try 0.1"),
-    "date.yaml": ("lr: 2020-01-01", "lr: expected a finite number, got datetime.date"),
     "number.yaml": ("1: 2", "no configuration entry 1"),
     "call.yaml": ("say: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
     "alias.yaml": ("anything: &a {x: *a}", "got 'an alias'"),
-    "text.yaml": ("steps", "got 'str at the top'"),
     "two.yaml": ("steps: 1\n---\nsteps: 2", "expected a single document"),
     "deeper.yaml": ("{a: " * 9_000 + "1" + "}" * 9_000, "expected settings by name in a file"),
 }

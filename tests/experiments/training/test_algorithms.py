@@ -79,12 +79,6 @@ def test_as_published_is_the_cached_gradient(name: str, batch_norm: str) -> None
     assert distance(published, gradients(name, **same)) < 1e-10
 
 
-def test_batch_statistics_are_of_all_images_or_of_each_set() -> None:
-    kinds = [gradients("anil", batch_norm=b) for b in ("together", "separately", "eval")]
-    assert distance(kinds[0], kinds[1]) > 1e-3
-    assert distance(kinds[1], kinds[2]) > 1e-3
-
-
 def test_eval_leaves_the_running_statistics_alone() -> None:
     learner = meta_learner("ImplicitCGHead", batch_norm="eval")
     before = {k: b.clone() for k, b in learner.algorithms.training.network().named_buffers()}

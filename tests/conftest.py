@@ -8,7 +8,8 @@ import pytest
 import torch
 
 # Helpers that assert:
-pytest.register_assert_rewrite("contract", "verdict", "toy_process", "sweep_process")
+HELPERS = ("contract", "verdict", "toy_process", "train_process", "sweep_process")
+pytest.register_assert_rewrite(*HELPERS)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -13,7 +13,7 @@ import bson
 import psutil
 import pytest
 from scipy.stats import linregress
-from train_process import Bench, same_parameters, same_record
+from train_process import Bench, assert_same
 
 from experiments.tracking import open_database
 from experiments.training import checkpoint
@@ -53,8 +53,7 @@ def test_killed_at_twenty_random_moments(bench: Bench, seed: int, kills: int = 2
     last = max(int(path.parent.name) for path in bench.folder.glob("runs/*/parameters.pt"))
     assert last > 1 and not list(bench.folder.glob(f"runs/{last}/*.new"))
     with open_database() as database:
-        same = same_parameters(bench, 1, last) | same_record(database, 1, last)
-        assert all(same.values()), same
+        assert_same(bench, database, 1, last)
         assert_marked(database, last)
 
 

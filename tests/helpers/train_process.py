@@ -122,23 +122,14 @@ def metrics(database: Any, run: int) -> dict[str, Any]:
     return {m["name"]: (m["steps"], m["values"]) for m in found if not m["name"].endswith(TIMED)}
 
 
-def same_record(database: Any, one: int, other: int) -> dict[str, bool]:
-    """Whether two runs have recorded the same."""
-    documents = [database["runs"].find_one({"_id": run}) for run in (one, other)]
-    results = [{k: (d["result"] or {}).get(k) for k in RESULT} for d in documents]
-    series = [metrics(database, run) for run in (one, other)]
-    return {
-        "the run is COMPLETED": documents[1]["status"] == "COMPLETED",
-        "its result is the undisturbed run's": results[0] == results[1],
-        f"its {len(series[0])} metrics are, to the last bit": series[0] == series[1] != {},
-    }
-
-
-def same_parameters(bench: Bench, one: int, other: int) -> dict[str, bool]:
-    """Whether two runs have learnt the same."""
-    both = [bench.parameters(run) for run in (one, other)]
-    equal = all(torch.equal(a, b) for a, b in zip(*both, strict=True))
-    return {f"its {len(both[0])} parameters are, to the last bit": equal}
+def assert_same(bench: Bench, database: Any, one: int, other: int) -> None:
+    """Two runs have completed, learnt and recorded the same, to the last bit."""
+    learnt = zip(*map(bench.parameters, (one, other)), strict=True)
+    assert all(torch.equal(*pair) for pair in learnt)
+    first, second = (database["runs"].find_one({"_id": run}) for run in (one, other))
+    assert first["status"] == second["status"] == "COMPLETED"
+    assert [first["result"][key] for key in RESULT] == [second["result"][key] for key in RESULT]
+    assert metrics(database, one) == metrics(database, other) != {}
 
 
 def environment(**happens: Any) -> dict[str, str]:

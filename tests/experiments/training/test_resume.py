@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from sacred.utils import iterate_flattened, set_by_dotted_path
-from train_process import ENDLESS, LONG, Bench, refusal, same_parameters, same_record
+from train_process import ENDLESS, LONG, Bench, assert_same, refusal
 
 from experiments.tracking import UserError, open_database
 from experiments.train import ex, main
@@ -55,8 +55,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(bench: Bench) -> None:
     left.with_suffix(".new").write_bytes(b"half")
     bench.finish("resume=latest")
     with open_database() as database:
-        same = same_parameters(bench, 1, 3) | same_record(database, 1, 3)
-    assert all(same.values()), same
+        assert_same(bench, database, 1, 3)
     killed, resumed = document(2), document(3)
     assert killed["status"] == "INTERRUPTED" and killed["info"]["resumed_by"] == 3
     assert resumed["status"] == "COMPLETED" and resumed["info"]["resumes"] == "2"

@@ -41,15 +41,12 @@ class Algorithm(ABC):
     """theta, and how a task is learnt from it.
 
     The learner is behind learn2learn's ``clone``/``adapt``, its module holds phi; ``steps`` are the
-    inner steps K, ``loss`` is of predictions and targets.
+    inner steps K, ``loss`` is of predictions and targets. ``network`` holds all of theta.
     """
 
     def __init__(self, learner: Any, steps: int, loss: Loss) -> None:
         self.learner, self.steps, self.loss = learner, steps, loss
-
-    @abstractmethod
-    def network(self) -> nn.Module:
-        """All of theta that is a module."""
+        self.network: nn.Module = learner
 
     @abstractmethod
     def adapt(self, episode: Episode) -> Adapted:
@@ -72,7 +69,7 @@ class Algorithm(ABC):
 
     def theta(self) -> list[nn.Parameter]:
         """What the outer optimiser moves: the network, and what the learner learns besides."""
-        return list(self.network().parameters())
+        return list(self.network.parameters())
 
 
 class HeadOnly(Algorithm):
@@ -96,10 +93,8 @@ class HeadOnly(Algorithm):
         self.backbone, self._together, self._cached = backbone, together, cached
         self._squared, self.scale = squared, scale or nn.Identity()
         self._inner_loss = nn.MSELoss() if squared else loss
-
-    def network(self) -> nn.Module:
-        parts = {"backbone": self.backbone, "head": self.learner, "scale": self.scale}
-        return nn.ModuleDict(parts)
+        parts = {"backbone": backbone, "head": learner, "scale": self.scale}
+        self.network = nn.ModuleDict(parts)
 
     def adapt(self, episode: Episode) -> Adapted:
         learner, targets = self.learner.clone(), self._goals(episode.support_targets)
@@ -218,9 +213,6 @@ class Prototypes(HeadOnly):
 
 class WholeNetwork(Algorithm):
     """Every parameter is adapted; support and query pass the network one after the other."""
-
-    def network(self) -> nn.Module:
-        return self.learner
 
     def adapt(self, episode: Episode) -> Adapted:
         m, learner = len(episode.support_targets), self.learner.clone()

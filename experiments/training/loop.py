@@ -175,7 +175,7 @@ class Training:
     def _measure_memory(self, iteration: int, episodes: list[Any]) -> None:
         """On a repetition of the step's gradient that is not timed: counting slows it down."""
         learner = self.learner
-        put_back = snapshot(learner.algorithms.training.network())
+        put_back = snapshot(learner.algorithms.training.network)
         with learner.ranks.together(Diverged):
             peak = peak_memory(lambda: learner.hypergradient(episodes), learner.device)
         put_back()

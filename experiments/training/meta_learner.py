@@ -106,7 +106,7 @@ class MetaLearner:
         """
         numbered = [(f"task {i} of {len(batch)}", task) for i, task in enumerate(batch, 1)]
         tasks = {name: self._laid_out(task) for name, task in self.ranks.share(numbered)}
-        put_back, faults = snapshot(self.algorithms.training.network()), dict[str, str]()
+        put_back, faults = snapshot(self.algorithms.training.network), dict[str, str]()
         try:
             return list(self._attempt([*tasks.values()]))
         except FloatingPointError as error:
@@ -236,12 +236,12 @@ class MetaLearner:
     def theta_state(self) -> dict[str, Any]:
         """Everything that evaluation depends on; `load_theta_state` is the inverse."""
         return {
-            "network": self.algorithms.training.network().state_dict(),
+            "network": self.algorithms.training.network.state_dict(),
             "theta": [p.detach().clone() for p in self.parameters],
         }
 
     def load_theta_state(self, state: Mapping[str, Any]) -> None:
-        self.algorithms.training.network().load_state_dict(state["network"])
+        self.algorithms.training.network.load_state_dict(state["network"])
         self._load_theta(state["theta"])
 
     @torch.no_grad()

@@ -81,9 +81,9 @@ def test_as_published_is_the_cached_gradient(name: str, batch_norm: str) -> None
 
 def test_eval_leaves_the_running_statistics_alone() -> None:
     learner = meta_learner("ImplicitCGHead", batch_norm="eval")
-    before = {k: b.clone() for k, b in learner.algorithms.training.network().named_buffers()}
+    before = {k: b.clone() for k, b in learner.algorithms.training.network.named_buffers()}
     learner.hypergradient([episode()])
-    for name, buffer in learner.algorithms.training.network().named_buffers():
+    for name, buffer in learner.algorithms.training.network.named_buffers():
         assert torch.equal(buffer, before[name])
 
 
@@ -126,7 +126,7 @@ def state_after(most_bytes: float = math.inf, **settings: Any) -> list[Tensor]:
     torch.manual_seed(3)
     results = learner.hypergradient([episode(seed) for seed in range(5)])
     gradient = torch.cat([p.grad.flatten() for p in learner.parameters if p.grad is not None])
-    buffers = [b.double().flatten() for b in training.network().buffers()]
+    buffers = [b.double().flatten() for b in training.network.buffers()]
     numbers = [[r.loss, r.score, r.diagnostics.hypergradients] for r in results]
     return [gradient, torch.cat(buffers), torch.tensor(numbers), torch.get_rng_state().double()]
 
@@ -177,7 +177,7 @@ def test_one_pass_of_the_backbone_is_one_for_each_task(batch_norm: str) -> None:
         else:
             learner.hypergradient(tasks)
         gradient = [p.grad.flatten() for p in learner.parameters if p.grad is not None]
-        found.append(torch.cat(gradient + [b.flatten() for b in training.network().buffers()]))
+        found.append(torch.cat(gradient + [b.flatten() for b in training.network.buffers()]))
     assert (found[0] - found[1]).norm() <= 1e-10 * found[1].norm()
 
 
@@ -243,7 +243,7 @@ def test_reptile_moves_towards_the_adapted_parameters() -> None:
     start = [p.detach().clone() for p in learner.parameters]
     task = episode()
     labels = torch.cat([task.support_targets, task.query_targets])
-    copy = meta_learner("reptile").algorithms.training.network()
+    copy = meta_learner("reptile").algorithms.training.network
     for _ in range(3):
         nn.functional.cross_entropy(copy(task.inputs), labels).backward()
         with torch.no_grad():

@@ -62,7 +62,7 @@ class Learner:
     ) -> None:
         self.done, self._diverges_at, self._fails_test_at = 0, diverges_at, fails_test_at
         self._unsolved, self._score, self.tested = unsolved, score, list[int]()
-        network = SimpleNamespace(network=lambda: nn.Module())
+        network = SimpleNamespace(network=nn.Module())
         self.algorithms = SimpleNamespace(training=network)
         self.optimizer = torch.optim.SGD([torch.zeros(1)])
         self.annealed = list[float]()

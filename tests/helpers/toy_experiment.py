@@ -80,8 +80,6 @@ def fail(run: Any, fault: str) -> None:
         raise RuntimeError("cannot read " + os.environ["L2L_IMPLICIT_MONGO_URL"])
     if fault == "value":
         run.log_scalar("loss", np.zeros(3))
-    if fault == "name":
-        run.log_scalar("train.loss", 1.0)
     if fault == "odd":
         run.info.update(huge=2**80, scalar=np.float64(0.5), array=np.arange(3))
         print("x" * 99 + "\n", end="", flush=True)

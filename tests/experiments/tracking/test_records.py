@@ -11,22 +11,18 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 from bson import ObjectId
-from fake_mongod import FakeMongod
 from pytest import CaptureFixture, MonkeyPatch
 from report_runs import WORDS, Recorder, fill
 
 from experiments.report import get_results
 from experiments.report.__main__ import main as report_main
-from experiments.sweeps.lock import Watch
 from experiments.sweeps.plan import Plan
-from experiments.tracking.database import Database, choose
 from experiments.tracking.export import main as export
 from experiments.tracking.records import FileRecords
 
@@ -147,17 +143,6 @@ def test_a_metric_that_cannot_be_read_is_told(
     recorder.documents["metrics"].update_one({}, {"$set": {"values": "x"}})
     assert export([str(tmp_path / "f")]) == 1
     assert "run 1: m: steps or values are no list" in capsys.readouterr().err
-
-
-def test_a_server_whose_documents_have_no_number_is_read_too(
-    tmp_path: Path, monkeypatch: MonkeyPatch
-) -> None:
-    found = {"ok": 1, "cursor": {"id": 0, "ns": "x.y", "firstBatch": [{"a": 1}]}}
-    with FakeMongod({"find": found}) as server:
-        monkeypatch.setenv("L2L_IMPLICIT_MONGO_URL", f"mongodb://{server.address}/x")
-        assert report_main(["--output", str(tmp_path / "report")]) == 0
-        with closing(Database(choose())) as database:
-            assert list(Watch(database).holders(["c1"])) == [None]
 
 
 def test_a_run_in_two_files_counts_once_and_one_number_may_stand_for_two(tmp_path: Path) -> None:

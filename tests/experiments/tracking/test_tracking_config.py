@@ -164,7 +164,6 @@ PROCESSES = {
     "-u with fault=user": (1, "\nerror: the toy was told to fail\n"),
     "-u with fault=artifact": (1, "FileNotFoundError: [Errno 2] No such file or directory: 'no/"),
     "-u with fault=value": (1, "TypeError: metric 'loss' must be a number or a one-element tensor"),
-    "-u with fault=name": (1, "ValueError: a metric's name is a string such as 'train/loss'"),
 }  # fmt: skip
 """Exit status, and what is printed; a refused configuration alone, and after nothing else."""
 

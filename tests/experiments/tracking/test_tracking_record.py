@@ -21,7 +21,7 @@ from bson import ObjectId
 from fake_mongod import FakeMongod
 from pytest import MonkeyPatch
 from sacred.observers import RunObserver
-from toy_process import Server, finish, own_data, points, run, start, wait_for, write_journal
+from toy_process import Server, own_data, points, run, write_journal
 
 from experiments.tracking import TrackedExperiment, TrackingError, open_database, uploader, values
 from experiments.tracking.journal import Journal, JournalReader
@@ -375,19 +375,6 @@ def test_hostport_option(data: Path, server: Server) -> None:
         assert "run_id_1_name_1" in other["metrics"].index_information()
         names = {name for name, _ in other["runs"].find_one()["experiment"]["sources"]}
     assert {"tests/helpers/toy_experiment.py", "experiments/tracking/observer.py"} <= names
-
-
-def test_a_run_whose_points_were_deleted_meanwhile(
-    data: Path, database: Any, tmp_path: Path
-) -> None:
-    gate = tmp_path / "gate"
-    process = start(data, "-b", "0.1", "with", "steps=9", f"hold={gate}")
-    wait_for(lambda: database["metrics"].find_one({"run_id": 1, "steps": {"$size": 5}}))
-    database["metrics"].delete_many({})
-    gate.touch()
-    code, output = finish(process)
-    assert code == 0, output
-    assert points(database, 1)["train/loss"] == [1 / (1 + step) for step in range(9)]
 
 
 def test_a_large_artifact_is_recorded_by_its_path(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:

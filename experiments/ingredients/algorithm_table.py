@@ -80,9 +80,7 @@ class AlgorithmSettings(Settings):
     """The settings of all algorithms; None where an algorithm has no such setting."""
 
     # one of docs/algorithms.md
-    name: Annotated[
-        Literal[tuple(ALGORITHMS)], BeforeValidator(lambda name: canonical(name))
-    ] = "ImplicitCGHead"
+    name: Annotated[Literal[tuple(ALGORITHMS)], BeforeValidator(canonical)] = "ImplicitCGHead"
     # ImplicitCGHead: None (the learner's own defaults), paper or as_released
     variant: Literal[tuple(VARIANTS)] | None = None
     # what is adapted: head or network

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 from docopt import DocoptExit
 from sacred import SETTINGS, Experiment, Ingredient, dependencies, stdout_capturing
@@ -177,7 +177,7 @@ class TrackedExperiment(Experiment):
                 raise
             run._metrics.sink = run.journal.record
             run.observers.append(run.journal)
-        return cast(TrackedRun, run)
+        return run
 
     def _apply(self, asked: Mapping[str, Any], run: Any) -> None:
         """Sacred's options; UserError for a value that will not do."""

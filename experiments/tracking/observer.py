@@ -172,7 +172,6 @@ class JournalObserver(MongoObserver):
 
     def _work(self) -> None:
         """Upload every few seconds; at the run's end until all is read back, or it is too late."""
-        assert self._uploader is not None
         pause, ending = self._interval, False
         while not ending or (self._error and time.monotonic() < self._deadline):
             self._stop.wait(pause)

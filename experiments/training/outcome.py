@@ -62,7 +62,6 @@ def _save_parameters(path: Path, learner: MetaLearner, more: Mapping[str, Any]) 
 def summary(training: Training, centroid: Interval | None) -> dict[str, Any]:
     """What the run found, as it is recorded."""
     test, scores, name = training.scores.result, training.scores, training.learner.measure.name
-    assert test is not None
     result: dict[str, Any] = {
         f"test_{name}": test.mean,
         "test_half_width": test.half_width,
@@ -92,7 +91,6 @@ def announce(
     """What a person wants to know at the end."""
     measure, scores = training.learner.measure, training.scores
     show, assured = measure.show, f"{training.schedule.test_tasks} new tasks (95 % interval)"
-    assert scores.result is not None
     said = {f"test {measure.name}": f"{show(scores.result)} over {assured}"}
     if scores.best is not None and scores.stopped is not None:
         at = f"outer iteration {scores.best.iteration}, the best validation"

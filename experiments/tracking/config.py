@@ -20,7 +20,7 @@ from typing import Annotated, Any, Self
 import sacred.experiment
 import sacred.initialize
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 from sacred import Experiment
 from sacred.config.config_dict import ConfigDict as SacredConfig
 from sacred.config.config_summary import ConfigSummary
@@ -37,6 +37,7 @@ Threads = Annotated[int, Field(ge=0, le=1024)]
 Text = Annotated[str, Field(pattern=r"^[^\x00]*$", min_length=1)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Values = Mapping[str, Any]
+_AnyList = Annotated[list[Any], Field(strict=False)]
 
 # A field of a model, with the comment above it or behind it.
 _FIELD = re.compile(r"((?:^    # .*\n)*)^    (\w+): [^\n]*?(?:  # (.*))?$", re.M)
@@ -101,7 +102,7 @@ class Settings(BaseModel):
     def _line(cls, error: ValidationError, given: Values, prefix: str) -> str:
         """The first of its errors."""
         first = error.errors(include_url=False)[0]
-        if not first["loc"]:  # of a check of several fields
+        if not first["loc"] or first["type"] == "value_error":  # of a check of ours
             return f"{prefix}{first['ctx']['error']}"
         field, value = str(first["loc"][0]), given.get(str(first["loc"][0]))
         if field not in cls.model_fields or (isinstance(value, dict) and value):
@@ -152,6 +153,46 @@ def check_named_configs(experiment: Experiment, names: Iterable[str]) -> None:
         elif name not in known:
             raise UserError(f"no named config {name!r}{nearest(name, known)}"
                             " (a value is set as KEY=VALUE, `print_named_configs` lists the names)")
+
+
+def model_of(experiment: Experiment, types: Values) -> type[Settings]:
+    """The settings of an experiment whose defaults stand in Sacred's own ``@ex.config``.
+
+    An entry has its default's type, or the one that ``types`` declares by dotted name; None takes
+    anything, a dictionary the entries that it has.
+    """
+    groups = {one.path: one.settings.defaults() for one in experiment.ingredients}
+    defaults: dict[str, Any] = {}
+    for configuration in experiment.configurations:
+        defaults |= configuration(None, defaults, groups)
+    defaults.pop("seed", None)
+    return _model_like(defaults, types, RunSettings)
+
+
+def _model_like(
+    defaults: Values, types: Values, base: type[Settings] = Settings, group: str = ""
+) -> type[Settings]:
+    kinds = {list: _AnyList, tuple: _AnyList, bool: bool, int: int, float: float, str: str}
+    fields: dict[str, Any] = {}
+    for name, value in defaults.items():
+        kind = types.get(f"{group}{name}", kinds.get(type(value), Any))
+        if isinstance(value, dict) and value and kind is Any:
+            kind = _entries_like(value, types, f"{group}{name}")
+        fields[name] = kind, value
+    return create_model("Defaults", __base__=base, **fields)
+
+
+def _entries_like(defaults: Values, types: Values, group: str) -> Any:
+    model = _model_like(defaults, types, group=f"{group}.")
+
+    def check(given: dict[str, Any]) -> dict[str, Any]:
+        if unknown := given.keys() - defaults.keys():
+            name = min(unknown, key=str)
+            raise UserError(_unknown(f"{group}.{name}", [f"{group}.{one}" for one in defaults]))
+        model.of(given, group)
+        return given
+
+    return Annotated[dict[str, Any], AfterValidator(check)]
 
 
 def nested(updates: Iterable[tuple[str, Any]]) -> dict[str, Any]:

@@ -83,15 +83,17 @@ class TrackedExperiment(Experiment):
     Args:
         name, ingredients, options: as in Sacred.
         settings: the model of the configuration's entries; each ingredient has its own. Without it
-            the entries are those of Sacred's ``@ex.config``, with Sacred's checks alone.
+            the defaults stand in ``@ex.config``, and an entry is checked against its default.
+        types: of such entries: ``{"cell": str | None}``.
     """
 
     def __init__(self, name: str, ingredients: Sequence[Ingredient] = (),
-                 settings: type[RunSettings] | None = None, **options: Any) -> None:
+                 settings: type[RunSettings] | None = None,
+                 types: Mapping[str, Any] | None = None, **options: Any) -> None:
         caller = sys._getframe(1).f_globals
         options = {"save_git_info": False, "base_dir": str(REPOSITORY), **options}
         super().__init__(name, ingredients=ingredients, **options)
-        self.settings = settings
+        self.settings, self.types = settings, types
         check = partial(config.check_config, self)
         self.config_hook(lambda config, command_name, logger: check(config))
         if settings is not None:
@@ -155,8 +157,10 @@ class TrackedExperiment(Experiment):
         asked = dict(options or {})
         updates = config.nested((config_updates or {}).items())
         config.check_named_configs(self, named_configs)
+        if self.settings is None:
+            self.settings = config.model_of(self, self.types or {})
         # Sacred would add its own observer, and only warn of what is an error here
-        handed = {"--force": self.settings is not None}
+        handed = {"--force": True}
         run: Any = super()._create_run(command_name, updates, named_configs, options=handed, **more)
         run.__class__ = TrackedRun  # Sacred builds its own Run and takes no other class
         self._apply(asked, run)

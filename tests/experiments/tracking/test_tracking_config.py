@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sacred.utils import ConfigAddedError
 from toy_experiment import data, ex
 from toy_process import run
 
@@ -179,12 +178,46 @@ def test_what_is_wrong_or_unobserved_records_nothing(tmp_path: Path, words: str)
     assert not any(tmp_path.iterdir())
 
 
-def test_an_experiment_without_settings_has_sacreds_own_checks() -> None:
-    plain = TrackedExperiment("plain", [data])
-    plain.add_config(rate=0.5)
-    plain.main(lambda rate: rate)
-    options = {"--unobserved": True}
-    assert plain.run(config_updates={"rate": 1}, options=options).result == 1
-    for wrong, error in (("ratee", ConfigAddedError), ("data.wayz", UserError)):
-        with pytest.raises(error, match=wrong):
-            plain.run(config_updates={wrong: 1}, options=options)
+PLAIN = {
+    "rate=1": None, "sizes=(1,2,3)": None, "cell=c12": None, "seed=4": None,
+    "ratee=1": "no configuration entry 'ratee'; did you mean 'rate'?",
+    "rate=abc": "rate: expected a finite number, got 'abc'; try 0.5",
+    "cell=5": "cell: expected text or None, got 5; leave it out",
+    "sizes=3": "sizes: expected a list, each anything, got 3",
+    "on=1": "on: expected True or False, got 1", "half=x": "half: expected a finite number, got",
+    "same=x": "same: expected a finite number, got",
+    "data.wayz=1": "did you mean 'data.ways'?",
+    "inner.step=0.2": None, "inner.deep.n=2": None, "inner.name=x": None,
+    "inner.step=x": "inner.step: expected a finite number, got 'x'; try 0.1",
+    "inner.stepp=1": "no configuration entry 'inner.stepp'; did you mean 'inner.step'?",
+    "inner.deep.n=x": "inner.deep.n: expected a whole number, got 'x'; try 1",
+    "inner.deep.m=1": "no configuration entry 'inner.deep.m'",
+    "inner.name=3": "inner.name: expected text or None, got 3; leave it out",
+    "seed=-1": "seed: expected",
+}  # fmt: skip
+"""Words for an experiment with Sacred's own defaults, and the error of each that is wrong."""
+
+
+@pytest.mark.parametrize("words", PLAIN)
+def test_defaults_in_sacreds_own_config_are_checked(words: str) -> None:
+    ex = TrackedExperiment("plain", [data], types={"cell": str | None, "inner.name": str | None})
+
+    @ex.config
+    def defaults() -> None:
+        cell, rate, sizes, on = None, 0.5, [1, 2], False  # noqa: F841
+        inner = {"step": 0.1, "deep": {"n": 1}, "name": None}  # noqa: F841
+
+    @ex.config
+    def more(rate: float, data: dict[str, Any]) -> None:
+        same, half = rate, data["ways"] / 2  # noqa: F841
+
+    @ex.main
+    def main(rate: float) -> float:
+        return rate
+
+    updates, _ = words_as_updates([words])
+    if (message := PLAIN[words]) is None:
+        ex.run(config_updates=updates, options={"--unobserved": True})
+    else:
+        with pytest.raises(UserError, match=re.escape(message)):
+            ex.run(config_updates=updates, options={"--unobserved": True})

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import count_operations, peak_of_live_tensors
+from oracles import count_operations, peak_of_live_tensors, relative_error
 from several_tasks import CLASSES, LOSS, SUPPORT, TASKS, WIDTH, Batch, assert_alike, assert_same
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -104,6 +104,19 @@ def test_each_task_has_its_own_numbers(
     """Also where neither the inner problem nor the linear system is solved."""
     solvers = {"inner": INNER[inner], "linear": LINEAR[linear]}
     assert_alike(Batch(loss, bias), 5, **solvers, reduction=reduction, anchor=anchor)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("loss", LOSS)
+def test_conjugate_gradient_together_is_as_right_as_alone(loss: str, reduction: str) -> None:
+    """Its steps magnify rounding, which may differ for T systems, up to what it has left unsolved:
+    as the diagnostics bound it, for phi at its minimum."""
+    batch, settings = Batch(loss), {"inner": LBFGS(tol=1e-12), "linear": CG()}
+    learner = batch.learner(reduction=reduction, **settings)
+    alone, together = batch.alone(learner, 200), batch.together(learner, 200)
+    said = max(task.hypergradient_error for one in (alone, together) for task in one[2])
+    assert 1e-10 < said < 0.05
+    assert relative_error(alone[1], together[1]) < said
 
 
 @pytest.mark.parametrize("inner", INNER)

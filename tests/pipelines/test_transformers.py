@@ -20,10 +20,13 @@ from torch import Tensor, nn
 
 from l2l_implicit import (
     CG,
+    LBFGS,
+    GaussNewton,
     GradientDescent,
     ImplicitCGHead,
     ImplicitMAML,
     Newton,
+    Perturbed,
     UnsolvedWarning,
 )
 
@@ -140,6 +143,25 @@ def test_a_head(kind: str, attention: str) -> None:
     assert relative_error([found], [expected_of_a_head()]) < TOL
 
 
+def test_a_head_under_bfloat16() -> None:
+    """The encoder's gradient is right to a few roundings of bfloat16 (2**-8 each).
+
+    What the learner does is in float32 (core/test_mixed_precision.py).
+    """
+    torch.set_default_dtype(torch.float32)
+    encoder = made("BertModel", "sdpa")
+    found = []
+    for low in (True, False):
+        encoder.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            loss = head_loss(encoder)
+        loss.backward()
+        found.append([p.grad.clone() for p in encoder.parameters() if p.grad is not None])
+    assert 2**-12 < relative_error(*found) < 0.1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert encoder(TOKENS).pooler_output.dtype == torch.bfloat16
+
+
 # A whole network, or LoRA's part of it: the inner problem is the network's.
 
 
@@ -180,6 +202,59 @@ def test_a_network(which: str, attention: str) -> None:
         network_loss(maml).backward()
     assert relative_error([along(phi_of(model))], [expected_of(which)]) < TOL
     assert maml.diagnostics.unsolved == 0
+
+
+@pytest.mark.parametrize("which", MODELS)
+def test_a_network_with_fused_attention(which: str) -> None:
+    """`Perturbed` takes differences of gradients: 1e-5 is what it has elsewhere too."""
+    make, settings = MODELS[which]
+    model = make("sdpa")
+    with kernel("FLASH_ATTENTION"):
+        with pytest.raises(RuntimeError, match="got fused attention .*; compute it within"):
+            network_loss(ImplicitMAML(model, 0.1, **settings, **EXACT), steps=2).backward()
+        first_only = {"inner": LBFGS(tol=1e-12), "linear": Perturbed(tol=1e-9)}
+        network_loss(ImplicitMAML(model, 0.1, **settings, **first_only)).backward()
+    assert relative_error([along(phi_of(model))], [expected_of(which)]) < 1e-5
+
+
+@pytest.mark.parametrize("which", MODELS)
+def test_gauss_newton_with_fused_attention(which: str) -> None:
+    """Its hypergradient is that of the plain kernel, which is another than the Hessian's."""
+    make, settings = MODELS[which]
+    found = []
+    for name in ("FLASH_ATTENTION", "MATH"):
+        model = make("sdpa")
+        maml = ImplicitMAML(model, 0.1, curvature=GaussNewton(), **settings, **EXACT)
+        with kernel(name):
+            network_loss(maml).backward()
+        found.append([p.grad for p in phi_of(model)])
+    assert relative_error(*found) < 1e-8
+
+
+def test_only_lora_is_adapted() -> None:
+    model = lora()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    learner = ImplicitMAML(model, 0.1, l2=0.5, allow_nograd=True, inner=Newton()).clone()
+    learner.adapt(lambda: F.cross_entropy(learner(TOKENS[:6]).logits, LABELS), steps=20)
+    F.cross_entropy(learner(TOKENS[6:]).logits, LABELS).backward()
+    for (name, p), adapted in zip(
+        model.named_parameters(), learner.module.parameters(), strict=True
+    ):
+        assert torch.equal(p, before[name])
+        assert ("lora_" in name) == (p.grad is not None and bool(p.grad.any()))
+        assert ("lora_" in name) == (not torch.equal(adapted, p))
+
+
+@pytest.mark.parametrize(("settings", "said"), [
+    ({}, r"expected parameters that require grad, got base_model\..* without; .*allow_nograd=True"),
+    ({"allow_nograd": True, "frozen": True}, "got none to adapt; freeze fewer"),
+])  # fmt: skip
+def test_misuse_of_lora(settings: dict[str, Any], said: str) -> None:
+    model = lora().requires_grad_(False) if settings.pop("frozen", False) else lora()
+    learner = ImplicitMAML(model, 0.1, **settings).clone()
+    with pytest.raises(ValueError, match=said) as caught:
+        learner.adapt(lambda: F.cross_entropy(learner(TOKENS[:6]).logits, LABELS), steps=2)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("l2", "unsolved"), [(0.5, 1), (5.0, 0)])

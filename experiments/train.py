@@ -114,6 +114,8 @@ def _learner(config: Values, given: Tasks, ranks: Ranks) -> MetaLearner:
         expected = (f"float32 for {method.name}, whose inner problem holds the backbone and is not"
                     " solved in bfloat16's three digits")
         raise wrong("model.precision", expected, repr(network.precision))
+    if method.test_crops is not None and len(given.input_shape()) != 3:
+        raise wrong("algorithm.test_crops", f"none for {given.name}, which has no images", 10)
     backbone, width = model.build_backbone(given.input_shape(), network)
     backbone.to(device)
     if isinstance(backbone, Chunked):

@@ -60,14 +60,18 @@ def _build(
     evaluation: Algorithm
     if s.scope == "head":
         how: dict[str, Any] = {"together": s.batch_norm == "together"}
+        seen = learning.TenCrops(backbone) if s.test_crops is not None else backbone
         if s.name == "protonet":
-            means = learning.Prototypes(backbone, nn.Identity(), 0, loss, **how)
-            return Algorithms(means, means, backbone, nn.Identity())
+            training, evaluation = (
+                learning.Prototypes(network, nn.Identity(), 0, loss, **how)
+                for network in (backbone, seen)
+            )
+            return Algorithms(training, evaluation, backbone, nn.Identity())
         how |= {"cached": s.features == "cached", "squared": s.name == "r2d2"}
         if s.scale is not None:
             how["scale"] = l2l.nn.Scale(1, s.scale).to(head.weight.device)
         tested = learn if s.test_l2 is None else _learner(s.model_copy(update={"l2": s.test_l2}))
-        evaluation = learning.HeadOnly(backbone, tested(head), test_steps, loss, **how)
+        evaluation = learning.HeadOnly(seen, tested(head), test_steps, loss, **how)
         arguments = (backbone, learn(initial), s.steps, loss)
         if s.together == "auto" and s.features == "cached" and s.step != "lbfgs":  # it is faster
             training = learning.HeadsTogether(*arguments, most_bytes=MOST_BYTES, **how)

@@ -93,6 +93,8 @@ class AlgorithmSettings(Settings):
     test_scope: Literal["head"] | None = None
     l2: NotNegative = own()  # inner regulariser
     test_l2: NotNegative | None = None  # of a head in validation and test; None: as in training
+    # 10: a head's features in validation and test are the mean over ten crops of each image
+    test_crops: Literal[10] | None = None
     step: Literal["newton", "lbfgs", "gradient"] = own()  # inner solver: newton, lbfgs or gradient
     # linear solver: cg, neumann, nystrom, identity or direct
     solver: Literal["cg", "neumann", "nystrom", "identity", "direct"] = own(implicit="cg")
@@ -165,6 +167,8 @@ class AlgorithmSettings(Settings):
             refuse("test_steps", f"none for {name}")
         if self.test_l2 is not None and (self.scope == "network" or self.learn_l2 is not False):
             refuse("test_l2", f"none for {name}, or a head whose l2 is not learned")
+        if self.test_crops is not None and self.scope == "network":
+            refuse("test_crops", f"none for {name}")
         if self.solver not in ("cg", None) and (self.preconditioner != "none" or self.truncated):
             refuse("solver", "cg with a preconditioner or truncated=True", "leave them out")
         if self.scope == "network" and self.preconditioner == "kronecker":

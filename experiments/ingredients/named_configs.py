@@ -103,7 +103,7 @@ def _best() -> dict[str, Config]:
         f"{name}_best": {
             "tasks": {"name": name, "ways": 10, "test_ways": 5, "augmentation": "lee2019"},
             "model": {"name": "cnn4", "hidden": 64, "precision": "bfloat16"},
-            "algorithm": {"name": "ImplicitCGHead", "test_l2": 3.0},
+            "algorithm": {"name": "ImplicitCGHead", "test_l2": 3.0, "test_crops": 10},
             "meta_lr": 0.003, "meta_lr_schedule": "cosine", "iterations": 2000, "meta_batch": 16,
             "validate_every": 200, "validation_tasks": 400, "early_stopping": True,
             "test_tasks": 2000,

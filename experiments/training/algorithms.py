@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torchvision.transforms.functional import pad, ten_crop
 
 from experiments.training.episodes import Episode
 from experiments.training.peak_memory import KeptBytes
 from l2l_implicit import Diagnostics
 from l2l_implicit.per_task_norm import per_task_batch_norm
+from l2l_implicit.tasks.learn2learn_benchmarks import padding
 
 from learn2learn.nn import PrototypicalClassifier  # isort: skip  (after l2l_implicit, its repair)
 
@@ -199,6 +201,25 @@ class HeadsTogether(HeadOnly):
         sets = ([e.inputs[:m] for e in batch], [e.inputs[m:] for e in batch])
         support, query = (backbone(torch.cat(s)).unflatten(0, (tasks, -1)) for s in sets)
         return support, query
+
+
+class TenCrops(nn.Module):
+    """A backbone whose features are the mean over ten crops of the padded image: its corners, its
+    centre, and the mirror images of these.
+
+    References:
+        Krizhevsky, Sutskever, Hinton (2012), section 4.1, who average predictions. The padding is
+        that of training's augmentation, `l2l_implicit.tasks.learn2learn_benchmarks.padding`.
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: Tensor) -> Tensor:
+        size = list(images.shape[-2:])
+        crops = ten_crop(pad(images, [padding(min(size))]), size)
+        return torch.stack([self.backbone(crop) for crop in crops]).mean(0)
 
 
 class Prototypes(HeadOnly):

@@ -173,10 +173,15 @@ def lee2019(side: int) -> Callable[[Tensor], Tensor]:
         on 32, 8 on 84.
     """
     return transforms.Compose([
-        transforms.RandomCrop(side, padding=4 if side < 64 else 8),
+        transforms.RandomCrop(side, padding=padding(side)),
         transforms.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4),
         transforms.RandomHorizontalFlip(),
     ])
+
+
+def padding(side: int) -> int:
+    """Pixels round an image of this side that crops may reach into, see `lee2019`."""
+    return 4 if side < 64 else 8
 
 
 LOADERS = {loader.__name__: loader for loader in (cifarfs, fc100, mini_imagenet, tiered_imagenet)}

@@ -405,6 +405,24 @@ def test_a_head_can_be_held_closer_in_test() -> None:
     torch.testing.assert_close(found, right)
 
 
+@pytest.mark.parametrize("name", ["ImplicitCGHead", "protonet"])
+def test_features_in_test_are_the_mean_over_ten_crops(name: str) -> None:
+    """Of images padded by 4 on each side: where a crop begins is written out here."""
+    settings = AlgorithmSettings.of({"name": name, "test_crops": 10})
+    images, pixels = torch.rand(4, 3, 8, 10), nn.Flatten()
+    width = pixels(images).shape[1]
+    args = settings, pixels, width, 2, 2, nn.CrossEntropyLoss(), torch.device("cpu")
+    found = make_algorithms(*args)
+    assert isinstance(found.training, HeadOnly) and found.training.backbone is pixels
+    padded = torch.zeros(4, 3, 16, 18)
+    padded[:, :, 4:12, 4:14] = images
+    crops = [padded[:, :, top : top + 8, left : left + 10]
+             for top, left in ((0, 0), (0, 8), (8, 0), (8, 8), (4, 4))]  # fmt: skip
+    right = sum(pixels(crop) + pixels(crop.flip(3)) for crop in crops) / 10
+    assert isinstance(found.evaluation, HeadOnly)
+    torch.testing.assert_close(found.evaluation.backbone(images), right)
+
+
 @pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
 @pytest.mark.parametrize("name", ["anil", "maml", "as_released", "ImplicitMAML", "reptile"])
 def test_a_diverging_inner_loop_is_said_before_theta_moves(name: str) -> None:

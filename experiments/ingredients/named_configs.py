@@ -93,11 +93,11 @@ def _rajeswaran() -> dict[str, Config]:
 
 
 def _best() -> dict[str, Config]:
-    """The best that CNN4-64 gave here on CIFAR-FS, and the same for FC100, where it gains nothing.
+    """The best that CNN4-64 gave here on CIFAR-FS, and the same for FC100.
 
-    Tasks of ten classes in training, augmented images, an outer step that decays to 0, and heads
-    that are held closer in test than in training; as many images as the protocol of Yang et al.
-    (2025). Which choices validation made: reproduction.md.
+    Tasks of ten classes in training, augmented images, an outer step that decays to 0; in test
+    heads that are held closer than in training, on features of ten crops; as many images as the
+    protocol of Yang et al. (2025). Which choices validation made: reproduction.md.
     """
     return {
         f"{name}_best": {

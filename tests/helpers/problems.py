@@ -177,6 +177,10 @@ def several_times(net: Net, theta: Theta, h: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(net(h[0]), LABELS) + F.cross_entropy(net(h[0]), LABELS.roll(1)) / 3
 
 
+def own_output(net: Net, theta: Theta, h: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(net(net(h[0])), torch.arange(SUPPORT) % WIDTH)
+
+
 def query_own_output(net: Net, theta: Theta, h: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(net(net(h[1])), torch.arange(QUERY) % WIDTH)
 
@@ -202,6 +206,11 @@ def make_problems() -> dict[str, Problem]:
         Problem("softmax mean", linear(3, False), theta(), backbone, ce, query_ce),
         Problem("softmax sum bias", linear(3), theta(), backbone, cross_entropy("sum"), query_ce,
                 l2=0.7, lr=0.25),
+        Problem("softmax sum", linear(3, False), theta(l2=scalar(0.4)), backbone,
+                cross_entropy("sum"), query_ce, lr=0.3),
+        Problem("logistic", linear(2), theta(), backbone,
+                lambda net, t, h: F.cross_entropy(net(h[0]), LABELS % 2),
+                lambda net, t, h: F.cross_entropy(net(h[1]), QUERY_LABELS % 2)),
         Problem("binary logits", linear(1), theta(), backbone,
                 lambda net, t, h: F.binary_cross_entropy_with_logits(
                     net(h[0])[:, 0], (LABELS % 2).double()),
@@ -223,11 +232,15 @@ def make_problems() -> dict[str, Problem]:
                 query_squared),
         Problem("leaf direct and upstream", linear(3), theta(), backbone, leaf_twice, query_ce,
                 lr=0.6),
+        Problem("parent in the loss", linear(3, False), theta(), backbone, parents_weight,
+                query_ce),
         Problem("parent in the loss anchored", linear(3, False), theta(), backbone, parents_weight,
                 query_ce, anchor="init"),
         Problem("parent makes features", linear(4, False), theta(), features_of_parent, ce,
                 query_ce),
         Problem("same features twice", linear(3), theta(), backbone, several_times, query_ce),
+        Problem("own output", linear(4), theta(), backbone, own_output, query_own_output,
+                anchor="init", l2=0.5),
         Problem("own output nudged", linear(4), theta(nudge=leaf(4)), backbone, nudged_output,
                 query_own_output, anchor="init", l2=0.8, lr=0.3),
     ]

@@ -172,7 +172,7 @@ def draw_panels(
             axes.loglog(
                 curve, "--" if dashed(name) else "-", color=f"C{n}", marker="os^D"[n % 4],
                 markersize=max(11.0 - 2.0 * n, 3.0), markerfacecolor="none",
-                label=label(name.replace("/", ", ").replace("_", " ")),
+                label=label(name.replace("/", ", ")),
             )  # fmt: skip
         axes.set(title=label(title), **axes_labels)
         axes.grid(alpha=0.3)

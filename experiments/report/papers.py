@@ -183,10 +183,10 @@ def draw_memory(metrics: Metrics, prefix: str) -> Drawing:
     Solid: cached features, or iMAML; dashed: as published.
     """
     shown = {"memory": (MIB, "peak of live tensors, MiB"), "seconds": (1, "seconds an outer step")}
-    panels = {title: {name: curve / scale for name, curve
+    panels = {title: {"/".join(_method(name).values()): curve / scale for name, curve
                       in named(metrics, f"{prefix}{what}/(.+/.+)").items()}
               for what, (scale, title) in shown.items()}  # fmt: skip
-    drawing = draw_panels(panels, lambda name: name.endswith("/as_published"),
+    drawing = draw_panels(panels, lambda name: name.endswith("/as published"),
                           xlabel="inner steps K", ylabel="one task")  # fmt: skip
     for axis in (axis for axes in drawing.axes for axis in (axes.xaxis, axes.yaxis)):
         axis.set_major_locator(LogLocator(10, (1, 2, 5)))
@@ -209,7 +209,7 @@ def _errors(run: Run, metrics: Metrics) -> Items:
         errors.setdefault(problem, {})[method] = curve
     if not errors:
         return
-    panels = {problem.replace("_", " "): {name.replace("_cg", ", CG steps: "): curve
+    panels = {problem.replace("_", " "): {_curve_name(name): curve
                                           for name, curve in methods.items()}
               for problem, methods in errors.items()}  # fmt: skip
     yield Figure(
@@ -230,6 +230,13 @@ def _errors(run: Run, metrics: Metrics) -> Items:
             f" {problem.replace('_', ' ')}.",
             [({"method": method}, curve) for method, curve in methods.items()], "K = ",
         )  # fmt: skip
+
+
+def _curve_name(name: str) -> str:
+    """``ImplicitMAML, CG steps: 5`` of ``imaml_cg5``."""
+    method, _, steps = name.removesuffix("_unregularised").partition("_cg")
+    told = f", CG steps: {steps}" if steps else ", unregularised" * name.endswith("_unregularised")
+    return SHOWN.get(method, method) + told
 
 
 # Convergence

@@ -409,6 +409,8 @@ class LinearHeads(Linearization):
             return super().errors(sizes._replace(scales=(0.0,)), damping, eps)
         omega = 3.0 * movement * sizes.gradient / strength
         inner = math.expm1(min(omega, 700.0)) if omega == omega else math.inf
+        if longest == 0.0:  # the samples' outputs say nothing of the query's
+            inner = super().errors(sizes._replace(scales=(0.0,)), damping, eps)[0]
         amplified = sizes.b / max((strength + damping) * sizes.v, _TINY)
         noise = 1.0 + relative + longest * absolute / max(sizes.b, _TINY)
         rounding = eps + 0.4 * eps * amplified * noise

@@ -562,7 +562,7 @@ def compared(
     truth: Truth, features: Tensor, l2: float, start: Tensor | None
 ) -> tuple[float, float, float]:
     """Relative errors in the features, in ``l2`` (of what it sums), in the anchor."""
-    scale = max(truth.l2_scale, abs(truth.l2))
+    scale = max(truth.l2_scale, abs(truth.l2)) or float(truth.start.norm())  # zero: at the anchor
     gap = abs(l2 - truth.l2)
     return (
         distance(long(features), long(truth.features)),

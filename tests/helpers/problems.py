@@ -191,7 +191,7 @@ def nudged_output(net: Net, theta: Theta, h: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def make_problems() -> dict[str, Problem]:
-    """Every problem, freshly drawn from one seed."""
+    """Every problem, freshly drawn from one seed; a new one goes to the end, or others change."""
     torch.manual_seed(SEED)
     ce, query_ce = cross_entropy("mean"), query_cross_entropy
 

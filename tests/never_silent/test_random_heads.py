@@ -139,12 +139,15 @@ DOORS: dict[str, Door] = {
 }
 TOGETHER = {f"together, {way}": together(**WAYS[way])
             for way in ("few products", "LBFGS", "adaptive descent", "direct")}  # fmt: skip
+OTHERS: dict[str, Door] = {
+    "LBFGS": alone(ImplicitCGHead, "closure", inner=LBFGS()),
+    "five steps": alone(ImplicitCGHead, "losses", inner=GradientDescent()),
+}
 MORE: dict[str, Door] = {
     **TOGETHER,
+    **OTHERS,
     "Direct": alone(ImplicitCGHead, "closure", linear=Direct()),
-    "LBFGS": alone(ImplicitCGHead, "closure", inner=LBFGS()),
     "GradientDescent": alone(ImplicitCGHead, "closure", inner=GradientDescent()),
-    "five steps": alone(ImplicitCGHead, "losses", inner=GradientDescent()),
 }
 
 
@@ -237,7 +240,7 @@ def test_the_oracle_is_the_formula_with_dense_matrices(family: str) -> None:
 # The learners.
 
 Found = dict[str, list[Outcome]]
-SIZES = [(NUMBER, LARGEST, [*DOORS, *TOGETHER]),
+SIZES = [(NUMBER, LARGEST, [*DOORS, *TOGETHER, *OTHERS]),
          pytest.param((3000, math.inf, [*DOORS, *MORE]), marks=pytest.mark.slow)]  # fmt: skip
 
 

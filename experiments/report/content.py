@@ -107,6 +107,11 @@ def mean(
     return Column(header, lambda record: plus_minus(record[middle], record[half], factor), best)
 
 
+def told(columns: Sequence[Column], records: Sequence[Record]) -> list[Column]:
+    """The columns in which some record says something."""
+    return [column for column in columns if any(column.show(r) != MISSING for r in records)]
+
+
 def rounded(value: Any, factor: float = 1.0, digits: int = 1) -> str:
     """A rounded number, or a dash for what is missing or not finite."""
     if value is None or not math.isfinite(value):

@@ -99,8 +99,9 @@ def _lead(runs: Sequence[Summary], first: Sequence[Summary], score: str) -> Mean
 
 
 def _summary_table(state: SweepState, records: Sequence[Record], found: Found) -> Table:
-    """What the docs show: accuracy, who is ahead, cost, collapse."""
-    first = state.methods[0].name
+    """What the docs show: accuracy, who is ahead, cost, collapse; of methods that have run."""
+    first, missing = state.methods[0].name, _missing_seeds(records)
+    records = [record for record in records if record["seeds"]] or records
     equal = max((record["equal_iterations"] for record in records), default=0)
     stopped = any(math.isfinite(record["early_stopped_mean"]) for record in records)
     early = [
@@ -136,8 +137,8 @@ def _summary_table(state: SweepState, records: Sequence[Record], found: Found) -
                      " budget, mean over seeds.")  # fmt: skip
     return Table(
         "summary",
-        f"Test accuracy and cost, {state.benchmark}, sweep {state.name}.", heads, records,
-        notes=[*notes, *_missing_seeds(records), *_differences(state)],
+        f"Test accuracy and cost, {state.benchmark}, sweep {state.name}.",
+        content.told(heads, records), records, notes=[*notes, *missing, *_differences(state)],
     )  # fmt: skip
 
 

@@ -107,7 +107,7 @@ def _summary_table(state: SweepState, records: Sequence[Record], found: Found) -
     early = [
         Column("early stopped, %", lambda r: content.rounded(r["early_stopped_mean"], 100),
                _best("early_stopped")),
-        content.mean(f"{first} then leads by", "early_stopped_lead"),
+        content.mean("then behind by", "early_stopped_lead"),
     ]  # fmt: skip
     heads = [
         *content.texts(label="method", setting="setting"),
@@ -115,7 +115,7 @@ def _summary_table(state: SweepState, records: Sequence[Record], found: Found) -
         Column("test accuracy, %", _accuracy, _best("test")),
         content.number("95 % over seeds", "test_half_width", 100),
         *([content.mean("the paper, %", "published", 1)] if state.published else ()),
-        content.mean(f"{first} leads by", "lead"),
+        content.mean("behind by", "lead"),
         *(early if stopped else ()),
         *([content.number(f"at {equal} iterations, %", "equal_mean", 100)] if equal else ()),
         content.number("outer iterations", "iterations_mean", digits=0),
@@ -127,9 +127,9 @@ def _summary_table(state: SweepState, records: Sequence[Record], found: Found) -
     notes = [
         "Test accuracy: at the end of a run's budget, mean over seeds; ±: 95 % over the"
         f" {' or '.join(tasks)} test tasks of a run (mean over seeds). 95 % over seeds: half width"
-        " by Student's t. Leads by: points, with the 95 % interval of the differences seed by seed"
-        " (Student's t): methods see the same tasks where they have the same seed. Outer step: CPU"
-        " seconds, median. Peak: of live tensors in an outer step. Collapsed: validation fell by"
+        f" by Student's t. Behind by: points behind {first}, with the 95 % interval of the"
+        " differences seed by seed (Student's t): methods see the same tasks where they have the"
+        " same seed. Outer step: CPU seconds, median. Peak: of live tensors in an outer step. Collapsed: validation fell by"
         f" more than {100 * DROP:.0f} points from its best within the budget."
     ]
     if stopped:

@@ -33,7 +33,7 @@ def test_methods_are_compared_seed_by_seed(
     assert row(folder, SUMMARY, "ImplicitCGHead")["lead_seeds"] == "0"
     assert found["source_command"].startswith("python -m experiments.sweep accuracy")
     summary = markdown(folder, SUMMARY)
-    assert "| early stopped, % | ImplicitCGHead then leads by |" in summary
+    assert "| early stopped, % | then behind by |" in summary
     assert "| anil | algorithm.lr=0.1 | 2/3 | 64.0 ± 1.0 | 25.4 | 4.0 ± 12.7 | 70.0 |" in summary
     assert "| 3.0 ± 25.4 |" in summary and "| 300 | 0.100 | 32.0 | 0 of 2 |" in summary
     assert "Early stopped: test accuracy of theta" in summary

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from tqdm import tqdm
 
 from experiments.tracking import Terminated, record, signals, wrong
-from experiments.tracking.config import Count, Positive, RunSettings
+from experiments.tracking.config import MOST, Count, Positive, RunSettings
 from experiments.training import checkpoint
 from experiments.training.episodes import Tasks, TaskStream
 from experiments.training.meta_learner import Diverged, Interval, MetaLearner, snapshot
@@ -28,7 +28,8 @@ _STATE = ("steps", "seconds", "_validated_at", "_looked", "diverged", "peak")
 class Schedule(RunSettings):
     """What a run does when."""
 
-    iterations: Count = 600  # outer iterations, at most
+    # outer iterations, at most; 0: a test, of trained parameters= for example
+    iterations: Annotated[int, Field(ge=0, le=MOST)] = 600
     meta_batch: Count = 8  # tasks an outer iteration, |B|
     # constant, or cosine: from meta_lr down to 0 at the end, of the budget where there is one
     meta_lr_schedule: Literal["constant", "cosine"] = "constant"

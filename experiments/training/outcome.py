@@ -42,8 +42,9 @@ def save(run: Any, training: Training, centroid: Interval | None) -> None:
         at = {"iteration": best.iteration}
         with best.in_place():
             files.append(_save_parameters(folder / "early_stopped_parameters.pt", learner, at))
-    files.append(folder / "learning_curve.png")
-    draw(files[-1], run.config, training, centroid)
+    if training.steps:
+        files.append(folder / "learning_curve.png")
+        draw(files[-1], run.config, training, centroid)
     for file in files:
         run.add_artifact(file)
 
@@ -111,7 +112,7 @@ def announce(
         serve = "the embedded database; python -m experiments.tracking.serve"
         where = serve if run.journal.label == "embedded" else run.journal.label
         said["recorded"] = f"run {run._id} of {where}"
-    said["learning curve"] = str(training.folder / "learning_curve.png")
+    said["learning curve"] = str(training.folder / "learning_curve.png") if training.steps else ""
     print()
     for name, words in said.items():
         if words:

@@ -134,6 +134,9 @@ def test_trained_parameters_are_evaluated_to_the_same_score(
     shown = f"{100 * found['test_accuracy']:.1f} ± {100 * found['test_half_width']:.1f} % over 8"
     assert shown in said.stdout, said.stdout
     assert not list(tmp_path.iterdir())
+    alone = run("train", "-u", "with", "smoke", f"parameters={file}", "iterations=0", cwd=tmp_path)
+    assert shown in alone.stdout and "outer step" not in alone.stdout, alone.stdout + alone.stderr
+    assert "learning curve" not in alone.stdout and "Warning" not in alone.stderr
     untrained = run("train", "evaluate", "with", "smoke", cwd=tmp_path)
     assert untrained.returncode == 0 and shown not in untrained.stdout
 

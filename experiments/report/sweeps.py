@@ -129,8 +129,9 @@ def _summary_table(state: SweepState, records: Sequence[Record], found: Found) -
         f" {' or '.join(tasks)} test tasks of a run (mean over seeds). 95 % over seeds: half width"
         f" by Student's t. Behind by: points behind {first}, with the 95 % interval of the"
         " differences seed by seed (Student's t): methods see the same tasks where they have the"
-        " same seed. Outer step: CPU seconds, median. Peak: of live tensors in an outer step. Collapsed: validation fell by"
-        f" more than {100 * DROP:.0f} points from its best within the budget."
+        " same seed. Outer step: CPU seconds, median. Peak: of live tensors in an outer step."
+        f" Collapsed: validation fell by more than {100 * DROP:.0f} points from its best within the"
+        " budget."
     ]
     if stopped:
         notes.append("Early stopped: test accuracy of theta at a run's best validation within the"

@@ -105,14 +105,16 @@ def test_every_named_config_is_accepted() -> None:
 
 @pytest.mark.parametrize("name", ["cifarfs", "fc100"])
 def test_published_weights_are_those_of_their_config(name: str) -> None:
-    """And the docs have the accuracy of the run that has left them."""
-    records, best = DOCS / "records", f"{name}_best"
-    (line,) = gzip.decompress((records / f"best_{name}.jsonl.gz").read_bytes()).splitlines()
-    run = json.loads(line)["runs"]
-    accuracy, half = (100 * run["result"][f"test_{what}"] for what in ("accuracy", "half_width"))
-    assert run["meta"]["named_configs"] == [best]
-    shown = f"**{accuracy:.1f} ± {half:.1f} % over 2,000 test tasks"
-    assert shown in (DOCS / "reproduction.md").read_text()
+    """And the docs have the accuracy of the run that has left them, and of their test alone."""
+    records, best, shown = DOCS / "records", f"{name}_best", (DOCS / "reproduction.md").read_text()
+    lines = gzip.decompress((records / f"best_{name}.jsonl.gz").read_bytes()).splitlines()
+    training, test = (json.loads(line)["runs"] for line in lines)
+    assert (training["config"]["parameters"], test["config"]["iterations"]) == (None, 0)
+    assert test["config"]["parameters"].endswith(f"{best}.pt")
+    for run in (training, test):
+        found = (100 * run["result"][f"test_{what}"] for what in ("accuracy", "half_width"))
+        assert run["meta"]["named_configs"] == [best] and run["config"]["test_tasks"] == 2000
+        assert "**{:.1f} ± {:.1f} %".format(*found) in shown
     file = records / f"{best}.pt"
     assert file.stat().st_size < 2**20
     saved = torch.load(file, weights_only=True)

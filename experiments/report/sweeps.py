@@ -41,8 +41,9 @@ def sections(request: Request) -> list[Section]:
 def _section(state: SweepState) -> Section:
     found = {method.name: list(map(Summary, method.runs)) for method in state.methods}
     records = [_record(state, method, found) for method in state.methods]
+    missing, records = _missing_seeds(records), [r for r in records if r["seeds"]] or records
     items: list[Table | Figure] = [
-        _summary_table(state, records, found), *_figures(state, found),
+        _summary_table(state, records, found, missing), *_figures(state, found),
         *_time_table(state, found), *_details_table(state, records), *_missing_table(state),
         *_grid_table(state),
     ]  # fmt: skip
@@ -98,10 +99,11 @@ def _lead(runs: Sequence[Summary], first: Sequence[Summary], score: str) -> Mean
 # Tables of them
 
 
-def _summary_table(state: SweepState, records: Sequence[Record], found: Found) -> Table:
-    """What the docs show: accuracy, who is ahead, cost, collapse; of methods that have run."""
-    first, missing = state.methods[0].name, _missing_seeds(records)
-    records = [record for record in records if record["seeds"]] or records
+def _summary_table(
+    state: SweepState, records: Sequence[Record], found: Found, missing: Sequence[str]
+) -> Table:
+    """What the docs show: accuracy, who is ahead, cost, collapse; what is missing is a note."""
+    first = state.methods[0].name
     equal = max((record["equal_iterations"] for record in records), default=0)
     stopped = any(math.isfinite(record["early_stopped_mean"]) for record in records)
     early = [
@@ -166,7 +168,7 @@ def _details_table(state: SweepState, records: Sequence[Record]) -> Items:
     )
     caption = f"Intervals over seeds, and other costs, {state.benchmark}, sweep {state.name}."
     notes = [note, *_differences(state)]
-    yield Table("details", caption, heads, records, notes=notes, folded=True)
+    yield Table("details", caption, content.told(heads, records), records, notes=notes, folded=True)
 
 
 def _best(key: str) -> Callable[[Record], float]:

@@ -59,6 +59,7 @@ class Schedule(RunSettings):
     def bar(self, silent: bool) -> tqdm:  # type: ignore[type-arg]
         """In outer iterations, or in seconds of training where a budget ends the run."""
         form = "{l_bar}{bar}| {n:.0f}/{total:.0f} s of training [{elapsed}<{remaining}{postfix}]"
+        silent = silent or not self.iterations
         return tqdm(desc="meta-training", disable=silent, total=self.budget or self.iterations,
                     unit="iteration", bar_format=form if self.budget else None)
 

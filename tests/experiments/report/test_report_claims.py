@@ -65,6 +65,10 @@ def reported(records: Path, words: Sequence[str], folder: Path) -> Recorded:
     """The file's lines; the report of the sweep that `words` name is in the folder."""
     assert report([*words, "--records", str(records), "--output", str(folder)]) == 0
     assert "Not drawn (" not in (folder / "index.html").read_text()
+    return recorded(records)
+
+
+def recorded(records: Path) -> Recorded:
     return [json.loads(line) for line in gzip.decompress(records.read_bytes()).splitlines()]
 
 
@@ -76,16 +80,22 @@ def points(line: dict[str, Any], name: str) -> dict[int, float]:
 
 @pytest.fixture(scope="module", params=FILES, ids=lambda file: file.name.partition(".")[0])
 def drawn(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Drawn:
-    """The runs with the largest budget are the final ones, or those that are not cut short.
-
-    Of those that ran again with other code the newest counts.
-    """
+    """One file's runs, and the report of them."""
     folder, stem = tmp_path_factory.mktemp("accuracy"), request.param.name.partition(".")[0]
     sweep = next(name for name in SWEEPS if stem.startswith(f"{name}_"))
     benchmark = stem.removeprefix(f"{sweep}_")
     words = [sweep, f"benchmark={benchmark}"]
     words += ["model.precision=bfloat16"] * (benchmark == "fc100")
-    lines = reported(request.param, words, folder)
+    found = finals(reported(request.param, words, folder), sweep)
+    return Drawn(found, folder, sweep, benchmark)
+
+
+def finals(lines: Recorded, sweep: str) -> dict[str, list[Final]]:
+    """The runs that count, by method.
+
+    They have the largest budget, or are not cut short. Of those that ran again with other code the
+    newest counts.
+    """
     complete = [line for line in lines if line["runs"]["status"] == "COMPLETED"]
     budgets = [line["runs"]["config"]["budget"] or math.inf for line in complete]
     found: dict[str, dict[int, Final]] = defaultdict(dict)
@@ -94,7 +104,7 @@ def drawn(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         budget = config["budget"] or math.inf
         if budget == max(budgets) if sweep == "accuracy" else config["early_stopping"]:
             found[method_of(config, sweep)][config["seed"]] = final(line, budget)
-    return Drawn({name: list(of.values()) for name, of in found.items()}, folder, sweep, benchmark)
+    return {name: list(of.values()) for name, of in found.items()}
 
 
 def method_of(config: dict[str, Any], sweep: str) -> str:
@@ -178,12 +188,28 @@ def test_seconds_to_nine_tenths_of_the_best(drawn: Drawn) -> None:
 def test_collapses(drawn: Drawn) -> None:
     """A validation more than 10 points below an earlier one, in the budget."""
     for name, runs in drawn.finals.items():
-        fell = sum(
-            any(later < score - 0.1 for n, (_, score) in enumerate(run.curve)
-                for _, later in run.curve[n + 1:])
-            for run in runs
-        )  # fmt: skip
-        assert int(drawn.rows("summary")[name]["collapsed"]) == fell, name
+        assert int(drawn.rows("summary")[name]["collapsed"]) == sum(map(fell, runs)), name
+
+
+def fell(run: Final) -> bool:
+    return any(later < score - 0.1 for n, (_, score) in enumerate(run.curve)
+               for _, later in run.curve[n + 1:])  # fmt: skip
+
+
+@pytest.mark.parametrize("page", ["index.md", "../README.md"])
+def test_how_many_collapsed_is_what_home_says(page: str) -> None:
+    """Over all data sets."""
+    runs: dict[str, list[Final]] = defaultdict(list)
+    for file in FILES:
+        sweep = next(name for name in SWEEPS if file.name.startswith(f"{name}_"))
+        for name, of in finals(recorded(file), sweep).items():
+            runs[name] += of
+    numbers = "none one two three four five six seven eight nine ten".split()
+    ours, itd, anil = ((numbers[sum(map(fell, runs[name]))], numbers[len(runs[name])])
+                       for name in ("ImplicitCGHead", "itd_bio", "anil"))  # fmt: skip
+    text = " ".join((DOCS / page).read_text().split())
+    assert re.search(rf"{ours[0].capitalize()} of {ours[1]} runs on four data sets", text)
+    assert f"{itd[0]} of {itd[1]} of ITD-BiO's and {anil[0]} of {anil[1]} of ANIL's" in text
 
 
 def column_of(page: Path, name: str) -> dict[str, str]:

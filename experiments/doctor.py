@@ -185,4 +185,9 @@ def _one_line(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        status = main()
+        sys.stdout.flush()
+    except OSError as error:  # a disk that is full behind the output
+        sys.exit(f"error: {error}")
+    sys.exit(status)

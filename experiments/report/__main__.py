@@ -55,10 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = ["--records", *options.records] if options.records else []
         command = shlex.join(["python", "-m", "experiments.report", *options.words, *given])
         path = write(Path(options.output), sections, about, command)
+        print(f"report           {path}", flush=True)
     except (UserError, PyMongoError, BSONError, OSError) as error:
         print("error: " + one_line(error), file=sys.stderr)
         return 1
-    print(f"report           {path}")
     return 0
 
 

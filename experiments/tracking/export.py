@@ -16,6 +16,7 @@ import gzip
 import json
 import os
 import re
+import secrets
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -52,11 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not records.runs:
                 raise UserError("no run that has ended fits; nothing is written")
             _write(options.file, records, options.without)
+        size = options.file.stat().st_size / 1024
+        print(f"{len(records.runs)} runs, {size:.0f} KiB: {options.file}", flush=True)
     except (ValueError, PyMongoError, BSONError, OverflowError, OSError, re.error) as error:
         print("error: " + one_line(error), file=sys.stderr)
         return 1
-    size = options.file.stat().st_size / 1024
-    print(f"{len(records.runs)} runs, {size:.0f} KiB: {options.file}")
     return 0
 
 
@@ -90,8 +91,7 @@ def _write(path: Path, records: DatabaseRecords, without: str) -> None:
         if fault:
             raise UserError(f"run {run}: {fault}; mend the run's record, or export the others")
         metrics[run][name] = series._asdict()
-    draft = path.with_name(f"{path.name}.new")
-    draft.unlink(missing_ok=True)  # of an export that was killed, or a link to elsewhere
+    draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")  # nobody else's
     try:
         with open(draft, "xb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as file:
             for document in records.runs:

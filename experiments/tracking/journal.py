@@ -92,8 +92,8 @@ class JournalReader:
     """
 
     def __init__(self, path: Path) -> None:
-        if path.is_fifo():
-            raise TrackingError(f"{path} is a FIFO, no journal")
+        if path.exists() and not path.is_file():  # a FIFO would be waited for, a device may not end
+            raise TrackingError(f"{path} is no regular file, so no journal")
         self._file = open(path, "r+b")  # a lock over NFS needs write access
         self.close = self._file.close
         self.rewind()

@@ -210,10 +210,8 @@ def test_an_export_that_fails_leaves_the_older_file(
     tmp_path: Path, recorder: Recorder, monkeypatch: MonkeyPatch, capsys: CaptureFixture[str]
 ) -> None:
     recorder.run({"seed": 1})
-    path, other = tmp_path / "f.gz", tmp_path / "other"
+    path = tmp_path / "f.gz"
     path.write_text("older")
-    other.write_text("other")
-    (tmp_path / "f.gz.new").symlink_to(other)
 
     def full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -221,7 +219,28 @@ def test_an_export_that_fails_leaves_the_older_file(
     monkeypatch.setattr(os, "replace", full)
     assert export([str(path)]) == 1 and "No space left" in capsys.readouterr().err
     assert [file.read_text() for file in tmp_path.glob("f.gz*")] == ["older"]
-    assert other.read_text() == "other"
+
+
+def test_two_exports_to_one_file(
+    tmp_path: Path, recorder: Recorder, monkeypatch: MonkeyPatch
+) -> None:
+    """The second begins and ends just before the first puts its file in place."""
+    recorder.run({"seed": 1})
+    path, replace = tmp_path / "f.gz", os.replace
+
+    def late(draft: Path, there: Path) -> None:
+        monkeypatch.setattr(os, "replace", replace)
+        assert export([str(path)]) == 0
+        replace(draft, there)
+
+    monkeypatch.setattr(os, "replace", late)
+    assert export([str(path)]) == 0
+    assert [file.name for file in tmp_path.glob("f.gz*")] == ["f.gz"]
+    assert len(gzip.decompress(path.read_bytes()).splitlines()) == 1
+
+
+def test_what_is_no_file_is_not_written(recorder: Recorder, capsys: CaptureFixture[str]) -> None:
+    recorder.run({"seed": 1})
     assert export(["/dev/null"]) == 1 and "the name of a file" in capsys.readouterr().err
 
 

@@ -283,10 +283,11 @@ def test_a_line_is_read_once_it_is_whole(tmp_path: Path) -> None:
         assert len(list(reader.entries())) == 4 and not reader.damage
 
 
-def test_a_fifo_is_no_journal(tmp_path: Path, database: Any) -> None:
+def test_what_may_not_end_is_no_journal(tmp_path: Path, database: Any) -> None:
     os.mkfifo(tmp_path / "r")
-    with pytest.raises(TrackingError, match="is a FIFO, no journal"):
-        upload_journal(tmp_path / "r", database)
+    for path in (tmp_path / "r", Path("/dev/zero"), tmp_path):
+        with pytest.raises(TrackingError, match="is no regular file"):
+            upload_journal(path, database)
 
 
 @pytest.mark.parametrize("content", [b"", b"{}\n", bytes(5000)])

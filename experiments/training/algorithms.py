@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from learn2learn.nn import PrototypicalClassifier
 from torch import Tensor, nn
 from torchvision.transforms.functional import pad, ten_crop
 
@@ -17,8 +18,6 @@ from experiments.training.peak_memory import KeptBytes
 from l2l_implicit import Diagnostics
 from l2l_implicit.per_task_norm import per_task_batch_norm
 from l2l_implicit.tasks.learn2learn_benchmarks import padding
-
-from learn2learn.nn import PrototypicalClassifier  # isort: skip  (after l2l_implicit, its repair)
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Score = Callable[[Tensor, Tensor], float]

@@ -195,7 +195,9 @@ def replace(path: Path, write: Callable[[io.BytesIO], object]) -> None:
                 file.write(content.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
-            if temporary.read_bytes() != content.getbuffer():
+            with temporary.open("rb") as file:  # in pieces: a copy of the whole is memory
+                found = hashlib.file_digest(file, "sha256").digest()
+            if found != hashlib.sha256(content.getbuffer()).digest():
                 raise OSError(errno.EIO, "other bytes than were written")
             os.replace(temporary, path)
             folder = os.open(path.parent, os.O_RDONLY)

@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -78,7 +79,8 @@ class Scores:
 class History:
     """Values of metrics by outer iteration, 8 bytes each, so that long runs do not grow.
 
-    Those of a metric are whole numbers until a fraction comes.
+    Those of a metric are whole numbers until a fraction comes. Of iterations that follow each other
+    the first and the last are kept.
 
     Example:
         >>> from experiments.training.scores import History
@@ -89,18 +91,20 @@ class History:
     """
 
     def __init__(self) -> None:
-        self._columns: dict[str, tuple[array[int], array[Any]]] = {}
+        self._columns: dict[str, tuple[list[range], array[Any]]] = {}
 
     def add(self, values: Mapping[str, float], iteration: int) -> None:
         """One value of each of these metrics."""
         for name, value in values.items():
             kind = "q" if isinstance(value, int) else "d"
-            at, its = self._columns.get(name, (array("q"), array(kind)))
+            spans, its = self._columns.get(name, ([], array(kind)))
             if kind == "d" and its.typecode == "q":
                 its = array("d", its)
-            at.append(iteration)
+            follows = bool(spans) and iteration == spans[-1].stop
+            start = spans.pop().start if follows else iteration
+            spans.append(range(start, iteration + 1))
             its.append(value)
-            self._columns[name] = at, its
+            self._columns[name] = spans, its
 
     def values(self, name: str) -> Sequence[float]:
         """A metric's values in the order in which they came; none if it was never recorded."""
@@ -108,23 +112,27 @@ class History:
 
     def points(self) -> Iterator[tuple[str, int, float]]:
         """Every name, iteration and value; those of one metric in their order."""
-        for name, column in self._columns.items():
-            for iteration, value in zip(*column, strict=True):
+        for name, (spans, its) in self._columns.items():
+            for iteration, value in zip(chain(*spans), its, strict=True):
                 yield name, iteration, value
 
     def table(self) -> pd.DataFrame:
         """A row an iteration, a column a metric; empty where it has no value."""
-        columns = {name: pd.Series(values, at) for name, (at, values) in self._columns.items()}
+        columns = {name: pd.Series(its, list(chain(*spans)))
+                   for name, (spans, its) in self._columns.items()}  # fmt: skip
         return pd.DataFrame(columns).sort_index()
 
     def state_dict(self) -> dict[str, Any]:
         """Iterations and values as tensors, by name; `load_state_dict` is the inverse."""
-        return {name: tuple(torch.from_numpy(np.array(part)) for part in column)
-                for name, column in self._columns.items()}  # fmt: skip
+        alike = {
+            tuple(spans): torch.cat([torch.arange(each.start, each.stop) for each in spans])
+            for spans, _ in self._columns.values()
+        }  # of metrics that were recorded together one tensor, which is stored once
+        return {name: (alike[tuple(spans)], torch.from_numpy(np.array(its)))
+                for name, (spans, its) in self._columns.items()}  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._columns = {
-            name: (array("q", at.tolist()),
-                   array("d" if its.is_floating_point() else "q", its.tolist()))
-            for name, (at, its) in state.items()
-        }  # fmt: skip
+        self._columns = {}
+        for name, (at, its) in state.items():
+            for iteration, value in zip(at.tolist(), its.tolist(), strict=True):
+                self.add({name: value}, iteration)

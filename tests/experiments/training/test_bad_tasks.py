@@ -184,6 +184,19 @@ def test_a_run_stops_and_says_where(spoilt: None, tmp_path: Any) -> None:
         run_train(f"output={tmp_path}")
 
 
+def test_history_knows_each_iteration_again() -> None:
+    """Whatever is recorded seldom, twice in one iteration, or of an earlier one."""
+    history, again = History(), History()
+    at = {"every": [1, 2, 3, 4], "seldom": [2, 4], "odd": [3, 3, 1, 2]}
+    for name, iterations in at.items():
+        for value, iteration in enumerate(iterations):
+            history.add({name: value + 0.5}, iteration)
+    again.load_state_dict(history.state_dict())
+    found = [(name, iteration, value + 0.5) for name, iterations in at.items()
+             for value, iteration in enumerate(iterations)]  # fmt: skip
+    assert list(history.points()) == list(again.points()) == found
+
+
 def test_history_keeps_whole_numbers_whole() -> None:
     history, again = History(), History()
     for step, values in enumerate([{"n": 1, "x": 0.5}, {"n": 2**40, "x": math.nan}], 1):

@@ -12,8 +12,12 @@ from l2l_implicit import checks
 from l2l_implicit.baselines.optimizers import Factory, make_optimizer, placeholders
 from l2l_implicit.inner_problem.linearization import inner_gradient
 
-# Settings of torch's optimisers that higher passes over in silence.
-IGNORED = ("maximize", "decoupled_weight_decay")
+# Settings of torch's optimisers that higher gets wrong in silence.
+WRONG = {
+    "maximize": "which it ignores",
+    "decoupled_weight_decay": "which it ignores",
+    "centered": "whose derivative is not a number wherever a gradient is zero",
+}
 
 
 def require_higher() -> Any:
@@ -60,11 +64,11 @@ class DifferentiableUpdate:
                 "optimizer: expected one that higher can differentiate, got "
                 f"{type(optimizer).__name__}; try SGD, Adam or RMSprop, or higher.register_optim()"
             ) from None
-        for name in IGNORED:
+        for name, why in WRONG.items():
             if any(group.get(name) for group in optimizer.param_groups):
                 raise ValueError(
                     f"optimizer: expected settings that higher differentiates, got {name}=True, "
-                    "which it ignores; leave it out"
+                    f"{why}; leave it out"
                 )
 
     def unrolled(

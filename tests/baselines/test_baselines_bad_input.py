@@ -65,6 +65,8 @@ NOT_BY_HIGHER = [  # and so not unrolled
     ({"optimizer": Own}, ValueError, "got Own; try"),
     ({"optimizer": lambda ps: torch.optim.SGD(ps, maximize=True)}, ValueError,
      "got maximize=True, which it ignores"),
+    ({"optimizer": lambda ps: torch.optim.RMSprop(ps, centered=True)}, ValueError,
+     "got centered=True, whose derivative is not a number"),
 ]  # fmt: skip
 LEARNED = {"lr": torch.tensor(0.1, requires_grad=True)}
 

@@ -129,7 +129,19 @@ def plain_data(content: bytes) -> Any:
         with zipfile.ZipFile(io.BytesIO(content)) as parts:
             if sum(part.file_size for part in parts.infolist()) > len(content):
                 raise ValueError("it is packed, and larger in memory")
-    return torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+    state = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+    for tensor in _tensors(state):
+        if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise ValueError("a tensor in it is larger than what is stored of it")
+    return state
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
 
 
 def find(output: Path, which: str) -> Path:

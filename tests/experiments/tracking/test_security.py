@@ -84,6 +84,18 @@ def test_a_packed_checkpoint_is_refused_before_it_becomes_large(tmp_path: Path) 
         checkpoint.load(tmp_path)
 
 
+@pytest.mark.parametrize("tensor", [
+    torch.zeros(1).expand(2**40),
+    torch.sparse_coo_tensor(torch.zeros(1, 1).long(), [1.0], [2**40], check_invariants=True),
+])  # fmt: skip
+def test_a_tensor_larger_than_its_file_is_refused(tensor: torch.Tensor) -> None:
+    content = io.BytesIO()
+    torch.save({"steps": [(tensor,)]}, content)
+    assert len(content.getvalue()) < 2**14
+    with pytest.raises(ValueError, match="larger than what is stored of it"):
+        checkpoint.plain_data(content.getvalue())
+
+
 def test_nothing_here_unpacks_by_other_means() -> None:
     """Every place that unpacks or unpickles is one of those looked at above, or says why it may."""
     root = Path(__file__).parents[3]

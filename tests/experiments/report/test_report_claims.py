@@ -27,6 +27,7 @@ from experiments.report.__main__ import main as report
 DOCS = Path(__file__).parents[3] / "docs"
 SWEEPS = ("accuracy", "yang_table1", "yang_quarter", "rajeswaran_table2")
 FILES = [file for name in SWEEPS for file in (DOCS / "records").glob(f"{name}_*.jsonl.gz")]
+AGAIN = DOCS / "records" / "again_yang_table1_cifarfs.jsonl.gz"  # whose seconds do not compare
 OTHERS = [file for file in FILES if file.name.startswith("accuracy_")]  # than the papers' data
 FILES_OF = {"accuracy": OTHERS, "papers": [file for file in FILES if file not in OTHERS]}
 assert all(FILES_OF.values()), "docs/records holds no runs of the sweeps"
@@ -200,8 +201,8 @@ def fell(run: Final) -> bool:
 def test_how_many_collapsed_is_what_home_says(page: str) -> None:
     """Over all data sets."""
     runs: dict[str, list[Final]] = defaultdict(list)
-    for file in FILES:
-        sweep = next(name for name in SWEEPS if file.name.startswith(f"{name}_"))
+    for file in [*FILES, AGAIN]:
+        sweep = next(name for name in SWEEPS if f"{name}_" in file.name)
         for name, of in finals(recorded(file), sweep).items():
             runs[name] += of
     numbers = "none one two three four five six seven eight nine ten".split()
@@ -210,6 +211,21 @@ def test_how_many_collapsed_is_what_home_says(page: str) -> None:
     text = " ".join((DOCS / page).read_text().split())
     assert re.search(rf"{ours[0].capitalize()} of {ours[1]} runs on four data sets", text)
     assert f"{itd[0]} of {itd[1]} of ITD-BiO's and {anil[0]} of {anil[1]} of ANIL's" in text
+
+
+def test_the_second_seed_of_cifarfs() -> None:
+    """The first one's settings and code, and the accuracies that the docs have."""
+    first, again = (recorded(DOCS / "records" / name) for name in
+                    ("yang_table1_cifarfs.jsonl.gz", AGAIN.name))  # fmt: skip
+    (run,) = (line["runs"] for line in again)
+    alike = [line["runs"] for line in first if line["runs"]["config"] | {"seed": 1, "cell": None}
+             == run["config"] | {"cell": None}]  # fmt: skip
+    (other,) = alike
+    assert run["experiment"]["repositories"] == other["experiment"]["repositories"]
+    found = [100 * run["result"][name] for name in
+             ("test_accuracy", "test_half_width", "early_stopped_accuracy")]  # fmt: skip
+    text = " ".join((DOCS / "reproduction.md").read_text().split())
+    assert "A second seed has {:.1f} ± {:.1f} %, early stopped {:.1f}".format(*found) in text
 
 
 def column_of(page: Path, name: str) -> dict[str, str]:

@@ -121,6 +121,10 @@ class TrackedExperiment(Experiment):
             sys.exit(2)
         except UserError as error:  # in the words of the command line
             _exit(error)
+        except OSError as error:  # of what is printed without a run, such as the help
+            if error.errno not in NO_ROOM:
+                raise
+            _exit(error)
         finally:
             self._on_command_line = False
 

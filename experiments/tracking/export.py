@@ -92,8 +92,9 @@ def _write(path: Path, records: DatabaseRecords, without: str) -> None:
             raise UserError(f"run {run}: {fault}; mend the run's record, or export the others")
         metrics[run][name] = series._asdict()
     draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")  # nobody else's
+    raw = open(draft, "xb")
     try:
-        with open(draft, "xb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as file:
+        with raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as file:
             for document in records.runs:
                 entry = {"runs": _hidden(document), "metrics": metrics[document["_id"]]}
                 file.write(json.dumps(entry).encode() + b"\n")

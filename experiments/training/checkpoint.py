@@ -32,6 +32,7 @@ from sacred.utils import iterate_flattened
 
 from experiments.tracking import Terminated, TrackingError, UserError, socket_server, wrong
 from experiments.tracking.errors import reason
+from l2l_implicit.inner_problem.boundary import tensors_of
 
 CONFIG, STATE, LOCK = "config.json", "checkpoint.pt", "lock"
 # What a resumed run may set anew; all else would hold for a part of the result only. A step size
@@ -130,18 +131,10 @@ def plain_data(content: bytes) -> Any:
             if sum(part.file_size for part in parts.infolist()) > len(content):
                 raise ValueError("it is packed, and larger in memory")
     state = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
-    for tensor in _tensors(state):
+    for tensor in tensors_of(state):
         if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
             raise ValueError("a tensor in it is larger than what is stored of it")
     return state
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item)
 
 
 def find(output: Path, which: str) -> Path:

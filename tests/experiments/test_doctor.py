@@ -117,7 +117,9 @@ def test_what_a_section_trips_over_is_a_finding(monkeypatch: pytest.MonkeyPatch)
     assert (name, state) == ("error", BROKEN) and "many" in text
 
 
-@pytest.mark.parametrize("words", ["tracking.serve", "sweep accuracy --list", "doctor"])
+@pytest.mark.parametrize("words", [
+    "tracking.serve", "sweep accuracy --list", "doctor", "train --help",
+])  # fmt: skip
 def test_a_full_disk_behind_the_output_is_no_traceback(tmp_path: Path, words: str) -> None:
     module, *more = words.split()
     own = {"HOME": str(tmp_path), "L2L_IMPLICIT_DATA": str(tmp_path), "PYTHONUNBUFFERED": "1"}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import gzip
 import hashlib
+import io
 import json
 import os
 import random
+import secrets
 import subprocess
 import sys
 from collections.abc import Callable
@@ -219,6 +221,35 @@ def test_an_export_that_fails_leaves_the_older_file(
     monkeypatch.setattr(os, "replace", full)
     assert export([str(path)]) == 1 and "No space left" in capsys.readouterr().err
     assert [file.read_text() for file in tmp_path.glob("f.gz*")] == ["older"]
+
+
+def test_an_export_writes_through_no_link_and_removes_none(
+    tmp_path: Path, recorder: Recorder, monkeypatch: MonkeyPatch, capsys: CaptureFixture[str]
+) -> None:
+    recorder.run({"seed": 1})
+    path, other, link = tmp_path / "f.gz", tmp_path / "other", tmp_path / "f.gz.guess.new"
+    other.write_text("other")
+    link.symlink_to(other)
+    monkeypatch.setattr(secrets, "token_hex", lambda size: "guess")
+    assert export([str(path)]) == 1 and "File exists" in capsys.readouterr().err
+    assert link.is_symlink() and other.read_text() == "other" and not path.exists()
+
+
+def test_a_full_disk_behind_the_output_is_one_line(
+    tmp_path: Path, recorder: Recorder, monkeypatch: MonkeyPatch, capsys: CaptureFixture[str]
+) -> None:
+    class Full(io.StringIO):
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    recorder.run({"seed": 1})
+    monkeypatch.chdir(tmp_path)
+    for main, words in ((export, ["f.gz"]), (report_main, ["--output", "report"])):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", Full())
+            assert main(words) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and "No space left" in error and error.count("\n") == 1
 
 
 def test_two_exports_to_one_file(

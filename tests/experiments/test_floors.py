@@ -13,15 +13,20 @@ FLOORS = [{"tracking"}, {"training", "sweeps"}, {"ingredients", "report"},
           {"papers", "benchmark", "build_glyphs", "train", "sweep", "doctor"}]  # fmt: skip
 
 
-def imported(path: Path) -> set[str]:
-    """The folders, or modules at the top, of experiments/ that a file imports, anywhere in it."""
+def names_of(path: Path) -> list[str]:
+    """What a file imports, anywhere in it."""
     names: list[str] = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             names += [f"{node.module}.{alias.name}" for alias in node.names]
-    return {name.split(".")[1] for name in names if name.startswith("experiments.")}
+    return names
+
+
+def imported(path: Path) -> set[str]:
+    """The folders, or modules at the top, of experiments/ that a file imports."""
+    return {name.split(".")[1] for name in names_of(path) if name.startswith("experiments.")}
 
 
 def files(name: str) -> list[Path]:
@@ -45,3 +50,12 @@ def test_imports_go_down(floor: int) -> None:
 @pytest.mark.parametrize("name", sorted(BASE))
 def test_what_all_need_needs_nothing(name: str) -> None:
     assert not imported(HOUSE / f"{name}.py")
+
+
+def test_what_needs_learn2learn_imports_the_library_first() -> None:
+    """Which repairs it, and torchvision beside a CPU-only torch: each module imports alone."""
+    needy = [path for path in sorted(HOUSE.rglob("*.py"))
+             if {"learn2learn", "torchvision"} & {name.split(".")[0] for name in names_of(path)}]
+    assert needy
+    for path in needy:
+        assert "l2l_implicit" in names_of(path.parent / "__init__.py"), path

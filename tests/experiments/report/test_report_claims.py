@@ -205,7 +205,7 @@ def test_how_many_collapsed_is_what_home_says(page: str) -> None:
         sweep = next(name for name in SWEEPS if f"{name}_" in file.name)
         for name, of in finals(recorded(file), sweep).items():
             runs[name] += of
-    numbers = "none one two three four five six seven eight nine ten".split()
+    numbers = "none one two three four five six seven eight nine ten eleven twelve".split()
     ours, itd, anil = ((numbers[sum(map(fell, runs[name]))], numbers[len(runs[name])])
                        for name in ("ImplicitCGHead", "itd_bio", "anil"))  # fmt: skip
     text = " ".join((DOCS / page).read_text().split())
@@ -213,19 +213,24 @@ def test_how_many_collapsed_is_what_home_says(page: str) -> None:
     assert f"{itd[0]} of {itd[1]} of ITD-BiO's and {anil[0]} of {anil[1]} of ANIL's" in text
 
 
-def test_the_second_seed_of_cifarfs() -> None:
+def test_three_seeds_of_cifarfs() -> None:
     """The first one's settings and code, and the accuracies that the docs have."""
-    first, again = (recorded(DOCS / "records" / name) for name in
+    first, again = ([line["runs"] for line in recorded(DOCS / "records" / name)] for name in
                     ("yang_table1_cifarfs.jsonl.gz", AGAIN.name))  # fmt: skip
-    (run,) = (line["runs"] for line in again)
-    alike = [line["runs"] for line in first if line["runs"]["config"] | {"seed": 1, "cell": None}
-             == run["config"] | {"cell": None}]  # fmt: skip
-    (other,) = alike
-    assert run["experiment"]["repositories"] == other["experiment"]["repositories"]
-    found = [100 * run["result"][name] for name in
-             ("test_accuracy", "test_half_width", "early_stopped_accuracy")]  # fmt: skip
+    own: dict[str, Any] = {"seed": None, "cell": None, "resume": None}
+    runs = [run for run in first if run["config"] | own == again[0]["config"] | own] + again
+    assert [run["config"]["seed"] for run in runs] == [0, 1, 2]
+    for run in again:
+        assert run["config"] | own == runs[0]["config"] | own
+        assert run["experiment"]["repositories"] == runs[0]["experiment"]["repositories"]
+    ended, early = ([100 * run["result"][f"{name}_accuracy"] for run in runs]
+                    for name in ("test", "early_stopped"))  # fmt: skip
     text = " ".join((DOCS / "reproduction.md").read_text().split())
-    assert "A second seed has {:.1f} ± {:.1f} %, early stopped {:.1f}".format(*found) in text
+    said = "Three seeds have {:.1f}, {:.1f} and {:.1f} %, early stopped {:.1f}, {:.1f} and {:.1f}"
+    assert said.format(*ended, *early) in text
+    means = [(mean(found), T_975[2] * stdev(found) / math.sqrt(3)) for found in (ended, early)]
+    said = "in the mean {:.1f} ± {:.1f} and {:.1f} ± {:.1f} %"
+    assert said.format(*means[0], *means[1]) in text
 
 
 def column_of(page: Path, name: str) -> dict[str, str]:

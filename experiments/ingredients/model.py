@@ -13,9 +13,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from experiments.tracking import TrackedIngredient, wrong
-from experiments.tracking.config import Count, Settings
+from experiments.tracking.config import Settings
 from experiments.tracking.errors import reason
-from l2l_implicit import Chunked
 from l2l_implicit.distributed import own_device
 
 HIDDEN = {"cnn4": 32, "omniglot_cnn": 64, "mlp": 40}
@@ -34,8 +33,6 @@ class ModelSettings(Settings):
     # processor has it; parameters, features and heads stay float32
     precision: Literal["float32", "bfloat16"] = "float32"
     channels_last: bool = True  # memory layout of images; about 1.6 times faster on a CPU
-    # images that pass the backbone at once, each twice; None: all, once
-    chunk_size: Count | None = None
 
 
 model = TrackedIngredient("model", settings=ModelSettings)
@@ -68,8 +65,7 @@ def build_backbone(input_shape: Sequence[int], settings: ModelSettings) -> tuple
     if not width:
         expected = f"a network that leaves features of images of shape {shape}"
         raise wrong("model.name", expected, f"{name!r}, which leaves none", "use larger images")
-    chunk = settings.chunk_size
-    return backbone.train() if chunk is None else Chunked(backbone.train(), chunk), width
+    return backbone.train(), width
 
 
 class LowPrecision(nn.Module):
@@ -138,12 +134,13 @@ def within_limits() -> Iterator[None]:
     """UserError where something does not fit into memory or a float; also before a function."""
     try:
         yield
-    except (ArithmeticError, torch.linalg.LinAlgError) as error:
+    except (ArithmeticError, MemoryError, RuntimeError) as error:
         if isinstance(error, ZeroDivisionError):  # a bug
             raise
-        todo = "choose less extreme settings"
-        raise wrong("numbers", "finite ones", reason(error), todo) from error
-    except (MemoryError, RuntimeError) as error:
+        numbers = isinstance(error, (ArithmeticError, torch.linalg.LinAlgError))
+        if numbers or "without overflow" in str(error):  # torch's word of what no float32 holds
+            todo = "choose less extreme settings"
+            raise wrong("numbers", "finite ones", reason(error), todo) from error
         told = re.search("alloc|out of memory|invalid storage size", str(error))
         if not told and not isinstance(error, MemoryError):
             raise

@@ -11,8 +11,6 @@ numbers of steps against ``accuracy``, on CIFAR-FS and the features of ``paramet
 error against time, on a head and on a small network, as a picture.
 """
 
-# ruff: noqa: F841  (Sacred reads a config function's local variables)
-
 from __future__ import annotations
 
 import copy
@@ -28,7 +26,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -38,7 +35,7 @@ from experiments.papers import PaperSettings, Points
 from experiments.papers.hypergradient import Classification, Problem
 from experiments.report.figures import draw_panels
 from experiments.tracking import TrackedExperiment, UserError
-from experiments.tracking.config import Count, Positive, Text
+from experiments.tracking.config import Count, OfTuple, Positive, Text
 from l2l_implicit import (
     CG,
     LBFGS,
@@ -79,7 +76,7 @@ class DifferentiatingSettings(PaperSettings):
     # systems
     width: Count = 16384  # features of a few-shot head
     samples: Count = 125  # of it, in five classes
-    conditions: Annotated[list[Positive], Field(strict=False)] = [1e4, 1e6, 1e8]
+    conditions: Annotated[list[Positive], OfTuple] = [1e4, 1e6, 1e8]
     most: Count = 3000  # steps of conjugate gradient
     # features: what runs of experiments.train left, in this order
     parameters: list[str] = []

@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from experiments.report.content import Figure, Record, Section, Source, Table
 from experiments.report.summary import run_list
+from experiments.tracking.whole_file import whole_file
 
 TITLE = "l2l_implicit: what the runs show"
 TYPES = {"csv": "text/csv", "md": "text/markdown", "tex": "application/x-tex",
@@ -61,7 +62,8 @@ def write(folder: Path, sections: Sequence[Section], about: str, command: str) -
     )
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in {**files, "index.html": page.encode()}.items():
-        (folder / name).write_bytes(content)
+        with whole_file(folder / name) as file:
+            file.write(content)
     return folder / "index.html"
 
 
@@ -99,8 +101,7 @@ def pictures(figure: Figure) -> tuple[bytes, bytes]:
 def csv_text(records: Sequence[Record], source: Source) -> str:
     """The raw values, a line a record; the command and the run ids are its last content."""
     own = {"source_command": source.command, "source_runs": run_list(source.runs)}
-    inert = [{name: _inert(value) for name, value in record.items()} for record in records]
-    frame = pd.DataFrame(inert, dtype=object).assign(**own)
+    frame = pd.DataFrame(records, dtype=object).assign(**own).map(_inert)
     return frame.to_csv(index=False, na_rep="nan", lineterminator="\n")
 
 

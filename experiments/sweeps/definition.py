@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, NamedTuple, TypeAlias
+
+from pydantic import JsonValue
+from pydantic.dataclasses import dataclass
 
 from experiments.tracking import UserError
 from experiments.tracking.config import nested, plain_value
 
-Settings: TypeAlias = Mapping[str, Any]  # by dotted name, such as {"algorithm.lr": 0.1}
+Settings: TypeAlias = Mapping[str, JsonValue]  # by dotted name, such as {"algorithm.lr": 0.1}
 Grid: TypeAlias = tuple[Settings, ...]
 # Where things lie: a run is the same run on a machine that keeps them elsewhere.
 PLACES = ("tasks.root", "output")

@@ -27,7 +27,8 @@ def find_sweep(name: str) -> Sweep:
     try:
         found = runpy.run_path(name).get("SWEEP")
     except (Exception, SystemExit) as error:  # whatever stands in it
-        line = traceback.extract_tb(error.__traceback__)[-1]
+        lines = traceback.extract_tb(error.__traceback__)
+        line = [line for line in lines if line.filename in (name, lines[-1].filename)][0]
         got = f"{type(error).__name__}: {reason(error)} ({line.filename}, line {line.lineno})"
         raise wrong(name, "Python that defines SWEEP", got, "mend it") from error
     if not isinstance(found, Sweep):
@@ -83,9 +84,8 @@ def make_plan(sweep: Sweep, given: Settings) -> Plan:
     UserError: an unknown name, or a setting that a grid searches.
     """
     overrides = {key: value for key, value in given.items() if key not in OPTIONS}
+    _leaves_ours(overrides)
     for key in overrides:
-        if key in ("seed", "cell"):
-            raise UserError(f"{key} is set by the sweep; the number of seeds is seeds=N")
         if "." not in key and (near := nearest(key, OPTIONS)):
             raise UserError(f"no option {key!r} of a sweep{near}")
     grids = [grid for m in sweep.methods.values() for grid in (m.grid, *m.grids.values())]
@@ -109,6 +109,7 @@ def make_plan(sweep: Sweep, given: Settings) -> Plan:
         layers = [sweep.settings, here.settings, method.settings, stage]
         layers += [here.methods.get(name, {}), candidate, overrides]
         settings = {key: value for layer in layers for key, value in layer.items()}
+        _leaves_ours(settings)
         own = [config.replace("{benchmark}", here.like) for config in method.configs]
         return Cell(sweep.module, (*here.configs, *own), {**settings, "seed": seed})
 
@@ -129,6 +130,11 @@ def make_plan(sweep: Sweep, given: Settings) -> Plan:
         return Group(name, candidates, grid if len(candidates) > 1 else {}, finals)
 
     return Plan(tuple(group(name) for name in sweep.methods if name in chosen))
+
+
+def _leaves_ours(settings: Settings) -> None:
+    if ours := {"seed", "cell"} & settings.keys():
+        raise UserError(f"{min(ours)} is set by the sweep; the number of seeds is seeds=N")
 
 
 def _known(kind: str, name: str, known: Iterable[str]) -> None:

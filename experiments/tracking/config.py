@@ -17,27 +17,39 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Self
 
+import sacred.commands
 import sacred.experiment
 import sacred.initialize
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+)
 from sacred import Experiment
 from sacred.config.config_dict import ConfigDict as SacredConfig
 from sacred.config.config_summary import ConfigSummary
-from sacred.utils import iterate_flattened, set_by_dotted_path
+from sacred.utils import get_by_dotted_path, iterate_flattened, set_by_dotted_path
 
 from experiments.tracking.errors import UserError, nearest, one_line, wrong
+from experiments.tracking.whole_file import whole_file
 
 MOST, MOST_GROUPS = 10**9, 20  # of a count; that a name may have
 Count = Annotated[int, Field(ge=1, le=MOST)]
-Counts = Annotated[list[Count], Field(strict=False, min_length=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Threads = Annotated[int, Field(ge=0, le=1024)]
 Text = Annotated[str, Field(pattern=r"^[^\x00]*$", min_length=1)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Values = Mapping[str, Any]
-_AnyList = Annotated[list[Any], Field(strict=False)]
+# what stands in [] or (); a set would lose its order, and JSON has none
+OfTuple = BeforeValidator(lambda given: list(given) if isinstance(given, tuple) else given)
+Counts = Annotated[list[Count], Field(min_length=1), OfTuple]
+_AnyList = Annotated[list[Any], OfTuple]
 
 # A field of a model, with the comment above it or behind it.
 _FIELD = re.compile(r"((?:^    # .*\n)*)^    (\w+): [^\n]*?(?:  # (.*))?$", re.M)
@@ -131,8 +143,7 @@ def check_config(experiment: Experiment, config: Values) -> None:
         if model is None:
             continue
         if "" in values:  # where Sacred puts it
-            raise wrong(group, "a group of settings", _short(values[""]),
-                        f"set one as {group}.{next(iter(model.model_fields))}=VALUE")
+            raise _no_group(group, model, values[""])
         groups[f"{group}." if group else ""] = model, values
         values.pop("__doc__", None)  # of a named config
     known = [prefix + name for prefix, (model, values) in groups.items()
@@ -142,6 +153,18 @@ def check_config(experiment: Experiment, config: Values) -> None:
             name = min(unknown, key=str)
             raise UserError(_unknown(prefix + _leaf(name, values[name]), known))
         model.of(values, prefix.rstrip("."))
+
+
+def check_groups(experiment: Experiment, updates: Values) -> None:
+    """Raise UserError where an ingredient's name has a value, at which Sacred would stumble."""
+    for one in experiment.ingredients:
+        if not isinstance(value := updates.get(one.path, {}), Mapping):
+            raise _no_group(one.path, one.settings, value)
+
+
+def _no_group(group: str, model: type[Settings], value: Any) -> UserError:
+    example = f"set one as {group}.{next(iter(model.model_fields))}=VALUE"
+    return wrong(group, "a group of settings", _short(value), example)
 
 
 def check_named_configs(experiment: Experiment, names: Iterable[str]) -> None:
@@ -196,14 +219,22 @@ def _entries_like(defaults: Values, types: Values, group: str) -> Any:
 
 
 def nested(updates: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Settings by dotted name as nested ones; UserError for a name that cannot be one."""
+    """Settings by dotted name as nested ones; of one name the last value counts.
+
+    UserError: a name that cannot be one, or a group with a part that has a value already.
+    """
     found: dict[str, Any] = {}
     for name, value in updates:
         _check_names(name, value)
-        try:
-            set_by_dotted_path(found, name, value)
-        except TypeError:  # a part of it has a value
-            raise UserError(f"{_unknown(name, ())}, and another word sets a part of it") from None
+        for leaf, item in iterate_flattened({name: value}):
+            try:
+                before = get_by_dotted_path(found, leaf, found)  # found: it has no value yet
+                set_by_dotted_path(found, leaf, item)
+            except TypeError:  # a part of it has a value
+                said = f"{_unknown(leaf, ())}, and another word sets a part of it"
+                raise UserError(said) from None
+            if before is not found and (leaf != name or isinstance(before, dict)):
+                raise UserError(f"{leaf} is given twice; give it once")
     return found
 
 
@@ -225,7 +256,7 @@ def plain_value(text: str) -> Any:
 def settings_in(path: str) -> dict[str, Any]:
     """The settings of a file of plain data, JSON or YAML; UserError for any other, in one line."""
     try:
-        read = {".json": json.loads, ".yaml": _yaml, ".yml": _yaml}[Path(path).suffix]
+        read = {".json": _json, ".yaml": _yaml, ".yml": _yaml}[Path(path).suffix.lower()]
         found = read(Path(path).read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError(f"{type(found).__name__} at the top")
@@ -235,15 +266,43 @@ def settings_in(path: str) -> dict[str, Any]:
     return nested(found.items())
 
 
+def _json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_once_each)
+
+
+def _once_each(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{twice[0]} twice")
+    return dict(pairs)
+
+
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        _once_each([(str(key.value), value) for key, value in node.value])
+        return super().construct_mapping(node, deep)
+
+
 def _yaml(text: str) -> Any:
     if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
         raise ValueError("an alias")  # a few make a file of any size
-    return yaml.safe_load(text)
+    return yaml.load(text, _Loader)
 
 
-# Sacred reads a command line's values, and files of settings, by readers that can run code.
+def save_settings(values: Values, path: str) -> None:
+    """Write a file that `settings_in` reads; UserError where that cannot be."""
+    try:
+        with whole_file(Path(path)) as file:
+            file.write(json.dumps(values, indent=2, sort_keys=True).encode())
+    except OSError as error:
+        raise wrong(path, "to be able to write it", error.strerror, "mend that") from error
+
+
+# Sacred reads a command line's values, and files of settings, by readers that can run code; it
+# writes through links.
 sacred.experiment.get_config_updates = words_as_updates
 sacred.initialize.load_config_file = settings_in
+sacred.commands.save_config_file = save_settings
 
 
 def _check_names(name: object, value: Any, depth: int = 0) -> None:

@@ -160,6 +160,7 @@ class TrackedExperiment(Experiment):
         """Sacred's run with its checks, and its observer unless it is unobserved."""
         asked = dict(options or {})
         updates = config.nested((config_updates or {}).items())
+        config.check_groups(self, updates)
         config.check_named_configs(self, named_configs)
         if self.settings is None:
             self.settings = config.model_of(self, self.types or {})

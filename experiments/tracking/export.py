@@ -16,7 +16,6 @@ import gzip
 import json
 import os
 import re
-import secrets
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from experiments.tracking.config import plain_value
 from experiments.tracking.database import open_database
 from experiments.tracking.errors import CommandLine, UserError, one_line
 from experiments.tracking.records import DatabaseRecords, Document, RunId, group
+from experiments.tracking.whole_file import whole_file
 
 # Metrics with a point at every outer iteration, as a pattern of their names.
 EVERY_STEP = r"^train/"
@@ -84,23 +84,15 @@ def _question(words: Iterable[str]) -> Document:
 
 def _write(path: Path, records: DatabaseRecords, without: str) -> None:
     """The same records make the same file; it is there as a whole, or as it was."""
-    if path.exists() and not path.is_file():
-        raise UserError(f"expected the name of a file to write, got {path}; try runs.jsonl.gz")
     metrics: dict[RunId, dict[str, Any]] = {run["_id"]: {} for run in records.runs}
     for run, name, series, fault in records.metrics(list(metrics), without=without):
         if fault:
             raise UserError(f"run {run}: {fault}; mend the run's record, or export the others")
         metrics[run][name] = series._asdict()
-    draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")  # nobody else's
-    raw = open(draft, "xb")
-    try:
-        with raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as file:
-            for document in records.runs:
-                entry = {"runs": _hidden(document), "metrics": metrics[document["_id"]]}
-                file.write(json.dumps(entry).encode() + b"\n")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with whole_file(path) as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as file:
+        for document in records.runs:
+            entry = {"runs": _hidden(document), "metrics": metrics[document["_id"]]}
+            file.write(json.dumps(entry).encode() + b"\n")
 
 
 def _hidden(run: Document) -> Document:

@@ -78,7 +78,7 @@ class Uploader:
         self._runs = documents.get_collection("runs", write_concern=WriteConcern(w=1, j=True))
         self._metrics, self._files = documents["metrics"], gridfs.GridFS(documents)
         self.run_id: Any = None
-        self._again = True
+        self._again, self._known = True, False
         self._forget()
 
     def how_it_ended(self) -> str:
@@ -107,11 +107,13 @@ class Uploader:
         if "meta" not in self.document:  # it is not begun, or its beginning is damaged
             return
         again, self._again = self._again, True  # until everything is written
-        status = self._claim_id()
-        if self.reader.damage and status != "RUNNING":
-            self.document["status"] = status
-            return  # the database has it from before the damage
+        status, marked = self._claim_id()
         ended, fault = self.document["status"] != "RUNNING", ""
+        cut = self.reader.damage or abandoned and not ended and not marked
+        self._known = bool(cut and status != "RUNNING")
+        if self._known:
+            self.document["status"] = status
+            return  # the database has it from before the damage, or the copy
         if self.reader.damage and (ended or abandoned):
             fault = f"a part of the record is lost: {self.reader.damage}"
         elif not ended and abandoned:
@@ -148,17 +150,22 @@ class Uploader:
             else:
                 self.document.update(entry.get("start") or entry.get("set") or {})
 
-    def _claim_id(self) -> str:
-        """Take the journal's run number unless another run has it; the run's stored status."""
+    def _claim_id(self) -> tuple[str, bool]:
+        """Take the journal's run number unless another run has it.
+
+        The run's stored status, and whether it is our mark of a run that was killed.
+        """
         own = {"meta.journal": {"$eq": self.document["meta"]["journal"]}}
+        fields = {"status": 1, "fail_trace": 1}
         wanted = self.document["_id"] if self.run_id is None else self.run_id
-        stored = self._runs.find_one({"_id": {"$eq": wanted}, **own}, {"status": 1})
+        stored = self._runs.find_one({"_id": {"$eq": wanted}, **own}, fields)
         fits = isinstance(wanted, int) or (isinstance(wanted, str) and is_name(wanted))
         if not stored and (not fits or self._runs.find_one({"_id": wanted}, {"_id": 1})):
-            stored = self._runs.find_one(own, {"status": 1})
+            stored = self._runs.find_one(own, fields)
             wanted = stored["_id"] if stored else next_run_id(self._runs)
         self.run_id = wanted
-        return str((stored or {}).get("status", "RUNNING"))
+        stored = stored or {}
+        return str(stored.get("status", "RUNNING")), stored.get("fail_trace") == [KILLED]
 
     def _put(self, file_id: Any, artifact: Entry) -> None:
         name, self._stored[file_id] = artifact["artifact"], _digest(artifact["data"])
@@ -208,7 +215,7 @@ class Uploader:
 
         The next `upload` then writes it again.
         """
-        if self.run_id is None or self.reader.damage:
+        if self.run_id is None or self._known or self.reader.damage:
             return
         self._again = True
         found = self._runs.find_one({"_id": self.run_id}) or {}

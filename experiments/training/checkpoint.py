@@ -35,6 +35,7 @@ from experiments.tracking.errors import reason
 from l2l_implicit.inner_problem.boundary import tensors_of
 
 CONFIG, STATE, LOCK = "config.json", "checkpoint.pt", "lock"
+METRICS, PARAMETERS, EARLY = "metrics.csv", "parameters.pt", "early_stopped_parameters.pt"
 # What a resumed run may set anew; all else would hold for a part of the result only. A step size
 # that decays over the iterations depends on their number.
 MAY_DIFFER = ("iterations", "checkpoint_seconds", "metrics_csv", "output", "resume")
@@ -90,7 +91,8 @@ def settings_text(config: Mapping[str, Any]) -> str:
 def remove(folder: Path) -> None:
     """A finished run has nothing to resume; what a kill left half written goes too."""
     with in_one_line(folder):
-        for path in (folder / STATE, *folder.glob("*.new"), folder / LOCK):
+        drafts = [_draft(folder / name) for name in (CONFIG, STATE, METRICS, PARAMETERS, EARLY)]
+        for path in (folder / STATE, *drafts, folder / LOCK):
             path.unlink(missing_ok=True)
     if (file := _held.pop(folder.resolve(), None)) is not None:
         os.close(file)
@@ -187,16 +189,21 @@ def restore_generators(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(its, device)
 
 
+def _draft(path: Path) -> Path:
+    return path.with_suffix(".new")
+
+
 def replace(path: Path, write: Callable[[io.BytesIO], object]) -> None:
     """The whole new file or the whole old one, whoever is killed and whenever power fails.
 
     UserError: it cannot be written; the old file is whole.
     """
-    content, temporary = io.BytesIO(), path.with_suffix(".new")
+    content, temporary = io.BytesIO(), _draft(path)
     write(content)
     try:
         with in_one_line(path):
-            with temporary.open("wb") as file:
+            temporary.unlink(missing_ok=True)  # it may be a link
+            with temporary.open("xb") as file:
                 file.write(content.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())

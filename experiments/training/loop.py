@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from tqdm import tqdm
 
 from experiments.tracking import Terminated, record, signals, wrong
-from experiments.tracking.config import MOST, Count, Positive, RunSettings
+from experiments.tracking.config import MOST, Count, OfTuple, Positive, RunSettings
 from experiments.training import checkpoint
 from experiments.training.episodes import Tasks, TaskStream
 from experiments.training.meta_learner import Diverged, Interval, MetaLearner, snapshot
@@ -38,7 +38,7 @@ class Schedule(RunSettings):
     validation_tasks: Count = 100  # of every validation
     test_tasks: Count = 600  # of every test
     # outer iterations at which the test score is recorded besides
-    test_at: Annotated[list[Count], Field(strict=False)] = []
+    test_at: Annotated[list[Count], OfTuple] = []
     early_stopping: bool = False  # test theta of the best validation besides, and keep it
     # seconds of training whose test score is the result, the run goes on to the last of test_at;
     # None: no limit, the result is that of the last iteration
@@ -280,7 +280,7 @@ class Training:
             checkpoint.save(self.folder, self.state_dict())
             if self.schedule.metrics_csv:
                 text = self.history.table().to_csv(index_label="iteration").encode()
-                checkpoint.replace(self.folder / "metrics.csv", lambda file: file.write(text))
+                checkpoint.replace(self.folder / checkpoint.METRICS, lambda file: file.write(text))
         self._saved_at = time.monotonic()
 
     def state_dict(self) -> dict[str, Any]:

@@ -37,11 +37,11 @@ def save(run: Any, training: Training, centroid: Interval | None) -> None:
     """The artifacts, in the run's folder and in the database."""
     folder, learner, best = training.folder, training.learner, training.scores.best
     optimizer = {"optimizer": learner.optimizer.state_dict()}
-    files = [_save_parameters(folder / "parameters.pt", learner, optimizer)]
+    files = [_save_parameters(folder / checkpoint.PARAMETERS, learner, optimizer)]
     if best is not None and best.iteration:
         at = {"iteration": best.iteration}
         with best.in_place():
-            files.append(_save_parameters(folder / "early_stopped_parameters.pt", learner, at))
+            files.append(_save_parameters(folder / checkpoint.EARLY, learner, at))
     if training.steps:
         files.append(folder / "learning_curve.png")
         draw(files[-1], run.config, training, centroid)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -121,18 +122,20 @@ def kept_arrays(kept: Path, listing: str, make: Callable[[], Arrays]) -> Arrays:
         if kept.is_file():
             with np.load(kept, allow_pickle=False) as stored:
                 packed = any(entry.compress_type for entry in stored.zip.infolist())
-                if not packed and str(stored["listing"]) == listing:
+                whole = not packed and stored.zip.testzip() is None
+                if whole and str(stored["listing"]) == listing:
                     return {name: stored[name] for name in stored.files if name != "listing"}
     arrays = make()
     # Under a temporary name first: another process never reads half a file.
-    draft = kept.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with draft.open("wb") as file:
-            np.savez(file, **arrays, listing=np.array(listing))
-        os.replace(draft, kept)
-    except OSError:  # not writable, or a full disk: the next start makes them again
-        with suppress(OSError):
-            draft.unlink()
+    draft = kept.with_suffix(f".{secrets.token_hex(4)}.tmp")
+    with suppress(OSError):  # not writable, or a full disk: the next start makes them again
+        file = draft.open("xb")  # nobody else's, and no link
+        try:
+            with file:
+                np.savez(file, **arrays, listing=np.array(listing))
+            os.replace(draft, kept)
+        finally:
+            draft.unlink(missing_ok=True)
     return arrays
 
 

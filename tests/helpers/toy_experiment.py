@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from experiments import tracking  # noqa: E402
 from experiments.tracking import UserError, record  # noqa: E402
-from experiments.tracking.config import Count, RunSettings, Settings  # noqa: E402
+from experiments.tracking.config import Count, OfTuple, RunSettings, Settings  # noqa: E402
 
 
 class Data(Settings):
@@ -39,7 +38,7 @@ class Toy(RunSettings):
     pause: float = 0.0
     limit: Count | None = None
     anything: Any = None
-    widths: Annotated[list[int], Field(strict=False)] = [32, 64]
+    widths: Annotated[list[int], OfTuple] = [32, 64]
     kind: Literal["slow", "fast"] = "slow"
     # a mistake of the main function;
     # empty: none

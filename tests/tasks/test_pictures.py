@@ -2,6 +2,7 @@
 
 import io
 import os
+import secrets
 import socket
 import struct
 import subprocess
@@ -294,7 +295,10 @@ def test_a_kept_file_that_is_no_such_file_is_made_anew(root: Path) -> None:
     first = folder_tables(root, 8)["train"].images
     kept = root / ".reduced_8.npz"
     whole = kept.read_bytes()
-    for damage in (b"", b"no archive", whole[:-40], whole.replace(b"\x93NUMPY", b"\x93LUMPY")):
+    fewer = whole.replace(b", 3, 8, 8)", b", 1, 8, 8)")  # still an array
+    assert fewer != whole
+    other = whole.replace(b"\x93NUMPY", b"\x93LUMPY")
+    for damage in (b"", b"no archive", whole[:-40], other, fewer):
         kept.write_bytes(damage)
         assert (folder_tables(root, 8)["train"].images == first).all()
     with np.load(kept) as stored:
@@ -302,3 +306,13 @@ def test_a_kept_file_that_is_no_such_file_is_made_anew(root: Path) -> None:
     arrays["images"][:] = 0
     np.savez_compressed(kept, **arrays)  # not ours: it may be far larger than it looks
     assert (folder_tables(root, 8)["train"].images == first).all()
+
+
+def test_no_link_is_written_through_and_none_removed(root: Path, monkeypatch: MonkeyPatch) -> None:
+    other, link = root.parent / "other", root / ".reduced_8.guess.tmp"
+    other.write_text("other")
+    link.symlink_to(other)
+    monkeypatch.setattr(secrets, "token_hex", lambda size: "guess")
+    folder_tables(root, 8)
+    assert link.is_symlink() and other.read_text() == "other"
+    assert not (root / ".reduced_8.npz").exists()

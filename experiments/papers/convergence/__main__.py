@@ -1,8 +1,6 @@
 """The convergence experiment: its settings, its four parts, and what is fitted to their
 trajectories; see the package."""
 
-# ruff: noqa: F841  (Sacred reads a config function's local variables)
-
 from __future__ import annotations
 
 import math
@@ -19,8 +17,8 @@ from experiments.papers import PaperSettings, Points
 from experiments.papers.convergence import theory
 from experiments.papers.convergence.problem import Settings, make_tasks, trajectory
 from experiments.statistics import Mean, seeds_mean
-from experiments.tracking import TrackedExperiment
-from experiments.tracking.config import MOST, Count, Counts, NotNegative, Positive
+from experiments.tracking import TrackedExperiment, wrong
+from experiments.tracking.config import MOST, Count, Counts, NotNegative, OfTuple, Positive
 
 Length = Annotated[int, Field(ge=20, le=MOST)]  # for a slope
 
@@ -44,22 +42,17 @@ class ConvergenceSettings(PaperSettings):
     bound_iterations: Length = 60  # T around K_0 and N_0
     batches: Counts = [1, 4, 16, 64, 256]  # |B|
     # K with batches, times K_0
-    stochastic_inner: Annotated[list[Positive], Field(strict=False, min_length=1)] = [
+    stochastic_inner: Annotated[list[Positive], Field(min_length=1), OfTuple] = [
         0.25, 1.0, 3.0,
     ]  # fmt: skip
 
     @model_validator(mode="after")
     def _fit_together(self) -> ConvergenceSettings:
         if len(set(self.batches)) < 2:
-            raise ValueError(
-                f"batches: expected two different ones at least, got {self.batches}; one has no "
-                "slope"
-            )
+            raise wrong("batches", "two different ones at least", self.batches, "one has no slope")
         if self.theta_size > self.phi_size:
-            raise ValueError(
-                f"theta_size: expected at most phi_size={self.phi_size}, got {self.theta_size}; "
-                "raise phi_size"
-            )
+            most = f"at most phi_size={self.phi_size}"
+            raise wrong("theta_size", most, self.theta_size, "raise phi_size")
         return self
 
 
@@ -190,7 +183,6 @@ class Experiment:
                                     t)  # fmt: skip
             costs.append(cheapest({self.c.tasks: curve}, self.bounds, curve[length // 10 - 1],
                                   curve[-1] * 1.0000001))  # fmt: skip
-        self._record_costs("all_tasks", costs[0])
         return {"average_against_T": seeds_mean([last_decade(curve) for curve in curves]),
                 "evaluations_all_tasks": seeds_mean([costs_slope(c) for c in costs])}  # fmt: skip
 
@@ -210,14 +202,9 @@ class Experiment:
         curves = {b: np.mean([averages(n) for n in each], axis=0) for b, each in norms.items()}
         high, low = (min(curve[at] for curve in curves.values()) for at in (length // 10, -1))
         costs = cheapest(curves, settings, high, 1.02 * low)
-        self._record_costs(f"batches/{inner_steps}", costs)
         slopes = [slope(list(floors), each) for each in zip(*floors.values(), strict=True)]
         return {f"floor_K{inner_steps}": seeds_mean(slopes),
                 f"evaluations_K{inner_steps}": Mean(costs_slope(costs), math.nan, 1)}  # fmt: skip
-
-    def _record_costs(self, name: str, costs: Mapping[float, int]) -> None:
-        for epsilon, number in costs.items():
-            self._points.record({f"convergence/evaluations/{name}": number}, round(1 / epsilon))
 
     def _around_bounds(self) -> None:
         """The last squared norm with fewer and more steps than the bounds (K at N_0, N at K_0),

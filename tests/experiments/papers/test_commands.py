@@ -39,9 +39,8 @@ def check_memory(points: Points, result: dict[str, float]) -> None:
         for name in methods:
             assert points[f"{prefix}memory/{name}", k] > 0 < points[f"{prefix}seconds/{name}", k]
         assert points[f"{prefix}memory/supervised", 0] > 0
-    saved = result["anil/as_published over rm_metal/cached at K = 5"]
-    expected = points["memory/anil/as_published", 5] / points["memory/rm_metal/cached", 5]
-    assert saved == pytest.approx(expected) and saved > 2
+    assert points["memory/anil/as_published", 5] > 2 * points["memory/rm_metal/cached", 5]
+    assert result["process_peak_bytes"] > points["memory/anil/as_published", 5]
 
 
 def check_hypergradient(points: Points, result: dict[str, float]) -> None:
@@ -58,7 +57,6 @@ def check_convergence(points: Points, result: dict[str, float]) -> None:
     assert points["convergence/all_tasks/1/average", 20] > 0
     assert points[f"convergence/floor/{k_0}", 1] > points[f"convergence/floor/{k_0}", 16] > 0
     assert {("convergence/inner_steps/cold", 1), ("convergence/cg_steps/warm", n_0)} <= set(points)
-    assert any(name == "convergence/evaluations/all_tasks" for name, _ in points)
 
 
 def check_differentiating(points: Points, result: dict[str, float]) -> None:

@@ -306,9 +306,24 @@ def test_a_sweep_without_a_part_is_one_line(empty: dict[str, Any]) -> None:
         make_plan(Sweep(**{**PARTS, **empty}), {})
 
 
+def test_seed_and_cell_are_the_sweep_s_own() -> None:
+    for own in ("seed", "cell"):
+        with pytest.raises(UserError, match=f"{own} is set by the sweep"):
+            make_plan(Sweep(**PARTS, settings={own: 1}), {})
+
+
+OWN = """import numpy as np
+from experiments.sweeps.definition import Benchmark, Method, Sweep
+"""
+
+
 @pytest.mark.parametrize(("text", "message"), [
     ("1/0", "ZeroDivisionError: division by zero"), ("import sys; sys.exit(0)", "SystemExit: 0"),
     ("SWEEP = (", r"SyntaxError: .* \(.*mine.py, line 1\)"), ("\0", "null bytes"),
+    (OWN + "Method('anil')", r"valid tuple .* \(.*mine.py, line 3\)"),
+    (OWN + "Method((), grid=({'a': np.arange(2)[1]},))", "not a valid JSON value"),
+    (OWN + "Method((), settings={'a': {1, 2}})", "not a valid JSON value"),
+    (OWN + "Sweep({'a': 'anil'}, {'b': Benchmark()})", "an instance of Method"),
 ])  # fmt: skip
 def test_a_sweep_s_file_that_fails_is_one_line(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "mine.py").write_text(text)

@@ -275,6 +275,22 @@ def test_what_is_no_file_is_not_written(recorder: Recorder, capsys: CaptureFixtu
     assert export(["/dev/null"]) == 1 and "the name of a file" in capsys.readouterr().err
 
 
+def test_a_report_writes_through_no_link_and_into_no_fifo(
+    tmp_path: Path, recorder: Recorder, monkeypatch: MonkeyPatch, capsys: CaptureFixture[str]
+) -> None:
+    recorder.run({"seed": 1})
+    monkeypatch.chdir(tmp_path)
+    page, other = tmp_path / "report" / "index.html", tmp_path / "other"
+    page.parent.mkdir()
+    other.write_text("other")
+    page.symlink_to(other)
+    assert report_main([]) == 0
+    assert other.read_text() == "other" and not page.is_symlink() and "<html" in page.read_text()
+    page.unlink()
+    os.mkfifo(page)
+    assert report_main([]) == 1 and "the name of a file" in capsys.readouterr().err
+
+
 START, END = b'{"runs": {"_id": 1, "config": {"a": ', b"}}}\n"
 BOMBS: dict[str, Callable[[], bytes]] = {
     "a line of lists": lambda: START + b"[" + b"[]," * 2**24 + b"[]]" + END,

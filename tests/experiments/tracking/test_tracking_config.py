@@ -41,6 +41,10 @@ WRONG = {
     "steps.more=1": "no configuration entry 'steps.more'; did you mean 'steps'?",
     "steps=1 steps.more=1": "no configuration entry 'steps.more'",
     "data=3": "data: expected a group of settings, got 3; set one as data.ways=VALUE",
+    "data.few data=3": "data: expected a group of settings, got 3; set one as data.ways=VALUE",
+    "data.ways=3 data={'flip':True,'ways':1}": "data.ways is given twice; give it once",
+    "data.ways=3 data={}": "data is given twice; give it once",
+    "widths={1,2}": "widths: expected a list, each a whole number, got {1, 2}; try [32, 64]",
     "widths=[1.5]": "widths: expected a list, each a whole number, got [1.5]; try [32, 64]",
     "limit=x": "limit: expected a whole number from 1 to 1000000000 or None, got 'x'; leave it out",
     "kind=slwo": "kind: expected one of 'slow', 'fast', got 'slwo'; did you mean 'slow'?",
@@ -67,6 +71,8 @@ def test_right_words_are_taken() -> None:
     config = configure("lr=1", "limit=4", "anything=[1]", "widths=(8,)", "seed=3")
     assert (config["lr"], config["limit"], config["anything"]) == (1, 4, [1])
     assert (list(config["widths"]), config["seed"]) == ([8], 3)
+    config = configure("steps=1", "steps=2", "data.ways=3", "data={'flip':False}", "data.ways=4")
+    assert (config["steps"], config["data"]["ways"], config["data"]["flip"]) == (2, 4, False)
 
 
 def test_print_config_shows_the_comments_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,6 +139,10 @@ FILES = {
     "number.yaml": ("1: 2", "no configuration entry 1"),
     "call.yaml": ("say: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
     "alias.yaml": ("anything: &a {x: *a}", "got 'an alias'"),
+    "twice.json": ('{"steps": 1, "data": {"ways": 2, "ways": 3}}', "got 'ways twice'"),
+    "twice.yaml": ("steps: 1\nsteps: 2", "got 'steps twice'"),
+    "dotted.json": ('{"data.ways": 2, "data": {"ways": 3}}', "data.ways is given twice"),
+    "SETTINGS.JSON": ('{"steps": 7, "data.flip": true, "data": {"ways": 2}}', ""),
     "two.yaml": ("steps: 1\n---\nsteps: 2", "expected a single document"),
     "deeper.yaml": ("{a: " * 9_000 + "1" + "}" * 9_000, "expected settings by name in a file"),
 }

@@ -246,6 +246,20 @@ def test_a_journal_cut_afterwards_takes_nothing_away(tmp_path: Path, database: A
     assert losses_of(database) == [0.5, 1.5, 2.5, 3.5]
 
 
+def test_a_copy_of_before_the_end_takes_nothing_away(tmp_path: Path, database: Any) -> None:
+    """Of a journal that was restored from a backup, say."""
+    path = tmp_path / "r"
+    lines = write_journal(path, sealed=False)
+    Uploader(JournalReader(path), database).upload()
+    before = database["runs"].find_one({"_id": 1500})
+    assert before["status"] == "COMPLETED"
+    path.write_bytes(b"".join(lines[:4]))
+    ended = upload_journal(path, database)
+    assert ended is not None and ended.how_it_ended() == "" and not path.exists()
+    assert str(database["runs"].find_one({"_id": 1500})) == str(before)
+    assert losses_of(database) == [0.5, 1.5, 2.5, 3.5]
+
+
 def test_what_is_whole_in_the_database_stays_so(tmp_path: Path, database: Any) -> None:
     path = tmp_path / "r"
     lines = write_journal(path)

@@ -227,6 +227,19 @@ def test_a_folder_without_a_checkpoint_stays_as_it_is(
     assert "expected no run to go on with" in refusal("evaluate", "with", "resume=run")
 
 
+def test_only_what_is_ours_is_removed(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_text("other")
+    (tmp_path / "checkpoint.new").symlink_to(other)  # not written through
+    checkpoint.save(tmp_path, STATE)
+    (tmp_path / "notes.new").write_text("mine")
+    (tmp_path / "folder.new").mkdir()
+    (tmp_path / "metrics.new").write_text("half")  # what a kill has left
+    checkpoint.remove(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"other", "notes.new", "folder.new"}
+    assert other.read_text() == "other"
+
+
 def test_no_two_runs_share_a_folder(tmp_path: Path) -> None:
     """Another database numbers its runs from 1 too, and its checkpoint must not be lost."""
     names = [checkpoint.new_folder(tmp_path / "runs", "1").name for _ in range(3)]

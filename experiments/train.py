@@ -7,8 +7,6 @@
     python -m experiments.train evaluate with caltech101 anil parameters=runs/1/parameters.pt
 """
 
-# ruff: noqa: E402
-
 from __future__ import annotations
 
 import os
@@ -42,7 +40,6 @@ from experiments.training.episodes import Tasks
 from experiments.training.loop import Schedule, Training
 from experiments.training.meta_learner import MEASURES, Interval, MetaLearner
 from experiments.training.peak_memory import keep_freed_memory
-from l2l_implicit import Chunked
 from l2l_implicit.distributed import ALONE, RankLost, Ranks, connect
 from l2l_implicit.tasks import nearest_centroid_accuracy
 
@@ -55,8 +52,6 @@ class TrainSettings(Schedule):
     meta_optimizer: Literal["adam", "sgd"] = "adam"
     meta_lr: Positive = 0.001  # outer step size; the algorithm's own default
     meta_weight_decay: NotNegative = 0.0  # share of theta, times the step size, lost in a step
-    # what is reported: accuracy (classification) or mse (regression); None: its own
-    score: Literal["accuracy", "mse"] | None = None
     threads: Threads = 1  # of torch; 0 leaves torch's own choice
     device: Text = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU if there is one
     parameters: Text | None = None  # file of a run's trained parameters, to begin with or evaluate
@@ -106,9 +101,6 @@ for _name, _settings in named_configs.all_configs().items():
 def _learner(config: Values, given: Tasks, ranks: Ranks) -> MetaLearner:
     """Theta with its algorithm, on the tasks' inputs and outputs."""
     measure, device = MEASURES[given.kind], model.device_of(config["device"])
-    if config["score"] not in (None, measure.name):
-        expected = f"{measure.name!r} for {given.name}, a {given.kind}"
-        raise wrong("score", expected, repr(config["score"]))
     network, method = ModelSettings.of(config["model"]), AlgorithmSettings.of(config["algorithm"])
     if network.precision != "float32" and method.curvature is not None:
         expected = (f"float32 for {method.name}, whose inner problem holds the backbone and is not"
@@ -118,14 +110,7 @@ def _learner(config: Values, given: Tasks, ranks: Ranks) -> MetaLearner:
         raise wrong("algorithm.test_crops", f"none for {given.name}, which has no images", 10)
     backbone, width = model.build_backbone(given.input_shape(), network)
     backbone.to(device)
-    if isinstance(backbone, Chunked):
-        try:
-            for ways, shots, queries in (given.sizes("train"), given.sizes("test")):
-                sets = shots + queries if method.batch_norm == "together" else max(shots, queries)
-                backbone.check_batch(ways * sets)
-        except ValueError as error:
-            raise UserError(f"model.{error}") from error
-    outputs = given.outputs("train"), given.outputs("test")
+    outputs = given.sizes("train").ways, given.sizes("test").ways
     algorithms = algorithm.make_algorithms(method, backbone, width, *outputs, measure.loss, device)
     return MetaLearner(
         algorithms, measure, config["meta_optimizer"], config["meta_lr"], network.channels_last,

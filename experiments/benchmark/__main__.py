@@ -1,7 +1,5 @@
 """The benchmark as a Sacred experiment; see the package."""
 
-# ruff: noqa: F841  (Sacred reads a config function's local variables)
-
 from __future__ import annotations
 
 import platform
@@ -13,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from experiments.benchmark.cases import BenchmarkSettings, select
-from experiments.benchmark.measure import Row, as_markdown, draw, summary
+from experiments.benchmark.measure import Row, as_markdown, summary
 from experiments.ingredients.model import device_of, use_threads, within_limits
 from experiments.tracking import TrackedExperiment, record
 from experiments.training.outcome import folder_of
@@ -48,7 +46,7 @@ def _machine(device: str, threads: int) -> str:
 def benchmark(_run: Any, cases: str, threads: int, output: str) -> dict[str, int]:
     """Print the table; returns how many bars are met, and how many there are.
 
-    The table as Markdown and the picture go into a folder of the run's own and into the database.
+    The table as Markdown goes into a folder of the run's own and into the database.
     """
     chosen, settings = select(cases), BenchmarkSettings.of(_run.config)
     settings = settings.model_copy(update={"device": str(device_of(settings.device))})
@@ -69,14 +67,11 @@ def benchmark(_run: Any, cases: str, threads: int, output: str) -> dict[str, int
             tables.append(f"```\n{command}\n```\n\n{as_markdown(found)}")
             tqdm.write(tables[-1] + "\n")
             rows += found
-            if name == "peers":
-                draw(machine, found).savefig(folder / "benchmark.png", dpi=120)
-                _run.add_artifact(folder / "benchmark.png")
     bars, *missed = summary(rows)
     tables.append("\n".join([f"{bars}.", "", *(f"- {line}" for line in missed)]).strip())
     print("", tables[-1], machine, sep="\n\n")
     (folder / "benchmark.md").write_text("\n\n".join(tables) + "\n")
     _run.add_artifact(folder / "benchmark.md")
-    print(f"\ntable and picture: {folder}")
+    print(f"\ntable: {folder}")
     asked = [bar for row in rows for bar in row.bars]
     return {"met": sum(bar.met for bar in asked), "bars": len(asked)}

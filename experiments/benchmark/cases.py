@@ -17,14 +17,16 @@ from torch.nn.functional import cross_entropy
 from experiments.benchmark import steps as outer
 from experiments.benchmark.measure import Bar, Cost, Row, measure, warm_peak
 from experiments.benchmark.steps import PEERS, Problem, Step, closure, implicit, loss_tensors
-from experiments.ingredients.algorithm import make_algorithms, solvers
+from experiments.ingredients.algorithm import make_algorithms
 from experiments.ingredients.algorithm_table import AlgorithmSettings
 from experiments.tracking import UserError
 from experiments.tracking.config import Count, Counts, Positive, RunSettings, Seed, Text, Threads
 from experiments.training.episodes import Episode
 from experiments.training.meta_learner import MEASURES, MetaLearner
 from l2l_implicit import (
+    CG,
     GaussNewton,
+    GradientDescent,
     Hessian,
     ImplicitCGHead,
     ImplicitMAML,
@@ -164,7 +166,7 @@ def cg_steps_sweep(c: BenchmarkSettings) -> list[Row]:
     Newton's backward pass uses the factor of its inner solve: it takes no such step.
     """
     pairs = [(c.steps, n) for n in c.sweep_cg_steps]
-    return _sweep(c, "N", pairs) + _sweep(c, "N, all of them (cg_tol = 1e-12)", pairs, cg_tol=1e-12)
+    return _sweep(c, "N", pairs) + _sweep(c, "N, all of them (cg_tol = 1e-12)", pairs, tol=1e-12)
 
 
 def _sweep(
@@ -388,7 +390,7 @@ def whole_network(c: BenchmarkSettings) -> list[Row]:
 
 def _all_products(cg_steps: int) -> dict[str, Any]:
     """Gradient steps inside, and a tolerance that conjugate gradient never reaches."""
-    return solvers(step="gradient", cg_steps=cg_steps, cg_tol=1e-12)
+    return {"inner": GradientDescent(), "linear": CG(cg_steps, 1e-12)}
 
 
 # By name

@@ -1,4 +1,4 @@
-"""Time and memory of several steps, side by side, and the table they make, also as a picture."""
+"""Time and memory of several steps, side by side, and the table they make."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from experiments.benchmark.steps import Step
@@ -141,7 +140,6 @@ class Row(NamedTuple):
 
 
 HEADER = ["", "K", "N", "ms", "time", "MiB", "memory", "bars"]
-MARKERS = "os^vD<>pPX*"
 
 
 def summary(rows: Iterable[Row]) -> list[str]:
@@ -160,23 +158,3 @@ def as_markdown(rows: Sequence[Row]) -> str:
         table = tabulate(cells, HEADER, "github", colalign=align, disable_numparse=True)
         tables.append(f"### {case}\n\n{table}")
     return "\n\n".join(tables)
-
-
-def draw(title: str, rows: Iterable[Row]) -> Figure:
-    """Of the case ``peers``: time and memory over the supervised step's against K, log-log."""
-    figure = Figure(figsize=(12, 7), layout="constrained")
-    both = figure.subplots(1, 2)
-    measured = [row for row in rows if row.cost is not None and row.steps is not None]
-    for axes, what in zip(both, ("time", "memory"), strict=True):
-        for number, name in enumerate(dict.fromkeys(row.method for row in measured)):
-            of = [row for row in measured if row.method == name]
-            style = "-" if name.startswith("implicit") else "--"
-            ratios = [getattr(row.cost, f"{what}_ratio") for row in of]
-            look = {"marker": MARKERS[number % len(MARKERS)], "color": f"C{number % 10}"}
-            axes.loglog([row.steps for row in of], ratios, style, label=name, alpha=0.8, **look)
-        axes.axhline(1.0, color="0.7", label="supervised")
-        axes.set(xlabel="inner steps K (and N = K)", ylabel=f"{what} over the supervised step's")
-        axes.grid(alpha=0.3, which="both")
-    figure.legend(*both[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    figure.suptitle(title)
-    return figure

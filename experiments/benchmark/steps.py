@@ -20,8 +20,7 @@ from torch.autograd import grad
 from torch.nn.functional import cross_entropy, linear
 from torch.nn.utils import parameters_to_vector
 
-from experiments.ingredients.algorithm import solvers
-from l2l_implicit import ImplicitCGHead
+from l2l_implicit import CG, GradientDescent, ImplicitCGHead, Newton
 from l2l_implicit.baselines import UnrolledMAML
 
 STEP_SIZE = 0.1
@@ -193,9 +192,10 @@ IMAGES = nn.Identity()
 
 
 def head_of(problem: Problem, step: str, cg_steps: int, **settings: Any) -> ImplicitCGHead:
-    """The implicit head; ``step`` and ``settings`` are the command line's."""
-    found = solvers(step=step, cg_steps=cg_steps, **settings)
-    return ImplicitCGHead(problem.new_head(), STEP_SIZE, **found)
+    """The implicit head by Newton's method or gradient steps; ``settings`` are those of `CG`."""
+    linear = CG(cg_steps, **settings)
+    inner = Newton(cg_steps, 0.1 * linear.tol) if step == "newton" else GradientDescent()
+    return ImplicitCGHead(problem.new_head(), STEP_SIZE, inner=inner, linear=linear)
 
 
 def implicit(problem: Problem, step: str, adapt: Adapt, cg_steps: int, **settings: Any) -> Step:

@@ -119,19 +119,6 @@ def _learner(s: AlgorithmSettings) -> Callable[[nn.Module], Any]:
     return lambda module: UnrolledMAML(module, lr, **rest)
 
 
-def solvers(**settings: Any) -> dict[str, Any]:
-    """``inner`` and ``linear`` of `ImplicitCGHead`, from its settings; UserError: a wrong one.
-
-    Example:
-        >>> from experiments.ingredients.algorithm import solvers
-        >>> found = solvers(step="newton", solver="nystrom", cg_steps=5)
-        >>> found["inner"], found["linear"]
-        (Newton(cg_steps=5, tol=1e-05), Nystrom(rank=5, damping=0.0, seed=0))
-    """
-    s = AlgorithmSettings.of(settings)
-    return {"inner": _inner(s), "linear": _linear(s)}
-
-
 def _inner(s: AlgorithmSettings) -> implicit.InnerSolver:
     """Newton and L-BFGS go on until their error is small beside the linear solver's."""
     if s.step == "newton":

@@ -11,8 +11,6 @@ in float64. In the regression theta is the initial value of phi and the anchor a
 classification it is the feature extractor, and a = 0.
 """
 
-# ruff: noqa: F841  (Sacred reads a config function's local variables)
-
 from __future__ import annotations
 
 import copy
@@ -33,13 +31,12 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.nn.utils import parameters_to_vector
 from tqdm import tqdm
 
-from experiments.ingredients.algorithm import solvers
 from experiments.ingredients.model import within_limits
 from experiments.papers import PaperSettings, Points
 from experiments.report.papers import named
 from experiments.tracking import TrackedExperiment
 from experiments.tracking.config import Count, Counts, Positive
-from l2l_implicit import ImplicitCGHead, ImplicitMAML, UnsolvedWarning
+from l2l_implicit import CG, GradientDescent, ImplicitCGHead, ImplicitMAML, UnsolvedWarning
 from l2l_implicit.baselines import UnrolledMAML
 from l2l_implicit.vectors import unflatten
 
@@ -139,8 +136,8 @@ class Problem:
         if method.cg_steps is None:
             learner: Any = UnrolledMAML(module, self.lr, learn_init=self.anchored)
         else:
-            found = solvers(step="gradient", cg_steps=method.cg_steps, cg_tol=CG_TOL)
-            learner = self.kind(module, self.lr, l2=self.l2, max_error=IGNORED, **found)
+            own = {"inner": GradientDescent(), "linear": CG(method.cg_steps, CG_TOL)}
+            learner = self.kind(module, self.lr, l2=self.l2, max_error=IGNORED, **own)
         return self.differentiate(learner, steps, method.penalty)[0]
 
     def differentiate(self, learner: Any, steps: int, penalty: bool) -> tuple[Tensor, float]:

@@ -6,8 +6,6 @@
 One task's outer step, K by K, as far as the memory allows.
 """
 
-# ruff: noqa: F841  (Sacred reads a config function's local variables)
-
 from __future__ import annotations
 
 import gc
@@ -29,7 +27,6 @@ from experiments.ingredients.algorithm import make_algorithms
 from experiments.ingredients.algorithm_table import AlgorithmSettings
 from experiments.ingredients.model import ModelSettings, within_limits
 from experiments.papers import PaperSettings, Points
-from experiments.report.papers import Metrics, named
 from experiments.tracking import TrackedExperiment
 from experiments.tracking.config import Count, Counts, Positive, Text
 from experiments.training.algorithms import Algorithm
@@ -189,24 +186,10 @@ def forecast(points: dict[int, Point], steps: int) -> float:
     return last.peak + (last.peak - before.peak) / (k1 - k0) * (steps - k1)
 
 
-def savings(peaks: Metrics) -> dict[str, float]:
-    """Memory over that of rm_metal with the cache and as published, at K = 5, or at rm_metal's
-    largest K."""
-    ours = peaks["rm_metal/cached"]
-    k = 5 if 5 in ours else max(ours.index)
-    return {
-        f"{name} over rm_metal/{variant} at K = {k}":
-            float(curve[k] / peaks[f"rm_metal/{variant}"][k])
-        for name, curve in peaks.items()
-        for variant in ("cached", "as_published")
-        if k in curve and not name.startswith("rm_metal")
-    }  # fmt: skip
-
-
 @ex.automain
 @within_limits()
 def memory(_run: Any) -> dict[str, float]:
-    """Print the tables; returns what rm_metal saves."""
+    """Print the tables; returns the peak of the process."""
     c = MemorySettings.of(_run.config)
     device = model.device_of(c.device)
     omniglot = (c.imaml_ways, c.imaml_shots, c.imaml_queries, c.imaml_pixels, c.hidden, 1)
@@ -226,7 +209,6 @@ def memory(_run: Any) -> dict[str, float]:
                 for k, (peak, seconds) in measured.items():  # as soon as it is there
                     values = {f"{prefix}memory/{name}": peak, f"{prefix}seconds/{name}": seconds}
                     points.record(values, k)
-    result = savings(named(points.metrics, "memory/(.+/.+)"))
-    result["process_peak_bytes"] = float(process_peak())
+    result = {"process_peak_bytes": float(process_peak())}
     points.show("memory", result)
     return result

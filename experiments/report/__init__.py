@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from sacred.utils import iterate_flattened
 
 from experiments.report.summary import Archive
-from experiments.sweeps.runs import COMPLETED, flatten
+from experiments.sweeps.runs import COMPLETED
 from experiments.tracking.database import Database, choose
 from experiments.tracking.records import DatabaseRecords, FileRecords, Records
 
@@ -66,7 +67,7 @@ def get_results(
         values = {
             **dict(zip(COLUMNS, (*own, run.code.commit), strict=True)),
             **{f"config.{key}": value for key, value in run.settings.items()},
-            **{f"result.{key}": value for key, value in flatten(run.result).items()},
+            **{f"result.{key}": value for key, value in iterate_flattened(run.result)},
             **{f"metrics.{name}": series.values[-1] if series.values else float("nan")
                for name, series in run.metrics.items()},
         }  # fmt: skip

@@ -13,6 +13,8 @@ from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
+from sacred.utils import iterate_flattened
+
 from experiments.sweeps import definition
 from experiments.sweeps.definition import PLACES, format_value
 from experiments.tracking.records import Document, RunId, Series
@@ -64,7 +66,7 @@ class Run:
         self.experiment = self._get("experiment.name", str)
         self.started = self._time("start_time")  # all times are in UTC
         self.last_sign = self._time("stop_time") or self._time("heartbeat")
-        self.settings = flatten(self._get("config", dict))  # with dotted names
+        self.settings = dict(iterate_flattened(self._get("config", dict)))  # with dotted names
         self.seed = setting_text(self.settings.get("seed"))
         result = document.get("result")
         result = self._get("info.result", dict) if result is None else result
@@ -180,7 +182,7 @@ class Run:
         return CodeVersion(commit, repository.get("dirty") is True, dict(right), packages)
 
     def _command(self) -> str:
-        updates = flatten(self._get("meta.config_updates", dict))
+        updates = dict(iterate_flattened(self._get("meta.config_updates", dict)))
         if updates.get("tasks.root"):
             updates["tasks.root"] = "DATA"
         words = [f"{key}={setting_text(value)}" for key, value in updates.items()
@@ -193,15 +195,6 @@ def newest(runs: Iterable[Run]) -> Run | None:
     """The complete one that ended last."""
     done = [run for run in runs if run.complete]
     return max(done, key=lambda run: run.last_sign or LONG_AGO, default=None)
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"algorithm.lr": 0.1} from {"algorithm": {"lr": 0.1}}."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        inner = isinstance(value, Mapping) and value
-        flat |= flatten(inner, f"{prefix}{key}.") if inner else {prefix + key: value}
-    return flat
 
 
 def setting_text(value: Any) -> str:

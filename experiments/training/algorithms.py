@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import pad, ten_crop
 
 from experiments.training.episodes import Episode
-from experiments.training.peak_memory import KeptBytes
+from experiments.training.peak_memory import LiveStorages
 from l2l_implicit import Diagnostics
 from l2l_implicit.per_task_norm import per_task_batch_norm
 from l2l_implicit.tasks.learn2learn_benchmarks import padding
@@ -166,10 +166,9 @@ class HeadsTogether(HeadOnly):
         """Its features; the bytes of their graph are counted where they are not known."""
         if episode.inputs.shape in self._bytes:
             return self._both(episode)
-        kept = KeptBytes()
-        with kept:
+        with LiveStorages() as storages:
             features = self._both(episode)
-        self._bytes[episode.inputs.shape] = kept.total
+        self._bytes[episode.inputs.shape] = storages.live
         return features
 
     def _learn_heads(

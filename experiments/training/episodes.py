@@ -154,10 +154,6 @@ class Tasks:
         ways, shots, queries = self._sizes[mode]
         return Sizes(ways if self.kind == "classification" else 1, shots, queries)
 
-    def outputs(self, mode: str) -> int:
-        """How many outputs a model needs: ways of the mode, 1 for a regression."""
-        return self.sizes(mode).ways
-
     def input_shape(self) -> torch.Size:
         """Of one sample: channels, height, width; ``[1]`` for sine."""
         return torch.as_tensor(self.sets.train.dataset[0][0]).shape

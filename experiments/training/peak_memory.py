@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -58,26 +57,6 @@ class LiveStorages(TorchDispatchMode):
 
 def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-class KeptBytes(saved_tensors_hooks):
-    """Counts the bytes that graphs made within the block keep for their backward pass.
-
-    Attributes:
-        total: of every storage once, inputs and parameters among them.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[int, int] = {}
-        super().__init__(self._note, lambda tensor: tensor)
-
-    @property
-    def total(self) -> int:
-        return sum(self._known.values())
-
-    def _note(self, tensor: Tensor) -> Tensor:
-        self._known[_address(tensor)] = tensor.untyped_storage().nbytes()
-        return tensor
 
 
 def peak_memory(function: Callable[[], object], device: torch.device | str = "cpu") -> int:

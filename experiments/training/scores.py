@@ -81,13 +81,6 @@ class History:
 
     Those of a metric are whole numbers until a fraction comes. Of iterations that follow each other
     the first and the last are kept.
-
-    Example:
-        >>> from experiments.training.scores import History
-        >>> history = History()
-        >>> history.add({"train/loss": 0.5}, iteration=1)
-        >>> list(history.values("train/loss"))
-        [0.5]
     """
 
     def __init__(self) -> None:

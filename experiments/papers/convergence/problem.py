@@ -19,9 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from experiments.ingredients.algorithm import solvers
 from experiments.papers.convergence.theory import ProblemConstants
-from l2l_implicit import ImplicitCGHead, LinearSolution, UnsolvedWarning
+from l2l_implicit import CG, GradientDescent, ImplicitCGHead, LinearSolution, UnsolvedWarning
 
 LARGEST_TANH_CURVATURE = 4.0 / (3.0 * math.sqrt(3.0))  # of (tanh x)'' over all x
 
@@ -195,7 +194,8 @@ class Algorithm1:
             l2=0.0,
             warm_start=settings.warm,
             max_error=1e300,  # K_0 and N_0 are there to be undercut
-            **solvers(step="gradient", cg_steps=settings.cg_steps, cg_tol=1e-13),
+            inner=GradientDescent(),
+            linear=CG(settings.cg_steps, 1e-13),
         )
         self._learner.slots = slots, q
 

@@ -1,28 +1,8 @@
 r"""How many inner and linear steps Algorithm 1 needs: K_0 and N_0 of Yang et al. (2025).
 
-Their appendix B.2 asks for three contractions, with which the proof of Theorem 1 closes:
-
-.. math:: 2 (1 - \mu \lambda_\phi)^K < \tfrac13, \qquad
-          2 \, \Gamma_N \frac{l_g^2 + \sigma_{g1}^2}{\mu^2} < \tfrac13, \qquad
-          3 \, \Gamma_N C_1 < \tfrac13 .
-
-K_0 and N_0 are the smallest K and N for which they hold. What differs from the printed text:
-
-- (71) and (69) call K the steps of Subroutine 1 and N those of the inner loop: they are swapped.
-- :math:`\Gamma_N = a \gamma^N` of Lemma 2 has no values for a and :math:`\gamma`, and (69) leaves a
-  out; here it is conjugate gradient's own bound, see `cg_contraction`. (81) prints it inverted.
-- (55) bounds the change of a Hessian by :math:`l_g`; it is :math:`l_{g,2}`, and (53) has a factor
-  2 that (55) loses. With both, :math:`C_1` of (39) becomes :math:`24 \, (l_{f,0}^2/\mu^2 +
-  \sigma_{fg}^2) \, l_{g,2}^2 + 12 \, l_f^2`.
-- (69) sums logarithms where a sum is meant, and is then too small for (70) where
-  :math:`l_f < 1/2`; here (70) itself is solved.
-- (26) to (27) needs :math:`\lambda_\phi \le \mu / (3 l_g^2)`, not :math:`3 \mu / l_g^2`; see
-  `inner_lr`.
-- Lemma 1 has :math:`l_{f,0}^2` beside :math:`l_{g,1}`, whose units are wrong; it is
-  :math:`l_{f,0}`.
-
-The bounds are sufficient, for warm starts from one outer iteration to the next. They ask only
-that errors shrink to a fraction, not that they vanish.
+The theorems, and what differs from their printed text: docs/mathematics.md. The bounds are
+sufficient, for warm starts from one outer iteration to the next. They ask only that errors shrink
+to a fraction, not that they vanish.
 """
 
 from __future__ import annotations
@@ -68,11 +48,7 @@ class ProblemConstants:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = checks.number(field.name, getattr(self, field.name))
-            if value < 0:
-                raise ValueError(
-                    f"{field.name}: expected a number of at least 0, got {value}; it bounds a norm"
-                )
+            checks.not_negative(field.name, getattr(self, field.name))
         checks.positive("mu", self.mu)
         if self.l_g < self.mu:
             raise ValueError(

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from experiments.ingredients.algorithm import solvers
+from experiments.ingredients.algorithm import _linear
+from experiments.ingredients.algorithm_table import AlgorithmSettings
 from experiments.tracking import UserError
 from l2l_implicit import CG, Direct, Identity, Jacobi, Kronecker, Neumann, Nystrom
 
@@ -24,7 +25,7 @@ LINEAR: list[tuple[dict[str, Any], Any]] = [
 
 @pytest.mark.parametrize("settings, expected", LINEAR, ids=[str(s) for s, _ in LINEAR])
 def test_the_linear_solver_is_the_one_that_is_set(settings: dict[str, Any], expected: Any) -> None:
-    assert solvers(**settings)["linear"] == expected
+    assert _linear(AlgorithmSettings.of(settings)) == expected
 
 
 @pytest.mark.parametrize(
@@ -37,5 +38,5 @@ def test_the_linear_solver_is_the_one_that_is_set(settings: dict[str, Any], expe
 )
 def test_what_does_not_fit_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        solvers(**settings)
+        _linear(AlgorithmSettings.of(settings))
     assert "\n" not in str(caught.value)

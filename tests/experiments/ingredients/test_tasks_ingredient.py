@@ -72,7 +72,6 @@ def test_caltech101_is_as_it_was(tmp_path: Path) -> None:
 def test_training_tasks_do_not_depend_on_the_sizes_of_test_tasks() -> None:
     plain = made(level="easy")
     other = made(level="easy", test_ways=7, test_shots=1, test_queries=3)
-    assert [other.outputs(mode) for mode in ("train", "validation", "test")] == [5, 7, 7]
     assert other.sizes("train") == plain.sizes("test") == (5, 5, 5)
     assert other.sizes("validation") == other.sizes("test") == (7, 1, 3)
     assert digest(plain.stream("train", 1).sample()) == digest(other.stream("train", 1).sample())

@@ -43,13 +43,18 @@ HEAD, NETWORK = "head adapted", "whole network adapted"
 LOOKS = {
     "ImplicitCGHead": Look("#0072B2", "-", "o", HEAD),
     "as_printed": Look("#56B4E9", "--", "s", HEAD),
+    "as_printed_adam": Look("#44AA99", "-.", "X", HEAD),
     "as_released": Look("#332288", ":", "^", HEAD),
     "itd_bio": Look("#D55E00", "-", "v", HEAD),
     "anil": Look("#E69F00", "-", "D", HEAD),
     "fo_anil": Look("#882255", "--", "P", HEAD),
+    "r2d2": Look("#AA4499", "--", "<", HEAD),
+    "logistic": Look("#661100", "-.", ">", HEAD),
+    "protonet": Look("#DDCC77", ":", "*", HEAD),
     "ImplicitMAML": Look("#009E73", "-", "o", NETWORK),
     "ImplicitMAML_HF": Look("#117733", "--", "s", NETWORK),
     "maml": Look("#CC79A7", "-", "v", NETWORK),
+    "maml_printed": Look("#CC6677", ":", "^", NETWORK),
     "fomaml": Look("#000000", "--", "D", NETWORK),
     "reptile": Look("#999933", "-.", "P", NETWORK),
 }

@@ -54,6 +54,8 @@ class RankLost(RuntimeError):
 class Ranks:
     """The processes of a job, as one of them sees them.
 
+    What waits for the others raises RankLost if one has ended or does not answer in time.
+
     Args:
         rank: this process's number, from 0.
         size: how many there are.
@@ -80,11 +82,7 @@ class Ranks:
         return list(items[self.rank :: self.size])
 
     def gather(self, value: Item) -> list[Item]:
-        """Every rank's ``value`` in the order of ranks; anything that pickles.
-
-        Raises:
-            RankLost: a rank has ended or does not answer in time.
-        """
+        """Every rank's ``value`` in the order of ranks; anything that pickles."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -93,11 +91,7 @@ class Ranks:
         return values
 
     def collect(self, shared: Sequence[Item]) -> list[Item]:
-        """What the ranks made of their `share`, in the order of the whole.
-
-        Raises:
-            RankLost: a rank has ended or does not answer in time.
-        """
+        """What the ranks made of their `share`, in the order of the whole."""
         parts = self.gather(list(shared))
         return [parts[i % self.size][i // self.size] for i in range(sum(map(len, parts)))]
 
@@ -109,9 +103,6 @@ class Ranks:
         Args:
             parameters: theta, the same tensors in the same order on every rank.
             weight: :math:`|B_r| / |B|`, if the gradients are means over this rank's share.
-
-        Raises:
-            RankLost: a rank has ended or does not answer in time.
         """
         checks.number("weight", weight)
         kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
@@ -137,11 +128,7 @@ class Ranks:
             parameter.grad = total.view(parameter.shape).clone() if count else None
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite ``tensors`` by those of rank 0, so that all start from the same theta.
-
-        Raises:
-            RankLost: a rank has ended or does not answer in time.
-        """
+        """Overwrite ``tensors`` by those of rank 0, so that all start from the same theta."""
         with torch.no_grad(), self._answers():
             for tensor in tensors if self.size > 1 else ():
                 dist.broadcast(tensor, 0)
@@ -155,9 +142,6 @@ class Ranks:
 
         Args:
             kind: made anew, from the message of the lowest rank that met one.
-
-        Raises:
-            RankLost: a rank has ended or does not answer in time.
         """
         met: Exception | None = None
         try:

@@ -15,15 +15,20 @@ EXPERIMENTS_ONLY = {"experiments", "matplotlib", "pymongo", "sacred", "secantus"
 EXTRAS = EXPERIMENTS_ONLY | {"higher", "lightning", "pytorch_lightning"}
 
 
-def imported(path: Path) -> set[str]:
-    """The top-level packages that a source file imports, anywhere in it."""
-    names: set[str] = set()
+def names_of(path: Path) -> list[str]:
+    """The dotted names that a source file imports, anywhere in it, but for those beside it."""
+    names: list[str] = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names.add(node.module.split(".")[0])
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
     return names
+
+
+def imported(path: Path) -> set[str]:
+    """The top-level packages among them."""
+    return {name.partition(".")[0] for name in names_of(path)}
 
 
 def reached(path: Path) -> set[str]:

@@ -23,7 +23,12 @@ from torch import Tensor
 
 from l2l_implicit.inner_problem import refusals
 from l2l_implicit.inner_problem.boundary import cut, edges_of, find_outputs, outputs_of
-from l2l_implicit.inner_problem.linearization import AutogradLinearization, flat, gradients_of
+from l2l_implicit.inner_problem.linearization import (
+    AutogradLinearization,
+    flat,
+    gradients_of,
+    pulled_back,
+)  # fmt: skip
 from l2l_implicit.vectors import unflatten
 
 
@@ -174,15 +179,9 @@ class GaussNewtonLinearization(AutogradLinearization):
             tangents += [d for _, d in second]
         self._check_slope(tangents, vector)
         moved = [*tangents, *(pieces if self._direct else [])]
-        curved = _products(self._slopes, [*self._edges, *self._direct], moved, self._passes)
-        back = [(z, u) for z, u in zip(outputs, curved, strict=False) if u is not None]
-        back = [(z, u) for z, u in back if z.requires_grad]
-        found: Sequence[Tensor | None] = [None] * len(pieces)
-        if back:
-            ends, weights = zip(*back, strict=True)
-            found = gradients_of(
-                ends, self.parameters, weights, retain_graph=True, allow_unused=True
-            )
+        with cut(self._passes):
+            curved = pulled_back(self._slopes, [*self._edges, *self._direct], moved)
+        found = pulled_back(outputs, self.parameters, curved[: len(outputs)])
         product = flat(found, self.parameters)
         _check_equal(curved[: len(tangents)], tangents, product, vector)
         if self._direct:
@@ -195,20 +194,6 @@ class GaussNewtonLinearization(AutogradLinearization):
         if self._direct:
             gradient = gradient - flat(self._slopes[len(tangents) :], self.parameters).detach()
         _check_equal(self._slopes[: len(tangents)], tangents, gradient, vector)
-
-
-def _products(
-    slopes: Sequence[Tensor | None], inputs: Sequence[Any], moved: Sequence[Tensor | None],
-    passes: Sequence[Any],
-) -> Sequence[Tensor | None]:  # fmt: skip
-    """The derivative of the loss's ``slopes`` in outputs and phi, along ``moved``."""
-    pairs = [(s, m) for s, m in zip(slopes, moved, strict=True) if s is not None and m is not None]
-    pairs = [(s, m) for s, m in pairs if s.requires_grad]
-    if not pairs:
-        return [None] * len(inputs)
-    ends, weights = zip(*pairs, strict=True)
-    with cut(passes):
-        return gradients_of(ends, inputs, weights, retain_graph=True, allow_unused=True)
 
 
 def _inner_product(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> tuple[float, float]:

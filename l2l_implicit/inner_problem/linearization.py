@@ -319,7 +319,8 @@ class AutogradLinearization(Linearization):
 
     def derivative(self, vector: Tensor) -> Tensor:
         """The gradient's derivative along ``vector``, whatever matrix `hvp` has in its place."""
-        product = flat(self._vjp(self._graph(), self.parameters, vector), self.parameters)
+        pieces = unflatten(vector[0], self.parameters)
+        product = flat(pulled_back(self._graph(), self.parameters, pieces), self.parameters)
         return product.add_(vector, alpha=self.quadratic.strength)
 
     def sources(self) -> list[Tensor]:
@@ -334,7 +335,8 @@ class AutogradLinearization(Linearization):
     def mixed(self, vector: Tensor) -> Products:
         """The derivatives of `in_theta` along ``vector``."""
         gradients = self._graph() if self.needs_second else ()
-        product = partial(self._vjp, gradients, vector=vector)
+        pieces = unflatten(vector[0], self.parameters)
+        product = partial(pulled_back, gradients, weights=pieces)
         return [*self._inputs.vjp(product, self.parameters), *product(self._stand_ins)]
 
     def in_theta(self) -> Products:
@@ -353,19 +355,6 @@ class AutogradLinearization(Linearization):
         if self._gradients is not None:
             return self._gradients
         return gradients_of(self.loss, self.parameters, create_graph=True, allow_unused=True)
-
-    def _vjp(
-        self, gradients: Sequence[Tensor | None], inputs: Sequence[Any], vector: Tensor
-    ) -> Sequence[Tensor | None]:
-        """The product of ``gradients`` with ``vector``, with respect to ``inputs``."""
-        if not inputs:
-            return []
-        pairs = zip(gradients, unflatten(vector[0], self.parameters), strict=True)
-        kept = [(g, p) for g, p in pairs if g is not None and g.requires_grad]
-        if not kept:
-            return [None] * len(inputs)
-        ends, pieces = zip(*kept, strict=True)
-        return gradients_of(ends, inputs, pieces, retain_graph=True, allow_unused=True)
 
     def _check_unchanged(self) -> None:
         """Whether the graph still computes the gradient that it computed first.
@@ -458,6 +447,18 @@ def inner_gradient(
     checks.used(gradients, unused)
     checks.dense(gradients)
     return gradients
+
+
+def pulled_back(
+    ends: Sequence[Tensor | None], inputs: Sequence[Any], weights: Sequence[Tensor | None]
+) -> Sequence[Tensor | None]:
+    """The derivatives in ``inputs`` of ``ends``, each along its weight; None stands for zero."""
+    pairs = zip(ends, weights, strict=True) if inputs else ()
+    kept = [(z, w) for z, w in pairs if z is not None and w is not None and z.requires_grad]
+    if not kept:
+        return [None] * len(inputs)
+    ends, weights = zip(*kept, strict=True)
+    return gradients_of(ends, inputs, weights, retain_graph=True, allow_unused=True)
 
 
 def gradients_of(*arguments: Any, **options: Any) -> tuple[Tensor | None, ...]:

@@ -5,8 +5,8 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from small_task import HOWS, fit
 from small_task import SIX_LABELS as Y
-from small_task import fit
 from small_task import six_inputs as x
 from small_task import small_nets as nets
 
@@ -30,13 +30,12 @@ def linearizations(monkeypatch: pytest.MonkeyPatch) -> weakref.WeakSet:
     return alive
 
 
-CASES = pytest.mark.parametrize("head, how, solver", [
-    (head, how, solver) for head in ("linear", "deep") for how in ("loss", "closure")
-    for solver in ({"inner": Newton()}, {"inner": GradientDescent()}, {"curvature": GaussNewton()})
-])  # fmt: skip
+SOLVERS = [{"inner": Newton()}, {"inner": GradientDescent()}, {"curvature": GaussNewton()}]
 
 
-@CASES
+@pytest.mark.parametrize("head", ["linear", "deep"])
+@pytest.mark.parametrize("solver", SOLVERS)
+@HOWS
 def test_one_linearization_lives_and_dies_with_the_loss(
     head: str, how: str, solver: dict, linearizations: weakref.WeakSet
 ) -> None:
@@ -62,9 +61,10 @@ def test_one_linearization_lives_and_dies_with_the_loss(
         assert len(linearizations) == 0 and features() is None and theta is not None
 
 
-@CASES
+@pytest.mark.parametrize("head", ["linear", "deep"])
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_evaluation_without_grad_keeps_nothing(
-    head: str, how: str, solver: dict, linearizations: weakref.WeakSet
+    head: str, solver: dict, linearizations: weakref.WeakSet
 ) -> None:
     """And ends where an adaptation with gradients does (contract.py), to the last digit."""
     parent, inputs, found = ImplicitCGHead(nets()[head], 0.1, **solver).eval(), x(), []

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import ast
 from pathlib import Path
 
 import pytest
+from without_extras import names_of
 
 HOUSE = Path(__file__).parents[2] / "experiments"
 BASE = {"extra", "statistics"}  # what all may need
 FLOORS = [{"tracking"}, {"training", "sweeps"}, {"ingredients", "report"},
           {"papers", "benchmark", "build_glyphs", "train", "sweep", "doctor"}]  # fmt: skip
-
-
-def names_of(path: Path) -> list[str]:
-    """What a file imports, anywhere in it."""
-    names: list[str] = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names += [f"{node.module}.{alias.name}" for alias in node.names]
-    return names
 
 
 def imported(path: Path) -> set[str]:

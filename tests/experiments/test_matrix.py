@@ -1,5 +1,9 @@
 """Every algorithm on every benchmark: a few outer iterations of the real command, on small data
-sets in the formats that the real ones have on disk."""
+sets in the formats that the real ones have on disk.
+
+Without ``-m slow`` every algorithm on glyphs and sine, and each benchmark with a head, a whole
+network, and a method that adapts nothing.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +22,13 @@ from experiments.train import ex
 SMALL: dict[str, Any] = {"iterations": 2, "meta_batch": 1, "validate_every": 2,
                          "validation_tasks": 2, "test_tasks": 2}  # fmt: skip
 IMAGES = {"tasks.ways": 3, "tasks.shots": 1, "tasks.queries": 2, "model.hidden": 4}
-METHODS = [*ALGORITHMS, *VARIANTS]
-CELLS = [(benchmark, method) for method in METHODS for benchmark in BENCHMARKS
-         if benchmark != "sine" or method not in OF_CLASSES]  # fmt: skip
+METHODS, OF_A_KIND = [*ALGORITHMS, *VARIANTS], ("ImplicitCGHead", "maml", "protonet")
+CELLS = [
+    pytest.param(benchmark, method, marks=() if quick else pytest.mark.slow)
+    for method in METHODS for benchmark in BENCHMARKS
+    if benchmark != "sine" or method not in OF_CLASSES
+    for quick in [benchmark in ("glyphs", "sine") or method in OF_A_KIND]
+]  # fmt: skip
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*results do not compare:UserWarning"),

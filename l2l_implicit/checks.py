@@ -60,11 +60,7 @@ def settings(
         got, own = type(anchor).__name__, "give a task its own by clone(anchor=...)"
         raise TypeError(f"anchor: expected 'zero' or 'init', got {got}; {own}")
     choice("anchor", anchor, ("zero", "init"))
-    if isinstance(inner, type) or not callable(getattr(inner, "begin", None)):
-        raise TypeError(
-            "inner: expected an inner solver such as Newton() or GradientDescent(), got "
-            f"{inner!r}; pass an object with a method begin(lr)"
-        )
+    has_method("inner", inner, "an inner solver such as Newton() or GradientDescent()", "begin(lr)")
     ways = (getattr(linear, name, None) for name in ("solve", "respond"))
     if isinstance(linear, type) or not any(map(callable, ways)):
         raise TypeError(

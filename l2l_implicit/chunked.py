@@ -87,7 +87,7 @@ class Chunked(nn.Module):
         features = []
         for chunk in chunks:
             features.append(run(chunk))
-            _check_rows(features[-1], len(chunk))
+            check_rows(features[-1], len(chunk))
         return torch.cat(features) if len(features) > 1 else features[0]
 
     def _run_twice(self, chunk: Tensor) -> Any:
@@ -153,7 +153,7 @@ def _check_same(first: Tensor, now: Tensor, features: Tensor) -> None:
         )
 
 
-def _check_rows(features: Any, images: int) -> None:
+def check_rows(features: Any, images: int) -> None:
     if not isinstance(features, Tensor):
         raise TypeError(
             f"backbone: expected a tensor of features, got {type(features).__name__}; return one"

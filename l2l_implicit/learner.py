@@ -33,7 +33,14 @@ from l2l_implicit.inner_problem.linearization import (
 )
 from l2l_implicit.inner_problem.passes import noted
 from l2l_implicit.inner_problem.recognition import HeadLoss, recognize
-from l2l_implicit.inner_problem.second_derivative import StepTaken, gradients, products_agree
+from l2l_implicit.inner_problem.second_derivative import (
+    KINK,
+    NO_SECOND,
+    StepTaken,
+    gradients,
+    on_a_kink,
+    products_agree,
+)  # fmt: skip
 from l2l_implicit.inner_solvers.newton import Newton
 from l2l_implicit.inner_solvers.protocol import InnerSolver, InnerStep, descend
 from l2l_implicit.linear_solvers import solution
@@ -726,7 +733,7 @@ class ImplicitCGHead(MAML):
         count[0] += 1
         due = count[0] >= 2 ** count[1]
         if due and any(map(moves_with_each_pass, self.module.modules())):
-            self._say(at, False)
+            self._say(at, NO_SECOND)
             return False
         return due
 
@@ -737,7 +744,7 @@ class ImplicitCGHead(MAML):
             return None
         agrees, self._task.missing = taken.agrees(at, self._task.missing)
         if agrees is not None:
-            self._say(at, agrees)
+            self._say(at, "" if agrees else NO_SECOND)
         return agrees
 
     def _compare(self, at: AutogradLinearization, objective: _ClosureObjective) -> None:
@@ -752,21 +759,15 @@ class ImplicitCGHead(MAML):
 
         devices = [at.point.device] if at.point.is_cuda else []
         with torch.random.fork_rng(devices=devices):
-            self._say(at, products_agree(at, evaluate))
+            agrees = products_agree(at, evaluate)
+            kink = agrees is None and on_a_kink(at, evaluate)
+        self._say(at, KINK if kink else NO_SECOND if agrees is False else "")
 
-    def _say(self, at: AutogradLinearization, agrees: bool | None) -> None:
-        self._compared[hash(tuple(at.operations))][1] += 60 if agrees is False else 1
-        if agrees is False:
-            warnings.warn(
-                "the inner gradient does not change as its second derivative says: expected an "
-                "inner loss that torch can differentiate twice, the same at each call, got an "
-                "operation whose second derivative is missing or wrong (a custom "
-                "autograd.Function, once_differentiable, weight_norm, spectral_norm in training "
-                "mode, a detached piece), or other data at each call; the hypergradient is wrong: "
-                "write it out, or use linear=Perturbed() or first_order=True (said once a loss)",
-                UnsolvedWarning,
-                stacklevel=4,
-            )
+    def _say(self, at: AutogradLinearization, wrong: str) -> None:
+        """Warn of what is wrong, once a loss; nothing is: compare it more seldom."""
+        self._compared[hash(tuple(at.operations))][1] += 60 if wrong else 1
+        if wrong:
+            warnings.warn(f"{wrong} (said once a loss)", UnsolvedWarning, stacklevel=4)
 
 
 class _ClosureObjective:

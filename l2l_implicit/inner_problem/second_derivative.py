@@ -17,12 +17,25 @@ from torch import Tensor
 from l2l_implicit.inner_problem.linearization import AutogradLinearization, Products, flat
 
 _TOL, _CLEAR, _FLAT = 0.02, 0.1, 1e3
+_NEAR = 1e-3  # of the steps that compare products: as near as solvers come to a kink
+Evaluate = Callable[[Tensor], list[Tensor]]
 _KINKS = ("Relu", "Threshold", "MaxPool", "Abs", "Clamp", "Hardt", "Prelu", "Maximum", "Minimum")
 
+NO_SECOND = (
+    "the inner gradient does not change as its second derivative says: expected an inner loss "
+    "that torch can differentiate twice, the same at each call, got an operation whose second "
+    "derivative is missing or wrong (a custom autograd.Function, once_differentiable, "
+    "weight_norm, spectral_norm in training mode, a detached piece), or other data at each call; "
+    "the hypergradient is wrong: write it out, or use linear=Perturbed() or first_order=True"
+)
+KINK = (
+    "the inner minimum lies on a kink: expected an inner objective with a second derivative "
+    "there, got one whose gradient jumps (an absolute value, a maximum, ReLU); the hypergradient "
+    "is wrong: round the kink off, or use first_order=True"
+)
 
-def products_agree(
-    at: AutogradLinearization, evaluate: Callable[[Tensor], list[Tensor]]
-) -> bool | None:
+
+def products_agree(at: AutogradLinearization, evaluate: Evaluate) -> bool | None:
     """Whether products are the gradients' derivatives along one direction, by central differences.
 
     Args:
@@ -32,11 +45,7 @@ def products_agree(
     Returns:
         None where two step sizes disagree: the gradient has kinks or noise there.
     """
-    generator = torch.Generator("cpu").manual_seed(0)
-    direction = torch.randn(at.point.shape, generator=generator, device="cpu").to(at.point)
-    direction *= at.loss_gradient != 0  # what is masked, as a padding's row, is to stay
-    eps = torch.finfo(at.point.dtype).eps
-    size = eps ** (1 / 3) * float(at.point.square().mean().sqrt().clamp_min(1e-3))
+    (direction, size), eps = _step(at), torch.finfo(at.point.dtype).eps
 
     def differences(step: float) -> list[Tensor]:
         ends = (evaluate(at.point + sign * step * direction) for sign in (1.0, -1.0))
@@ -53,6 +62,36 @@ def products_agree(
         elif not float((product - narrow).norm()) <= _TOL * scale + _FLAT * rounding:
             return False
     return verdict
+
+
+def on_a_kink(at: AutogradLinearization, evaluate: Evaluate) -> bool:
+    """Whether the gradient jumps at the point itself, and what is left of it is a part of the jump.
+
+    Such a minimum stays on its kink as theta moves, which no second derivative knows. A difference
+    over a step s is 2 s times the second derivative, plus the jump: of three steps, two estimates
+    of it. Beside a solved problem's gradient a jump that happens to be near is many times as large.
+    """
+    direction, size = _step(at)
+
+    def difference(step: float) -> Tensor:
+        up, down = (evaluate(at.point + sign * step * direction)[0] for sign in (1.0, -1.0))
+        return up - down
+
+    wide, half, narrow = (difference(factor * _NEAR * size) for factor in (4.0, 2.0, 1.0))
+    far, near = 2.0 * half - wide, 2.0 * narrow - half
+    jump, left = float(near.norm()), float(at.gradient.norm())
+    rounding = torch.finfo(at.point.dtype).eps * max(left, float(at.regularizer_norm()))
+    there = jump > _FLAT * rounding and float((far - near).norm()) <= _CLEAR * jump
+    return there and left > _NEAR * jump
+
+
+def _step(at: AutogradLinearization) -> tuple[Tensor, float]:
+    """A random direction, and how far to go for a central difference."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    direction = torch.randn(at.point.shape, generator=generator, device="cpu").to(at.point)
+    direction *= at.loss_gradient != 0  # what is masked, as a padding's row, is to stay
+    third = torch.finfo(at.point.dtype).eps ** (1 / 3)
+    return direction, third * float(at.point.square().mean().sqrt().clamp_min(1e-3))
 
 
 def gradients(at: AutogradLinearization) -> list[Tensor]:

@@ -5,6 +5,7 @@ problem with its kinks rounded within a vanishing width. Networks have several m
 counts is the one next to where the learner ended.
 """
 
+import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -24,6 +25,7 @@ from l2l_implicit import (
     ImplicitCGHead,
     ImplicitMAML,
     Newton,
+    UnsolvedWarning,
 )
 
 D = torch.float64
@@ -207,3 +209,50 @@ def test_losses_with_kinks_rounded_widely_are_right(loss: str) -> None:
     task.loss = lambda out, y: task.rounded(out, y, 0.5)
     full = implicit_from(task.inner, task.outer, torch.zeros(12, dtype=D), task.theta)
     must_be_right(task.slope({}, 100), (full @ task.direction).reshape(1))
+
+
+# Minima on kinks whose slopes are small, so that little is left of the inner gradient.
+
+
+def on_a_kink(name: str, kind: Any, dtype: torch.dtype) -> ImplicitCGHead:
+    """The learner after one hypergradient; what it has met is its last iterate's."""
+    torch.manual_seed(3)
+    x, y = torch.randn(2, 30, 6, dtype=dtype), torch.randn(30, 1, dtype=dtype)
+    scale = torch.ones((), dtype=dtype, requires_grad=True)
+    head = ImplicitCGHead(nn.Linear(6, 1, bias=False).to(dtype), 0.1, l2=1.0, inner=kind)
+    learner = head.clone()
+
+    def lasso() -> Tensor:
+        """Correlations within the penalty's slope are drawn to zero."""
+        orthogonal = torch.linalg.qr(x[0])[0] * 30**0.5
+        target = orthogonal[:, :2] @ torch.tensor([[1.0], [-2.0]], dtype=dtype)
+        penalty = learner.module.weight.abs().sum() if name == "lasso" else 0.0
+        return F.mse_loss(learner(scale * orthogonal), target) + 1e-3 * penalty
+
+    def absolute() -> Tensor:
+        """Of three thousand errors some are drawn to zero, each with a slope of 1 / 3000."""
+        torch.manual_seed(0)
+        many = torch.randn(3000, 6, dtype=dtype)
+        noise = torch.randn(3000, 1, dtype=dtype)
+        return F.l1_loss(learner(scale * many), many[:, :1] + 0.5 * noise)
+
+    learner.adapt(absolute if name == "absolute" else lasso, steps=60)
+    F.mse_loss(learner(x[1]), y).backward()
+    return head
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [(Newton(), torch.float32), (Newton(), D), (LBFGS(), D)]
+)
+@pytest.mark.parametrize("name", ["lasso", "absolute"])
+def test_a_minimum_on_a_slight_kink_is_told(name: str, kind: Any, dtype: torch.dtype) -> None:
+    """In float32 L-BFGS stops too far from it to tell."""
+    with pytest.warns(UnsolvedWarning, match="lies on a kink"):
+        on_a_kink(name, kind, dtype)
+
+
+def test_a_minimum_beside_a_kink_is_not() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        head = on_a_kink("smooth", Newton(), D)
+    assert head.diagnostics.unsolved == 0

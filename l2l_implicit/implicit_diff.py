@@ -90,7 +90,7 @@ class ImplicitSolution(Function):
             )
         gradients: list[Tensor | None] = [None, None, None]
         for product, shape in zip_longest(products, ctx.sources):
-            dense = vector.new_zeros(()).expand(shape) if product is None else product.neg()
+            dense = vector.new_zeros(shape) if product is None else product.neg()
             gradients.append(dense)
         return tuple(gradients)
 

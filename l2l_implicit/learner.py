@@ -298,7 +298,8 @@ class ImplicitCGHead(MAML):
         """
         low = precision_of(self.module)
         dtype = None if low is None else low[1]
-        mark = torch.is_grad_enabled() and not self.first_order
+        transformed = torch._C._are_functorch_transforms_active()  # it takes no mark
+        mark = torch.is_grad_enabled() and not (self.first_order or transformed)
         change = functools.partial(marked, dtype=dtype, mark=mark)
         args, kwargs = each_tensor(args, change), each_tensor(kwargs, change)
         run, again = self.module, self._task.again

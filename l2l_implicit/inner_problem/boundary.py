@@ -218,16 +218,22 @@ class MetaInputs(NamedTuple):
 
         Args:
             product: of the kept inner gradient, with respect to what it is given.
-            inner: phi; what reaches a leaf by way of it, or of a boundary, is cut off there.
+            inner: phi; what reaches a leaf by way of it, or anything by way of a boundary, is cut
+                off there: the backward pass goes on from the boundary.
         """
-        through = product([GradientEdge(node, 0) for node in self.boundaries])
-        if not self.leaves:
-            return [*through]
         hooks = [node.register_prehook(_stop) for node in self.boundaries]
         hooks += [p.register_hook(torch.zeros_like) for p in inner if not p.is_leaf]
+        # The backward pass calls the leaves' own.
+        own = [leaf._backward_hooks for leaf in self.leaves if leaf._backward_hooks]
+        kept = [dict(live) for live in own]
+        for live in own:
+            live.clear()
         try:
-            return [*through, *product(self.leaves)]
+            through = product([GradientEdge(node, 0) for node in self.boundaries])
+            return [*through, *(product(self.leaves) if self.leaves else ())]
         finally:
+            for live, before in zip(own, kept, strict=True):
+                live.update(before)
             for hook in hooks:
                 hook.remove()
 

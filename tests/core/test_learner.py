@@ -178,6 +178,85 @@ def test_theta_in_unusual_company(case: str, how: str) -> None:
     assert relative_error(*grads) < 1e-9
 
 
+class WithFeatures(nn.Linear):
+    """Gives its features back."""
+
+    def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(h), h
+
+
+@HOWS
+@pytest.mark.parametrize("through", ["another learner", "returned features"])
+def test_an_input_behind_another_input_counts_once(through: str, how: str) -> None:
+    """A learner's output, or features it has given back, beside the input they come from."""
+    layer, data, grads = nn.Linear(4, 4), x(), []
+    head = WithFeatures(4, 3)
+    for behind in (False, True):
+        scale = torch.ones(4, requires_grad=True)
+        learner = ImplicitCGHead(head, 0.1, **EXACT).clone()
+        other = ImplicitCGHead(layer, 0.1).clone() if through[0] == "a" and behind else layer
+
+        def loss(scale=scale, learner=learner, other=other, behind=behind) -> Tensor:
+            h = other(data * scale)
+            out, again = learner(h)
+            again = again if through[0] == "r" and behind else h
+            distance = F.mse_loss(out, again[:, :3].tanh())
+            return F.cross_entropy(learner(again.sin())[0], Y) + distance
+
+        adapt(learner, loss, how, 12)
+        grads.append(torch.autograd.grad(F.cross_entropy(learner(data * scale)[0], Y), scale)[0])
+    assert relative_error(*grads) < 1e-7
+
+
+@HOWS
+def test_a_hook_of_theta_is_called_once(how: str) -> None:
+    grads, head, inputs = [], nn.Linear(4, 3), x()
+    for factor in (1.0, 10.0):
+        temperature = torch.full((1,), 0.3, requires_grad=True)
+        temperature.register_hook(lambda gradient, factor=factor: factor * gradient)
+        learner = ImplicitCGHead(head, 0.1, **EXACT).clone()
+
+        def loss(learner=learner, temperature=temperature) -> Tensor:
+            return F.cross_entropy(learner(inputs) * temperature.exp(), Y)
+
+        adapt(learner, loss, how, 12)
+        F.cross_entropy(learner(inputs), Y.roll(1)).backward()
+        grads.append(temperature.grad / factor)
+    assert relative_error(*grads) < 1e-9
+
+
+def test_gradients_that_are_asked_for_can_be_written_to() -> None:
+    """Also those that are zero, of the initial value; T tasks alike."""
+    head, h = ImplicitCGHead(nn.Linear(4, 3), 0.1), x().requires_grad_()
+    learner = head.clone()
+    fit(learner, h)
+    alone = F.cross_entropy(learner(h), Y), [h, *head.parameters()]
+    both = torch.stack([h, 2 * h])
+    adapted = head.adapt_together(both, Y.expand(2, 6))
+    together = adapted(both).square().sum(), [h, *head.parameters()]
+    for loss, sources in (alone, together):
+        for gradient in torch.autograd.grad(loss, sources):
+            gradient.mul_(2.0)
+
+
+@HOWS
+def test_transforms_of_functions_run_through_a_learner(how: str) -> None:
+    """A gradient penalty on its inputs, as by the module itself."""
+    head, data, grads = nn.Linear(4, 3), x(), []
+    for inside in (False, True):
+        scale = torch.ones(4, requires_grad=True)
+        learner = ImplicitCGHead(head, 0.1, **EXACT).clone()
+
+        def loss(learner=learner, scale=scale, inside=inside) -> Tensor:
+            h, net = data * scale, learner if inside else learner.module
+            slopes = torch.func.vmap(torch.func.grad(lambda row: net(row).tanh().square().sum()))(h)
+            return F.cross_entropy(learner(h), Y) + 0.3 * slopes.square().mean()
+
+        adapt(learner, loss, how, 12)
+        grads.append(torch.autograd.grad(F.cross_entropy(learner(data * scale), Y), scale)[0])
+    assert relative_error(*grads) < 1e-9
+
+
 @pytest.mark.parametrize(
     ("factor", "fatal", "inner"),
     [(None, 1, Newton()), (None, 2, GradientDescent()), (1.0, 3, Newton())],

@@ -198,6 +198,19 @@ def has_method(name: str, value: Any, examples: str, signature: str) -> None:
         )
 
 
+def rows(features: Any, images: int) -> None:
+    """A tensor with a row of features for each image."""
+    if not isinstance(features, Tensor):
+        raise TypeError(
+            f"backbone: expected a tensor of features, got {type(features).__name__}; return one"
+        )
+    if features.dim() == 0 or len(features) != images:
+        raise ValueError(
+            f"backbone: expected one row of features for each of {images} images, got shape "
+            f"{tuple(features.shape)}; do not reduce over the batch"
+        )
+
+
 def count(name: str, value: Any) -> None:
     """A whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):

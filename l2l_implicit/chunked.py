@@ -87,7 +87,7 @@ class Chunked(nn.Module):
         features = []
         for chunk in chunks:
             features.append(run(chunk))
-            check_rows(features[-1], len(chunk))
+            checks.rows(features[-1], len(chunk))
         return torch.cat(features) if len(features) > 1 else features[0]
 
     def _run_twice(self, chunk: Tensor) -> Any:
@@ -150,16 +150,4 @@ def _check_same(first: Tensor, now: Tensor, features: Tensor) -> None:
         raise RuntimeError(
             "backbone: expected the same features when backward() runs a chunk again, got others: "
             "it draws numbers by other means than torch, or counts its passes; use torch.rand"
-        )
-
-
-def check_rows(features: Any, images: int) -> None:
-    if not isinstance(features, Tensor):
-        raise TypeError(
-            f"backbone: expected a tensor of features, got {type(features).__name__}; return one"
-        )
-    if features.dim() == 0 or len(features) != images:
-        raise ValueError(
-            f"backbone: expected one row of features for each of {images} images, got shape "
-            f"{tuple(features.shape)}; do not reduce over the batch"
         )

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from l2l_implicit import checks, module_state
-from l2l_implicit.chunked import Chunked, check_rows
+from l2l_implicit.chunked import Chunked
 
 
 def per_task_batch_norm(backbone: nn.Module, tasks: int) -> Callable[[Tensor], Tensor]:
@@ -88,7 +88,7 @@ def _run(backbone: nn.Module, tasks: int, images: Tensor) -> Tensor:
             del module.__dict__["forward"]
             if own is not None:
                 module.__dict__["forward"] = own
-    check_rows(features, rows)
+    checks.rows(features, rows)
     for module in backbone.modules():
         # A plain number, as learn2learn's residual blocks keep, has counted one forward pass.
         if type(getattr(module, "num_batches_tracked", None)) is int:

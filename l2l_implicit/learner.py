@@ -20,7 +20,13 @@ from torch.linalg import vector_norm
 from l2l_implicit import checks
 from l2l_implicit.diagnostics import Diagnostics, UnsolvedWarning
 from l2l_implicit.implicit_diff import SHAPE, SavedLinearization, attach
-from l2l_implicit.inner_problem.boundary import each_tensor, end_of_gradients, marked, watched
+from l2l_implicit.inner_problem.boundary import (
+    each_tensor,
+    end_of_gradients,
+    marked,
+    transformed,
+    watched,
+)  # fmt: skip
 from l2l_implicit.inner_problem.gauss_newton import Curvature, Hessian
 from l2l_implicit.inner_problem.linear_heads import LinearHeads
 from l2l_implicit.inner_problem.linearization import (
@@ -298,8 +304,7 @@ class ImplicitCGHead(MAML):
         """
         low = precision_of(self.module)
         dtype = None if low is None else low[1]
-        transformed = torch._C._are_functorch_transforms_active()  # it takes no mark
-        mark = torch.is_grad_enabled() and not (self.first_order or transformed)
+        mark = torch.is_grad_enabled() and not (self.first_order or transformed())
         change = functools.partial(marked, dtype=dtype, mark=mark)
         args, kwargs = each_tensor(args, change), each_tensor(kwargs, change)
         run, again = self.module, self._task.again
@@ -761,7 +766,9 @@ class ImplicitCGHead(MAML):
         devices = [at.point.device] if at.point.is_cuda else []
         with torch.random.fork_rng(devices=devices):
             agrees = products_agree(at, evaluate)
-            kink = agrees is None and on_a_kink(at, evaluate)
+            self._note(at)
+            solved = at.errors(at.sizes[0], 0.0, 0.0)[0] <= self.max_error  # else that is told
+            kink = agrees is None and solved and on_a_kink(at, evaluate)
         self._say(at, KINK if kink else NO_SECOND if agrees is False else "")
 
     def _say(self, at: AutogradLinearization, wrong: str) -> None:

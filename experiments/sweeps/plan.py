@@ -27,8 +27,8 @@ def find_sweep(name: str) -> Sweep:
     try:
         found = runpy.run_path(name).get("SWEEP")
     except (Exception, SystemExit) as error:  # whatever stands in it
-        lines = traceback.extract_tb(error.__traceback__)
-        line = [line for line in lines if line.filename in (name, lines[-1].filename)][0]
+        *_, last = lines = traceback.extract_tb(error.__traceback__)
+        line = next((line for line in reversed(lines) if line.filename == name), last)
         got = f"{type(error).__name__}: {reason(error)} ({line.filename}, line {line.lineno})"
         raise wrong(name, "Python that defines SWEEP", got, "mend it") from error
     if not isinstance(found, Sweep):

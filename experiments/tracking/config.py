@@ -271,10 +271,12 @@ def _json(text: str) -> Any:
 
 
 def _once_each(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    names = [name for name, _ in pairs]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"{twice[0]} twice")
-    return dict(pairs)
+    found: dict[Any, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name} twice")
+        found[name] = value
+    return found
 
 
 class _Loader(yaml.SafeLoader):

@@ -44,6 +44,10 @@ class Boundary(Function):
         return gradient, None  # autograd rounds it to the source's dtype
 
 
+# Within torch.func's transforms: they have graphs of their own, which take no mark.
+transformed = torch._C._are_functorch_transforms_active
+
+
 def marked(tensor: Tensor, dtype: torch.dtype | None, mark: bool) -> Tensor:
     """An input of the module: marked if it has history, unless ``mark`` is False.
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from experiments.ingredients.model import ModelSettings, build_backbone, l2l
+from experiments.ingredients.model import ModelSettings, build_backbone, l2l, within_limits
+from experiments.tracking import UserError
 
 
 @pytest.mark.parametrize(("last_pool", "width"), [(True, 8 * 2 * 2), (False, 8 * 4 * 4)])
@@ -50,3 +51,11 @@ def test_omniglot_cnn_is_learn2learns_without_its_head() -> None:
     images = torch.rand(6, 1, 28, 28)
     assert width == theirs.classifier.in_features == 64
     torch.testing.assert_close(backbone(images), theirs.features(images))
+
+
+def test_a_number_that_no_float32_holds_is_one_line() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    with pytest.raises(UserError, match="^numbers: expected finite ones, got .* overflow; choose"):
+        with within_limits():
+            torch.optim.Adam([weight], lr=1e300).step()

@@ -74,9 +74,10 @@ def test_a_cell_is_no_formula_markup_or_command() -> None:
     """In a spreadsheet, a page made of the Markdown, and LaTeX, where a row may begin [2pt]."""
     record = {"first": "[2pt]", "second": "=1+1", "third": "\\|<b>", "fourth": -1.5}
     table = Table("t", "caption", content.texts("first", "second", "third"), [record])
-    text = write.csv_text([record], table.source)
+    text = write.csv_text([record], content.Source("@command", ["=1+1", "-2"]))
     (row,) = csv.DictReader(io.StringIO(text))
     assert [row[name] for name in record] == ["[2pt]", "'=1+1", "\\|<b>", "-1.5"]
+    assert row["source_command"] == "'@command" and row["source_runs"][0] == "'"
     cells = write.markdown_grid(table).splitlines()[-1]
     assert r"| \\\|&lt;b> |" in re.sub(" +", " ", cells)
     assert "\n{[}2pt]" in write.latex_text(table)

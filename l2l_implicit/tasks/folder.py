@@ -1,5 +1,7 @@
 """The user's own images as few-shot tasks: a folder of classes, or three of them."""
 
+import os
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -8,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from l2l_implicit import checks
 from l2l_implicit.checks import printable
 from l2l_implicit.tasks.image_table import Device, ImageTable
-from l2l_implicit.tasks.pictures import Arrays, kept_arrays, listing_of, read_square
+from l2l_implicit.tasks.pictures import FORMATS, Arrays, kept_arrays, listing_of, read_square
 from l2l_implicit.tasks.tasksets import MODES, Benchmark, build_tasksets, draw_modes, refuse_unknown
 
 Classes = dict[str, list[Path]]  # the files of each class by its name
@@ -72,12 +75,21 @@ def folder_tables(
     """
     checks.count("size", size)
     folder = Path(root).expanduser()
-    modes, seed = modes_of(folder, split_seed)
-    uses = Counter(name for classes in modes.values() for name in classes)
+    try:
+        modes, seed = modes_of(folder, split_seed)
+    except OSError as error:
+        if error.filename is None:  # of ours
+            raise
+        raise ValueError(
+            f"expected folders of images in {printable(folder)}, got {printable(error.filename)} "
+            f"({error.strerror}): mend or remove it"
+        ) from error
+    uses = Counter(unicodedata.normalize("NFC", name.casefold())
+                   for classes in modes.values() for name in classes)  # fmt: skip
     if shared := sorted(name for name in uses if uses[name] > 1):
         warnings.warn(
-            f"folder: {len(shared)} classes have one name in two of train, validation and test "
-            f"({printable(shared[0])}): are they different things?",
+            f"folder: {len(shared)} classes have one name in two of train, validation and test, or "
+            f"in two spellings ({printable(shared[0])}): are they different things?",
             stacklevel=2,
         )
     real = Counter(paths[0].parent.resolve() for classes in modes.values()
@@ -165,24 +177,27 @@ def modes_of(root: Path, split_seed: int | None) -> tuple[dict[str, Classes], in
             f"expected no split_seed where {printable(root)} has train, validation and test, got "
             f"{split_seed}: leave it out, or pass one folder that holds all classes"
         )
+    _tell_unread([path for path in _folders(root) if path.name not in MODES])
     return {mode: _classes(root / mode) for mode in MODES}, None
 
 
 def _classes(folder: Path) -> Classes:
     """Every folder is a class, every file in it a picture; hidden ones are neither."""
-    try:
-        classes = {path.name: _visible(path) for path in _folders(folder)}
-    except OSError as error:
-        raise ValueError(
-            f"expected folders of images in {printable(folder)}, got {printable(error.filename)} "
-            f"({error.strerror}): mend or remove it"
-        ) from error
+    classes = {path.name: _visible(path) for path in _folders(folder)}
+    _tell_unread([path for path in _visible(folder) if path.name not in classes
+                  and Image.EXTENSION.get(path.suffix.lower()) in FORMATS])  # fmt: skip
     if not classes:
         raise FileNotFoundError(
             f"expected one folder for each class in {printable(folder)}, found none: put images of "
             "a class into a folder of its name"
         )
     return classes
+
+
+def _tell_unread(paths: Sequence[Path]) -> None:
+    if paths:
+        told = f"folder: {len(paths)} entries are in no class; not read: {printable(paths[0])}"
+        warnings.warn(told, stacklevel=4)
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -202,7 +217,7 @@ def _pictures(paths: Sequence[Path], root: Path, size: int) -> Arrays:
         grey, faults = np.ones(len(paths), bool), [""] * len(paths)
         for index, path in enumerate(paths):
             try:
-                if path.is_dir():
+                if os.path.isdir(path):  # False where one may not look
                     raise ValueError(
                         f"expected only images in the folder of a class, found the folder "
                         f"{printable(path)}: move its images up, or let root be the folder that "
@@ -214,7 +229,7 @@ def _pictures(paths: Sequence[Path], root: Path, size: int) -> Arrays:
         return {"images": images, "grey": grey, "faults": np.array("\n".join(faults))}
 
     kept = root / f".reduced_{size}.npz"  # hidden: no class, whatever layout the folder has
-    listing = f"3 {printable(root.resolve())} {listing_of(paths, root, times=True)}"
+    listing = f"4 {printable(root.resolve())} {listing_of(paths, root, times=True)}"
     return kept_arrays(kept, listing, make)
 
 

@@ -20,7 +20,7 @@ Image.init()
 COMMON = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 FORMATS: list[str] = [name for name in COMMON if name in Image.OPEN]
 FEW_PIXELS, PIXELS_A_BYTE = 2**24, 100  # a larger picture has no more pixels a byte of its file
-TILE = (322, 323)  # TIFF's tags of a tile's width and height
+TILE, WHITE, SIGN = (322, 323), 262, 339  # TIFF's tags: a tile's sides, 0 if white is 0, 2: signed
 STRIP = 2**18  # pixels that are converted at a time
 
 
@@ -28,8 +28,8 @@ def read_square(path: Path, size: int) -> tuple[NDArray[np.uint8], bool]:
     """The central square of a picture, bilinearly resized, and whether the picture is grey.
 
     It is turned as its EXIF orientation says; what is transparent becomes white; of several frames
-    the first is taken. Deep grey levels (16 bit) are reduced to 8 bit, and must reach 4096 of
-    65535. Memory: a few bytes a pixel, beside what the decoder needs.
+    the first is taken. Deep levels (16 bit) are reduced to 8 bit, and must reach 4096 of 65535.
+    Memory: a few bytes a pixel, beside what the decoder needs.
 
     Args:
         path: regular file in one of `FORMATS`, whatever its name.
@@ -58,12 +58,19 @@ def opened(path: Path) -> Iterator[Image.Image]:
         if not path.is_file():  # opening a FIFO would wait
             raise OSError("no regular file")
         with Image.open(path, formats=FORMATS) as picture:
-            tile = getattr(picture, "tag_v2", {})  # of a TIFF, decoded as a whole
+            tags = getattr(picture, "tag_v2", {})  # of a TIFF, whose tiles are decoded as a whole
             sides = zip(picture.size, TILE, strict=True)
-            width, height = (max(side, tile.get(tag, 0)) for side, tag in sides)
+            width, height = (max(side, tags.get(tag, 0)) for side, tag in sides)
             length = path.stat().st_size
             if width * height > max(FEW_PIXELS, PIXELS_A_BYTE * length):
                 raise ValueError(f"{width} x {height} pixels in {length} bytes")
+            clear = str(picture.tile) if "transparency" in picture.info else ""
+            if (
+                (picture.mode[0] in "IF" and tags.get(WHITE) == 0)
+                or (picture.mode == "L" and 2 in tags.get(SIGN, ()))
+                or any(kind in clear for kind in ("'L;2'", "'L;4'", "RGB;16"))
+            ):
+                raise ValueError("levels that it misreads (save it with 8 bit)")
             yield picture
     except Exception as error:  # Pillow's readers raise whatever a damaged file makes them raise
         reason = str(error).replace(repr(str(path)), "it").replace(str(path), "it")
@@ -78,14 +85,16 @@ def _central_square(picture: Image.Image) -> Image.Image:
 
     It is cut out before it is resized: `resize(box=...)` would mix in pixels from beside it.
     """
-    side, highest = min(picture.size), 0
+    side, highest, grey, kind = min(picture.size), 0, picture.mode[0] == "I", str(picture.tile)
+    deep = grey or ";16" in kind or ", 65535)" in kind  # of colours Pillow keeps the upper 8 bit
     left, top = ((length - side) // 2 for length in picture.size)
     square, rows = Image.new("RGB", (side, side)), max(1, STRIP // side)
     for row in range(0, side, rows):
         last = min(row + rows, side)
         strip = picture.crop((left, top + row, left + side, top + last))
-        if picture.mode[0] == "I":
-            highest = max(highest, int(np.asarray(strip).max()))
+        if deep:
+            levels = np.asarray(strip if grey else strip.convert("RGB"))  # whatever is transparent
+            highest = max(highest, int(levels.max()) * (1 if grey else 255))
         square.paste(_as_rgb(strip), (0, row))
     if 0 < highest < 4096:  # pixels of 8 or 12 bit in a deeper file
         raise ValueError(f"levels up to {highest} of 65535, nearly black (stretch them to 65535)")

@@ -37,9 +37,9 @@ def tiff(levels: object) -> bytes:
     return encoded(Image.fromarray(np.full((4, 4), levels)), "tiff")
 
 
-def encoded(picture: Image.Image, format: str) -> bytes:
+def encoded(picture: Image.Image, format: str, **options: object) -> bytes:
     file = io.BytesIO()
-    picture.save(file, format=format)
+    picture.save(file, format=format, **options)
     return file.getvalue()
 
 
@@ -65,9 +65,9 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def png(side: int, depth: int, rows: bytes = b"") -> bytes:
-    header = struct.pack(">IIBBBBB", side, side, depth, 0, 0, 0, 0)
-    chunks = (b"IHDR", header), (b"IDAT", zlib.compress(rows, 1)), (b"IEND", b"")
+def png(side: int, depth: int, rows: bytes = b"", kind: int = 0, *more: tuple) -> bytes:
+    header = struct.pack(">IIBBBBB", side, side, depth, kind, 0, 0, 0)
+    chunks = (b"IHDR", header), *more, (b"IDAT", zlib.compress(rows, 1)), (b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*pair) for pair in chunks)
 
 
@@ -106,6 +106,12 @@ NO_PICTURES: dict[str, tuple[bytes | Callable[[Path], None], str]] = {
     "a large tile": (tiled(30_000), "30000 x 30000 pixels in 134 bytes"),
     "levels of 32 bit": (tiff(np.int32(70_000)), "instead of 0 to 65535"),
     "pixels of 12 bit": (tiff(np.uint16(4095)), "levels up to 4095 of 65535"),
+    "colours of 12 bit": (png(4, 16, (b"\0" + b"\x0f\xff" * 12) * 4, 2), "up to 3825 of 65535"),
+    "PPM of 12 bit": (b"P6 4 4 65535\n" + b"\x0f\xff" * 48, "levels up to 4080 of 65535"),
+    "a transparent level of 2 bit": (png(4, 2, b"\0\x1b" * 4, 0, (b"tRNS", b"\0\1")), "misreads"),
+    "white is 0": (tiff(np.uint16(5000)).replace(*(struct.pack("<HHIH", 262, 3, 1, n)
+                                                   for n in (1, 0))), "levels that it misreads"),
+    "levels with a sign": (encoded(Image.new("L", (4, 4)), "tiff", tiffinfo={339: 2}), "misreads"),
     "floats to 255": (tiff(np.float32(255)), "levels from 255 to 255"),
     "nan": (tiff(np.float32(np.nan)), "levels from nan to nan"),
 }  # fmt: skip
@@ -161,18 +167,51 @@ def test_what_can_be_read_again_is_read_again(root: Path) -> None:
     assert listing_of([path], root, times=True) != before
 
 
-def test_a_file_that_may_not_be_read(root: Path, monkeypatch: MonkeyPatch) -> None:
+@pytest.mark.parametrize("ask", ["builtins.open", "os.stat"])
+def test_a_file_that_may_not_be_read(ask: str, root: Path, monkeypatch: MonkeyPatch) -> None:
     """As for anybody but root, who reads everything."""
-    path, real = root / "class03" / "1.png", open
+    path, real = root / "class03" / "1.png", {"os.stat": os.stat}.get(ask, open)
 
     def refuse(file: object, *arguments: object, **options: object) -> object:
         if str(file) == str(path):
             raise PermissionError(13, "Permission denied", str(file))
         return real(file, *arguments, **options)
 
-    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr(ask, refuse)
     with pytest.raises(ValueError, match="class03/1.png, got .*Permission denied: it: remove"):
         folder_tables(root, 8)
+
+
+def test_a_folder_that_may_not_be_listed(root: Path, monkeypatch: MonkeyPatch) -> None:
+    (root / "class00").rename(root / "train")
+    real = Path.iterdir
+
+    def refuse(path: Path) -> Iterator[Path]:
+        if path.name == "train":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(ValueError, match=r"got .*train \(Permission denied\): mend or remove it"):
+        folder_tables(root, 8)
+
+
+def test_what_is_in_no_class_or_in_two_spellings_is_told(root: Path) -> None:
+    (root / "class00").rename(root / "E\u0301")
+    (root / "class01").rename(root / "\u00e9")
+    (root / "README").touch()
+    (root / "loose.PNG").touch()
+    with pytest.warns(UserWarning) as told:
+        tables = folder_tables(root, 8)
+    assert sum(map(len, tables.values())) == 36
+    unread, twice = (str(warning.message) for warning in told)
+    assert unread.endswith("1 entries are in no class; not read: " + str(root / "loose.PNG"))
+    assert "1 classes have one name in two" in twice and "two spellings (\u00e9)" in twice
+    for mode in ("train", "validation", "test"):
+        (root / mode).mkdir()
+        next(root.glob("class*")).rename(root / mode / mode)
+    with pytest.warns(UserWarning, match="9 entries are in no class; not read: "):
+        assert len(folder_tables(root, 8)["train"]) == 3
 
 
 @pytest.mark.parametrize("error", [MemoryError, NotImplementedError])

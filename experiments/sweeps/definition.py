@@ -85,9 +85,12 @@ class Cell:
     def identity(self) -> str:
         """A hash of all that was asked for, `PLACES` excepted: ``c`` and 16 hexadecimal digits.
 
+        A folder of one's own images has no name but its place, which is kept.
         The letter keeps Sacred from reading a hash such as 12e45678 as a number.
         """
-        kept = {key: _plain(v) for key, v in self.settings.items() if key not in PLACES}
+        own = "folder" in (*self.configs, self.settings.get("tasks.name"))
+        kept = {key: _plain(v) for key, v in self.settings.items()
+                if key not in PLACES or (own and key == "tasks.root")}  # fmt: skip
         text = json.dumps([self.module, self.configs, kept], sort_keys=True)
         return "c" + hashlib.sha256(text.encode()).hexdigest()[:16]
 

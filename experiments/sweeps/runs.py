@@ -29,6 +29,7 @@ PACKAGES = ("torch", "torchvision", "learn2learn", "higher", "numpy")
 INCIDENTAL = ("seed", "cell", "resume", "checkpoint_seconds", *PLACES)
 """Settings that may differ between runs of one mean."""
 
+DATA = ("classes", "samples", "notes")  # how many; which files
 NAMES = {str: "text", dict: "an object", list: "a list", bool: "true or false", int: "a number",
          float: "a number"}  # fmt: skip
 Kind = TypeVar("Kind", str, list, dict)
@@ -104,9 +105,11 @@ class Run:
 
     @cached_property
     def compared(self) -> dict[str, Any]:
-        """The settings that must be equal within one mean; None counts as not set, as by code
-        without the setting."""
-        return {key: value for key, value in self.settings.items()
+        """The settings, and the data as found, that must be equal within one mean; None counts as
+        not set, as by code without the setting."""
+        found = self._get("info.tasks", dict)
+        data = iterate_flattened({f"data.{key}": found.get(key) for key in DATA})
+        return {key: value for key, value in [*self.settings.items(), *data]
                 if key not in INCIDENTAL and key[:1] != "_" and value is not None}  # fmt: skip
 
     @cached_property

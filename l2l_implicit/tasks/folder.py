@@ -111,12 +111,13 @@ def folder_tables(
     members = {mode: [i for i in readable if files[i][0] == mode] for mode in modes}
     mean, std = _statistics(images[members["train"]], folder)
     tables, skipped = {}, len(files) - len(readable)
+    digest = listing_of([path for _, _, path in files], folder)[:16]
     for mode, indices in members.items():
         labels, names = [files[i][1] for i in indices], list(modes[mode])
         tables[mode] = FolderImages(images[indices], labels, names, mean, std, device)
         tables[mode].skipped = skipped
         tables[mode].notes = {"classes": [*map(printable, names)], "skipped": skipped,
-                              "split_seed": seed}  # fmt: skip
+                              "split_seed": seed, "files": digest}  # fmt: skip
     return tables
 
 

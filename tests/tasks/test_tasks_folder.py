@@ -48,13 +48,16 @@ def test_three_folders_are_the_three_modes(tmp_path: Path) -> None:
     noted, names = benchmark.describe(), [f"test{i}" for i in range(4)]
     assert noted["classes"] == {"train": 4, "validation": 4, "test": 4}
     assert noted["samples"] == {"train": 12, "validation": 12, "test": 12}
+    files = noted["notes"]["test"].pop("files")
     assert noted["notes"]["test"] == {"classes": names, "skipped": 0, "split_seed": None}
+    tmp_path = tmp_path.rename(f"{tmp_path}_elsewhere")
+    assert folder_tables(tmp_path)["train"].notes["files"] == files
     sets = get_tasksets("folder", root=tmp_path, train_ways=2, train_samples=2, test_ways=2,
                         test_samples=2, device="cpu", size=10)
     assert sets.train.sample()[0].shape == (4, 3, 10, 10)
     (tmp_path / "test" / "test1").rename(tmp_path / "test" / "train1")
     with pytest.warns(UserWarning, match=r"1 classes have one name in two of .* \(train1\)"):
-        made(tmp_path)
+        assert made(tmp_path).describe()["notes"]["train"]["files"] != files
 
 
 def test_one_folder_is_split_by_seed(tmp_path: Path) -> None:

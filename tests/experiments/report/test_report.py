@@ -107,8 +107,10 @@ def test_outside_sweeps_only_equal_runs_share_a_row(recorder: Recorder, report: 
     recorder.run({**base, "seed": 0}, result={**result, "test_accuracy": 0.8})
     recorder.run({**base, "seed": 3, "meta_lr": 0.2}, result=result)
     recorder.run({**base, "seed": 4}, result=result, sources={"experiments/train.py": "2"})
+    recorder.run({**base, "seed": 5}, result=result, info={"tasks": {"samples": {"train": 9}}})
     found = {r["runs"]: r for r in rows(report(), "other_glyphs")}
-    assert set(found) == {"2-4", "5", "6"}, "of seed 0 the newest; settings and code apart"
+    assert set(found) == {"2-4", "5", "6", "7"}, "of seed 0 the newest; settings, code, data apart"
+    assert "data.samples.train=9" in found["7"]["setting"]
     assert float(found["2-4"]["test_mean"]) == pytest.approx(0.6)
     assert found["5"]["setting"] == "meta_lr=0.2"
 

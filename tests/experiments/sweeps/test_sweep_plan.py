@@ -59,6 +59,9 @@ def test_the_identity_is_of_what_is_run_not_of_where() -> None:
               Cell("experiments.train", ("anil", "glyphs"), one.settings), cell(seed=True)]
     assert len({one.identity, *(other.identity for other in others)}) == 5
     assert plain_value(one.identity) == one.identity, "Sacred would read it as a number"
+    own = [Cell("experiments.train", configs, {**named, "tasks.root": root}) for root in "xy"
+           for configs, named in ((("folder",), {}), ((), {"tasks.name": "folder"}))]  # fmt: skip
+    assert len({other.identity for other in own}) == 4, "images of one's own: another folder"
 
 
 @pytest.mark.parametrize("value", [1, 0.1, 1e-05, True, None, [1500], "cpu", "1", "True", "a b"])

@@ -28,10 +28,10 @@ COLUMNS = ("_id", "experiment", "status", "start_time", "seconds", "host", "comm
 def get_results(
     experiment: str | None = None,
     *,
-    states: Iterable[str] | None = (COMPLETED,),
+    states: str | Iterable[str] | None = (COMPLETED,),
     filter_dict: Mapping[str, Any] | None = None,
     database: str | None = None,
-    records: Iterable[str | Path] | None = None,
+    records: str | Path | Iterable[str | Path] | None = None,
 ) -> pd.DataFrame:
     """The runs of a database, or of exported files, a row each; as SEML's function of this name.
 
@@ -55,8 +55,9 @@ def get_results(
            _id     status  config.hidden  metrics.memory/supervised
         0    1  COMPLETED             64                   52429320
     """
-    wanted = None if states is None else set(states)
-    with open_records(database, records) as found:
+    wanted = None if states is None else {states} if isinstance(states, str) else set(states)
+    files = [records] if isinstance(records, str | Path) else records
+    with open_records(database, files) as found:
         archive = Archive(found)
         runs = [run for run in archive.runs if experiment in (None, run.experiment)
                 and (wanted is None or run.status in wanted)]  # fmt: skip

@@ -33,6 +33,9 @@ Metrics: TypeAlias = Mapping[str, pd.Series]
 MOST = 4
 """Runs drawn of one experiment, each of other settings."""
 
+MOST_STEPS = 100
+"""Columns of a table."""
+
 
 def sections(request: Request) -> list[Section]:
     """One for each experiment: tables and figures of each run shown, or the missing command."""
@@ -102,6 +105,9 @@ def _curves(
 ) -> Table:  # fmt: skip
     """A row a curve, a column a step (and ``also``); ``header`` and ``key`` name a step's."""
     steps = sorted({*also, *(step for _, curve in rows for step in curve.index)})
+    if len(steps) > MOST_STEPS:
+        notes = [*notes, f"The first {MOST_STEPS} of {len(steps)} are shown."]
+        del steps[MOST_STEPS:]
     heads = [key for key in ("method", "variant", "start", "K") if rows and key in rows[0][0]]
     between = [Column(f"{header}{n}", lambda record, n=n: show(record[f"{key}{n}"]))
                for n in steps]  # fmt: skip

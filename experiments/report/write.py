@@ -34,9 +34,9 @@ LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     "±": r"$\pm$", "≤": r"$\leq$", "–": "--", "†": r"$\dagger$", "<": r"$<$", ">": r"$>$",
-    "|": r"$|$", "[": "{[}",
+    "|": r"$|$", "[": "{[}", "*": "{*}",
 })  # fmt: skip
-MARKDOWN = str.maketrans({"\\": r"\\", "|": r"\|", "<": "&lt;", "`": r"\`", "[": r"\["})
+MARKDOWN = str.maketrans({"<": "&lt;", "&": "&amp;", **{c: f"\\{c}" for c in "\\|`[*~$"}})
 
 
 def write(folder: Path, sections: Sequence[Section], about: str, command: str) -> Path:

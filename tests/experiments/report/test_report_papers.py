@@ -51,3 +51,14 @@ def test_runs_are_never_averaged_and_gaps_are_named(recorder: Recorder, report: 
         memory(recorder, updates={"hidden": 32 + number})
     page = (report("smoke") / "index.html").read_text()
     assert "Not drawn: runs 3, 5, of still other settings." in page
+
+
+def test_a_table_has_a_hundred_steps_and_says_so(recorder: Recorder, report: Report) -> None:
+    """The figure's numbers are whole."""
+    curve = dict.fromkeys(range(1, 301), MIB)
+    recorder.run(MEMORY, {"memory/a/b": curve}, experiment="memory")
+    folder = report("smoke")
+    text = markdown(folder, "memory_yang_peak")
+    assert "The first 100 of 300 are shown." in text
+    assert "| K = 100 |" in text and "| K = 101 |" not in text
+    assert len(rows(folder, "memory_yang")) == 300

@@ -19,6 +19,7 @@ from experiments.tracking import UserError
 pytest_plugins = ("report_fixtures",)
 
 ROOT = Path(__file__).parents[3]
+MEMORY = ROOT / "docs" / "records" / "papers_figures.jsonl.gz"
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +50,7 @@ def test_a_row_a_run() -> None:
         ({"experiment": "train"}, [1, 2, 3]), ({"experiment": "memory"}, [5]),
         ({"filter_dict": {"config.algorithm.lr": 0.1, "config.seed": 2}}, [3]),
         ({"states": None}, [1, 2, 3, 4, 5]), ({"states": ["FAILED"]}, [4]), ({"states": []}, []),
+        ({"states": "FAILED"}, [4]), ({"records": f"{MEMORY}", "experiment": "memory"}, [1]),
         ({"filter_dict": {"config.no": None}}, []), ({"records": []}, []),
         ({"experiment": "none"}, []),
     ],

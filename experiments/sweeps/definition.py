@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import field
 from typing import Any, NamedTuple, TypeAlias
 
-from pydantic import JsonValue
+from pydantic import ConfigDict, JsonValue, StrictInt
 from pydantic.dataclasses import dataclass
 
 from experiments.tracking import UserError
@@ -21,9 +21,10 @@ PLACES = ("tasks.root", "output")
 # Of a cell: the words of Sacred's statuses, and pending where there is no run.
 STATES = ("completed", "running", "pending", "interrupted", "failed")
 COMPLETED, RUNNING, PENDING, INTERRUPTED, FAILED = STATES
+STRICT = ConfigDict(extra="forbid")  # a misspelt field would be lost
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Method:
     """One row of the table."""
 
@@ -34,7 +35,7 @@ class Method:
     final: Settings = field(default_factory=dict)  # for its runs of stage 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Benchmark:
     """Where the methods are compared."""
 
@@ -53,7 +54,7 @@ class Published(NamedTuple):
     seconds: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Sweep:
     """Stage 1: each method's grid with seed 0. Stage 2: its best candidate, several seeds.
 
@@ -67,7 +68,7 @@ class Sweep:
     settings: Settings = field(default_factory=dict)  # for all runs
     stage1: Settings = field(default_factory=dict)  # for the grid's runs
     stage2: Settings = field(default_factory=dict)  # for the final runs
-    seeds: int = 3  # of the final runs: 0, 1, ...
+    seeds: StrictInt = 3  # of the final runs: 0, 1, ...
     # by benchmark and method, for the report
     published: Mapping[str, Mapping[str, Published]] = field(default_factory=dict)
     module: str = "experiments.train"  # run as ``python -m MODULE with ...``

@@ -97,8 +97,10 @@ def make_plan(sweep: Sweep, given: Settings) -> Plan:
     seeds = given.get("seeds", sweep.seeds)
     if type(seeds) is not int or not 1 <= seeds <= MOST_SEEDS:
         raise wrong("seeds", f"a number of seeds from 1 to {MOST_SEEDS}", repr(seeds))
-    chosen = str(given.get("methods", ",".join(sweep.methods))).replace(" ", "").split(",")
-    for name in chosen:
+    chosen = list(sweep.methods)
+    if "methods" in given:
+        chosen = [name.strip() for name in str(given["methods"]).split(",")]
+    for name in (*chosen, *here.methods):
         _known("method", name, sweep.methods)
     grid_name = str(given.get("grid", ""))
     if "grid" in given:

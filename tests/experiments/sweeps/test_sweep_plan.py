@@ -309,6 +309,16 @@ def test_a_sweep_without_a_part_is_one_line(empty: dict[str, Any]) -> None:
         make_plan(Sweep(**{**PARTS, **empty}), {})
 
 
+def test_methods_are_those_of_the_sweep_whatever_they_are_called() -> None:
+    names = ["a b", "c, d"]
+    sweep = Sweep(**{**PARTS, "methods": dict.fromkeys(names, Method(()))})
+    assert [group.name for group in make_plan(sweep, {}).groups] == names
+    assert [group.name for group in make_plan(sweep, {"methods": " a b "}).groups] == names[:1]
+    misspelt = {"b": Benchmark(methods={"aa": {"meta_lr": 0.1}})}
+    with pytest.raises(UserError, match="no method 'aa'; did you mean 'a'?"):
+        make_plan(Sweep(**{**PARTS, "benchmarks": misspelt}), {})
+
+
 def test_seed_and_cell_are_the_sweep_s_own() -> None:
     for own in ("seed", "cell"):
         with pytest.raises(UserError, match=f"{own} is set by the sweep"):
@@ -327,6 +337,9 @@ from experiments.sweeps.definition import Benchmark, Method, Sweep
     (OWN + "Method((), grid=({'a': np.arange(2)[1]},))", "not a valid JSON value"),
     (OWN + "Method((), settings={'a': {1, 2}})", "not a valid JSON value"),
     (OWN + "Sweep({'a': 'anil'}, {'b': Benchmark()})", "an instance of Method"),
+    *((OWN + one, "gird Unexpected keyword argument") for one in (
+        "Method((), gird=({},))", "Benchmark(gird=1)", "Sweep({'a': Method(())}, {}, gird=1)")),
+    (OWN + "Sweep({}, {}, seeds=True)", "seeds Input should be a valid integer"),
 ])  # fmt: skip
 def test_a_sweep_s_file_that_fails_is_one_line(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "mine.py").write_text(text)

@@ -28,9 +28,10 @@ import torch
 from sacred.config import ConfigDict
 from tqdm import tqdm
 
-from experiments.ingredients import algorithm, model, named_configs, tasks
+from experiments.ingredients import algorithm, model, tasks
 from experiments.ingredients.algorithm_table import AlgorithmSettings, defaults_of
 from experiments.ingredients.model import ModelSettings
+from experiments.ingredients.named_configs import all_configs, check_choices
 from experiments.tracking import TrackedExperiment, UserError, wrong
 from experiments.tracking.config import NotNegative, Positive, Seed, Text, Threads, Values
 from experiments.tracking.errors import reason
@@ -73,6 +74,7 @@ class ResumableExperiment(TrackedExperiment):
     def _create_run(self, command_name: str | None = None, config_updates: Values | None = None,
                     named_configs: Sequence[str] = (), **options: Any) -> Any:  # fmt: skip
         updates = dict(config_updates or {})
+        check_choices(named_configs)
         if updates.get("resume") is not None:
             output = Path(str(updates.get("output", "runs")))
             folder = checkpoint.find(output, str(updates["resume"]))
@@ -94,7 +96,7 @@ ex = ResumableExperiment(
     ingredients=[tasks.tasks, model.model, algorithm.algorithm],
     settings=TrainSettings,
 )
-for _name, _settings in named_configs.all_configs().items():
+for _name, _settings in all_configs().items():
     ex.add_named_config(_name, _settings)
 
 

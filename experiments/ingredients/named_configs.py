@@ -1,14 +1,16 @@
 """Settings by name: benchmarks, algorithms, and the papers' own. ``with cifarfs anil seed=1``.
 
-Later names beat earlier ones; a key given on the command line beats a named config, in either
-order.
+Later names beat earlier ones, as in ``rm_metal paper``, but no two may choose different algorithms
+or data sets; a key given on the command line beats a named config, in either order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from experiments.ingredients.algorithm_table import ALGORITHMS, ALIASES, VARIANTS, canonical
+from experiments.tracking.errors import wrong
 
 Config = dict[str, Any]
 
@@ -115,3 +117,14 @@ def _best() -> dict[str, Config]:
 def all_configs() -> dict[str, Config]:
     """Every named config of `experiments.train`."""
     return {**BENCHMARKS, **_METHODS, **_yang(), **_rajeswaran(), **_best(), "smoke": _SMOKE}
+
+
+def check_choices(names: Sequence[str]) -> None:
+    """UserError for two of these that choose different data sets, algorithms or variants."""
+    known = all_configs()
+    for group, key in (("tasks", "name"), ("algorithm", "name"), ("algorithm", "variant")):
+        values = {name: known.get(name, {}).get(group, {}).get(key) for name in names}
+        chosen = {canonical(value): name for name, value in values.items() if value is not None}
+        if len(chosen) > 1:
+            raise wrong(f"{group}.{key}", "one choice", " and ".join(chosen.values()),
+                        "leave out all but one")

@@ -103,6 +103,20 @@ def test_every_named_config_is_accepted() -> None:
         assert resolved(name)["seed"] is not None
 
 
+def test_one_choice_of_algorithm_data_set_and_variant() -> None:
+    """No name wins silently; one that refines another, or says the same again, is taken."""
+    for names in ("rm_metal paper", "ImplicitCGHead rm_metal as_released", "smoke glyphs anil",
+                  "cifarfs yang_cifarfs_rm_metal rm_metal paper"):  # fmt: skip
+        assert resolved(*names.split())["seed"] is not None
+    for names, key, two in (
+        ("anil maml", "algorithm.name", "anil and maml"), ("paper anil", "algorithm.name", ""),
+        ("cifarfs fc100", "tasks.name", "cifarfs and fc100"), ("smoke sine", "tasks.name", ""),
+        ("yang_cifarfs_rm_metal as_released", "algorithm.variant", ""),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=f"^{key}: expected one choice, got {two}"):
+            resolved(*names.split())
+
+
 @pytest.mark.parametrize("name", ["cifarfs", "fc100"])
 def test_published_weights_are_those_of_their_config(name: str) -> None:
     """And the docs have the accuracy of the run that has left them, and of their test alone."""

@@ -267,10 +267,11 @@ def settings_in(path: str) -> dict[str, Any]:
 
 
 def _json(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_once_each)
+    return json.loads(text, object_pairs_hook=once_each)
 
 
-def _once_each(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+def once_each(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """A mapping as JSON has it; ValueError: a name stands twice in it."""
     found: dict[Any, Any] = {}
     for name, value in pairs:
         if name in found:
@@ -281,7 +282,7 @@ def _once_each(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
 
 class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        _once_each([(str(key.value), value) for key, value in node.value])
+        once_each([(str(key.value), value) for key, value in node.value])
         return super().construct_mapping(node, deep)
 
 

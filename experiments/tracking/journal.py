@@ -17,14 +17,18 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from bson import json_util
+import bson
+from bson import ObjectId, json_util
 
-from experiments.tracking.errors import TrackingError
+from experiments.tracking.config import once_each
+from experiments.tracking.errors import TrackingError, reason
 from experiments.tracking.socket_server import try_lock
 
 Entry = dict[str, Any]
@@ -32,6 +36,22 @@ LINES, WIDTH = "lines", 12
 LINE = re.compile(
     rb'\{"line": (0|[1-9]\d{0,15}), "check": "(\w{24})", "entry": (.*)\}\n', re.DOTALL
 )
+LINE_LIMIT = 32 * 2**20  # bytes of a line: an artifact has at most 16 MiB
+# The parts of an entry by its first one, and of a run's document, which has at least `BEGUN`.
+PARTS: dict[Any, dict[str, Any]] = {
+    "token": {"token": object, LINES: str},
+    "start": {"start": dict}, "set": {"set": dict}, "output": {"output": list},
+    "metric": {"metric": str, "step": int, "value": (int, float), "time": datetime},
+    "artifact": {"artifact": str, "id": ObjectId, "data": bytes, "metadata": object,
+                 "content_type": (str, NoneType)},
+}  # fmt: skip
+DOCUMENT: dict[str, Any] = {
+    "meta": dict, "config": dict, "info": dict, "experiment": dict, "host": dict, "status": str,
+    "captured_out": str, "artifacts": list, "fail_trace": list, "start_time": datetime,
+    "stop_time": datetime, "heartbeat": (datetime, NoneType),
+}  # fmt: skip
+FIRST = {"token": 0, "start": 1}  # the lines of these
+BEGUN = ("_id", "meta", "status", "info", "artifacts")
 
 
 class Journal:
@@ -89,49 +109,94 @@ class JournalReader:
 
     Attributes:
         header: the first entry; empty if it is damaged.
+        count: of the lines that have been read.
     """
 
     def __init__(self, path: Path) -> None:
         if path.exists() and not path.is_file():  # a FIFO would be waited for, a device may not end
             raise TrackingError(f"{path} is no regular file, so no journal")
-        self._file = open(path, "r+b")  # a lock over NFS needs write access
+        self._path, self._file = path, open(path, "r+b")  # a lock over NFS needs write access
         self.close = self._file.close
         self.rewind()
 
     def rewind(self) -> None:
         """Go back to the first entry after the header."""
         self._file.seek(0)
-        self._next, self._damage = 0, ""
+        self.count, self._damage = 0, ""
         self.header: Entry = next(self.entries(), {})
         if self._damage:  # of the header, so that another line may have been taken for it
             self._file.seek(0)
-            self._next, self.header = 0, {}
+            self.count, self.header = 0, {}
 
     def entries(self) -> Iterator[Entry]:
-        """The complete lines not read yet, without those that are damaged."""
-        while line := self._file.readline():
+        """The complete lines not read yet, without those that are damaged.
+
+        TrackingError: a line that is whole, and that no run has written.
+        """
+        while line := self._file.readline(LINE_LIMIT):
+            if len(line) == LINE_LIMIT:
+                raise self._foreign(f"more than {LINE_LIMIT >> 20} MiB")
             if not line.endswith(b"\n"):
                 self._file.seek(-len(line), os.SEEK_CUR)
                 return
             found = LINE.fullmatch(line)
             whole = found and _checksum(int(found[1]), found[3]).encode() == found[2]
             number = int(found[1]) if found and whole else -1
-            if number != self._next and not self._damage:
-                self._damage = f"line {self._next + 1} is damaged or missing"
-            if found and number >= self._next:
-                self._next = number + 1
-                yield json.loads(found[3], object_hook=json_util.object_hook)
+            if number != self.count and not self._damage:
+                self._damage = f"line {self.count + 1} is damaged or missing"
+            if found and number >= self.count:
+                try:
+                    entry = json.loads(found[3], object_pairs_hook=_object)
+                    _check(number, entry)
+                except Exception as error:  # the readers raise what the text leads to
+                    raise self._foreign(reason(error)) from error
+                self.count = number + 1
+                yield entry
+
+    def _foreign(self, got: str) -> TrackingError:
+        where, expected = f"{self._path}, line {self.count + 1}", "what a run writes there"
+        return TrackingError(f"{where}: expected {expected}, got {got}; the file is left as it is")
 
     @property
     def damage(self) -> str:
         """What is wrong with the file as far as read, in words; empty if nothing is."""
-        cut = f"line {self._next + 1}, with all after it, is missing"
-        whole = self.header and self._next >= int(self.header.get(LINES, 0))
+        cut = f"line {self.count + 1}, with all after it, is missing"
+        whole = self.header and self.count >= int(self.header.get(LINES, 0))
         return self._damage or ("" if whole else cut)
 
     def is_abandoned(self) -> bool:
         """Whether its writer has ended; if so the lock is ours until `close`."""
         return try_lock(self._file.fileno())
+
+
+def _object(pairs: list[tuple[Any, Any]]) -> Any:
+    return json_util.object_hook(once_each(pairs))
+
+
+def _check(number: int, entry: Any) -> None:
+    """ValueError: no entry of this line, or one that MongoDB cannot hold."""
+    bson.encode({**entry, "data": b""})
+    kind = next(iter(entry), None)
+    if kind not in PARTS or FIRST.get(kind, number or 1) != number:
+        raise ValueError(f"an entry {kind!r}")
+    wrong = _misfits(entry, PARTS[kind], PARTS[kind])
+    if kind == "token" and not wrong:
+        int(entry[LINES])
+    elif kind == "start" and not wrong:
+        wrong = _misfits(entry[kind], DOCUMENT, BEGUN) or {"journal"} - entry[kind]["meta"].keys()
+    elif kind == "set" and not wrong:
+        wrong = _misfits(entry[kind], DOCUMENT) | {"_id", "meta"} & entry[kind].keys()
+    elif kind == "output" and not wrong and list(map(type, entry[kind])) != [int, str]:
+        wrong = {kind}
+    if wrong:
+        raise ValueError(f"a wrong or missing {', '.join(sorted(wrong)) or repr('')}")
+
+
+def _misfits(group: Mapping[str, Any], parts: Mapping[str, Any], needed: Iterable[str] = ()
+             ) -> set[str]:  # fmt: skip
+    """The names of what is missing in it, or of another type, or is no field."""
+    return {name for name in {*needed, *group} if not name.isidentifier() or name not in group
+            or not isinstance(group[name], parts.get(name, object))}  # fmt: skip
 
 
 def _line(number: int, entry: Entry) -> bytes:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from bson import CodecOptions
 from bson.codec_options import DatetimeConversion
 
+from experiments.tracking.config import once_each
 from experiments.tracking.database import Documents
 from experiments.tracking.errors import UserError, wrong
 from experiments.tracking.values import printable
@@ -201,6 +202,14 @@ def _metric(run: RunId, name: str, metric: Any) -> Metric:
     return Metric(run, name, Series([s for s, _ in right], [v for _, v in right]), fault)
 
 
+def _entry(line: bytes) -> Any:
+    """None: no JSON, or a name stands twice in it."""
+    try:
+        return plain(json.loads(line, object_pairs_hook=once_each))
+    except (ValueError, RecursionError):
+        return None
+
+
 def _read(paths: Iterable[Path]) -> Iterator[Document]:
     """The lines of the files, all together within the limits."""
     size = values = 0
@@ -218,7 +227,7 @@ def _read(paths: Iterable[Path]) -> Iterator[Document]:
                                   f" {FILE_LIMIT >> 20} MiB and {VALUES_LIMIT} values in all")
                         raise wrong(str(path), limits, "more",
                                     "read fewer files, or export fewer runs into one")
-                    entry = plain(json.loads(line))
+                    entry = _entry(line)
                     if not isinstance(entry, dict) or not isinstance(entry.get("runs"), dict):
                         raise wrong(f"{path}, line {number}",
                                     "a run as experiments.tracking.export writes it",
@@ -228,7 +237,7 @@ def _read(paths: Iterable[Path]) -> Iterator[Document]:
                 raise EOFError
         except UserError:
             raise
-        except (gzip.BadGzipFile, EOFError, zlib.error, ValueError, RecursionError):
+        except (gzip.BadGzipFile, EOFError, zlib.error, ValueError):
             raise wrong(str(path), "gzip'ed JSON lines", "a damaged file, or another kind",
                         "fetch it again") from None
         except OSError as error:

@@ -31,7 +31,9 @@ if __name__ == "__main__":
             print(told(f"run {uploader.run_id}: {status}{uploader.how_it_ended()}"), flush=True)
         except Exception as error:  # whatever a database answers; the file is kept
             gone = "; a later run may have uploaded it" * isinstance(error, FileNotFoundError)
-            print(f"error: {opened.redacted(one_line(error))}{gone}", file=sys.stderr)
+            said = opened.redacted(one_line(error)) + gone
+            which = "" if str(file) in said else told(f"{file}: ")
+            print(f"error: {which}{said}", file=sys.stderr)
             failed = True
     opened.close()
     sys.exit(failed)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import platform
 from collections import Counter
 from contextlib import closing
@@ -103,10 +104,10 @@ class Uploader:
         self._documents.command("ping")  # read nothing into memory while nobody answers
         if self._again:
             self._forget()
+        again, self._again = self._again, True  # until everything is written
         self._read()
         if "meta" not in self.document:  # it is not begun, or its beginning is damaged
             return
-        again, self._again = self._again, True  # until everything is written
         status, marked = self._claim_id()
         ended, fault = self.document["status"] != "RUNNING", ""
         cut = self.reader.damage or abandoned and not ended and not marked
@@ -159,7 +160,8 @@ class Uploader:
         fields = {"status": 1, "fail_trace": 1}
         wanted = self.document["_id"] if self.run_id is None else self.run_id
         stored = self._runs.find_one({"_id": {"$eq": wanted}, **own}, fields)
-        fits = isinstance(wanted, int) or (isinstance(wanted, str) and is_name(wanted))
+        whole = isinstance(wanted, int) and not isinstance(wanted, bool)
+        fits = whole or (isinstance(wanted, str) and is_name(wanted))
         if not stored and (not fits or self._runs.find_one({"_id": wanted}, {"_id": 1})):
             stored = self._runs.find_one(own, fields)
             wanted = stored["_id"] if stored else next_run_id(self._runs)
@@ -256,14 +258,16 @@ def upload_journal(path: Path, documents: Documents) -> Uploader | None:
             own = {"meta.journal": {"$eq": reader.header["token"]}, "status": "RUNNING"}
             ended = {"status": "FAILED", "fail_trace": [reader.damage or KILLED]}
             documents["runs"].update_one(own, {"$set": ended})
-        if uploader.run_id is None and reader.damage:
+        if uploader.run_id is None and (reader.damage or reader.count > 1):
             what = "is not the journal of a run, or its beginning is damaged"
             raise TrackingError(f"{path} {what}; it is kept")
         if not reader.damage:
             path.unlink(missing_ok=True)
             return uploader
         # by its new name it can be uploaded again, and no run looks at it
-        kept = path if path.suffix == ".damaged" else path.with_name(path.name + ".damaged")
+        kept = path
+        while kept.suffix != ".damaged" or (kept != path and os.path.lexists(kept)):
+            kept = kept.with_name(f"{kept.name}.damaged")
         path.rename(kept)
         raise TrackingError(
             f"a part of run {uploader.run_id} is lost: of its journal {reader.damage}; the rest is"

@@ -91,7 +91,8 @@ def _item(value: Any) -> Any:
 def storable(value: Any) -> Any:
     """Plain data: numpy and torch scalars as numbers, arrays as lists, huge ints as text.
 
-    What MongoDB holds in no string, halves of surrogate pairs, is escaped.
+    What MongoDB holds in no string, halves of surrogate pairs, is escaped; a name's first `$`, with
+    which JSON spells MongoDB's own types, becomes Sacred's `@`.
     """
     value = _item(value)
     if isinstance(value, str):
@@ -101,7 +102,8 @@ def storable(value: Any) -> Any:
     if value is None or isinstance(value, (bool, float, datetime, ObjectId, Binary)):
         return value
     if isinstance(value, Mapping):
-        return {storable(str(k)).replace("\0", "\\0"): storable(v) for k, v in value.items()}
+        return {re.sub(r"^\$", "@", storable(str(k)).replace("\0", "\\0")): storable(v)
+                for k, v in value.items()}  # fmt: skip
     if isinstance(value, (list, tuple, Set)):
         return [storable(item) for item in value]
     return storable(value.tolist()) if hasattr(value, "tolist") else flatten(value)

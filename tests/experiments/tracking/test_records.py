@@ -32,6 +32,7 @@ pytest_plugins = ("report_fixtures",)
 
 ROOT = Path(__file__).parents[3]
 DAMAGED = "got a damaged file"
+ANOTHER = "line 1: expected a run as experiments.tracking.export writes it, got something else"
 RUN = {"_id": 1, "status": "COMPLETED", "start_time": "2026-01-01T00:00:00+00:00", "config": {},
        "experiment": {"name": "train", "sources": [["a.py", "0cc1"]]}}  # fmt: skip
 LINE = {"runs": RUN, "metrics": {"m": {"steps": [1], "values": [0.5]}}}
@@ -181,10 +182,11 @@ HALF = len(WHOLE) // 2
 FILES: dict[str, tuple[bytes | None, str]] = {
     "empty": (b"", DAMAGED), "plain text": (b"runs", DAMAGED), "cut off": (WHOLE[:-20], DAMAGED),
     "a flipped byte": (WHOLE[:HALF] + bytes([WHOLE[HALF] ^ 255]) + WHOLE[HALF + 1 :], DAMAGED),
-    "brackets": (gzip.compress(b"[" * 100_000 + b"\n"), DAMAGED),
-    "digits": (gzip.compress(b'{"runs": ' + b"1" * 100_000 + b"}\n"), DAMAGED),
-    "another format": (gzip.compress(b'{"format": "l2l_implicit records", "version": 1}'),
-                       "line 1: expected a run as experiments.tracking.export writes it"),
+    "brackets": (gzip.compress(b"[" * 100_000 + b"\n"), ANOTHER),
+    "digits": (gzip.compress(b'{"runs": ' + b"1" * 100_000 + b"}\n"), ANOTHER),
+    "another format": (gzip.compress(b'{"format": "l2l_implicit records", "version": 1}'), ANOTHER),
+    "a name twice": (gzip.compress(b'{"runs": {"_id": 1, "_id": 2}}\n'), ANOTHER),
+    "a NUL in the second line": (zipped(LINE) + gzip.compress(b'{"runs": {}}\0\n'), "f, line 2: "),
     "nothing": (None, "No such file"), "a folder": (None, "Is a directory"),
     "a FIFO": (None, "a FIFO, which would be waited for"),
 }  # fmt: skip

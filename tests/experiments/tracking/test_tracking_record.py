@@ -24,7 +24,7 @@ from sacred.observers import RunObserver
 from toy_process import Server, own_data, points, run, write_journal
 
 from experiments.tracking import TrackedExperiment, TrackingError, open_database, uploader, values
-from experiments.tracking.journal import Journal, JournalReader
+from experiments.tracking.journal import LINE_LIMIT, Journal, JournalReader
 from experiments.tracking.uploader import Uploader, upload_journal
 
 pytest_plugins = ("toy_process",)
@@ -216,6 +216,74 @@ def test_a_damaged_journal_is_told_marked_and_kept(
     assert database["runs"].find_one({"_id": 1500})["status"] == "FAILED"
 
 
+def test_a_second_damaged_journal_replaces_none(tmp_path: Path, database: Any) -> None:
+    lines = write_journal(tmp_path / "r")
+    for name in ("r.damaged", "r.damaged.damaged"):
+        (tmp_path / "r").write_bytes(b"".join(lines[:-1]))
+        with pytest.raises(TrackingError, match=f"kept: {tmp_path / name}$"):
+            upload_journal(tmp_path / "r", database)
+        (tmp_path / name).write_text(name)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "r.damaged": "r.damaged", "r.damaged.damaged": "r.damaged.damaged"
+    }  # fmt: skip
+
+
+RUNS = '{"_id": 1, "meta": {"journal": "t"}, "status": "RUNNING", "info": {}, "artifacts": []'
+POINT = '{"metric": "loss", "step": 0, "value": 1.0, "time": {"$date": "2026-01-01T00:00:00Z"}}'
+FILE = ('{"artifact": "a", "id": {"$oid": "65a000000000000000000001"}, "metadata": null,'
+        ' "data": {"$binary": {"base64": "AAAA", "subType": "00"}}, "content_type": null}')
+FOREIGN = {
+    "a value that MongoDB lacks": RUNS.replace('"_id": 1', f'"_id": {10**30}'),
+    "a list of settings": RUNS + ', "config": [1]', "text as a time": RUNS + ', "heartbeat": "now"',
+    "no journal's name": RUNS.replace('"journal": "t"', ""), "nothing to list files in": RUNS[:-17],
+    "a list": "[1]", "a text": '"metric"', "null": "null", "no JSON": '{"set": ', "NUL": "\0",
+    "no UTF-8": b'{"set": {"a": "\xff"}}', "a name twice": '{"set": {"a": 1, "a": 2}}',
+    "another entry": '{"x": 1}', "a second beginning": f'{{"start": {RUNS}}}}}',
+    "an operator": '{"set": {"$inc": 1}}', "a part of a field": '{"set": {"info.x": 1}}',
+    "another run": '{"set": {"_id": 2}}', "NUL in a name": '{"set": {"info": {"\\u0000": 1}}}',
+    "half a letter": '{"set": {"result": "\\ud800"}}', "deep": f'{{"set": {"[" * 10**5}',
+    "a point of text": POINT.replace("1.0", '"x"'), "a huge point": POINT.replace("1.0", "9" * 30),
+    "a step between": POINT.replace("0,", "0.5,"), "a point at no time": POINT[:42] + "}",
+    "a point of a list": POINT.replace('"loss"', "[1]"), "an output": '{"output": [1, 2]}',
+    "no date": '{"set": {"result": {"$date": "x"}}}',
+    "no number": '{"set": {"result": {"$oid": 1}}}',
+    "no code": '{"set": {"result": {"$code": "x", "$scope": 1}}}', "no end": "x" * LINE_LIMIT,
+    "a file of text": FILE.replace('{"$binary": {"base64": "AAAA", "subType": "00"}}', '"AAAA"'),
+    "a file by a question": FILE.replace("$oid", "ne"), "a bare file": '{"artifact": "a"}',
+}  # fmt: skip
+"""Lines that no run has written: a journal's second or, behind a point, its fourth."""
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_line_that_no_run_has_written_is_named(tmp_path: Path, database: Any, name: str) -> None:
+    """Nothing is uploaded of its file, which stays as it is."""
+    line, begins = FOREIGN[name], str(FOREIGN[name]).startswith(RUNS[:5])
+    texts: list[Any] = ['{"token": "t", "lines": "000000000003"}', f'{{"start": {line}}}}}']
+    if not begins:
+        texts[1:] = [f'{{"start": {RUNS}}}}}', POINT, line]
+    path, content = tmp_path / "r", b""
+    for number, text in enumerate([*texts, '{"set": {"status": "COMPLETED"}}']):
+        entry = text if isinstance(text, bytes) else text.encode()
+        check = hashlib.blake2b(b"%d %s" % (number, entry), digest_size=12).hexdigest().encode()
+        content += b'{"line": %d, "check": "%s", "entry": %s}\n' % (number, check, entry)
+    path.write_bytes(content)
+    with pytest.raises(TrackingError, match=f"r, line {2 if begins else 4}: expected what a run"
+                       " writes there, got .*; the file is left as it is") as refused:  # fmt: skip
+        upload_journal(path, database)
+    assert "\n" not in str(refused.value) and path.read_bytes() == content
+    assert not any(database[name].count_documents({}) for name in database.list_collection_names())
+
+
+def test_a_journal_of_nothing_but_a_beginning_and_an_end(tmp_path: Path, database: Any) -> None:
+    """A run's beginning is missing, of which no line is."""
+    with closing(Journal(tmp_path / "r", {"token": "t"})) as journal:
+        journal.append({"set": {"status": "COMPLETED"}})
+        journal.seal()
+    with pytest.raises(TrackingError, match="is not the journal of a run"):
+        upload_journal(tmp_path / "r", database)
+    assert (tmp_path / "r").exists()
+
+
 def test_a_journal_without_its_beginning(data: Path, database: Any, journal: Path) -> None:
     """Without the start the run is marked; without the header it is uploaded by hand."""
     lines = write_journal(journal)
@@ -339,9 +407,9 @@ def test_what_cannot_be_stored(check: Any, wrong: list[Any], error: Any, message
 
 def test_anything_becomes_plain_data(database: Any) -> None:
     value = {1: np.float64(0.5), "big": 2**70, "a": np.arange(2), "t": (torch.ones(2), {3}),
-             "a\0b\udc80": "\udc80", "list": ["x\ud800"]}  # fmt: skip
+             "a\0b\udc80": "\udc80", "list": ["x\ud800"], "$oid": {"$a$": 1}}  # fmt: skip
     plain = {"1": 0.5, "big": str(2**70), "a": [0, 1], "t": [[1.0, 1.0], [3]],
-             "a\\0b\\udc80": "\\udc80", "list": ["x\\ud800"]}  # fmt: skip
+             "a\\0b\\udc80": "\\udc80", "list": ["x\\ud800"], "@oid": {"@a$": 1}}  # fmt: skip
     assert values.storable(value) == plain and type(values.storable(value)["1"]) is float
     assert isinstance(values.storable(threading.Event()), (dict, str))
     database["odd"].insert_one({"_id": 1, "value": values.storable(value)})

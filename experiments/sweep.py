@@ -44,7 +44,7 @@ from experiments.sweeps.definitions import SWEEPS
 from experiments.sweeps.listing import Board, Status
 from experiments.sweeps.lock import token_of
 from experiments.sweeps.plan import Plan, find_sweep, make_plan
-from experiments.tracking import Terminated, UserError, signals, wrong
+from experiments.tracking import UserError, signals, wrong
 from experiments.tracking.database import Database, choose
 from experiments.tracking.errors import CommandLine, one_line
 from experiments.tracking.uploader import upload_abandoned
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, PyMongoError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
-    except (KeyboardInterrupt, Terminated) as stop:
+    except KeyboardInterrupt as stop:
         number = signal.Signals(getattr(stop, "signum", signal.SIGINT))
         print(f"stopped by {number.name}; the same command goes on", file=sys.stderr)
         return 128 + number
@@ -200,7 +200,7 @@ class Schedule:
     def run(self) -> list[Status]:
         """Until nothing can be run any more; the states at the end. UserError: no scheduler.
 
-        KeyboardInterrupt, Terminated: by a signal; the trainings have been told to stop.
+        KeyboardInterrupt: by a signal; the trainings have been told to stop.
         """
         form = "{n_fmt}/{total_fmt} cells |{bar:20}| {elapsed}{postfix}"
         statuses = self._board.look()
@@ -214,7 +214,7 @@ class Schedule:
                         return statuses
                     self._wait()
                     statuses = self._board.look()
-        except (KeyboardInterrupt, Terminated):
+        except KeyboardInterrupt:
             with suppress(OSError, CancelledError):
                 self._client.cancel(list(self._futures.values()))
             self._wait_for_trainings()

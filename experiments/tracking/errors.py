@@ -7,8 +7,6 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import NoReturn
 
-from sacred.utils import SacredInterrupt
-
 from experiments.tracking.values import told
 
 
@@ -20,10 +18,11 @@ class TrackingError(RuntimeError):
     """The run's record is not safely in the database."""
 
 
-class Terminated(SacredInterrupt):
-    """Signal ``signum``, not Ctrl-C: Sacred records INTERRUPTED; exit status 128 + signum."""
+class Terminated(KeyboardInterrupt):
+    """Signal ``signum``, not Ctrl-C; exit status 128 + signum.
 
-    STATUS = "INTERRUPTED"
+    No ``except Exception`` on its way takes it for an error of a file or of a database.
+    """
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"signal {signum}")

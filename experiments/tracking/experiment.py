@@ -143,7 +143,7 @@ class TrackedExperiment(Experiment):
                 run = self._create_run(*arguments, options=options, **more)
                 _run_to_its_end(run)
                 return run
-        except (UserError, TrackingError, Terminated, KeyboardInterrupt, OSError) as error:
+        except (UserError, TrackingError, KeyboardInterrupt, OSError) as error:
             bug = isinstance(error, OSError) and error.errno not in NO_ROOM
             if bug or not self._on_command_line or (options or {}).get("--debug"):
                 raise
@@ -252,7 +252,7 @@ def _finish(run: TrackedRun) -> None:
 
 def _exit(error: BaseException) -> NoReturn:
     """One line, and the exit status."""
-    if not isinstance(error, (Terminated, KeyboardInterrupt)):
+    if not isinstance(error, KeyboardInterrupt):
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError):  # a disk that is full, a pipe that nobody reads
                 print(f"error: {one_line(error)}", file=stream, flush=True)

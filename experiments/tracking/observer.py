@@ -14,15 +14,16 @@ import platform
 import threading
 import time
 import uuid
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import pymongo
 import pymongo.errors
 from bson import Binary, ObjectId
 from sacred.dependencies import get_digest
 from sacred.observers import MongoObserver
-from sacred.utils import SacredInterrupt
 
 from experiments.tracking import signals, uploader
 from experiments.tracking.database import Database, seconds
@@ -200,7 +201,11 @@ class JournalObserver(MongoObserver):
         """
         path = self._journal.path
         try:
-            if self._uploader is not None and (error := self._last_upload(self._uploader.reader)):
+            if self._uploader is None:  # it may have been broken off just after it was inserted
+                with suppress(Exception), pymongo.timeout(INTERRUPTED):
+                    own = {"meta.journal": {"$eq": self.token}}
+                    self.runs.update_one(own, {"$set": self._known})
+            elif error := self._last_upload(self._uploader.reader):
                 self._journal.seal()
                 raise TrackingError(
                     f"run {self.run_entry['_id']} is not wholly in the database ({error}); its"
@@ -220,7 +225,7 @@ class JournalObserver(MongoObserver):
         self._stop.set()
         try:
             self._thread.join(limit)
-        except (KeyboardInterrupt, SacredInterrupt) as interrupt:
+        except KeyboardInterrupt as interrupt:
             return self._reason(interrupt)
         if self._thread.is_alive():
             return "no answer in time"

@@ -284,7 +284,8 @@ def upload_abandoned(database: Database, log: logging.Logger) -> None:
                 if not reader.header and reader.is_abandoned():
                     raise TrackingError(f"its beginning is damaged; python -m {COMMAND} reads on")
             if owner == (database.label, platform.node()):
-                if uploader := upload_journal(path, database.documents):
+                uploader = upload_journal(path, database.documents)
+                if uploader and uploader.document:  # else it goes on, or has never begun
                     text = "Uploaded the record that run %s left%s"
                     log.warning(text, told(str(uploader.run_id)), uploader.how_it_ended())
         except FileNotFoundError:

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from sacred.utils import iterate_flattened
 
-from experiments.tracking import Terminated, TrackingError, UserError, socket_server, wrong
+from experiments.tracking import TrackingError, UserError, socket_server, wrong
 from experiments.tracking.errors import reason
 from l2l_implicit.inner_problem.boundary import tensors_of
 
@@ -228,7 +228,7 @@ def in_one_line(path: Path) -> Iterator[None]:
     """Whatever goes wrong within is a UserError about this file."""
     try:
         yield
-    except (Terminated, TrackingError, UserError):
+    except (TrackingError, UserError):
         raise
     except OSError as error:
         raise wrong(str(path), "to be able to read and write it", error.strerror or error,

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 from tqdm import tqdm
 
-from experiments.tracking import Terminated, record, signals, wrong
+from experiments.tracking import record, signals, wrong
 from experiments.tracking.config import MOST, Count, OfTuple, Positive, RunSettings
 from experiments.training import checkpoint
 from experiments.training.episodes import Tasks, TaskStream
@@ -98,12 +98,12 @@ class Training:
     def loop(self) -> None:
         """All outer iterations, with a progress bar, and the test at the end.
 
-        KeyboardInterrupt, Terminated: by a signal; the state is saved unless there were two.
+        KeyboardInterrupt: by a signal; the state is saved unless there were two.
         """
         try:
             with signals.deferred():
                 self._loop()
-        except (KeyboardInterrupt, Terminated):
+        except KeyboardInterrupt:
             if not signals.urgent():
                 word = shlex.quote(f"resume={self.folder}")
                 self._say(f"\nsaved; python -m experiments.train {word}")

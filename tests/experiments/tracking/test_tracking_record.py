@@ -6,6 +6,7 @@ import _thread
 import hashlib
 import math
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -23,8 +24,16 @@ from pytest import MonkeyPatch
 from sacred.observers import RunObserver
 from toy_process import Server, own_data, points, run, write_journal
 
-from experiments.tracking import TrackedExperiment, TrackingError, open_database, uploader, values
+from experiments.tracking import (
+    Terminated,
+    TrackedExperiment,
+    TrackingError,
+    open_database,
+    uploader,
+    values,
+)
 from experiments.tracking.journal import LINE_LIMIT, Journal, JournalReader
+from experiments.tracking.observer import JournalObserver
 from experiments.tracking.uploader import Uploader, upload_journal
 
 pytest_plugins = ("toy_process",)
@@ -497,6 +506,31 @@ def test_an_upload_that_breaks_off_keeps_the_journal(
         experiment.run()
     (kept,) = (data / "journals").glob("run-*.jsonl")
     kept.unlink()
+
+
+def test_a_signal_while_the_run_is_inserted(
+    data: Path, database: Any, journal: Path, monkeypatch: MonkeyPatch
+) -> None:
+    """It is no error of the database, nor one of a record that another run has left."""
+    experiment, insert = TrackedExperiment("inserted"), JournalObserver.insert
+    experiment.main(lambda: None)
+
+    def terminated(*arguments: Any) -> None:
+        if arguments[1:]:
+            return os.kill(os.getpid(), signal.SIGTERM)
+        insert(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(JournalObserver, "insert", terminated)
+    with pytest.raises(Terminated):
+        experiment.run()
+    assert [run["status"] for run in database["runs"].find()] == ["INTERRUPTED"]
+    write_journal(journal)
+    monkeypatch.setattr(uploader, "upload_journal", terminated)
+    with pytest.raises(Terminated):
+        experiment.run()
+    assert [path.name for path in journal.parent.iterdir()] == [journal.name]
+    assert database["runs"].count_documents({}) == 1
 
 
 def test_a_failed_observer_of_others_is_an_error(data: Path, database: Any) -> None:

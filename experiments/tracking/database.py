@@ -131,7 +131,7 @@ class Database:
             text = f"the database of {source} {_refusal(error, reason)}"
         elif isinstance(error, ConnectionFailure):
             text = f"no database answers ({source}): {reason}{_tls(reason)}; {UNRECORDED}"
-        elif isinstance(error, (ConfigurationError, ValueError)):
+        elif isinstance(error, (ConfigurationError, ValueError)) and "wire" not in reason:
             text = (
                 f"the URL in {source} is not valid: see host, port (at most 65535), database and"
                 " options; name and password are percent-encoded, %40 for @ and %2F for /;"

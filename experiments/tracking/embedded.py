@@ -44,8 +44,9 @@ def data_folder(name: str) -> Path:
     try:
         folder = Path(root).expanduser().absolute() / name
         str(folder).encode()  # which the server has to read
-    except (RuntimeError, UnicodeError):
-        what = f"expected a home for ~, and a name in UTF-8, got {root!r}"
+    except (RuntimeError, UnicodeError, OSError):
+        needed = "a home for ~, a current folder that is there, and a name in UTF-8"
+        what = f"expected {needed}, got {root!r}"
         raise UserError(f"{what}; {DATA_VARIABLE} names another") from None
     return _private(folder)
 

@@ -58,6 +58,13 @@ def test_a_data_folder_is_its_users_alone(data: Path, monkeypatch: MonkeyPatch) 
         monkeypatch.setenv("L2L_IMPLICIT_DATA", root)
         with pytest.raises(UserError, match=f"{reason}.*; L2L_IMPLICIT_DATA names another"):
             data_folder("mongodb")
+    (data / "gone").mkdir()
+    monkeypatch.chdir(data / "gone")
+    (data / "gone").rmdir()
+    monkeypatch.setenv("L2L_IMPLICIT_DATA", "here")
+    with pytest.raises(UserError, match="a current folder that is there.*, got 'here'; L2L"):
+        data_folder("mongodb")
+    monkeypatch.chdir(data)  # what is undone leads nowhere from a folder that is gone
 
 
 @pytest.mark.parametrize("instead", ["nothing", "a file"])

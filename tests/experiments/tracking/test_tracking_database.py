@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_mongod import FakeMongod, refusal
+from fake_mongod import HELLO, FakeMongod, refusal
 from pytest import CaptureFixture, MonkeyPatch
 from toy_experiment import ex as toy
 from toy_process import Server, connected, finish, journals, run, start, wait_for
@@ -120,6 +120,8 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "quota": ({"insert": refusal(8000, "AtlasError", QUOTA)}, "is full"),
     "atlas password": ({"find": refusal(8000, "AtlasError", "bad auth : authentication failed")},
                        "refuses the user name or password"),
+    "too old": ({"ismaster": {**HELLO, "helloOk": False, "maxWireVersion": 5}},
+                "reports wire version 5, but this version of PyMongo requires at least"),
     "TLS": ({}, "if it asks for TLS, the URL needs tls=true"),
     "anything else": ({"insert": refusal(72, "InvalidOptions", "strange")}, "strange"),
 }  # fmt: skip

@@ -245,6 +245,8 @@ def _run_to_its_end(run: TrackedRun) -> None:
 
 def _finish(run: TrackedRun) -> None:
     if run.journal is not None:
+        if run._heartbeat is not None:
+            run._heartbeat.join()  # Sacred waits two seconds for its last record
         run.journal.finish()
     if names := ", ".join(type(observer).__name__ for observer in run._failed_observers):
         raise TrackingError(f"{names} failed: the run's record is not complete, see above")

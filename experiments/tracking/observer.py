@@ -56,7 +56,7 @@ class JournalObserver(MongoObserver):
         self._uploader: uploader.Uploader | None = None
         self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
         self._stop, self._deadline, self._error = threading.Event(), 0.0, ""
-        self._stored = False  # whether all has been read back
+        self._stored, self._lost = False, ""  # whether all has been read back; what is not written
         uploader.upload_abandoned(database, log)
         header = {"token": self.token, "database": self.label, "host": platform.node()}
         self._journal = Journal(data_folder("journals") / f"run-{self.token}.jsonl", header)
@@ -146,10 +146,16 @@ class JournalObserver(MongoObserver):
 
     def heartbeat_event(self, info: Any, captured_out: str, beat_time: datetime,
                         result: Any) -> None:
-        self._set(captured_out=captured_out, info=info, result=result, heartbeat=beat_time)
-        self._journal.sync()
+        try:
+            self._set(captured_out=captured_out, info=info, result=result, heartbeat=beat_time)
+            self._journal.sync()
+        except TrackingError as error:  # after which Sacred calls no more of these
+            self._lost = f"a part of the record is lost: {error}"
+            raise
 
     def completed_event(self, stop_time: datetime, result: Any) -> None:
+        if self._lost:
+            return self.failed_event(stop_time, [self._lost])
         self._set(stop_time=stop_time, result=result, status="COMPLETED")
 
     def interrupted_event(self, interrupt_time: datetime, status: str) -> None:

@@ -508,6 +508,55 @@ def test_an_upload_that_breaks_off_keeps_the_journal(
     kept.unlink()
 
 
+def test_a_record_that_has_lost_its_last_part_is_not_complete(
+    data: Path, database: Any, monkeypatch: MonkeyPatch
+) -> None:
+    """The disk was too full for the results, and had room for the end."""
+    experiment, append = TrackedExperiment("full"), Journal.append
+
+    @experiment.main
+    def main(_run: Any) -> None:
+        _run.info["result"] = 1.0
+
+    def full(self: Journal, entry: dict[str, Any]) -> None:
+        if "info" in entry.get("set", {}):
+            raise TrackingError("the record cannot be written (No space left on device)")
+        append(self, entry)
+
+    monkeypatch.setattr(Journal, "append", full)
+    with pytest.raises(TrackingError, match="the run's record is not complete"):
+        experiment.run()
+    (stored,) = database["runs"].find()
+    assert stored["status"] == "FAILED" and "No space left" in stored["fail_trace"][0]
+
+
+def test_the_last_record_is_waited_for(
+    data: Path, database: Any, monkeypatch: MonkeyPatch
+) -> None:
+    """On a disk that takes longer than Sacred waits: the end's own upload is not earlier."""
+    experiment, finished = TrackedExperiment("slow"), threading.Event()
+
+    @experiment.main
+    def main(_run: Any) -> None:
+        _run.info["result"] = 1.0
+
+    finish, beat = JournalObserver.finish, JournalObserver.heartbeat_event
+
+    def finishing(self: JournalObserver) -> None:
+        finish(self)
+        finished.set()
+
+    def slow(self: JournalObserver, *arguments: Any, **more: Any) -> None:
+        finished.wait(4.0)
+        beat(self, *arguments, **more)
+
+    monkeypatch.setattr(JournalObserver, "finish", finishing)
+    monkeypatch.setattr(JournalObserver, "heartbeat_event", slow)
+    experiment.run()
+    (stored,) = database["runs"].find()
+    assert (stored["status"], stored["info"]["result"]) == ("COMPLETED", 1.0)
+
+
 def test_a_signal_while_the_run_is_inserted(
     data: Path, database: Any, journal: Path, monkeypatch: MonkeyPatch
 ) -> None:

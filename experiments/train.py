@@ -191,9 +191,9 @@ def train(_run: Any, _config: Values) -> dict[str, Any]:
 def _train(run: Any, config: Values, ranks: Ranks) -> dict[str, Any]:
     old = None if config["resume"] is None else Path(config["resume"])
     if old is not None:
-        state = checkpoint.load(old)
-        if ranks.first:
+        if ranks.first and os.path.exists(old / checkpoint.STATE):
             checkpoint.lock(old)  # a file of settings may name it
+        state = checkpoint.load(old)  # while nobody else can go on with it
         checkpoint.check_settings(state["settings"], config)
     run.info["keeps_freed_memory"] = keep_freed_memory()
     given, learner = _prepare(config, ranks)

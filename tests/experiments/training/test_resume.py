@@ -227,6 +227,17 @@ def test_a_folder_without_a_checkpoint_stays_as_it_is(
     assert "expected no run to go on with" in refusal("evaluate", "with", "resume=run")
 
 
+def test_one_that_has_just_been_resumed_is_not_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a file of settings: the other process ends while this one takes the lock."""
+    checkpoint.save(tmp_path, STATE)
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps({"resume": str(tmp_path), "output": str(tmp_path)}))
+    monkeypatch.setattr(checkpoint, "lock", lambda folder: (folder / checkpoint.STATE).unlink())
+    assert "got none; the run has ended" in refusal("with", str(file))
+
+
 def test_only_what_is_ours_is_removed(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.write_text("other")

@@ -13,7 +13,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from pathlib import Path
 from statistics import linear_regression, mean, stdev
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import pytest
 from pytest import approx
 from report_runs import markdown, rows
+from sacred.utils import iterate_flattened
 
 from experiments.report.__main__ import main as report
 
@@ -231,6 +232,27 @@ def test_three_seeds_of_cifarfs() -> None:
     means = [(mean(found), T_975[2] * stdev(found) / math.sqrt(3)) for found in (ended, early)]
     said = "in the mean {:.1f} ± {:.1f} and {:.1f} ± {:.1f} %"
     assert said.format(*means[0], *means[1]) in text
+
+
+def test_anil_with_the_smaller_outer_step() -> None:
+    """Its settings are those of the table's run, stopped once it had fallen like that one."""
+    first, (slower,) = (recorded(DOCS / "records" / f"{name}yang_table1_cifarfs.jsonl.gz")
+                        for name in ("", "slower_"))  # fmt: skip
+    settings, *others = (
+        dict(iterate_flattened(line["runs"]["config"])) for line in (slower, *first)
+    )
+    differ = [{key for key, value in other.items() if settings[key] != value} for other in others]
+    assert differ.count({"meta_lr", "cell", "resume", "iterations"}) == 1
+    curve = points(slower, "validation/accuracy")
+    best = list(accumulate(curve.values(), max))
+    pairs = zip(curve.items(), best, strict=True)
+    fell_at = next(step for (step, score), top in pairs if score < top - 0.1)
+    result = slower["runs"]["result"]
+    early = [100 * result[f"early_stopped_{name}"] for name in ("accuracy", "half_width")]
+    said = ("With the other outer step of its grid, {}, ANIL collapses after {} (best validation "
+            "{:.1f} %; with that theta {:.1f} ± {:.1f} % on the test tasks)")  # fmt: skip
+    text = " ".join((DOCS / "reproduction.md").read_text().split())
+    assert said.format(settings["meta_lr"], fell_at, 100 * best[-1], *early) in text
 
 
 def column_of(page: Path, name: str) -> dict[str, str]:

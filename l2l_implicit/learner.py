@@ -20,13 +20,7 @@ from torch.linalg import vector_norm
 from l2l_implicit import checks
 from l2l_implicit.diagnostics import Diagnostics, UnsolvedWarning
 from l2l_implicit.implicit_diff import SHAPE, SavedLinearization, attach
-from l2l_implicit.inner_problem.boundary import (
-    each_tensor,
-    end_of_gradients,
-    marked,
-    transformed,
-    watched,
-)  # fmt: skip
+from l2l_implicit.inner_problem.boundary import each_tensor, end_of_gradients, marked, transformed
 from l2l_implicit.inner_problem.gauss_newton import Curvature, Hessian
 from l2l_implicit.inner_problem.linear_heads import LinearHeads
 from l2l_implicit.inner_problem.linearization import (
@@ -313,8 +307,7 @@ class ImplicitCGHead(MAML):
         elif mark and self.curvature.notes_passes and not isinstance(self.linear, Perturbed):
             run = functools.partial(noted, self.module)
         with contextlib.nullcontext() if low is None else torch.autocast(low[0], enabled=False):
-            output = run(*args, **kwargs)
-        return watched(output) if mark else output
+            return run(*args, **kwargs)
 
     def adapt(
         self, loss: Tensor | Closure, first_order: bool | None = None,

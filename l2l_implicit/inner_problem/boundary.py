@@ -11,7 +11,6 @@ import contextlib
 import copy
 import functools
 import operator
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -187,17 +186,6 @@ def cut(nodes: Sequence[Any]) -> Iterator[None]:
     finally:
         for node in nodes:
             node.cut = False
-
-
-def watched(output: Any) -> Any:
-    """``output``, whose hooks are kept where its node is: `recognition` is to see the user's."""
-    if isinstance(output, Tensor) and output.grad_fn is not None:
-        node: Any = output.grad_fn
-        if output._backward_hooks is None:
-            output._backward_hooks = OrderedDict()
-            node._register_hook_dict(output)
-        node.metadata[Outputs] = output._backward_hooks
-    return output
 
 
 class MetaInputs(NamedTuple):

@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import grad
+from torch.autograd.graph import GradientEdge
+from torch.linalg import vector_norm
 
 from l2l_implicit.inner_problem.boundary import CHILD, Outputs, is_boundary, source_of, unseen
 from l2l_implicit.inner_problem.linear_heads import GOALS, HeadProblem, LinearHeads
@@ -19,6 +22,7 @@ from l2l_implicit.inner_problem.losses import CrossEntropy, OutputLoss, SquaredE
 from l2l_implicit.vectors import flatten
 
 _MEAN, _SUM = 1, 2  # torch's numbers for a loss's reduction
+_TOL = 0.01  # more than rounding (a GPU's of products, too) changes of a gradient
 
 
 class HeadLoss(NamedTuple):
@@ -55,15 +59,33 @@ class HeadLoss(NamedTuple):
         """As the inner problem of one task, or of the T of ``x``, linearized at ``phi``."""
         x, weight, goal = self.x.to(torch.float64), phi[0].shape, GOALS.get(self.x.dtype, 1e-6)
         x = x if x.dim() == 3 else x.unsqueeze(0)
-        shape = *x.shape[:2], weight[0]
-        if self.loss is CrossEntropy:  # classes as ones
-            zeros = torch.zeros(shape, dtype=torch.float64, device=x.device)
-            targets = zeros.scatter_(2, self.targets.long().view(*shape[:2], 1), 1.0)
-        else:
-            targets = self.targets.to(torch.float64).view(shape)
-        loss = self.loss(targets, targets, self.scale)
+        loss = self.at(x.new_zeros(*x.shape[:2], weight[0]))
         problem = HeadProblem(x, self.source, loss, quadratic, weight, self.bias, goal)
         return LinearHeads(problem, flatten(phi).detach().double().expand(len(x), -1))
+
+    def at(self, outputs: Tensor) -> OutputLoss:
+        """The loss at ``outputs``, ``[..., m, k]``: its targets in their shape, classes as ones."""
+        if self.loss is CrossEntropy:
+            chosen = self.targets.long().view(*outputs.shape[:-1], 1)
+            targets = torch.zeros_like(outputs).scatter_(-1, chosen, 1.0)
+        else:
+            targets = self.targets.to(outputs.dtype).view(outputs.shape)
+        return self.loss(outputs, targets, self.scale)
+
+    def is_whole(
+        self, loss: Tensor, outputs: Tensor, linear: Any, parameters: Sequence[Tensor]
+    ) -> bool:
+        """Whether autograd has this loss's gradient for ``loss``: a hook may make another of it.
+
+        Args:
+            outputs: of the node ``linear``, or with cross-entropy their log-probabilities.
+        """
+        slope, *own = grad(loss, [GradientEdge(linear, 0), *parameters], retain_graph=True)
+        rows, size = [slope.t() @ self.x, slope.sum(0)], vector_norm(slope)
+        rounding = 16.0 * torch.finfo(slope.dtype).eps * self.scale * slope.numel() ** 0.5
+        changed = vector_norm(slope - self.at(outputs).gradient) > _TOL * size + rounding
+        lost = vector_norm(flatten(own) - flatten(rows[: len(own)]))
+        return not bool(changed | (lost > _TOL * size * (1.0 + vector_norm(self.x))))
 
 
 def recognize(
@@ -87,7 +109,7 @@ def recognize(
     if found is None:
         return None
     kind, targets, scale, linear = found
-    if linear and linear.metadata.get(Outputs) or any(p._backward_hooks for p in parameters):
+    if any(p._backward_hooks for p in parameters):
         return None  # the user's, which may change the gradient
     if isinstance(linear, Outputs._backward_cls):  # type: ignore[attr-defined]
         linear = linear.next_functions[0][0]
@@ -103,8 +125,11 @@ def recognize(
     if not plain or bias and parameters[1].shape not in ((k := len(parameters[0]),), (1, k)):
         return None
     x = linear._saved_mat1 if bias else linear._saved_self  # the boundary's own copy
+    head = HeadLoss(x.detach(), None, None, bool(bias), targets, kind, scale)
+    if x._backward_hooks or not head.is_whole(loss, node._saved_self.detach(), linear, parameters):
+        return None
     if origin is None:
-        return HeadLoss(x.detach().clone(), None, None, bool(bias), targets, kind, scale)
+        return head._replace(x=head.x.clone())
     if not is_boundary(origin):
         return None
     source, made = source_of(origin), origin.next_functions[0]
@@ -116,7 +141,7 @@ def recognize(
             stack.extend(map(CHILD, node.next_functions))
         independent.clear()  # a closure that makes its features anew has others at each step
         independent.add(weakref.ref(source))
-    return HeadLoss(x.detach(), source, made, bool(bias), targets, kind, scale)
+    return head._replace(source=source, origin=made)
 
 
 _Found = tuple[type[OutputLoss], Tensor, float | None, Any]

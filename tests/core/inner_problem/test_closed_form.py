@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import flat, linear, relative_error, solve
+from oracles import flat, implicit_from, linear, relative_error, solve
 from problems import (
     EXACT,
     Problem,
@@ -20,6 +20,7 @@ from problems import (
 )
 from small_task import HOWS, SIX_LABELS, Made, adapt, six_inputs, small_nets
 from torch import Tensor, nn
+from verdict import judge
 
 import l2l_implicit.learner as learner_module
 from l2l_implicit import LBFGS, GradientDescent, ImplicitCGHead, Newton, UnsolvedWarning
@@ -190,27 +191,65 @@ def test_biases_of_other_shapes(shape: tuple[int, ...], how: str, used: list[boo
     assert any(used) == (shape == (1, CLASSES))
 
 
+def halve(gradient: Tensor) -> Tensor:
+    return 0.5 * gradient
+
+
+def halve_all(gradients: tuple[Tensor | None, ...], *_: Any) -> tuple[Tensor | None, ...]:
+    return tuple(None if g is None else 0.5 * g for g in gradients)
+
+
+HOOKED: dict[str, Callable[[Tensor, Tensor, Tensor], object]] = {  # logits, log-probabilities, loss
+    "outputs": lambda z, p, loss: z.register_hook(halve),
+    "log-probabilities": lambda z, p, loss: p.register_hook(halve),
+    "loss": lambda z, p, loss: loss.register_hook(halve),
+    "the loss's node, before": lambda z, p, loss: loss.grad_fn.register_prehook(halve_all),
+    "the logarithm's node": lambda z, p, loss: p.grad_fn.register_hook(halve_all),
+    "the outputs' node": lambda z, p, loss: z.grad_fn.register_hook(halve_all),
+}
+
+
 @HOWS
-def test_a_hook_on_the_outputs_is_obeyed_and_warned_of(how: str) -> None:
-    """It halves the loss's gradient: the minimum is that of half the loss. Autograd calls it again
-    for the second derivative, which is no derivative then."""
-    x, l2 = torch.randn(M, WIDTH, requires_grad=True), 0.2
-    settings = {"inner": GradientDescent(), "l2": l2, "max_error": 1e9}
-    learner = ImplicitCGHead(nn.Linear(WIDTH, CLASSES), 0.3, **settings).clone()
+@pytest.mark.parametrize("where", HOOKED)
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_hook_is_obeyed(where: str, inside: bool, how: str, used: list[bool]) -> None:
+    """It halves the loss's gradient: the minimum is that of half the loss. Autograd may call it
+    again for the second derivative, which is no derivative then: that is warned of."""
+    torch.manual_seed(SOLVED)
+    x, query, l2 = torch.randn(M, WIDTH, requires_grad=True), torch.randn(M, WIDTH), 1.0
+
+    def probabilities(net: Any, x: Tensor) -> Tensor:
+        z = net(x)
+        logs = F.log_softmax(z, 1)
+        net.hooked = z, logs
+        return logs
+
+    head: nn.Module = nn.Linear(WIDTH, CLASSES)
+    if inside:
+        head = Made(lambda own, x: probabilities(own.part, x), part=head)
+    learner = ImplicitCGHead(head, 0.3, l2=l2, inner=GradientDescent()).clone()
 
     def loss() -> Tensor:
-        outputs = learner(x)
-        outputs.register_hook(lambda gradient: 0.5 * gradient)
-        return CE(outputs, Y)
+        logs = learner(x) if inside else probabilities(learner, x)
+        found = F.nll_loss(logs, Y)
+        HOOKED[where](*(learner.module.part if inside else learner).hooked, found)
+        return found
 
-    def half(phi: Tensor) -> Tensor:
-        out = linear(phi, x.detach(), CLASSES)
+    def gradient() -> Tensor:
+        adapt(learner, loss, how, 150)
+        F.cross_entropy(learner(query), Y).backward()
+        return x.grad.flatten()
+
+    def half(phi: Tensor, x: Tensor) -> Tensor:
+        out = linear(phi, x.view(M, WIDTH), CLASSES)
         return 0.5 * CE(out, Y) + 0.5 * l2 * phi.square().sum()
 
-    with pytest.warns(UnsolvedWarning, match="second derivative"):
-        adapt(learner, loss, how, 400)
-    expected = solve(half, torch.zeros(CLASSES * (WIDTH + 1)))
+    zero = torch.zeros(CLASSES * (WIDTH + 1))
+    outer = lambda phi, x: CE(linear(phi, query, CLASSES), Y)  # noqa: E731
+    judge(gradient, implicit_from(half, outer, zero, x.detach().flatten()))
+    expected = solve(lambda phi: half(phi, x.detach()), zero)
     assert relative_error([flat(learner.module.parameters())], [expected]) < 1e-9
+    assert not any(used)
 
 
 def test_a_hook_on_phi_is_seen_and_hooks_stay_the_users() -> None:

@@ -7,7 +7,8 @@ import math
 import numbers
 import operator
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,18 +31,16 @@ _RENAMED = {
     "inner_tol": "max_error=...",
     "stop_tol": "the inner solver's tol, e.g. inner=Newton(tol=...)",
 }
-_KEYWORDS = (
-    "l2", "anchor", "inner", "linear", "curvature", "loss", "warm_start", "accuracy", "max_error",
-)  # fmt: skip
 
 
 def keywords(name: str, unknown: Iterable[str]) -> None:
     """No keyword that the learner does not have; one of an earlier version names the new one."""
     for key in unknown:
         renamed(key)
-        near = difflib.get_close_matches(key, _KEYWORDS, n=1)
+        own = [name for name in SETTINGS if name not in _MAML]
+        near = difflib.get_close_matches(key, own, n=1)
         hint = f"did you mean {near[0]}?" if near else "leave it out"
-        expected = ", ".join(_KEYWORDS)
+        expected = ", ".join(own)
         raise TypeError(f"{name}: expected keywords among {expected}, got {key!r}; {hint}")
 
 
@@ -51,29 +50,6 @@ def renamed(key: str) -> None:
         raise TypeError(f"{key}: expected {_RENAMED[key]}, got the keyword of an earlier version")
 
 
-def settings(
-    l2: Any, anchor: Any, inner: Any, linear: Any, curvature: Any, accuracy: Any, max_error: Any
-) -> None:
-    """The inner problem and its solvers."""
-    coefficient(l2)
-    if isinstance(anchor, Tensor | list | tuple):
-        got, own = type(anchor).__name__, "give a task its own by clone(anchor=...)"
-        raise TypeError(f"anchor: expected 'zero' or 'init', got {got}; {own}")
-    choice("anchor", anchor, ("zero", "init"))
-    has_method("inner", inner, "an inner solver such as Newton() or GradientDescent()", "begin(lr)")
-    ways = (getattr(linear, name, None) for name in ("solve", "respond"))
-    if isinstance(linear, type) or not any(map(callable, ways)):
-        raise TypeError(
-            f"linear: expected a linear solver such as CG() or Direct(), got {linear!r}; "
-            "pass an object with a method solve(hvp, b, start)"
-        )
-    examples, signature = "Hessian() or GaussNewton()", "linearize(loss, parameters, **options)"
-    has_method("curvature", curvature, examples, signature)
-    if accuracy is not None:
-        positive("accuracy", accuracy)
-    positive("max_error", max_error)
-
-
 WRAPPED = (
     "{}: expected a backbone, or a module whose forward() does the whole task, got a {}, whose "
     "clone() and adapt() it would not see; use a process for each GPU, and Ranks.average of "
@@ -81,22 +57,24 @@ WRAPPED = (
 )
 
 
-def model_and_lr(model: Any, lr: Any) -> None:
-    """The constructor's first arguments, which learn2learn has too."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {model!r}; wrap it in one")
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+def model(value: Any) -> None:
+    """The module that a learner adapts."""
+    runs_as_it_is(value)
+    if isinstance(value, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise TypeError(
-            f"model: expected the module itself, got a {type(model).__name__}, which copies and "
+            f"model: expected the module itself, got a {type(value).__name__}, which copies and "
             "averages behind the learner's back; wrap the backbone, or share the tasks out with "
             "l2l_implicit.distributed"
         )
-    not_compiled(model)
-    if any(p.is_complex() for p in model.parameters()):
+    if any(p.is_complex() for p in value.parameters()):
         raise TypeError(
             "model: expected real parameters, got complex ones; keep the real and imaginary parts "
             "as one real tensor, and use torch.view_as_complex in forward()"
         )
+
+
+def step_size(lr: Any) -> None:
+    """A learner's ``lr``."""
     if isinstance(lr, Tensor) and lr.requires_grad:
         raise TypeError(
             "lr: expected a number, got a tensor that requires grad; the solution of the inner "
@@ -110,8 +88,15 @@ def model_and_lr(model: Any, lr: Any) -> None:
     positive("lr", lr)
 
 
-def not_compiled(model: nn.Module) -> None:
-    """Modules that run on a task's parameters, not on those with which they were compiled."""
+def runs_as_it_is(model: Any) -> None:
+    """A module whose parameters are there, and which runs on those of a task in their place."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {model!r}; wrap it in one")
+    if any(map(nn.parameter.is_lazy, [*model.parameters(), *model.buffers()])):
+        raise ValueError(
+            "model: expected initialised parameters, got those of a lazy module, which have no "
+            "shape yet; run one batch through it first"
+        )
     for name, part in model.named_modules():
         kinds = {kind.__name__ for kind in type(part).__mro__}
         compiled = kinds & {"OptimizedModule", "ScriptModule", "GraphModule"}
@@ -180,6 +165,12 @@ def not_negative(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a number of at least 0, got {value}; try 0")
 
 
+def flag(name: str, value: Any) -> None:
+    """True or False, numpy's too, or 1 or 0."""
+    if not (type(value).__name__.startswith("bool") or isinstance(value, int) and value in (0, 1)):
+        raise TypeError(f"{name}: expected True or False, got {value!r}; pass a bool")
+
+
 def coefficient(l2: Any) -> None:
     """The regulariser's strength: a finite number, at least 0."""
     if number("l2", l2) < 0:
@@ -189,9 +180,10 @@ def coefficient(l2: Any) -> None:
         )
 
 
-def has_method(name: str, value: Any, examples: str, signature: str) -> None:
-    """An object, not a class, with a method of this signature."""
-    if isinstance(value, type) or not callable(getattr(value, signature.split("(")[0], None)):
+def has_method(name: str, examples: str, signature: str, value: Any) -> None:
+    """An object, not a class, with a method of this signature, or as `Perturbed` has one."""
+    ways = (getattr(value, way, None) for way in (signature.split("(")[0], "respond"))
+    if isinstance(value, type) or not any(map(callable, ways)):
         raise TypeError(
             f"{name}: expected {examples}, got {value!r}; call the class, or pass an object with a "
             f"method {signature}"
@@ -242,9 +234,11 @@ def no_transform() -> None:
         raise RuntimeError(f"adapt: expected no torch.func transform around it, got one; {do}")
 
 
-def adapt(loss: Any, steps: Any) -> None:
+def adapt(loss: Any, steps: Any, **flags: Any) -> None:
     """What ``adapt`` got: a tensor alone, or a closure with its number of steps."""
     no_transform()
+    for name, value in flags.items():
+        value is None or flag(name, value)
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "adapt: expected a mode in which gradients can be enabled, got torch.inference_mode(); "
@@ -389,7 +383,11 @@ def finite_solutions(point: Tensor) -> None:
         )
 
 
-# Many tasks at once.
+def _anchor_name(value: Any) -> None:
+    if isinstance(value, Tensor | list | tuple):
+        got, own = type(value).__name__, "give a task its own by clone(anchor=...)"
+        raise TypeError(f"anchor: expected 'zero' or 'init', got {got}; {own}")
+    choice("anchor", value, ("zero", "init"))
 
 
 def head_loss(value: Any) -> None:
@@ -410,6 +408,23 @@ def head_loss(value: Any) -> None:
         )
 
 
+SETTINGS: dict[str, Callable[[Any], object]] = {
+    "module": model, "lr": step_size, "l2": coefficient, "anchor": _anchor_name,
+    "inner": partial(has_method, "inner", "an inner solver such as Newton() or GradientDescent()",
+                     "begin(lr)"),
+    "linear": partial(has_method, "linear", "a linear solver such as CG() or Direct()",
+                      "solve(hvp, b, start)"),
+    "curvature": partial(has_method, "curvature", "Hessian() or GaussNewton()",
+                         "linearize(loss, parameters, **options)"),
+    "loss": head_loss, "accuracy": lambda value: value is None or positive("accuracy", value),
+    "max_error": partial(positive, "max_error"),
+    **{name: partial(flag, name)
+       for name in ("warm_start", "first_order", "allow_unused", "allow_nograd")},
+}  # fmt: skip
+
+# Many tasks at once.
+
+
 def can_be_together(learner: Any) -> None:
     """A learner whose every setting serves T linear heads at once."""
     if type(learner.module) is not nn.Linear:
@@ -419,13 +434,14 @@ def can_be_together(learner: Any) -> None:
         )
     known = type(learner).regularizer.__qualname__ == "ImplicitCGHead.regularizer"
     head, own = learner.module, type(learner).forward.__qualname__ != "ImplicitCGHead.forward"
+    hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
     alone = {
         "first_order=True": learner.first_order,
-        "warm_start=True": learner._memory is not None,
+        "warm_start=True": learner.warm_start,
         "a regularizer of its own": not known,
         "frozen parameters": learner.allow_nograd
         and not all(p.requires_grad for p in head.parameters()),
-        "hooks (weight_norm, pruning)": head._forward_hooks or head._forward_pre_hooks,
+        "hooks (weight_norm, pruning)": any(getattr(m, h) for m in (learner, head) for h in hooks),
         "a forward() of its own": own or "forward" in vars(head),
     }
     for name, used in alone.items():

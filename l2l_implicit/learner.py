@@ -199,27 +199,33 @@ class ImplicitCGHead(MAML):
         accuracy: float | None = None, max_error: float | None = None, **unknown: Any,
     ) -> None:  # fmt: skip
         checks.keywords(type(self).__name__, unknown)
-        checks.model_and_lr(model, lr)
+        checks.model(model)
         super().__init__(model, lr, first_order, allow_unused, allow_nograd)
-        self.lr = float(lr)
         self.l2, self.anchor, self.inner, self.linear = l2, anchor, inner, linear
-        max_error = (accuracy or 0.01) if max_error is None else max_error
-        self._settings = anchor, inner, linear, curvature, accuracy, max_error
-        checks.settings(l2, *self._settings)
         self.curvature, self.loss, self.accuracy = curvature, loss, accuracy
-        self.max_error = float(max_error)
-        checks.head_loss(loss)
+        self.max_error = (accuracy or 0.01) if max_error is None else max_error
+        self.warm_start = warm_start
         cls, own = type(self), ImplicitCGHead
         self._plain_regularizer = cls.regularizer is own.regularizer
         self._plain_step = cls.inner_step is own.inner_step
         self._plain_solve = cls.linear_solve is own.linear_solve
         self.diagnostics = Diagnostics()
         # Each task's phi and v, shape [1, n] each, at the end of its last visit.
-        self._memory: dict[Hashable, tuple[Tensor, Tensor]] | None = {} if warm_start else None
+        self._memory: dict[Hashable, tuple[Tensor, Tensor]] = {}
         # Of each loss, and of all clones: how often it was met, and its second derivative judged.
         self._compared: dict[int, list[int]] = {}
-        self._task = Task(key=None, initial=list(model.parameters()))
         checks.hidden_names(self, model)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Settings are checked, and used, whenever they are set."""
+        if name in checks.SETTINGS and (name, value) != ("module", None):  # as learn2learn begins
+            checks.SETTINGS[name](value)
+            value = float(value) if name in ("lr", "max_error") else value
+            for table in ("_parameters", "_modules"):  # torch keeps another kind out of its place
+                self.__dict__.get(table, {}).pop(name, None)
+            if name == "module":
+                self._task = Task(key=None, initial=list(value.parameters()))
+        super().__setattr__(name, value)
 
     # Three places to override.
 
@@ -266,17 +272,18 @@ class ImplicitCGHead(MAML):
         if self.diagnostics.waiting is not None:
             self.diagnostics.say()
         clone = shallow_copy(self)
-        clone.module = clone_module(self.module)
-        clone.first_order = self.first_order if first_order is None else first_order
-        clone.allow_unused = self.allow_unused if allow_unused is None else allow_unused
-        clone.allow_nograd = self.allow_nograd if allow_nograd is None else allow_nograd
+        clone._modules["module"] = clone_module(self.module)
+        flags = dict(first_order=first_order, allow_unused=allow_unused, allow_nograd=allow_nograd)
+        for name, value in flags.items():
+            if value is not None:
+                setattr(clone, name, value)
         clone.diagnostics = Diagnostics(parent=self.diagnostics)
         clone._task = Task(key=task, initial=list(self.module.parameters()))
         for initial, copied in zip(clone._task.initial, clone.module.parameters(), strict=True):
             copied.requires_grad_(initial.requires_grad)  # clones made under no_grad() lose it
         if anchor is not None:
             clone._begin_at(anchor)
-        if clone._memory is not None and task in clone._memory:
+        if clone.warm_start and task in clone._memory:
             phi = checks.inner_parameters(clone.module, clone.allow_nograd)
             clone._put(clone._memory[task][0], phi)
         return clone
@@ -336,15 +343,11 @@ class ImplicitCGHead(MAML):
             ValueError: if the loss is no finite scalar that depends on the parameters.
             RuntimeError: if it cannot be differentiated twice.
         """
+        flags = dict(first_order=first_order, allow_unused=allow_unused, allow_nograd=allow_nograd)
+        checks.adapt(loss, steps, **flags)
         first_order = self.first_order if first_order is None else first_order
         allow_nograd = self.allow_nograd if allow_nograd is None else allow_nograd
         unused = self.allow_unused if allow_unused is None else allow_unused
-        checks.adapt(loss, steps)
-        solvers = self.inner, self.linear, self.curvature
-        settings = self.anchor, *solvers, self.accuracy, self.max_error
-        if settings != self._settings:
-            checks.settings(self.l2, *settings)
-            self._settings = settings
         phi = checks.inner_parameters(self.module, allow_nograd)
         saved = self._task.saved
         used = saved is not None and saved() is None and not phi[0].is_leaf  # by a backward()
@@ -418,19 +421,20 @@ class ImplicitCGHead(MAML):
     def _adapt_loss(self, loss: Tensor, phi: list[Tensor], unused: bool, keep: bool) -> None:
         task = self._task
         known = self._known(loss, phi)
+        settings = self.anchor, self.inner, self.linear, self.accuracy, self.max_error
         if known is not None and self._plain_step and getattr(self.inner, "at_once", False):
             quadratic = self._quadratic(phi, torch.float64)
             there = task.solved(known, quadratic, phi) if keep else None
             if there is None:
                 task.release()
                 there = self._on_heads(known.heads(phi, quadratic), 1)
-            elif there.known.origin == known.origin and task.settings == self._settings:
+            elif there.known.origin == known.origin and task.settings == settings:
                 return
             there.sees(known)
             self._install(there.point, phi, there if keep else None)
             self._note(there, [self.diagnostics])
             if keep:
-                task.solution, task.settings = there.point[0].to(phi[0].dtype), self._settings
+                task.solution, task.settings = there.point[0].to(phi[0].dtype), settings
             return
         if known is None and isinstance(self.linear, Perturbed):
             raise TypeError(
@@ -632,7 +636,7 @@ class ImplicitCGHead(MAML):
             return
         vector = point.to(phi[0].dtype)
         # Held for a warm start only: the parameters are copies.
-        held = vector.new_empty(0) if self._memory is None else vector
+        held = vector if self.warm_start else vector.new_empty(0)
         solve = self._solver(held, [self.diagnostics])
         saved = SavedLinearization(at, solve, self.diagnostics.unreached)
         zero = self._initial_of(phi) if self.anchor == "zero" else []
@@ -676,9 +680,7 @@ class ImplicitCGHead(MAML):
     ) -> LinearSolution:
         """The solutions v of eq. (5), and their diagnostics."""
         key, memory = self._task.key, self._memory
-        start = None
-        if memory is not None and key in memory:
-            start = memory[key][1]
+        start = memory[key][1] if self.warm_start and key in memory else None
         damping = float(getattr(self.linear, "damping", 0.0))
         perturbed = (
             self.linear if self._plain_solve and isinstance(self.linear, Perturbed) else None
@@ -717,7 +719,7 @@ class ImplicitCGHead(MAML):
             exact = solution.FACTORED, solution.ZERO  # another v is not bounded in theta
             bound = at.is_bound and reason in exact
             mine.record(int(row[4]), int(row[3]), reason, sizes, errors, bound, settings)
-        if memory is not None and key is not None:
+        if self.warm_start and key is not None:
             memory[key] = phi, answer.solution
         return answer
 

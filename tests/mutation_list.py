@@ -146,7 +146,7 @@ MUTATIONS = (
     m("the quick path ignores another history", LEARNER,
       "elif there.known.origin == known.origin and task", "elif task", ANEW),
     m("the quick path ignores another linear solver", LEARNER,
-      "known.origin and task.settings == self._settings:", "known.origin:",
+      "known.origin and task.settings == settings:", "known.origin:",
       "never_silent_changes::test_a_setting_that_is_changed_is_used"),
     m("Newton calls a closure again", LEARNER, "if self._plain_step and getattr(",
       "if False and getattr(",
@@ -279,7 +279,7 @@ MUTATIONS = (
     # The learner.
     m("FOMAML: a step twice as long", LEARNER, "p - self.lr * g for p, g in pairs",
       "p - 2 * self.lr * g for p, g in pairs", "learner::test_first_order_is_exactly_learn2learns"),
-    m("warm start: v forgotten", LEARNER, "start = memory[key][1]", "start = None",
+    m("warm start: v forgotten", LEARNER, "if self.warm_start and key in memory", "if False",
       "learner::test_warm_start_continues_where_the_task_ended"),
     m("damping: none", LEARNER, "System(at.hvp, damping, at, part)",
       "System(at.hvp, 0.0, at, part)", "hypergradient::test_the_damped_system_is_solved"),

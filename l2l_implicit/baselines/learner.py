@@ -31,9 +31,7 @@ class BaselineLearner(MAML):
         self, model: nn.Module, lr: float | Tensor, first_order: bool = False,
         allow_unused: bool | None = None, allow_nograd: bool = False,
     ) -> None:  # fmt: skip
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module, got {model!r}; wrap it in one")
-        checks.not_compiled(model)
+        checks.runs_as_it_is(model)
         several = isinstance(lr, list | nn.ParameterList)
         if several or (isinstance(lr, Tensor) and lr.numel() != 1):
             got = "several" if several else f"a tensor of shape {tuple(lr.shape)}"  # type: ignore[union-attr]

@@ -5,6 +5,7 @@ Nothing is guessed: what the graph does not say is left to the general path.
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -108,9 +109,8 @@ def recognize(
     found = None if read is None else read(node)
     if found is None:
         return None
-    kind, targets, scale, linear = found
-    if any(p._backward_hooks for p in parameters):
-        return None  # the user's, which may change the gradient
+    kind, targets, count, linear = found
+    scale = {_SUM: 1.0, _MEAN: 1.0 / count if count else None}.get(node._saved_reduction)
     if isinstance(linear, Outputs._backward_cls):  # type: ignore[attr-defined]
         linear = linear.next_functions[0][0]
     if scale is None or linear is None or linear.name() not in ("AddmmBackward0", "MmBackward0"):
@@ -126,7 +126,9 @@ def recognize(
         return None
     x = linear._saved_mat1 if bias else linear._saved_self  # the boundary's own copy
     head = HeadLoss(x.detach(), None, None, bool(bias), targets, kind, scale)
-    if x._backward_hooks or not head.is_whole(loss, node._saved_self.detach(), linear, parameters):
+    if any(map(_HOOKS, [x, *parameters])):
+        return None  # the user's, which may change the gradient
+    if not head.is_whole(loss, node._saved_self.detach(), linear, parameters):
         return None
     if origin is None:
         return head._replace(x=head.x.clone())
@@ -144,11 +146,12 @@ def recognize(
     return head._replace(source=source, origin=made)
 
 
-_Found = tuple[type[OutputLoss], Tensor, float | None, Any]
+_HOOKS = operator.attrgetter("_backward_hooks")
+_Found = tuple[type[OutputLoss], Tensor, int, Any]
 
 
 def _cross_entropy(nll: Any) -> _Found | None:
-    """The loss, its targets and scale, and the node that made its logits."""
+    """The loss, its targets, what a mean divides by, and the node that made its logits."""
     softmax = nll.next_functions[0][0]
     if softmax is None or softmax.name() != "LogSoftmaxBackward0" or softmax._saved_dim != 1:
         return None
@@ -157,27 +160,21 @@ def _cross_entropy(nll: Any) -> _Found | None:
         return None
     if float(nll._saved_total_weight) != len(targets):
         return None  # some targets are ignored
-    return CrossEntropy, targets, _scale(nll, len(targets)), softmax.next_functions[0][0]
+    return CrossEntropy, targets, len(targets), softmax.next_functions[0][0]
 
 
 def _squared_error(mse: Any) -> _Found | None:
-    """The loss, its targets and scale, and the node that made its outputs."""
+    """The loss, its targets, what a mean divides by, and the node that made its outputs."""
     (linear, _), (of_target, _) = mse.next_functions
     outputs, targets = mse._saved_self, mse._saved_target  # the user's own: copied below
     if of_target is not None or outputs.dim() != 2 or outputs.shape != targets.shape:
         return None
     if outputs.dtype != targets.dtype:
         return None
-    return SquaredError, targets.clone(), _scale(mse, outputs.numel()), linear
+    return SquaredError, targets.clone(), outputs.numel(), linear
 
 
 _LOSSES = {"NllLossBackward0": _cross_entropy, "MseLossBackward0": _squared_error}
-
-
-def _scale(node: Any, count: int) -> float | None:
-    if node._saved_reduction == _SUM:
-        return 1.0
-    return 1.0 / count if node._saved_reduction == _MEAN and count else None
 
 
 def _leads_to(edge: tuple[Any, int], tensor: Tensor) -> bool:

@@ -64,7 +64,7 @@ class CG:
         if self.preconditioner is not None:
             examples = "Jacobi(), Kronecker() or Nystrom()"
             checks.has_method(
-                "CG: preconditioner", self.preconditioner, examples, "inverse(hvp, like)"
+                "CG: preconditioner", examples, "inverse(hvp, like)", self.preconditioner
             )
 
     def solve(self, hvp: Matvec, b: Tensor, start: Tensor | None = None) -> LinearSolution:

@@ -1,5 +1,6 @@
 """Bad input, and what people stumble over who put a learner where MAML was: said in one line."""
 
+import copy
 import io
 import re
 import warnings
@@ -90,13 +91,60 @@ SETTINGS = [
     ("loss", nn.CrossEntropyLoss(label_smoothing=0.1), ValueError, "adapt(closure)"),
     ("loss", nn.MSELoss(reduction="none"), ValueError, "mean or sum"),
     ("loss", F.cross_entropy, ValueError, "nn.CrossEntropyLoss"),
+    ("l2", "0.1", TypeError, "'0.1'"),
+    ("l2", True, TypeError, "True"),
+    ("first_order", "no", TypeError, "True or False"),
+    ("allow_unused", "no", TypeError, "True or False"),
+    ("allow_nograd", None, TypeError, "True or False"),
+    ("warm_start", 2, TypeError, "True or False"),
 ]
 
 
 @pytest.mark.parametrize("name, value, kind, hint", SETTINGS)
 def test_settings(name: str, value: object, kind: type[Exception], hint: str) -> None:
-    text = message(lambda: head(**{name: value}), kind)
-    assert text.startswith(name) and hint in text
+    """In the constructor, and set later, on a clone too: the learner keeps what it has."""
+    learner = head().clone()
+    before = getattr(learner, name)
+    for run in (lambda: head(**{name: value}), lambda: setattr(learner, name, value)):
+        text = message(run, kind)
+        assert text.startswith(name) and hint in text
+    assert getattr(learner, name) is before
+
+
+def test_settings_of_one_call() -> None:
+    """Such as a number of steps where learn2learn has a flag."""
+    learner = head().clone()
+    assert "first_order" in message(lambda: learner.adapt(support(learner), 5), TypeError)
+    assert "allow_nograd" in message(lambda: learner.clone(allow_nograd="no"), TypeError)
+
+
+def test_a_setting_may_become_one_of_another_kind() -> None:
+    """A number, a parameter with its gradient, a number again; another module with its anchor."""
+    parent, l2 = head(anchor="init"), nn.Parameter(torch.tensor(0.3))
+    for value in (l2, 0.3, torch.tensor([0.3]), l2):
+        parent.l2 = value
+        learner = parent.clone()
+        learner.adapt(support(learner))
+        support(learner, X.flip(0)).backward()
+    assert parent.l2 is l2 and bool(l2.grad) and "l2" in dict(parent.named_parameters())
+    other = nn.Linear(4, 3)
+    fresh = ImplicitCGHead(copy.deepcopy(other), 0.1, anchor="init", l2=0.3)
+    parent.module, parent.l2 = other, 0.3
+    for learner in (parent, fresh):
+        learner.adapt(support(learner))
+    assert torch.equal(parent(X), fresh(X))
+    assert "expected a torch.nn.Module" in message(lambda: setattr(parent, "module", nn.Linear))
+
+
+def test_a_warm_start_may_be_switched_on_and_off() -> None:
+    parent, steps = head(inner=LBFGS(tol=1e-3)), []
+    for on in (True, True, False):
+        parent.warm_start = on
+        learner = parent.clone(task="a")
+        learner.adapt(lambda n=learner: support(n), steps=50)
+        support(learner).backward()
+        steps.append(learner.diagnostics.inner_steps)
+    assert steps[1] < steps[0] == steps[2]
 
 
 def with_part(change: Callable[[nn.Module], Any]) -> Callable[[nn.Sequential], nn.Module]:
@@ -131,6 +179,9 @@ MAKES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: head()._replicate_for_data_parallel(), TypeError, "DataParallel"),
     (lambda: ImplicitCGHead(nn.DataParallel(nn.Linear(3, 2)), 0.1), TypeError,
      "expected the module itself, got a DataParallel"),
+    *((lambda c=c, m=m: c(m(), 0.1), ValueError, "run one batch through it first")
+      for c in (ImplicitCGHead, UnrolledMAML) for m in (
+        lambda: nn.LazyLinear(3), lambda: nn.Sequential(nn.LazyBatchNorm1d(affine=False)))),
 ]  # fmt: skip
 
 

@@ -292,6 +292,8 @@ def hooked(name: str) -> ImplicitCGHead:
     layer = learner.module
     if name == "pruned":
         prune.random_unstructured(layer, "weight", amount=0.5)
+    elif name == "learner's":
+        learner.register_forward_hook(lambda learner, given, output: 2.0 * output)
     elif name == "forward":
         layer.forward = lambda x: 2.0 * F.linear(x, layer.weight, layer.bias)
     else:
@@ -344,7 +346,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
         nn.CrossEntropyLoss(reduction="none"), nn.L1Loss(), nn.NLLLoss(), Focal())),
     ({"head": later}, ValueError, "loss: expected nn.CrossEntropyLoss"),
     *(({"head": lambda name=name: hooked(name)}, ValueError, "got hooks")
-      for name in ("pruned", "register_forward_hook", "register_forward_pre_hook")),
+      for name in ("pruned", "register_forward_hook", "register_forward_pre_hook",
+                   "register_full_backward_hook", "register_full_backward_pre_hook", "learner's")),
     ({"head": lambda: hooked("forward")}, ValueError, r"got a forward\(\) of its own"),
     ({"head": lambda: Scaled(nn.Linear(7, 3), 0.1)}, ValueError, r"got a forward\(\) of its own"),
 ]  # fmt: skip

@@ -20,7 +20,8 @@ _UNREACHED = (
 )
 _NOT_CARRIED = (
     "backward: expected parameters that adapt() left with gradients enabled, got those of an "
-    "adapt() under torch.no_grad(): no implicit gradient; call adapt() outside it (said once)"
+    "adapt() under torch.no_grad(), or of a file or a deep copy: no implicit gradient; call "
+    "adapt() outside it, or again (said once)"
 )
 
 

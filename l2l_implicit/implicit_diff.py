@@ -119,6 +119,11 @@ def attach(
         constants: tensors that phi does not depend on but that get an explicit zero gradient.
     """
     assert saved.linearization is not None
+    if torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is not None:
+        raise RuntimeError(
+            "adapt: expected hooks on saved tensors, one of which holds what backward() needs, got "
+            "disable_saved_tensors_hooks(); adapt outside of it, or under torch.no_grad()"
+        )
     sources = [*saved.linearization.sources(), *constants]
     empty = phi.new_empty(0)  # phi itself is to live no longer than the caller needs it
     with saved_tensors_hooks(lambda _: saved, lambda _: empty):

@@ -76,6 +76,7 @@ class Task:
     Args:
         key: the task's identity, or None.
         initial: the module's parameters before the first step, with their history.
+        learner: whose it is.
 
     Attributes:
         made_by: the inner solver and step size whose state ``step`` is, once there is one.
@@ -92,6 +93,7 @@ class Task:
 
     key: Hashable | None
     initial: list[Tensor]
+    learner: weakref.ref[Any] | None = None
     made_by: tuple[InnerSolver, float] | None = None
     step: InnerStep | None = None
     first_norm: float | Tensor = 0.0
@@ -227,6 +229,13 @@ class ImplicitCGHead(MAML):
                 self._task = Task(key=None, initial=list(value.parameters()))
         super().__setattr__(name, value)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """From a file, or a deep copy: a task's parameters come without their way to theta."""
+        super().__setstate__(state)
+        for p in self.module.parameters():
+            if p.is_leaf and p.requires_grad and not isinstance(p, nn.Parameter):
+                p.register_post_accumulate_grad_hook(self.diagnostics.unreached)
+
     # Three places to override.
 
     def regularizer(self, parameters: Sequence[Tensor], anchor: Sequence[Tensor]) -> Tensor:
@@ -348,6 +357,9 @@ class ImplicitCGHead(MAML):
         first_order = self.first_order if first_order is None else first_order
         allow_nograd = self.allow_nograd if allow_nograd is None else allow_nograd
         unused = self.allow_unused if allow_unused is None else allow_unused
+        task = self._task
+        if task.learner is None or task.learner() is not self:  # shared, by clone_module()
+            self._task = Task(task.key, task.initial, weakref.ref(self))
         phi = checks.inner_parameters(self.module, allow_nograd)
         saved = self._task.saved
         used = saved is not None and saved() is None and not phi[0].is_leaf  # by a backward()

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from small_task import HOWS, adapt, fit
 from small_task import SIX_LABELS as Y
 from torch import Tensor, nn
+from torch.autograd.graph import disable_saved_tensors_hooks
 
 from l2l_implicit import (
     CG,
@@ -29,6 +30,8 @@ from l2l_implicit import (
     Newton,
 )
 from l2l_implicit.baselines import UnrolledMAML
+
+from learn2learn.utils import clone_module  # isort: skip
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 ERRORS = TypeError, ValueError, RuntimeError, FloatingPointError
@@ -429,17 +432,69 @@ def test_hidden_names(warned: list[str]) -> None:
     assert len(warned) == 1
 
 
-@pytest.mark.parametrize("cls", [ImplicitCGHead, ImplicitMAML])
-@HOWS
-def test_an_adapted_learner_is_saved(cls: type, how: str) -> None:
-    learner, file = cls(nn.Linear(4, 3), 0.1).clone(), io.BytesIO()
-    fit(learner, X, how, 5)
+def loaded(learner: Any) -> Any:
+    file = io.BytesIO()
     torch.save(learner, file)
     file.seek(0)
-    again = torch.load(file, weights_only=False)
-    assert torch.equal(again(X), learner(X))
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("cls", [ImplicitCGHead, ImplicitMAML])
+@HOWS
+def test_an_adapted_learner_is_saved(cls: type, how: str, warned: list[str]) -> None:
+    """Its graph is not: a hypergradient that ends in it is warned of."""
+    learner = cls(nn.Linear(4, 3), 0.1, inner=Newton()).clone()
+    fit(learner, X, how, 5)
+    again = loaded(learner)
+    assert torch.equal(again(X), learner(X)) and not warned
+    support(again).backward()
+    assert len(warned) == 1 and "of a file or a deep copy" in warned[0]
     again.adapt(support(again))  # it is a learner still
     assert torch.isfinite(again(X)).all()
+
+
+def test_a_deep_copy_is_as_one_that_was_saved(warned: list[str]) -> None:
+    learner = head(inner=Newton()).clone()
+    with torch.no_grad():
+        fit(learner, X, "closure", 5)
+    again = copy.deepcopy(learner)
+    support(again).backward()
+    assert torch.equal(again(X), learner(X)) and len(warned) == 1 and "deep copy" in warned[0]
+
+
+@pytest.mark.parametrize("inner", [Newton(), GradientDescent()], ids=repr)
+@HOWS
+@MODULES
+def test_a_copy_by_learn2learn_is_a_learner_of_its_own(
+    make: Callable[[], nn.Module], how: str, inner: Any
+) -> None:
+    """What either adapts to leaves the other, its graph and its steps as they were."""
+    x, module, grads = X.clone().requires_grad_(), make(), []
+    for copied in (False, True):
+        learner = ImplicitMAML(module, 0.1, inner=inner, max_error=1e9).clone()
+        fit(learner, x, how, 5)
+        if copied:
+            other = clone_module(learner)
+            fit(other, 2.0 * x, how, 3)
+            fit(clone_module(other), 3.0 * x, how, 2)
+        support(learner, x.detach()).backward()
+        assert learner.diagnostics.parent.hypergradients == 1
+        grads.append(x.grad.clone())
+        x.grad = None
+    assert torch.equal(*grads)
+
+
+@HOWS
+@MODULES
+def test_without_hooks_on_saved_tensors(make: Callable[[], nn.Module], how: str) -> None:
+    """The graph has no place for what the backward pass needs; without a graph all is well."""
+    learner = ImplicitMAML(make(), 0.1).clone()
+    with disable_saved_tensors_hooks("none here"):
+        text = message(lambda: fit(learner, X, how, 3), RuntimeError)
+        assert "adapt outside of it" in text
+        with torch.no_grad():
+            fit(learner, X, "closure", 3)
+    assert torch.isfinite(learner(X)).all()
 
 
 REACHED = {"features": {}, "anchor": {"anchor": "init"}, "l2": {"l2": torch.tensor(0.1)}}

@@ -181,9 +181,10 @@ def coefficient(l2: Any) -> None:
 
 
 def has_method(name: str, examples: str, signature: str, value: Any) -> None:
-    """An object, not a class, with a method of this signature, or as `Perturbed` has one."""
-    ways = (getattr(value, way, None) for way in (signature.split("(")[0], "respond"))
-    if isinstance(value, type) or not any(map(callable, ways)):
+    """An object, not a class, with a method of this signature, or in its place `Perturbed`'s."""
+    method = getattr(value, signature.split("(")[0], None)
+    other = name == "linear" and hasattr(value, "respond")
+    if isinstance(value, type) or not (callable(method) or other):
         raise TypeError(
             f"{name}: expected {examples}, got {value!r}; call the class, or pass an object with a "
             f"method {signature}"

@@ -28,6 +28,7 @@ from l2l_implicit import (
     LinearSolution,
     Neumann,
     Newton,
+    Perturbed,
 )
 from l2l_implicit.baselines import UnrolledMAML
 
@@ -84,6 +85,7 @@ SETTINGS = [
     ("inner", "newton", TypeError, "Newton()"),
     ("inner", Newton, TypeError, "Newton()"),
     ("inner", lambda at: at.point, TypeError, "begin(lr)"),
+    ("inner", Perturbed(), TypeError, "begin(lr)"),
     ("linear", None, TypeError, "Direct()"),
     ("linear", CG, TypeError, "CG()"),
     ("curvature", "hessian", TypeError, "linearize"),

@@ -86,6 +86,7 @@ class Task:
         taken: the last step of loss tensors, until it has shown what the second derivative is.
         missing: what the second derivative did not explain of the step before, if anything.
         independent: features that are known not to depend on phi.
+        trusted: whether autograd's gradient of the task's loss was once that of the closed form.
         saved: the linearization that the current parameters depend on, if it is alive.
         again: its closure, where the backward pass calls it.
         solution, settings: of what was solved at once: phi as installed, ``[n]``; the learner's.
@@ -102,6 +103,7 @@ class Task:
     taken: StepTaken | None = None
     missing: float = math.inf
     independent: set[weakref.ref[Tensor]] = field(default_factory=set)
+    trusted: bool = False
     saved: weakref.ref[SavedLinearization] | None = None
     again: Again | None = None
     solution: Tensor | None = None
@@ -584,7 +586,10 @@ class ImplicitCGHead(MAML):
         """The loss as one of a linear head, if the whole objective has a closed form."""
         if self._plain_regularizer:
             with contextlib.suppress(RuntimeError):  # freed, changed in place: autograd says so
-                return recognize(loss, phi, self._task.independent)
+                task = self._task
+                found = recognize(loss, phi, task.independent, task.trusted)
+                task.trusted |= found is not None
+                return found
         return None
 
     def _quadratic(self, phi: Sequence[Tensor], dtype: torch.dtype) -> SquaredDistance:

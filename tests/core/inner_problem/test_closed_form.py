@@ -205,7 +205,6 @@ HOOKED: dict[str, Callable[[Tensor, Tensor, Tensor], object]] = {  # logits, log
     "loss": lambda z, p, loss: loss.register_hook(halve),
     "the loss's node, before": lambda z, p, loss: loss.grad_fn.register_prehook(halve_all),
     "the logarithm's node": lambda z, p, loss: p.grad_fn.register_hook(halve_all),
-    "the outputs' node": lambda z, p, loss: z.grad_fn.register_hook(halve_all),
 }
 
 

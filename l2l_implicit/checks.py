@@ -1,7 +1,5 @@
 """One clear line for each kind of bad input: what was expected, what came, what to do."""
 
-from __future__ import annotations
-
 import difflib
 import math
 import numbers

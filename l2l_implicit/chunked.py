@@ -10,8 +10,6 @@ its turn (Chen et al. 2016, *Training deep nets with sublinear memory cost*; the
 is ``torch.utils.checkpoint``'s).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

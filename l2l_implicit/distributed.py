@@ -12,8 +12,6 @@ when it is sent, whatever K and N are. One process is `ALONE`, for which all of 
 that a script needs no second path.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """`ImplicitGBML`: learn2learn's gradient transforms, as the metric of the regulariser."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`ImplicitMAML`: the preset of Rajeswaran et al. (2019)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

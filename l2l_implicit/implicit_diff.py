@@ -11,8 +11,6 @@ The query loss brings :math:`\nabla_\theta f` by ordinary autograd; `ImplicitSol
 rest. T tasks meet only in what they share, the anchor and l2, whose hypergradients are sums.
 """
 
-from __future__ import annotations
-
 import operator
 import weakref
 from collections.abc import Callable, Sequence

@@ -10,8 +10,6 @@ The hypergradient is linear in the loss, :math:`v = H^{-1} (c\, b) = c\, H^{-1} 
 tolerances are relative: a scaled loss scales it, no more.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any

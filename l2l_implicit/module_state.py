@@ -1,7 +1,5 @@
 """A module as a first pass found it, put back for a second pass that computes the same again."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn

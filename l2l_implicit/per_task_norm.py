@@ -5,8 +5,6 @@ contiguous activation ``[n * T, C, ...]`` is then, without a copy, ``[n, T * C, 
 batch norm with a channel for each (task, channel) normalises every task by itself.
 """
 
-from __future__ import annotations
-
 import functools
 import sys
 from collections.abc import Callable

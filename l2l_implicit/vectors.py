@@ -3,8 +3,6 @@
 The solvers see one vector; the module keeps its tensors. Everything that converts lives here.
 """
 
-from __future__ import annotations
-
 import contextlib
 import operator
 from collections.abc import Iterable, Iterator, Sequence

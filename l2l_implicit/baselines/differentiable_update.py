@@ -1,7 +1,5 @@
 """An inner optimiser's step as a differentiable function, by way of ``higher``."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`Learn2LearnMAML`: learn2learn's own MAML class, as a second engine."""
 
-from __future__ import annotations
-
 from learn2learn.algorithms import MAML
 from torch import Tensor
 

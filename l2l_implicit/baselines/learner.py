@@ -3,8 +3,6 @@
 A baseline says how it takes one inner step; everything else about ``clone`` and ``adapt`` is here.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import TypeVar

@@ -1,7 +1,5 @@
 """The inner optimiser: by name, or made by the user's own factory."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """`Reptile`: the outer gradient is the way that the inner loop went."""
 
-from __future__ import annotations
-
 from typing import TypeVar
 
 import torch

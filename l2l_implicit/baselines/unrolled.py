@@ -1,7 +1,5 @@
 """`UnrolledMAML`: back-propagation through the inner loop, by way of ``higher``."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any, TypeVar
 

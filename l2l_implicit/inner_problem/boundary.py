@@ -5,8 +5,6 @@ Theta enters by the tensors given to ``forward``, and by leaves that the loss us
 file and `recognition` are the only ones that know torch's graph from the inside.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import functools

@@ -10,8 +10,6 @@ G is what is left where the network is replaced by its linearization, and where 
 in the outputs vanishes. For a loss that is convex in the outputs it is positive semidefinite.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """One pass of a module as a record: it runs again, with its derivative by forward mode."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import inspect

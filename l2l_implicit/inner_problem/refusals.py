@@ -1,7 +1,5 @@
 """Why torch refuses a derivative, and what to do about it, in one line for each kind of reason."""
 
-from __future__ import annotations
-
 import re
 
 _NAMED = re.compile(

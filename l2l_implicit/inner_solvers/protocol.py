@@ -1,7 +1,5 @@
 """What an inner solver is, when it stops, and the loop of a closure around it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Protocol
 

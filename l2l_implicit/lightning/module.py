@@ -1,7 +1,5 @@
 """learn2learn's LightningANIL and LightningMAML with the implicit hypergradient."""
 
-from __future__ import annotations
-
 import difflib
 import inspect
 from argparse import ArgumentParser

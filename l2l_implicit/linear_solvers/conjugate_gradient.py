@@ -1,7 +1,5 @@
 """Conjugate gradient, the default solver of the linear system."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 

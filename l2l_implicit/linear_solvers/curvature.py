@@ -1,7 +1,5 @@
 """How strongly functions are curved at most: the numbers that safe step sizes come from."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The matrix written out and factored: a linear solver for small systems."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

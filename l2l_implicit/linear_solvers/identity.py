@@ -1,7 +1,5 @@
 """The identity in place of the inverse: one-step differentiation, a baseline."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """The truncated Neumann series, a linear solver without inner products."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The matrix by a random sketch of low rank: a linear solver, and a preconditioner."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """Approximate inverses that conjugate gradient multiplies its residuals with."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Protocol
 

@@ -284,9 +284,10 @@ class ImplicitCGHead(MAML):
             self.diagnostics.say()
         clone = shallow_copy(self)
         clone._modules["module"] = clone_module(self.module)
-        clone.first_order = self.first_order if first_order is None else first_order
-        clone.allow_unused = self.allow_unused if allow_unused is None else allow_unused
-        clone.allow_nograd = self.allow_nograd if allow_nograd is None else allow_nograd
+        flags = dict(first_order=first_order, allow_unused=allow_unused, allow_nograd=allow_nograd)
+        for name, value in flags.items():
+            if value is not None:
+                setattr(clone, name, value)
         clone.diagnostics = Diagnostics(parent=self.diagnostics)
         clone._task = Task(key=task, initial=list(self.module.parameters()))
         for initial, copied in zip(clone._task.initial, clone.module.parameters(), strict=True):

@@ -237,7 +237,7 @@ def adapt(loss: Any, steps: Any, **flags: Any) -> None:
     """What ``adapt`` got: a tensor alone, or a closure with its number of steps."""
     no_transform()
     for name, value in flags.items():
-        value is None or flag(name, value)
+        value is None or flag(name, value)  # type: ignore[func-returns-value]
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "adapt: expected a mode in which gradients can be enabled, got torch.inference_mode(); "
@@ -415,7 +415,8 @@ SETTINGS: dict[str, Callable[[Any], object]] = {
                       "solve(hvp, b, start)"),
     "curvature": partial(has_method, "curvature", "Hessian() or GaussNewton()",
                          "linearize(loss, parameters, **options)"),
-    "loss": head_loss, "accuracy": lambda value: value is None or positive("accuracy", value),
+    "loss": head_loss,
+    "accuracy": lambda a: a is None or positive("accuracy", a),  # type: ignore[func-returns-value]
     "max_error": partial(positive, "max_error"),
     **{name: partial(flag, name)
        for name in ("warm_start", "first_order", "allow_unused", "allow_nograd")},

@@ -87,7 +87,7 @@ def drawn(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     sweep = next(name for name in SWEEPS if stem.startswith(f"{name}_"))
     benchmark = stem.removeprefix(f"{sweep}_")
     words = [sweep, f"benchmark={benchmark}"]
-    words += ["model.precision=bfloat16"] * (benchmark == "fc100")
+    words += ["model.precision=bfloat16"] * (benchmark in ("fc100", "mini_imagenet_part"))
     found = finals(reported(request.param, words, folder), sweep)
     return Drawn(found, folder, sweep, benchmark)
 

@@ -237,7 +237,8 @@ def adapt(loss: Any, steps: Any, **flags: Any) -> None:
     """What ``adapt`` got: a tensor alone, or a closure with its number of steps."""
     no_transform()
     for name, value in flags.items():
-        value is None or flag(name, value)  # type: ignore[func-returns-value]
+        if value is not None:
+            flag(name, value)
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "adapt: expected a mode in which gradients can be enabled, got torch.inference_mode(); "
@@ -409,8 +410,7 @@ def head_loss(value: Any) -> None:
 
 SETTINGS: dict[str, Callable[[Any], object]] = {
     "module": model, "lr": step_size, "l2": coefficient, "anchor": _anchor_name,
-    "inner": partial(has_method, "inner", "an inner solver such as Newton() or GradientDescent()",
-                     "begin(lr)"),
+    "inner": partial(has_method, "inner", "an inner solver such as Newton()", "begin(lr)"),
     "linear": partial(has_method, "linear", "a linear solver such as CG() or Direct()",
                       "solve(hvp, b, start)"),
     "curvature": partial(has_method, "curvature", "Hessian() or GaussNewton()",

@@ -121,7 +121,7 @@ def recognize(
         return None
     x = linear._saved_mat1 if bias else linear._saved_self  # the boundary's own copy
     head = HeadLoss(x.detach(), None, None, bool(bias), targets, kind, scale)
-    if any(map(_HOOKS, [x, *parameters])):
+    if any(map(_HOOKS, [loss, node._saved_self, x, *parameters])):
         return None  # the user's, which may change the gradient
     if not (trusted or head.is_whole(loss, node._saved_self.detach(), linear)):
         return None

@@ -251,6 +251,20 @@ def test_a_hook_is_obeyed(where: str, inside: bool, how: str, used: list[bool]) 
     assert not any(used)
 
 
+@pytest.mark.parametrize("where", ["loss", "log-probabilities", "squared error's outputs"])
+def test_a_hook_that_comes_later_is_seen(where: str) -> None:
+    """After the first call of a task, whose gradient is not compared again."""
+    learner, x = ImplicitCGHead(nn.Linear(WIDTH, CLASSES), 0.1).clone(), torch.randn(M, WIDTH)
+    for hooked in (False, True):
+        z = learner(x)
+        logs = F.log_softmax(z, 1)
+        loss = F.mse_loss(z, torch.zeros_like(z)) if "outputs" in where else F.nll_loss(logs, Y)
+        if hooked:
+            {"loss": loss, "log-probabilities": logs}.get(where, z).register_hook(halve)
+        found = recognize(loss, [*learner.module.parameters()], set(), trusted=True)
+        assert (found is None) == hooked
+
+
 def test_a_hook_on_phi_is_seen_and_hooks_stay_the_users() -> None:
     learner, x = ImplicitCGHead(nn.Linear(WIDTH, CLASSES), 0.1).clone(), torch.randn(M, WIDTH)
     phi, seen = [*learner.module.parameters()], list[float]()

@@ -19,7 +19,7 @@ from packaging.version import Version
 from without_extras import without_extras
 
 ROOT = Path(__file__).parents[2]
-TRAIN_COMMAND = "pip install -r requirements.txt && python -m experiments.train"
+TRAIN_COMMAND = "pip install -U pip && pip install -r requirements.txt && python -m experiments.train"
 TEST_COMMAND = "pip install tox && tox -e py"
 LITERAL = ("python_requires", "install_requires", "package_data")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")

@@ -19,8 +19,8 @@ from packaging.version import Version
 from without_extras import without_extras
 
 ROOT = Path(__file__).parents[2]
-TRAIN_COMMAND = "pip install -U pip && pip install -r requirements.txt && python -m experiments.train"
-TEST_COMMAND = "pip install tox && tox -e py"
+TRAIN = "pip install -U pip && pip install -r requirements.txt && python -m experiments.train"
+TEST = "pip install tox && tox -e py"
 LITERAL = ("python_requires", "install_requires", "package_data")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
@@ -164,11 +164,11 @@ def test_the_minimal_run_has_the_library_tests_and_not_the_experiments() -> None
 def test_the_readme_gives_the_commands_and_ci_runs_one() -> None:
     blocks = SHELL.findall((ROOT / "README.md").read_text(encoding="utf-8"))
     lines = [line.strip() for block in blocks for line in block.splitlines()]
-    assert TRAIN_COMMAND in lines and TEST_COMMAND in lines
+    assert TRAIN in lines and TEST in lines
     if (ROOT / "PKG-INFO").exists():
         return  # an sdist, which has no hidden files
     script = ROOT / ".ci" / "run"
-    assert script.read_text(encoding="utf-8").splitlines()[-1] == TEST_COMMAND
+    assert script.read_text(encoding="utf-8").splitlines()[-1] == TEST
     assert os.access(script, os.X_OK)
 
 

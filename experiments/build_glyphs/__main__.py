@@ -1,4 +1,4 @@
-"""Draws, selects, merges, splits and writes: see `python -m experiments.build_glyphs --help`."""
+"""Draws characters in the installed typefaces, and writes glyphs.npz with its attribution."""
 
 import argparse
 from collections import Counter
@@ -67,7 +67,7 @@ def attribution(faces: list[Face]) -> str:
 
 def main() -> None:
     """Command line: writes the array and its attribution, and reports what they hold."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser("python -m experiments.build_glyphs", description=__doc__)
     parser.add_argument("--out", type=Path, default=TASKS / "glyphs.npz", help="array to write")
     options = parser.parse_args()
     arrays, faces = build()

@@ -163,6 +163,7 @@ class ImplicitCGHead(MAML):
         inner: `Newton`, `GradientDescent` (the papers'), `LBFGS`, or an `InnerSolver` of your own.
         linear: the solver of the backward pass's linear system: `CG`, `Neumann`, `Nystrom`,
             `Identity`, `Direct`, a `LinearSolver` of your own; or `Perturbed`: first derivatives.
+        curvature: the matrix of that system for any but a linear head: `Hessian` or `GaussNewton`.
         loss: what `adapt_together` minimises: ``nn.CrossEntropyLoss`` or ``nn.MSELoss`` with
             reduction ``mean`` or ``sum``; None: the mean of the one that fits the targets.
         warm_start: remember phi and v of each task named in ``clone(task=...)`` and start from
@@ -334,11 +335,10 @@ class ImplicitCGHead(MAML):
     ) -> None:  # fmt: skip
         r"""One inner step from a loss tensor, or ``steps`` of them from a closure.
 
-        A linear head under `Newton` (cross-entropy or squared error, recognised in the loss's
-        graph) is solved exactly at the first call, whatever the number of steps; further calls with
-        the same data change nothing. For everything else a loss tensor is one step, linearized
-        where the loss was computed, at :math:`\phi^{K-1}`; with a closure (no arguments, returns
-        the loss of the learner as it then is) the linearization is exactly at :math:`\phi^K`.
+        A linear head under `Newton` is solved at the first call. For everything else a loss tensor
+        is one step, linearized where the loss was computed, at :math:`\phi^{K-1}`; with a closure
+        (no arguments, returns the loss of the learner as it then is) the linearization is exactly
+        at :math:`\phi^K`.
 
         Under ``torch.no_grad()`` a closure works and nothing is kept. The steps end before
         ``steps`` where the inner solver has nothing left to do. A linear head's closure is called

@@ -22,8 +22,6 @@ class CG:
     either reaches the answer. The last iterate is the best one: each step lowers the error in the
     norm of A, while the residual may rise, even above that of zero.
 
-    A linear head that Newton has solved needs none of it: the factor of its inner solve is used.
-
     Args:
         steps: the largest number N of steps.
         tol: stop once ``norm(b - A v) <= tol * norm(b)``, with a preconditioner too; a learner's

@@ -155,8 +155,7 @@ class GaussNewtonLinearization(AutogradLinearization):
             refusal, cause = self._refusal, None
             if refusal is None:
                 try:
-                    product = self._gauss_newton(vector)
-                    return product.add_(vector, alpha=self.quadratic.strength)
+                    return self._gauss_newton(vector).add_(vector, alpha=self.quadratic.strength)
                 except NotImplementedError as error:  # torch's own, where forward mode is missing
                     refusal, cause = refusals.of_forward_mode(error), error
             if not self._fallback:

@@ -160,7 +160,8 @@ class GaussNewtonLinearization(AutogradLinearization):
                     refusal, cause = refusals.of_forward_mode(error), error
             if not self._fallback:
                 raise RuntimeError(f"GaussNewton: {refusal}") from cause
-            warnings.warn(f"GaussNewton: {refusal}; here the Hessian takes its place", stacklevel=2)
+            got = refusal.partition(";")[0]  # what to do has been done
+            warnings.warn(f"GaussNewton: {got}; here the Hessian takes its place", stacklevel=2)
             self._use_hessian, self._gradients = True, self._graph()
         return self.derivative(vector)
 

@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from experiments.report.content import Figure, Record, Section, Source, Table
 from experiments.report.summary import run_list
-from experiments.tracking.whole_file import whole_file
+from experiments.tracking.whole_file import write_whole
 
 TITLE = "l2l_implicit: what the runs show"
 TYPES = {"csv": "text/csv", "md": "text/markdown", "tex": "application/x-tex",
@@ -62,8 +62,7 @@ def write(folder: Path, sections: Sequence[Section], about: str, command: str) -
     )
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in {**files, "index.html": page.encode()}.items():
-        with whole_file(folder / name) as file:
-            file.write(content)
+        write_whole(folder / name, content)
     return folder / "index.html"
 
 

@@ -36,7 +36,7 @@ from sacred.config.config_summary import ConfigSummary
 from sacred.utils import get_by_dotted_path, iterate_flattened, set_by_dotted_path
 
 from experiments.tracking.errors import UserError, nearest, one_line, wrong
-from experiments.tracking.whole_file import whole_file
+from experiments.tracking.whole_file import write_whole
 
 MOST, MOST_GROUPS = 10**9, 20  # of a count; that a name may have
 Count = Annotated[int, Field(ge=1, le=MOST)]
@@ -295,8 +295,7 @@ def _yaml(text: str) -> Any:
 def save_settings(values: Values, path: str) -> None:
     """Write a file that `settings_in` reads; UserError where that cannot be."""
     try:
-        with whole_file(Path(path)) as file:
-            file.write(json.dumps(values, indent=2, sort_keys=True).encode())
+        write_whole(Path(path), json.dumps(values, indent=2, sort_keys=True).encode())
     except OSError as error:
         raise wrong(path, "to be able to write it", error.strerror, "mend that") from error
 

@@ -28,7 +28,7 @@ from experiments.tracking.config import plain_value
 from experiments.tracking.database import open_database
 from experiments.tracking.errors import CommandLine, UserError, one_line
 from experiments.tracking.records import DatabaseRecords, Document, RunId, group
-from experiments.tracking.whole_file import whole_file
+from experiments.tracking.whole_file import write_whole
 
 # Metrics with a point at every outer iteration, as a pattern of their names.
 EVERY_STEP = r"^train/"
@@ -89,10 +89,9 @@ def _write(path: Path, records: DatabaseRecords, without: str) -> None:
         if fault:
             raise UserError(f"run {run}: {fault}; mend the run's record, or export the others")
         metrics[run][name] = series._asdict()
-    with whole_file(path) as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as file:
-        for document in records.runs:
-            entry = {"runs": _hidden(document), "metrics": metrics[document["_id"]]}
-            file.write(json.dumps(entry).encode() + b"\n")
+    entries = ({"runs": _hidden(run), "metrics": metrics[run["_id"]]} for run in records.runs)
+    lines = "".join(f"{json.dumps(entry)}\n" for entry in entries)
+    write_whole(path, gzip.compress(lines.encode(), 9, mtime=0))
 
 
 def _hidden(run: Document) -> Document:

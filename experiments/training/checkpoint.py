@@ -12,7 +12,6 @@ begins with a copy of all that was recorded before the checkpoint.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import itertools
@@ -32,6 +31,7 @@ from sacred.utils import iterate_flattened
 
 from experiments.tracking import TrackingError, UserError, socket_server, wrong
 from experiments.tracking.errors import reason
+from experiments.tracking.whole_file import write_whole
 from l2l_implicit.inner_problem.boundary import tensors_of
 
 CONFIG, STATE, LOCK = "config.json", "checkpoint.pt", "lock"
@@ -194,33 +194,12 @@ def _draft(path: Path) -> Path:
 
 
 def replace(path: Path, write: Callable[[io.BytesIO], object]) -> None:
-    """The whole new file or the whole old one, whoever is killed and whenever power fails.
-
-    UserError: it cannot be written; the old file is whole.
-    """
-    content, temporary = io.BytesIO(), _draft(path)
+    """`write_whole`, of what is written; UserError: it cannot be."""
+    content, draft = io.BytesIO(), _draft(path)
     write(content)
-    try:
-        with in_one_line(path):
-            temporary.unlink(missing_ok=True)  # it may be a link
-            with temporary.open("xb") as file:
-                file.write(content.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            with temporary.open("rb") as file:  # in pieces: a copy of the whole is memory
-                found = hashlib.file_digest(file, "sha256").digest()
-            if found != hashlib.sha256(content.getbuffer()).digest():
-                raise OSError(errno.EIO, "other bytes than were written")
-            os.replace(temporary, path)
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)  # the rename itself
-            finally:
-                os.close(folder)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+    with in_one_line(path):
+        draft.unlink(missing_ok=True)  # of a run that was killed; it may be a link
+        write_whole(path, content.getbuffer(), draft)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from experiments.report.__main__ import main as report_main
 from experiments.sweeps.plan import Plan
 from experiments.tracking.export import main as export
 from experiments.tracking.records import FileRecords
+from experiments.tracking.whole_file import write_whole
 
 pytest_plugins = ("report_fixtures",)
 
@@ -252,6 +253,23 @@ def test_a_full_disk_behind_the_output_is_one_line(
             assert main(words) == 1
         error = capsys.readouterr().err
         assert error.startswith("error: ") and "No space left" in error and error.count("\n") == 1
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_place(
+    tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
+    """And as private as the one before it."""
+    path, done = tmp_path / "f", list[str]()
+    path.touch(0o600)
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, noted(done, name, getattr(os, name)))
+    write_whole(path, b"new")
+    assert done == ["fsync", "replace", "fsync"] and path.read_bytes() == b"new"
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def noted(done: list[str], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *arguments: [done.append(name), function(*arguments)][1]
 
 
 def test_two_exports_to_one_file(

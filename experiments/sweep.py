@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import shlex
 import signal
 import subprocess
@@ -46,39 +45,27 @@ from experiments.sweeps.lock import token_of
 from experiments.sweeps.plan import Plan, find_sweep, make_plan
 from experiments.tracking import UserError, signals, wrong
 from experiments.tracking.database import Database, choose
-from experiments.tracking.errors import CommandLine, one_line
+from experiments.tracking.errors import CommandLine, command, one_line
 from experiments.tracking.uploader import upload_abandoned
 
 LOGGERS = ("distributed", "distributed.client", "tornado", "tornado.application", "asyncio")
 POLL, LOOK, CONNECT = 0.2, 2.0, 10.0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; 0 if all is completed, 1 if not, 128 + signal if stopped."""
+@command
+def main(argv: Sequence[str] | None) -> int:
+    """The command line; 0 if all is completed, 1 if not."""
     options = _parse(argv)
-    try:
-        plan = make_plan(find_sweep(options.name), parse_settings(options.settings))
-        if options.cell is not None:
-            plan = plan.only(options.cell)
-        if options.dry_run:
-            return check_settings(plan)
-        if options.workers is not None and (options.scheduler or options.workers < 1):
-            raise wrong("--workers", "at least 1, and no --scheduler, whose workers are its own",
-                        options.workers)
-        with closing(Database(choose(options.mongo_db))) as database, signals.handled():
-            status = _sweep(plan, options, database)
-            sys.stdout.flush()
-            return status
-    except BrokenPipeError:  # whoever read the list has seen enough: `--list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except (UserError, PyMongoError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as stop:
-        number = signal.Signals(getattr(stop, "signum", signal.SIGINT))
-        print(f"stopped by {number.name}; the same command goes on", file=sys.stderr)
-        return 128 + number
+    plan = make_plan(find_sweep(options.name), parse_settings(options.settings))
+    if options.cell is not None:
+        plan = plan.only(options.cell)
+    if options.dry_run:
+        return check_settings(plan)
+    if options.workers is not None and (options.scheduler or options.workers < 1):
+        raise wrong("--workers", "at least 1, and no --scheduler, whose workers are its own",
+                    options.workers)
+    with closing(Database(choose(options.mongo_db))) as database:
+        return _sweep(plan, options, database)
 
 
 def _parse(argv: Sequence[str] | None) -> Namespace:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -19,11 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-if __name__ == "__main__":  # Ctrl-C while torch is imported: no traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+from experiments import extra  # noqa: F401  (first: it says what to install)
 
-from experiments import extra  # noqa: F401, I001  (first: it says what to install)
-
+# isort: split
 import torch
 from sacred.config import ConfigDict
 from tqdm import tqdm

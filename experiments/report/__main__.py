@@ -19,9 +19,6 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from bson.errors import BSONError
-from pymongo.errors import PyMongoError
-
 from experiments.report import listing, open_records, papers, sweeps
 from experiments.report.content import Section
 from experiments.report.summary import METRICS, Archive, Request, SweepState
@@ -29,8 +26,8 @@ from experiments.report.write import write
 from experiments.sweeps.definition import parse_settings
 from experiments.sweeps.definitions import SWEEPS
 from experiments.sweeps.plan import find_sweep
-from experiments.tracking import UserError
-from experiments.tracking.errors import CommandLine, one_line
+from experiments.tracking import UserError, wrong
+from experiments.tracking.errors import CommandLine, command
 
 SECTIONS: tuple[Callable[[Request], list[Section]], ...] = (
     listing.overview,
@@ -42,23 +39,22 @@ SECTIONS: tuple[Callable[[Request], list[Section]], ...] = (
 """What the report shows, in this order; one that finds no run of its own returns an empty list."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; 0, or 1 after an error that is one line."""
+@command
+def main(argv: Sequence[str] | None) -> int:
+    """The command line."""
     options = _parse(argv)
-    try:
-        with open_records(options.mongo_db, options.records) as records:
-            archive = Archive(records)
-            archive.load([run for run in archive.runs if run.complete], METRICS)
-            request = Request(archive, _sweeps(options.words, archive))
-            sections = [section for make in SECTIONS for section in make(request)]
-        about = f"From {records.label}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC."
-        given = ["--records", *options.records] if options.records else []
-        command = shlex.join(["python", "-m", "experiments.report", *options.words, *given])
-        path = write(Path(options.output), sections, about, command)
-        print(f"report           {path}", flush=True)
-    except (UserError, PyMongoError, BSONError, OSError) as error:
-        print("error: " + one_line(error), file=sys.stderr)
-        return 1
+    if not options.output:
+        raise wrong("--output", "the name of a folder", "''")
+    with open_records(options.mongo_db, options.records) as records:
+        archive = Archive(records)
+        archive.load([run for run in archive.runs if run.complete], METRICS)
+        request = Request(archive, _sweeps(options.words, archive))
+        sections = [section for make in SECTIONS for section in make(request)]
+    about = f"From {records.label}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC."
+    given = ["--records", *options.records] if options.records else []
+    shown = shlex.join(["python", "-m", "experiments.report", *options.words, *given])
+    path = write(Path(options.output), sections, about, shown)
+    print(f"report           {path}", flush=True)
     return 0
 
 

@@ -10,8 +10,9 @@ Example:
 
 from experiments import extra  # noqa: F401, I001  (first: it says what to install)
 from experiments.tracking.database import open_database
-from experiments.tracking.errors import Terminated, TrackingError, UserError, wrong
+from experiments.tracking.errors import TrackingError, UserError, wrong
 from experiments.tracking.experiment import TrackedExperiment, TrackedIngredient, record
+from experiments.tracking.signals import Terminated
 
 __all__ = [
     "Terminated", "TrackedExperiment", "TrackedIngredient", "TrackingError", "UserError",

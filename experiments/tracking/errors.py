@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 from argparse import ArgumentParser
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
+from functools import wraps
 from typing import NoReturn
 
+from bson.errors import BSONError
+from pymongo.errors import PyMongoError
+
+from experiments.tracking import signals
 from experiments.tracking.values import told
 
 
@@ -16,17 +24,6 @@ class UserError(ValueError):
 
 class TrackingError(RuntimeError):
     """The run's record is not safely in the database."""
-
-
-class Terminated(KeyboardInterrupt):
-    """Signal ``signum``, not Ctrl-C; exit status 128 + signum.
-
-    No ``except Exception`` on its way takes it for an error of a file or of a database.
-    """
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"signal {signum}")
-        self.signum = signum
 
 
 def wrong(name: str, expected: str, got: object, todo: str = "leave it out") -> UserError:
@@ -70,3 +67,27 @@ class CommandLine(ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Exit status 2; one of the words may be a password."""
         super().error(told(message))
+
+
+def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
+    """A command's main function; 1 after an error that is one line, 128 + signal if stopped."""
+
+    @wraps(main)
+    def run(argv: Sequence[str] | None = None) -> int:
+        try:
+            with signals.handled():
+                status = main(argv)
+                sys.stdout.flush()
+                return status
+        except BrokenPipeError:  # whoever read the output has seen enough: `--list | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
+        except (UserError, PyMongoError, BSONError, OSError) as error:
+            print(f"error: {one_line(error)}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt as stop:
+            number = signals.number_of(stop)
+            print(f"stopped by {number.name}; the same command does the rest", file=sys.stderr)
+            return 128 + number
+
+    return run

@@ -22,7 +22,7 @@ from sacred.run import Run
 from experiments.tracking import config, signals
 from experiments.tracking.config import RunSettings, Settings
 from experiments.tracking.database import LONGEST, Database, choose
-from experiments.tracking.errors import Terminated, TrackingError, UserError, one_line, wrong
+from experiments.tracking.errors import TrackingError, UserError, one_line, wrong
 from experiments.tracking.observer import JournalObserver
 from experiments.tracking.values import CheckedMetrics, Tape, is_name, keep_output, redacted
 
@@ -260,11 +260,10 @@ def _exit(error: BaseException) -> NoReturn:
                 print(f"error: {one_line(error)}", file=stream, flush=True)
                 break
         sys.exit(1)
-    signum = error.signum if isinstance(error, Terminated) else signal.SIGINT
-    by = f" by {signal.Signals(signum).name}" if isinstance(error, Terminated) else ""
-    print(f"interrupted{by}", flush=True)
+    number = signals.number_of(error)
+    print("interrupted" + f" by {number.name}" * (number != signal.SIGINT), flush=True)
     sys.stderr.flush()
-    os._exit(128 + signum)  # without taking torch down piece by piece, which can take seconds
+    os._exit(128 + number)  # without taking torch down piece by piece, which can take seconds
 
 
 # ---- the machine and the commit, asked so that no strange answer stops the run ----

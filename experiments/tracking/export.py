@@ -21,12 +21,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bson.errors import BSONError
-from pymongo.errors import PyMongoError
-
 from experiments.tracking.config import plain_value
 from experiments.tracking.database import open_database
-from experiments.tracking.errors import CommandLine, UserError, one_line
+from experiments.tracking.errors import CommandLine, UserError, command, one_line
 from experiments.tracking.records import DatabaseRecords, Document, RunId, group
 from experiments.tracking.whole_file import write_whole
 
@@ -36,8 +33,9 @@ REMOTE = re.compile(r"(https?|ssh|git)://|[\w.-]+@[\w.-]+:")
 INSTALLED = re.compile(r"/[^\s\"':]*/(?=site-packages/|lib/python3)")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; 0, or 1 after an error that is one line."""
+@command
+def main(argv: Sequence[str] | None) -> int:
+    """The command line."""
     text = "Write finished runs to a file that outlives their database."
     parser = CommandLine("tracking.export", text)
     add = parser.add_argument
@@ -53,11 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not records.runs:
                 raise UserError("no run that has ended fits; nothing is written")
             _write(options.file, records, options.without)
-        size = options.file.stat().st_size / 1024
-        print(f"{len(records.runs)} runs, {size:.0f} KiB: {options.file}", flush=True)
-    except (ValueError, PyMongoError, BSONError, OverflowError, OSError, re.error) as error:
-        print("error: " + one_line(error), file=sys.stderr)
-        return 1
+    except (ValueError, OverflowError, re.error) as error:  # of words that no run can have
+        raise UserError(one_line(error)) from error
+    size = options.file.stat().st_size / 1024
+    print(f"{len(records.runs)} runs, {size:.0f} KiB: {options.file}", flush=True)
     return 0
 
 

@@ -6,25 +6,28 @@ Ctrl-C ends it; the embedded server stops when no run needs it either. The addre
 only you can reach: for `mongosh`, pymongo, and `omniboard --mu`.
 """
 
-import contextlib
-import signal
 import sys
-import threading
+import time
+from collections.abc import Sequence
+from contextlib import closing, suppress
 
 from experiments.tracking.database import Database, choose
-from experiments.tracking.errors import CommandLine, UserError, one_line
+from experiments.tracking.errors import CommandLine, UserError, command
+
+
+@command
+def main(argv: Sequence[str] | None) -> int:
+    """The command line; 0 after Ctrl-C or SIGTERM."""
+    words = CommandLine("tracking.serve", "Keep the database up, and print its address.")
+    with closing(Database(choose(words.parse_args(argv).mongo_db))) as database:
+        print(database.address, flush=True)
+        with suppress(KeyboardInterrupt):
+            while True:
+                time.sleep(1.0)
+                with suppress(UserError):
+                    database.revive()
+    return 0
+
 
 if __name__ == "__main__":
-    try:
-        words = CommandLine("tracking.serve", "Keep the database up, and print its address.")
-        database = Database(choose(words.parse_args().mongo_db))
-        print(database.address, flush=True)
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {one_line(error)}")
-    done = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: done.set())
-    while not done.wait(1.0):
-        with contextlib.suppress(UserError):
-            database.revive()
-    database.close()
+    sys.exit(main())

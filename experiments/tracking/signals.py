@@ -12,12 +12,26 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from experiments.tracking.errors import Terminated
-
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
            signal.SIGALRM, signal.SIGXCPU)  # fmt: skip
 SAME = 0.3
 """Seconds within which another signal is the first: a terminal and a launcher both send it."""
+
+
+class Terminated(KeyboardInterrupt):
+    """Signal ``signum``, not Ctrl-C; exit status 128 + signum.
+
+    No ``except Exception`` on its way takes it for an error of a file or of a database.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"signal {signum}")
+        self.signum = signum
+
+
+def number_of(stop: KeyboardInterrupt) -> signal.Signals:
+    """The signal that has ended something."""
+    return signal.Signals(stop.signum if isinstance(stop, Terminated) else signal.SIGINT)
 
 
 class _Request:

@@ -293,6 +293,7 @@ def test_two_exports_to_one_file(
 def test_what_is_no_file_is_not_written(recorder: Recorder, capsys: CaptureFixture[str]) -> None:
     recorder.run({"seed": 1})
     assert export(["/dev/null"]) == 1 and "the name of a file" in capsys.readouterr().err
+    assert report_main(["--output", ""]) == 1 and "--output: exp" in capsys.readouterr().err
 
 
 def test_a_report_writes_through_no_link_and_into_no_fifo(

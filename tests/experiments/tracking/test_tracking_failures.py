@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -149,6 +151,18 @@ def test_a_signal_interrupts_the_run(data: Path, embedded: Any) -> None:
         logged = points(embedded, number)["train/loss"]
         assert logged == [1 / (1 + step) for step in range(len(logged))]
         assert STEPS // 4 < len(logged) < 100000
+
+
+@pytest.mark.parametrize("module", ["report", "sweep", "tracking.export", "tracking.upload"])
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_ctrl_c_while_a_command_starts_is_no_traceback(tmp_path: Path, module: str) -> None:
+    words = {"report": (), "sweep": ("smoke", "--list")}.get(module, ("f",))
+    process = start(tmp_path, *words, module=f"experiments.{module}", folder=tmp_path)
+    while process.poll() is None and "_cbson" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    code, output = finish(process)
+    assert code in (-signal.SIGINT, 128 + signal.SIGINT) and "Traceback" not in output, output
 
 
 def test_the_next_run_marks_a_killed_one(data: Path, embedded: Any) -> None:

@@ -381,6 +381,14 @@ def test_what_may_not_end_is_no_journal(tmp_path: Path, database: Any) -> None:
             upload_journal(path, database)
 
 
+def test_a_journal_of_nothing_but_a_header(data: Path, database: Any, tmp_path: Path) -> None:
+    """Of a run that was killed at its very start; it is named, and removed."""
+    Journal(tmp_path / "r", {"token": "t"}).close()
+    code, output = run(data, str(tmp_path / "r"), module=UPLOAD)
+    assert (code, output) == (0, f"{tmp_path}/r: its run had recorded nothing when it was killed\n")
+    assert not (tmp_path / "r").exists()
+
+
 @pytest.mark.parametrize("content", [b"", b"{}\n", bytes(5000)])
 def test_what_is_no_journal(data: Path, database: Any, journal: Path, content: bytes) -> None:
     journal.write_bytes(content)

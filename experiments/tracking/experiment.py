@@ -212,7 +212,7 @@ def _check_options(run: Any) -> None:
     if not 0 <= run.beat_interval <= LONGEST:
         raise ValueError("no number of seconds")
     if run._id is not None and not is_name(run._id):
-        raise ValueError("no name that a folder may have")
+        raise ValueError("no name or number that a run may have")
 
 
 def record(run: Run, values: Mapping[str, Any], step: int | None = None) -> None:

@@ -11,6 +11,7 @@ import math
 import mimetypes
 import os
 import platform
+import shlex
 import threading
 import time
 import uuid
@@ -19,6 +20,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import bson
 import pymongo
 import pymongo.errors
 from bson import Binary, ObjectId
@@ -35,6 +37,7 @@ from experiments.tracking.values import storable
 DEFAULT_INTERVAL = 10.0
 PATIENCE_VARIABLE = "L2L_IMPLICIT_MONGO_PATIENCE"
 PATIENCE = 30.0  # seconds at a run's end that a database which is away may take to come back
+LARGEST_RECORD = 12 * 2**20  # bytes of a run's document, of MongoDB's 16, beside its beginning
 # Seconds the whole of the end may take after one Ctrl-C, and after two.
 INTERRUPTED, HURRIED = 1.5, 0.5
 
@@ -128,6 +131,11 @@ class JournalObserver(MongoObserver):
         """Write down fields of the run's document, as far as they have changed."""
         clean = {key: self._clean(value) for key, value in fields.items()}
         new = {k: v for k, v in clean.items() if k not in self._known or self._known[k] != v}
+        if (size := len(bson.encode({**self._known, **new}))) > LARGEST_RECORD:
+            raise TrackingError(
+                f"info, result and output have {size >> 20} MiB, of which a document of MongoDB's"
+                f" takes {LARGEST_RECORD >> 20}; put them into a file, and that into add_artifact"
+            )
         if "captured_out" in new:
             before, text = self._known.get("captured_out", ""), new["captured_out"]
             same = text.startswith(before)  # unless a progress bar has redrawn its line
@@ -149,9 +157,9 @@ class JournalObserver(MongoObserver):
         try:
             self._set(captured_out=captured_out, info=info, result=result, heartbeat=beat_time)
             self._journal.sync()
-        except TrackingError as error:  # after which Sacred calls no more of these
-            self._lost = f"a part of the record is lost: {error}"
-            raise
+        except Exception as error:  # after which Sacred calls no more of these
+            self._lost = f"a part of the record is lost: {self._reason(error)}"
+            raise TrackingError(self._lost) from error
 
     def completed_event(self, stop_time: datetime, result: Any) -> None:
         if self._lost:
@@ -213,10 +221,10 @@ class JournalObserver(MongoObserver):
                     self.runs.update_one(own, {"$set": self._known})
             elif error := self._last_upload(self._uploader.reader):
                 self._journal.seal()
+                command = shlex.join(["python", "-m", uploader.COMMAND, str(path)])
                 raise TrackingError(
                     f"run {self.run_entry['_id']} is not wholly in the database ({error}); its"
-                    f" record is {path}: the next run uploads it,"
-                    f" or python -m {uploader.COMMAND} {path}"
+                    f" record is {path}: the next run uploads it, or {command}"
                 )
             path.unlink()  # while locked, so that no other run takes it for abandoned
         finally:

@@ -160,8 +160,7 @@ class Uploader:
         fields = {"status": 1, "fail_trace": 1}
         wanted = self.document["_id"] if self.run_id is None else self.run_id
         stored = self._runs.find_one({"_id": {"$eq": wanted}, **own}, fields)
-        whole = isinstance(wanted, int) and not isinstance(wanted, bool)
-        fits = whole or (isinstance(wanted, str) and is_name(wanted))
+        fits = type(wanted) in (int, str) and is_name(str(wanted))
         if not stored and (not fits or self._runs.find_one({"_id": wanted}, {"_id": 1})):
             stored = self._runs.find_one(own, fields)
             wanted = stored["_id"] if stored else next_run_id(self._runs)

@@ -101,11 +101,11 @@ def storable(value: Any) -> Any:
         return int(value) if abs(value) < INT64 else str(value)
     if value is None or isinstance(value, (bool, float, datetime, ObjectId, Binary)):
         return value
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping):  # to which the run may add while it is read
         return {re.sub(r"^\$", "@", storable(str(k)).replace("\0", "\\0")): storable(v)
-                for k, v in value.items()}  # fmt: skip
+                for k, v in list(value.items())}  # fmt: skip
     if isinstance(value, (list, tuple, Set)):
-        return [storable(item) for item in value]
+        return [storable(item) for item in list(value)]
     return storable(value.tolist()) if hasattr(value, "tolist") else flatten(value)
 
 
@@ -140,9 +140,13 @@ def told(text: str) -> str:
 
 
 def is_name(text: str) -> bool:
-    """Whether a folder may be called so: it leads to nowhere else, and can be shown."""
+    """Whether a run and its folder may be called so: it leads to nowhere else, and can be shown.
+
+    A number has at most 15 digits: another one follows it.
+    """
     fits = text.isprintable() and 0 < len(text.encode()) < 200  # of 255 bytes, with a suffix
-    return fits and "/" not in text and text not in (".", "..")
+    counts = not text.isdecimal() or len(text) <= 15
+    return fits and counts and "/" not in text and text not in (".", "..")
 
 
 def printable(text: str) -> str:

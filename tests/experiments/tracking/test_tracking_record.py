@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from bson import ObjectId
 from fake_mongod import FakeMongod
 from pytest import MonkeyPatch
 from sacred.observers import RunObserver
-from toy_process import Server, own_data, points, run, write_journal
+from toy_process import Server, journals, own_data, points, run, write_journal
 
 from experiments.tracking import (
     Terminated,
@@ -46,7 +47,7 @@ ARTIFACT = bytes(300_000)  # two chunks
 def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A data folder, also this process's own."""
     with pytest.MonkeyPatch.context() as patch:
-        yield own_data(patch, tmp_path_factory.mktemp("data"))
+        yield own_data(patch, tmp_path_factory.mktemp("my data"))
 
 
 @pytest.fixture(scope="module")
@@ -146,12 +147,13 @@ def test_a_number_taken_by_another_run_is_replaced(tmp_path: Path, database: Any
         assert points(database, number) == {"loss": [loss]} and not (tmp_path / name).exists()
 
 
-@pytest.mark.parametrize("name", ["/x", "..", "\x1b[31m", "x" * 300, {"$ne": 0}, 1.5])
+@pytest.mark.parametrize("name", ["/x", "..", "\x1b[31m", "x" * 300, {"$ne": 0}, 1.5, 2**62 - 1])
 @pytest.mark.parametrize("token", ["theirs", {"$ne": 1}])
 def test_a_journal_of_others_changes_no_other_run(
     tmp_path: Path, database: Any, name: Any, token: Any
 ) -> None:
-    """Nor does it name one as no folder may be called, or trip over one of a wrong shape."""
+    """Nor does it name one as no folder may be called or none could follow, or trip over one of a
+    wrong shape."""
     runs, mine = database["runs"], {"_id": 1, "meta": {"journal": "mine"}, "status": "COMPLETED"}
     runs.insert_many([mine, {"_id": 2, "meta": None}])
     start = {"meta": {"journal": token}, "status": "RUNNING", "info": {}, "artifacts": []}
@@ -429,6 +431,8 @@ def test_anything_becomes_plain_data(database: Any) -> None:
              "a\\0b\\udc80": "\\udc80", "list": ["x\\ud800"], "@oid": {"@a$": 1}}  # fmt: skip
     assert values.storable(value) == plain and type(values.storable(value)["1"]) is float
     assert isinstance(values.storable(threading.Event()), (dict, str))
+    growing: dict[str, Any] = {"a": SimpleNamespace(tolist=lambda: growing.update(b=1) or [1])}
+    assert values.storable(growing) == {"a": [1]}
     database["odd"].insert_one({"_id": 1, "value": values.storable(value)})
     assert database["odd"].find_one({"_id": 1})["value"] == plain
 
@@ -510,7 +514,7 @@ def test_an_upload_that_breaks_off_keeps_the_journal(
     experiment = TrackedExperiment("broken off")
     experiment.main(lambda: None)
     monkeypatch.setattr(uploader.Uploader, "verify", lambda self: _thread.exit())
-    with pytest.raises(TrackingError, match="the upload has broken off"):
+    with pytest.raises(TrackingError, match=f"has broken off.* {UPLOAD} '{data}"):
         experiment.run()
     (kept,) = (data / "journals").glob("run-*.jsonl")
     kept.unlink()
@@ -536,6 +540,30 @@ def test_a_record_that_has_lost_its_last_part_is_not_complete(
         experiment.run()
     (stored,) = database["runs"].find()
     assert stored["status"] == "FAILED" and "No space left" in stored["fail_trace"][0]
+
+
+CIRCLE: list[Any] = []
+CIRCLE.append(CIRCLE)
+
+
+@pytest.mark.parametrize(("value", "said"), [
+    (CIRCLE, "maximum recursion depth"), ("x" * 13 * 2**20, "have 13 MiB, of which a document of"),
+])  # fmt: skip
+def test_a_result_that_cannot_be_recorded_costs_nothing_else(
+    data: Path, database: Any, value: Any, said: str
+) -> None:
+    experiment = TrackedExperiment("large")
+
+    @experiment.main
+    def main(_run: Any) -> None:
+        _run.log_scalar("loss", 0.5)
+        _run.info["result"] = value
+
+    with pytest.raises(TrackingError, match="the run's record is not complete"):
+        experiment.run()
+    (stored,) = database["runs"].find()
+    assert stored["status"] == "FAILED" and said in stored["fail_trace"][0]
+    assert losses_of(database, stored["_id"]) == [0.5] and not journals(data)
 
 
 def test_the_last_record_is_waited_for(

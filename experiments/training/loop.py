@@ -7,6 +7,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -22,7 +23,8 @@ from experiments.training.scores import History, Scores
 
 _SKIPPING = ("train", "validation", "test", "early_stopped")
 _PARTS = ("scores", "history", "learner")
-_STATE = ("steps", "seconds", "_validated_at", "_looked", "diverged", "peak")
+_STATE: dict[str, Any] = {"steps": int, "seconds": float, "_validated_at": float, "_looked": bool,
+                          "diverged": (str, NoneType), "peak": int}  # fmt: skip
 
 
 class Schedule(RunSettings):
@@ -299,8 +301,10 @@ class Training:
 
         UserError: another version's.
         """
-        if missing := sorted(self.state_dict().keys() - state.keys()):
-            raise wrong("resume", checkpoint.THIS_VERSION, f"one without {missing}",
+        missing = self.state_dict().keys() - state.keys()
+        missing |= {name for name, kind in _STATE.items() if not isinstance(state.get(name), kind)}
+        if missing:
+            raise wrong("resume", checkpoint.THIS_VERSION, f"one without {sorted(missing)}",
                         "resume with the version that wrote it, or start anew")
         vars(self).update({name: state[name] for name in _STATE})
         for name in _PARTS:

@@ -68,12 +68,16 @@ class Scores:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.validations = [(at, Interval(*score)) for at, *score in state["validations"]]
-        self.tests = {at: Interval(*score) for at, *score in state["tests"]}
+        self.validations = [(int(at), _interval(score)) for at, *score in state["validations"]]
+        self.tests = {int(at): _interval(score) for at, *score in state["tests"]}
         for name in ("result", "stopped"):
-            setattr(self, name, state[name] and Interval(*state[name]))
+            setattr(self, name, None if state[name] is None else _interval(state[name]))
         if self.best is not None:
             self.best.load_state_dict(state["best"])
+
+
+def _interval(score: Sequence[float]) -> Interval:
+    return Interval(*map(float, score))
 
 
 class History:

@@ -125,11 +125,16 @@ def test_what_is_broken_off_is_done_again(
 
 
 def test_another_version_s_checkpoint_is_refused(tmp_path: Path) -> None:
+    """Of which a part is missing, or is of another type, with the checksum of that."""
     training = trained(tmp_path, Learner())
     state = training.state_dict()
-    del state["scores"]
-    with pytest.raises(UserError, match=r"of this version, got one without \['scores'\]"):
-        training.load_state_dict(state)
+    without = {name: value for name, value in state.items() if name != "scores"}
+    for wrong in (without, {**state, "steps": None}, {**state, "peak": "x"}):
+        with pytest.raises(UserError, match="of this version, got one without"):
+            training.load_state_dict(wrong)
+    state["scores"]["result"] = "x", 0.1
+    with pytest.raises(ValueError, match="could not convert string to float"):
+        training.load_state_dict(state)  # which the caller says in one line
 
 
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])

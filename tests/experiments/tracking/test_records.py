@@ -13,6 +13,7 @@ import secrets
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -211,39 +212,65 @@ def test_a_file_that_is_none_is_one_line(
     assert not (tmp_path / "report").exists()
 
 
-def test_an_export_that_fails_leaves_the_older_file(
-    tmp_path: Path, recorder: Recorder, monkeypatch: MonkeyPatch, capsys: CaptureFixture[str]
-) -> None:
-    recorder.run({"seed": 1})
-    path = tmp_path / "f.gz"
-    path.write_text("older")
-
-    def full(*arguments: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "replace", full)
-    assert export([str(path)]) == 1 and "No space left" in capsys.readouterr().err
-    assert [file.read_text() for file in tmp_path.glob("f.gz*")] == ["older"]
-
-
-def test_an_export_writes_through_no_link_and_removes_none(
-    tmp_path: Path, recorder: Recorder, monkeypatch: MonkeyPatch, capsys: CaptureFixture[str]
-) -> None:
-    recorder.run({"seed": 1})
-    path, other, link = tmp_path / "f.gz", tmp_path / "other", tmp_path / "f.gz.guess.new"
+def test_a_file_is_there_as_a_whole_or_as_it_was(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    """On the disk before it takes its place, as private as the one before, and through no link."""
+    path, other, link = tmp_path / "f", tmp_path / "other", tmp_path / "f.guess.new"
+    path.touch(0o600)
     other.write_text("other")
+    done, replace, fsync = list[str](), os.replace, os.fsync
+
+    def noted(function: Callable[..., None], *arguments: Any) -> None:
+        done.append(function.__name__)
+        function(*arguments)
+
+    def late(draft: Path, there: Path) -> None:
+        """Another one begins and ends just before this one is put in place."""
+        monkeypatch.setattr(os, "replace", partial(noted, replace))
+        write_whole(path, b"another")
+        replace(draft, there)
+
+    monkeypatch.setattr(os, "fsync", partial(noted, fsync))
+    monkeypatch.setattr(os, "replace", late)
+    write_whole(path, b"new")
+    assert done == ["fsync", "fsync", "replace", "fsync", "fsync"] and path.read_bytes() == b"new"
+    assert path.stat().st_mode & 0o777 == 0o600
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(path, b"newer")
+    assert sorted(tmp_path.iterdir()) == [path, other] and path.read_bytes() == b"new"
+    monkeypatch.setattr(os, "replace", replace)
     link.symlink_to(other)
-    monkeypatch.setattr(secrets, "token_hex", lambda size: "guess")
-    assert export([str(path)]) == 1 and "File exists" in capsys.readouterr().err
-    assert link.is_symlink() and other.read_text() == "other" and not path.exists()
+    with monkeypatch.context() as patch, pytest.raises(FileExistsError):
+        patch.setattr(secrets, "token_hex", lambda size: "guess")
+        write_whole(path, b"newer")
+    path.unlink()
+    path.symlink_to(other)
+    write_whole(path, b"newer")
+    assert not path.is_symlink() and link.is_symlink() and other.read_text() == "other"
+
+
+def full(*arguments: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_what_is_no_file_is_not_written(
+    tmp_path: Path, recorder: Recorder, monkeypatch: MonkeyPatch, capsys: CaptureFixture[str]
+) -> None:
+    recorder.run({"seed": 1})
+    monkeypatch.chdir(tmp_path)
+    page = tmp_path / "report" / "index.html"
+    page.parent.mkdir()
+    os.mkfifo(page)
+    for main, words in ((export, ["/dev/null"]), (report_main, []), (export, [""])):
+        assert main(words) == 1 and "the name of a file" in capsys.readouterr().err
+    assert report_main(["--output", ""]) == 1 and "--output: exp" in capsys.readouterr().err
 
 
 def test_a_full_disk_behind_the_output_is_one_line(
     tmp_path: Path, recorder: Recorder, monkeypatch: MonkeyPatch, capsys: CaptureFixture[str]
 ) -> None:
     class Full(io.StringIO):
-        def flush(self) -> None:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush = full
 
     recorder.run({"seed": 1})
     monkeypatch.chdir(tmp_path)
@@ -253,63 +280,6 @@ def test_a_full_disk_behind_the_output_is_one_line(
             assert main(words) == 1
         error = capsys.readouterr().err
         assert error.startswith("error: ") and "No space left" in error and error.count("\n") == 1
-
-
-def test_a_file_is_on_the_disk_before_it_takes_its_place(
-    tmp_path: Path, monkeypatch: MonkeyPatch
-) -> None:
-    """And as private as the one before it."""
-    path, done = tmp_path / "f", list[str]()
-    path.touch(0o600)
-    for name in ("fsync", "replace"):
-        monkeypatch.setattr(os, name, noted(done, name, getattr(os, name)))
-    write_whole(path, b"new")
-    assert done == ["fsync", "replace", "fsync"] and path.read_bytes() == b"new"
-    assert path.stat().st_mode & 0o777 == 0o600
-
-
-def noted(done: list[str], name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *arguments: [done.append(name), function(*arguments)][1]
-
-
-def test_two_exports_to_one_file(
-    tmp_path: Path, recorder: Recorder, monkeypatch: MonkeyPatch
-) -> None:
-    """The second begins and ends just before the first puts its file in place."""
-    recorder.run({"seed": 1})
-    path, replace = tmp_path / "f.gz", os.replace
-
-    def late(draft: Path, there: Path) -> None:
-        monkeypatch.setattr(os, "replace", replace)
-        assert export([str(path)]) == 0
-        replace(draft, there)
-
-    monkeypatch.setattr(os, "replace", late)
-    assert export([str(path)]) == 0
-    assert [file.name for file in tmp_path.glob("f.gz*")] == ["f.gz"]
-    assert len(gzip.decompress(path.read_bytes()).splitlines()) == 1
-
-
-def test_what_is_no_file_is_not_written(recorder: Recorder, capsys: CaptureFixture[str]) -> None:
-    recorder.run({"seed": 1})
-    assert export(["/dev/null"]) == 1 and "the name of a file" in capsys.readouterr().err
-    assert report_main(["--output", ""]) == 1 and "--output: exp" in capsys.readouterr().err
-
-
-def test_a_report_writes_through_no_link_and_into_no_fifo(
-    tmp_path: Path, recorder: Recorder, monkeypatch: MonkeyPatch, capsys: CaptureFixture[str]
-) -> None:
-    recorder.run({"seed": 1})
-    monkeypatch.chdir(tmp_path)
-    page, other = tmp_path / "report" / "index.html", tmp_path / "other"
-    page.parent.mkdir()
-    other.write_text("other")
-    page.symlink_to(other)
-    assert report_main([]) == 0
-    assert other.read_text() == "other" and not page.is_symlink() and "<html" in page.read_text()
-    page.unlink()
-    os.mkfifo(page)
-    assert report_main([]) == 1 and "the name of a file" in capsys.readouterr().err
 
 
 START, END = b'{"runs": {"_id": 1, "config": {"a": ', b"}}}\n"

@@ -153,10 +153,14 @@ def test_a_signal_interrupts_the_run(data: Path, embedded: Any) -> None:
         assert STEPS // 4 < len(logged) < 100000
 
 
-@pytest.mark.parametrize("module", ["report", "sweep", "tracking.export", "tracking.upload"])
+STARTING = {"train": ["-u"], "report": [], "sweep": ["smoke", "--list"], "tracking.export": ["f"],
+            "tracking.upload": ["f"]}  # fmt: skip
+
+
+@pytest.mark.parametrize("module", STARTING)
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 def test_ctrl_c_while_a_command_starts_is_no_traceback(tmp_path: Path, module: str) -> None:
-    words = {"report": (), "sweep": ("smoke", "--list")}.get(module, ("f",))
+    words = STARTING[module]
     process = start(tmp_path, *words, module=f"experiments.{module}", folder=tmp_path)
     while process.poll() is None and "_cbson" not in Path(f"/proc/{process.pid}/maps").read_text():
         time.sleep(0.01)

@@ -314,41 +314,29 @@ def test_a_journal_without_its_beginning(data: Path, database: Any, journal: Pat
     assert losses_of(database) == [0.5, 1.5, 2.5, 3.5]
 
 
-def test_a_journal_cut_afterwards_takes_nothing_away(tmp_path: Path, database: Any) -> None:
-    path = tmp_path / "r"
-    lines = write_journal(path, sealed=False)
-    path.write_bytes(b"".join(lines[:-1]))
-    Uploader(JournalReader(path), database).upload()
-    path.write_bytes(b"".join(lines[:4]))
-    ended = upload_journal(path, database)
-    assert ended is not None and ended.document["status"] == "FAILED" and not path.exists()
-    assert losses_of(database) == [0.5, 1.5, 2.5, 3.5]
-
-
-def test_a_copy_of_before_the_end_takes_nothing_away(tmp_path: Path, database: Any) -> None:
-    """Of a journal that was restored from a backup, say."""
-    path = tmp_path / "r"
-    lines = write_journal(path, sealed=False)
+@pytest.mark.parametrize(("status", "last"), [
+    ("FAILED", -1), ("COMPLETED", None), ("COMPLETED", 7),
+], ids=["cut afterwards", "a backup", "a line lost"])  # fmt: skip
+def test_a_journal_that_holds_less_takes_nothing_away(
+    tmp_path: Path, database: Any, status: str, last: int | None
+) -> None:
+    """What was uploaded first, of lines up to the last, stays, whole or as far as it had come."""
+    path, sealed = tmp_path / "r", last == 7
+    lines = write_journal(path, sealed=sealed)
+    path.write_bytes(b"".join(lines[:last]))
     Uploader(JournalReader(path), database).upload()
     before = database["runs"].find_one({"_id": 1500})
-    assert before["status"] == "COMPLETED"
-    path.write_bytes(b"".join(lines[:4]))
-    ended = upload_journal(path, database)
-    assert ended is not None and ended.how_it_ended() == "" and not path.exists()
-    assert str(database["runs"].find_one({"_id": 1500})) == str(before)
-    assert losses_of(database) == [0.5, 1.5, 2.5, 3.5]
-
-
-def test_what_is_whole_in_the_database_stays_so(tmp_path: Path, database: Any) -> None:
-    path = tmp_path / "r"
-    lines = write_journal(path)
-    Uploader(JournalReader(path), database).upload()
-    before = database["runs"].find_one({"_id": 1500})
-    path.write_bytes(b"".join([*lines[:4], *lines[5:]]))
-    with pytest.raises(TrackingError, match="the rest is in the database, as COMPLETED"):
-        upload_journal(path, database)
-    assert str(database["runs"].find_one({"_id": 1500})) == str(before)
-    assert losses_of(database) == [0.5, 1.5, 2.5, 3.5]
+    path.write_bytes(b"".join([*lines[:4], *lines[5 : 99 * sealed]]))
+    if sealed:
+        with pytest.raises(TrackingError, match="the rest is in the database, as COMPLETED"):
+            upload_journal(path, database)
+    else:
+        ended = upload_journal(path, database)
+        assert ended is not None and ended.document["status"] == status and not path.exists()
+        assert (ended.how_it_ended() == "") == (status == "COMPLETED")
+    after = database["runs"].find_one({"_id": 1500})
+    assert after["status"] == status and losses_of(database) == [0.5, 1.5, 2.5, 3.5]
+    assert status == "FAILED" or str(after) == str(before)
 
 
 def test_half_a_written_line_leaves_no_trace(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:

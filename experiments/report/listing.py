@@ -12,9 +12,10 @@ from experiments.report import content
 from experiments.report.content import Column, Items, Record, Section, Source, Table
 from experiments.report.figures import curves_figure
 from experiments.report.summary import SCORES, Request, Summary, mean_record, run_list, unequal
-from experiments.sweeps.definition import COMPLETED, FAILED, INTERRUPTED, RUNNING
+from experiments.sweeps.definition import COMPLETED, FAILED, INTERRUPTED, RUNNING, format_value
 from experiments.sweeps.listing import duration
-from experiments.sweeps.runs import Run, command_of, is_number, setting_text
+from experiments.sweeps.runs import Run, command_of
+from experiments.tracking.records import is_number
 
 SILENT = 600.0
 """Seconds without a heartbeat after which a running run may have been killed."""
@@ -113,7 +114,7 @@ def _benchmark(benchmark: str, runs: Sequence[Summary]) -> Section:
 
 def _mean_record(runs: Sequence[Summary], varied: Sequence[str]) -> Record:
     first = runs[0].run
-    shown = [f"{key}={setting_text(first.compared[key])}" for key in varied
+    shown = [f"{key}={format_value(first.compared[key])}" for key in varied
              if key in first.compared and key not in ("algorithm.name", "algorithm.variant")]
     return {"method": _method(first), "setting": " ".join(shown), "code": str(first.code),
             "score": runs[0].score, **mean_record(runs),

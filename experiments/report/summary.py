@@ -16,7 +16,7 @@ from experiments.statistics import Mean, seeds_mean
 from experiments.sweeps.definition import PENDING, Cell, Settings, Sweep, describe, format_value
 from experiments.sweeps.listing import Status, recorded
 from experiments.sweeps.plan import Group, best, make_plan
-from experiments.sweeps.runs import Run, setting_text
+from experiments.sweeps.runs import Run
 from experiments.tracking.records import Records, RunId
 
 DROP = 0.10
@@ -132,7 +132,7 @@ def _fell(points: pd.DataFrame) -> bool:
 def unequal(tables: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
     """What is not the same in all of these tables, with the values it takes."""
     tables = list(tables)
-    values = {name: dict.fromkeys(setting_text(t[name]) if name in t else "not set" for t in tables)
+    values = {name: dict.fromkeys(format_value(t[name]) if name in t else "not set" for t in tables)
               for name in sorted({name for table in tables for name in table})}  # fmt: skip
     return {name: list(found) for name, found in values.items() if len(found) > 1}
 

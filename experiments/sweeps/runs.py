@@ -17,7 +17,7 @@ from sacred.utils import iterate_flattened
 
 from experiments.sweeps import definition
 from experiments.sweeps.definition import PLACES, format_value
-from experiments.tracking.records import Document, RunId, Series
+from experiments.tracking.records import Document, RunId, Series, is_number
 
 COMPLETED = "COMPLETED"
 NO_SERIES = Series([], [])
@@ -68,7 +68,7 @@ class Run:
         self.started = self._time("start_time")  # all times are in UTC
         self.last_sign = self._time("stop_time") or self._time("heartbeat")
         self.settings = dict(iterate_flattened(self._get("config", dict)))  # with dotted names
-        self.seed = setting_text(self.settings.get("seed"))
+        self.seed = format_value(self.settings.get("seed"))
         result = document.get("result")
         result = self._get("info.result", dict) if result is None else result
         self.result: dict[str, Any] = result if isinstance(result, dict) else {"returned": result}
@@ -137,7 +137,7 @@ class Run:
         items = value if isinstance(value, list) else [] if value is None else [math.inf]
         counts = {item for item in items if type(item) is int}
         if len(counts) < len(items):
-            self.fault(f"config.{name}: expected whole numbers, got {setting_text(value)[:40]}")
+            self.fault(f"config.{name}: expected whole numbers, got {format_value(value)[:40]}")
         return sorted(counts)
 
     def fault(self, text: str) -> None:
@@ -188,7 +188,7 @@ class Run:
         updates = dict(iterate_flattened(self._get("meta.config_updates", dict)))
         if updates.get("tasks.root"):
             updates["tasks.root"] = "DATA"
-        words = [f"{key}={setting_text(value)}" for key, value in updates.items()
+        words = [f"{key}={format_value(value)}" for key, value in updates.items()
                  if key not in ("cell", "output")]  # fmt: skip
         words = [*self._items("meta.named_configs", str), *words]
         return command_of(self.experiment) + (f" with {shlex.join(words)}" if words else "")
@@ -198,19 +198,6 @@ def newest(runs: Iterable[Run]) -> Run | None:
     """The complete one that ended last."""
     done = [run for run in runs if run.complete]
     return max(done, key=lambda run: run.last_sign or LONG_AGO, default=None)
-
-
-def setting_text(value: Any) -> str:
-    """As it is given on the command line."""
-    try:
-        return format_value(value)
-    except (TypeError, MemoryError, RecursionError):  # of Python's parser, on strange text
-        return repr(value)
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is one that a float can hold."""
-    return isinstance(value, float) or (type(value) is int and abs(value) < 2**1023)
 
 
 def _kind(value: Any) -> str:

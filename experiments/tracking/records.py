@@ -24,7 +24,7 @@ from bson.codec_options import DatetimeConversion
 from experiments.tracking.config import once_each
 from experiments.tracking.database import Documents
 from experiments.tracking.errors import UserError, wrong
-from experiments.tracking.values import printable
+from experiments.tracking.values import INT64, printable
 
 Document = dict[str, Any]
 RunId = int | str
@@ -40,7 +40,7 @@ LENIENT: CodecOptions[Document] = CodecOptions(
 )
 # Runs a question asks for: the embedded server takes longer than in proportion to their number.
 BATCH = 100
-DEPTH, INT64 = 40, 2**63
+DEPTH = 40
 # Bytes of one line and of all files together, unpacked, and values in them: one value can take a
 # hundred times the memory of its text.
 LINE_LIMIT, FILE_LIMIT, VALUES_LIMIT = 4 * 2**20, 32 * 2**20, 10**6
@@ -167,13 +167,14 @@ def group(document: Document, name: str) -> Document:
     return found if isinstance(found, dict) else {}
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether it is one, of plain data."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _key(value: Any) -> Any:
     """Equal for what is one number or text to a database, and hashable."""
-    return value if _is_number(value) else f"{type(value).__name__} {value!r}"
+    return value if is_number(value) else f"{type(value).__name__} {value!r}"
 
 
 def _free(identity: Any, taken: Mapping[RunId, Any]) -> RunId:
@@ -195,7 +196,7 @@ def _metric(run: RunId, name: str, metric: Any) -> Metric:
         return Metric(run, name, Series([], []), f"{name}: steps or values are no list")
     pairs = [(step, math.nan if value is None else value)  # a number that is missing is nan
              for step, value in zip(steps, values, strict=False)]  # fmt: skip
-    right = [(int(s), v) for s, v in pairs if _is_number(s) and s % 1 == 0 and _is_number(v)]
+    right = [(int(s), v) for s, v in pairs if is_number(s) and s % 1 == 0 and is_number(v)]
     number = max(len(steps), len(values))
     lost = number - len(right)
     fault = f"{name}: {lost} of {number} points are no numbers at steps" if lost else ""

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import dask
 from distributed.core import Status
@@ -86,8 +86,8 @@ class _Attempts:
         self._worker, self._key = get_worker(), thread_state.key
         self._log = Path(order.log)
         self._log.parent.mkdir(parents=True, exist_ok=True)
-        self._logger = logging.Logger("sweep")
-        self._logger.addHandler(logging.FileHandler(self._log, delay=True))
+        self._output, self._logger = open_log(self._log), logging.Logger("sweep")
+        self._logger.addHandler(logging.StreamHandler(self._output))
 
     def run(self) -> tuple[str, str]:
         """Until the cell is completed, or is not to be tried again: its state, and why."""
@@ -131,16 +131,14 @@ class _Attempts:
         option = [] if mongo is None else ["-m", mongo]
         words = [sys.executable, tied.__file__, cell.module, *option]
         words += ["with", *cell.arguments()] if checkpoint is None else [f"resume={checkpoint}"]
-        with open(self._log, "ab") as output:
-            output.write(f"$ {shlex.join(words)}\n".encode())
-            output.flush()
-            start = output.tell()
-            process = subprocess.Popen(
-                words, stdin=subprocess.PIPE, stdout=output, stderr=output, env=environment(),
-                pass_fds=(self._lock.descriptor,), start_new_session=True,
-            )
-            os.setpriority(os.PRIO_PROCESS, process.pid, NICENESS)
-            return process, start
+        print(f"$ {shlex.join(words)}", file=self._output, flush=True)
+        start = self._log.stat().st_size
+        process = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=self._output, stderr=self._output,
+            env=environment(), pass_fds=(self._lock.descriptor,), start_new_session=True,
+        )  # fmt: skip
+        os.setpriority(os.PRIO_PROCESS, process.pid, NICENESS)
+        return process, start
 
     def _wanted(self) -> bool:
         """Whether Dask still asks for this task: a client does, of a worker that goes on."""
@@ -177,6 +175,13 @@ def _ends(process: subprocess.Popen[bytes], seconds: float) -> bool:
     with suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
     return process.returncode is not None
+
+
+def open_log(path: Path) -> TextIO:
+    """To append to; OSError for a link, which may lead to anything, or a FIFO."""
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK
+    return open(path, "a", errors="backslashreplace",
+                opener=lambda name, own: os.open(name, own | flags, 0o666))  # fmt: skip
 
 
 def environment() -> dict[str, str]:

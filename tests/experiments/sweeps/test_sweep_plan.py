@@ -32,7 +32,7 @@ from experiments.sweeps.definitions import SWEEPS
 from experiments.sweeps.listing import Status, duration, remaining
 from experiments.sweeps.lock import Lock, Watch, token_of
 from experiments.sweeps.plan import Plan, best, find_sweep, make_plan
-from experiments.sweeps.run import find_checkpoint
+from experiments.sweeps.run import find_checkpoint, open_log
 from experiments.sweeps.runs import Run
 from experiments.tracking import UserError
 from experiments.tracking.config import plain_value
@@ -287,6 +287,19 @@ def test_a_checkpoint_is_found_by_its_cell(tmp_path: Path) -> None:
     for elsewhere in (f"{tmp_path}/1", "../1", "2/../1", "", "."):
         assert find_checkpoint(cell(output=str(tmp_path / "1"), seed=0), [elsewhere]) is None
     assert find_checkpoint(mine, [3, 2, 9]) is None
+
+
+def test_a_log_is_a_file_and_no_link(tmp_path: Path) -> None:
+    """In a folder that others can write to, it would add to any file of one's own."""
+    for line in ("first", "second\udcff"):
+        with open_log(tmp_path / "log") as log:
+            print(line, file=log)
+    assert (tmp_path / "log").read_text() == "first\nsecond\\udcff\n"
+    (tmp_path / "link").symlink_to("log")
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("link", "fifo"):
+        with pytest.raises(OSError, match=name):
+            open_log(tmp_path / name)
 
 
 def test_small_things() -> None:

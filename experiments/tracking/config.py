@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -200,22 +201,11 @@ def _model_like(
     for name, value in defaults.items():
         kind = types.get(f"{group}{name}", kinds.get(type(value), Any))
         if isinstance(value, dict) and value and kind is Any:
-            kind = _entries_like(value, types, f"{group}{name}")
+            inner = _model_like(value, types, group=f"{group}{name}.")
+            check = partial(inner.of, group=f"{group}{name}")
+            kind = Annotated[dict[str, Any], AfterValidator(check)]
         fields[name] = kind, value
     return create_model("Defaults", __base__=base, **fields)
-
-
-def _entries_like(defaults: Values, types: Values, group: str) -> Any:
-    model = _model_like(defaults, types, group=f"{group}.")
-
-    def check(given: dict[str, Any]) -> dict[str, Any]:
-        if unknown := given.keys() - defaults.keys():
-            name = min(unknown, key=str)
-            raise UserError(_unknown(f"{group}.{name}", [f"{group}.{one}" for one in defaults]))
-        model.of(given, group)
-        return given
-
-    return Annotated[dict[str, Any], AfterValidator(check)]
 
 
 def nested(updates: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -256,7 +246,8 @@ def plain_value(text: str) -> Any:
 def settings_in(path: str) -> dict[str, Any]:
     """The settings of a file of plain data, JSON or YAML; UserError for any other, in one line."""
     try:
-        read = {".json": _json, ".yaml": _yaml, ".yml": _yaml}[Path(path).suffix.lower()]
+        read = {".json": partial(json.loads, object_pairs_hook=once_each), ".yaml": _yaml,
+                ".yml": _yaml}[Path(path).suffix.lower()]  # fmt: skip
         found = read(Path(path).read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError(f"{type(found).__name__} at the top")
@@ -264,10 +255,6 @@ def settings_in(path: str) -> dict[str, Any]:
         raise wrong(path, "settings by name in a file *.json, *.yaml or *.yml",
                     _short(one_line(error)), "`save_config` writes one") from None
     return nested(found.items())
-
-
-def _json(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=once_each)
 
 
 def once_each(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:

@@ -69,11 +69,7 @@ class Plan(NamedTuple):
 
 
 def best(accuracies: Sequence[float]) -> int:
-    """The index of the candidate that is chosen: the highest accuracy, the first of equals.
-
-    Only from a grid of which every candidate has completed: one that was killed, or has not run,
-    has no accuracy that could be compared. A diverged one has minus infinity.
-    """
+    """The index of the candidate that is chosen: the highest accuracy, the first of equals."""
     return list(accuracies).index(max(accuracies))
 
 

@@ -15,8 +15,6 @@ import signal
 import sys
 import threading
 
-PR_SET_PDEATHSIG = 1
-
 
 def _die_with_starter() -> None:
     with contextlib.suppress(OSError):
@@ -28,7 +26,7 @@ def _die_with_starter() -> None:
 if __name__ == "__main__":
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # a worker blocks some, and this inherits
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     threading.Thread(target=_die_with_starter, daemon=True).start()
     del sys.argv[0]
     sys.path[0] = os.getcwd()

@@ -179,24 +179,25 @@ def _check(number: int, entry: Any) -> None:
     kind = next(iter(entry), None)
     if kind not in PARTS or FIRST.get(kind, number or 1) != number:
         raise ValueError(f"an entry {kind!r}")
-    wrong = _misfits(entry, PARTS[kind], PARTS[kind])
-    if kind == "token" and not wrong:
+    _fits(entry, PARTS[kind], PARTS[kind])
+    if kind == "token":
         int(entry[LINES])
-    elif kind == "start" and not wrong:
-        wrong = _misfits(entry[kind], DOCUMENT, BEGUN) or {"journal"} - entry[kind]["meta"].keys()
-    elif kind == "set" and not wrong:
-        wrong = _misfits(entry[kind], DOCUMENT) | {"_id", "meta"} & entry[kind].keys()
-    elif kind == "output" and not wrong and list(map(type, entry[kind])) != [int, str]:
-        wrong = {kind}
+    elif kind == "start":
+        _fits(entry[kind], DOCUMENT, BEGUN)
+        if "journal" not in entry[kind]["meta"]:
+            raise ValueError("no name of a journal")
+    elif kind == "set":
+        _fits(entry[kind], {**DOCUMENT, "_id": (), "meta": ()})  # what nothing can be
+    elif kind == "output" and list(map(type, entry[kind])) != [int, str]:
+        raise ValueError("a wrong output")
+
+
+def _fits(group: Mapping[str, Any], parts: Mapping[str, Any], needed: Iterable[str] = ()) -> None:
+    """ValueError: something is missing in it, or of another type, or is no field."""
+    wrong = {name for name in {*needed, *group} if not name.isidentifier() or name not in group
+             or not isinstance(group[name], parts.get(name, object))}  # fmt: skip
     if wrong:
         raise ValueError(f"a wrong or missing {', '.join(sorted(wrong)) or repr('')}")
-
-
-def _misfits(group: Mapping[str, Any], parts: Mapping[str, Any], needed: Iterable[str] = ()
-             ) -> set[str]:  # fmt: skip
-    """The names of what is missing in it, or of another type, or is no field."""
-    return {name for name in {*needed, *group} if not name.isidentifier() or name not in group
-            or not isinstance(group[name], parts.get(name, object))}  # fmt: skip
 
 
 def _line(number: int, entry: Entry) -> bytes:

@@ -1,9 +1,11 @@
-"""The embedded server is its owner's alone, and is found whatever happens to its files."""
+"""The embedded server is its owner's alone, is shared by several runs at once, and is found
+whatever happens to its files."""
 
 from __future__ import annotations
 
 import os
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,19 @@ import psutil
 import pymongo
 import pytest
 from pytest import MonkeyPatch
-from toy_process import connected, served, server_process, server_processes, wait_for
+from toy_process import (
+    connected,
+    finish,
+    journals,
+    run,
+    served,
+    server_process,
+    server_processes,
+    start,
+    wait_for,
+)
 
-from experiments.tracking import UserError, open_database
+from experiments.tracking import UserError, open_database, socket_server
 from experiments.tracking.embedded import data_folder
 
 pytest_plugins = ("toy_process",)
@@ -110,3 +122,38 @@ def test_a_name_too_long_for_a_socket(tmp_path: Path, monkeypatch: MonkeyPatch, 
             ((path, port),) = database.client.nodes
             found = os.stat(os.path.dirname(path))
             assert port is None and found.st_mode & 0o777 == 0o700 and found.st_uid == os.geteuid()
+
+
+def test_three_runs_at_once_and_one_while_another_ends(data: Path) -> None:
+    """Two wait at their middle until one has ended and the fourth begun."""
+    gate = data.parent / "gate"
+    more = [("steps=3",), ("steps=12", f"hold={gate}"), ("steps=8", f"hold={gate}")]
+    first = [start(data, "-b", "0.2", "with", *settings) for settings in more]
+    assert finish(first[0])[0] == 0
+    late = start(data, "with", "steps=5")  # while the first's share is given up
+    gate.touch()
+    for process in (*first[1:], late):
+        code, output = finish(process)
+        assert code == 0, output
+    with open_database() as database:
+        runs = list(database["runs"].find().sort("_id", 1))
+        assert [(run["_id"], run["status"]) for run in runs] == [
+            (number, "COMPLETED") for number in range(1, 5)
+        ]
+        found = [len(m["steps"]) for m in database["metrics"].find({"name": "train/loss"})]
+        assert sorted(found) == [3, 5, 8, 12]
+    assert not journals(data)
+    wait_for(lambda: not server_processes(data))
+    time.sleep(0.5)
+    assert not server_processes(data)
+
+
+@pytest.mark.slow
+def test_a_run_that_starts_in_the_servers_last_moments(data: Path) -> None:
+    """The server waits `LINGER` seconds for the next run, then stops; starts fall around it."""
+    for pause in (socket_server.LINGER - 0.3, socket_server.LINGER, socket_server.LINGER + 0.2):
+        code, output = run(data, "with", "steps=1")
+        assert code == 0, output
+        time.sleep(pause)
+    with open_database() as database:
+        assert database["runs"].distinct("_id") == [1, 2, 3]

@@ -91,11 +91,13 @@ class _Attempts:
 
     def run(self) -> tuple[str, str]:
         """Until the cell is completed, or is not to be tried again: its state, and why."""
-        state, reason = self._look(), ""
+        state, reason, cell = self._look(), "", self._order.cell
         for _ in range(ATTEMPTS):
             if state == COMPLETED:
                 break
-            checkpoint = None if state == FAILED else self._checkpoint()
+            # where a run that was stopped, of the code that is here, may go on
+            stopped = [run.id for run in self._runs if run.state != FAILED and not run.changed]
+            checkpoint = None if state == FAILED else find_checkpoint(cell, stopped[::-1])
             training, start = self._start(checkpoint)
             stopped = self._watch(training)
             if self._look() == COMPLETED:
@@ -119,11 +121,6 @@ class _Attempts:
         if counted(self._runs, self._order.redo) is not None:
             return COMPLETED
         return FAILED if self._runs and self._runs[-1].state == FAILED else INTERRUPTED
-
-    def _checkpoint(self) -> Path | None:
-        """Where a run that was stopped, of the code that is here, may go on."""
-        stopped = [r for r in self._runs if r.state != FAILED and not r.changed]
-        return find_checkpoint(self._order.cell, [run.id for run in reversed(stopped)])
 
     def _start(self, checkpoint: Path | None) -> tuple[subprocess.Popen[bytes], int]:
         """The process, from its start or a checkpoint, and where in the log its output begins."""

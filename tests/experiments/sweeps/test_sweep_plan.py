@@ -313,13 +313,20 @@ def test_small_things() -> None:
 PARTS = {"methods": {"a": Method(())}, "benchmarks": {"b": Benchmark()}}
 
 
-@pytest.mark.parametrize("empty", [
-    {"methods": {}}, {"benchmarks": {}}, {"methods": {"a": Method((), grid=())}},
-    {"methods": {"a": Method((), grids={"other": ()})}},
+NO_PART = "has a method and a benchmark, and each grid has"
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"methods": {}}, NO_PART), ({"benchmarks": {}}, NO_PART),
+    ({"methods": {"a": Method((), grid=())}}, NO_PART),
+    ({"methods": {"a": Method((), grids={"other": ()})}}, NO_PART),
+    ({"benchmarks": {"b": Benchmark(methods={"aa": {}})}}, "no method 'aa'; did you mean 'a'?"),
+    ({"settings": {"seed": 1}}, "seed is set by the sweep"),
+    ({"settings": {"cell": 1}}, "cell is set by the sweep"),
 ])  # fmt: skip
-def test_a_sweep_without_a_part_is_one_line(empty: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="has a method and a benchmark, and each grid has"):
-        make_plan(Sweep(**{**PARTS, **empty}), {})
+def test_a_sweep_of_other_parts_is_one_line(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_plan(Sweep(**{**PARTS, **changes}), {})
 
 
 def test_methods_are_those_of_the_sweep_whatever_they_are_called() -> None:
@@ -327,15 +334,6 @@ def test_methods_are_those_of_the_sweep_whatever_they_are_called() -> None:
     sweep = Sweep(**{**PARTS, "methods": dict.fromkeys(names, Method(()))})
     assert [group.name for group in make_plan(sweep, {}).groups] == names
     assert [group.name for group in make_plan(sweep, {"methods": " a b "}).groups] == names[:1]
-    misspelt = {"b": Benchmark(methods={"aa": {"meta_lr": 0.1}})}
-    with pytest.raises(UserError, match="no method 'aa'; did you mean 'a'?"):
-        make_plan(Sweep(**{**PARTS, "benchmarks": misspelt}), {})
-
-
-def test_seed_and_cell_are_the_sweep_s_own() -> None:
-    for own in ("seed", "cell"):
-        with pytest.raises(UserError, match=f"{own} is set by the sweep"):
-            make_plan(Sweep(**PARTS, settings={own: 1}), {})
 
 
 OWN = """import numpy as np

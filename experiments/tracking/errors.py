@@ -86,7 +86,7 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
             print(f"error: {one_line(error)}", file=sys.stderr)
             return 1
         except KeyboardInterrupt as stop:
-            number = signals.number_of(stop)
+            number = signal.Signals(getattr(stop, "signum", signal.SIGINT))
             print(f"stopped by {number.name}; the same command does the rest", file=sys.stderr)
             return 128 + number
 

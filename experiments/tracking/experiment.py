@@ -260,7 +260,7 @@ def _exit(error: BaseException) -> NoReturn:
                 print(f"error: {one_line(error)}", file=stream, flush=True)
                 break
         sys.exit(1)
-    number = signals.number_of(error)
+    number = signal.Signals(getattr(error, "signum", signal.SIGINT))
     print("interrupted" + f" by {number.name}" * (number != signal.SIGINT), flush=True)
     sys.stderr.flush()
     os._exit(128 + number)  # without taking torch down piece by piece, which can take seconds

@@ -29,11 +29,6 @@ class Terminated(KeyboardInterrupt):
         self.signum = signum
 
 
-def number_of(stop: KeyboardInterrupt) -> signal.Signals:
-    """The signal that has ended something."""
-    return signal.Signals(stop.signum if isinstance(stop, Terminated) else signal.SIGINT)
-
-
 class _Request:
     """What has been asked of this process."""
 

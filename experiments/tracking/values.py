@@ -140,13 +140,10 @@ def told(text: str) -> str:
 
 
 def is_name(text: str) -> bool:
-    """Whether a run and its folder may be called so: it leads to nowhere else, and can be shown.
-
-    A number has at most 15 digits: another one follows it.
-    """
-    fits = text.isprintable() and 0 < len(text.encode()) < 200  # of 255 bytes, with a suffix
-    counts = not text.isdecimal() or len(text) <= 15
-    return fits and counts and "/" not in text and text not in (".", "..")
+    """Whether a run and its folder may be called so: it leads to nowhere else, and can be shown."""
+    most = 16 if text.isdecimal() else 200  # a number follows; of 255 bytes, with a suffix
+    fits = text.isprintable() and 0 < len(text.encode()) < most
+    return fits and "/" not in text and text not in (".", "..")
 
 
 def printable(text: str) -> str:

@@ -68,16 +68,13 @@ class Scores:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.validations = [(int(at), _interval(score)) for at, *score in state["validations"]]
-        self.tests = {int(at): _interval(score) for at, *score in state["tests"]}
+        scores = {part: [(int(at), Interval(*map(float, score))) for at, *score in state[part]]
+                  for part in ("validations", "tests")}  # fmt: skip
+        self.validations, self.tests = scores["validations"], dict(scores["tests"])
         for name in ("result", "stopped"):
-            setattr(self, name, None if state[name] is None else _interval(state[name]))
+            setattr(self, name, state[name] and Interval(*map(float, state[name])))
         if self.best is not None:
             self.best.load_state_dict(state["best"])
-
-
-def _interval(score: Sequence[float]) -> Interval:
-    return Interval(*map(float, score))
 
 
 class History:

@@ -96,8 +96,8 @@ class _Attempts:
             if state == COMPLETED:
                 break
             # where a run that was stopped, of the code that is here, may go on
-            stopped = [run.id for run in self._runs if run.state != FAILED and not run.changed]
-            checkpoint = None if state == FAILED else find_checkpoint(cell, stopped[::-1])
+            known = [run.id for run in self._runs if run.state != FAILED and not run.changed]
+            checkpoint = None if state == FAILED else find_checkpoint(cell, known[::-1])
             training, start = self._start(checkpoint)
             stopped = self._watch(training)
             if self._look() == COMPLETED:

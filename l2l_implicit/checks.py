@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from learn2learn.algorithms import MAML
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 
 class NotFinite(FloatingPointError, ValueError):
@@ -227,10 +228,12 @@ def choice(name: str, value: Any, allowed: Iterable[str]) -> None:
 
 
 def no_transform() -> None:
-    """No transform of functorch, within which nothing can be made a leaf."""
-    if torch._C._are_functorch_transforms_active():
-        do = "use torch.autograd.grad, and adapt_together for several tasks"
-        raise RuntimeError(f"adapt: expected no torch.func transform around it, got one; {do}")
+    """No transform of functorch, within which nothing can be made a leaf, and no forward mode."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        raise RuntimeError(
+            "adapt: expected no torch.func transform or forward mode around it, got one; use "
+            "torch.autograd.grad, and adapt_together for several tasks"
+        )
 
 
 def adapt(loss: Any, steps: Any, **flags: Any) -> None:
@@ -275,6 +278,11 @@ def inner_parameters(module: nn.Module, allow_nograd: bool) -> list[Tensor]:
     if not phi:
         raise ValueError(
             "expected a module with parameters that require grad, got none to adapt; freeze fewer"
+        )
+    if phi[0].is_inference():
+        raise RuntimeError(
+            "expected clone() outside of torch.inference_mode(), got parameters that were made in "
+            "it, which have no gradient; use torch.no_grad()"
         )
     if len(set(map(_KIND, phi))) > 1:
         kinds = ", ".join(sorted({f"{p.dtype} on {p.device}" for p in phi}))
@@ -427,22 +435,22 @@ SETTINGS: dict[str, Callable[[Any], object]] = {
 
 def can_be_together(learner: Any) -> None:
     """A learner whose every setting serves T linear heads at once."""
+    no_transform()
     if type(learner.module) is not nn.Linear:
         raise TypeError(
             "adapt_together: expected a learner of a torch.nn.Linear, got one of "
             f"{type(learner.module).__name__}; adapt one task at a time"
         )
-    known = type(learner).regularizer.__qualname__ == "ImplicitCGHead.regularizer"
     head, own = learner.module, type(learner).forward.__qualname__ != "ImplicitCGHead.forward"
     hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
     alone = {
         "first_order=True": learner.first_order,
         "warm_start=True": learner.warm_start,
-        "a regularizer of its own": not known,
+        "a regularizer of its own": not learner._plain_regularizer,
         "frozen parameters": learner.allow_nograd
         and not all(p.requires_grad for p in head.parameters()),
         "hooks (weight_norm, pruning)": any(getattr(m, h) for m in (learner, head) for h in hooks),
-        "a forward() of its own": own or "forward" in vars(head),
+        "a forward() of its own": own or "forward" in {**vars(head), **vars(learner)},
     }
     for name, used in alone.items():
         if used:

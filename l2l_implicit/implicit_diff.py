@@ -71,6 +71,11 @@ class ImplicitSolution(Function):
                 "expected a first derivative of the adapted learner's loss, got create_graph=True; "
                 "the hypergradient cannot be differentiated again: detach it, or use unrolled MAML"
             )
+        if "Batched" in repr(torch._C._dispatch_keys(b[0])):
+            raise RuntimeError(
+                "backward: expected one gradient of the adapted learner's outputs, got a batch of "
+                "them (is_grads_batched, vectorize=True, vmap); take them one after the other"
+            )
         vector = torch.cat([*map(operator.methodcaller("reshape", ctx.tasks, -1), b)], 1)
         saved: SavedLinearization = ctx.saved()
         at, products = saved.linearization, []

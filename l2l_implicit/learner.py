@@ -230,6 +230,8 @@ class ImplicitCGHead(MAML):
                 self.__dict__.get(table, {}).pop(name, None)
             if name == "module":
                 self._task = Task(key=None, initial=list(value.parameters()))
+        if name in ("regularizer", "inner_step", "linear_solve"):  # as an override
+            self.__dict__[f"_plain_{name.split('_')[-1]}"] = False
         super().__setattr__(name, value)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -297,7 +299,10 @@ class ImplicitCGHead(MAML):
             clone._begin_at(anchor)
         if clone.warm_start and task in clone._memory:
             phi = checks.inner_parameters(clone.module, clone.allow_nograd)
-            clone._put(clone._memory[task][0], phi)
+            if clone._memory[task][0].numel() == sum(map(Tensor.numel, phi)):
+                clone._put(clone._memory[task][0], phi)
+            else:  # other parameters adapt now
+                del clone._memory[task]
         return clone
 
     def _begin_at(self, anchor: Tensor | Sequence[Tensor]) -> None:
@@ -697,7 +702,7 @@ class ImplicitCGHead(MAML):
     ) -> LinearSolution:
         """The solutions v of eq. (5), and their diagnostics."""
         key, memory = self._task.key, self._memory
-        start = memory[key][1] if self.warm_start and key in memory else None
+        start = memory[key][1].to(b) if self.warm_start and key in memory else None
         damping = float(getattr(self.linear, "damping", 0.0))
         perturbed = (
             self.linear if self._plain_solve and isinstance(self.linear, Perturbed) else None

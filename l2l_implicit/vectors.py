@@ -49,7 +49,7 @@ def buffers_apart(module: nn.Module) -> Iterator[None]:
     Writing the old values back would not do: autograd refuses a graph that has saved one of them.
     """
     own = [(part, part._buffers.copy()) for part in module.modules()]
-    copies = {id(b): b.detach().clone() for b in module.buffers()}
+    copies = {id(b): b if b.requires_grad else b.detach().clone() for b in module.buffers()}
     for part, buffers in own:
         part._buffers.update((k, b if b is None else copies[id(b)]) for k, b in buffers.items())
     try:

@@ -71,7 +71,7 @@ class HeadProblem(NamedTuple):
 
     def weights(self, vector: Tensor) -> Tensor:
         """The weights ``[T, k, d]`` in a vector ``[T, n]``, a view."""
-        return vector[:, : self.weight.numel()].view(-1, *self.weight)
+        return vector[:, : self.weight.numel()].view(len(vector), *self.weight)
 
     def columns(self, vector: Tensor) -> Tensor:
         """Heads ``[T, n]`` as matrices ``[T, d, k]``, with the bias as one more row."""

@@ -120,6 +120,8 @@ def recognize(
     if not plain or bias and parameters[1].shape not in ((k := len(parameters[0]),), (1, k)):
         return None
     x = linear._saved_mat1 if bias else linear._saved_self  # the boundary's own copy
+    if x.layout is not torch.strided:
+        return None
     head = HeadLoss(x.detach(), None, None, bool(bias), targets, kind, scale)
     if any(map(_HOOKS, [loss, node._saved_self, x, *parameters])):
         return None  # the user's, which may change the gradient

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from small_task import HOWS, adapt, fit
 from small_task import SIX_LABELS as Y
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.graph import disable_saved_tensors_hooks
 
 from l2l_implicit import (
@@ -339,18 +340,33 @@ def test_an_override_of_the_wrong_shape(make: Callable[[], nn.Module], reason: s
     assert "linear solver's solution" in message(loss.backward, TypeError)
 
 
-def test_modes_of_torch() -> None:
+@pytest.mark.parametrize("together", [False, True])
+def test_modes_of_torch(together: bool) -> None:
+    """None of them may lose what phi owes to theta."""
     learner = head().clone()
 
     def outer(scale: Tensor) -> Tensor:
+        if together:
+            return learner.adapt_together((scale * X)[None], Y[None])(X[None]).sum()
         clone = learner.clone()
         clone.adapt(lambda: support(clone, scale * X), steps=2)
         return support(clone)
 
-    run = torch.func.grad(outer)
-    assert "torch.autograd.grad" in message(lambda: run(torch.ones(())), RuntimeError)
-    with torch.inference_mode(), pytest.raises(RuntimeError, match="use torch.no_grad"):
-        learner.adapt(lambda: learner(torch.ones(2, 4)).sum(), steps=2)
+    one = torch.ones(())
+    assert "torch.autograd.grad" in message(lambda: torch.func.grad(outer)(one), RuntimeError)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(one, one)
+        assert "forward mode" in message(lambda: outer(dual), RuntimeError)
+    run = partial(torch.autograd.functional.jacobian, outer, one.expand(6, 1), vectorize=True)
+    assert "one after the other" in message(run, RuntimeError)
+
+
+def test_inference_mode() -> None:
+    learner = head()
+    with torch.inference_mode():
+        made = learner.clone()
+        assert "use torch.no_grad" in message(lambda: made.adapt(lambda: support(made), steps=2))
+    assert "use torch.no_grad" in message(lambda: made.adapt(support(made), allow_unused=True))
 
 
 def test_a_sparse_embedding_of_theta() -> None:

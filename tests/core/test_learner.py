@@ -330,6 +330,25 @@ def test_warm_start_does_not_move_the_hypergradient() -> None:
     assert relative_error(*grads) < 1e-9
 
 
+def test_a_warm_start_of_other_parameters_is_a_fresh_one() -> None:
+    """Of another number, precision, or closed form than at the last visit."""
+    parent = ImplicitCGHead(nn.Linear(4, 3), 0.1, warm_start=True, allow_nograd=True, **UNFACTORED)
+    inputs, known = x(), True
+
+    def found(learner: ImplicitCGHead) -> Tensor:
+        z = inputs.to(learner.module.weight.dtype)
+        loss = lambda: F.cross_entropy(learner(z) if known else learner(z) * 1.0, Y)  # noqa: E731
+        learner.adapt(loss, steps=30)
+        F.cross_entropy(learner(z), Y.roll(1)).backward()
+        return learner(z).double()
+
+    for change in (lambda: parent.module.bias.requires_grad_(False), parent.float, parent.double):
+        found(parent.clone(task="a"))
+        change()
+        known = not known
+        assert relative_error([found(parent.clone(task="a"))], [found(parent.clone())]) < 1e-4
+
+
 def test_no_warm_start_unless_asked_and_a_deepcopy_has_a_memory_of_its_own() -> None:
     parent, inputs = ImplicitCGHead(nn.Linear(4, 3), 0.1, warm_start=True), x()
     twin, cold = copy.deepcopy(parent), ImplicitCGHead(nn.Linear(4, 3), 0.1)

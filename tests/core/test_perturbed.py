@@ -223,14 +223,15 @@ def test_single_precision(symmetric: bool) -> None:
 
 
 def test_batch_norm_and_dropout() -> None:
-    """The hypergradient is that of the closure's last call, and no other number moves."""
+    """The hypergradient, a buffer's too, is that of the closure's last call; nothing else moves."""
     data, query, grads = x(), x(), []
     for linear in (CG(200, 1e-12), CLOSE):
         torch.manual_seed(3)
         net = Made(
-            lambda own, x: own.last(F.dropout(torch.tanh(own.norm(own.first(x))), 0.3)),
+            lambda own, x: own.last(F.dropout(own.scale * own.norm(own.first(x)).tanh(), 0.3)),
             first=nn.Linear(4, 8), norm=nn.BatchNorm1d(8), last=nn.Linear(8, 3),
         )  # fmt: skip
+        net.register_buffer("scale", torch.ones(8, requires_grad=True))
         parent = ImplicitMAML(net, lr=0.1, l2=2.0, linear=linear, max_error=1e9)
         learner = adapted(data, 5, parent)
         loss = F.cross_entropy(learner(query), Y.roll(1))
@@ -240,7 +241,7 @@ def test_batch_norm_and_dropout() -> None:
         assert torch.equal(torch.get_rng_state(), state)
         for mine, before, value in zip(learner.module.buffers(), buffers, values, strict=True):
             assert mine is before and torch.equal(mine, value)
-        grads.append([p.grad for p in net.parameters()])
+        grads.append([p.grad for p in (*net.parameters(), net.scale)])
     assert relative_error(grads[1], grads[0]) < 1e-5
 
 

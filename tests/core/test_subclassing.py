@@ -13,8 +13,9 @@ from problems import EXACT, adapt, hypergradient, make_learner, problem, truth
 from several_tasks import Batch, assert_alike
 from small_task import HOWS
 
-from l2l_implicit import GradientDescent, ImplicitCGHead, UnsolvedWarning
+from l2l_implicit import GradientDescent, Identity, ImplicitCGHead, UnsolvedWarning
 from l2l_implicit.inner_solvers.protocol import InnerSolver
+from l2l_implicit.vectors import flatten
 
 pytestmark = pytest.mark.usefixtures("float64")
 PAGE = Path(__file__).parents[2] / "docs" / "subclassing.md"
@@ -51,6 +52,28 @@ class Base(ImplicitCGHead):
 
     def regularizer(self, parameters, anchor):
         return super().regularizer(parameters, anchor)
+
+
+OVERRIDES: dict[str, Any] = {
+    "regularizer": lambda phi, anchor: (flatten(phi) - flatten(anchor)).square().sum(),
+    "inner_step": lambda at: at.point - 0.01 * at.gradient,
+    "linear_solve": lambda hvp, b, start: Identity(0.1).solve(hvp, b),
+}
+
+
+@pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
+@HOWS
+@pytest.mark.parametrize("place", OVERRIDES)
+def test_an_override_of_one_learner_is_that_of_a_class(place: str, how: str) -> None:
+    """A linear head, whose closed form asks for none of the three."""
+    task, run, grads = problem("anchored softmax"), OVERRIDES[place], []
+    own = make_learner(task, type("Own", (ImplicitCGHead,), {place: staticmethod(run)}))
+    changed, plain = make_learner(task), make_learner(task)
+    setattr(changed, place, run)
+    for learner in (own, changed, plain):
+        _, loss = adapt(learner, task, how, 3)
+        grads.append(torch.autograd.grad(loss, [task.theta["backbone"], *task.head.parameters()]))
+    assert relative_error(grads[1], grads[0]) == 0.0 and relative_error(grads[2], grads[0]) > 0.01
 
 
 @HOWS

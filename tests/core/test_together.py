@@ -286,6 +286,13 @@ def frozen() -> ImplicitCGHead:
     return learner
 
 
+def changed(place: str) -> ImplicitCGHead:
+    """With something of its own on the object itself."""
+    learner = head()
+    setattr(learner, place, lambda *given: given[0])
+    return learner
+
+
 def hooked(name: str) -> ImplicitCGHead:
     """Of a layer that computes something else than a linear layer does."""
     learner = head()
@@ -350,6 +357,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
                    "register_full_backward_hook", "register_full_backward_pre_hook", "learner's")),
     ({"head": lambda: hooked("forward")}, ValueError, r"got a forward\(\) of its own"),
     ({"head": lambda: Scaled(nn.Linear(7, 3), 0.1)}, ValueError, r"got a forward\(\) of its own"),
+    ({"head": lambda: changed("forward")}, ValueError, r"got a forward\(\) of its own"),
+    ({"head": lambda: changed("regularizer")}, ValueError, "got a regularizer of its own"),
 ]  # fmt: skip
 
 

@@ -191,6 +191,36 @@ def test_biases_of_other_shapes(shape: tuple[int, ...], how: str, used: list[boo
     assert any(used) == (shape == (1, CLASSES))
 
 
+@HOWS
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_sparse_features(layout: torch.layout, how: str, used: list[bool]) -> None:
+    """Have no closed form, and are the dense ones all the same."""
+    x, l2, found = torch.randn(M, WIDTH).relu(), torch.tensor(0.2, requires_grad=True), []
+    module = nn.Linear(WIDTH, CLASSES)
+    for features in (x, x.to_sparse(layout=layout)):
+        learner = ImplicitCGHead(module, 0.1, l2=l2, **EXACT).clone()
+        adapt(learner, lambda n=learner, x=features: CE(n(x), Y), how, 15)
+        found += [learner(x), torch.autograd.grad(learner(x).square().sum(), l2)[0]]
+    assert relative_error(found[:2], found[2:]) < 1e-9 and used[0] and not used[-1]
+
+
+def test_no_features() -> None:
+    """The bias alone."""
+    l2 = torch.tensor(0.2, requires_grad=True)
+    with pytest.warns(UserWarning, match="zero-element"):
+        head = nn.Linear(0, CLASSES)
+    learner, x = ImplicitCGHead(head, 0.1, l2=l2).clone(), torch.zeros(M, 0)
+    learner.adapt(CE(learner(x), Y.clamp_max(1)))
+    CE(learner(x), Y).backward()
+
+    def inner(phi: Tensor, l2: Tensor) -> Tensor:
+        return CE(phi.expand(M, -1), Y.clamp_max(1)) + 0.5 * l2 * phi.square().sum()
+
+    outer = lambda phi, l2: CE(phi.expand(M, -1), Y)  # noqa: E731
+    expected = implicit_from(inner, outer, torch.zeros(CLASSES), l2.detach())
+    assert relative_error([l2.grad], [expected]) < 1e-9
+
+
 def halve(gradient: Tensor) -> Tensor:
     return 0.5 * gradient
 

@@ -158,10 +158,10 @@ def step_sizes(lrs: Iterable[Any], parameters: Sequence[Tensor]) -> None:
         )
 
 
-def not_negative(name: str, value: Any) -> None:
+def not_negative(name: str, value: Any, do: str = "try 0") -> None:
     """A finite number of at least 0."""
     if number(name, value) < 0:
-        raise ValueError(f"{name}: expected a number of at least 0, got {value}; try 0")
+        raise ValueError(f"{name}: expected a number of at least 0, got {float(value)}; {do}")
 
 
 def flag(name: str, value: Any) -> None:
@@ -172,11 +172,8 @@ def flag(name: str, value: Any) -> None:
 
 def coefficient(l2: Any) -> None:
     """The regulariser's strength: a finite number, at least 0."""
-    if number("l2", l2) < 0:
-        raise ValueError(
-            f"l2: expected a number of at least 0, got {float(l2)}; a negative one makes the inner "
-            "problem unbounded: clamp it, or learn its logarithm by overriding regularizer()"
-        )
+    do = "clamp it, or learn its logarithm by overriding regularizer()"
+    not_negative("l2", l2, f"a negative one makes the inner problem unbounded: {do}")
 
 
 def has_method(name: str, examples: str, signature: str, value: Any) -> None:

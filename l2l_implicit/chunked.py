@@ -75,7 +75,7 @@ class Chunked(nn.Module):
         if not batches or not all(isinstance(batch, Tensor) for batch in batches):
             kinds = ", ".join(type(batch).__name__ for batch in batches) or "nothing"
             raise TypeError(f"images: expected one or more tensors, got {kinds}; pass tensors")
-        self.check_batch(max(len(batch) for batch in batches))
+        self._check_batch(max(map(len, batches)))
         features = tuple(self._features(batch) for batch in batches)
         return features if len(features) > 1 else features[0]
 
@@ -104,8 +104,7 @@ class Chunked(nn.Module):
         with set_checkpoint_early_stop(False):  # to the end, where they are compared
             return checkpoint(run, chunk, use_reentrant=False, context_fn=contexts)
 
-    def check_batch(self, largest: int) -> None:
-        """Raises ValueError where the statistics of a batch of ``largest`` would cross a chunk."""
+    def _check_batch(self, largest: int) -> None:
         if self.chunk_size is None or largest <= self.chunk_size:
             return
         for name, module in self.backbone.named_modules():

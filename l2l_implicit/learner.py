@@ -77,16 +77,12 @@ class Task:
         key: the task's identity, or None.
         initial: the module's parameters before the first step, with their history.
         learner: whose it is.
-
-    Attributes:
-        made_by: the inner solver and step size whose state ``step`` is, once there is one.
-        step: see ``made_by``.
+        made_by, step: the inner solver's state, and the solver and step size that it is of.
         first_norm: norm of the first inner gradient; for tasks together ``[T]``.
         steps: inner steps taken.
-        taken: the last step of loss tensors, until it has shown what the second derivative is.
-        missing: what the second derivative did not explain of the step before, if anything.
-        independent: features that are known not to depend on phi.
-        trusted: whether autograd's gradient of the task's loss was once that of the closed form.
+        looks, taken, missing: how often loss tensors were looked at; the last step of theirs, until
+            it has shown what the second derivative is; what that left of the step before.
+        independent, trusted: see `recognize`.
         saved: the linearization that the current parameters depend on, if it is alive.
         again: its closure, where the backward pass calls it.
         solution, settings: of what was solved at once: phi as installed, ``[n]``; the learner's.
@@ -340,10 +336,9 @@ class ImplicitCGHead(MAML):
     ) -> None:  # fmt: skip
         r"""One inner step from a loss tensor, or ``steps`` of them from a closure.
 
-        A linear head under `Newton` is solved at the first call. For everything else a loss tensor
-        is one step, linearized where the loss was computed, at :math:`\phi^{K-1}`; with a closure
-        (no arguments, returns the loss of the learner as it then is) the linearization is exactly
-        at :math:`\phi^K`.
+        What `Newton` does not solve at once takes a step for a loss tensor, linearized where that
+        was computed, at :math:`\phi^{K-1}`; with a closure (no arguments, returns the loss of the
+        learner as it then is) the linearization is exactly at :math:`\phi^K`.
 
         Under ``torch.no_grad()`` a closure works and nothing is kept. The steps end before
         ``steps`` where the inner solver has nothing left to do. A linear head's closure is called
@@ -608,22 +603,19 @@ class ImplicitCGHead(MAML):
     ) -> Linearization:  # fmt: skip
         if known is not None:
             return known.heads(phi, self._quadratic(phi, torch.float64))
-        quadratic, anchor, stand_ins = None, list[Tensor](), list[Tensor]()
+        settings: dict[str, Any] = {"unused": unused}
         if self._plain_regularizer:
-            quadratic = self._quadratic(phi, phi[0].dtype)
+            settings["quadratic"] = self._quadratic(phi, phi[0].dtype)
         else:  # the user's own, which autograd carries like the loss
             anchor = self._initial_of(phi) if self.anchor == "init" else []
             stand_ins = [a.detach().requires_grad_() for a in anchor]
             loss = loss + self.regularizer(phi, stand_ins or [torch.zeros_like(p) for p in phi])
-        settings: Any = {
-            "quadratic": quadratic, "anchor": anchor, "stand_ins": stand_ins, "unused": unused,
-        }  # fmt: skip
-        if not isinstance(self.linear, Perturbed):
-            settings |= {"differentiable": differentiable, "retain": retain}
-            return self.curvature.linearize(loss, phi, **settings)
-        if differentiable:
+            settings |= {"anchor": anchor, "stand_ins": stand_ins}
+        if isinstance(self.linear, Perturbed) and differentiable:
             return FirstDerivatives(loss, phi, **settings)
-        return AutogradLinearization(loss, phi, differentiable=False, **settings)
+        kind = Hessian() if isinstance(self.linear, Perturbed) else self.curvature
+        settings |= {"differentiable": differentiable, "retain": retain}
+        return kind.linearize(loss, phi, **settings)
 
     def _initial_of(self, phi: Sequence[Tensor]) -> list[Tensor]:
         """The initial values of phi, which may be some of the module's parameters."""
@@ -659,8 +651,7 @@ class ImplicitCGHead(MAML):
         vector = point.to(phi[0].dtype)
         # Held for a warm start only: the parameters are copies.
         held = vector if self.warm_start else vector.new_empty(0)
-        solve = self._solver(held, [self.diagnostics])
-        saved = SavedLinearization(at, solve, self.diagnostics.unreached)
+        saved = self._saved(at, held, [self.diagnostics])
         zero = self._initial_of(phi) if self.anchor == "zero" else []
         new = attach(saved, vector, [*map(SHAPE, phi)], constants=zero)
         substitute(self.module, phi, new)
@@ -686,16 +677,19 @@ class ImplicitCGHead(MAML):
 
     # The backward pass.
 
-    def _solver(self, phi: Tensor, diagnostics: Sequence[Diagnostics]) -> Any:
-        """`_solve` on a copy without the module: a graph that held its learner would hold itself.
+    def _saved(
+        self, at: Linearization, phi: Tensor, diagnostics: Sequence[Diagnostics]
+    ) -> SavedLinearization:
+        """``at``, with `_solve` on a copy of the learner that has no module.
 
-        The graph is then free to outlive the learner, as a returned loss does.
+        A graph that held its learner would hold itself; so it may outlive the learner, as a
+        returned loss does.
         """
-        bare = shallow_copy(self)
+        bare, task = shallow_copy(self), self._task
         bare._modules["module"] = None
-        bare._task = Task(self._task.key, [])
-        bare._task.first_norm, bare._task.steps = self._task.first_norm, self._task.steps
-        return functools.partial(bare._solve, phi, diagnostics)
+        bare._task = Task(task.key, [], first_norm=task.first_norm, steps=task.steps)
+        solve = functools.partial(bare._solve, phi, diagnostics)
+        return SavedLinearization(at, solve, self.diagnostics.unreached)
 
     def _solve(
         self, phi: Tensor, diagnostics: Sequence[Diagnostics], at: Linearization, b: Tensor
@@ -704,15 +698,12 @@ class ImplicitCGHead(MAML):
         key, memory = self._task.key, self._memory
         start = memory[key][1].to(b) if self.warm_start and key in memory else None
         damping = float(getattr(self.linear, "damping", 0.0))
-        perturbed = (
-            self.linear if self._plain_solve and isinstance(self.linear, Perturbed) else None
-        )
-        factored = self._plain_solve and getattr(self.linear, "takes_factor", False)
-        if factored and isinstance(at, LinearHeads) and at.solved:
+        plain = self.linear if self._plain_solve else None
+        if isinstance(at, LinearHeads) and at.solved and getattr(plain, "takes_factor", False):
             answer = at.solve(b, damping)
-        elif perturbed is not None:
+        elif isinstance(plain, Perturbed):
             assert isinstance(at, LinearHeads | FirstDerivatives)
-            answer = perturbed.respond(self, at, b, start)
+            answer = plain.respond(self, at, b, start)
         else:
             part = None if self.accuracy is None else _PART * self.accuracy
             answer = self.linear_solve(System(at.hvp, damping, at, part), b, start)
@@ -825,18 +816,17 @@ class _ClosureObjective:
 
     def start(self) -> Tensor:
         """Where the learner stood before, shape ``[1, n]``."""
-        if self.fresh is not None:
-            return self.fresh[0]
-        return flatten(self._before).detach().unsqueeze(0)
+        return self.fresh[0] if self.fresh else flatten(self._before).detach().unsqueeze(0)
 
     def linearize(self, point: Tensor, differentiable: bool, retain: bool = False) -> Linearization:
         """The linearization at ``point``; without products unless wanted."""
         fresh, self.fresh = self.fresh, None
         loss = fresh[1] if fresh is not None and fresh[0] is point else self.loss(point)
         self.fresh, fresh = None, None
-        learner = self._learner
-        known = learner._known(loss, self.phi)
-        return learner._linearize(loss, self.phi, self._unused, differentiable, known, retain)
+        known = self._learner._known(loss, self.phi)
+        return self._learner._linearize(
+            loss, self.phi, self._unused, differentiable, known, retain
+        )
 
     def evaluate(self, point: Tensor) -> tuple[Tensor, Tensor]:
         """The objective and its gradient at ``point``, shapes ``[1]``, ``[1, n]``."""

@@ -36,14 +36,7 @@ def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
 
 def as_now(function: Callable[[], Tensor], device: str) -> Callable[[], Tensor]:
     """``function`` with autocast as it is now, wherever it is called."""
-    if not autocast_enabled(device):
-        return function
-    low = torch.get_autocast_dtype(device) if _BY_DEVICE else _old_dtype(device)
-    return torch.autocast(device, dtype=low)(function)
-
-
-def _old_dtype(device: str) -> torch.dtype:
-    return torch.get_autocast_cpu_dtype() if device == "cpu" else torch.get_autocast_gpu_dtype()
+    return torch.autocast(device)(function) if autocast_enabled(device) else function
 
 
 def precision_of(module: nn.Module) -> tuple[str, torch.dtype] | None:

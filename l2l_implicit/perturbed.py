@@ -17,7 +17,7 @@ import operator
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -142,10 +142,8 @@ def _reason(lost: bool, zero: bool, bad: bool, ended: str) -> str:
 class _Response:
     """How phi answers tilts of length 1, or 0; ``[T]`` is a number of each task.
 
-    Args:
-        b: the tilts, shape ``[T, n]``; the rest as in `Perturbed.respond`.
-
     Attributes:
+        b: the tilts, shape ``[T, n]``.
         v: the solutions, ``[T, n]``.
         products: mixed products with v, without what the regulariser has in closed form.
         residual: ``norm(b - A v)``, measured, ``[T]``.
@@ -229,7 +227,7 @@ class _Response:
         for t, goal in enumerate((self.settings.tol * size.abs()).tolist()):
             one = at if len(size) == 1 else cast(LinearHeads, at).task(t)
             own = slice(t, t + 1)
-            tilt = _Tilt(at.point[own], self.left[own], slope[own], damping)
+            tilt = at.point[own], self.left[own], slope[own], damping
             point, self.reasons[t] = self._solve_one(one, tilt, goal, ahead[own])
             points.append(point)
         return torch.cat(points)
@@ -244,7 +242,7 @@ class _Response:
 
         def linearize(point: Tensor, _: bool = False) -> Tilted:
             self.calls += 1
-            return Tilted(at.moved(point), tilt, since)
+            return Tilted(at.moved(point), *tilt, since)
 
         def evaluate(point: Tensor) -> tuple[Tensor, Tensor]:
             there = linearize(point)
@@ -256,15 +254,13 @@ class _Response:
                 return there.point
             since = cast(Tilted, there)
             point = learner.inner_step(there)
-            if point is there.point:
-                reason = solution.STALLED
-                return point
-            return point.detach()
+            if point is not there.point:
+                return point.detach()
+            reason = solution.STALLED
+            return point
 
-        end = descend(
-            linearize, evaluate, step, lambda: ahead, steps=self.settings.steps, hvp=False,
-            keep=False,
-        )  # fmt: skip
+        limits: Any = {"steps": self.settings.steps, "hvp": False, "keep": False}
+        end = descend(linearize, evaluate, step, lambda: ahead, **limits)
         return end.point, solution.CONVERGED if float(end.gradient_norm) <= goal else reason
 
     def _gradient(self, point: Tensor) -> Tensor:
@@ -276,36 +272,29 @@ class _Response:
         return self.at.gradients(point)
 
 
-class _Tilt(NamedTuple):
-    """What is added to one task: ``<slope - left, phi - origin> + damping/2 |phi - origin|^2``.
-
-    Attributes:
-        left: the gradient at ``origin`` without it; ``slope`` is the one with it. ``[1, n]``.
-    """
-
-    origin: Tensor
-    left: Tensor
-    slope: Tensor
-    damping: float
+_Tilt = tuple[Tensor, Tensor, Tensor, float]
 
 
 class Tilted(Linearization):
-    """An inner objective with a tilt, T = 1, as an inner solver sees it.
+    """``base`` plus ``<slope - left, phi - origin> + damping/2 |phi - origin|^2``, T = 1.
 
     Its values are sums of differences, each by the trapezoidal rule from the gradients at both
     ends: the objective's own would differ in their last digits only.
 
     Args:
+        left: the gradient at ``origin`` without the tilt; ``slope`` is the one with it. ``[1, n]``.
         since: the point of the step before and the gradient and value there; None at the origin.
     """
 
-    def __init__(self, base: Linearization, tilt: _Tilt, since: Tilted | None) -> None:
+    def __init__(
+        self, base: Linearization, origin: Tensor, left: Tensor, slope: Tensor, damping: float,
+        since: Tilted | None,
+    ) -> None:  # fmt: skip
         super().__init__(base.point, base.quadratic)
-        self._base, self._tilt = base, tilt
-        move = base.point - tilt.origin
-        self.gradient = (base.gradient - tilt.left).add_(move, alpha=tilt.damping)
-        self.gradient = self.gradient + tilt.slope
-        value, slope = torch.zeros_like(move[:, 0]), tilt.slope
+        self._base, self._damping = base, damping
+        move = base.point - origin
+        self.gradient = (base.gradient - left).add_(move, alpha=damping) + slope
+        value = torch.zeros_like(move[:, 0])
         if since is not None:
             value, slope, move = since.objective, since.gradient, base.point - since.point
         self._objective = value + 0.5 * dot(self.gradient + slope, move)
@@ -315,7 +304,7 @@ class Tilted(Linearization):
         return self._objective
 
     def hvp(self, vector: Tensor) -> Tensor:
-        return self._base.hvp(vector).add(vector, alpha=self._tilt.damping)
+        return self._base.hvp(vector).add(vector, alpha=self._damping)
 
     def regularizer_norm(self) -> Tensor:
         """None: the tilt, and not the regulariser, is the measure of what is left."""
@@ -371,8 +360,7 @@ class Again:
     Args:
         objective: the closure's, which can `linearize` at a point, and holds the tensors that the
             module has now, ``phi``.
-        module: the learner's.
-        phi: the adapted parameters in it.
+        module, phi: the learner's, and the adapted parameters in it.
         saved: the linearization, as long as the graph needs it.
         random: the state of the random numbers before the closure's last call.
     """

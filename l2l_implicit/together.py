@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from l2l_implicit import checks
 from l2l_implicit.diagnostics import Diagnostics
-from l2l_implicit.implicit_diff import SavedLinearization, attach, split
+from l2l_implicit.implicit_diff import attach, split
 from l2l_implicit.inner_problem.linearization import SquaredDistance
 from l2l_implicit.inner_problem.losses import CrossEntropy, SquaredError
 from l2l_implicit.inner_problem.recognition import HeadLoss
@@ -82,9 +82,7 @@ def adapt_heads(
         shapes = [torch.Size((tasks, *p.shape)) for p in phi]
         point = there.point.to(head.weight.dtype)
     if keep:
-        saved = SavedLinearization(
-            there, learner._solver(point, diagnostics), learner.diagnostics.unreached
-        )
+        saved = learner._saved(there, point, diagnostics)
         zero = phi if own or learner.anchor == "zero" else []
         pieces = attach(saved, point, shapes, constants=zero)
     else:

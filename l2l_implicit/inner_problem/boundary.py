@@ -62,21 +62,15 @@ def each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """
     if isinstance(value, Tensor):
         return change(value)
-    if not isinstance(value, tuple | list | dict) or not value:
-        return value
-    if isinstance(value, dict):
+    if isinstance(value, list | dict) and value:
         mapped: Any = copy.copy(value)  # keeps a class of the caller's own
-        for key, part in value.items():
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
             mapped[key] = each_tensor(part, change)
         return mapped
-    parts = [*map(functools.partial(each_tensor, change=change), value)]
-    if isinstance(value, list):
-        mapped = copy.copy(value)
-        mapped[:] = parts
-        return mapped
-    if hasattr(value, "_fields"):
-        return type(value)(*parts)
-    return tuple(parts) if type(value) is tuple else value
+    make = tuple if type(value) is tuple else getattr(value, "_make", None)  # a named one's
+    if not isinstance(value, tuple) or make is None:
+        return value
+    return make(map(functools.partial(each_tensor, change=change), value))
 
 
 def is_boundary(node: Any) -> bool:
@@ -90,14 +84,15 @@ def depends_on_phi(tensor: Tensor) -> bool:
     return isinstance(node, Boundary._backward_cls) and node.inner  # type: ignore[attr-defined]
 
 
-def source_of(node: Any) -> Tensor:
-    """The tensor that a boundary's node marks; an error if it was changed in place since."""
+def marked_by(node: Any) -> Sequence[Tensor]:
+    """The tensors that a mark's node has saved; an error if they were changed in place since."""
     try:
-        return node.saved_tensors[0]
+        return node.saved_tensors
     except RuntimeError as error:
         raise RuntimeError(
-            "inner loss: expected the inputs of learner(...) as they were when it was called, got "
-            "one that was changed in place since; clone it first, or change it after backward()"
+            "inner loss: expected inputs and outputs of learner(...) as they were when it was "
+            "called, got one that was changed in place since; clone it first, or change it after "
+            "backward(); or its graph was freed: call backward() on it afterwards"
         ) from error
 
 
@@ -137,17 +132,6 @@ def mark_outputs(value: Any, made_by: Any) -> Any:
     return each_tensor(value, lambda tensor: next(marked) if tensor.requires_grad else tensor)
 
 
-def outputs_of(node: Any) -> Sequence[Tensor]:
-    """The tensors that the node of an `Outputs` marks; an error if the graph has been freed."""
-    try:
-        return node.saved_tensors
-    except RuntimeError as error:
-        raise RuntimeError(
-            "inner loss: expected its graph as it was when learner(...) was called, got one that "
-            "was freed, or whose outputs were changed in place; call backward() on it afterwards"
-        ) from error
-
-
 def find_outputs(loss: Tensor, inner: Sequence[Tensor]) -> tuple[list[Any], bool]:
     """The `Outputs` of phi's passes that ``loss`` is made of, and whether it uses phi besides.
 
@@ -171,7 +155,7 @@ def find_outputs(loss: Tensor, inner: Sequence[Tensor]) -> tuple[list[Any], bool
 
 def edges_of(nodes: Iterable[Any]) -> list[GradientEdge]:
     """Where the gradients in the tensors of these `Outputs` arrive, in their order."""
-    return [GradientEdge(node, i) for node in nodes for i in range(len(outputs_of(node)))]
+    return [GradientEdge(node, i) for node in nodes for i in range(len(marked_by(node)))]
 
 
 @contextlib.contextmanager
@@ -199,7 +183,7 @@ class MetaInputs(NamedTuple):
 
     def sources(self) -> list[Tensor]:
         """The tensors of theta: what was marked, then the leaves."""
-        return [*(source_of(node) for node in self.boundaries), *self.leaves]
+        return [*(marked_by(node)[0] for node in self.boundaries), *self.leaves]
 
     def vjp(
         self, product: Callable[[Sequence[Any]], Sequence[Tensor | None]], inner: Sequence[Tensor]

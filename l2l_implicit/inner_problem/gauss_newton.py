@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from l2l_implicit.inner_problem import refusals
-from l2l_implicit.inner_problem.boundary import cut, edges_of, find_outputs, outputs_of
+from l2l_implicit.inner_problem.boundary import cut, edges_of, find_outputs, marked_by
 from l2l_implicit.inner_problem.linearization import (
     AutogradLinearization,
     flat,
@@ -124,9 +124,6 @@ class GaussNewtonLinearization(AutogradLinearization):
     Kept are the graph of the loss, which is that of one gradient, and the loss's own gradient in
     the outputs with its graph, which is small. The gradient's graph through the network is made for
     the mixed product alone, where theta enters otherwise than by the anchor and l2.
-
-    Args:
-        fallback: as in `GaussNewton`; the rest as in `AutogradLinearization`.
     """
 
     def __init__(
@@ -170,12 +167,16 @@ class GaussNewtonLinearization(AutogradLinearization):
         pieces = unflatten(vector[0], self.parameters)
         outputs, tangents = list[Tensor](), list[Tensor | None]()
         for node in self._passes:
-            first = outputs_of(node)
+            first = marked_by(node)
             second = node.made_by.tangents(self.parameters, pieces)
             _check_same(first, [z for z, _ in second])
             outputs += first
             tangents += [d for _, d in second]
-        self._check_slope(tangents, vector)
+        # The loss's change along the tangents is that along the gradient.
+        gradient = self.loss_gradient
+        if self._direct:
+            gradient = gradient - flat(self._slopes[len(tangents) :], self.parameters).detach()
+        _check_equal(self._slopes[: len(tangents)], tangents, gradient, vector)
         moved = [*tangents, *(pieces if self._direct else [])]
         with cut(self._passes):
             curved = pulled_back(self._slopes, [*self._edges, *self._direct], moved)
@@ -185,21 +186,6 @@ class GaussNewtonLinearization(AutogradLinearization):
         if self._direct:
             product += flat(curved[len(outputs) :], self.parameters)
         return product
-
-    def _check_slope(self, tangents: Sequence[Tensor | None], vector: Tensor) -> None:
-        """The loss's change along the tangents is that along the gradient."""
-        gradient = self.loss_gradient
-        if self._direct:
-            gradient = gradient - flat(self._slopes[len(tangents) :], self.parameters).detach()
-        _check_equal(self._slopes[: len(tangents)], tangents, gradient, vector)
-
-
-def _inner_product(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> tuple[float, float]:
-    """The inner product of two lists of tensors, and what Cauchy and Schwarz allow it."""
-    both = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
-    pairs = [(x.detach(), y) for x, y in both]
-    value = math.fsum(float((x * y).sum()) for x, y in pairs)
-    return value, math.fsum(float(x.norm() * y.norm()) for x, y in pairs)
 
 
 def _tol(like: Tensor) -> float:
@@ -211,9 +197,12 @@ def _check_equal(
 ) -> None:
     """That forward mode and the backward pass are of one function, by two numbers: the tangents'
     product with what goes back from the outputs, the vector's with what arrives."""
-    a, size = _inner_product(ends, tangents)
+    both = zip(ends, tangents, strict=True)
+    pairs = [(x.detach(), y) for x, y in both if x is not None and y is not None]
+    a = math.fsum(float((x * y).sum()) for x, y in pairs)
     b, eps = float((back * vector).sum()), torch.finfo(vector.dtype).eps
-    size, rounding = max(size, abs(b)), float(back.norm() * vector.norm())
+    size = max(math.fsum(float(x.norm() * y.norm()) for x, y in pairs), abs(b))
+    rounding = float(back.norm() * vector.norm())
     if math.isfinite(a) and not abs(a - b) <= _tol(vector) * size + 100 * eps * rounding:
         raise RuntimeError(
             "GaussNewton: expected one derivative of the module's outputs, got another by forward "

@@ -73,17 +73,9 @@ class HeadProblem(NamedTuple):
         """The weights ``[T, k, d]`` in a vector ``[T, n]``, a view."""
         return vector[:, : self.weight.numel()].view(len(vector), *self.weight)
 
-    def columns(self, vector: Tensor) -> Tensor:
-        """Heads ``[T, n]`` as matrices ``[T, d, k]``, with the bias as one more row."""
-        weights = self.weights(vector).mT
-        if not self.bias:
-            return weights
-        return torch.cat([weights, vector[:, self.weight.numel() :].unsqueeze(1)], 1)
-
-    def vector(self, columns: Tensor) -> Tensor:
-        """The inverse of `columns`."""
-        weights = columns[:, : self.weight[1]].mT.flatten(1)
-        return torch.cat([weights, columns[:, -1]], 1) if self.bias else weights
+    def rows(self) -> Tensor:
+        """The features, with a 1 for the bias, ``[T, m, d]`` or ``[T, m, d + 1]``."""
+        return torch.cat([self.x, torch.ones_like(self.x[..., :1])], 2) if self.bias else self.x
 
     def in_phi(self, per_output: Tensor) -> Tensor:
         """Gradients in phi, ``[T, n]``, of functions with ``[T, m, k]`` in the outputs."""
@@ -94,12 +86,6 @@ class HeadProblem(NamedTuple):
         """``X X'``, plus 1 where there is a bias, shape ``[T, m, m]``."""
         gram = torch.bmm(self.x, self.x.mT)
         return gram.add_(1.0) if self.bias else gram
-
-    def task(self, t: int) -> HeadProblem:
-        """The problem of task ``t`` alone."""
-        loss = type(self.loss)(self.loss.outputs, self.loss.targets[t : t + 1], self.loss.scale)
-        quadratic = self.quadratic.task(t)
-        return self._replace(x=self.x[t : t + 1], source=None, loss=loss, quadratic=quadratic)
 
 
 class LinearHeads(Linearization):
@@ -156,8 +142,8 @@ class LinearHeads(Linearization):
         r"""The inverse of :math:`A \otimes B + \mu I`, an approximation of the (damped) Hessian.
 
         A is the features' :math:`X^\top X`, B the mean over the samples of the loss's Hessian in
-        the outputs; in the eigenvectors of both the matrix is diagonal. For the squared error it is
-        the Hessian itself. Where the samples are few, A stays in their span.
+        the outputs; in the singular vectors of X and the eigenvectors of B the matrix is diagonal.
+        For the squared error it is the Hessian itself.
 
         Args:
             shift: :math:`\mu`, l2 plus the damping, above 0.
@@ -166,23 +152,16 @@ class LinearHeads(Linearization):
             Martens, Grosse (2015), Kronecker-factored Approximate Curvature.
         """
         problem = self.problem
-        x, (_, m, d) = problem.x, problem.x.shape
-        if problem.bias:
-            x = torch.cat([x, torch.ones_like(x[..., :1])], 2)
         mean = torch.stack([self.loss.curve(one).mean(1) for one in self._one_output_each()], 2)
         outputs, turn = torch.linalg.eigh(mean)
-        values, basis = torch.linalg.eigh(torch.bmm(x.mT, x) if m > d else problem.gram())
-        rows = basis.mT if m > d else torch.bmm(basis.mT, x)
-        outputs, values = outputs.clamp_min_(0.0).unsqueeze(1), values.clamp_min_(0.0).unsqueeze(2)
-        share = outputs / (outputs * values + shift)
-        if m > d:
-            share = share * values
+        basis, values, _ = torch.linalg.svd(problem.rows(), full_matrices=False)
+        outputs = outputs.clamp_min_(0.0).unsqueeze(1)
+        share = outputs / (outputs * values.square().unsqueeze(2) + shift)
 
         def inverse(vector: Tensor) -> Tensor:
-            weights = problem.columns(vector)
-            curved = share * torch.bmm(torch.bmm(rows, weights), turn)
-            part = torch.bmm(rows.mT, torch.bmm(curved, turn.mT))
-            return problem.vector(weights - part).div_(shift)
+            curved = share * torch.bmm(torch.bmm(basis.mT, problem.outputs(vector)), turn)
+            part = problem.in_phi(torch.bmm(basis, torch.bmm(curved, turn.mT)))
+            return (vector - part).div_(shift)
 
         return inverse
 
@@ -197,7 +176,12 @@ class LinearHeads(Linearization):
 
     def task(self, t: int) -> LinearHeads:
         """Task ``t`` alone, T = 1, without its way to theta."""
-        return LinearHeads(self.problem.task(t), self.point[t : t + 1])
+        own, (x, _, loss, quadratic, *_) = slice(t, t + 1), self.problem
+        loss = type(loss)(loss.outputs, loss.targets[own], loss.scale)
+        if quadratic.center is not None and len(quadratic.center) > 1:
+            quadratic = SquaredDistance.around(quadratic.center[own], quadratic.strength)
+        alone = self.problem._replace(x=x[own], source=None, loss=loss, quadratic=quadratic)
+        return LinearHeads(alone, self.point[own])
 
     def tilted(self, slope: Tensor, damping: float) -> LinearHeads:
         r"""The same plus :math:`\langle s, \phi \rangle + (\delta/2) \|\phi - \phi_0\|^2`.
@@ -228,9 +212,7 @@ class LinearHeads(Linearization):
         """
         self.known, self.problem = known, self.problem._replace(source=known.source)
 
-    can_evaluate = True
-
-    def evaluate(self, point: Tensor) -> tuple[Tensor, Tensor]:
+    def elsewhere(self, point: Tensor) -> tuple[Tensor, Tensor]:
         there = self.moved(point)
         return there.objective, there.gradient
 
@@ -389,8 +371,7 @@ class LinearHeads(Linearization):
 
     def _convexity(self) -> Tensor:
         """How strongly each loss is curved at least where its features reach at all, ``[T]``."""
-        x = self.problem.x
-        x = torch.cat([x, torch.ones_like(x[..., :1])], 2) if self.problem.bias else x
+        x = self.problem.rows()
         values = torch.linalg.svdvals(x)
         floor = values[:, :1] * (max(x.shape[1:]) * torch.finfo(x.dtype).eps)
         smallest = torch.where(values > floor, values, math.inf).amin(1)

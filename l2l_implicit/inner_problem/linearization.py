@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -51,19 +50,9 @@ class SquaredDistance:
 
     def same(self, other: SquaredDistance) -> bool:
         """Whether both are one function of phi and theta, at its present values."""
-        if self.strength != other.strength or self._l2 is not other._l2:
-            return False
-        if len(self._anchor) != len(other._anchor):
-            return False
-        if not all(map(operator.is_, self._anchor, other._anchor)):
+        if (self.strength, *map(id, self.sources())) != (other.strength, *map(id, other.sources())):
             return False
         return self.center is None or torch.equal(self.center, other.center)  # type: ignore[arg-type]
-
-    def task(self, t: int) -> SquaredDistance:
-        """That of task ``t`` alone, where each has a centre of its own."""
-        if self.center is None or len(self.center) == 1:
-            return self
-        return SquaredDistance.around(self.center[t : t + 1], self.strength)
 
     @classmethod
     def around(cls, center: Tensor, strength: float) -> SquaredDistance:
@@ -97,9 +86,6 @@ class SquaredDistance:
         return products
 
 
-_NOTHING = SquaredDistance(0.0, [], torch.float32)  # where the loss holds the regulariser already
-
-
 class Sizes(NamedTuple):
     """Norms that the error of one task's hypergradient is made of.
 
@@ -129,16 +115,13 @@ class Linearization(ABC):
 
     A module that autograd differentiates has T = 1; linear heads have any T.
 
-    Args:
+    Attributes:
         point: phi, task by task, shape ``[T, n]``, detached.
         quadratic: R in closed form; zero if the loss holds it already.
-
-    Attributes:
-        point: see above.
         gradient: of g at ``point``, shape ``[T, n]``, detached.
         differentiable: whether there are products; without them there are value and gradient.
         steps: inner steps that led here, where the solver counts them itself, ``[T]``.
-        elsewhere: g and its gradient at other points, where a closure can compute them.
+        elsewhere: what `evaluate` asks, where something can compute them there.
         accuracy: the inner part of `errors` at which the learner ends the inner loop; a solver's
             own tolerance then stands idle. None: there is none.
         sizes: each task's norms, as far as they are known without a linear system, once measured.
@@ -203,11 +186,6 @@ class Linearization(ABC):
         """An approximate inverse of ``H + damping I`` where H has Kronecker factors."""
         return None
 
-    @property
-    def can_evaluate(self) -> bool:
-        """Whether `evaluate` works."""
-        return self.elsewhere is not None
-
     def evaluate(self, point: Tensor) -> tuple[Tensor, Tensor]:
         """g and its gradient at another ``point``, ``[T, n] -> [T], [T, n]``.
 
@@ -265,12 +243,11 @@ class AutogradLinearization(Linearization):
     Args:
         loss: the inner objective as far as autograd carries it, a scalar.
         parameters: phi, the tensors the loss was computed from.
-        quadratic: as in `Linearization`; None for zero.
+        quadratic, differentiable: as in `Linearization`.
         anchor: the anchor's tensors where ``loss`` holds the regulariser, else empty.
         stand_ins: the leaves that stand for them in ``loss``, so that phi at its start and the
             anchor, often one tensor, stay two arguments.
         unused: let parameters be absent from ``loss``; their loss gradient is zero.
-        differentiable: keep the graph; without it there are no products.
         keeps_second: keep the gradient's graph; without it the loss's alone, from which that is
             made anew for each product.
         retain: keep the loss's own graph, for its derivatives in theta.
@@ -282,7 +259,8 @@ class AutogradLinearization(Linearization):
         stand_ins: Sequence[Tensor] = (), unused: bool = False, differentiable: bool = True,
         keeps_second: bool = True, retain: bool = False,
     ) -> None:  # fmt: skip
-        super().__init__(flatten(parameters).detach().unsqueeze(0), quadratic or _NOTHING)
+        quadratic = quadratic or SquaredDistance(0.0, [], torch.float32)
+        super().__init__(flatten(parameters).detach().unsqueeze(0), quadratic)
         gradients = inner_gradient(
             loss, parameters, unused, create_graph=differentiable and keeps_second,
             retain_graph=differentiable or retain,
@@ -329,8 +307,8 @@ class AutogradLinearization(Linearization):
     def mixed_vjp(self, answer: LinearSolution) -> Products:
         if self.needs_second:
             self._check_unchanged()
-        vector = answer.solution
-        return self.mixed(vector) + self.quadratic.mixed_vjp(self.point, vector)
+        own = self.quadratic.mixed_vjp(self.point, answer.solution)
+        return self.mixed(answer.solution) + own
 
     def mixed(self, vector: Tensor) -> Products:
         """The derivatives of `in_theta` along ``vector``."""
@@ -375,11 +353,7 @@ class AutogradLinearization(Linearization):
 
 
 class FirstDerivatives(AutogradLinearization):
-    r"""Of any loss that can be computed again, T = 1: no second derivative is ever taken.
-
-    Args:
-        loss, parameters, settings: as in `AutogradLinearization`.
-    """
+    r"""Of any loss that can be computed again, T = 1: no second derivative is ever taken."""
 
     def __init__(self, loss: Tensor, parameters: Sequence[Tensor], **settings: Any) -> None:
         super().__init__(loss, parameters, differentiable=False, retain=True, **settings)
@@ -412,14 +386,12 @@ class FirstDerivatives(AutogradLinearization):
         if there.operations != self.operations or len(there.sources()) != len(self._sources):
             raise RuntimeError(_ANOTHER)
         if torch.equal(point, self.point):
-            tol = torch.finfo(point.dtype).eps ** 0.5
-            if not bool((there.gradient - self.gradient).norm() <= tol * self._size(there)):
+            # Of the loss's own: at a minimum the whole gradient is next to none.
+            size = torch.maximum(self.loss_gradient.norm(), there.loss_gradient.norm())
+            tol = torch.finfo(point.dtype).eps ** 0.5 * size
+            if not bool((there.gradient - self.gradient).norm() <= tol):
                 raise RuntimeError(_ANOTHER)
         return there.gradient, there.in_theta()
-
-    def _size(self, there: AutogradLinearization) -> Tensor:
-        """How large the loss's own gradient is; at a minimum the whole gradient is next to none."""
-        return torch.maximum(self.loss_gradient.norm(), there.loss_gradient.norm())
 
     def _at(self, point: Tensor, in_theta: bool) -> Any:
         revisit = self._revisit()

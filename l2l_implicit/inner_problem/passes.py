@@ -42,9 +42,6 @@ class Pass:
     Made before the pass: of a module that shares the parameters and has buffers of its own, so that
     another pass leaves running statistics alone, and of the state of the random numbers.
 
-    Args:
-        module: what is about to run.
-
     Attributes:
         parameters: the ids of its parameters.
         arguments: positional and by name.
@@ -135,8 +132,9 @@ class _BatchNormTangents(TorchFunctionMode):
         given = inspect.signature(batch_norm).bind(*args, **kwargs)
         given.apply_defaults()
         own = given.arguments
+        parts = map(own.get, ("input", "weight", "bias"))
         (x, dx), (gamma, dgamma), (beta, dbeta) = (
-            _unpacked(own[name]) for name in ("input", "weight", "bias")
+            (None, None) if t is None else forward_ad.unpack_dual(t) for t in parts
         )
         if x is None or dx is None or (gamma is not None and gamma.dtype != x.dtype):
             return function(*args, **kwargs)
@@ -160,7 +158,3 @@ class _BatchNormTangents(TorchFunctionMode):
         dy.add_(shift.view(shape))
         own |= {"input": x, "weight": gamma, "bias": beta}
         return forward_ad.make_dual(function(*given.args, **given.kwargs), dy)
-
-
-def _unpacked(value: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if value is None else forward_ad.unpack_dual(value)

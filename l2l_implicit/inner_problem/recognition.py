@@ -16,7 +16,7 @@ from torch.autograd import grad
 from torch.autograd.graph import GradientEdge
 from torch.linalg import vector_norm
 
-from l2l_implicit.inner_problem.boundary import CHILD, Outputs, is_boundary, source_of, unseen
+from l2l_implicit.inner_problem.boundary import CHILD, Outputs, is_boundary, marked_by, unseen
 from l2l_implicit.inner_problem.linear_heads import GOALS, HeadProblem, LinearHeads
 from l2l_implicit.inner_problem.linearization import SquaredDistance
 from l2l_implicit.inner_problem.losses import CrossEntropy, OutputLoss, SquaredError
@@ -131,7 +131,7 @@ def recognize(
         return head._replace(x=head.x.clone())
     if not is_boundary(origin):
         return None
-    source, made = source_of(origin), origin.next_functions[0]
+    source, made = marked_by(origin)[0], origin.next_functions[0]
     if weakref.ref(source) not in independent:
         stack, inner = [made[0]], dict(edges)
         for node in unseen(stack, set()):

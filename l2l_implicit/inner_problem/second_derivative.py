@@ -46,15 +46,11 @@ def products_agree(at: AutogradLinearization, evaluate: Evaluate) -> bool | None
         None where two step sizes disagree: the gradient has kinks or noise there.
     """
     (direction, size), eps = _step(at), torch.finfo(at.point.dtype).eps
-
-    def differences(step: float) -> list[Tensor]:
-        ends = (evaluate(at.point + sign * step * direction) for sign in (1.0, -1.0))
-        pairs = zip(*ends, strict=False)
-        return [(up - down) / (2.0 * step) for up, down in pairs if up.shape == down.shape]
-
     verdict: bool | None = True
-    parts = gradients(at), differences(2.0 * size), differences(size), products(at, direction)
+    ends = (_differences(at, evaluate, factor * size * direction) for factor in (2.0, 1.0))
+    parts = gradients(at), *ends, products(at, direction)
     for gradient, wide, narrow, product in zip(*parts, strict=False):
+        wide, narrow = wide / (4.0 * size), narrow / (2.0 * size)
         scale, rounding = float(narrow.norm()), eps * float(gradient.norm()) / size
         same = wide.shape == narrow.shape == product.shape  # else other data at each call
         if not (same and float((wide - narrow).norm()) <= 0.5 * _TOL * scale + _FLAT * rounding):
@@ -72,17 +68,19 @@ def on_a_kink(at: AutogradLinearization, evaluate: Evaluate) -> bool:
     of it. Beside a solved problem's gradient a jump that happens to be near is many times as large.
     """
     direction, size = _step(at)
-
-    def difference(step: float) -> Tensor:
-        up, down = (evaluate(at.point + sign * step * direction)[0] for sign in (1.0, -1.0))
-        return up - down
-
-    wide, half, narrow = (difference(factor * _NEAR * size) for factor in (4.0, 2.0, 1.0))
+    steps = (factor * _NEAR * size * direction for factor in (4.0, 2.0, 1.0))
+    wide, half, narrow = (_differences(at, evaluate, step)[0] for step in steps)
     far, near = 2.0 * half - wide, 2.0 * narrow - half
     jump, left = float(near.norm()), float(at.gradient.norm())
     rounding = torch.finfo(at.point.dtype).eps * max(left, float(at.regularizer_norm()))
     there = jump > _FLAT * rounding and float((far - near).norm()) <= _CLEAR * jump
     return there and left > _NEAR * jump
+
+
+def _differences(at: AutogradLinearization, evaluate: Evaluate, step: Tensor) -> list[Tensor]:
+    """Of the gradients at both ends of two steps from the point, where they have one shape."""
+    pairs = zip(evaluate(at.point + step), evaluate(at.point - step), strict=False)
+    return [up - down for up, down in pairs if up.shape == down.shape]
 
 
 def _step(at: AutogradLinearization) -> tuple[Tensor, float]:

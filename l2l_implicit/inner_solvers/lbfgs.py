@@ -94,7 +94,7 @@ class LBFGSStep:
     def _iterate(self, at: Linearization, line_search: str | None) -> Tensor:
         """One iteration of torch's, from the present point."""
         if self._phi is None:
-            norm, strength = float(at.gradient_norm), at.quadratic.strength if at.quadratic else 0.0
+            norm, strength = float(at.gradient_norm), at.quadratic.strength
             # Torch drops pairs of differences whose product is below 1e-10, whatever the units:
             # in these, the product begins at about 1e6.
             self._unit = 1e6 / max(norm**2, 1e-20)

@@ -118,7 +118,7 @@ class NewtonStep:
         # After cuts, grow back step by step: each cut costs the evaluation of a loss.
         self._length, self._cuts = min(1.0, 2.0 * self._length), 0
         trial = self._expected()
-        while at.can_evaluate and self._cuts < _MOST_CUTS:  # search now
+        while at.elsewhere and self._cuts < _MOST_CUTS:  # search now
             there, gradient = at.evaluate(trial)
             rejected = self._rejects(float(there), float(gradient.norm()))
             del gradient  # before there are two

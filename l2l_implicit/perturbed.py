@@ -297,11 +297,7 @@ class Tilted(Linearization):
         value = torch.zeros_like(move[:, 0])
         if since is not None:
             value, slope, move = since.objective, since.gradient, base.point - since.point
-        self._objective = value + 0.5 * dot(self.gradient + slope, move)
-
-    @property
-    def objective(self) -> Tensor:
-        return self._objective
+        self.objective = value + 0.5 * dot(self.gradient + slope, move)
 
     def hvp(self, vector: Tensor) -> Tensor:
         return self._base.hvp(vector).add(vector, alpha=self._damping)

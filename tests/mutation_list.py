@@ -79,7 +79,7 @@ MUTATIONS = (
       "return weighted.addcmul_(self.probabilities, total, value=-1.0).mul_(self.scale)",
       "return weighted.mul_(self.scale)", GENERAL),
     m("the softmax's inverse without its coupling", IN_LOSSES,
-      "return each.sub_((self._each * common.mT.unsqueeze(1)).sum(3)).mT", "return each.mT",
+      "return by_class.sub_((each * common.mT.unsqueeze(1)).sum(3)).mT", "return by_class.mT",
       "linear_heads::test_the_inverse_is_that_of_the_dense_matrix"),
     m("the squared error's curvature halved", IN_LOSSES, "return change * (2.0 * self.scale)",
       "return change * self.scale", GENERAL),

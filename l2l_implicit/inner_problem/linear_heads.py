@@ -124,7 +124,7 @@ class LinearHeads(Linearization):
         return (self._rho * torch.bmm(gram, self._rho)).sum((1, 2)).clamp_min_(0.0).sqrt_()
 
     @property
-    def objective(self) -> Tensor:
+    def objective(self) -> Tensor:  # type: ignore[override]
         return self.loss.value(self.loss.outputs) + self.quadratic.value(self.point)
 
     def hvp(self, vector: Tensor) -> Tensor:

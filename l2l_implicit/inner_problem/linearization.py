@@ -118,7 +118,7 @@ class Linearization(ABC):
     Attributes:
         point: phi, task by task, shape ``[T, n]``, detached.
         quadratic: R in closed form; zero if the loss holds it already.
-        gradient: of g at ``point``, shape ``[T, n]``, detached.
+        gradient, objective: of g at ``point``, ``[T, n]``, detached; its values, ``[T]``.
         differentiable: whether there are products; without them there are value and gradient.
         steps: inner steps that led here, where the solver counts them itself, ``[T]``.
         elsewhere: what `evaluate` asks, where something can compute them there.
@@ -139,6 +139,7 @@ class Linearization(ABC):
     """
 
     gradient: Tensor
+    objective: Tensor
     differentiable = True
     steps: Tensor | None = None
     elsewhere: Evaluate | None = None
@@ -152,11 +153,6 @@ class Linearization(ABC):
     def gradient_norm(self) -> Tensor:
         """Euclidean norm of each task's gradient, shape ``[T]``."""
         return vector_norm(self.gradient, dim=1)
-
-    @property
-    @abstractmethod
-    def objective(self) -> Tensor:
-        """The values of g, shape ``[T]``."""
 
     @abstractmethod
     def hvp(self, vector: Tensor) -> Tensor:
@@ -283,7 +279,7 @@ class AutogradLinearization(Linearization):
         return True
 
     @property
-    def objective(self) -> Tensor:
+    def objective(self) -> Tensor:  # type: ignore[override]
         return self._value + self.quadratic.value(self.point)
 
     def hvp(self, vector: Tensor) -> Tensor:

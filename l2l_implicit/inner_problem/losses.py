@@ -104,7 +104,7 @@ class CrossEntropy(OutputLoss):
 
     def inverse(self, kernel: Tensor, alike: bool = False) -> Inverse:
         p = self.probabilities
-        return _SoftmaxInverse(p[..., :1] if alike else p, self.scale, kernel, p.shape[2])
+        return _softmax_inverse(p[..., :1] if alike else p, self.scale, kernel, p.shape[2])
 
     def movement(self, change: Tensor) -> Tensor:
         return math.sqrt(2.0) * change  # the most that two outputs of a sample part
@@ -147,7 +147,7 @@ class SquaredError(OutputLoss):
         return torch.full_like(self.outputs[:, 0, 0], 2.0 * self.scale)
 
 
-class _SoftmaxInverse:
+def _softmax_inverse(p: Tensor, scale: float, kernel: Tensor, classes: int) -> Inverse:
     r"""The inverse for the softmax, by one Cholesky factor for each class and one for all.
 
     With :math:`D_c` the diagonal matrix of the samples' :math:`s \, p_c`,
@@ -158,27 +158,27 @@ class _SoftmaxInverse:
     References:
         Rasmussen, Williams (2006), Gaussian Processes for ML, eq. 3.47, Algorithm 3.3.
     """
+    root = (scale * p).sqrt_().mT.unsqueeze(3)  # [T, k, m, 1]; one k where alike
+    eye = torch.eye(kernel.shape[1], dtype=kernel.dtype, device=kernel.device)
+    outer = root * root.mT
+    factor, _ = torch.linalg.cholesky_ex(torch.addcmul(eye, outer, kernel.unsqueeze(1)))
+    try:
+        each = torch.cholesky_inverse(factor).mul_(outer)  # E, [T, k, m, m]
+    except torch.linalg.LinAlgError as error:
+        raise FloatingPointError(
+            "linear head: expected features that float64 can tell apart at this l2, got a "
+            "singular system; scale the features down, or raise l2"
+        ) from error
+    # E is at most s; a singular total (classes without probability) is no harm that way.
+    total = each.sum(1)
+    if p.shape[2] < classes:
+        total.mul_(classes)
+    total.add_(eye, alpha=4.0 * torch.finfo(eye.dtype).eps * scale)
+    total_factor, _ = torch.linalg.cholesky_ex(total)
 
-    def __init__(self, probabilities: Tensor, scale: float, kernel: Tensor, classes: int) -> None:
-        root = (scale * probabilities).sqrt_().mT.unsqueeze(3)  # [T, k, m, 1]; one k where alike
-        eye = torch.eye(kernel.shape[1], dtype=kernel.dtype, device=kernel.device)
-        outer = root * root.mT
-        factor, _ = torch.linalg.cholesky_ex(torch.addcmul(eye, outer, kernel.unsqueeze(1)))
-        try:
-            self._each = torch.cholesky_inverse(factor).mul_(outer)  # E, [T, k, m, m]
-        except torch.linalg.LinAlgError as error:
-            raise FloatingPointError(
-                "linear head: expected features that float64 can tell apart at this l2, got a "
-                "singular system; scale the features down, or raise l2"
-            ) from error
-        # E is at most s; a singular total (classes without probability) is no harm that way.
-        total = self._each.sum(1)
-        if probabilities.shape[2] < classes:
-            total.mul_(classes)
-        total.add_(eye, alpha=4.0 * torch.finfo(eye.dtype).eps * scale)
-        self._total, _ = torch.linalg.cholesky_ex(total)
+    def inverse(right: Tensor) -> Tensor:
+        by_class = (each * right.mT.unsqueeze(2)).sum(3)  # [T, k, m]
+        common = torch.cholesky_solve(by_class.sum(1).unsqueeze(2), total_factor)
+        return by_class.sub_((each * common.mT.unsqueeze(1)).sum(3)).mT
 
-    def __call__(self, right: Tensor) -> Tensor:
-        each = (self._each * right.mT.unsqueeze(2)).sum(3)  # [T, k, m]
-        common = torch.cholesky_solve(each.sum(1).unsqueeze(2), self._total)
-        return each.sub_((self._each * common.mT.unsqueeze(1)).sum(3)).mT
+    return inverse

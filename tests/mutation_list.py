@@ -120,7 +120,7 @@ MUTATIONS = (
     m("targets of theta taken for constants", RECOGNITION,
       "if of_target is not None or outputs.dim()", "if outputs.dim()", RIGHT),
     m("any scale of a linear map recognised", RECOGNITION,
-      "plain = not bias or linear._saved_alpha == linear._saved_beta == 1", "plain = True",
+      "plain &= not bias or linear._saved_alpha == linear._saved_beta == 1", "plain &= True",
       "closed_form::test_other_spellings_of_a_linear_map"),
     m("features of phi taken for constants", RECOGNITION, "if node in inner:", "if False:",
       "closed_form::test_learner_fed_its_own_weight"),

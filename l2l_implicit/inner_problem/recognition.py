@@ -116,11 +116,10 @@ def recognize(
     edges = [transpose.next_functions[0], *bias]
     if len(edges) != len(parameters) or not all(map(_leads_to, edges, parameters)):
         return None
-    plain = not bias or linear._saved_alpha == linear._saved_beta == 1
-    if not plain or bias and parameters[1].shape not in ((k := len(parameters[0]),), (1, k)):
-        return None
     x = linear._saved_mat1 if bias else linear._saved_self  # the boundary's own copy
-    if x.layout is not torch.strided:
+    plain = x.layout is torch.strided
+    plain &= not bias or linear._saved_alpha == linear._saved_beta == 1
+    if not plain or bias and parameters[1].shape not in ((k := len(parameters[0]),), (1, k)):
         return None
     head = HeadLoss(x.detach(), None, None, bool(bias), targets, kind, scale)
     if any(map(_HOOKS, [loss, node._saved_self, x, *parameters])):

@@ -137,7 +137,7 @@ CORE = (
     "learner.py", "together.py", "implicit_diff.py", "diagnostics.py", "per_task_norm.py",
     "inner_problem", "inner_solvers", "linear_solvers",
 )  # fmt: skip
-CORE_LINES, LIBRARY_LINES, FILES, FUNCTIONS = 4961, 9746, 12, 80
+CORE_LINES, LIBRARY_LINES, FILES, FUNCTIONS = 4960, 9745, 12, 80
 LABELS = torch.arange(25) % 5
 
 

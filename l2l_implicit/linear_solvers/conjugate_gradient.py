@@ -1,6 +1,5 @@
 """Conjugate gradient, the default solver of the linear system."""
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 from l2l_implicit import checks
 from l2l_implicit.linear_solvers import solution
 from l2l_implicit.linear_solvers.preconditioners import Preconditioner
-from l2l_implicit.linear_solvers.solution import LinearSolution, Matvec, System, dot
+from l2l_implicit.linear_solvers.solution import LinearSolution, Matvec, RightHandSides, System, dot
 
 
 @dataclass(frozen=True)
@@ -96,14 +95,11 @@ def conjugate_gradient(
         Golub, Van Loan, Matrix Computations, Algorithm 11.5.1 (preconditioned).
     """
     system, plain = System.of(matvec), inverse is None
-    scale = solution.largest_entry(b)
-    lost, zero = ~scale.isfinite(), scale == 0
-    unit = torch.where(lost | zero, 1.0, scale).unsqueeze(1)
-    # In units of the largest entry of b no square overflows or underflows.
-    r = torch.where(lost.unsqueeze(1), 0.0, b / unit)
-    b_norm, v = dot(r, r).sqrt(), torch.zeros_like(r)
+    right = RightHandSides(b)
+    r, b_norm, lost, zero = right.scaled, right.norm, right.lost, right.zero
+    v = torch.zeros_like(r)
     if start is not None:
-        v = start / unit
+        v = start / right.units
         residual = r - system(v)
         worse = ~(dot(residual, residual).sqrt() <= b_norm).unsqueeze(1)  # nan is worse
         v, r = v.masked_fill_(worse, 0.0), torch.where(worse, r, residual)
@@ -149,17 +145,12 @@ def conjugate_gradient(
         # |p|^2 by its own recursion where r and the last p are orthogonal.
         pp = rr + zeta * zeta * pp if plain else dot(p, p)
         threshold = system.enough(tol, b_norm, v)
-    relative, v = rr.sqrt() / torch.where(b_norm > 0, b_norm, 1.0), v.mul_(unit)
-    lost = lost | ~v.sum(1).isfinite()
-    if bool(lost.any()):
-        v = torch.where(lost.unsqueeze(1), 0.0, v)
-        relative = torch.where(lost, math.inf, relative)
+    left = rr.sqrt()
     reasons = {
-        solution.NON_FINITE: lost | unknown, solution.ZERO: zero,
-        solution.NOT_POSITIVE: indefinite, solution.TRUNCATED: short,
-        solution.CONVERGED: rr.sqrt() <= threshold,
+        solution.NON_FINITE: unknown, solution.NOT_POSITIVE: indefinite, solution.TRUNCATED: short,
+        solution.CONVERGED: left <= threshold,
     }  # fmt: skip
-    return LinearSolution(v, taken, relative, solution.first_reason(reasons))
+    return right.answer(v, taken, left, lost, reasons)
 
 
 def _to_sphere(v: Tensor, p: Tensor, pp: Tensor, radius: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """The matrix written out and factored: a linear solver for small systems."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor
 
 from l2l_implicit import checks
 from l2l_implicit.linear_solvers import solution
-from l2l_implicit.linear_solvers.solution import LinearSolution, Matvec, largest_entry
+from l2l_implicit.linear_solvers.solution import LinearSolution, Matvec, RightHandSides, norm
 
 LARGEST = 4096
 
@@ -48,16 +47,16 @@ class Direct:
         if n > LARGEST:
             expected = f"linear=Direct(): expected at most {LARGEST} unknowns"
             raise ValueError(f"{expected}, got {n} parameters; use linear=CG()")
-        scale = largest_entry(b)  # in units of which no square overflows
-        unit = b / torch.where((scale > 0) & scale.isfinite(), scale, 1.0).unsqueeze(1)
-        unit = unit.unsqueeze(2)
-        a, column = b.new_empty(len(b), n, n), torch.zeros_like(b)
+        right = RightHandSides(b)
+        wide = torch.promote_types(b.dtype, torch.float32)  # torch factors no half precision
+        unit = right.scaled.to(wide).unsqueeze(2)
+        a, column = b.new_empty(len(b), n, n, dtype=wide), torch.zeros_like(b)
         for i in range(n):
             column[:, i] = 1.0
             a[:, i] = hvp(column)
             column[:, i] = 0.0
         a = (a + a.mT).mul_(0.5)  # the half of it that is rounding's asymmetry dropped
-        sound = scale.isfinite() & a.isfinite().all(2).all(1)
+        sound = a.isfinite().all(2).all(1)
         a = torch.where(sound.view(-1, 1, 1), a, 0.0)
         factor, info = torch.linalg.cholesky_ex(a)
         v, indefinite = torch.cholesky_solve(unit, factor), info != 0
@@ -65,14 +64,7 @@ class Direct:
             by_lu, singular = torch.linalg.solve_ex(a, unit)
             usable = (singular == 0) & by_lu.isfinite().flatten(1).all(1)
             v[indefinite] = torch.where(usable.view(-1, 1, 1), by_lu, 0.0)[indefinite]
-        relative = ((unit - a @ v).norm(dim=1) / unit.norm(dim=1)).squeeze(1)
-        v = v.squeeze(2) * scale.unsqueeze(1)
-        lost = ~(sound & v.sum(1).isfinite())
-        v = torch.where(lost.unsqueeze(1), 0.0, v)
-        relative = torch.where(lost, math.inf, torch.where(scale > 0, relative, 0.0))
-        reasons = {
-            solution.NON_FINITE: lost, solution.ZERO: scale == 0,
-            solution.NOT_POSITIVE: indefinite, solution.CONVERGED: ~lost,
-        }  # fmt: skip
-        steps = torch.full_like(scale, n, dtype=torch.long)
-        return LinearSolution(v, steps, relative, solution.first_reason(reasons))
+        left, v = norm((unit - a @ v).squeeze(2)), v.squeeze(2)
+        steps = torch.full_like(right.zero, n, dtype=torch.long)
+        reasons = {solution.NOT_POSITIVE: indefinite, solution.CONVERGED: sound}
+        return right.answer(v, steps, left, ~sound, reasons)

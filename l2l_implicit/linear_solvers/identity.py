@@ -50,4 +50,4 @@ class Identity:
 
     def solve(self, hvp: Matvec, b: Tensor, start: Tensor | None = None) -> LinearSolution:
         """``step_size * b``, ``[T, n]``, with the residual that it leaves."""
-        return applied_once(hvp, b, lambda right: right * self.step_size)
+        return applied_once(hvp, b, lambda right: right * self.step_size, {})

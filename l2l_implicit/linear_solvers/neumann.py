@@ -1,16 +1,14 @@
 """The truncated Neumann series, a linear solver without inner products."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.linalg import vector_norm
 
 from l2l_implicit import checks
 from l2l_implicit.linear_solvers import solution
 from l2l_implicit.linear_solvers.curvature import largest_curvature
-from l2l_implicit.linear_solvers.solution import LinearSolution, Matvec, System
+from l2l_implicit.linear_solvers.solution import Matvec, RightHandSides, System, norm
 
 
 @dataclass(frozen=True)
@@ -54,43 +52,39 @@ class Neumann:
         if self.step_size is not None:
             checks.positive("Neumann: step_size", self.step_size)
 
-    def solve(self, hvp: Matvec, b: Tensor, start: Tensor | None = None) -> LinearSolution:
+    def solve(
+        self, hvp: Matvec, b: Tensor, start: Tensor | None = None
+    ) -> solution.LinearSolution:
         """The sums of the smallest residuals, ``[T, n]``, for right-hand sides ``b``."""
-        system, b_norm, v = System.of(hvp), vector_norm(b, dim=1), torch.zeros_like(b)
-        broken, zero = ~b_norm.isfinite(), b_norm == 0
-        r = torch.where(broken.unsqueeze(1), 0.0, b)
+        system, right = System.of(hvp), RightHandSides(b)
+        r, v, broken = right.scaled, torch.zeros_like(b), right.lost
         if start is not None:
+            start = start / right.units
             residual = r - system(start)
-            better = vector_norm(residual, dim=1) <= b_norm  # False for one that is not finite
-            v = torch.where(better.unsqueeze(1), start, v)
-            r = torch.where(better.unsqueeze(1), residual, r)
+            better = (norm(residual) <= right.norm).unsqueeze(1)  # False for one that is not finite
+            v, r = torch.where(better, start, v), torch.where(better, residual, r)
         if self.step_size is None:
             largest = largest_curvature(system, b)
             broken, alpha = broken | ~largest.isfinite(), torch.where(largest > 0, 1 / largest, 0.0)
         else:
-            alpha = torch.full_like(b_norm, self.step_size)
-        norm = first = smallest = vector_norm(r, dim=1)
+            alpha = torch.full_like(right.norm, self.step_size)
+        left = first = smallest = norm(r)
         best, diverged = v, (alpha == 0.0) & ~broken
-        active, steps = ~(broken | zero | diverged), torch.zeros_like(zero, dtype=torch.long)
+        active = ~(broken | right.zero | diverged)
+        steps = torch.zeros_like(active, dtype=torch.long)
         for _ in range(self.steps):
-            active = active & (norm > system.enough(self.tol, b_norm, v)) & norm.isfinite()
+            active = active & (left > system.enough(self.tol, right.norm, v)) & left.isfinite()
             if not bool(active.any()):
                 break
             share = torch.where(active, alpha, 0.0).unsqueeze(1)
             product = torch.where(active.unsqueeze(1), system(r), 0.0)
             v, r, steps = v + share * r, r - share * product, steps + active
-            norm = torch.where(active, vector_norm(r, dim=1), norm)
-            broken = broken | (active & ~norm.isfinite() & (steps == 1))
-            diverged = torch.where(active, ~(norm <= first), diverged)
-            better = norm < smallest
+            left = torch.where(active, norm(r), left)
+            broken = broken | (active & ~left.isfinite() & (steps == 1))
+            diverged = torch.where(active, ~(left <= first), diverged)
+            better = left < smallest
             best = torch.where(better.unsqueeze(1), v, best)
-            smallest = torch.where(better, norm, smallest)
-        best = torch.where(broken.unsqueeze(1), 0.0, best)
-        relative = torch.where(b_norm > 0, smallest / b_norm, 0.0)
-        relative = torch.where(broken, math.inf, relative)
-        reasons = {
-            solution.NON_FINITE: broken, solution.ZERO: zero,
-            solution.CONVERGED: smallest <= system.enough(self.tol, b_norm, best),
-            solution.DIVERGED: diverged,
-        }  # fmt: skip
-        return LinearSolution(best, steps, relative, solution.first_reason(reasons))
+            smallest = torch.where(better, left, smallest)
+        converged = smallest <= system.enough(self.tol, right.norm, best)
+        reasons = {solution.CONVERGED: converged, solution.DIVERGED: diverged}
+        return right.answer(best, steps, smallest, broken, reasons)

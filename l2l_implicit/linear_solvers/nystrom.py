@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from l2l_implicit import checks
+from l2l_implicit.linear_solvers import solution
 from l2l_implicit.linear_solvers.solution import LinearSolution, Matvec, System, applied_once
 
 
@@ -67,7 +68,8 @@ class Nystrom:
             )
         rows, values, indefinite = self._sketch(system, b, shift)
         share = values / (values + shift)
-        answer = applied_once(system, b, lambda v: (v - _along(rows, share, v)) / shift, indefinite)
+        told = {solution.NOT_POSITIVE: indefinite}
+        answer = applied_once(system, b, lambda v: (v - _along(rows, share, v)) / shift, told)
         return replace(answer, steps=answer.steps + rows.shape[1])
 
     def inverse(self, hvp: Matvec, like: Tensor) -> Matvec:
@@ -94,7 +96,8 @@ class Nystrom:
         image = torch.stack(images, 1) if images else like.new_zeros(len(like), 0, n)
         lost = ~image.sum((1, 2)).isfinite()
         image = torch.where(lost.view(-1, 1, 1), 0.0, image)
-        core = torch.matmul(image, test.mT)
+        image = image.to(torch.promote_types(like.dtype, torch.float32))  # torch factors no halves
+        core = torch.matmul(image, test.mT.to(image))
         values, basis = torch.linalg.eigh(0.5 * (core + core.mT))
         # Below rounding, and where it is negative, the sketch says nothing.
         floor = 10.0 * eps * shape[1] * (values.abs().amax(1, keepdim=True) + shift)
@@ -102,7 +105,7 @@ class Nystrom:
         scale = torch.where(kept, torch.where(kept, values, 1.0).rsqrt(), 0.0)
         root = torch.bmm(basis.mT, image) * scale.unsqueeze(2)
         _, singular, rows = torch.linalg.svd(root, full_matrices=False)
-        return rows, singular.square(), (values < -floor).any(1)
+        return rows.to(like), singular.square().to(like), (values < -floor).any(1)
 
 
 def _along(rows: Tensor, factors: Tensor, vector: Tensor) -> Tensor:

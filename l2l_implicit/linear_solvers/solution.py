@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
-from torch.linalg import vector_norm
 
 if TYPE_CHECKING:
     from l2l_implicit.inner_problem.linearization import Linearization
@@ -111,15 +110,46 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).view(-1)
 
 
-def largest_entry(b: Tensor) -> Tensor:
-    """The largest modulus of each row, ``[T, n] -> [T]``; 0 where there is none."""
-    return b.abs().amax(1) if b.shape[1] else b.new_zeros(len(b))
+def norm(a: Tensor) -> Tensor:
+    """Norms task by task, ``[T, n] -> [T]``."""
+    return dot(a, a).sqrt()
 
 
-def first_reason(masks: Mapping[str, Tensor]) -> list[str]:
-    """For each task the first text whose mask, ``[T]``, holds; without any, `MAX_STEPS`."""
-    rows = torch.stack([*masks.values()], 1).tolist()
-    return [next(itertools.compress(masks, row), MAX_STEPS) for row in rows]
+class RightHandSides:
+    """T right-hand sides in units, powers of two, in which no square overflows or underflows.
+
+    Attributes:
+        units: ``[T, 1]``; ``scaled``: ``b`` in them, ``[T, n]``, zero where it is not finite, and
+        its ``norm``, ``[T]``; ``zero``, ``lost``: whether ``b`` is zero, or not finite, ``[T]``.
+    """
+
+    def __init__(self, b: Tensor) -> None:
+        largest = b.abs().amax(1) if b.shape[1] else b.new_zeros(len(b))
+        self.zero, self.lost = largest == 0, ~largest.isfinite()
+        units = largest / (2.0 * torch.frexp(largest).mantissa)
+        self.units = torch.where(self.zero | self.lost, 1.0, units).unsqueeze(1)
+        self.scaled = torch.where(self.lost.unsqueeze(1), 0.0, b / self.units)
+        self.norm = norm(self.scaled)
+
+    def answer(
+        self, v: Tensor, steps: Tensor, left: Tensor, lost: Tensor, reasons: Mapping[str, Tensor]
+    ) -> LinearSolution:
+        """``v``, which is overwritten, in ``b``'s own units.
+
+        Args:
+            v, left: the solution, ``[T, n]``, and the norm of its residual, ``[T]``.
+            steps, lost: as in the solution; of what nothing can be trusted.
+            reasons: texts and whether each holds, ``[T]``: the first is told, or `MAX_STEPS`.
+        """
+        v = v.mul_(self.units).to(self.units.dtype)
+        lost = lost | self.lost | ~v.sum(1).isfinite()
+        relative = torch.where(lost, math.inf, left / torch.where(self.zero, 1.0, self.norm))
+        masks = torch.stack([lost, self.zero, *reasons.values()], 1).tolist()
+        texts = [NON_FINITE, ZERO, *reasons]
+        told = [next(itertools.compress(texts, row), MAX_STEPS) for row in masks]
+        return LinearSolution(
+            v.masked_fill_(lost.unsqueeze(1), 0.0), steps, relative.to(v.dtype), told
+        )
 
 
 class System:
@@ -166,30 +196,22 @@ class System:
         """
         if self._accuracy is None:
             return tol * b_norm
-        scale = self.shift * vector_norm(v, dim=1) if self.shift > 0.0 else b_norm
+        scale = self.shift * norm(v) if self.shift > 0.0 else b_norm
         return self._accuracy * scale
 
 
 def applied_once(
-    hvp: Matvec, b: Tensor, inverse: Matvec, indefinite: Tensor | None = None
+    hvp: Matvec, b: Tensor, inverse: Matvec, reasons: Mapping[str, Tensor]
 ) -> LinearSolution:
     """``inverse(b)`` as the solution, with its true residual, for which one product is spent.
 
     Args:
         hvp, b: of the system.
         inverse: products with an approximate inverse, ``[T, n]``.
-        indefinite: the tasks whose matrix was found not to be positive semidefinite, ``[T]``.
+        reasons: what else is to be told, ``[T]``.
     """
-    b_norm = vector_norm(b, dim=1)
-    zero, lost = b_norm == 0, ~b_norm.isfinite()
-    v = inverse(torch.where(lost.unsqueeze(1), 0.0, b))
-    relative = vector_norm(b - hvp(v), dim=1) / torch.where(zero, 1.0, b_norm)
-    lost = lost | ~(relative.isfinite() & v.sum(1).isfinite())
-    reasons = {NON_FINITE: lost, ZERO: zero}
-    if indefinite is not None:
-        reasons[NOT_POSITIVE] = indefinite
-    reasons[APPROXIMATED] = ~lost
-    return LinearSolution(
-        torch.where(lost.unsqueeze(1), 0.0, v), torch.ones_like(zero, dtype=torch.long),
-        torch.where(lost, math.inf, relative), first_reason(reasons),
-    )  # fmt: skip
+    right = RightHandSides(b)
+    v = inverse(right.scaled)
+    left, steps = norm(right.scaled - hvp(v)), torch.ones_like(right.zero, dtype=torch.long)
+    lost = ~left.isfinite()
+    return right.answer(v, steps, left, lost, {**reasons, APPROXIMATED: ~lost})

@@ -1,16 +1,17 @@
 """`UnrolledMAML`: back-propagation through the inner loop, by way of ``higher``."""
 
 import warnings
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from l2l_implicit import checks
-from l2l_implicit.baselines.differentiable_update import DifferentiableUpdate
 from l2l_implicit.baselines.learner import BaselineLearner
-from l2l_implicit.baselines.optimizers import Factory
+from l2l_implicit.baselines.optimizers import Factory, differentiable
 from l2l_implicit.inner_problem.boundary import find_meta_inputs
+from l2l_implicit.inner_problem.linearization import gradients_of
 from l2l_implicit.vectors import substitute
 
 Self = TypeVar("Self", bound="UnrolledMAML")
@@ -87,22 +88,27 @@ class UnrolledMAML(BaselineLearner):
         if each is not None:
             checks.step_sizes(each, list(model.parameters()))
             self.lr = each
-        DifferentiableUpdate(optimizer, list(model.parameters()), clip_norm)  # fails now if at all
         self.learn_init, self.optimizer, self.clip_norm = learn_init, optimizer, clip_norm
-        self._update: DifferentiableUpdate | None = None
+        self._update: Any = None
         self._made_by: tuple[Any, ...] = ()  # the update's settings
+        self._make_update(list(model.parameters()))  # fails now if at all
         checks.hidden_names(self, model)
 
     def _begin(self, parent: Self) -> None:
         self._update = None
+
+    def _make_update(self, parameters: Sequence[Tensor]) -> None:
+        if self.clip_norm is not None:
+            checks.positive("clip_norm", self.clip_norm)
+        self._made_by = self.optimizer, self.clip_norm
+        self._update = differentiable(self.optimizer, parameters)
 
     def _step(self, loss: Tensor, unused: bool, first_order: bool, keep: bool) -> None:
         parameters = list(self.module.parameters())
         lr = self.lr.reshape(()) if isinstance(self.lr, Tensor) else self.lr
         lrs = list(lr) if isinstance(lr, list | nn.ParameterList) else [lr]
         if self._update is None or self._made_by != (self.optimizer, self.clip_norm):
-            self._made_by = self.optimizer, self.clip_norm
-            self._update = DifferentiableUpdate(self.optimizer, parameters, self.clip_norm)
+            self._make_update(parameters)
             learned = self.learn_init or any(getattr(rate, "requires_grad", False) for rate in lrs)
             if keep and not (learned or first_order or find_meta_inputs(loss, parameters).leaves):
                 warnings.warn(
@@ -110,7 +116,36 @@ class UnrolledMAML(BaselineLearner):
                     "adapted parameters alone; pass features with their graph, or learn_init=True",
                     stacklevel=3,
                 )
-        take = self._update.unrolled if keep and not first_order else self._update.first_order
+        unrolled = keep and not first_order
+        adapted = [p for p in parameters if p.requires_grad]
+        found = gradients_of(loss, adapted, create_graph=unrolled, allow_unused=True)
+        checks.used(found, unused)
+        if not unrolled:
+            checks.dense(found)
+        clipped = iter(self._clipped(found))
+        gradients = [next(clipped) if p.requires_grad else None for p in parameters]
+        start = parameters if unrolled else [p.detach() for p in parameters]
         with torch.set_grad_enabled(keep):
-            new = take(loss, parameters, lrs, unused)
+            new = self._update.step(
+                torch.zeros((), requires_grad=True),  # higher need not look: gradients are known
+                start,
+                override={"lr": lrs},
+                grad_callback=lambda _: gradients,
+            )
+            if keep and first_order:
+                # Whatever the optimiser makes of gradients and parameters is a constant too.
+                triples = zip(parameters, start, new, strict=True)
+                new = [p + (q - c) if p.requires_grad else p for p, c, q in triples]
+        if not keep:
+            pairs = zip(parameters, new, strict=True)
+            new = [q.requires_grad_(p.requires_grad) for p, q in pairs]
         substitute(self.module, parameters, new)
+
+    def _clipped(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """The gradients, scaled down if they are too long; the scale has a derivative too."""
+        if self.clip_norm is None:
+            return gradients
+        norm = torch.stack([g.square().sum() for g in gradients if g is not None]).sum().sqrt()
+        if not float(norm.detach()) > self.clip_norm:
+            return gradients
+        return [None if g is None else g * (self.clip_norm / norm) for g in gradients]

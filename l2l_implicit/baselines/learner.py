@@ -64,9 +64,9 @@ class BaselineLearner(MAML):
         pairs = zip(clone.module.parameters(), self.module.parameters(), strict=True)
         for copied, initial in pairs:
             copied.requires_grad_(initial.requires_grad)  # a copy without a history loses it
-        clone.first_order = _first(first_order, self.first_order)
-        clone.allow_unused = _first(allow_unused, self.allow_unused)
-        clone.allow_nograd = _first(allow_nograd, self.allow_nograd)
+        given = {"first_order": first_order, "allow_unused": allow_unused,
+                 "allow_nograd": allow_nograd}  # fmt: skip
+        vars(clone).update((name, flag) for name, flag in given.items() if flag is not None)
         clone._begin(self)
         return clone
 
@@ -88,10 +88,11 @@ class BaselineLearner(MAML):
         Raises:
             ValueError: if the loss is no finite scalar that depends on the parameters.
         """
-        first_order = _first(first_order, self.first_order)
-        unused = _first(allow_unused, self.allow_unused)
-        checks.adapt(loss, steps)
-        checks.inner_parameters(self.module, _first(allow_nograd, self.allow_nograd))
+        first_order = self.first_order if first_order is None else first_order
+        unused = self.allow_unused if allow_unused is None else allow_unused
+        nograd = self.allow_nograd if allow_nograd is None else allow_nograd
+        checks.adapt(loss, steps, first_order=first_order, allow_unused=unused, allow_nograd=nograd)
+        checks.inner_parameters(self.module, nograd)
         keep, call = torch.is_grad_enabled(), (lambda: loss) if isinstance(loss, Tensor) else loss
         with torch.enable_grad():
             for _ in range(steps or 1):  # no name for the loss: its graph ends with the step
@@ -101,7 +102,3 @@ class BaselineLearner(MAML):
                     if "second time" not in str(error):
                         raise
                     raise RuntimeError(refusals.of_gradients(error)) from error
-
-
-def _first(given: bool | None, otherwise: bool) -> bool:
-    return otherwise if given is None else given

@@ -99,8 +99,10 @@ def test_reptile_takes_every_optimizer_and_its_original_no_outer_gradient(
     (lambda learner: learner.module.weight.square().sum(), None,
      "1 of them do not enter; pass allow_unused=True"),
     (lambda learner: lambda: with_backward(learner), 2, "leave both to adapt()"),
+    (lambda learner: setattr(learner, "first_order", "no") or learner(X).sum(), None,
+     "first_order: expected True or False, got 'no'"),
 ])  # fmt: skip
-def test_losses(loss: Any, steps: int | None, words: str, cls: type) -> None:
+def test_losses_and_flags(loss: Any, steps: int | None, words: str, cls: type) -> None:
     """And the learner is as it was; the same checks as of the implicit learners."""
     learner = cls(head(), 0.1).clone()
     before, given = list(learner.module.parameters()), loss(learner)

@@ -49,6 +49,9 @@ class ImageTable(Dataset):
         self._mean = None if mean is None else 255 * torch.tensor(mean).view(-1, 1, 1)
         self._std = None if std is None else 255 * torch.tensor(std).view(-1, 1, 1)
         whole = isinstance(images, Tensor)
+        if whole and (images.dtype != torch.uint8 or len(images) != len(self)):
+            got = f"{len(self)} labels for images of {images.dtype}, shape {tuple(images.shape)}"
+            raise ValueError(f"expected uint8 images and a label for each, got {got}")
         read = images.__getitem__ if whole else lambda index: images[index][0]
         self._read = functools.cache(read) if keep and not whole else read
         self.augment: Callable[[Tensor], Tensor] | None = None

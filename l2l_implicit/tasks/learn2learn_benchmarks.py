@@ -6,6 +6,7 @@ learn2learn's. Its benchmark functions are not used: without an option they leav
 data they list. See `docs/tasks.md` for what each file is and where it belongs.
 """
 
+import operator
 import os
 import pickle
 import shutil
@@ -22,7 +23,6 @@ from unittest import mock
 import numpy as np
 import torch
 from learn2learn.vision.datasets import CIFARFS, FC100, MiniImagenet, TieredImagenet
-from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms.functional import pil_to_tensor
@@ -85,6 +85,14 @@ SAFE_PICKLE = SimpleNamespace(
 )
 
 
+class StoredPictures(TieredImagenet):
+    """learn2learn's; what cannot be read is named."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor]:
+        name = Path("tiered-imagenet", self.mode, str(index))
+        return (_pixels(name, 84, bytes(self.images[index])),)
+
+
 class WholeCifarfs(CIFARFS):
     """learn2learn's, whose copy of the images by mode appears only once all of it is there.
 
@@ -111,8 +119,8 @@ def cifarfs(root: Path, mode: str, device: Device) -> ImageTable:
         leaves = ("cifarfs", "cifarfs/processed", "cifarfs.zip")
         provide("cifarfs", root, needed, partial(CIFARFS, str(root), mode, download=True), leaves)
     with damage_explained("cifarfs", root, [copied]):
-        data = WholeCifarfs(str(root), mode, transform=pil_to_tensor)
-        data.loader = _rgb
+        data = WholeCifarfs(str(root), mode)
+        data.loader = lambda path: _pixels(Path(path), 32)
         listed = root / "cifarfs/cifar100/splits/bertinetto" / f"{short}.txt"
         # An interrupted copy leaves classes out, and would never be noticed.
         if listed.is_file() and sorted(listed.read_text().split()) != sorted(data.classes):
@@ -128,7 +136,7 @@ def fc100(root: Path, mode: str, device: Device) -> ImageTable:
     with damage_explained("fc100", root, [item for item in needed if SHORT[mode] in item.path]):
         data = FC100(str(root), mode)
         images, (labels, names) = _channels_first(data.images), _consecutive(data.labels)
-    return ImageTable(images, labels, names, device=device)
+        return ImageTable(images, labels, names, device=device)
 
 
 def mini_imagenet(root: Path, mode: str, device: Device) -> ImageTable:
@@ -146,7 +154,7 @@ def mini_imagenet(root: Path, mode: str, device: Device) -> ImageTable:
         data = MiniImagenet(str(root), mode)
         # data.x holds the same images as float32, four times the memory: not kept.
         images, labels = _channels_first(data.data["image_data"]), data.y.astype(int).tolist()
-    return ImageTable(images, labels, list(data.class_idx), device=device)
+        return ImageTable(images, labels, list(data.class_idx), device=device)
 
 
 def tiered_imagenet(root: Path, mode: str, device: Device) -> ImageTable:
@@ -156,10 +164,12 @@ def tiered_imagenet(root: Path, mode: str, device: Device) -> ImageTable:
     download = partial(TieredImagenet, str(root), mode, download=True)
     provide("tiered_imagenet", root, needed, download, leaves)
     with damage_explained("tiered_imagenet", root, needed):
-        data = TieredImagenet(str(root), mode, transform=_pixels)
+        data = StoredPictures(str(root), mode)
         labels, names = _consecutive(data.labels)
-    # Not kept decoded: the encoded images are in memory already, 12 GB of them.
-    return ImageTable(data, labels, names, device=device, keep=False)
+        if len(labels) != len(data.images):
+            raise ValueError(f"{len(labels)} labels for {len(data.images)} images")
+        # Not kept decoded: the encoded images are in memory already, 12 GB of them.
+        return ImageTable(data, labels, names, device=device, keep=False)
 
 
 def lee2019(side: int) -> Callable[[Tensor], Tensor]:
@@ -244,7 +254,7 @@ LEARN2LEARN: dict[str, Callable[..., Benchmark]] = {
 
 def _consecutive(labels: Iterable[Any]) -> tuple[list[int], list[str]]:
     """Labels 0, 1, ... in the order in which they first come, and what they were."""
-    values = [int(label) for label in labels]
+    values = [operator.index(label) for label in labels]  # no fraction is dropped
     position = {label: index for index, label in enumerate(dict.fromkeys(values))}
     return [position[label] for label in values], [str(label) for label in position]
 
@@ -253,10 +263,9 @@ def _channels_first(images: np.ndarray) -> Tensor:
     return torch.from_numpy(np.asarray(images)).permute(0, 3, 1, 2)
 
 
-def _pixels(picture: Image.Image) -> Tensor:
-    return pil_to_tensor(picture.convert("RGB"))
-
-
-def _rgb(path: str) -> Image.Image:
-    with opened(Path(path)) as picture:
-        return picture.convert("RGB")
+def _pixels(path: Path, side: int, stored: bytes | None = None) -> Tensor:
+    with opened(path, stored) as picture:
+        if picture.size != (side, side):
+            width, height = picture.size
+            raise ValueError(f"{width} x {height} pixels instead of {side} x {side}")
+        return pil_to_tensor(picture.convert("RGB"))

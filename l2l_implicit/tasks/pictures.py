@@ -1,6 +1,7 @@
 """Pictures on disk: one of any kind as a square of pixels, and many kept reduced for next time."""
 
 import hashlib
+import io
 import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
@@ -52,16 +53,20 @@ def read_square(path: Path, size: int) -> tuple[NDArray[np.uint8], bool]:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
-    """A picture, not decoded yet; whatever goes wrong within is a ValueError that names it."""
+def opened(path: Path, stored: bytes | None = None) -> Iterator[Image.Image]:
+    """A picture, not decoded yet; whatever goes wrong within is a ValueError that names it.
+
+    With its content ``stored`` in memory ``path`` is a name only.
+    """
+    source = str(path) if stored is None else io.BytesIO(stored)
     try:
-        if not path.is_file():  # opening a FIFO would wait
+        if stored is None and not path.is_file():  # opening a FIFO would wait
             raise OSError("no regular file")
-        with Image.open(path, formats=FORMATS) as picture:
+        with Image.open(source, formats=FORMATS) as picture:
             tags = getattr(picture, "tag_v2", {})  # of a TIFF, whose tiles are decoded as a whole
             sides = zip(picture.size, TILE, strict=True)
             width, height = (max(side, tags.get(tag, 0)) for side, tag in sides)
-            length = path.stat().st_size
+            length = path.stat().st_size if stored is None else len(stored)
             if width * height > max(FEW_PIXELS, PIXELS_A_BYTE * length):
                 raise ValueError(f"{width} x {height} pixels in {length} bytes")
             clear = str(picture.tile) if "transparency" in picture.info else ""
@@ -73,7 +78,7 @@ def opened(path: Path) -> Iterator[Image.Image]:
                 raise ValueError("levels that it misreads (save it with 8 bit)")
             yield picture
     except Exception as error:  # Pillow's readers raise whatever a damaged file makes them raise
-        reason = str(error).replace(repr(str(path)), "it").replace(str(path), "it")
+        reason = str(error).replace(repr(source), "it").replace(str(path), "it")
         raise ValueError(
             f"expected a picture that Pillow reads in {printable(path)}, got "
             f"{printable(' '.join(reason.split())) or type(error).__name__}: remove or replace it"

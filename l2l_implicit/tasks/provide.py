@@ -112,6 +112,10 @@ def removed_if_interrupted(paths: Iterable[Path]) -> Iterator[None]:
 def damage_explained(name: str, root: Path, needed: Sequence[Needed]) -> Iterator[None]:
     """Raises ValueError, saying what to replace, where reading files that are there fails."""
     try:
+        for item in needed:
+            place = root / item.path
+            if place.exists() and not (place.is_file() or place.is_dir()):  # reading would wait
+                raise ValueError(f"{item.path} is no regular file")
         yield
     except Exception as error:  # on damaged files the loaders raise anything
         places = ", ".join(str(root / item.path) for item in needed)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from l2l_implicit import checks
 from l2l_implicit.tasks.image_table import Device
 from l2l_implicit.tasks.tasksets import MODES, Benchmark, refuse_unknown
 
@@ -51,8 +52,7 @@ def sine_tasksets(
         device, kwargs: see `get_tasksets`.
 
     Raises:
-        ValueError: less than one point.
-        TypeError: an unknown option.
+        ValueError, TypeError: less than one point, or no whole number; an unknown option.
 
     Example:
         >>> import learn2learn, l2l_implicit.tasks
@@ -62,9 +62,8 @@ def sine_tasksets(
     """
     refuse_unknown(kwargs, own=())
     samples = dict(zip(MODES, (train_samples, test_samples, test_samples), strict=True))
-    for mode, number in samples.items():
-        if number < 1:
-            raise ValueError(f"expected at least 1 point in a {mode} task, got {number}: pass 20")
+    checks.count("train_samples", train_samples)
+    checks.count("test_samples", test_samples)
     point = TensorDataset(torch.zeros(1, 1), torch.zeros(1, 1))  # tasks are drawn, not looked up
     datasets = tuple(l2l.data.MetaDataset(point, labels_to_indices={}) for _ in MODES)
     draws = (functools.partial(draw_sine, number, device) for number in samples.values())

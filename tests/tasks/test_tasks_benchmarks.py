@@ -2,11 +2,13 @@
 
 import l2l_implicit  # noqa: F401, I001  (first: it makes learn2learn importable)
 
+import io
 import os
 import pickle
 import random
 import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -295,24 +297,77 @@ def test_half_a_download_is_removed(tmp_path: Path, monkeypatch: MonkeyPatch) ->
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("name", "file"), [
-    ("fc100", "FC100_val.pickle"), ("mini_imagenet", "mini-imagenet-cache-train.pkl"),
-    ("tiered_imagenet", "tiered-imagenet/test_images_png.pkl"), ("fc100", "fc100.zip"),
+def small_png(*size: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size).save(file, "png")
+    return file.getvalue()
+
+
+def half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def device(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def changed(key: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        content = pickle.loads(path.read_bytes())
+        path.write_bytes(pickle.dumps({**content, key: change(content[key])}))
+
+    return write
+
+
+@pytest.mark.parametrize(("name", "file", "damage", "words"), [
+    ("fc100", "FC100_val.pickle", half, ""), ("fc100", "FC100_val.pickle", device, "no regular"),
+    ("fc100", "FC100_val.pickle", changed("labels", lambda labels: labels[1:]), "8 labels for"),
+    ("fc100", "FC100_val.pickle", changed("labels", lambda labels: [0.5, *labels[1:]]), "'float'"),
+    ("fc100", "FC100_val.pickle", changed("data", lambda data: data / 255), "images of .*float64"),
+    ("mini_imagenet", "mini-imagenet-cache-train.pkl", half, ""),
+    ("mini_imagenet", "mini-imagenet-cache-train.pkl",
+     changed("image_data", lambda data: data.astype(int)), "images of .*int64"),
+    ("tiered_imagenet", "tiered-imagenet/test_images_png.pkl", half, ""),
+    ("tiered_imagenet", "tiered-imagenet/test_labels.pkl",
+     changed("label_specific", lambda labels: labels[1:]), "8 labels for 9 images"),
 ])  # fmt: skip
-def test_damaged_files_stay(name: str, file: str, tmp_path: Path, attempts: list[Any]) -> None:
-    if file.endswith(".zip"):
-        (tmp_path / file).write_bytes(b"PK\x03\x04 cut short")
-    else:
-        WRITERS[name](tmp_path, 3, 3)
-        content = (tmp_path / file).read_bytes()
-        (tmp_path / file).write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match=r"(not read it \(\w+.*\)|got .*): delete it,? and") as told:
+def test_damaged_files_stay(
+    name: str, file: str, damage: Any, words: str, tmp_path: Path, attempts: list[Any]
+) -> None:
+    """Damage may be a label too few, or half a class, or images from 0 to 1."""
+    WRITERS[name](tmp_path, 3, 3)
+    damage(tmp_path / file)
+    match = rf"not read it \(\w+: .*{words}.*\): delete it, and"
+    with pytest.raises(UserError, match=match) as told:
         made(name, tmp_path)
     assert file in str(told.value) and (tmp_path / file).exists() and attempts == []
 
 
+def test_a_damaged_archive_stays(tmp_path: Path, attempts: list[Any]) -> None:
+    (tmp_path / "fc100.zip").write_bytes(b"PK\x03\x04 cut short")
+    with pytest.raises(UserError, match="zip archive in .*fc100.zip, got .*: delete it and get it"):
+        made("fc100", tmp_path)
+    assert (tmp_path / "fc100.zip").exists() and attempts == []
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    (b"text", "cannot identify image file it: remove"), (b"BM" + bytes(60), ""),
+    (small_png(20, 30), "20 x 30 pixels instead of 84 x 84"),
+])  # fmt: skip
+def test_a_stored_picture_that_cannot_be_read_is_named(
+    content: bytes, words: str, tmp_path: Path
+) -> None:
+    WRITERS["tiered_imagenet"](tmp_path, 3, 3)
+    stored = tmp_path / "tiered-imagenet" / "train_images_png.pkl"
+    stored.write_bytes(pickle.dumps([content] * 9))
+    with pytest.raises(UserError, match=rf"in tiered-imagenet/train/\d, got {words}"):
+        made("tiered_imagenet", tmp_path).stream("train", 0).sample()
+
+
 @pytest.mark.parametrize(("name", "instead"), [
     ("cifarfs", "a FIFO"),  # torchvision sees none of omniglot's
+    ("cifarfs", "another size"),  # omniglot's are made smaller
     *((name, instead) for name in ("cifarfs", "omniglot") for instead in ("half", "many pixels")),
 ])  # fmt: skip
 def test_a_picture_that_cannot_be_read_is_named_or_its_task_left_out(
@@ -330,7 +385,8 @@ def test_a_picture_that_cannot_be_read_is_named_or_its_task_left_out(
         elif instead == "half":
             path.write_bytes(content[: len(content) // 2])
         else:
-            Image.new("L", (5000, 5000)).save(path)
+            side = 40 if instead == "another size" else 5000
+            Image.new("L", (side, side)).save(path)
     said: list[str] = []
     stream = made(name, tmp_path).stream("train", 0, skip=True, say=said.append)
     for _ in range(10):

@@ -68,3 +68,8 @@ def test_the_seed_alone_decides_and_a_finite_task_set_repeats_its_tasks() -> Non
 def test_what_it_does_not_know_is_one_line(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         made(**options)
+
+
+def test_points_are_a_whole_number() -> None:
+    with pytest.raises(TypeError, match="test_samples: expected a whole number, got 2.5"):
+        get_tasksets("sine", test_samples=2.5)

@@ -5,7 +5,7 @@ A baseline says how it takes one inner step; everything else about ``clone`` and
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Self
 
 import torch
 from learn2learn.algorithms import MAML
@@ -16,7 +16,6 @@ from l2l_implicit import checks
 from l2l_implicit.inner_problem import refusals
 from l2l_implicit.vectors import shallow_copy
 
-Self = TypeVar("Self", bound="BaselineLearner")
 Closure = Callable[[], Tensor]
 
 
@@ -47,15 +46,13 @@ class BaselineLearner(MAML):
         """Called on a clone as soon as it is one."""
 
     def clone(
-        self: Self, first_order: bool | None = None, allow_unused: bool | None = None,
+        self, first_order: bool | None = None, allow_unused: bool | None = None,
         allow_nograd: bool | None = None,
     ) -> Self:  # fmt: skip
         """A learner for one task, whose parameters are copies of this one's.
 
         As in learn2learn, buffers that need no gradient (batch norm's) are shared, not copied.
-
-        Args:
-            first_order, allow_unused, allow_nograd: as in the constructor; None keeps its value.
+        Flags are as in the constructor; None keeps its value.
         """
         clone = shallow_copy(self)
         links = self._links_to_initial and getattr(self, "learn_init", True)
@@ -66,7 +63,7 @@ class BaselineLearner(MAML):
             copied.requires_grad_(initial.requires_grad)  # a copy without a history loses it
         given = {"first_order": first_order, "allow_unused": allow_unused,
                  "allow_nograd": allow_nograd}  # fmt: skip
-        vars(clone).update((name, flag) for name, flag in given.items() if flag is not None)
+        clone.__dict__.update((name, flag) for name, flag in given.items() if flag is not None)
         clone._begin(self)
         return clone
 
@@ -78,11 +75,10 @@ class BaselineLearner(MAML):
         """One inner step from a loss tensor, or ``steps`` of them from a closure.
 
         Under ``torch.no_grad()`` a closure is evaluated with gradients enabled, and nothing is
-        kept from one step to the next.
+        kept from one step to the next. Flags are as in the constructor, for this call.
 
         Args:
             loss: a scalar, or a closure (no arguments) that returns the learner's present loss.
-            first_order, allow_unused, allow_nograd: as in the constructor, for this call.
             steps: the number K of steps; with a closure only.
 
         Raises:

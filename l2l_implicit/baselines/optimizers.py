@@ -20,12 +20,7 @@ WRONG = {
 
 
 def make_optimizer(choice: str | Factory, parameters: Sequence[Tensor]) -> Optimizer:
-    """An optimiser of the parameters (leaves); its step size is for the caller to set.
-
-    Raises:
-        ValueError: for an unknown name.
-        TypeError: for what is neither a name nor a factory of optimisers.
-    """
+    """An optimiser of the parameters (leaves); its step size is for the caller to set."""
     if isinstance(choice, str):
         checks.choice("optimizer", choice, BY_NAME)
         return BY_NAME[choice](list(parameters))
@@ -51,12 +46,7 @@ def make_optimizer(choice: str | Factory, parameters: Sequence[Tensor]) -> Optim
 
 
 def differentiable(choice: str | Factory, like: Sequence[Tensor]) -> Any:
-    """``higher``'s version of an optimiser of such parameters, with a step size for each.
-
-    Raises:
-        ImportError: without higher.
-        ValueError: for an optimiser or a setting that higher does not support.
-    """
+    """``higher``'s version of an optimiser of such parameters, with a step size for each."""
     try:
         import higher
     except ModuleNotFoundError:

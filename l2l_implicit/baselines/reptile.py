@@ -1,6 +1,6 @@
 """`Reptile`: the outer gradient is the way that the inner loop went."""
 
-from typing import TypeVar
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +9,6 @@ from l2l_implicit import checks
 from l2l_implicit.baselines.learner import BaselineLearner
 from l2l_implicit.baselines.optimizers import Factory, make_optimizer, placeholders
 from l2l_implicit.inner_problem.linearization import inner_gradient
-
-Self = TypeVar("Self", bound="Reptile")
 
 
 class Reptile(BaselineLearner):
@@ -26,14 +24,11 @@ class Reptile(BaselineLearner):
     see the scale. ``weight=1/(lr * K)`` gives the mean inner gradient instead.
 
     Args:
-        model: the network.
-        lr: inner step size.
+        model, allow_unused, allow_nograd: as of `UnrolledMAML`.
+        lr: inner step size, a number.
         first_order: of no consequence, as nothing is differentiated twice.
-        allow_unused: let parameters be absent from the loss. Defaults to ``allow_nograd``.
-        allow_nograd: adapt only the parameters that require grad.
-        optimizer: ``'sgd'``, ``'adam'``, ``'rmsprop'``, or a function of a list of parameters
-            that returns a torch optimiser; its step size is ``lr``, its state begins anew in
-            every clone. The paper's is Adam with ``betas=(0.0, 0.999)``.
+        optimizer: as of `UnrolledMAML`, of any class, and torch's own step. The paper's is Adam
+            with ``betas=(0.0, 0.999)``.
 
     References:
         Nichol, Achiam, Schulman (2018), Algorithms 1 and 2.

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,6 @@ from l2l_implicit.baselines.optimizers import Factory, differentiable
 from l2l_implicit.inner_problem.boundary import find_meta_inputs
 from l2l_implicit.inner_problem.linearization import gradients_of
 from l2l_implicit.vectors import substitute
-
-Self = TypeVar("Self", bound="UnrolledMAML")
 
 
 class UnrolledMAML(BaselineLearner):

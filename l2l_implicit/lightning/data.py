@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -13,6 +13,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from l2l_implicit import checks
+
+Done = Callable[[], tuple[int, int]]  # the tasks that this device has behind it: in all, this epoch
 
 
 class EpisodicDataModule(pl.LightningDataModule):
@@ -80,11 +82,10 @@ class EpisodicDataModule(pl.LightningDataModule):
         return self._loader("test", self.test_tasks, self.test_length)
 
     def _loader(
-        self, name: str, tasks: Any, length: int, done: Callable[[], Done] | None = None
+        self, name: str, tasks: Any, length: int, done: Done = lambda: (0, 0)
     ) -> EpisodeLoader:
-        trainer = self.trainer
+        trainer, episodes = self.trainer, Episodes(tasks, length, name)
         size, rank = (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
-        episodes = Episodes(tasks, length, name)
         return EpisodeLoader(
             episodes,
             batch_size=None,
@@ -94,19 +95,12 @@ class EpisodicDataModule(pl.LightningDataModule):
             generator=torch.Generator(),  # or every iteration would draw from the user's
         )
 
-    def _done(self) -> Done:
+    def _done(self) -> tuple[int, int]:
         """What the trainer counts, and finds in a checkpoint."""
         if self.trainer is None:
-            return Done(0, 0)
+            return 0, 0
         loop = self.trainer.fit_loop
-        return Done(loop.total_batch_idx + 1, loop.batch_idx + 1)
-
-
-class Done(NamedTuple):
-    """Tasks that this device has behind it, in all and in this epoch."""
-
-    total: int
-    epoch: int
+        return loop.total_batch_idx + 1, loop.batch_idx + 1
 
 
 class EpisodeLoader(DataLoader):  # type: ignore[type-arg]
@@ -153,19 +147,17 @@ class EpisodeNumbers(DistributedSampler):  # type: ignore[type-arg]
     Args:
         episodes: their ``len`` is an epoch's, over all devices; the last round is filled up.
         size, rank: number of devices, and which this is.
-        done: where to go on; None: every epoch is the first.
+        done: where to go on.
     """
 
-    def __init__(
-        self, episodes: Episodes, size: int, rank: int, done: Callable[[], Done] | None
-    ) -> None:
+    def __init__(self, episodes: Episodes, size: int, rank: int, done: Done) -> None:
         super().__init__(episodes, num_replicas=size, rank=rank, shuffle=False)
         self._done = done
 
     def __iter__(self) -> Iterator[int]:
-        done = Done(0, 0) if self._done is None else self._done()
-        left = self.num_samples - done.epoch % self.num_samples
-        first = done.total * self.num_replicas + self.rank
+        total, in_epoch = self._done()
+        left = self.num_samples - in_epoch % self.num_samples
+        first = total * self.num_replicas + self.rank
         return iter(range(first, first + left * self.num_replicas, self.num_replicas))
 
 

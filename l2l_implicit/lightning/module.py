@@ -4,7 +4,7 @@ import difflib
 import inspect
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -93,12 +93,10 @@ class _Implicit(LightningEpisodicModule):  # type: ignore[misc]  # learn2learn i
             gradients are enabled.
         """
         learning = torch.is_grad_enabled()
-        with torch.inference_mode(False), torch.set_grad_enabled(learning):
+        as_before = nullcontext() if learning else _put_back(self)
+        with torch.inference_mode(False), torch.set_grad_enabled(learning), as_before:
             data, labels = (t.clone() if t.is_inference() else t for t in batch)
-            if learning:
-                return self._learn(data, labels, shots)
-            with _put_back(self):
-                return self._learn(data, labels, shots)
+            return self._learn(data, labels, shots)
 
     def _embed(self, data: Tensor) -> Tensor:
         return data

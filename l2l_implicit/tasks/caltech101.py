@@ -118,7 +118,6 @@ def caltech101_tasksets(
 
     Raises:
         FileNotFoundError: the images are not there, and cannot be downloaded.
-        ValueError, TypeError: see `get_tasksets`.
 
     Example:
         >>> from l2l_implicit.tasks import TASKSETS, caltech101_tasksets

@@ -132,9 +132,6 @@ def folder_tasksets(
         train_ways, train_samples, test_ways, test_samples, kwargs: see `get_tasksets`.
         root, device, size, split_seed, skip_unreadable: see `folder_tables`.
 
-    Raises:
-        FileNotFoundError, ValueError, TypeError: see `folder_tables` and `get_tasksets`.
-
     Example:
         >>> import pathlib, tempfile, PIL.Image
         >>> from l2l_implicit.tasks import get_tasksets

@@ -84,9 +84,6 @@ def glyphs_tasksets(
         root: ignored, the images are in the package.
         split, level, seed: see `Glyphs`.
 
-    Raises:
-        ValueError, TypeError: see `Glyphs` and `get_tasksets`.
-
     Example:
         >>> import learn2learn, l2l_implicit
         >>> tasksets = learn2learn.vision.benchmarks.get_tasksets("glyphs", level="easy")
@@ -106,10 +103,6 @@ def glyph_arrays(path: Path = PATH) -> dict[str, NDArray]:
         `images` uint8 [n, 28, 28]; `labels` [n] class indices; `faces` [n] face indices;
         `codepoints` and `scripts` by class; `face_families`, `face_styles`, `face_packages` and
         `face_licences` by face; `split_{random,script}_{train,validation,test}` class indices.
-
-    Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: the file is damaged; each array in it carries a checksum.
     """
     if not path.is_file():
         raise FileNotFoundError(f"expected the glyph images at {path}, found no file: {REMEDY}")

@@ -175,9 +175,6 @@ def tiered_imagenet(root: Path, mode: str, device: Device) -> ImageTable:
 def lee2019(side: int) -> Callable[[Tensor], Tensor]:
     """A random crop of the padded image, other colours, and its mirror image half the time.
 
-    Args:
-        side: of the images, in pixels.
-
     References:
         Lee, Maji, Ravichandran, Soatto (2019), section 4.1, and their code: 4 pixels of padding
         on 32, 8 on 84.
@@ -206,19 +203,15 @@ def learn2learn_tasksets(
 
     Args:
         name: "cifarfs", "fc100", "mini_imagenet", "tiered_imagenet" or "omniglot".
-        train_ways, train_samples, test_ways, test_samples: see `get_tasksets`.
         root: where the data lies; what is missing is downloaded there. None means "~/data".
         device: where the images live, all of them decoded; None decodes when a task asks.
-        kwargs: see `get_tasksets`. Omniglot's `split_seed` is that of the split of its characters,
-            None means 0. `data_augmentation` is "lee2019" (random crops, colours and mirrorings of
-            the training images, Lee et al. 2019), or for mini_imagenet and tiered_imagenet
-            "normalize" (divide by 255), which None means too.
+        kwargs: Omniglot's `split_seed`, of the split of its characters; None means 0.
+            `data_augmentation` is "lee2019", of the training images, or for mini_imagenet and
+            tiered_imagenet "normalize" (divide by 255), which None means too.
 
     Raises:
         FileNotFoundError: data that is missing and cannot be downloaded.
-        ValueError: damaged data, more ways or samples than there are, an unknown
-            augmentation.
-        TypeError: an option that this benchmark does not have.
+        ValueError: damaged data, an unknown augmentation; see also `get_tasksets`.
     """
     refuse_unknown(kwargs, OWN.get(name, ()))
     augmentation, split_seed = kwargs.get("data_augmentation"), kwargs.get("split_seed")

@@ -76,10 +76,6 @@ def omniglot_tables(root: Path, split_seed: int, device: Device = None) -> dict[
 
     Strokes are white on black. Fewer characters (part of the data) are split in this proportion.
     With a device all images are read and moved there at once.
-
-    Raises:
-        FileNotFoundError: not there, and not to be downloaded.
-        ValueError: damaged.
     """
     leaves = [path for item in NEEDED for path in (item.path, str(item.archive))]
     download = functools.partial(FullOmniglot, str(root), download=True)

@@ -31,12 +31,9 @@ def provide(
     name: str, root: Path, needed: Sequence[Needed], download: Callable[[], Any],
     leaves: Sequence[str] = (),
 ) -> None:  # fmt: skip
-    """Unpack or download what is not in place.
+    """Unpack or download what is not in place of all that the data set ``name`` needs.
 
     Args:
-        name: of the data set, for messages.
-        root: where data lies.
-        needed: all that the data set reads.
         download: fetches it with the code of the library that owns it.
         leaves: what an interrupted download leaves, from the root.
 
@@ -63,11 +60,7 @@ def provide(
 
 
 def unpack(archive: Path, folder: Path, url: str) -> None:
-    """Unpack a zip; its entries appear in the folder only once all of it is unpacked.
-
-    Raises:
-        ValueError: the archive is damaged.
-    """
+    """Unpack a zip; its entries appear in the folder only once all of it is unpacked."""
     draft = folder / f".unpacking-{os.getpid()}"
     try:
         with zipfile.ZipFile(archive) as opened:

@@ -51,9 +51,6 @@ def sine_tasksets(
         root: ignored, nothing is stored.
         device, kwargs: see `get_tasksets`.
 
-    Raises:
-        ValueError, TypeError: less than one point, or no whole number; an unknown option.
-
     Example:
         >>> import learn2learn, l2l_implicit.tasks
         >>> sets = learn2learn.vision.benchmarks.get_tasksets("sine", train_samples=20)

@@ -34,19 +34,13 @@ def build_tasksets(
 
     Args:
         tables: a data set by mode.
-        train_ways, train_samples, test_ways, test_samples: see `get_tasksets`.
         also: further transforms, called with the `MetaDataset` and the description of a task.
-
-    Raises:
-        ValueError: a task asks for more classes than a table has, or more images than its
-            smallest class holds.
     """
     datasets, transforms = [], []
-    sizes = {"train": (train_ways, train_samples), "test": (test_ways, test_samples)}
     for mode in MODES:
-        prefix = "train" if mode == "train" else "test"
-        ways, samples = sizes[prefix]
-        check_sizes(table := tables[mode], mode, ways, samples, prefix)
+        train = mode == "train"
+        ways, samples = (train_ways, train_samples) if train else (test_ways, test_samples)
+        check_sizes(table := tables[mode], mode, ways, samples, "train" if train else "test")
         dataset = l2l.data.MetaDataset(table, labels_to_indices=table.labels_to_indices)
         datasets.append(dataset)
         transforms.append([
@@ -62,13 +56,12 @@ def build_tasksets(
 
 def check_sizes(table: ImageTable, mode: str, ways: int, samples: int, prefix: str) -> None:
     """Raises ValueError where the table cannot give `ways` classes of `samples` images."""
-    for name, value in ((f"{prefix}_ways", ways), (f"{prefix}_samples", samples)):
-        if value != 0:  # which is told below, with what there is
-            checks.count(name, value)
+    checks.count(f"{prefix}_ways", ways)
+    checks.count(f"{prefix}_samples", samples)
     available = len(table.classes)
     if not available:
         raise ValueError(f"expected at least {ways} {mode} classes, got none: add classes")
-    if not 1 <= ways <= available:
+    if ways > available:
         raise ValueError(
             f"expected {prefix}_ways between 1 and {available}, the number of {mode} classes, got "
             f"{ways}: choose {prefix}_ways of at most {available}"
@@ -80,7 +73,7 @@ def check_sizes(table: ImageTable, mode: str, ways: int, samples: int, prefix: s
         raise ValueError(
             f"expected images in every {mode} class, got none in {name}: give it at least {samples}"
         )
-    if not 1 <= samples <= smallest:
+    if samples > smallest:
         raise ValueError(
             f"expected {prefix}_samples between 1 and {smallest}, the images in the smallest "
             f"{mode} class ({name}), got {samples}: choose {prefix}_samples (shots plus queries) "

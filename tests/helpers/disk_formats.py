@@ -112,6 +112,13 @@ def write_caltech101(root: Path, classes: int = 0, images: int = 10) -> None:
             save(pixels, folder / f"image_{index + 1:04}.jpg")
 
 
+def write_classes(root: Path, classes: int, images: int = 3) -> None:
+    """`<class>/*.png`."""
+    for label, pictures in enumerate(photographs(classes, images, 9)):
+        for index, pixels in enumerate(pictures):
+            save(pixels, root / f"class{label:02}" / f"{index}.png")
+
+
 def write_folder(root: Path, classes: int = 6, images: int = 10) -> None:
     """`train/<class>/*.png`, and validation and test."""
     for number, mode in enumerate(("train", "validation", "test")):

@@ -22,7 +22,7 @@ from l2l_implicit.lightning import (
     LightningImplicitCGHead,
     LightningImplicitMAML,
 )
-from l2l_implicit.lightning.data import Done, EpisodeNumbers
+from l2l_implicit.lightning.data import EpisodeNumbers
 from l2l_implicit.lightning.module import f1
 from l2l_implicit.tasks import get_tasksets, split_support_query
 
@@ -209,7 +209,7 @@ def test_epochs_bring_new_tasks_and_validations_the_same(tmp_path: Path, workers
 
 def test_devices_share_out_the_tasks_of_one_process() -> None:
     episodes = data().train_dataloader().dataset
-    for done, expected in ((Done(0, 0), [[0, 2, 4], [1, 3, 5]]), (Done(4, 1), [[8, 10], [9, 11]])):
+    for done, expected in (((0, 0), [[0, 2, 4], [1, 3, 5]]), ((4, 1), [[8, 10], [9, 11]])):
         shares = [list(EpisodeNumbers(episodes, 2, rank, lambda d=done: d)) for rank in range(2)]
         assert shares == expected
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from disk_formats import photographs, save
+from disk_formats import photographs, write_classes
 from PIL import Image, ImageOps
 from pytest import MonkeyPatch
 
@@ -27,9 +27,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """Twelve classes of three small pictures."""
-    for label, pictures in enumerate(photographs(12, 3, 9)):
-        for index, pixels in enumerate(pictures):
-            save(pixels, tmp_path / f"class{label:02}" / f"{index}.png")
+    write_classes(tmp_path, 12)
     return tmp_path
 
 

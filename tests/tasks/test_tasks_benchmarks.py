@@ -312,6 +312,19 @@ def device(path: Path) -> None:
     path.symlink_to("/dev/zero")
 
 
+def runs(path: Path) -> None:
+    """It makes a folder as soon as the file is read."""
+    path.write_bytes(pickle.dumps(Runs(path.parent / "made")))
+
+
+class Runs:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.folder),)
+
+
 def changed(key: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:
     def write(path: Path) -> None:
         content = pickle.loads(path.read_bytes())
@@ -331,17 +344,24 @@ def changed(key: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:
     ("tiered_imagenet", "tiered-imagenet/test_images_png.pkl", half, ""),
     ("tiered_imagenet", "tiered-imagenet/test_labels.pkl",
      changed("label_specific", lambda labels: labels[1:]), "8 labels for 9 images"),
+    *((name, file, runs, f"asks for {os.name}.mkdir, not for arrays alone") for name, file in (
+        ("fc100", "FC100_val.pickle"), ("mini_imagenet", "mini-imagenet-cache-train.pkl"),
+        ("tiered_imagenet", "tiered-imagenet/test_images_png.pkl"),
+        ("tiered_imagenet", "tiered-imagenet/test_labels.pkl"),
+    )),
 ])  # fmt: skip
 def test_damaged_files_stay(
     name: str, file: str, damage: Any, words: str, tmp_path: Path, attempts: list[Any]
 ) -> None:
-    """Damage may be a label too few, or half a class, or images from 0 to 1."""
+    """And run nothing; learn2learn's own classes read as ever afterwards."""
     WRITERS[name](tmp_path, 3, 3)
     damage(tmp_path / file)
     match = rf"not read it \(\w+: .*{words}.*\): delete it, and"
     with pytest.raises(UserError, match=match) as told:
         made(name, tmp_path)
     assert file in str(told.value) and (tmp_path / file).exists() and attempts == []
+    assert not list(tmp_path.rglob("made"))
+    assert learn2learn.vision.datasets.fc100.pickle is pickle
 
 
 def test_a_damaged_archive_stays(tmp_path: Path, attempts: list[Any]) -> None:
@@ -397,31 +417,6 @@ def test_a_picture_that_cannot_be_read_is_named_or_its_task_left_out(
         while True:
             stream.sample()
     assert all(str(tmp_path) in text and "\n" not in text for text in said)
-
-
-class Runs:
-    """Pickled: a call that makes a folder as soon as the file is read."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.folder),)
-
-
-@pytest.mark.parametrize(("name", "file"), [
-    ("fc100", "FC100_val.pickle"), ("mini_imagenet", "mini-imagenet-cache-train.pkl"),
-    ("tiered_imagenet", "tiered-imagenet/test_images_png.pkl"),
-    ("tiered_imagenet", "tiered-imagenet/test_labels.pkl"),
-])  # fmt: skip
-def test_files_of_data_run_nothing(name: str, file: str, tmp_path: Path) -> None:
-    """And learn2learn's own classes read as ever once the task sets are made."""
-    WRITERS[name](tmp_path, 3, 3)
-    (tmp_path / file).write_bytes(pickle.dumps(Runs(tmp_path / "made")))
-    with pytest.raises(UserError, match=f"asks for {os.name}.mkdir, not for arrays alone.*delete"):
-        made(name, tmp_path)
-    assert not (tmp_path / "made").exists()
-    assert learn2learn.vision.datasets.fc100.pickle is pickle
 
 
 def test_an_interrupted_copy_leaves_nothing(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import small_benchmarks
 import torch
-from disk_formats import photographs, save, write_folder
+from disk_formats import write_classes, write_folder
 from PIL import Image
 
 from experiments.tracking import UserError
@@ -19,13 +19,6 @@ from l2l_implicit.tasks import folder_tables, get_tasksets
 from l2l_implicit.tasks.pictures import read_square
 
 made = partial(small_benchmarks.made, "folder")
-
-
-def write_classes(root: Path, classes: int, images: int = 3) -> None:
-    """`root/<class>/*.png`."""
-    for label, pictures in enumerate(photographs(classes, images, 9)):
-        for index, pixels in enumerate(pictures):
-            save(pixels, root / f"class{label:02}" / f"{index}.png")
 
 
 def write_plain(root: Path, suffix: str, picture: Image.Image) -> Path:

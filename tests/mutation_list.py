@@ -218,7 +218,7 @@ MUTATIONS = (
       "share = values / (values + shift)", "share = values / (values + 2.0 * shift)",
       "preconditioners::test_nystrom_is_the_dense_approximation_and_its_inverse"),
     m("Jacobi without the damping", "linear_solvers/preconditioners.py",
-      "diagonal = diagonal + system.damping", "diagonal = diagonal + 0.0",
+      "else known + system.damping", "else known",
       "preconditioners::test_the_diagonal_of_a_head_is_exact"),
     m("Kronecker factors of the sum", HEADS, "self.loss.curve(one).mean(1)",
       "self.loss.curve(one).sum(1)",

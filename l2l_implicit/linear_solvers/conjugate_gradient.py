@@ -96,13 +96,7 @@ def conjugate_gradient(
     """
     system, plain = System.of(matvec), inverse is None
     right = RightHandSides(b)
-    r, b_norm, lost, zero = right.scaled, right.norm, right.lost, right.zero
-    v = torch.zeros_like(r)
-    if start is not None:
-        v = start / right.units
-        residual = r - system(v)
-        worse = ~(dot(residual, residual).sqrt() <= b_norm).unsqueeze(1)  # nan is worse
-        v, r = v.masked_fill_(worse, 0.0), torch.where(worse, r, residual)
+    b_norm, lost, zero, (v, r) = right.norm, right.lost, right.zero, right.begin(system, start)
     rr = dot(r, r)
     z = r if inverse is None else inverse(r)
     p, rz = z.clone(), rr if plain else dot(r, z)

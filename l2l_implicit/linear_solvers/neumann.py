@@ -8,7 +8,7 @@ from torch import Tensor
 from l2l_implicit import checks
 from l2l_implicit.linear_solvers import solution
 from l2l_implicit.linear_solvers.curvature import largest_curvature
-from l2l_implicit.linear_solvers.solution import Matvec, RightHandSides, System, norm
+from l2l_implicit.linear_solvers.solution import LinearSolution, Matvec, RightHandSides, System
 
 
 @dataclass(frozen=True)
@@ -52,23 +52,16 @@ class Neumann:
         if self.step_size is not None:
             checks.positive("Neumann: step_size", self.step_size)
 
-    def solve(
-        self, hvp: Matvec, b: Tensor, start: Tensor | None = None
-    ) -> solution.LinearSolution:
+    def solve(self, hvp: Matvec, b: Tensor, start: Tensor | None = None) -> LinearSolution:
         """The sums of the smallest residuals, ``[T, n]``, for right-hand sides ``b``."""
         system, right = System.of(hvp), RightHandSides(b)
-        r, v, broken = right.scaled, torch.zeros_like(b), right.lost
-        if start is not None:
-            start = start / right.units
-            residual = r - system(start)
-            better = (norm(residual) <= right.norm).unsqueeze(1)  # False for one that is not finite
-            v, r = torch.where(better, start, v), torch.where(better, residual, r)
+        broken, (v, r) = right.lost, right.begin(system, start)
         if self.step_size is None:
             largest = largest_curvature(system, b)
             broken, alpha = broken | ~largest.isfinite(), torch.where(largest > 0, 1 / largest, 0.0)
         else:
             alpha = torch.full_like(right.norm, self.step_size)
-        left = first = smallest = norm(r)
+        left = first = smallest = solution.norm(r)
         best, diverged = v, (alpha == 0.0) & ~broken
         active = ~(broken | right.zero | diverged)
         steps = torch.zeros_like(active, dtype=torch.long)
@@ -79,7 +72,7 @@ class Neumann:
             share = torch.where(active, alpha, 0.0).unsqueeze(1)
             product = torch.where(active.unsqueeze(1), system(r), 0.0)
             v, r, steps = v + share * r, r - share * product, steps + active
-            left = torch.where(active, norm(r), left)
+            left = torch.where(active, solution.norm(r), left)
             broken = broken | (active & ~left.isfinite() & (steps == 1))
             diverged = torch.where(active, ~(left <= first), diverged)
             better = left < smallest

@@ -69,11 +69,8 @@ class Jacobi:
     def inverse(self, hvp: Matvec, like: Tensor) -> Matvec:
         """Division by the diagonal."""
         system = System.of(hvp)
-        diagonal = None if system.at is None else system.at.diagonal()
-        if diagonal is None:
-            diagonal = self._estimate(system, like)
-        else:
-            diagonal = diagonal + system.damping
+        known = None if system.at is None else system.at.diagonal()
+        diagonal = self._estimate(system, like) if known is None else known + system.damping
         eps = torch.finfo(diagonal.dtype).eps
         least = (eps * diagonal.abs().amax(1, keepdim=True)).clamp_min(system.shift)
         inverse = torch.maximum(diagonal, least).reciprocal()

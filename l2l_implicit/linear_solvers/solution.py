@@ -131,6 +131,15 @@ class RightHandSides:
         self.scaled = torch.where(self.lost.unsqueeze(1), 0.0, b / self.units)
         self.norm = norm(self.scaled)
 
+    def begin(self, system: Matvec, start: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``start``, and its residual; where that is worse than zero's, or not finite, zero."""
+        if start is None:
+            return torch.zeros_like(self.scaled), self.scaled
+        v = start / self.units
+        residual = self.scaled - system(v)
+        better = (norm(residual) <= self.norm).unsqueeze(1)
+        return v.masked_fill_(~better, 0.0), torch.where(better, residual, self.scaled)
+
     def answer(
         self, v: Tensor, steps: Tensor, left: Tensor, lost: Tensor, reasons: Mapping[str, Tensor]
     ) -> LinearSolution:
@@ -138,7 +147,7 @@ class RightHandSides:
 
         Args:
             v, left: the solution, ``[T, n]``, and the norm of its residual, ``[T]``.
-            steps, lost: as in the solution; of what nothing can be trusted.
+            lost: of which nothing can be trusted, ``[T]``.
             reasons: texts and whether each holds, ``[T]``: the first is told, or `MAX_STEPS`.
         """
         v = v.mul_(self.units).to(self.units.dtype)
@@ -203,13 +212,7 @@ class System:
 def applied_once(
     hvp: Matvec, b: Tensor, inverse: Matvec, reasons: Mapping[str, Tensor]
 ) -> LinearSolution:
-    """``inverse(b)`` as the solution, with its true residual, for which one product is spent.
-
-    Args:
-        hvp, b: of the system.
-        inverse: products with an approximate inverse, ``[T, n]``.
-        reasons: what else is to be told, ``[T]``.
-    """
+    """``inverse(b)`` as the solution, with its true residual, for which one product is spent."""
     right = RightHandSides(b)
     v = inverse(right.scaled)
     left, steps = norm(right.scaled - hvp(v)), torch.ones_like(right.zero, dtype=torch.long)

@@ -137,7 +137,9 @@ CORE = (
     "learner.py", "together.py", "implicit_diff.py", "diagnostics.py", "per_task_norm.py",
     "inner_problem", "inner_solvers", "linear_solvers",
 )  # fmt: skip
-CORE_LINES, LIBRARY_LINES, FILES, FUNCTIONS = 4960, 9745, 12, 80
+# 60 of them since each kind of missing derivative has a line of its own (refusals.py), and
+# Gauss-Newton products a way through fused attention.
+CORE_LINES, LIBRARY_LINES, FILES, FUNCTIONS = 5037, 9749, 12, 80
 LABELS = torch.arange(25) % 5
 
 

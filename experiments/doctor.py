@@ -27,7 +27,8 @@ PACKAGES = {  # extra: modules; learn2learn and torchvision import only after l2
     "": "torch numpy l2l_implicit torchvision learn2learn",
     "baselines": "higher",
     "lightning": "pytorch_lightning",
-    "experiments": "sacred pymongo matplotlib tqdm pydantic distributed pandas jinja2 scipy",
+    "experiments": "sacred pymongo matplotlib tqdm pydantic yaml distributed bokeh cryptography"
+    " pandas jinja2 tabulate scipy",
 }
 Findings = Iterator[tuple[str, str, str]]
 """Name, state and text of each line of the answer."""

@@ -8,7 +8,8 @@ import warnings
 warnings.filterwarnings("ignore", message="pkg_resources is deprecated")  # Sacred imports it
 
 for _name in (
-    "sacred", "pymongo", "matplotlib", "pydantic", "distributed", "pandas", "jinja2", "scipy",
+    "sacred", "pymongo", "matplotlib", "pydantic", "yaml", "distributed", "cryptography", "pandas",
+    "jinja2", "tabulate", "scipy",
 ):  # fmt: skip
     try:
         _found = importlib.util.find_spec(_name)

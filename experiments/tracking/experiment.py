@@ -117,7 +117,8 @@ class TrackedExperiment(Experiment):
         try:
             return super().run_commandline(argv)
         except DocoptExit as error:
-            print(error)
+            why = str(error).partition("Usage:")[0]  # docopt's usage is of a program "dummy"
+            print(why + self.get_usage()[0], file=sys.stderr)
             sys.exit(2)
         except UserError as error:  # in the words of the command line
             _exit(error)

@@ -107,8 +107,8 @@ class Training:
                 self._loop()
         except KeyboardInterrupt:
             if not signals.urgent():
-                word = shlex.quote(f"resume={self.folder}")
-                self._say(f"\nsaved; python -m experiments.train {word}")
+                words = ["-u"] * self.run.unobserved + [f"resume={self.folder}"]
+                self._say(f"\nsaved; python -m experiments.train {shlex.join(words)}")
             raise
 
     def _loop(self) -> None:

@@ -1,16 +1,18 @@
 """`python -m experiments.doctor` in real processes, where things are there and where not."""
 
 import os
+import re
 import stat
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
 from fake_mongod import FakeMongod
 
-from experiments.doctor import BROKEN, EXTRA, LIBRARY, database, datasets, whole
+from experiments.doctor import BROKEN, EXTRA, LIBRARY, PACKAGES, database, datasets, whole
 
 ROOT = Path(__file__).parents[2]
 TORCH = ("torch", "torchvision", "learn2learn", "l2l_implicit")
@@ -46,6 +48,15 @@ def findings(output: str) -> dict[str, str]:
     """The text of each line by its name."""
     lines = [line[2:] for line in output.splitlines() if line.startswith("  ")]
     return {line[:18].strip(): line[19:] for line in lines}
+
+
+def test_the_extra_is_looked_for_as_a_whole() -> None:
+    """Higher and the embedded server have lines of their own; setuptools is Sacred's."""
+    extra = [re.split("[<>=]", name)[0] for name in requires("l2l-implicit") or ()
+             if 'extra == "experiments"' in name]  # fmt: skip
+    named = {"pyyaml": "yaml", "higher": "", "SecantusDB": "", "setuptools": ""}
+    looked = PACKAGES["experiments"].split()
+    assert {named.get(name, name) for name in extra} - {""} == set(looked)
 
 
 def test_a_whole_installation(tmp_path: Path) -> None:

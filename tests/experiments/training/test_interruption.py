@@ -96,6 +96,17 @@ def test_a_step_is_finished_and_saved(tmp_path: Path, signum: int) -> None:
     assert signal.getsignal(signum) == before
 
 
+@pytest.mark.parametrize("word", ["", "-u "])
+def test_the_command_that_goes_on_is_printed(tmp_path: Path, capsys: Any, word: str) -> None:
+    """An unobserved run's goes on unobserved: perhaps there is no database."""
+    training = trained(tmp_path, Signalled("step"))
+    training.run.unobserved = bool(word)
+    with signals.handled(), pytest.raises(KeyboardInterrupt):
+        training.loop()
+    said = f"saved; python -m experiments.train {word}resume={tmp_path}\n"
+    assert said in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("where", "steps", "looked"),
     [("step", 3, False), ("validation", 4, False), ("test", 6, False), ("last test", 10, True)],

@@ -27,6 +27,8 @@ pytest_plugins = ("train_process",)
 class Run:
     """Takes note of what is recorded."""
 
+    unobserved = False
+
     def __init__(self) -> None:
         self.values: dict[str, list[tuple[int, float]]] = {}
 

@@ -26,6 +26,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -34,8 +35,10 @@ from experiments.ingredients.tasks import make_tasks
 from experiments.papers import PaperSettings, Points
 from experiments.papers.hypergradient import Classification, Problem
 from experiments.report.figures import draw_panels
-from experiments.tracking import TrackedExperiment, UserError
-from experiments.tracking.config import Count, OfTuple, Positive, Text
+from experiments.tracking import TrackedExperiment, wrong
+from experiments.tracking.config import MOST, Count, OfTuple, Positive, Text
+from experiments.tracking.errors import reason
+from experiments.training.checkpoint import plain_data
 from l2l_implicit import (
     CG,
     LBFGS,
@@ -71,12 +74,14 @@ Tables = Iterator[tuple[str, pd.DataFrame]]
 class DifferentiatingSettings(PaperSettings):
     """The settings of this experiment."""
 
-    parts: list[Literal[PARTS]] = ["systems", "network", "time"]
+    parts: Annotated[list[Literal[PARTS]], Field(min_length=1), OfTuple] = [
+        "systems", "network", "time",
+    ]  # fmt: skip
     repetitions: Count = 3  # of what is timed: medians of processor time
     # systems
     width: Count = 16384  # features of a few-shot head
-    samples: Count = 125  # of it, in five classes
-    conditions: Annotated[list[Positive], OfTuple] = [1e4, 1e6, 1e8]
+    samples: Annotated[int, Field(ge=5, le=MOST)] = 125  # of it, in five classes
+    conditions: Annotated[list[Positive], Field(min_length=1), OfTuple] = [1e4, 1e6, 1e8]
     most: Count = 3000  # steps of conjugate gradient
     # features: what runs of experiments.train left, in this order
     parameters: list[str] = []
@@ -84,6 +89,13 @@ class DifferentiatingSettings(PaperSettings):
     tasks: Count = 5  # of either data set
     # network
     filters: Count = 8  # a layer
+
+    @model_validator(mode="after")
+    def _have_features(self) -> DifferentiatingSettings:
+        if "features" in self.parts and not self.parameters:
+            raise wrong("parameters", "files that runs left, for the part features", "none",
+                        "train one, or leave the part out")
+        return self
 
 
 ex = TrackedExperiment("differentiating", settings=DifferentiatingSettings)
@@ -114,7 +126,7 @@ def number(value: float) -> str:
     """For people: ``above 1e5``, ``150``, ``3``, ``0.012``."""
     if value >= 1e5:
         return "above 1e5"
-    return f"{value:.0f}" if value == round(value) or value >= 100 else f"{value:.2g}"
+    return f"{value:.0f}" if value >= 100 else f"{value:.2g}"
 
 
 # Preconditioners.
@@ -210,12 +222,16 @@ def features(c: DifferentiatingSettings) -> Tables:
     given = make_tasks(name="cifarfs", root=c.root)
     torch.manual_seed(c.seed)  # of the initial heads
     for path in c.parameters:
-        if not Path(path).is_file():
-            raise UserError(f"parameters: expected a file that a run left, got {path!r}; train one")
-        state = torch.load(path, weights_only=True)["backbone"]
-        settings = ModelSettings(name="cnn4", hidden=len(state["0.conv.bias"]))
-        backbone, width = build_backbone(given.input_shape(), settings)
-        backbone.load_state_dict(state)
+        try:
+            if not Path(path).is_file():
+                raise OSError("no such file")
+            state = plain_data(Path(path).read_bytes())["backbone"]
+            settings = ModelSettings(name="cnn4", hidden=len(state["0.conv.bias"]))
+            backbone, _ = build_backbone(given.input_shape(), settings)
+            backbone.load_state_dict(state)
+        except Exception as error:  # torch's reader of plain data raises what its bytes lead to
+            raise wrong("parameters", "a file that a run of a cnn4 on CIFAR-FS left",
+                        f"{path}: {reason(error)}", "train one") from error
         stream, rows = given.stream("test", c.seed), list[dict[str, Any]]()
         for _ in range(c.tasks):
             episode = stream.sample()

@@ -115,7 +115,10 @@ class Problem:
         return self._loss(phi, theta, 0) + 0.5 * self.l2 * far.square().sum()
 
     def exact(self) -> Tensor:
-        """Eq. (4) of Yang et al. as one vector, by dense matrices at the exact inner solution."""
+        """Eq. (4) of Yang et al. as one vector, by dense matrices at the exact inner solution.
+
+        ArithmeticError: it is 0, or no number, so that no error is relative to it.
+        """
         theta, outer = self.theta.detach(), partial(self._loss, split=1)
         phi = parameters_to_vector(self.module.parameters()).detach()
         for _ in range(500):  # to the minimum that the inner loops lead to, where there are several
@@ -128,7 +131,10 @@ class Problem:
         v = torch.linalg.solve(hessian(self._inner)(phi, theta), grad(outer)(phi, theta))
         mixed = jacrev(grad(self._inner), argnums=1)(phi, theta)
         direct = grad(outer, argnums=1)(phi, theta)
-        return (direct - torch.tensordot(v, mixed, dims=1)).reshape(-1)
+        found = (direct - torch.tensordot(v, mixed, dims=1)).reshape(-1)
+        if not found.norm() > 0:
+            raise ArithmeticError(f"an exact hypergradient of size {found.norm():g}")
+        return found
 
     def estimate(self, method: Method, steps: int) -> Tensor:
         """What a method makes of it with K = ``steps``, as one vector."""

@@ -22,6 +22,7 @@ from torch.nn.functional import softplus
 from experiments.papers.convergence.theory import ProblemConstants
 from l2l_implicit import CG, GradientDescent, ImplicitCGHead, LinearSolution, UnsolvedWarning
 
+LEAST = 1e-100  # a squared norm that is zero has a logarithm too
 LARGEST_TANH_CURVATURE = 4.0 / (3.0 * math.sqrt(3.0))  # of (tanh x)'' over all x
 
 
@@ -226,7 +227,10 @@ def trajectory(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnsolvedWarning)  # too few steps is what is measured
         for _ in range(steps):
-            norms.append(float(tasks.exact(algorithm.theta.detach()).square().sum()))
+            norm = float(tasks.exact(algorithm.theta.detach()).square().sum())
+            if not norms and norm <= LEAST:
+                raise ArithmeticError(f"a squared hypergradient of {norm:g} at the start")
+            norms.append(max(norm, LEAST))
             drawn = tasks
             if batch is not None:
                 drawn = tasks.subset(torch.randint(number, (batch,), generator=generator))

@@ -101,10 +101,17 @@ NOT_FINITE = "numbers: expected finite ones, got .*; choose less extreme"
         ("memory", {"device": "cuba"}, "device: expected auto, cpu or a GPU that is there"),
         ("hypergradient", {"spread": 0.5}, "spread: .* at least 1, got 0.5; try 1000.0"),
         ("hypergradient", {"spread": 1e308}, NOT_FINITE),
+        ("hypergradient", {"ways": 1}, "numbers: .* got an exact hypergradient of size 0; choose"),
         ("hypergradient", {"output": "/dev/null/runs"}, "output: .* got .* .Not a directory"),
         ("convergence", {"batches": [2, 2]}, "batches: expected two different ones at least"),
         ("convergence", {"condition": 1e308}, NOT_FINITE),
+        ("convergence", {"strength": 1e-200}, "numbers: .* hypergradient of 0 at the start"),
         ("convergence", {"theta_size": 40}, "theta_size: expected at most phi_size=12, got 40"),
+        ("differentiating", {"samples": 1}, "samples: expected a whole number from 5 to"),
+        ("differentiating", {"conditions": []}, "conditions: expected a list of at least one"),
+        ("differentiating", {"conditions": [1e300]}, NOT_FINITE),
+        ("differentiating", {"parts": []}, "parts: expected a list of at least one, each one of"),
+        ("differentiating", {"parts": ["features"]}, "parameters: expected files .* got none"),
     ],
 )
 def test_a_wrong_setting_is_one_line(name: str, changes: dict[str, Any], message: str) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
 import pandas as pd
 import pytest
+import torch
 
 from experiments.papers.differentiating import (
     CURVES,
@@ -44,11 +49,21 @@ def test_the_picture_has_a_curve_for_each_way() -> None:
     assert [len(line.get_xdata()) for line in drawing.axes[0].lines] == [
         len(way.budgets) for way in CURVES.values()
     ]
-    assert [number(x) for x in (1e30, 150.4, 3.0, 0.0123)] == ["above 1e5", "150", "3", "0.012"]
+    assert [number(x) for x in (1e30, 150.4, 3.0, 0.0123, math.nan)] == [
+        "above 1e5", "150", "3", "0.012", "nan",
+    ]  # fmt: skip
 
 
-def test_a_file_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("experiments.papers.differentiating.make_tasks", lambda **_: None)
-    settings = DifferentiatingSettings(parameters=["nowhere.pt"])
-    with pytest.raises(UserError, match=r"parameters: expected a file .* got 'nowhere.pt'; train"):
-        next(features(settings))
+@pytest.mark.parametrize("content", [None, b"x", [1], {"backbone": {"x": torch.zeros(2)}}])
+def test_a_file_that_will_not_do_is_one_line(
+    content: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None, none that torch reads, and those of something else."""
+    file, given = tmp_path / "a.pt", SimpleNamespace(input_shape=lambda: (3, 32, 32))
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content is not None:
+        torch.save(content, file)
+    monkeypatch.setattr("experiments.papers.differentiating.make_tasks", lambda **_: given)
+    with pytest.raises(UserError, match=r"parameters: expected a file .* got .*a.pt: .*; train"):
+        next(features(DifferentiatingSettings(parameters=[str(file)])))

@@ -59,7 +59,7 @@ class TaskSettings(Settings):
     @model_validator(mode="after")
     def _of_this_data_set(self) -> TaskSettings:
         for key, value in self:
-            if value not in (None, False) and not self._has(self.name, key):
+            if value is not None and value is not False and not self._has(self.name, key):
                 raise wrong(f"name={self.name}", f"no setting tasks.{key}", f"{key}={value!r}")
         return self
 

@@ -112,6 +112,13 @@ def told(columns: Sequence[Column], records: Sequence[Record]) -> list[Column]:
     return [column for column in columns if any(column.show(r) != MISSING for r in records)]
 
 
+def fewer_lines(records: Sequence[Record], *means: str) -> list[str]:
+    """A line for each of these means that is shown, and of fewer seeds than there are runs."""
+    return [f"{r['method']}, runs {r['runs']}: only {r[f'{name}_seeds']} of {r['seeds']} seeds have"
+            f" a finite {name.replace('_', ' ')} score"
+            for name in means for r in records if 0 < r[f"{name}_seeds"] < r["seeds"]]  # fmt: skip
+
+
 def rounded(value: Any, factor: float = 1.0, digits: int = 1) -> str:
     """A rounded number, or a dash for what is missing or not finite."""
     if value is None or not math.isfinite(value):

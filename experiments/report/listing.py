@@ -72,7 +72,8 @@ def _sweeps(request: Request) -> Table:
 
 def trainings(request: Request) -> list[Section]:
     """A table and a figure for each benchmark; nothing without such runs."""
-    in_sweeps = {run.id for state in request.sweeps for run in state.attempts}
+    in_sweeps = {run.id for state in request.sweeps if not state.regression
+                 for run in state.attempts}  # fmt: skip
     by_benchmark: dict[str, list[Summary]] = {}
     for run in request.archive.of_experiment("train"):
         if run.complete and run.id not in in_sweeps:
@@ -88,6 +89,7 @@ def _benchmark(benchmark: str, runs: Sequence[Summary]) -> Section:
         by_kind.setdefault(kind, {})[run.run.seed] = run
     groups = [list(seeds.values()) for seeds in by_kind.values()]
     varied = list(unequal(of[0].run.compared for of in groups))
+    records = [_mean_record(of, varied) for of in groups]
     heads = (
         *content.texts("method", "setting", "code"),
         Column("seeds", lambda r: f"{r['seeds']}"),
@@ -100,13 +102,13 @@ def _benchmark(benchmark: str, runs: Sequence[Summary]) -> Section:
     )
     table = Table(
         content.file_name("other", benchmark), f"Trainings on {benchmark} outside of sweeps.",
-        heads, [_mean_record(of, varied) for of in groups],
-        Source(COMMAND, [run.run.id for run in runs]), [NOTE],
+        heads, records, Source(COMMAND, [run.run.id for run in runs]),
+        [NOTE, *content.fewer_lines(records, "test", "validation")],
     )  # fmt: skip
     cells = [run.run.id for run in runs if run.run.settings.get("cell")]
     text = (
-        f"Runs {run_list(cells)} are cells of a sweep with other settings than those shown; the"
-        " report shows it with the name and the KEY=VALUE that it was run with."
+        f"Runs {run_list(cells)} are cells of a sweep: of regressions, or with other settings than"
+        " those shown; the report shows that with the name and the KEY=VALUE that it was run with."
     )
     items = [table, *_figure(benchmark, groups)]
     return Section(f"{benchmark}, trainings", [text] if cells else [], items)

@@ -73,7 +73,7 @@ class Summary:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.score = next((name for name in SCORES if f"test_{name}" in run.result), SCORES[0])
+        self.score = score_of(run)
         self.test = run.number(f"result.test_{self.score}")
         self.within_run = run.number("result.test_half_width")
         # of theta at the best validation
@@ -105,6 +105,11 @@ class Summary:
             (float(step) for step, seconds in spent_at if seconds >= budget),
             default=next((number for number in known if not math.isnan(number)), math.nan),
         )
+
+
+def score_of(run: Run) -> str:
+    """What it was tested by."""
+    return next((name for name in SCORES if f"test_{name}" in run.result), SCORES[0])
 
 
 def mean_record(runs: Sequence[Summary], **more: Mean) -> dict[str, Any]:
@@ -222,6 +227,7 @@ class SweepState:
         self.cells = grids + [cell for method in self.methods for cell in method.finals]
         self.attempts = [run for cell in self.cells for run in cell.runs]
         self.runs = [run for method in self.methods for run in method.runs]  # that count
+        self.regression = {score_of(run) for run in self.runs} == {"mse"}  # without accuracies
         elsewhere = any("tasks.root=DATA" in run.command.split() for run in self.attempts)
         shown = {"benchmark": benchmark} if len(sweep.benchmarks) > 1 else {}
         shown |= {"tasks.root": "DATA"} if elsewhere else {}

@@ -34,8 +34,8 @@ Found = Mapping[str, Sequence[Summary]]
 
 
 def sections(request: Request) -> list[Section]:
-    """One for each sweep and benchmark that has runs."""
-    return [_section(state) for state in request.sweeps if state.attempts]
+    """One for each sweep and benchmark that has runs; those of regressions have no accuracies."""
+    return [_section(state) for state in request.sweeps if state.attempts and not state.regression]
 
 
 def _section(state: SweepState) -> Section:
@@ -196,8 +196,7 @@ def _missing_seeds(records: Sequence[Record]) -> list[str]:
     told = ", ".join(f"{r['method']} {r['seeds_planned'] - r['seeds']}" for r in missing)
     return [
         *([f"Missing seeds: {told}; the commands are below."] if missing else []),
-        *(f"{r['method']}: only {r['test_seeds']} of {r['seeds']} seeds have a finite test accuracy"
-          for r in records if r["test_seeds"] < r["seeds"]),
+        *content.fewer_lines(records, "test", "early_stopped", "validation"),
         *(f"{r['method']}: at {r['equal_iterations']} iterations only {r['equal_seeds']} of"
           f" {r['seeds']} seeds have a test accuracy"
           for r in records if r["equal_iterations"] and 0 < r["equal_seeds"] < r["seeds"]),
@@ -287,7 +286,8 @@ def _time_table(state: SweepState, found: Found) -> Items:
     caption = f"Seconds of training to {SHARE:.2f} of the best validation accuracy, "
     made = [{**_time_record(name, of, SHARE * highest), **_published(state, name)}
             for name, of in found.items() if of]  # fmt: skip
-    records = [{**record, **{ratio: record[key] / made[0][key] for ratio, key in RATIOS.items()}}
+    records = [{**record, **{ratio: record[key] / (made[0][key] or math.nan)
+                             for ratio, key in RATIOS.items()}}
                for record in made]  # fmt: skip
     yield Table("time", f"{caption}{state.benchmark}.", heads, records, notes=[note])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -33,10 +34,20 @@ STYLE: dict[Any, Any] = {
 LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
-    "±": r"$\pm$", "≤": r"$\leq$", "–": "--", "†": r"$\dagger$", "<": r"$<$", ">": r"$>$",
-    "|": r"$|$", "[": "{[}", "*": "{*}",
+    "±": r"$\pm$", "≤": r"$\leq$", "–": r"\textendash{}", "†": r"$\dagger$",
+    "<": r"$<$", ">": r"$>$", "|": r"$|$", "[": "{[}", "*": "{*}",
 })  # fmt: skip
 MARKDOWN = str.maketrans({"<": "&lt;", "&": "&amp;", **{c: f"\\{c}" for c in "\\|`[*~$"}})
+
+
+def latex(text: str) -> str:
+    """The text as LaTeX shows it as it is: two hyphens stay two."""
+    return re.sub("-(?=-)", "-{}", text.translate(LATEX))
+
+
+def markdown(text: str) -> str:
+    """The text as Markdown shows it as it is; a `_` within a word is no markup there."""
+    return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\_", text.translate(MARKDOWN))
 
 
 def write(folder: Path, sections: Sequence[Section], about: str, command: str) -> Path:
@@ -113,24 +124,24 @@ def _inert(value: Any) -> Any:
 def markdown_text(table: Table) -> str:
     """A pipe table; caption above, notes, command and runs below."""
     command, runs = table.source.command.replace("`", "'"), run_list(table.source.runs) or "none"
-    caption, end, *notes = (t.translate(MARKDOWN) for t in (table.caption, runs, *table.notes))
+    caption, end, *notes = map(markdown, (table.caption, runs, *table.notes))
     return "\n\n".join([caption, markdown_grid(table), *notes, f"`{command}`; runs: {end}\n"])
 
 
 def markdown_grid(table: Table) -> str:
     """The table's own lines."""
-    frame = _frame(table, "**{}**", lambda text: text.translate(MARKDOWN))
+    frame = _frame(table, "**{}**", markdown)
     sides = ["left" if column.text else "right" for column in table.columns]
     return frame.to_markdown(index=False, colalign=sides, disable_numparse=True)
 
 
 def latex_text(table: Table) -> str:
     """A ``table`` environment with booktabs rules."""
-    text = _frame(table, r"\textbf{{{}}}", lambda text: text.translate(LATEX)).to_latex(
-        index=False, escape=False, caption=table.caption.translate(LATEX),
+    text = _frame(table, r"\textbf{{{}}}", latex).to_latex(
+        index=False, escape=False, caption=latex(table.caption),
         column_format="".join("l" if column.text else "r" for column in table.columns),
     )  # fmt: skip
-    notes = "".join(f"\\par\\footnotesize {note.translate(LATEX)}\n" for note in table.notes)
+    notes = "".join(f"\\par\\footnotesize {latex(note)}\n" for note in table.notes)
     runs = run_list(table.source.runs) or "none"
     head = f"% command: {table.source.command}\n% runs: {runs}\n% needs \\usepackage{{booktabs}}\n"
     return head + text.replace("\\end{table}", f"{notes}\\end{{table}}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +39,11 @@ def test_methods_are_compared_seed_by_seed(
     assert "| 3.0 ± 25.4 |" in summary and "| 300 | 0.100 | 32.0 | 0 of 2 |" in summary
     assert "Early stopped: test accuracy of theta" in summary
     assert "| 70.0 ± 12.7 |" in markdown(folder, "details_accuracy_glyphs")
+    said = "anil, runs 10, 11: only 1 of 2 seeds have a finite early stopped score"
+    assert said not in summary
+    gone = {"$set": {"result.early_stopped_accuracy": math.nan}}
+    recorder.documents["runs"].update_one({"_id": 10}, gone)
+    assert said in markdown(report(*WORDS), SUMMARY)
 
 
 def test_missing_cells_have_their_command(recorder: Recorder, plan: Plan, report: Report) -> None:
@@ -108,8 +114,13 @@ def test_outside_sweeps_only_equal_runs_share_a_row(recorder: Recorder, report: 
     recorder.run({**base, "seed": 3, "meta_lr": 0.2}, result=result)
     recorder.run({**base, "seed": 4}, result=result, sources={"experiments/train.py": "2"})
     recorder.run({**base, "seed": 5}, result=result, info={"tasks": {"samples": {"train": 9}}})
-    found = {r["runs"]: r for r in rows(report(), "other_glyphs")}
-    assert set(found) == {"2-4", "5", "6", "7"}, "of seed 0 the newest; settings, code, data apart"
+    for seed, score in enumerate((0.5, math.nan)):
+        recorder.run({**base, "seed": seed, "ways": 2}, result={**result, "test_accuracy": score})
+    folder = report()
+    found = {r["runs"]: r for r in rows(folder, "other_glyphs")}
+    assert set(found) == {"2-4", "5", "6", "7", "8, 9"}, "of seed 0 the newest; the others apart"
+    said = "maml, runs 8, 9: only 1 of 2 seeds have a finite test score"
+    assert said in markdown(folder, "other_glyphs")
     assert "data.samples.train=9" in found["7"]["setting"]
     assert float(found["2-4"]["test_mean"]) == pytest.approx(0.6)
     assert found["5"]["setting"] == "meta_lr=0.2"
@@ -154,16 +165,24 @@ def test_seconds_to_the_share_of_the_best_of_all(
     ours = {"ImplicitCGHead": ("3", "20.2")}
     assert changed([0.73, 0.7], [0.7, 0.73]) == {**ours, "anil": ("3", "30.0")}
     assert changed([0.7, 0.73], [0.6, 0.7])["anil"] == ("0", "nan")
+    seconds = {"name": "validation/training_seconds"}
+    recorder.documents["metrics"].update_many(seconds, {"$set": {"values": [0.0, 0.0]}})
+    assert row(report(*WORDS), TIME, "ImplicitCGHead")["ratio"] == "nan"
 
 
-def test_regression_has_curves_too(recorder: Recorder, report: Report) -> None:
-    """A score of which less is better."""
+@pytest.mark.parametrize("cell", [None, "in a sweep"])
+def test_regression_has_curves_too(
+    recorder: Recorder, plan: Plan, report: Report, cell: str | None
+) -> None:
+    """A score of which less is better, and which is no accuracy, also in a sweep."""
+    cell = cell and finals(plan, "anil")[0].identity
     recorder.run(
-        {"tasks.name": "sine", "algorithm.name": "maml", "seed": 0},
+        {"tasks.name": "sine", "algorithm.name": "maml", "seed": 0, "cell": cell},
         result={"test_mse": 0.25, "test_half_width": 0.01},
         metrics={"validation/mse": {2: 0.9, 4: 0.3, 6: 0.4}},
     )
-    folder = report()
+    folder = report(*WORDS)
+    assert not (folder / f"{SUMMARY}.csv").exists()
     (found,) = rows(folder, "other_sine")
     assert (found["validation_mean"], found["collapsed"]) == ("0.3", "0")
     assert "0.250 mse" in markdown(folder, "other_sine")

@@ -81,9 +81,11 @@ def test_a_cell_is_no_formula_markup_or_command() -> None:
     cells = write.markdown_grid(table).splitlines()[-1]
     assert r"| \\\|&lt;b> |" in re.sub(" +", " ", cells)
     assert "\n{[}2pt]" in write.latex_text(table)
-    starred = replace(table, records=[{**record, "first": "**$x$** &lt;"}])
-    assert r"| \*\*\$x\$\*\* &amp;lt; |" in re.sub(" +", " ", write.markdown_grid(starred))
-    assert "\n{*}{*}" in write.latex_text(starred)  # \\\\* is a command
+    starred = replace(table, records=[{**record, "first": "**$x$** &lt; _a_b__ --c"}])
+    shown = re.sub(" +", " ", write.markdown_grid(starred))
+    assert r"| \*\*\$x\$\*\* &amp;lt; \_a_b\_\_ --c |" in shown
+    shown = write.latex_text(starred)  # \\\\* is a command, two hyphens are a dash
+    assert "\n{*}{*}" in shown and r"\_\_ -{}-c" in shown
     bad = "<img src=x>![x](http://there)`|"
     table = replace(table, caption=bad, notes=[bad], source=content.Source(f"x '{bad}'", [bad]))
     outside = re.sub("`x '[^`]*`", "", write.markdown_text(table))  # code is shown as it is

@@ -166,6 +166,7 @@ BAD = {
     "tasks.ways=1000": "(train_ways: tasks.ways)",
     "tasks.shots=100": "(train_samples: tasks.shots + tasks.queries)",
     "tasks.size=32": "tasks.name=glyphs: expected no setting tasks.size, got size=32; leave it out",
+    "tasks.split_seed=0": "expected no setting tasks.split_seed, got split_seed=0; leave it out",
     "algoritm.lr=0.1": "did you mean 'algorithm",
     "algorithm.name=anil algorithm.l2=0.1": "algorithm.l2: expected no such setting for anil",
     "tasks.name=sine tasks.level=None model.name=cnn4": "model.name: expected mlp for vectors",

@@ -118,7 +118,9 @@ class Training:
                 try:
                     self._advance(bar)
                 except Diverged as reason:
-                    self._note_divergence(f"at outer iteration {self.steps + 1}: {reason}")
+                    where = (f"at outer iteration {self.steps + 1}" if self._looked
+                             else f"in the validation after outer iteration {self.steps}")
+                    self._note_divergence(f"{where}: {reason}")
                 bar.update(self._progress() - bar.n)
                 if time.monotonic() - self._saved_at >= self.schedule.checkpoint_seconds:
                     self._save()

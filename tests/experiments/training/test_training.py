@@ -44,7 +44,7 @@ class Learner:
 
     Args:
         diverges_at: the step that does.
-        fails_test_at: after so many steps the test does.
+        fails_test_at, fails_validation_at: after so many steps the test, or validation, does.
         unsolved: systems of every step.
         score: of so many steps.
     """
@@ -59,10 +59,12 @@ class Learner:
         self,
         diverges_at: int | None = None,
         fails_test_at: int | None = None,
+        fails_validation_at: int | None = None,
         unsolved: int | None = None,
         score: Callable[[int], float] = lambda steps: steps / 100,
     ) -> None:
         self.done, self._diverges_at, self._fails_test_at = 0, diverges_at, fails_test_at
+        self._fails_validation_at = fails_validation_at
         self._unsolved, self._score, self.tested = unsolved, score, list[int]()
         network = SimpleNamespace(network=nn.Module())
         self.algorithms = SimpleNamespace(training=network)
@@ -97,6 +99,8 @@ class Learner:
             self.tested.append(self.done)
             if self.done == self._fails_test_at:
                 raise Diverged("too large a loss")
+        elif self.done == self._fails_validation_at:
+            raise Diverged("too large a loss")
         return Interval(self._score(self.done), 0.01)
 
 
@@ -248,19 +252,20 @@ def test_validations_by_seconds_of_training(tmp_path: Path) -> None:
     assert run.at("validation/accuracy") == [3, 6, 9, 10]
 
 
-def test_a_diverged_run_has_a_result_and_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("where", "at", "said", "score"), [
+    ("diverges_at", 6, "at outer iteration 6: too large a step", 0.05),
+    ("fails_validation_at", 8, "in the validation after outer iteration 8: too large a loss", 0.08),
+    ("fails_test_at", 10, "in the test after outer iteration 10: too large a loss", math.nan),
+])  # fmt: skip
+def test_a_run_that_diverges_has_a_result_and_says_where(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], where: str, at: int, said: str, score: float
 ) -> None:
-    training, run = train(tmp_path, Learner(diverges_at=6))
-    assert training.steps == 5 and training.scores.result == Interval(0.05, 0.01)
-    assert training.diverged == "at outer iteration 6: too large a step"
-    assert "diverged at outer iteration 6" in capsys.readouterr().out
-
-
-def test_a_test_that_diverges_is_not_a_number(tmp_path: Path) -> None:
-    training, _ = train(tmp_path, Learner(fails_test_at=10))
-    assert training.scores.result is not None and math.isnan(training.scores.result.mean)
-    assert training.diverged == "in the test after outer iteration 10: too large a loss"
+    """Theta's after the last step that was done; a test that diverges itself is not a number."""
+    training, _ = train(tmp_path, Learner(**{where: at}))
+    assert training.steps == at - (where == "diverges_at")
+    assert training.diverged == said and f"diverged {said}" in capsys.readouterr().out
+    assert training.scores.result is not None
+    assert training.scores.result.mean == pytest.approx(score, nan_ok=True)
 
 
 @pytest.mark.parametrize("unsolved", [3, 0, None])

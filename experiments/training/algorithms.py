@@ -42,7 +42,8 @@ class Algorithm(ABC):
     """theta, and how a task is learnt from it.
 
     The learner is behind learn2learn's ``clone``/``adapt``, its module holds phi; ``steps`` are the
-    inner steps K, ``loss`` is of predictions and targets. ``network`` holds all of theta.
+    inner steps K, ``loss`` is of predictions and targets. The parameters of ``network`` are theta,
+    what the learner learns besides among them.
     """
 
     def __init__(self, learner: Any, steps: int, loss: Loss) -> None:
@@ -67,10 +68,6 @@ class Algorithm(ABC):
     def backward(self, adapted: Adapted, loss: Tensor, weight: float) -> None:
         """Add ``weight`` times the gradient of the query ``loss`` to theta's gradients."""
         (weight * loss).backward()
-
-    def theta(self) -> list[nn.Parameter]:
-        """What the outer optimiser moves: the network, and what the learner learns besides."""
-        return list(self.network.parameters())
 
 
 class HeadOnly(Algorithm):
@@ -121,8 +118,7 @@ class HeadOnly(Algorithm):
         m = len(episode.support_targets)
         if not self._together:
             return self._features(episode, slice(m)), self._features(episode, slice(m, None))
-        features = self.backbone(episode.inputs)
-        return features[:m], features[m:]
+        return self.backbone(episode.inputs).tensor_split([m])
 
     def _features(self, episode: Episode, which: slice) -> Tensor:
         if self._together:
@@ -194,7 +190,7 @@ class HeadsTogether(HeadOnly):
         if self._together or m == len(targets):
             backbone = per_task_batch_norm(self.backbone, sets_a_task * tasks)
             both = backbone(torch.cat([e.inputs for e in batch])).unflatten(0, (tasks, -1))
-            return both[:, :m], both[:, m:]
+            return both.tensor_split([m], 1)
         backbone = per_task_batch_norm(self.backbone, tasks)
         sets = ([e.inputs[:m] for e in batch], [e.inputs[m:] for e in batch])
         support, query = (backbone(torch.cat(s)).unflatten(0, (tasks, -1)) for s in sets)

@@ -89,7 +89,7 @@ class MetaLearner:
     ) -> None:  # fmt: skip
         self.ranks, self.skip, self._say, self.skipped = ranks, skip, say, 0
         self.algorithms, self.measure = algorithms, measure
-        self.parameters = algorithms.training.theta()
+        self.parameters = list(algorithms.training.network.parameters())
         adam = torch.optim.AdamW if weight_decay else torch.optim.Adam
         kind = {"adam": adam, "sgd": torch.optim.SGD}[optimizer]
         self.optimizer = kind(self.parameters, lr=meta_lr, weight_decay=weight_decay)
@@ -168,7 +168,9 @@ class MetaLearner:
         self.ranks.average(self.parameters, good / len(results))
         norm = self._norm()
         self.optimizer.step()
-        self._project()
+        l2 = getattr(self.algorithms.training.learner, "l2", None)
+        if isinstance(l2, nn.Parameter):
+            l2.data.clamp_(min=LEAST_L2)
         noted = [r.diagnostics for r in results if r.diagnostics is not None]
         means = {name: [getattr(d, name) for d in noted] for name in MEANS if noted}
         means |= {"query_loss": [r.loss for r in results],
@@ -226,34 +228,20 @@ class MetaLearner:
             inputs = laid_out(inputs, self._channels_last)
         return Episode(inputs, support, query)
 
-    @torch.no_grad()
-    def _project(self) -> None:
-        """Keep a meta-learned regulariser where the inner problem is strongly convex."""
-        l2 = getattr(self.algorithms.training.learner, "l2", None)
-        if isinstance(l2, nn.Parameter):
-            l2.clamp_(min=LEAST_L2)
-
     def theta_state(self) -> dict[str, Any]:
         """Everything that evaluation depends on; `load_theta_state` is the inverse."""
-        return {
-            "network": self.algorithms.training.network.state_dict(),
-            "theta": [p.detach().clone() for p in self.parameters],
-        }
+        return {"network": self.algorithms.training.network.state_dict()}
 
     def load_theta_state(self, state: Mapping[str, Any]) -> None:
         self.algorithms.training.network.load_state_dict(state["network"])
-        self._load_theta(state["theta"])
 
     @torch.no_grad()
-    def _load_theta(self, values: Sequence[Tensor]) -> None:
-        for parameter, value in zip(self.parameters, values, strict=True):
-            parameter.copy_(value)
-
     def load_parameters(self, state: Mapping[str, Any]) -> None:
         """From what a run has left (``parameters.pt``): theta, and the buffers of its modules."""
         self.algorithms.backbone.load_state_dict(state["backbone"])
         self.algorithms.head.load_state_dict(state["head"])
-        self._load_theta(state["theta"])
+        for parameter, value in zip(self.parameters, state["theta"], strict=True):
+            parameter.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that training changes; `load_state_dict` is the inverse."""

@@ -53,7 +53,7 @@ def test_every_method_learns(name: str) -> None:
     algorithm.steps = 3
     (result,) = algorithm.learn([episode(SMALL, CPU)], lambda p, t: float(cross_entropy(p, t)))
     assert result.loss == pytest.approx(result.score)
-    assert all(p.grad is not None for p in algorithm.theta()[:4])
+    assert all(p.grad is not None for p in list(algorithm.network.parameters())[:4])
 
 
 def test_what_does_not_fit_is_left_out() -> None:

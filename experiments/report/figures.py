@@ -1,4 +1,4 @@
-"""Pictures: learning curves, every method's test accuracy, and curves on logarithmic scales."""
+"""Pictures: learning curves, and curves on logarithmic scales."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from matplotlib.figure import Figure as Drawing
 
 from experiments.report.content import Figure, shortened
 from experiments.report.summary import Summary
-from experiments.statistics import seeds_mean
 
 Runs = Mapping[str, Sequence[Summary]]
 """By method, the seeds' runs."""
@@ -182,33 +181,4 @@ def draw_panels(
         axes.set(title=label(title), **axes_labels)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    return drawing
-
-
-def draw_accuracies(runs: Runs) -> Drawing:
-    """Mean, interval and each seed; the best method on top.
-
-    The axis covers the means and seeds, not every wide interval.
-    """
-    means = {name: seeds_mean([100 * run.test for run in of]) for name, of in runs.items()}
-    order = sorted(means, key=lambda name: means[name].mean)
-    styles = looks(runs)
-    drawing = Drawing(figsize=(8.5, 1.1 + 0.36 * len(order)), layout="constrained")
-    axes = drawing.subplots()
-    for height, name in enumerate(order):
-        look, mean = styles[name], means[name]
-        half = mean.half_width if math.isfinite(mean.half_width) else 0.0
-        axes.errorbar(mean.mean, height, xerr=half, color=look.color, marker=look.marker,
-                      markersize=8, capsize=4, linewidth=1.8)
-        seeds = [100 * run.test for run in runs[name]]
-        axes.plot(seeds, [height - 0.28] * len(seeds), ".", color=look.color, alpha=0.7)
-        axes.annotate(f"{mean.mean:.1f}", (mean.mean, height), xytext=(0, 6),
-                      textcoords="offset points", ha="center", fontsize="small")
-    values = [100 * run.test for of in runs.values() for run in of if math.isfinite(run.test)]
-    margin = max(2.0, 0.12 * (max(values) - min(values)))
-    axes.set_xlim(max(0.0, min(values) - margin), min(100.0, max(values) + margin))
-    axes.set_yticks(range(len(order)), [label(name) for name in order])
-    axes.set_ylim(-0.6, len(order) - 0.3)
-    axes.set_xlabel("test accuracy (%)")
-    axes.grid(alpha=0.25, axis="x")
     return drawing

@@ -6,11 +6,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 
 from experiments.report import content
 from experiments.report.content import UNTOLD, Column, Figure, Items, Record, Section, Source, Table
-from experiments.report.figures import curves_figure, draw_accuracies
+from experiments.report.figures import curves_figure
 from experiments.report.summary import (
     DROP,
     MethodState,
@@ -106,25 +105,22 @@ def _summary_table(
     first = state.methods[0].name
     equal = max((record["equal_iterations"] for record in records), default=0)
     stopped = any(math.isfinite(record["early_stopped_mean"]) for record in records)
-    early = [
-        Column("early stopped, %", lambda r: content.rounded(r["early_stopped_mean"], 100),
-               _best("early_stopped")),
-        content.mean("then behind by", "early_stopped_lead"),
-    ]  # fmt: skip
     heads = [
         *content.texts(label="method", setting="setting"),
         Column("seeds", lambda r: f"{r['seeds']}/{r['seeds_planned']}"),
         Column("test accuracy, %", _accuracy, _best("test")),
         content.number("95 % over seeds", "test_half_width", 100),
-        *([content.mean("the paper, %", "published", 1)] if state.published else ()),
+        content.mean("the paper, %", "published", 1),
         content.mean("behind by", "lead"),
-        *(early if stopped else ()),
-        *([content.number(f"at {equal} iterations, %", "equal_mean", 100)] if equal else ()),
+        Column("early stopped, %", lambda r: content.rounded(r["early_stopped_mean"], 100),
+               _best("early_stopped")),
+        content.mean("then behind by", "early_stopped_lead"),
+        content.number(f"at {equal} iterations, %", "equal_mean", 100),
         content.number("outer iterations", "iterations_mean", digits=0),
         content.number("s an outer step", "step_cpu_seconds_mean", digits=3),
         content.number("peak, MiB", "tensor_bytes", 1 / content.MIB),
         Column("collapsed", _collapsed),
-    ]
+    ]  # fmt: skip
     tasks = sorted({str(run.run.settings.get("test_tasks")) for of in found.values() for run in of})
     notes = [
         "Test accuracy: at the end of a run's budget, mean over seeds; ±: 95 % over the"
@@ -219,37 +215,18 @@ def _differences(state: SweepState) -> list[str]:
     return lines
 
 
-# Figures
+# Curves
 
 
 def _figures(state: SweepState, found: Found) -> Items:
-    """Test accuracies and curves; neither where no run has any."""
-    tested = {name: of for name, of in found.items() if any(math.isfinite(run.test) for run in of)}
-    if tested:
-        records = [
-            {"method": name, "run": run.run.id, "seed": run.run.seed, "test_accuracy": run.test,
-             "half_width": run.within_run}
-            for name, of in tested.items() for run in of
-        ]  # fmt: skip
-        caption = (
-            f"{state.benchmark}. Test accuracy at the end of the budget. Large mark and bar: mean"
-            " over seeds with its 95 % interval (Student's t; none for one seed); small marks: the"
-            " seeds."
-        )
-        draw = partial(draw_accuracies, tested)
-        yield Figure("test", caption, draw, records, notes=_absent(found, tested))
+    """Curves, where some run has any; a note names the methods that are not drawn."""
     curves = {name: of for name, of in found.items() if any(len(run.points) for run in of)}
     if curves:
         budgets = {run.run.number("config.budget") for of in curves.values() for run in of}
         budget = budgets.pop() if len(budgets) == 1 else math.nan
-        absent = _absent(found, curves)
-        yield curves_figure("curves", state.benchmark, curves, budget, notes=absent)
-
-
-def _absent(found: Found, drawn: Found) -> list[str]:
-    """A note that names the methods that are not drawn; none if all are."""
-    absent = [name for name in found if name not in drawn]
-    return [f"Missing: {', '.join(absent)}."] if absent else []
+        absent = ", ".join(name for name in found if name not in curves)
+        notes = [f"Missing: {absent}."] if absent else []
+        yield curves_figure("curves", state.benchmark, curves, budget, notes=notes)
 
 
 # Seconds to an accuracy

@@ -71,7 +71,7 @@ class BenchmarkSettings(RunSettings):
     device: Text = "cpu"  # cpu, cuda, cuda:1, ...; auto: a GPU if there is one
     threads: Threads = 1  # of torch; 0 leaves torch's own choice
     seed: Seed = 0  # of all random numbers
-    output: Text = "runs"  # the folder of the table and the picture
+    output: Text = "runs"  # the folder of the table
 
     def problem(
         self, network: str = "cnn4", channels_last: bool | None = None, **shape: int
@@ -153,11 +153,6 @@ def layouts(c: BenchmarkSettings) -> list[Row]:
 
 
 # Growth with K and N
-
-
-def steps_sweep(c: BenchmarkSettings) -> list[Row]:
-    """Time over K at N = 20."""
-    return _sweep(c, "K", [(k, c.cg_steps) for k in c.sweep_steps])
 
 
 def cg_steps_sweep(c: BenchmarkSettings) -> list[Row]:
@@ -408,7 +403,7 @@ CASES: dict[str, Case] = {
     "meta-batch": meta_batch,
     "head": head_alone,
     "chunked": fifty_shot_chunked,
-    "k-sweep": steps_sweep,
+    "k-sweep": lambda c: _sweep(c, "K", [(k, c.cg_steps) for k in c.sweep_steps]),
     "n-sweep": cg_steps_sweep,
     "k-memory": steps_memory,
     "peers": against_peers,
@@ -419,11 +414,7 @@ CASES: dict[str, Case] = {
 
 
 def select(names: str) -> dict[str, Case]:
-    """The cases of a list with commas, or ``all``.
-
-    Raises:
-        UserError: no such case.
-    """
+    """The cases of a list with commas, or ``all``; UserError: no such case."""
     if names == "all":
         return CASES
     chosen = [name.strip() for name in names.split(",") if name.strip()]

@@ -53,7 +53,7 @@ def measure(
                 gc.collect()
                 times[name].append(_seconds_of(steps[name], device))
         # Last: torch.compile gives up on what it has seen under a dispatch mode.
-        peaks = {name: _peak(step, device) for name, step in steps.items()}
+        peaks = {name: peak_memory(step, device) for name, step in steps.items()}
     finally:
         gc.unfreeze()
     return {
@@ -84,11 +84,6 @@ def _seconds_of(step: Step, device: str) -> float:
 def warm_peak(step: Step, device: str) -> float:
     """Peak of the second call: the first leaves the gradients' own memory behind."""
     step()
-    return _peak(step, device)
-
-
-def _peak(step: Step, device: str) -> float:
-    gc.collect()
     return peak_memory(step, device)
 
 

@@ -150,28 +150,26 @@ class AlgorithmSettings(Settings):
                 refuse(key, f"no such setting for {name}")
             if default is not None and value is None:
                 refuse(key, f"a value for {name}", f"try {default!r}")
-        if self.variant is not None and name != "ImplicitCGHead":
-            refuse("variant", f"none for {name}")
-        usual = defaults_of(name, None)["scope"]
+        network, usual = self.scope == "network", defaults_of(name, None)["scope"]
+        for key, has in {
+            "variant": name == "ImplicitCGHead", "test_steps": self.steps is not None,
+            "test_crops": not network, "test_scope": network and name != "meta_sgd",
+        }.items():  # fmt: skip
+            if getattr(self, key) is not None and not has:
+                refuse(key, f"none for {name}")
         if self.scope != usual and name != "unrolled":
             refuse("scope", f"{usual!r} for {name}", "use unrolled, or an algorithm of that scope")
-        if self.scope == "network" and self.batch_norm == "together":
+        if network and self.batch_norm == "together":
             refuse("batch_norm", f"separately or eval for {name}",
                    "a network that is adapted sees the query set only after the inner loop")
-        if self.scope == "network" and self.features == "as_published":
+        if network and self.features == "as_published":
             refuse("features", "'cached' with scope='network'",
                    "a network that is adapted has no features to keep")
-        if self.test_scope is not None and (self.scope == "head" or name == "meta_sgd"):
-            refuse("test_scope", f"none for {name}")
-        if self.test_steps is not None and self.steps is None:
-            refuse("test_steps", f"none for {name}")
-        if self.test_l2 is not None and (self.scope == "network" or self.learn_l2 is not False):
+        if self.test_l2 is not None and (network or self.learn_l2 is not False):
             refuse("test_l2", f"none for {name}, or a head whose l2 is not learned")
-        if self.test_crops is not None and self.scope == "network":
-            refuse("test_crops", f"none for {name}")
         if self.solver not in ("cg", None) and (self.preconditioner != "none" or self.truncated):
             refuse("solver", "cg with a preconditioner or truncated=True", "leave them out")
-        if self.scope == "network" and self.preconditioner == "kronecker":
+        if network and self.preconditioner == "kronecker":
             refuse("preconditioner", f"jacobi or nystrom for {name}",
                    why=", which only a linear head has")
         if self.lr == "auto" and self.step != "gradient":

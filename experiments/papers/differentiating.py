@@ -349,14 +349,9 @@ class Way(NamedTuple):
 SOLVED = LBFGS(tol=1e-10)
 
 
-def implicit(
-    task: Problem, linear: LinearSolver, inner: InnerSolver = SOLVED, **settings: Any
-) -> Any:
+def implicit(task: Problem, linear: LinearSolver, inner: InnerSolver = SOLVED, **more: Any) -> Any:
     """The learner with an inner problem that is solved, by L-BFGS, which leaves no factor."""
-    return task.kind(
-        copy.deepcopy(task.module), task.lr, l2=task.l2, inner=inner, linear=linear,
-        curvature=Hessian(), max_error=1e300, **settings,
-    )  # fmt: skip
+    return task.implicit(inner=inner, linear=linear, curvature=Hessian(), **more)
 
 
 NUMBERS = (1, 2, 3, 5, 8, 12, 20, 30, 50, 80)
@@ -368,8 +363,7 @@ CURVES: dict[str, Way] = {
     "Nystrom": Way(NUMBERS, lambda task, n: implicit(task, Nystrom(n))),
     "one step": Way((1,), lambda task, _: implicit(task, Identity(task.lr))),
     "Neumann": Way(MANY, lambda task, n: implicit(task, Neumann(n, 1e-14))),
-    "unrolled": Way(MANY, lambda task, _: UnrolledMAML(
-        copy.deepcopy(task.module), task.lr, learn_init=task.anchored), unrolled=True),
+    "unrolled": Way(MANY, lambda task, _: task.unrolled(), unrolled=True),
     "accuracy": Way((0.3, 1e-1, 1e-2, 1e-3, 1e-4), lambda task, accuracy: implicit(
         task, CG(500), LBFGS(), accuracy=accuracy)),
     "perturbed": Way(NUMBERS[2:], lambda task, n: implicit(task, Perturbed(steps=n, tol=1e-14))),

@@ -136,14 +136,20 @@ class Problem:
             raise ArithmeticError(f"an exact hypergradient of size {found.norm():g}")
         return found
 
+    def implicit(self, **solvers: Any) -> ImplicitCGHead | ImplicitMAML:
+        """Its learner with these solvers."""
+        module = copy.deepcopy(self.module)
+        return self.kind(module, self.lr, l2=self.l2, max_error=IGNORED, **solvers)
+
+    def unrolled(self) -> UnrolledMAML:
+        """The learner that back-propagates through the steps, without a regulariser."""
+        return UnrolledMAML(copy.deepcopy(self.module), self.lr, learn_init=self.anchored)
+
     def estimate(self, method: Method, steps: int) -> Tensor:
         """What a method makes of it with K = ``steps``, as one vector."""
-        module = copy.deepcopy(self.module)
-        if method.cg_steps is None:
-            learner: Any = UnrolledMAML(module, self.lr, learn_init=self.anchored)
-        else:
-            own = {"inner": GradientDescent(), "linear": CG(method.cg_steps, CG_TOL)}
-            learner = self.kind(module, self.lr, l2=self.l2, max_error=IGNORED, **own)
+        n = method.cg_steps
+        learner = (self.unrolled() if n is None
+                   else self.implicit(inner=GradientDescent(), linear=CG(n, CG_TOL)))
         return self.differentiate(learner, steps, method.penalty)[0]
 
     def differentiate(self, learner: Any, steps: int, penalty: bool) -> tuple[Tensor, float]:

@@ -8,7 +8,6 @@ One task's outer step, K by K, as far as the memory allows.
 
 from __future__ import annotations
 
-import gc
 import statistics
 import timeit
 import warnings
@@ -71,13 +70,14 @@ def quick() -> None:
 
 PUBLISHED = {"features": "as_published", "batch_norm": "separately"}
 # Gradient steps, of which all K are taken; the default, Newton, ends where the problem is solved.
-GRADIENT = {"step": "gradient"}
+# One task in memory at a time.
+OURS = {"name": "rm_metal", "step": "gradient", "together": False}
 Method = Mapping[str, Any]
 """A name of the algorithm table, and what is changed there."""
 
 YANG: dict[str, Method] = {
-    "rm_metal/cached": {"name": "rm_metal", **GRADIENT},
-    "rm_metal/as_published": {"name": "rm_metal", **GRADIENT, **PUBLISHED},
+    "rm_metal/cached": OURS,
+    "rm_metal/as_published": {**OURS, **PUBLISHED},
     "maml/as_published": {"name": "maml"},
     "anil/as_published": {"name": "anil", **PUBLISHED},
     "anil/cached": {"name": "anil"},
@@ -85,7 +85,7 @@ YANG: dict[str, Method] = {
     "itd_bio/cached": {"name": "itd_bio"},
 }
 RAJESWARAN: dict[str, Method] = {
-    "imaml/gradient": {"name": "imaml_gd", **GRADIENT},
+    "imaml/gradient": {"name": "imaml_gd", "step": "gradient"},
     "maml/as_published": {"name": "maml"},
     "fomaml/as_published": {"name": "fomaml"},
 }
@@ -121,8 +121,6 @@ def episode(shape: Shape, device: torch.device) -> Episode:
 def build(method: Method, shape: Shape, device: torch.device) -> Algorithm:
     """The algorithm in training, with one inner step."""
     settings = AlgorithmSettings.of({**method, "steps": 1})
-    if settings.together is not None:  # one task in memory at a time
-        settings = settings.model_copy(update={"together": False})
     # Second derivatives of batch norm are slow in channels_last.
     backbone, width = _backbone(shape, channels_last=settings.scope == "head")
     sizes = (width, shape.ways, shape.ways)
@@ -147,7 +145,6 @@ def floor(shape: Shape, device: torch.device) -> float:
         cross_entropy(network(task.inputs), labels).backward()
 
     step()  # leaves the gradients' own memory behind
-    gc.collect()
     return peak_memory(step, device)
 
 
@@ -167,7 +164,6 @@ def growth(
     step()  # leaves the gradients' own memory behind
     points: dict[int, Point] = {}
     for algorithm.steps in takewhile(lambda k: forecast(points, k) <= limit, steps):
-        gc.collect()
         peak = peak_memory(step, device)
         times = timeit.repeat(step, repeat=repetitions, number=1)
         points[algorithm.steps] = Point(peak, statistics.median(times))

@@ -116,7 +116,12 @@ class Training:
             bar.update(self._progress())
             while self.diverged is None and not (self._finished() and self._looked):
                 try:
-                    self._advance(bar)
+                    if self._looked:
+                        self._iterate()
+                        self._looked = False
+                        self._end_if_asked()
+                    self._look(bar)
+                    self._looked = True
                 except Diverged as reason:
                     where = (f"at outer iteration {self.steps + 1}" if self._looked
                              else f"in the validation after outer iteration {self.steps}")
@@ -131,15 +136,6 @@ class Training:
         self._test_best()
         self._save()
         self._end_if_asked()
-
-    def _advance(self, bar: Any) -> None:
-        """One outer iteration, then what is due after it."""
-        if self._looked:
-            self._iterate()
-            self._looked = False
-            self._end_if_asked()
-        self._look(bar)
-        self._looked = True
 
     def _end_if_asked(self) -> None:
         """On every rank after the same step, or one would wait for the others."""
@@ -189,7 +185,7 @@ class Training:
         self._record({"train/step_peak_bytes": peak}, iteration)
 
     def _look(self, bar: Any) -> None:
-        """Validate and test where it is due."""
+        """Validate and test where it is due after an outer iteration."""
         schedule, done = self.schedule, self.steps
         due = done % schedule.validate_every == 0
         if schedule.validate_seconds is not None:

@@ -4,6 +4,7 @@ memory that one step frees and the next one uses."""
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import resource
 import sys
@@ -61,6 +62,7 @@ def _address(tensor: Tensor) -> int:
 
 def peak_memory(function: Callable[[], object], device: torch.device | str = "cpu") -> int:
     """Bytes of tensors that ``function`` has alive at once, at most, beyond those it finds."""
+    gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

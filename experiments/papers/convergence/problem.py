@@ -56,8 +56,7 @@ class Tasks(NamedTuple):
     def solve(self, theta: Tensor) -> Tensor:
         """Every inner problem's solution ``[M, q]``, by Newton's method to rounding.
 
-        Raises:
-            ArithmeticError: it did not get there.
+        ArithmeticError: it did not get there.
         """
         pull = self.pull(theta)
         phi = torch.linalg.solve(self.a, pull)
@@ -152,17 +151,6 @@ class Settings(NamedTuple):
     warm: bool = True
 
 
-class Parameters(nn.Module):
-    """Phi of every slot of the batch, ``[B, q]``, zero at first."""
-
-    def __init__(self, slots: int, q: int) -> None:
-        super().__init__()
-        self.phi = nn.Parameter(torch.zeros(slots, q, dtype=torch.float64))
-
-    def forward(self) -> Tensor:
-        return self.phi
-
-
 class Slots(ImplicitCGHead):
     """Its Hessian is block diagonal: Subroutine 1 runs in every slot with steps of its own."""
 
@@ -177,20 +165,19 @@ class Slots(ImplicitCGHead):
             b.view(shape),
             None if start is None else start.view(shape),
         )
-        norms = answer.relative_residual * b.view(shape).norm(dim=1)
-        relative = norms.norm() / b.norm().clamp_min(torch.finfo(b.dtype).tiny)
-        worst = answer.reason[int(answer.relative_residual.argmax())]
-        steps = answer.steps.amax(0, keepdim=True)
-        return LinearSolution(answer.solution.view(1, -1), steps, relative.view(1), [worst])
+        worst = int(answer.relative_residual.argmax())
+        return LinearSolution(answer.solution.view(1, -1), answer.steps.amax(0, keepdim=True),
+                              answer.relative_residual[worst].view(1), [answer.reason[worst]])
 
 
 class Algorithm1:
-    """Theta, ``[p]``, and the learner of its batch of so many slots, each with a phi, ``[q]``."""
+    """Theta, ``[p]``, and the learner of its batch of so many slots, each with a phi, ``[q]``, zero
+    at first."""
 
     def __init__(self, slots: int, q: int, settings: Settings, theta: Tensor) -> None:
         self.settings, self.theta = settings, theta.clone().requires_grad_()
         self._learner: Any = Slots(
-            Parameters(slots, q),
+            nn.ParameterList([torch.zeros(slots, q, dtype=torch.float64)]),
             settings.inner_lr,
             l2=0.0,
             warm_start=settings.warm,
@@ -204,8 +191,9 @@ class Algorithm1:
         """Eq. (8) at the present theta, ``[p]``."""
         learner = self._learner.clone(task="slots" if self.settings.warm else None)
         pull = tasks.pull(self.theta)  # once a task: theta acts through nothing else
-        learner.adapt(lambda: tasks.inner(learner(), pull), steps=self.settings.inner_steps)
-        return torch.autograd.grad(tasks.outer(learner()), self.theta)[0]
+        phi = learner.module.parameters  # of all slots
+        learner.adapt(lambda: tasks.inner(*phi(), pull), steps=self.settings.inner_steps)
+        return torch.autograd.grad(tasks.outer(*phi()), self.theta)[0]
 
     def step(self, tasks: Tasks) -> None:
         """One outer iteration."""

@@ -32,8 +32,7 @@ class ProblemConstants:
         ValueError, TypeError: for a number out of its range, in one line.
 
     Example:
-        >>> from experiments.papers.convergence import theory
-        >>> theory.ProblemConstants(mu=0.5, l_g=10.0, l_f=1.0, l_f0=1.0).kappa
+        >>> ProblemConstants(mu=0.5, l_g=10.0, l_f=1.0, l_f0=1.0).kappa
         20.0
     """
 
@@ -69,8 +68,7 @@ def inner_lr(constants: ProblemConstants) -> float:
     :math:`1 / l_g`. (The paper's way, by the mean of the tasks, gives :math:`\mu / (3 l_g^2)`.)
 
     Example:
-        >>> from experiments.papers.convergence import theory
-        >>> theory.inner_lr(theory.ProblemConstants(mu=1.0, l_g=10.0, l_f=1.0, l_f0=1.0))
+        >>> inner_lr(ProblemConstants(mu=1.0, l_g=10.0, l_f=1.0, l_f0=1.0))
         0.1
     """
     return 1.0 / constants.l_g
@@ -79,16 +77,11 @@ def inner_lr(constants: ProblemConstants) -> float:
 def least_inner_steps(constants: ProblemConstants, lr: float | None = None) -> int:
     r"""K_0: the smallest K with :math:`2 (1 - \mu \lambda_\phi)^K < 1/3`, (71) and (72).
 
-    Args:
-        constants: of the problem.
-        lr: the inner step size; None: `inner_lr`.
-
-    Raises:
-        ValueError: for a step size above 1 / l_g, with which nothing is said of the inner loop.
+    ``lr`` is the inner step size; None: `inner_lr`. ValueError: it is above 1 / l_g, with which
+    nothing is said of the inner loop.
 
     Example:
-        >>> from experiments.papers.convergence import theory
-        >>> theory.least_inner_steps(theory.ProblemConstants(1.0, 10.0, 1.0, 1.0))
+        >>> least_inner_steps(ProblemConstants(1.0, 10.0, 1.0, 1.0))
         18
     """
     lr = inner_lr(constants) if lr is None else lr
@@ -104,13 +97,10 @@ def least_inner_steps(constants: ProblemConstants, lr: float | None = None) -> i
 def least_linear_steps(constants: ProblemConstants, unknowns: int | None = None) -> int:
     r"""N_0: the smallest N with :math:`\Gamma_N` small enough for (70); also (69), Lemma 5.
 
-    Args:
-        constants: of the problem.
-        unknowns: phi's dimension, after as many steps conjugate gradient is exact; None: unknown.
+    ``unknowns`` is phi's dimension, after as many steps conjugate gradient is exact; None: unknown.
 
     Example:
-        >>> from experiments.papers.convergence import theory
-        >>> theory.least_linear_steps(theory.ProblemConstants(1.0, 10.0, 1.0, 1.0))
+        >>> least_linear_steps(ProblemConstants(1.0, 10.0, 1.0, 1.0))
         8
     """
     c = constants
@@ -135,10 +125,9 @@ def cg_contraction(kappa: float, steps: int, unknowns: int | None = None) -> flo
     (2025), Lemma 2 and eq. (81).
 
     Example:
-        >>> from experiments.papers.convergence import theory
-        >>> [round(theory.cg_contraction(10.0, steps), 4) for steps in (1, 5, 10)]
+        >>> [round(cg_contraction(10.0, steps), 4) for steps in (1, 5, 10)]
         [10.0, 0.0573, 0.0001]
-        >>> theory.cg_contraction(10.0, 5, unknowns=5)
+        >>> cg_contraction(10.0, 5, unknowns=5)
         0.0
     """
     if unknowns is not None and steps >= unknowns:
@@ -159,8 +148,7 @@ def hypergradient_lipschitz(constants: ProblemConstants) -> float:
     al. (2025), Lemma 1.
 
     Example:
-        >>> from experiments.papers.convergence import theory
-        >>> theory.hypergradient_lipschitz(theory.ProblemConstants(1.0, 10.0, 1.0, 1.0))
+        >>> hypergradient_lipschitz(ProblemConstants(1.0, 10.0, 1.0, 1.0))
         121.0
     """
     c = constants

@@ -1,9 +1,9 @@
 """Bad input: one line that says what was expected, what came, and what to do."""
 
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import higher  # noqa: F401  (these tests need the extra "baselines")
@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from warm_process import run
 
 from l2l_implicit.baselines import Learn2LearnMAML, Reptile, UnrolledMAML
 
@@ -170,4 +171,4 @@ def test_without_higher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_importing_the_package_imports_no_higher() -> None:
     code = "import sys, l2l_implicit, l2l_implicit.baselines; sys.exit('higher' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert run(["-c", code], Path.cwd()).returncode == 0

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from warm_process import run
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,12 +67,6 @@ print(_compat.declare_missing_operators(), _compat.declare_missing_operators())
 }  # fmt: skip
 
 
-def run(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Runs ``code`` in a new interpreter, from ``folder``, which comes first in its path."""
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=500)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_operators(case: str, tmp_path: Path) -> None:
     operators, code, expected = CASES[case]
@@ -79,7 +74,7 @@ def test_operators(case: str, tmp_path: Path) -> None:
         (tmp_path / "torchvision").mkdir()
         for name, source in {**PACKAGE, "extension.py": operators}.items():
             (tmp_path / "torchvision" / name).write_text(source)
-    done = run(code, tmp_path)
+    done = run(["-c", code], tmp_path)
     assert done.returncode == 0, done.stderr
     printed = done.stdout.splitlines()
     assert len(printed) == len(expected.splitlines())
@@ -97,7 +92,8 @@ NMS = tried("print(torchvision.ops.nms(boxes, torch.tensor([0.8, 0.9, 0.7]), 0.5
 
 def test_the_library_imports_quietly_and_a_called_operator_is_right_or_says_why_not() -> None:
     """It loads no experiment; of the extras learn2learn itself loads pytorch_lightning."""
-    done = run(IMPORTS + NMS, ROOT)
+    command = [sys.executable, "-c", IMPORTS + NMS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert (done.returncode, done.stderr) == (0, "")
     loaded, printed = done.stdout.splitlines()
     assert loaded == "[]"

@@ -1,8 +1,5 @@
 """A meta batch shared out over real torchrun processes."""
 
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -10,32 +7,22 @@ import pytest
 import rank_process
 import torch
 from torch import nn
+from warm_process import run
 
 from l2l_implicit.distributed import ALONE, Ranks, connect
 
 ROOT = Path(__file__).parents[2]
-
-
-def run(job: str, folder: Path, processes: int) -> tuple[int, str]:
-    """Exit status and output of a job of `rank_process.py`; one process without torchrun."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    script = "tests/helpers/rank_process.py"
-    program = [*(torchrun if processes > 1 else []), script, job, str(folder)]
-    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run(
-        [sys.executable, *program], cwd=ROOT, text=True, timeout=500,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env={**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    return done.returncode, done.stdout
+SCRIPT = ROOT / "tests" / "helpers" / "rank_process.py"
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks have saved of the jobs that go well."""
     folder = tmp_path_factory.mktemp("ranks")
-    status, output = run("sound", folder, 2)
-    assert status == 0, output
+    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"
+    done = run([*torchrun, SCRIPT, "sound", folder], ROOT, **ENVIRONMENT)
+    assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
 
@@ -86,10 +73,10 @@ def test_what_the_helpers_bring(folder: Path, rank: int) -> None:
 
 @pytest.mark.parametrize("job", ["killed", "hangs"])
 def test_a_lost_rank_ends_the_job(tmp_path: Path, job: str) -> None:
-    status, output = run(job, tmp_path, 2)
-    assert status != 0
+    done = run([SCRIPT, "torchrun", job, tmp_path], ROOT, **ENVIRONMENT)
+    assert done.returncode != 0
     assert time.time() - float((tmp_path / "lost").read_text()) < 60
-    assert "rank 0 of 2: expected an answer from every rank, got" in output
+    assert "rank 0 of 2: expected an answer from every rank, got" in done.stderr
 
 
 def test_one_process_needs_no_second_path() -> None:

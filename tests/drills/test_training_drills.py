@@ -14,6 +14,7 @@ import psutil
 import pytest
 from scipy.stats import linregress
 from train_process import Bench, assert_same
+from warm_process import Warm
 
 from experiments.tracking import open_database
 from experiments.training import checkpoint
@@ -57,7 +58,7 @@ def test_killed_at_twenty_random_moments(bench: Bench, seed: int, kills: int = 2
         assert_marked(database, last)
 
 
-def killed(bench: Bench, process: subprocess.Popen[bytes], after: float) -> bool:
+def killed(bench: Bench, process: Warm, after: float) -> bool:
     """SIGKILL after so many seconds; False if the process has ended before."""
     with suppress(subprocess.TimeoutExpired):
         process.wait(after)

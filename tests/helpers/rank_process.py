@@ -1,16 +1,22 @@
-"""What each rank of a torchrun job runs in the tests: `rank_process.py JOB FOLDER`."""
+"""What each rank of a torchrun job runs in the tests: `rank_process.py JOB FOLDER`.
+
+`rank_process.py torchrun JOB FOLDER` is torchrun with two ranks that are forked here, where all is
+imported.
+"""
 
 import contextlib
 import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.parallel import DistributedDataParallel
 
 import l2l_implicit  # noqa: F401  (first: it makes learn2learn importable)
@@ -195,5 +201,20 @@ def main(job: str, folder: Path) -> None:
         jobs[job](folder, ranks)
 
 
+def forked(job: str, folder: Path) -> None:
+    """The same; an error is to be seen, as that of a process of one's own is."""
+    try:
+        main(job, folder)
+    except Exception:
+        traceback.print_exc()
+        raise
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    *torchrun, job, folder = sys.argv[1:]
+    if torchrun:
+        two = LaunchConfig(1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+                           start_method="fork", max_restarts=0)  # fmt: skip
+        elastic_launch(two, forked)(job, Path(folder))
+    else:
+        main(job, Path(folder))

@@ -15,15 +15,16 @@ import json
 import os
 import runpy
 import signal
-import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from warm_process import Warm
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(Path(__file__))
@@ -38,40 +39,36 @@ ENDLESS = (*SMALL, "iterations=1000000", "validate_every=1000000", "checkpoint_s
 
 
 @pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    """A folder for runs, and its embedded database for this process too."""
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    """A folder for runs, which end with the test, and its embedded database for this process."""
     monkeypatch.setenv("L2L_IMPLICIT_DATA", str(tmp_path / "data"))
     monkeypatch.delenv("L2L_IMPLICIT_MONGO_URL", raising=False)
-    return Bench(tmp_path)
+    made = Bench(tmp_path)
+    yield made
+    for process in made.processes:
+        process.kill()
 
 
 class Bench:
     """A folder in which runs are started, for their output and the embedded database."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.log = folder, folder / "log"
-        own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
-               "L2L_IMPLICIT_DATA": str(folder / "data")}  # fmt: skip
+        self.folder, self.log, self.processes = folder, folder / "log", list[Warm]()
         others = {k: v for k, v in os.environ.items() if not k.startswith("L2L_IMPLICIT_MONGO")}
-        self.environment = {**others, **own}
+        self.environment = {**others, "L2L_IMPLICIT_DATA": str(folder / "data")}
 
-    def start(
-        self, *arguments: str, happens: dict[str, Any] | None = None
-    ) -> subprocess.Popen[bytes]:
+    def start(self, *arguments: str, happens: dict[str, Any] | None = None) -> Warm:
         """A process whose output goes to the log; a process group of its own, as in a shell."""
         program = ["-m", "experiments.train"] if happens is None else [SCRIPT]
         env = {**self.environment, **environment(**happens or {})}
-        with self.log.open("ab") as log:
-            return subprocess.Popen(
-                [sys.executable, *program, *arguments], cwd=self.folder, stdout=log, stderr=log,
-                env=env, start_new_session=True,
-            )  # fmt: skip
+        self.processes.append(Warm([*program, *arguments], self.folder, env, self.log))
+        return self.processes[-1]
 
     def finish(self, *arguments: str) -> None:
         """Run to the end."""
         assert self.start(*arguments).wait() == 0, self.text()[-2000:]
 
-    def started(self, *arguments: str, **options: Any) -> tuple[subprocess.Popen[bytes], Path]:
+    def started(self, *arguments: str, **options: Any) -> tuple[Warm, Path]:
         """A run that has left its first checkpoint, and its folder."""
         known, process = set(self.checkpoints()), self.start(*arguments, **options)
         while not (new := set(self.checkpoints()) - known):

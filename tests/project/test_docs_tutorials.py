@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from docs_blocks import ROOT
+from warm_process import run
 
 import experiments  # noqa: F401  (the pages use its commands)
 
@@ -47,13 +48,11 @@ def mongo_url(tmp_path: Path) -> Iterator[str]:
         server.terminate()
 
 
-def answer(page: Path, folder: Path, *options: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """What following a page in a folder of its own says, standard error included."""
+def answer(page: Path, folder: Path, *options: str, **env: str) -> tuple[int, str]:
+    """Exit status of following a page in a folder of its own, and all that it says."""
     program = ROOT / "tests" / "helpers" / "docs_blocks.py"
-    return subprocess.run(
-        [sys.executable, program, *options, page], cwd=folder, text=True,
-        env={**surroundings(folder), **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    done = run([program, *options, page], folder, **{**surroundings(folder), **env})
+    return done.returncode, done.stdout + done.stderr
 
 
 def test_all_tutorials_are_followed() -> None:
@@ -73,8 +72,8 @@ def test_tutorial(
     env = {}
     if name.endswith("mongodb"):
         env["L2L_IMPLICIT_MONGO_URL"] = request.getfixturevalue("mongo_url")
-    found = answer(DOCS / f"{name}.md", tmp_path, *options, **env)
-    assert found.returncode == 0, found.stdout[-4000:]
+    status, printed = answer(DOCS / f"{name}.md", tmp_path, *options, **env)
+    assert status == 0, printed[-4000:]
 
 
 PAGE = """
@@ -104,6 +103,6 @@ accuracy 0.51 of 100, error 9.0e-13, at <object ...>
 def test_a_wrong_figure_on_a_page_is_found(old: str, new: str, says: str, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(PAGE.replace(old, new), encoding="utf-8")
-    full = answer(page, tmp_path, "--full")
-    assert (full.returncode == 0) == (not says) and says in full.stdout, full.stdout
-    assert "accuracy 0.50 of 3," in answer(page, tmp_path).stdout
+    status, printed = answer(page, tmp_path, "--full")
+    assert (status == 0) == (not says) and says in printed, printed
+    assert "accuracy 0.50 of 3," in answer(page, tmp_path)[1]

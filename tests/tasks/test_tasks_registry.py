@@ -3,13 +3,13 @@
 import l2l_implicit  # noqa: F401, I001  (first: it makes learn2learn importable)
 
 import random
-import subprocess
-import sys
+from pathlib import Path
 from typing import Any
 
 import learn2learn
 import pytest
 import torch
+from warm_process import run
 
 from l2l_implicit.tasks import (
     get_tasksets,
@@ -33,8 +33,7 @@ def test_importing_our_tasks_registers_them_whatever_was_imported_first() -> Non
             "ours = l2l_implicit.tasks.TASKSETS;"
             "print({*ours, 'cifarfs', 'mini-imagenet'} - set(of.list_tasksets()), sorted(ours));"
             "print(of._TASKSETS['omniglot'] is of.omniglot_benchmark.omniglot_tasksets)")
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.splitlines()[-3:] == [
+    assert run(["-c", code], Path.cwd()).stdout.splitlines()[-3:] == [
         "(50, 1, 28, 28) [0, 1, 2, 3, 4]", "set() ['caltech101', 'folder', 'glyphs', 'sine']",
         "True",
     ]  # fmt: skip

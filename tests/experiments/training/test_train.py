@@ -16,6 +16,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 from train_process import refusal
+from warm_process import run
 
 from experiments.ingredients import model
 from experiments.ingredients.algorithm_table import OF_CLASSES
@@ -30,10 +31,7 @@ PER_ITERATION = (
 )  # fmt: skip
 
 
-def run(module: str, *arguments: str, cwd: Path, **environment: str) -> Any:
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, "-m", f"experiments.{module}", *arguments]
-    return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True)
+TRAIN = ("-m", "experiments.train")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +46,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def finished(folder: Path) -> Any:
-    return run("train", "with", "smoke", "metrics_csv=True", cwd=folder)
+    """Started as a user does it."""
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *TRAIN, "with", "smoke", "metrics_csv=True"]
+    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,7 @@ def test_the_result_and_the_artifacts_are_in_the_database(document: Any) -> None
 
 
 def test_the_same_seed_gives_the_same_run(finished: Any, folder: Path) -> None:
-    again = run("train", "-u", "with", "smoke", cwd=folder)
+    again = run([*TRAIN, "-u", "with", "smoke"], folder)
     assert again.returncode == 0
     first, second = (out.stdout.split("outer step")[0] for out in (finished, again))
     assert first == second
@@ -128,16 +129,17 @@ def test_trained_parameters_are_evaluated_to_the_same_score(
     document: Any, folder: Path, tmp_path: Path
 ) -> None:
     file = folder / "runs" / "1" / "parameters.pt"
-    said = run("train", "evaluate", "with", "smoke", f"parameters={file}", cwd=tmp_path)
+    said = run([*TRAIN, "evaluate", "with", "smoke", f"parameters={file}"], tmp_path)
     assert said.returncode == 0, said.stdout + said.stderr
     found = document[0]["result"]
     shown = f"{100 * found['test_accuracy']:.1f} ± {100 * found['test_half_width']:.1f} % over 8"
     assert shown in said.stdout, said.stdout
     assert not list(tmp_path.iterdir())
-    alone = run("train", "-u", "with", "smoke", f"parameters={file}", "iterations=0", cwd=tmp_path)
+    words = "-u", "with", "smoke", f"parameters={file}", "iterations=0"
+    alone = run([*TRAIN, *words], tmp_path)
     assert shown in alone.stdout and "outer step" not in alone.stdout, alone.stdout + alone.stderr
     assert "learning curve" not in alone.stdout and "Warning" not in alone.stderr
-    untrained = run("train", "evaluate", "with", "smoke", cwd=tmp_path)
+    untrained = run([*TRAIN, "evaluate", "with", "smoke"], tmp_path)
     assert untrained.returncode == 0 and shown not in untrained.stdout
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from report_runs import Recorder
+from toy_process import own_data
 
 from experiments.report.__main__ import main
 from experiments.sweeps.definitions import SWEEPS
@@ -22,9 +23,7 @@ GRID = tuple({"algorithm.lr": lr} for lr in (0.03, 0.1, 0.3))
 def documents(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """An embedded database for all tests of this file: starting one takes a second."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("L2L_IMPLICIT_DATA", str(tmp_path_factory.mktemp("data")))
-        patch.delenv("L2L_IMPLICIT_MONGO_URL", raising=False)
-        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+        own_data(patch, tmp_path_factory.mktemp("home") / "data")
         with open_database() as found:
             yield found
 

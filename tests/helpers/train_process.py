@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 import torch
+from toy_process import own_data
 from warm_process import Warm
 
 ROOT = Path(__file__).parents[2]
@@ -41,8 +42,7 @@ ENDLESS = (*SMALL, "iterations=1000000", "validate_every=1000000", "checkpoint_s
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     """A folder for runs, which end with the test, and its embedded database for this process."""
-    monkeypatch.setenv("L2L_IMPLICIT_DATA", str(tmp_path / "data"))
-    monkeypatch.delenv("L2L_IMPLICIT_MONGO_URL", raising=False)
+    own_data(monkeypatch, tmp_path / "data")
     made = Bench(tmp_path)
     yield made
     for process in made.processes:
@@ -54,13 +54,11 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.log, self.processes = folder, folder / "log", list[Warm]()
-        others = {k: v for k, v in os.environ.items() if not k.startswith("L2L_IMPLICIT_MONGO")}
-        self.environment = {**others, "L2L_IMPLICIT_DATA": str(folder / "data")}
 
     def start(self, *arguments: str, happens: dict[str, Any] | None = None) -> Warm:
         """A process whose output goes to the log; a process group of its own, as in a shell."""
         program = ["-m", "experiments.train"] if happens is None else [SCRIPT]
-        env = {**self.environment, **environment(**happens or {})}
+        env = {**os.environ, **environment(**happens or {})}
         self.processes.append(Warm([*program, *arguments], self.folder, env, self.log))
         return self.processes[-1]
 

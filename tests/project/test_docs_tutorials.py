@@ -6,14 +6,14 @@ In full, it prints what the page says: the quick ones always, all with `-m "slow
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
-from collections.abc import Iterator
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from docs_blocks import ROOT
+from toy_process import served
 from warm_process import run
 
 import experiments  # noqa: F401  (the pages use its commands)
@@ -36,18 +36,6 @@ def surroundings(folder: Path) -> dict[str, str]:
     return {**os.environ, **own}
 
 
-@pytest.fixture
-def mongo_url(tmp_path: Path) -> Iterator[str]:
-    """The address of a server that is up."""
-    command = [sys.executable, "-m", "experiments.tracking.serve"]
-    with subprocess.Popen(
-        command, cwd=ROOT, env=surroundings(tmp_path), stdout=subprocess.PIPE, text=True
-    ) as server:
-        assert server.stdout is not None
-        yield server.stdout.readline().strip()
-        server.terminate()
-
-
 def answer(page: Path, folder: Path, *options: str, **env: str) -> tuple[int, str]:
     """Exit status of following a page in a folder of its own, and all that it says."""
     program = ROOT / "tests" / "helpers" / "docs_blocks.py"
@@ -64,15 +52,12 @@ def test_all_tutorials_are_followed() -> None:
     *((name, ()) for name in (*PAGES, *SHORTENED)), *((name, FULL) for name in QUICK),
     *(pytest.param(name, FULL, marks=pytest.mark.slow) for name in LONG),
 ])  # fmt: skip
-def test_tutorial(
-    name: str, options: tuple[str, ...], tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_tutorial(name: str, options: tuple[str, ...], tmp_path: Path) -> None:
     if name.endswith("lightning") and find_spec("pytorch_lightning") is None:
         pytest.skip("the extra lightning is not installed")
-    env = {}
-    if name.endswith("mongodb"):
-        env["L2L_IMPLICIT_MONGO_URL"] = request.getfixturevalue("mongo_url")
-    status, printed = answer(DOCS / f"{name}.md", tmp_path, *options, **env)
+    with served(tmp_path / "data") if name.endswith("mongodb") else nullcontext("") as url:
+        env = {"L2L_IMPLICIT_MONGO_URL": url} if url else {}
+        status, printed = answer(DOCS / f"{name}.md", tmp_path, *options, **env)
     assert status == 0, printed[-4000:]
 
 

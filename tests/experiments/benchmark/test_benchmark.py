@@ -1,9 +1,6 @@
 """The benchmark's methods compute what their names say, and its table says what was measured."""
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
+from warm_process import run
 
 from experiments.benchmark import cases, steps
 from experiments.benchmark import measure as table
@@ -20,7 +18,6 @@ from experiments.benchmark.steps import NETWORKS, PEERS, Problem, Shape, build
 from experiments.tracking import UserError
 from l2l_implicit.chunked import Chunked
 
-ROOT = Path(__file__).parents[3]
 SMALL = Shape("cnn4, GroupNorm", hidden=8, pixels=16, ways=3, shots=2, queries=2)
 
 
@@ -247,9 +244,7 @@ def test_a_case_measures_and_has_its_bars(case: str) -> None:
 
 def test_the_command_prints_and_keeps_its_table(tmp_path: Path) -> None:
     small = ("quick", "cases=cnn4-32px,k-sweep,peers", "hidden=8", "steps=3", "repetitions=1")
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "experiments.benchmark", "-u", "with", *small]
-    answer = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
+    answer = run(["-m", "experiments.benchmark", "-u", "with", *small], tmp_path)
     assert answer.returncode == 0, answer.stderr
     for expected in ("supervised", "implicit, newton, adapt(loss)", "released step", "bars met"):
         assert expected in answer.stdout

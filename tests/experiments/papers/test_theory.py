@@ -93,17 +93,14 @@ def test_the_hypergradient_of_a_quadratic_keeps_to_its_bound() -> None:
     assert 0.1 < curvature <= theory.hypergradient_lipschitz(simple(l_g=joint, l_f0=0.0))
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        (lambda: simple(mu=0.0), "mu: expected a number above 0"),
-        (lambda: simple(l_g=0.5), "l_g: expected at least mu"),
-        (lambda: simple(l_f0=math.inf), "l_f0: expected a finite number"),
-        (lambda: simple(sigma_f1=-1.0), "sigma_f1: expected a number of at least 0"),
-        (lambda: theory.least_inner_steps(simple(), 0.2), "lr: .* at most 1 / l_g = 0.1, got 0.2"),
-        (lambda: theory.least_linear_steps(simple(), unknowns=0), "unknowns"),
-    ],
-)
-def test_wrong_numbers(wrong: Callable[[], object], message: str) -> None:
+@pytest.mark.parametrize(("wrong", "message"), [
+    (lambda: simple(mu=0.0), "mu: expected a number above 0"),
+    (lambda: simple(l_g=0.5), "l_g: expected at least mu"),
+    (lambda: simple(l_f0=math.inf), "l_f0: expected a finite number"),
+    (lambda: simple(sigma_f1=-1.0), "sigma_f1: expected a number of at least 0"),
+    (lambda: theory.least_inner_steps(simple(), 0.2), "lr: .* at most 1 / l_g = 0.1, got 0.2"),
+    (lambda: theory.least_linear_steps(simple(), unknowns=0), "unknowns"),
+])  # fmt: skip
+def test_wrong_arguments(wrong: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         wrong()

@@ -79,29 +79,23 @@ def failures(folder: Path, tests: Iterable[str]) -> Outcome:
     return Outcome(re.findall(r"^(?:FAILED|ERROR) tests/(.+?)(?: - .*)?$", done.stdout, re.M))
 
 
-def outcome(mutation: Mutation) -> Outcome:
-    """The tests that fail in a copy with the mutation."""
+def outcome(tests: Iterable[str], *mutations: Mutation) -> Outcome:
+    """The tests that fail in a copy with mutations; without any there must be none."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         copy(folder)
-        file = folder / "l2l_implicit" / mutation.file
-        source = file.read_text(encoding="utf-8")
-        file.write_text(source.replace(mutation.old, mutation.new), encoding="utf-8")
-        return failures(folder, mutation.tests.split())
-
-
-def without_mutation(tests: set[str]) -> Outcome:
-    """The tests that fail anyway; there must be none, or failures would mean nothing."""
-    with tempfile.TemporaryDirectory() as name:
-        copy(Path(name))
-        return failures(Path(name), sorted(tests))
+        for mutation in mutations:
+            file = folder / "l2l_implicit" / mutation.file
+            source = file.read_text(encoding="utf-8")
+            file.write_text(source.replace(mutation.old, mutation.new), encoding="utf-8")
+        return failures(folder, tests)
 
 
 def row(mutation: Mutation) -> tuple[str, bool]:
     """The row of the table, and whether tests caught the mutation."""
     try:
         where = f"{mutation.file}:{line_of(mutation)}"
-        failed, problem = outcome(mutation)
+        failed, problem = outcome(mutation.tests.split(), mutation)
     except ValueError as error:
         where, failed, problem = mutation.file, [], str(error)
     functions = dict.fromkeys(name.partition("[")[0].partition("::")[2] for name in failed)
@@ -117,7 +111,7 @@ def main() -> int:
     options = parser.parse_args()
     chosen = [m for m in MUTATIONS if not options.words or any(w in m.name for w in options.words)]
     with ThreadPoolExecutor(options.jobs) as pool:
-        intact = pool.submit(without_mutation, {t for m in chosen for t in m.tests.split()})
+        intact = pool.submit(outcome, sorted({t for m in chosen for t in m.tests.split()}))
         rows = pool.map(row, chosen)
         print(HEAD, flush=True)
         caught = []

@@ -26,7 +26,7 @@ from experiments.training import checkpoint
 
 pytest_plugins = ("train_process",)
 SETTINGS = ("with", "smoke", "anil", "iterations=24", "validate_every=5", "early_stopping=True",
-            "meta_lr_schedule=cosine", "meta_weight_decay=0.01",
+            "meta_lr_schedule=cosine", "meta_weight_decay=0.01", "meta_batch=2",
             "checkpoint_seconds=1e-6")  # fmt: skip
 STATE: dict[str, Any] = {"value": 1, "settings": "{}"}
 

@@ -112,7 +112,7 @@ def watch(bench: Bench, iterations: int) -> list[tuple[int, int]]:
         done = shown.rpartition(f"/{iterations}")[0].rpartition(" ")[2]
         if done.isdecimal() and int(done) < iterations:  # the test and the pictures come after it
             seen.append((int(done), resident(process.pid)))
-    assert process.returncode == 0, bench.text()
+    assert process.wait() == 0, bench.text()
     return [(done, size) for done, size in seen if size > 0]  # an ended process has 0 bytes
 
 

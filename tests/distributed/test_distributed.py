@@ -1,5 +1,6 @@
 """A meta batch shared out over real torchrun processes."""
 
+import os
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from l2l_implicit.distributed import ALONE, Ranks, connect
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests" / "helpers" / "rank_process.py"
-ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks have saved of the jobs that go well."""
     folder = tmp_path_factory.mktemp("ranks")
     torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"
-    done = run([*torchrun, SCRIPT, "sound", folder], ROOT, **ENVIRONMENT)
+    done = run([*torchrun, SCRIPT, "sound", folder], ROOT, ENVIRONMENT)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -73,7 +74,7 @@ def test_what_the_helpers_bring(folder: Path, rank: int) -> None:
 
 @pytest.mark.parametrize("job", ["killed", "hangs"])
 def test_a_lost_rank_ends_the_job(tmp_path: Path, job: str) -> None:
-    done = run([SCRIPT, "torchrun", job, tmp_path], ROOT, **ENVIRONMENT)
+    done = run([SCRIPT, "torchrun", job, tmp_path], ROOT, ENVIRONMENT)
     assert done.returncode != 0
     assert time.time() - float((tmp_path / "lost").read_text()) < 60
     assert "rank 0 of 2: expected an answer from every rank, got" in done.stderr

@@ -10,6 +10,7 @@ from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
+import warm_process
 from fake_mongod import FakeMongod
 
 from experiments.doctor import BROKEN, EXTRA, LIBRARY, PACKAGES, database, datasets, whole
@@ -25,6 +26,8 @@ class Absent(importlib.abc.MetaPathFinder):
         if name.split(".")[0] in {absent!r}:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Absent())
+for name in [name for name in sys.modules if name.split(".")[0] in {absent!r}]:
+    del sys.modules[name]
 sys.argv = ["doctor", "--root", {root!r}]
 runpy.run_module("experiments.{module}", run_name="__main__")
 """
@@ -37,11 +40,8 @@ def run(
     kept = {k: v for k, v in os.environ.items() if not k.startswith("L2L_IMPLICIT_")}
     own = {"HOME": str(data), "L2L_IMPLICIT_DATA": str(data), "L2L_IMPLICIT_MONGO_TIMEOUT": "1"}
     code = WITHOUT.format(absent=tuple(absent), root=str(data / "images"), module=module)
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env={**kept, **own, **variables},
-        text=True, timeout=500, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    return done.returncode, done.stdout
+    done = warm_process.run(["-c", code], ROOT, {**kept, **own, **variables})
+    return done.returncode, done.stdout + done.stderr
 
 
 def findings(output: str) -> dict[str, str]:

@@ -64,16 +64,13 @@ class Warm(CONTEXT.Process):  # type: ignore[name-defined, misc]
             raise subprocess.TimeoutExpired(self.name, timeout or 0.0)
         return self.exitcode
 
-    def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
-
 
 def run(
-    words: Sequence[object], folder: Path, **environment: str
+    words: Sequence[object], folder: Path, environment: Mapping[str, str] = os.environ
 ) -> subprocess.CompletedProcess[str]:
-    """One to its end; its environment has more than this process's."""
+    """One to its end."""
     with tempfile.TemporaryDirectory() as place:
         files = Path(place) / "out", Path(place) / "err"
-        status = Warm(words, folder, {**os.environ, **environment}, *files).wait()
+        status = Warm(words, folder, environment, *files).wait()
         printed = (file.read_text("utf-8", "replace") for file in files)
         return subprocess.CompletedProcess(words, status, *printed)

@@ -2,8 +2,6 @@
 
 import argparse
 import copy
-import doctest
-import importlib
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -239,12 +237,6 @@ def test_tasks_of_a_finite_set_too() -> None:
     own = Numbers("regression")
     own.num_tasks = 3  # of a set that is not learn2learn's it means whatever it means there
     assert len(list(EpisodicDataModule(own, epoch_length=2).train_dataloader())) == 2
-
-
-def test_examples() -> None:
-    for name in ("module", "data"):
-        found = importlib.import_module(f"l2l_implicit.lightning.{name}")
-        assert doctest.testmod(found).failed == 0
 
 
 # Whole networks, regression and several labels.

@@ -27,19 +27,16 @@ LONG = (*SHORTENED, "tutorials/lightning", "tutorials/mongodb", "tutorials/torch
 FULL = ("--full",)
 
 
-def surroundings(folder: Path) -> dict[str, str]:
-    """This Python first on the path, its library from the checkout, all data in ``folder``."""
-    binaries = str(Path(sys.executable).parent)
-    own = {"L2L_IMPLICIT_DATA": str(folder / "data"), "OMP_NUM_THREADS": "1",
-           "PATH": os.pathsep.join([binaries, os.environ["PATH"]]),
-           "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")])}  # fmt: skip
-    return {**os.environ, **own}
-
-
 def answer(page: Path, folder: Path, *options: str, **env: str) -> tuple[int, str]:
-    """Exit status of following a page in a folder of its own, and all that it says."""
+    """Exit status of following a page in a folder of its own, and all that it says.
+
+    With this Python first on the path, and its library from the checkout.
+    """
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    own = {"L2L_IMPLICIT_DATA": str(folder / "data"), "OMP_NUM_THREADS": "1", "PATH": path,
+           "PYTHONPATH": str(ROOT)}  # fmt: skip
     program = ROOT / "tests" / "helpers" / "docs_blocks.py"
-    done = run([program, *options, page], folder, **{**surroundings(folder), **env})
+    done = run([program, *options, page], folder, {**os.environ, **own, **env})
     return done.returncode, done.stdout + done.stderr
 
 

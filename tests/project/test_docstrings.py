@@ -11,9 +11,7 @@ import torch
 
 import l2l_implicit
 
-# Lightning is an extra: tests/lightning/test_lightning.py runs the examples of what needs it.
-MODULES = [module.name for module in pkgutil.walk_packages(l2l_implicit.__path__, "l2l_implicit.")
-           if not module.name.startswith("l2l_implicit.lightning")]  # fmt: skip
+MODULES = [module.name for module in pkgutil.walk_packages(l2l_implicit.__path__, "l2l_implicit.")]
 PACKAGES = ("", ".baselines", ".lightning", ".tasks", ".distributed", ".per_task_norm")
 
 
@@ -39,6 +37,8 @@ def has_example(value: Any) -> bool:
 def test_examples(name: str) -> None:
     if name == "l2l_implicit.baselines.unrolled":
         pytest.importorskip("higher", reason="the extra baselines is not installed")
+    if name.startswith("l2l_implicit.lightning"):
+        pytest.importorskip("pytorch_lightning", reason="the extra lightning is not installed")
     if name == "l2l_implicit.mixed_precision" and not hasattr(torch.amp, "GradScaler"):
         pytest.skip("this torch has no torch.amp.GradScaler")  # from 2.3 on
     result = doctest.testmod(importlib.import_module(name), extraglobs={})

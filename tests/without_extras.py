@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-EXPERIMENTS_ONLY = {"experiments", "matplotlib", "pymongo", "sacred", "secantus"}
-EXTRAS = EXPERIMENTS_ONLY | {"higher", "lightning", "pytorch_lightning"}
+EXTRAS = {"experiments", "matplotlib", "pymongo", "sacred", "secantus",
+          "higher", "lightning", "pytorch_lightning"}  # fmt: skip
 
 
 def names_of(path: Path) -> list[str]:

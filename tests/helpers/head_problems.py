@@ -466,10 +466,10 @@ def ordinary_traits(draw: random.Random) -> Iterator[str]:
 
 
 def hostile_traits(draw: random.Random) -> list[str]:
-    names = ["zero features", "all zero", "one class", "separable", "copied samples"]
-    weights = [3, 1, 3, 3, 3]
-    names, weights = [*names, "huge", "contradiction"], [*weights, 3, 2]
-    return sorted(set(draw.choices(names, weights, k=draw.choice([0, 1, 1, 2]))))
+    weights = {"zero features": 3, "all zero": 1, "one class": 3, "separable": 3,
+               "copied samples": 3, "huge": 3, "contradiction": 2}  # fmt: skip
+    chosen = draw.choices([*weights], [*weights.values()], k=draw.choice([0, 1, 1, 2]))
+    return sorted(set(chosen))
 
 
 def spoil(trait: str, x: Tensor, scale: float, labels: Tensor, n: int, draw: random.Random) -> None:

@@ -180,21 +180,14 @@ def lose(folder: Path, ranks: Ranks, how: Callable[[], None]) -> None:
         time.sleep(0.01)
 
 
-def killed() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def hangs() -> None:
-    time.sleep(1000)
-
-
 def main(job: str, folder: Path) -> None:
     torch.set_default_dtype(torch.float64)
     jobs: dict[str, Callable[[Path, Ranks], None]] = {
         "sound": sound,
-        "killed": lambda folder, ranks: lose(folder, ranks, killed),
-        "hangs": lambda folder, ranks: lose(folder, ranks, hangs),
-    }
+        "killed": lambda folder, ranks: lose(
+            folder, ranks, lambda: os.kill(os.getpid(), signal.SIGKILL)),
+        "hangs": lambda folder, ranks: lose(folder, ranks, lambda: time.sleep(1000)),
+    }  # fmt: skip
     if job == "hangs":
         meet(folder)
     with connect(timeout=10.0 if job == "hangs" else 200.0) as ranks:

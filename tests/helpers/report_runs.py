@@ -96,7 +96,6 @@ class Recorder:
 
 
 def validations(curve: Mapping[int, float]) -> dict[str, dict[int, float]]:
-    """The three metrics of a validation."""
     return {
         "validation/accuracy": dict(curve),
         "validation/half_width": dict.fromkeys(curve, 0.02),

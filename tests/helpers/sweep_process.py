@@ -31,20 +31,17 @@ class Place:
         self._started: list[subprocess.Popen[str]] = []
 
     def start(self, *arguments: str, sweep: str = TOY, **options: Any) -> subprocess.Popen[str]:
-        """Start the sweep command and return at once."""
         where = [f"folder={self.folder}"] if sweep == TOY else []
         command = [sys.executable, "-m", "experiments.sweep", sweep, *where, *arguments]
         return self.popen(command, **options)
 
     def popen(self, command: list[str] | str, **options: Any) -> subprocess.Popen[str]:
-        """Any command in this place."""
         pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         options = {"cwd": self.folder, "env": self.env, **pipe, **options}
         self._started.append(subprocess.Popen(command, **options))
         return self._started[-1]
 
     def run(self, *arguments: str, sweep: str = TOY) -> tuple[int, str]:
-        """The sweep command's exit status and output."""
         return finish(self.start(*arguments, sweep=sweep))
 
     def scheduler(self, name: str = "one") -> tuple[subprocess.Popen[str], str]:
@@ -63,7 +60,6 @@ class Place:
         return self.popen(command, env={**self.env, **variables}, **QUIET)
 
     def clear(self) -> None:
-        """End what still runs."""
         for process in self._started:
             if process.poll() is None:
                 process.kill()

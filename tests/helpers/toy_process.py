@@ -171,7 +171,6 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 def journals(data: Path) -> list[Path]:
-    """The journals that runs have left."""
     return sorted((data / "journals").glob("*.jsonl"))
 
 

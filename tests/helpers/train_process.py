@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import redirect_stdout, suppress
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,6 @@ class Bench:
         return self.processes[-1]
 
     def finish(self, *arguments: str) -> None:
-        """Run to the end."""
         assert self.start(*arguments).wait() == 0, self.text()[-2000:]
 
     def started(self, *arguments: str, **options: Any) -> tuple[Warm, Path]:
@@ -82,7 +82,6 @@ class Bench:
         return folder
 
     def text(self) -> str:
-        """All that was printed."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def checkpoints(self) -> list[Path]:
@@ -132,12 +131,6 @@ def environment(**happens: Any) -> dict[str, str]:
     return {"HAPPENS": json.dumps(happens)}
 
 
-def replaced(owner: type, name: str, function: Any) -> None:
-    """A method, which gets the original one first."""
-    whole = getattr(owner, name)
-    setattr(owner, name, lambda self, *arguments: function(whole, self, *arguments))
-
-
 def let_it_happen(happens: dict[str, Any]) -> None:
     from experiments.tracking import signals
     from experiments.training.loop import Training
@@ -164,7 +157,7 @@ def let_it_happen(happens: dict[str, Any]) -> None:
         ("validations", BestTheta, "offer", offer),
     ):  # fmt: skip
         if key in happens:
-            replaced(owner, name, function)
+            setattr(owner, name, partialmethod(partial(function, getattr(owner, name))))
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ def test_a_live_run_is_not_resumed(
     live, folder = bench.started(*options, *ENDLESS)
     for stop in (False, True):
         if stop:
-            live.send_signal(signal.SIGSTOP)
+            os.kill(live.pid, signal.SIGSTOP)
         for which in ("latest", str(folder)):
             assert f"where process {live.pid} on " in refusal(f"resume={which}")
     assert live.poll() is None

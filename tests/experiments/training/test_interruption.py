@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from test_training import TEST_SIZE, Learner, Run, Tasks, falling, schedule
-from train_process import ENDLESS, ROOT, TIMED, Bench
+from train_process import ENDLESS, TIMED, Bench
 
 from experiments.tracking import Terminated, UserError, open_database, signals
 from experiments.training import checkpoint

@@ -255,6 +255,24 @@ def test_anil_with_the_smaller_outer_step() -> None:
     assert said.format(settings["meta_lr"], fell_at, 100 * best[-1], *early) in text
 
 
+SECOND = {
+    "again_yang_table1_fc100": ("a second seed has {0:.1f} ± {1:.1f} %, early stopped {2:.1f}; that"
+                                " theta has {4:.1f} ± {5:.1f} % with `test_l2=3` and ten crops"),
+    "again_itd_bio_cifarfs": "({0:.1f} ± {1:.1f} % after 340 iterations, early stopped {2:.1f})",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_second_seeds(name: str) -> None:
+    found = []
+    for line in recorded(DOCS / "records" / f"{name}.jsonl.gz"):
+        result = line["runs"]["result"]
+        found += [100 * result.get(f"{kind}_{part}", math.nan) for kind in ("test", "early_stopped")
+                  for part in ("accuracy", "half_width")]  # fmt: skip
+    text = " ".join((DOCS / "reproduction.md").read_text().split())
+    assert SECOND[name].format(*found) in text
+
+
 def column_of(page: Path, name: str) -> dict[str, str]:
     """Of the page's table that has a column of this name: its cells by those of the first."""
     lines = page.read_text().splitlines()

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+DEADLINE = 500.0  # seconds
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch._dynamo", "scipy.signal", "matplotlib.pyplot", "pandas"])
 
@@ -68,9 +69,13 @@ class Warm(CONTEXT.Process):  # type: ignore[name-defined, misc]
 def run(
     words: Sequence[object], folder: Path, environment: Mapping[str, str] = os.environ
 ) -> subprocess.CompletedProcess[str]:
-    """One to its end."""
+    """One to its end; killed with an error if that takes longer than `DEADLINE`."""
     with tempfile.TemporaryDirectory() as place:
         files = Path(place) / "out", Path(place) / "err"
-        status = Warm(words, folder, environment, *files).wait()
+        process = Warm(words, folder, environment, *files)
+        try:
+            status = process.wait(DEADLINE)
+        finally:
+            process.kill()
         printed = (file.read_text("utf-8", "replace") for file in files)
         return subprocess.CompletedProcess(words, status, *printed)

@@ -1,7 +1,5 @@
 """Glyphs under autocast against float32: the same seed, the same tasks. `-s` shows the scores."""
 
-from __future__ import annotations
-
 import random
 from functools import cache
 

@@ -1,7 +1,5 @@
 """Sweeps of which something dies: workers, schedulers, the sweep, a training, the database."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import signal

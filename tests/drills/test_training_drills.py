@@ -1,7 +1,5 @@
 """A run that is killed again and again, and one that is long. `-s` shows what was seen."""
 
-from __future__ import annotations
-
 import random
 import signal
 import subprocess

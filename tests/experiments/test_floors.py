@@ -1,7 +1,5 @@
 """The folders of experiments/ stand on four floors, and imports go down."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

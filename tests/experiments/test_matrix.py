@@ -5,8 +5,6 @@ Without ``-m slow`` every algorithm on glyphs and sine, and each benchmark with 
 network, and a method that adapts nothing.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

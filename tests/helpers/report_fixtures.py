@@ -1,7 +1,5 @@
 """Fixtures of the report's tests: a database to fill, and the report of it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Runs as Sacred records them, without running anything: for the report's tests."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import random

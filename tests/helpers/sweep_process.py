@@ -1,7 +1,5 @@
 """Real sweeps for the tests: processes in a folder of their own, and what they have run."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -3,8 +3,6 @@
 `SWEEP` is of it: a method with a grid, a plain one, one that dies, one that fails.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import time

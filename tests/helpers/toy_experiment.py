@@ -1,7 +1,5 @@
 """A tiny experiment that the tests of the tracking run as a real process."""
 
-from __future__ import annotations
-
 import os
 import sys
 import time

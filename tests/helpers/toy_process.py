@@ -1,7 +1,5 @@
 """Real processes for the tests of the tracking: runs of the toy experiment, database servers."""
 
-from __future__ import annotations
-
 import os
 import platform
 import socket

@@ -8,8 +8,6 @@ in its environment says what, as JSON, so that a test need not guess how long an
     {"validations": [0.2, 0.5]}     scores by which early stopping chooses, an iteration each
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os
@@ -38,16 +36,6 @@ SMALL = ("with", "glyphs", "tasks.level=easy", "model.hidden=8", "meta_batch=2",
          "validation_tasks=4", "test_tasks=8")  # fmt: skip
 LONG = (*SMALL, "iterations=40", "validate_every=20", "checkpoint_seconds=1e-6")
 ENDLESS = (*SMALL, "iterations=1000000", "validate_every=1000000", "checkpoint_seconds=1e-6")
-
-
-@pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
-    """A folder for runs, which end with the test, and its embedded database for this process."""
-    own_data(monkeypatch, tmp_path / "data")
-    made = Bench(tmp_path)
-    yield made
-    for process in made.processes:
-        process.kill()
 
 
 class Bench:
@@ -97,6 +85,16 @@ class Bench:
         path = self.folder / "runs" / str(run) / "parameters.pt"
         state = torch.load(path, weights_only=True)
         return [*state["theta"], *state["backbone"].values(), *state["head"].values()]
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    """A folder for runs, which end with the test, and its embedded database for this process."""
+    own_data(monkeypatch, tmp_path / "data")
+    made = Bench(tmp_path)
+    yield made
+    for process in made.processes:
+        process.kill()
 
 
 def refusal(*words: str) -> str:

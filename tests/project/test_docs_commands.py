@@ -4,8 +4,6 @@ Checked means: the program has read the arguments, and found every name, key and
 what the command then does is not seen here.
 """
 
-from __future__ import annotations
-
 import importlib
 import re
 import shlex

@@ -1,7 +1,5 @@
 """The pages of the site agree with the code: API, symbols, figures, navigation. No torch."""
 
-from __future__ import annotations
-
 import ast
 import re
 import runpy

@@ -3,8 +3,6 @@
 In full, it prints what the page says: the quick ones always, all with `-m "slow or not slow"`.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from contextlib import nullcontext

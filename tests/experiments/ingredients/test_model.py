@@ -1,7 +1,5 @@
 """The backbone's settings: how many features it gives, and in which precision."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """The papers' settings, key by key, as the texts print them."""
 
-from __future__ import annotations
-
 import gzip
 import importlib
 import inspect

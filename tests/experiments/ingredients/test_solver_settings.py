@@ -1,7 +1,5 @@
 """From the settings of an algorithm to the solvers of the library."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """`experiments.papers.differentiating`: its tables against what must hold, and its refusals."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from types import SimpleNamespace

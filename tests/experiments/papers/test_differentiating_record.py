@@ -1,7 +1,5 @@
 """docs/differentiating.md says what docs/records/differentiating.jsonl.gz holds."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from collections.abc import Iterator

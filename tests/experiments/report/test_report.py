@@ -1,7 +1,5 @@
 """What the report averages, what it never does, and what it shows as missing."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any

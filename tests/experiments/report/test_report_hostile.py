@@ -1,7 +1,5 @@
 """Whatever a database holds, the report is made: a bad document costs its own line."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The report's arithmetic, without a database."""
 
-from __future__ import annotations
-
 import csv
 import io
 import math

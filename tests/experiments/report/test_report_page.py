@@ -1,7 +1,5 @@
 """What the report writes: a page of its own, LaTeX; databases that are empty, broken, large."""
 
-from __future__ import annotations
-
 import random
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """The papers' figures that one run holds: what is drawn, what is missing; nothing is averaged."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Runs as a DataFrame: of a database, of files, of the documented example."""
 
-from __future__ import annotations
-
 import doctest
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Sweeps as a user runs them: real processes, the embedded database. What dies: tests/drills."""
 
-from __future__ import annotations
-
 import os
 import platform
 import signal

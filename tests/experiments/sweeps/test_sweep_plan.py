@@ -1,7 +1,5 @@
 """Cells, plans, states and locks without processes of their own."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Iterator

@@ -1,8 +1,6 @@
 """The embedded server is its owner's alone, is shared by several runs at once, and is found
 whatever happens to its files."""
 
-from __future__ import annotations
-
 import os
 import stat
 import time

@@ -1,7 +1,5 @@
 """Runs exported to a file: what is in it, who reads it, and which files are refused."""
 
-from __future__ import annotations
-
 import errno
 import gzip
 import hashlib

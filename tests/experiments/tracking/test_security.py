@@ -1,7 +1,5 @@
 """What must not get out, what must not get in: archives, checkpoints."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import pickle

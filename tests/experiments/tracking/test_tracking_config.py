@@ -1,7 +1,5 @@
 """A wrong configuration stops the run in one line, before anything is started or recorded."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from pathlib import Path

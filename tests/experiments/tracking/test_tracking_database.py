@@ -1,7 +1,5 @@
 """Which database is taken, what is said when there is none, and that no password gets out."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """What happens to a run's record when processes die: real runs, real servers, real signals."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -1,7 +1,5 @@
 """The journal, its upload, and what may be recorded."""
 
-from __future__ import annotations
-
 import _thread
 import hashlib
 import math

@@ -1,7 +1,5 @@
 """The algorithms as an outer step sees them: variants that must agree, and what theta is."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

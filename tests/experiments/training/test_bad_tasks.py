@@ -1,7 +1,5 @@
 """Tasks that cannot be learnt: named, and stopped at or skipped, as was asked for."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from itertools import cycle

@@ -1,7 +1,5 @@
 """A signal: the step is finished, the state saved. Another one: the end, at once. Real signals."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time

@@ -1,7 +1,5 @@
 """Live tensor bytes against allocations of known size; freed memory against page faults."""
 
-from __future__ import annotations
-
 import platform
 import subprocess
 import sys

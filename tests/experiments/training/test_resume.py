@@ -1,7 +1,5 @@
 """A killed run goes on from its checkpoint and ends as if nothing had happened. Real runs."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import hashlib

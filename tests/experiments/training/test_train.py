@@ -1,7 +1,5 @@
 """The main job as a user runs it: a process, the embedded database, real images."""
 
-from __future__ import annotations
-
 import io
 import os
 import subprocess

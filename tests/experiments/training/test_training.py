@@ -1,7 +1,5 @@
 """When a run validates, tests and ends; the learner is a stand-in whose steps cost what is said."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterable

@@ -1,37 +1,24 @@
 """Fixtures of the report's tests: a database to fill, and the report of it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from report_runs import Recorder
-from toy_process import own_data
 
 from experiments.report.__main__ import main
 from experiments.sweeps.definitions import SWEEPS
 from experiments.sweeps.plan import Plan, make_plan
-from experiments.tracking import open_database
 
+pytest_plugins = ("toy_process",)
 GRID = tuple({"algorithm.lr": lr} for lr in (0.03, 0.1, 0.3))
 
 
-@pytest.fixture(scope="module")
-def documents(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """An embedded database for all tests of this file: starting one takes a second."""
-    with pytest.MonkeyPatch.context() as patch:
-        own_data(patch, tmp_path_factory.mktemp("home") / "data")
-        with open_database() as found:
-            yield found
-
-
 @pytest.fixture
-def recorder(documents: Any) -> Recorder:
-    """The database, emptied."""
-    for name in documents.list_collection_names():
-        documents[name].delete_many({})
-    return Recorder(documents)
+def recorder(database: Any) -> Recorder:
+    return Recorder(database)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import pymongo
 import pytest
 from bson import Binary, ObjectId
 
+from experiments.tracking import open_database
 from experiments.tracking.journal import Journal
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +46,28 @@ def own_data(patch: pytest.MonkeyPatch, data: Path) -> Path:
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A data folder, also this process's own."""
     return own_data(monkeypatch, tmp_path / "data")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A data folder for all tests of a file, also this process's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield own_data(patch, tmp_path_factory.mktemp("my data"))
+
+
+@pytest.fixture(scope="module")
+def documents(home: Path) -> Iterator[Any]:
+    """Its embedded database: starting one takes a second."""
+    with open_database() as found:
+        yield found
+
+
+@pytest.fixture
+def database(documents: Any) -> Any:
+    """The same, emptied."""
+    for name in documents.list_collection_names():
+        documents[name].delete_many({})
+    return documents
 
 
 def start(data: Path, *arguments: str, module: str = "", folder: Path = ROOT, **variables: str

@@ -21,13 +21,12 @@ from bson import ObjectId
 from fake_mongod import FakeMongod
 from pytest import MonkeyPatch
 from sacred.observers import RunObserver
-from toy_process import Server, journals, own_data, points, run, write_journal
+from toy_process import Server, journals, points, run, write_journal
 
 from experiments.tracking import (
     Terminated,
     TrackedExperiment,
     TrackingError,
-    open_database,
     uploader,
     values,
 )
@@ -41,55 +40,14 @@ LONGEST = values.HEAD + len(values.CUT) + values.TAIL
 ARTIFACT = bytes(300_000)  # two chunks
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A data folder, also this process's own."""
-    with pytest.MonkeyPatch.context() as patch:
-        yield own_data(patch, tmp_path_factory.mktemp("my data"))
-
-
-@pytest.fixture(scope="module")
-def embedded(data: Path) -> Iterator[Any]:
-    with open_database() as documents:
-        yield documents
-
-
 @pytest.fixture
-def database(embedded: Any) -> Iterator[Any]:
-    """The embedded server's database, empty again after each test."""
-    yield embedded
-    for name in embedded.list_collection_names():
-        embedded[name].delete_many({})
-
-
-@pytest.fixture
-def journal(data: Path) -> Iterator[Path]:
+def journal(home: Path) -> Iterator[Path]:
     """Where the next run of the data folder looks for an abandoned journal."""
-    path = data / "journals" / "run-t.jsonl"
+    path = home / "journals" / "run-t.jsonl"
     path.parent.mkdir(exist_ok=True)
     yield path
     for left in path.parent.glob("run-t*"):
         left.unlink()
-
-
-def losses_of(database: Any, number: int = 1500) -> list[float]:
-    return list(database["metrics"].find_one({"run_id": number, "name": "loss"})["values"])
-
-
-def test_an_upload_may_be_repeated(tmp_path: Path, database: Any) -> None:
-    losses = [1.0, math.inf, 0.5]
-    write_journal(tmp_path / "r", 1000, losses, ARTIFACT)
-    for _ in range(2):
-        again = Uploader(JournalReader(tmp_path / "r"), database)
-        again.upload()
-        again.upload()
-    stored = database["runs"].find_one({"_id": 1000})
-    assert (stored["status"], stored["captured_out"]) == ("COMPLETED", "abd")
-    assert [item["name"] for item in stored["artifacts"]] == ["a.bin"]
-    assert points(database, 1000) == {"loss": losses}
-    assert database["fs.files"].count_documents({"filename": "artifact://runs/1000/a.bin"}) == 1
-    (metric,) = stored["info"]["metrics"]
-    assert database["metrics"].find_one({"_id": ObjectId(metric["id"])})["name"] == "loss"
 
 
 def change_points(database: Any, **points: Any) -> None:
@@ -110,17 +68,24 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("what", CHANGES)
 def test_what_is_stored_is_read_back(tmp_path: Path, database: Any, what: str) -> None:
-    write_journal(tmp_path / "r", 1400, [1.0, 2.0, math.nan], ARTIFACT)
-    upload = Uploader(JournalReader(tmp_path / "r"), database)
-    upload.upload()
-    upload.verify()
+    """And an upload may be repeated, by another process too."""
+    write_journal(tmp_path / "r", 1400, [1.0, 2.0, math.nan, math.inf], ARTIFACT)
+    for _ in range(2):
+        upload = Uploader(JournalReader(tmp_path / "r"), database)
+        upload.upload()
+        upload.verify()
     CHANGES[what](database)
     with pytest.raises(TrackingError, match="the database has lost"):
         upload.verify()
     upload.upload()
     upload.verify()
-    assert str(points(database, 1400)) == "{'loss': [1.0, 2.0, nan]}"
-    assert database["runs"].find_one({"_id": 1400})["status"] == "COMPLETED"
+    stored = database["runs"].find_one({"_id": 1400})
+    assert (stored["status"], stored["captured_out"]) == ("COMPLETED", "abd")
+    assert [item["name"] for item in stored["artifacts"]] == ["a.bin"]
+    assert str(points(database, 1400)) == "{'loss': [1.0, 2.0, nan, inf]}"
+    assert database["fs.files"].count_documents({"filename": "artifact://runs/1400/a.bin"}) == 1
+    (metric,) = stored["info"]["metrics"]
+    assert database["metrics"].find_one({"_id": ObjectId(metric["id"])})["name"] == "loss"
 
 
 NONSENSE = {"ok": 1.0, "n": "many", "nModified": None, "cursor": {"firstBatch": "x", "id": 0}}
@@ -207,20 +172,20 @@ def test_every_change_of_a_journal_is_noticed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("how", "left"), [("a digit", 3), ("cut off", 2)])
 def test_a_damaged_journal_is_told_marked_and_kept(
-    data: Path, database: Any, journal: Path, how: str, left: int
+    home: Path, database: Any, journal: Path, how: str, left: int
 ) -> None:
     """By the next run, then by hand."""
     *first, fifth, sixth, last = write_journal(journal)
     changed = fifth.replace(b"2.5", b"2.4")  # it can still be parsed
     journal.write_bytes(b"".join([*first, *([changed, sixth, last] if how == "a digit" else [])]))
-    code, output = run(data, "with", "quick")
+    code, output = run(home, "with", "quick")
     kept = journal.with_name("run-t.jsonl.damaged")
     assert code == 0 and "a part of run 1500 is lost: of its journal line 5" in output
     assert str(kept) in output and kept.exists() and not journal.exists()
     stored = database["runs"].find_one({"_id": 1500})
-    assert stored["status"] == "FAILED" and len(losses_of(database)) == left
+    assert stored["status"] == "FAILED" and len(points(database, 1500)["loss"]) == left
     assert stored["fail_trace"][0].startswith("a part of the record is lost")
-    code, output = run(data, str(kept), module=UPLOAD)
+    code, output = run(home, str(kept), module=UPLOAD)
     assert code == 1 and "a part of run 1500 is lost" in output and kept.exists()
     assert database["runs"].find_one({"_id": 1500})["status"] == "FAILED"
 
@@ -293,23 +258,23 @@ def test_a_journal_of_nothing_but_a_beginning_and_an_end(tmp_path: Path, databas
     assert (tmp_path / "r").exists()
 
 
-def test_a_journal_without_its_beginning(data: Path, database: Any, journal: Path) -> None:
+def test_a_journal_without_its_beginning(home: Path, database: Any, journal: Path) -> None:
     """Without the start the run is marked; without the header it is uploaded by hand."""
     lines = write_journal(journal)
     journal.write_bytes(b"".join([lines[0], *lines[2:]]))
     own = {"_id": 1500, "meta": {"journal": journal.name}, "status": "RUNNING"}
     database["runs"].insert_one(own)
-    code, output = run(data, "with", "quick")
+    code, output = run(home, "with", "quick")
     assert code == 0 and "run-t.jsonl is not the journal of a run, or its beginning" in output
     stored = database["runs"].find_one({"_id": 1500})
     assert stored["status"] == "FAILED" and stored["fail_trace"] == ["line 2 is damaged or missing"]
     database["runs"].delete_one({"_id": 1500})
     journal.write_bytes(b"".join(lines[1:]))
-    code, output = run(data, "with", "quick")
+    code, output = run(home, "with", "quick")
     assert code == 0 and "Cannot upload run-t.jsonl: its beginning is damaged" in output
-    code, output = run(data, str(journal), module=UPLOAD)
+    code, output = run(home, str(journal), module=UPLOAD)
     assert code == 1 and "a part of run 1500 is lost: of its journal line 1" in output
-    assert losses_of(database) == [0.5, 1.5, 2.5, 3.5]
+    assert points(database, 1500)["loss"] == [0.5, 1.5, 2.5, 3.5]
 
 
 @pytest.mark.parametrize(("status", "last"), [
@@ -333,7 +298,7 @@ def test_a_journal_that_holds_less_takes_nothing_away(
         assert ended is not None and ended.document["status"] == status and not path.exists()
         assert (ended.how_it_ended() == "") == (status == "COMPLETED")
     after = database["runs"].find_one({"_id": 1500})
-    assert after["status"] == status and losses_of(database) == [0.5, 1.5, 2.5, 3.5]
+    assert after["status"] == status and points(database, 1500)["loss"] == [0.5, 1.5, 2.5, 3.5]
     assert status == "FAILED" or str(after) == str(before)
 
 
@@ -369,20 +334,20 @@ def test_what_may_not_end_is_no_journal(tmp_path: Path, database: Any) -> None:
             upload_journal(path, database)
 
 
-def test_a_journal_of_nothing_but_a_header(data: Path, database: Any, tmp_path: Path) -> None:
+def test_a_journal_of_nothing_but_a_header(home: Path, database: Any, tmp_path: Path) -> None:
     """Of a run that was killed at its very start; it is named, and removed."""
     Journal(tmp_path / "r", {"token": "t"}).close()
-    code, output = run(data, str(tmp_path / "r"), module=UPLOAD)
+    code, output = run(home, str(tmp_path / "r"), module=UPLOAD)
     assert (code, output) == (0, f"{tmp_path}/r: its run had recorded nothing when it was killed\n")
     assert not (tmp_path / "r").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"{}\n", bytes(5000)])
-def test_what_is_no_journal(data: Path, database: Any, journal: Path, content: bytes) -> None:
+def test_what_is_no_journal(home: Path, database: Any, journal: Path, content: bytes) -> None:
     journal.write_bytes(content)
-    code, output = run(data, "with", "quick")
+    code, output = run(home, "with", "quick")
     assert code == 0 and f"Cannot upload {journal.name}: " in output
-    code, output = run(data, str(journal), module=UPLOAD)
+    code, output = run(home, str(journal), module=UPLOAD)
     assert code == 1 and "is not the journal of a run" in output and output.count("\n") == 1
     assert journal.read_bytes() == content
 
@@ -445,9 +410,9 @@ def test_what_is_printed_is_read_once_and_not_kept() -> None:
     assert sum(map(len, read)) == 20_000 and tape.read() == ""
 
 
-def test_what_a_run_leaves(data: Path, database: Any) -> None:
+def test_what_a_run_leaves(home: Path, database: Any) -> None:
     """One that completes, and one that fails."""
-    assert [run(data, "with", "quick", f"fault={fault}")[0] for fault in ("odd", "user")] == [0, 1]
+    assert [run(home, "with", "quick", f"fault={fault}")[0] for fault in ("odd", "user")] == [0, 1]
     whole, failed = database["runs"].find().sort("_id", 1)
     assert (whole["status"], failed["status"]) == ("COMPLETED", "FAILED")
     info, kept = whole["info"], whole["captured_out"]
@@ -457,8 +422,8 @@ def test_what_a_run_leaves(data: Path, database: Any) -> None:
     assert "told to fail" in "".join(failed["fail_trace"])
 
 
-def test_hostport_option(data: Path, server: Server) -> None:
-    assert run(data, "-m", f"{server.address}:other", "with", "quick")[0] == 0
+def test_hostport_option(home: Path, server: Server) -> None:
+    assert run(home, "-m", f"{server.address}:other", "with", "quick")[0] == 0
     with closing(pymongo.MongoClient(server.address)) as client:
         other: Any = client["other"]
         assert other["runs"].distinct("status") == ["COMPLETED"]
@@ -487,15 +452,15 @@ def test_a_large_artifact_is_recorded_by_its_path(tmp_path: Path, monkeypatch: M
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_an_upload_that_breaks_off_keeps_the_journal(
-    data: Path, database: Any, monkeypatch: MonkeyPatch
+    home: Path, database: Any, monkeypatch: MonkeyPatch
 ) -> None:
     """By whatever: only what has been read back counts as stored."""
     experiment = TrackedExperiment("broken off")
     experiment.main(lambda: None)
     monkeypatch.setattr(uploader.Uploader, "verify", lambda self: _thread.exit())
-    with pytest.raises(TrackingError, match=f"has broken off.* {UPLOAD} '{data}"):
+    with pytest.raises(TrackingError, match=f"has broken off.* {UPLOAD} '{home}"):
         experiment.run()
-    (kept,) = (data / "journals").glob("run-*.jsonl")
+    (kept,) = (home / "journals").glob("run-*.jsonl")
     kept.unlink()
 
 
@@ -508,7 +473,7 @@ CIRCLE.append(CIRCLE)
     ("a full disk's", "No space left"),
 ])  # fmt: skip
 def test_a_result_that_cannot_be_recorded_costs_nothing_else(
-    data: Path, database: Any, monkeypatch: MonkeyPatch, value: Any, said: str
+    home: Path, database: Any, monkeypatch: MonkeyPatch, value: Any, said: str
 ) -> None:
     """But the run is not completed; the disk, too full for it, has room for the end."""
     experiment, append = TrackedExperiment("large"), Journal.append
@@ -528,11 +493,11 @@ def test_a_result_that_cannot_be_recorded_costs_nothing_else(
         experiment.run()
     (stored,) = database["runs"].find()
     assert stored["status"] == "FAILED" and said in stored["fail_trace"][0]
-    assert losses_of(database, stored["_id"]) == [0.5] and not journals(data)
+    assert points(database, stored["_id"])["loss"] == [0.5] and not journals(home)
 
 
 def test_the_last_record_is_waited_for(
-    data: Path, database: Any, monkeypatch: MonkeyPatch
+    home: Path, database: Any, monkeypatch: MonkeyPatch
 ) -> None:
     """On a disk that takes longer than Sacred waits: the end's own upload is not earlier."""
     experiment, finished = TrackedExperiment("slow"), threading.Event()
@@ -559,7 +524,7 @@ def test_the_last_record_is_waited_for(
 
 
 def test_a_signal_while_the_run_is_inserted(
-    data: Path, database: Any, journal: Path, monkeypatch: MonkeyPatch
+    home: Path, database: Any, journal: Path, monkeypatch: MonkeyPatch
 ) -> None:
     """It is no error of the database, nor one of a record that another run has left."""
     experiment, insert = TrackedExperiment("inserted"), JournalObserver.insert
@@ -584,7 +549,7 @@ def test_a_signal_while_the_run_is_inserted(
 
 
 def test_a_failed_observer_of_others_is_an_error(
-    data: Path, database: Any, monkeypatch: MonkeyPatch
+    home: Path, database: Any, monkeypatch: MonkeyPatch
 ) -> None:
     experiment, observer = TrackedExperiment("other"), RunObserver()
     monkeypatch.setattr(observer, "heartbeat_event", lambda **_: 1 / 0)

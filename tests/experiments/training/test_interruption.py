@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,8 @@ pytest_plugins = ("train_process",)
 
 
 class Signalled(Learner):
-    """Sends signals to this process in the middle of its third step, or of a test.
-
-    Args:
-        where: "step", "validation", "test", or "last test".
-        signums: what is sent.
-        after: seconds before each but the first.
-    """
+    """Sends signals to this process in the middle of its third step, a validation, test or last
+    test; so many seconds before each but the first."""
 
     def __init__(self, where: str, *signums: int, after: float = 0.0, **more: Any) -> None:
         super().__init__(**more)
@@ -37,9 +32,7 @@ class Signalled(Learner):
             self._meet()
         return super().step(batch)
 
-    def evaluate(
-        self, stream: Any, number: int, progress: Callable[[Iterable[int]], Iterable[int]]
-    ) -> Any:
+    def evaluate(self, stream: Any, number: int, progress: Callable[[range], range]) -> Any:
         names = ("test", "test", "last test")[len(self.tested) :]
         where = names[0] if stream.sample().inputs.numel() == TEST_SIZE else "validation"
         for task in progress(range(number)):

@@ -4,7 +4,6 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,46 +17,34 @@ from warm_process import run
 
 from experiments.ingredients import model
 from experiments.ingredients.algorithm_table import OF_CLASSES
-from experiments.tracking import open_database
 from experiments.train import _first, ex
 from experiments.training.meta_learner import MetaLearner
+
+pytest_plugins = ("toy_process",)
 
 ROOT = Path(__file__).parents[3]
 PER_ITERATION = (
     "query_loss", "query_accuracy", "hypergradient_norm", "hypergradient_error", "cg_residual",
     "cg_steps", "unsolved", "unsolved_inner", "unsolved_linear", "seconds", "process_peak_bytes",
 )  # fmt: skip
-
-
 TRAIN = ("-m", "experiments.train")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A working folder, with the database below it."""
-    path = tmp_path_factory.mktemp("train")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("L2L_IMPLICIT_DATA", str(path / "data"))
-        patch.delenv("L2L_IMPLICIT_MONGO_URL", raising=False)
-        yield path
-
-
-@pytest.fixture(scope="module")
-def finished(folder: Path) -> Any:
+def finished(home: Path) -> Any:
     """Started as a user does it."""
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *TRAIN, "with", "smoke", "metrics_csv=True"]
-    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
+    return subprocess.run(command, cwd=home, env=variables, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
-def document(finished: Any, folder: Path) -> Iterator[tuple[dict[str, Any], Any]]:
+def document(finished: Any, documents: Any) -> tuple[dict[str, Any], Any]:
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    with open_database() as database:
-        yield database["runs"].find_one({"experiment.name": "train"}), database
+    return documents["runs"].find_one({"experiment.name": "train"}), documents
 
 
-def test_it_says_what_a_newcomer_wants_to_know(finished: Any, folder: Path) -> None:
+def test_it_says_what_a_newcomer_wants_to_know(finished: Any, home: Path) -> None:
     assert "over 8 new tasks (95 % interval)" in finished.stdout
     assert "with nearest centroid on the same tasks" in finished.stdout
     assert "MiB of tensors at its peak" in finished.stdout
@@ -65,7 +52,7 @@ def test_it_says_what_a_newcomer_wants_to_know(finished: Any, folder: Path) -> N
     assert "Result: " not in finished.stdout + finished.stderr
     assert "meta-training" in finished.stderr and "iteration/s" in finished.stderr
     picture = finished.stdout.split("learning curve")[1].split()[0]
-    assert imread(folder / picture).shape[2] == 4
+    assert imread(home / picture).shape[2] == 4
 
 
 def test_the_document_has_configuration_versions_host_and_seeds(document: Any) -> None:
@@ -90,9 +77,9 @@ def test_every_iteration_is_recorded(document: Any) -> None:
     assert series["train/step_peak_bytes"]["values"][0] > 1e6
 
 
-def test_every_metric_is_in_the_csv_file(document: Any, folder: Path) -> None:
+def test_every_metric_is_in_the_csv_file(document: Any, home: Path) -> None:
     (run, database), table = document, pd.read_csv(
-        folder / "runs/1/metrics.csv", index_col=0, float_precision="round_trip"
+        home / "runs/1/metrics.csv", index_col=0, float_precision="round_trip"
     )
     names = {metric["name"] for metric in run["info"]["metrics"]}
     assert names and names == set(table) and table.index.tolist() == [1, 2, 3, 4]
@@ -116,17 +103,17 @@ def test_the_result_and_the_artifacts_are_in_the_database(document: Any) -> None
     assert imread(io.BytesIO(storage.get(files["learning_curve.png"]).read())).ndim == 3
 
 
-def test_the_same_seed_gives_the_same_run(finished: Any, folder: Path) -> None:
-    again = run([*TRAIN, "-u", "with", "smoke"], folder)
+def test_the_same_seed_gives_the_same_run(finished: Any, home: Path) -> None:
+    again = run([*TRAIN, "-u", "with", "smoke"], home)
     assert again.returncode == 0
     first, second = (out.stdout.split("outer step")[0] for out in (finished, again))
     assert first == second
 
 
 def test_trained_parameters_are_evaluated_to_the_same_score(
-    document: Any, folder: Path, tmp_path: Path
+    document: Any, home: Path, tmp_path: Path
 ) -> None:
-    file = folder / "runs" / "1" / "parameters.pt"
+    file = home / "runs" / "1" / "parameters.pt"
     said = run([*TRAIN, "evaluate", "with", "smoke", f"parameters={file}"], tmp_path)
     assert said.returncode == 0, said.stdout + said.stderr
     found = document[0]["result"]

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,49 +38,33 @@ class Run:
 
 
 class Learner:
-    """Every step takes 2 s of the process and 3 s of the wall.
+    """Every step takes 2 s of the process and 3 s of the wall."""
 
-    Args:
-        diverges_at: the step that does.
-        fails_test_at, fails_validation_at: after so many steps the test, or validation, does.
-        unsolved: systems of every step.
-        score: of so many steps.
-    """
-
-    measure = MEASURES["classification"]
-    device = torch.device("cpu")
-    ranks = ALONE
-
-    skip, skipped = False, 0
+    measure, device, ranks = MEASURES["classification"], torch.device("cpu"), ALONE
+    done, skip, skipped = 0, False, 0
+    diverges_at: int | None = None  # the step that does
+    fails_test_at: int | None = None  # after so many steps the test does, or the validation
+    fails_validation_at: int | None = None
+    unsolved: int | None = None  # systems of every step
 
     def __init__(
-        self,
-        diverges_at: int | None = None,
-        fails_test_at: int | None = None,
-        fails_validation_at: int | None = None,
-        unsolved: int | None = None,
-        score: Callable[[int], float] = lambda steps: steps / 100,
+        self, score: Callable[[int], float] = lambda steps: steps / 100, **changes: int
     ) -> None:
-        self.done, self._diverges_at, self._fails_test_at = 0, diverges_at, fails_test_at
-        self._fails_validation_at = fails_validation_at
-        self._unsolved, self._score, self.tested = unsolved, score, list[int]()
-        network = SimpleNamespace(network=nn.Module())
-        self.algorithms = SimpleNamespace(training=network)
+        self.__dict__.update(changes)
+        self.score, self.tested, self.annealed = score, list[int](), list[float]()
+        self.algorithms = SimpleNamespace(training=SimpleNamespace(network=nn.Module()))
         self.optimizer = torch.optim.SGD([torch.zeros(1)])
-        self.annealed = list[float]()
-
-    def anneal(self, share: float) -> None:
-        self.annealed.append(share)
+        self.anneal = self.annealed.append
 
     def hypergradient(self, batch: list[Any]) -> None:
         pass
 
     def step(self, batch: list[Any]) -> dict[str, float]:
-        if self.done + 1 == self._diverges_at:
+        if self.done + 1 == self.diverges_at:
             raise Diverged("too large a step")
         self.done += 1
         noted = {"query_loss": 1.0, "query_accuracy": 0.5, "seconds": 3.0, "cpu_seconds": 2.0}
-        return noted | {name: self._unsolved for name in COUNTS if self._unsolved is not None}
+        return noted | {name: self.unsolved for name in COUNTS if self.unsolved is not None}
 
     def state_dict(self) -> dict[str, Any]:
         return {"done": self.done}
@@ -90,16 +74,14 @@ class Learner:
 
     theta_state, load_theta_state = state_dict, load_state_dict
 
-    def evaluate(
-        self, stream: Any, number: int, progress: Callable[[Iterable[int]], Iterable[int]]
-    ) -> Interval:
+    def evaluate(self, stream: Any, number: int, progress: Callable[[range], range]) -> Interval:
         if stream.sample().inputs.numel() == TEST_SIZE:
             self.tested.append(self.done)
-            if self.done == self._fails_test_at:
+            if self.done == self.fails_test_at:
                 raise Diverged("too large a loss")
-        elif self.done == self._fails_validation_at:
+        elif self.done == self.fails_validation_at:
             raise Diverged("too large a loss")
-        return Interval(self._score(self.done), 0.01)
+        return Interval(self.score(self.done), 0.01)
 
 
 TEST_SIZE = 3
@@ -125,21 +107,21 @@ def train(tmp_path: Path, learner: Learner | None = None, **changes: Any) -> tup
     return training, run
 
 
-def test_without_a_budget_the_result_is_that_of_the_last_iteration(tmp_path: Path) -> None:
-    training, run = train(tmp_path)
-    assert training.steps == 10
-    assert run.at("validation/accuracy") == [4, 8, 10]
-    assert run.at("test/accuracy") == [10] and training.scores.result == Interval(0.1, 0.01)
-    assert run.at("train/step_peak_bytes") == [1, 5, 9]
-
-
-@pytest.mark.parametrize(("clock", "iterations"), [("cpu", 4), ("wall", 3)])
-def test_a_budget_is_counted_by_the_clock_that_was_asked_for(
-    tmp_path: Path, clock: str, iterations: int
+@pytest.mark.parametrize(("settings", "seconds", "validated", "tested", "result"), [
+    ({}, 20.0, [4, 8, 10], [10], 0.1), ({"validate_seconds": 5.0}, 20.0, [3, 6, 9, 10], [10], 0.1),
+    ({"budget": 7.0, "budget_clock": "cpu"}, 8.0, [4], [4], 0.04),
+    ({"budget": 7.0, "budget_clock": "wall"}, 9.0, [3], [3], 0.03),
+    ({"budget": 7.0, "test_at": (2, 6)}, 12.0, [4, 6], [2, 4, 6], 0.04),
+])  # fmt: skip
+def test_when_a_run_validates_tests_and_ends(
+    tmp_path: Path, settings: Any, seconds: float, validated: Any, tested: Any, result: float
 ) -> None:
-    training, run = train(tmp_path, budget=7.0, budget_clock=clock)
-    assert training.steps == iterations and run.at("test/accuracy") == [iterations]
-    assert training.seconds == (2.0 if clock == "cpu" else 3.0) * iterations
+    """By iterations or the clock that is asked for; the result is that at the budget's end."""
+    training, run = train(tmp_path, **settings)
+    assert (training.steps, training.seconds) == (tested[-1], seconds)
+    assert run.at("validation/accuracy") == validated and run.at("test/accuracy") == tested
+    assert training.scores.result == Interval(result, 0.01)
+    assert run.at("train/step_peak_bytes") == [n for n in (1, 5, 9) if n <= tested[-1]]
 
 
 @pytest.mark.parametrize(("budget", "shares"), [
@@ -153,13 +135,6 @@ def test_the_outer_step_decays_over_what_ends_the_run(
     assert training.learner.annealed == pytest.approx(shares)  # type: ignore[attr-defined]
     constant, _ = train(tmp_path, budget=budget)
     assert not constant.learner.annealed  # type: ignore[attr-defined]
-
-
-def test_a_run_goes_on_from_its_budget_to_the_last_test(tmp_path: Path) -> None:
-    training, run = train(tmp_path, budget=7.0, test_at=(2, 6))
-    assert training.steps == 6
-    assert run.at("test/accuracy") == [2, 4, 6]
-    assert training.scores.result == Interval(0.04, 0.01)  # at the budget, not at the end
 
 
 def test_early_stopping_looks_no_further_than_the_result(tmp_path: Path) -> None:
@@ -219,35 +194,28 @@ def falling(steps: int) -> float:
     return (20 - steps) / 100
 
 
-def test_theta_of_the_best_validation_is_tested_besides(tmp_path: Path) -> None:
-    learner = Learner(score=falling)
-    training, run = train(tmp_path, learner, early_stopping=True)
-    assert learner.tested == [10, 4] and training.scores.result == Interval(0.10, 0.01)
-    assert training.scores.stopped == Interval(0.16, 0.01)
-    assert run.values["early_stopped/accuracy"] == [(4, 0.16)]
-    assert learner.done == 10  # the learner has its own theta again
-
-
-def test_an_early_stopped_test_that_diverges_is_not_the_run_s_divergence(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("diverges", [False, True])
+def test_theta_of_the_best_validation_is_tested_besides(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], diverges: bool
 ) -> None:
-    learner = Learner(score=falling, fails_test_at=4)
-    training, _ = train(tmp_path, learner, early_stopping=True)
-    assert training.scores.stopped is not None and math.isnan(training.scores.stopped.mean)
+    """Should that diverge, the run itself has not."""
+    learner = Learner(score=falling, **{"fails_test_at": 4} if diverges else {})
+    training, run = train(tmp_path, learner, early_stopping=True)
     assert training.scores.result == Interval(0.10, 0.01) and training.diverged is None
+    assert learner.tested == [10, 4] and learner.done == 10  # it has its own theta again
+    assert training.scores.stopped is not None
+    if diverges:
+        assert math.isnan(training.scores.stopped.mean)
+    else:
+        assert training.scores.stopped == Interval(0.16, 0.01)
+        assert run.values["early_stopped/accuracy"] == [(4, 0.16)]
     said = "not early stopped, in the test of outer iteration 4: too large a loss"
-    assert said in capsys.readouterr().out
-    assert learner.done == 10
+    assert (said in capsys.readouterr().out) == diverges
 
 
 def test_a_run_without_a_validation_has_nothing_to_stop_at(tmp_path: Path) -> None:
     training, _ = train(tmp_path, Learner(diverges_at=1), early_stopping=True)
     assert training.steps == 0 and training.scores.stopped is None
-
-
-def test_validations_by_seconds_of_training(tmp_path: Path) -> None:
-    _, run = train(tmp_path, validate_seconds=5.0)
-    assert run.at("validation/accuracy") == [3, 6, 9, 10]
 
 
 @pytest.mark.parametrize(("where", "at", "said", "score"), [

@@ -12,10 +12,7 @@ import torch
 import l2l_implicit  # noqa: F401  (first: it makes learn2learn importable)
 from experiments.build_glyphs.classes import random_split, script_of, script_split
 from l2l_implicit.tasks import Glyphs
-from l2l_implicit.tasks.glyph_distortions import (
-    LEVELS,
-    Warp,
-)
+from l2l_implicit.tasks.glyph_distortions import LEVELS, Warp
 from l2l_implicit.tasks.glyphs import PATH, glyph_arrays
 from l2l_implicit.tasks.tasksets import MODES
 
@@ -23,44 +20,37 @@ from l2l_implicit.tasks.tasksets import MODES
 # other data for every user.
 FILE = "7516ca8031285b9d0b9f609b4a40b000b1102493526f256a3650513e7c6ff80f"
 PIXELS = ("21bc7fecf49e852a", "6133e2b4227b41d7", "9307848323042d35", "6049c54f08b12c54")
+ARRAYS = glyph_arrays()
 
 
-Arrays = dict[str, np.ndarray]
-
-
-@pytest.fixture
-def arrays() -> Arrays:
-    return glyph_arrays()
-
-
-def test_array_is_small_and_complete(arrays: Arrays) -> None:
+def test_array_is_small_and_complete() -> None:
     assert PATH.stat().st_size <= 4.5e6
     assert hashlib.sha256(PATH.read_bytes()).hexdigest() == FILE
-    assert arrays["images"].shape[1:] == (28, 28) and arrays["images"].dtype == np.uint8
-    assert len(arrays["labels"]) == len(arrays["faces"]) == len(arrays["images"])
-    assert len(arrays["codepoints"]) == len(arrays["scripts"]) == arrays["labels"].max() + 1 == 536
-    assert (arrays["images"].max((1, 2)) > 40).all() and not arrays["images"].flags.writeable
-    characters = [chr(point) for point in arrays["codepoints"]]
+    assert ARRAYS["images"].shape[1:] == (28, 28) and ARRAYS["images"].dtype == np.uint8
+    assert len(ARRAYS["labels"]) == len(ARRAYS["faces"]) == len(ARRAYS["images"])
+    assert len(ARRAYS["codepoints"]) == len(ARRAYS["scripts"]) == ARRAYS["labels"].max() + 1 == 536
+    assert (ARRAYS["images"].max((1, 2)) > 40).all() and not ARRAYS["images"].flags.writeable
+    characters = [chr(point) for point in ARRAYS["codepoints"]]
     assert len(set(characters)) == len(characters)  # and none is composed of others
     assert all(len(unicodedata.normalize("NFKD", character)) == 1 for character in characters)
 
 
-def test_splits_are_disjoint_and_those_of_the_build_script(arrays: Arrays) -> None:
-    scripts = [script_of(point) for point in arrays["codepoints"].tolist()]
-    assert scripts == arrays["scripts"].tolist()
+def test_splits_are_disjoint_and_those_of_the_build_script() -> None:
+    scripts = [script_of(point) for point in ARRAYS["codepoints"].tolist()]
+    assert scripts == ARRAYS["scripts"].tolist()
     made = {"random": random_split(len(scripts)), "script": script_split(scripts)}
     for split, sizes in (("random", [343, 85, 108]), ("script", [231, 66, 105])):
-        parts = [arrays[f"split_{split}_{mode}"].tolist() for mode in MODES]
+        parts = [ARRAYS[f"split_{split}_{mode}"].tolist() for mode in MODES]
         assert parts == [made[split][mode] for mode in MODES]
         assert [len(set(part)) for part in parts] == sizes
         assert len(set().union(*parts)) == sum(sizes)
-    found = [set(arrays["scripts"][arrays[f"split_script_{mode}"]]) for mode in MODES]
+    found = [set(ARRAYS["scripts"][ARRAYS[f"split_script_{mode}"]]) for mode in MODES]
     assert found == [{"LATIN"}, {"GREEK", "HEBREW"}, {"CYRILLIC"}]
 
 
-def test_attribution_names_every_family_with_package_and_licence(arrays: Arrays) -> None:
+def test_attribution_names_every_family_with_package_and_licence() -> None:
     text = PATH.with_name("GLYPHS_ATTRIBUTION.md").read_text(encoding="utf-8")
-    columns = (arrays["face_families"], arrays["face_packages"], arrays["face_licences"])
+    columns = (ARRAYS["face_families"], ARRAYS["face_packages"], ARRAYS["face_licences"])
     rows = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| ")}
     for family, package, licence in zip(*columns, strict=True):
         assert f"| {package} | {licence} | " in rows[f"| {family}"]
@@ -84,15 +74,15 @@ def test_pixels_are_the_same_on_every_machine(level: str, expected: str) -> None
     assert hashlib.sha256(images).hexdigest()[:16] == expected
 
 
-def test_labels_indices_and_characters_agree(arrays: Arrays) -> None:
+def test_labels_indices_and_characters_agree() -> None:
     glyphs = Glyphs("test", split="script", level="clean")
     assert sorted(glyphs.labels_to_indices) == list(range(105)) == list(range(len(glyphs.classes)))
     for label, indices in glyphs.labels_to_indices.items():
         assert glyphs.labels[indices].eq(label).all()
-        own = np.flatnonzero(arrays["codepoints"] == ord(glyphs.classes[label])).item()
-        row = np.flatnonzero(arrays["labels"] == own)[0]
-        assert np.array_equal(glyphs.images[indices[0], 0], arrays["images"][row])
-        assert glyphs.face_families[indices[0]] == arrays["face_families"][arrays["faces"][row]]
+        own = np.flatnonzero(ARRAYS["codepoints"] == ord(glyphs.classes[label])).item()
+        row = np.flatnonzero(ARRAYS["labels"] == own)[0]
+        assert np.array_equal(glyphs.images[indices[0], 0], ARRAYS["images"][row])
+        assert glyphs.face_families[indices[0]] == ARRAYS["face_families"][ARRAYS["faces"][row]]
     assert sum(map(len, glyphs.labels_to_indices.values())) == len(glyphs) == len(glyphs.labels)
     image, label = glyphs[5]
     assert image.shape == (1, 28, 28) and image.dtype == torch.float32 and isinstance(label, int)
@@ -119,8 +109,8 @@ def test_wrong_options_name_the_right_ones(options: dict[str, object], message: 
     assert message in str(raised.value)
 
 
-def test_warp_agrees_with_bilinear_interpolation_in_floating_point(arrays: Arrays) -> None:
-    drawings = arrays["images"][::100]
+def test_warp_agrees_with_bilinear_interpolation_in_floating_point() -> None:
+    drawings = ARRAYS["images"][::100]
     warp = Warp(rotation=18, scale=(0.7, 1.1), shear=0.2, shift=2.5, elastic=0)
     warped = warp(drawings, np.random.RandomState(0))
     matrices, offsets = warp._affine(len(drawings), np.random.RandomState(0))

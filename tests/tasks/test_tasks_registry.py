@@ -4,6 +4,7 @@ import l2l_implicit  # noqa: F401, I001  (first: it makes learn2learn importable
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import learn2learn
@@ -11,11 +12,7 @@ import pytest
 import torch
 from warm_process import run
 
-from l2l_implicit.tasks import (
-    get_tasksets,
-    nearest_centroid_accuracy,
-    split_support_query,
-)
+from l2l_implicit.tasks import get_tasksets, nearest_centroid_accuracy, split_support_query
 
 BENCHMARKS = learn2learn.vision.benchmarks
 
@@ -72,6 +69,7 @@ def test_a_finite_task_set_repeats_its_tasks() -> None:
     ("glyphs", {"test_ways": 86}, ValueError,
      "test_ways between 1 and 85, the number of validation .* got 86"),
     ("glyphs", {"train_ways": 2.5}, TypeError, "train_ways: expected a whole number, got 2.5"),
+    ("sine", {"test_samples": 2.5}, TypeError, "test_samples: expected a whole number, got 2.5"),
     ("glyphs", {"levels": "easy"}, TypeError, "got levels='easy': did you mean level?"),
     ("glyphs", {"data_augmentation": "lee2019"}, TypeError, "data_augmentation='lee2019'"),
 ])  # fmt: skip
@@ -112,20 +110,15 @@ def test_split_refuses_what_it_cannot_split(labels: list[int], shots: int, messa
         split_support_query(torch.zeros(5, 2), torch.tensor(labels), shots=shots)
 
 
-class Blobs:
-    """Episodes of two classes around 0 and 1; of the query points of class 1 one lies near 0."""
-
-    def sample(self) -> tuple[torch.Tensor, torch.Tensor]:
-        data = torch.tensor([0.0, 0.1, 0.2, 0.1, 1.0, 0.9, 1.1, 0.2])[:, None]
-        return data, torch.tensor([3, 3, 3, 3, 8, 8, 8, 8])
-
-
 def test_nearest_centroid_on_a_known_case_and_on_others() -> None:
-    assert nearest_centroid_accuracy(Blobs(), 2, 2, 2, num_tasks=5) == (0.75, 0.0)
+    """Two classes around 0 and 1; of the query points of class 1 one lies near 0."""
+    data = torch.tensor([0.0, 0.1, 0.2, 0.1, 1.0, 0.9, 1.1, 0.2])[:, None]
+    blobs = SimpleNamespace(sample=lambda: (data, torch.tensor([3, 3, 3, 3, 8, 8, 8, 8])))
+    assert nearest_centroid_accuracy(blobs, 2, 2, 2, num_tasks=5) == (0.75, 0.0)
     with pytest.raises(ValueError, match="shots \\+ queries = 5 .* got 8 samples of 2 classes"):
-        nearest_centroid_accuracy(Blobs(), 2, 2, 3)
+        nearest_centroid_accuracy(blobs, 2, 2, 3)
     with pytest.raises(ValueError, match="num_tasks of at least 2, got 1"):
-        nearest_centroid_accuracy(Blobs(), 2, 2, 2, num_tasks=1)
+        nearest_centroid_accuracy(blobs, 2, 2, 2, num_tasks=1)
 
 
 def test_nearest_centroid_half_width_is_that_of_the_mean(tasksets: object) -> None:

@@ -4,14 +4,12 @@ import math
 import random
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import small_benchmarks
 import torch
 
-from experiments.tracking import UserError
 from l2l_implicit.tasks import get_tasksets
 
 made = partial(small_benchmarks.made, "sine", Path(), shots=10, queries=7)
@@ -60,16 +58,3 @@ def test_the_seed_alone_decides_and_a_finite_task_set_repeats_its_tasks() -> Non
     train = get_tasksets("sine", num_tasks=2, train_samples=4).train
     assert len(train) == 2 and torch.equal(train[1][1], train[1][1])
     assert not torch.equal(train[0][1], train[1][1])
-
-
-@pytest.mark.parametrize(("options", "message"), [
-    ({"size": 32}, "got size=32"), ({"shots": 0}, "tasks.shots: expected a whole number from 1 "),
-])  # fmt: skip
-def test_what_it_does_not_know_is_one_line(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        made(**options)
-
-
-def test_points_are_a_whole_number() -> None:
-    with pytest.raises(TypeError, match="test_samples: expected a whole number, got 2.5"):
-        get_tasksets("sine", test_samples=2.5)

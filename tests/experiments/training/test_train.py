@@ -150,6 +150,8 @@ BAD = {
     "algorithm.step=newtn": "did you mean 'newton'?",
     "tasks.name=glyfs": "did you mean 'glyphs'?",
     "tasks.level=mediun": "did you mean 'medium'?",
+    "tasks.ways=1": "tasks.ways: expected a whole number from 2 to 1000000, got 1",
+    "tasks.shots=0": "tasks.shots: expected a whole number from 1 ",
     "tasks.ways=1000": "(train_ways: tasks.ways)",
     "tasks.shots=100": "(train_samples: tasks.shots + tasks.queries)",
     "tasks.size=32": "tasks.name=glyphs: expected no setting tasks.size, got size=32; leave it out",

@@ -50,14 +50,10 @@ def line_of(mutation: Mutation) -> int:
     return source[: source.index(mutation.old)].count("\n") + 1
 
 
-def copy(folder: Path) -> None:
-    """The library and its tests, and nothing that an earlier run left."""
-    for name in COPIED:
-        source, target = ROOT / name, folder / name
-        if source.is_dir():
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, target)
+def unwanted(folder: str, names: list[str]) -> set[str]:
+    """What is neither the library nor its tests, and what an earlier run has left."""
+    kept = COPIED if Path(folder) == ROOT else names
+    return {name for name in names if name not in kept or name == "__pycache__"}
 
 
 def failures(folder: Path, tests: Iterable[str]) -> Outcome:
@@ -83,7 +79,7 @@ def outcome(tests: Iterable[str], *mutations: Mutation) -> Outcome:
     """The tests that fail in a copy with mutations; without any there must be none."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        copy(folder)
+        shutil.copytree(ROOT, folder, ignore=unwanted, dirs_exist_ok=True)
         for mutation in mutations:
             file = folder / "l2l_implicit" / mutation.file
             source = file.read_text(encoding="utf-8")

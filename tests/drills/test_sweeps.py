@@ -285,19 +285,6 @@ def test_printed_lines_run_their_own_cell_in_any_order(place: Place, database: A
     assert len(complete(database)) == 4 and set(place.started().values()) == {1}
 
 
-def of_the_docs(place: Place, number: int, **replaced: str) -> list[list[str]]:
-    """The commands of the page's block of this number that says that it is run here."""
-    page = (ROOT / "docs" / "sweeps.md").read_text()
-    block = [block for block in blocks(page) if "tests/drills/test_sweeps.py" in block.reason]
-    text = block[number].text
-    for old, new in replaced.items():
-        assert old in text
-        text = text.replace(old, new)
-    python = Path(sys.executable).parent
-    place.env["PATH"] = f"{place.folder}:{python}:{place.env['PATH']}"
-    return [["sh", "-c", f"exec {line}"] for line in text.strip().splitlines()]
-
-
 SBATCH = """#!/bin/sh
 for task in $(seq "${1#--array=1-}"); do SLURM_ARRAY_TASK_ID=$task sh -c "$3" & done
 wait
@@ -306,17 +293,26 @@ wait
 
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_two_machines_and_slurm_of_the_docs(place: Place, database: Any, number: int) -> None:
-    """Both machines here; with a stand-in for sbatch that runs the tasks of an array here."""
+    """Both machines here; with a stand-in for sbatch that runs the tasks of an array here. The
+    commands are those of the page's blocks that say that they are run here."""
     (place.folder / "sbatch").write_text(SBATCH)
     (place.folder / "sbatch").chmod(0o755)
     changes = [{"HOST": "127.0.0.1", "8786": str(free_port())}, {"1-8": "1-2"}, {}]
-    *lines, last = of_the_docs(place, number, **changes[number])
+    page = (ROOT / "docs" / "sweeps.md").read_text()
+    block = [block for block in blocks(page) if "tests/drills/test_sweeps.py" in block.reason]
+    text = block[number].text
+    for old, new in changes[number].items():
+        assert old in text
+        text = text.replace(old, new)
+    python = Path(sys.executable).parent
+    place.env["PATH"] = f"{place.folder}:{python}:{place.env['PATH']}"
+    *lines, last = text.strip().splitlines()
     for line in lines:
-        process = place.popen(line, **QUIET)
+        process = place.popen(["sh", "-c", f"exec {line}"], **QUIET)
         if number == 1:
             wait_for((place.folder / "scheduler.json").exists)
         elif number == 2:
             process.wait()
-    code, output = finish(place.popen(last))
+    code, output = finish(place.popen(["sh", "-c", f"exec {last}"]))
     assert code == 0, output
     assert len(complete(database)) == len(set(complete(database))) == 2

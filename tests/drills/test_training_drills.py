@@ -109,13 +109,7 @@ def watch(bench: Bench, iterations: int) -> list[tuple[int, int]]:
         shown = bench.text().replace("\r", "\n").rpartition("meta-training: ")[2]
         done = shown.rpartition(f"/{iterations}")[0].rpartition(" ")[2]
         if done.isdecimal() and int(done) < iterations:  # the test and the pictures come after it
-            seen.append((int(done), resident(process.pid)))
+            with suppress(psutil.NoSuchProcess):
+                seen.append((int(done), psutil.Process(process.pid).memory_info().rss))
     assert process.wait() == 0, bench.text()
     return [(done, size) for done, size in seen if size > 0]  # an ended process has 0 bytes
-
-
-def resident(process: int) -> int:
-    """Bytes in memory of a process."""
-    with suppress(psutil.NoSuchProcess):
-        return psutil.Process(process).memory_info().rss
-    return 0

@@ -1,7 +1,6 @@
 """`python -m experiments.doctor` in real processes, where things are there and where not."""
 
 import ast
-import os
 import re
 import stat
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import warm_process
 from fake_mongod import FakeMongod
+from toy_process import environment
 
 from experiments.doctor import BROKEN, EXTRA, LIBRARY, PACKAGES, database, datasets, whole
 
@@ -37,10 +37,9 @@ def run(
     data: Path, absent: Sequence[str] = (), module: str = "doctor", **variables: str
 ) -> tuple[int, str]:
     """Exit status and output of a module of the experiments without some packages."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("L2L_IMPLICIT_")}
-    own = {"HOME": str(data), "L2L_IMPLICIT_DATA": str(data), "L2L_IMPLICIT_MONGO_TIMEOUT": "1"}
     code = WITHOUT.format(absent=tuple(absent), root=str(data / "images"), module=module)
-    done = warm_process.run(["-c", code], ROOT, {**kept, **own, **variables})
+    own = {"L2L_IMPLICIT_MONGO_TIMEOUT": "1", **variables}
+    done = warm_process.run(["-c", code], ROOT, environment(data, **own))
     return done.returncode, done.stdout + done.stderr
 
 
@@ -135,10 +134,9 @@ def test_what_a_section_trips_over_is_a_finding(monkeypatch: pytest.MonkeyPatch)
 ])  # fmt: skip
 def test_a_full_disk_behind_the_output_is_no_traceback(tmp_path: Path, words: str) -> None:
     module, *more = words.split()
-    own = {"HOME": str(tmp_path), "L2L_IMPLICIT_DATA": str(tmp_path), "PYTHONUNBUFFERED": "1"}
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-m", f"experiments.{module}", *more], cwd=ROOT,
-                              env={**os.environ, **own}, stdout=full, stderr=subprocess.PIPE,
+                              env=environment(tmp_path), stdout=full, stderr=subprocess.PIPE,
                               text=True)  # fmt: skip
     assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
     assert "error: [Errno 28] No space left on device" in done.stderr

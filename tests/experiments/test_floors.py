@@ -1,4 +1,4 @@
-"""The folders of experiments/ stand on four floors, and imports go down."""
+"""The folders of experiments/ stand on floors, and imports go down."""
 
 from pathlib import Path
 
@@ -6,8 +6,7 @@ import pytest
 from without_extras import names_of
 
 HOUSE = Path(__file__).parents[2] / "experiments"
-BASE = {"extra", "statistics"}  # what all may need
-FLOORS = [{"tracking"}, {"training", "sweeps"}, {"ingredients", "report"},
+FLOORS = [{"extra", "statistics"}, {"tracking"}, {"training", "sweeps"}, {"ingredients", "report"},
           {"papers", "benchmark", "build_glyphs", "train", "sweep", "doctor"}]  # fmt: skip
 
 
@@ -23,20 +22,16 @@ def files(name: str) -> list[Path]:
 
 def test_everything_has_its_floor() -> None:
     there = {p.stem for p in HOUSE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
-    assert there - {"__init__"} == BASE.union(*FLOORS)
+    assert there - {"__init__"} == set().union(*FLOORS)
 
 
 @pytest.mark.parametrize("floor", range(len(FLOORS)))
 def test_imports_go_down(floor: int) -> None:
-    below = BASE.union(*FLOORS[:floor])
+    """Those of the lowest, which all may need, to nothing."""
+    below = set().union(*FLOORS[:floor])
     for name in FLOORS[floor]:
         for path in files(name):
             assert imported(path) <= below | {name}, path
-
-
-@pytest.mark.parametrize("name", sorted(BASE))
-def test_what_all_need_needs_nothing(name: str) -> None:
-    assert not imported(HOUSE / f"{name}.py")
 
 
 def test_what_needs_learn2learn_imports_the_library_first() -> None:

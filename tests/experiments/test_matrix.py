@@ -43,7 +43,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(benchmark: str, method: str, root: Path) -> dict[str, Any]:
+@pytest.mark.parametrize(("benchmark", "method"), CELLS)
+def test_cell(benchmark: str, method: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = no_network(monkeypatch)
     settings = {**SMALL, "output": str(root / "runs")}
     # A fixed inner step of 0.1 diverges on a squared error of amplitudes up to 5.
     settings |= IMAGES if benchmark != "sine" else {"algorithm.lr": 0.001}
@@ -52,15 +54,7 @@ def run(benchmark: str, method: str, root: Path) -> dict[str, Any]:
     if benchmark in ("mini_imagenet", "tiered_imagenet", "omniglot"):
         settings["model.name"] = "cnn4"
     options = {"--unobserved": True, "--loglevel": "ERROR"}
-    return ex.run(
-        named_configs=[benchmark, method], config_updates=settings, options=options
-    ).result
-
-
-@pytest.mark.parametrize(("benchmark", "method"), CELLS)
-def test_cell(benchmark: str, method: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tried = no_network(monkeypatch)
-    result = run(benchmark, method, root)
+    result = ex.run(None, settings, [benchmark, method], options=options).result
     assert not tried
     assert result["iterations"] == 2 and result["diverged"] is None
     if benchmark == "sine":

@@ -1,22 +1,28 @@
-"""Runs as Sacred records them, without running anything: for the report's tests."""
+"""Runs as Sacred records them, without running anything, and the report of them."""
 
 import csv
 import hashlib
 import random
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 from bson import ObjectId
 from gridfs import GridFS
 from sacred.utils import set_by_dotted_path
 
+from experiments.report.__main__ import main
 from experiments.sweeps.definition import Cell
-from experiments.sweeps.plan import Plan
+from experiments.sweeps.definitions import SWEEPS
+from experiments.sweeps.plan import Plan, make_plan
 from experiments.tracking.uploader import index_metrics
 
+pytest_plugins = ("toy_process",)
+GRID = tuple({"algorithm.lr": lr} for lr in (0.03, 0.1, 0.3))
 START = datetime(2026, 1, 1)
 COMMIT = "a" * 40
 CURVE = {100: 0.5, 200: 0.65, 300: 0.7}
@@ -143,3 +149,27 @@ def grid(recorder: Recorder, plan: Plan, method: str) -> None:
     (group,) = [group for group in plan.groups if group.name == method]
     for cell, value in zip(group.grid.values(), (0.5, 0.6, 0.55), strict=True):
         recorder.training(cell, {100: 0.3, 200: value})
+
+
+@pytest.fixture
+def recorder(database: Any) -> Recorder:
+    return Recorder(database)
+
+
+@pytest.fixture
+def plan(monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """Of the accuracy sweep with a grid of these tests' own, whatever it has."""
+    whole = SWEEPS["accuracy"]
+    methods = {name: replace(m, grid=GRID) for name, m in whole.methods.items()}
+    monkeypatch.setitem(SWEEPS, "accuracy", replace(whole, methods=methods))
+    return make_plan(SWEEPS["accuracy"], {"benchmark": "glyphs", "methods": "ImplicitCGHead,anil"})
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Report:
+
+    def write(*words: str) -> Path:
+        assert main([*words, "--output", str(tmp_path / "report")]) == 0
+        return tmp_path / "report"
+
+    return write

@@ -40,17 +40,6 @@ def in_prose() -> Iterator[str]:
         yield from (" ".join(line.split()) for line in INLINE.findall(text))
 
 
-def module_and_arguments(line: str) -> tuple[str, list[str]]:
-    """The module that a command starts, and what it is given."""
-    words = shlex.split(line.partition(" > ")[0])
-    if words[0] == "torchrun":
-        words = ["python", *words[words.index("-m") :]]
-    assert words[:2] == ["python", "-m"], (
-        f"expected `python -m experiments...` or a comment with the reason why not, got {line!r}"
-    )
-    return words[2], words[3:]
-
-
 def check_experiment(experiment: Any, arguments: list[str]) -> None:
     """Sacred's own reading of the arguments, every name and type checked, and no run."""
     asked = [word for word in arguments if not word.startswith("resume=")]
@@ -62,20 +51,23 @@ def check_experiment(experiment: Any, arguments: list[str]) -> None:
     assert experiment.run_commandline([experiment.path, *asked]) is not None
 
 
-def check_sweep(arguments: list[str]) -> None:
-    options = experiments.sweep._parse(arguments)
-    assert make_plan(find_sweep(options.name), parse_settings(options.settings)).groups
-
-
 def check(line: str) -> None:
     """Fails where the program that ``line`` starts would refuse it before it begins."""
-    module, arguments = module_and_arguments(line)
+    words = shlex.split(line.partition(" > ")[0])
+    if words[0] == "torchrun":
+        words = ["python", *words[words.index("-m") :]]
+    assert words[:2] == ["python", "-m"], (
+        f"expected `python -m experiments...` or a comment with the reason why not, got {line!r}"
+    )
+    module, arguments = words[2], words[3:]
     if module == "experiments.sweep":
-        return check_sweep(arguments)
+        options = experiments.sweep._parse(arguments)
+        assert make_plan(find_sweep(options.name), parse_settings(options.settings)).groups
+        return
     if module == "pytest":
         paths = [word.split("::")[0] for word in arguments if word.startswith("tests/")]
         assert all((ROOT / path).exists() for path in paths)
-        return None
+        return
     place = ROOT / module.replace(".", "/")
     started = importlib.import_module(f"{module}.__main__" if place.is_dir() else module)
     if hasattr(started, "ex"):

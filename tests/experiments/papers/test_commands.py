@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pytest import MonkeyPatch
 
 from experiments.papers.memory import RAJESWARAN, YANG
 from experiments.tracking import UserError
@@ -76,9 +77,7 @@ CHECKS = {"memory": check_memory, "hypergradient": check_hypergradient,
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_a_command_records_every_curve(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_command_records_every_curve(name: str, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     points: Points = {}
     keep = staticmethod(lambda name, value, step, now: points.update({(name, step): value}))
     monkeypatch.setattr(CheckedMetrics, "sink", keep)
@@ -92,28 +91,25 @@ def test_a_command_records_every_curve(
 NOT_FINITE = "numbers: expected finite ones, got .*; choose less extreme"
 
 
-@pytest.mark.parametrize(
-    ("name", "changes", "message"),
-    [
-        ("memory", {"inner_steps": []}, "inner_steps: expected a list of at least one, each"),
-        ("memory", {"imaml_pixels": 8}, "imaml_pixels: expected a whole number from 16 to"),
-        ("memory", {"limit_gib": 0.0}, "limit_gib: expected a finite number above 0"),
-        ("memory", {"device": "cuba"}, "device: expected auto, cpu or a GPU that is there"),
-        ("hypergradient", {"spread": 0.5}, "spread: .* at least 1, got 0.5; try 1000.0"),
-        ("hypergradient", {"spread": 1e308}, NOT_FINITE),
-        ("hypergradient", {"ways": 1}, "numbers: .* got an exact hypergradient of size 0; choose"),
-        ("hypergradient", {"output": "/dev/null/runs"}, "output: .* got .* .Not a directory"),
-        ("convergence", {"batches": [2, 2]}, "batches: expected two different ones at least"),
-        ("convergence", {"condition": 1e308}, NOT_FINITE),
-        ("convergence", {"strength": 1e-200}, "numbers: .* hypergradient of 0 at the start"),
-        ("convergence", {"theta_size": 40}, "theta_size: expected at most phi_size=12, got 40"),
-        ("differentiating", {"samples": 1}, "samples: expected a whole number from 5 to"),
-        ("differentiating", {"conditions": []}, "conditions: expected a list of at least one"),
-        ("differentiating", {"conditions": [1e300]}, NOT_FINITE),
-        ("differentiating", {"parts": []}, "parts: expected a list of at least one, each one of"),
-        ("differentiating", {"parts": ["features"]}, "parameters: expected files .* got none"),
-    ],
-)
+@pytest.mark.parametrize(("name", "changes", "message"), [
+    ("memory", {"inner_steps": []}, "inner_steps: expected a list of at least one, each"),
+    ("memory", {"imaml_pixels": 8}, "imaml_pixels: expected a whole number from 16 to"),
+    ("memory", {"limit_gib": 0.0}, "limit_gib: expected a finite number above 0"),
+    ("memory", {"device": "cuba"}, "device: expected auto, cpu or a GPU that is there"),
+    ("hypergradient", {"spread": 0.5}, "spread: .* at least 1, got 0.5; try 1000.0"),
+    ("hypergradient", {"spread": 1e308}, NOT_FINITE),
+    ("hypergradient", {"ways": 1}, "numbers: .* got an exact hypergradient of size 0; choose"),
+    ("hypergradient", {"output": "/dev/null/runs"}, "output: .* got .* .Not a directory"),
+    ("convergence", {"batches": [2, 2]}, "batches: expected two different ones at least"),
+    ("convergence", {"condition": 1e308}, NOT_FINITE),
+    ("convergence", {"strength": 1e-200}, "numbers: .* hypergradient of 0 at the start"),
+    ("convergence", {"theta_size": 40}, "theta_size: expected at most phi_size=12, got 40"),
+    ("differentiating", {"samples": 1}, "samples: expected a whole number from 5 to"),
+    ("differentiating", {"conditions": []}, "conditions: expected a list of at least one"),
+    ("differentiating", {"conditions": [1e300]}, NOT_FINITE),
+    ("differentiating", {"parts": []}, "parts: expected a list of at least one, each one of"),
+    ("differentiating", {"parts": ["features"]}, "parameters: expected files .* got none"),
+])  # fmt: skip
 def test_a_wrong_setting_is_one_line(name: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         run(name, **changes)

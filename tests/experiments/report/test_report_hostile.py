@@ -20,7 +20,7 @@ from experiments.sweeps.plan import Plan
 from experiments.sweeps.runs import Run
 from experiments.tracking.records import LENIENT, plain
 
-pytest_plugins = ("report_fixtures",)
+pytest_plugins = ("report_runs",)
 
 CONFIG = {"tasks.name": "glyphs", "tasks.root": "/x", "algorithm.name": "anil", "seed": 0,
           "budget": 240, "test_at": [1500], "budget_clock": "cpu", "cell": "c0"}  # fmt: skip

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pytest import CaptureFixture
 from report_runs import WORDS, Recorder, Report, fill, rows
 
 from experiments.report.__main__ import main
@@ -18,7 +19,7 @@ from experiments.sweeps.definitions import SWEEPS
 from experiments.sweeps.plan import Plan, make_plan
 from experiments.tracking.records import DatabaseRecords
 
-pytest_plugins = ("report_fixtures",)
+pytest_plugins = ("report_runs",)
 
 ROOT = Path(__file__).parents[3]
 
@@ -102,9 +103,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("words", list(BAD))
-def test_bad_input_is_one_line(
-    words: str, recorder: Recorder, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input_is_one_line(words: str, recorder: Recorder, capsys: CaptureFixture[str]) -> None:
     assert main(words.split()) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and BAD[words] in error

@@ -12,9 +12,8 @@ from report_runs import Recorder
 
 import experiments.report
 from experiments.report import get_results
-from experiments.tracking import UserError
 
-pytest_plugins = ("report_fixtures",)
+pytest_plugins = ("report_runs",)
 
 ROOT = Path(__file__).parents[3]
 MEMORY = ROOT / "docs" / "records" / "papers_figures.jsonl.gz"
@@ -42,28 +41,18 @@ def test_a_row_a_run() -> None:
     assert pd.isna(runs.iloc[3]["config.seed"]) and runs.iloc[3]["result.returned"] == 0.5
 
 
-@pytest.mark.parametrize(
-    ("asked", "numbers"),
-    [
-        ({"experiment": "train"}, [1, 2, 3]), ({"experiment": "memory"}, [5]),
-        ({"filter_dict": {"config.algorithm.lr": 0.1, "config.seed": 2}}, [3]),
-        ({"states": None}, [1, 2, 3, 4, 5]), ({"states": ["FAILED"]}, [4]), ({"states": []}, []),
-        ({"states": "FAILED"}, [4]), ({"records": f"{MEMORY}", "experiment": "memory"}, [1]),
-        ({"filter_dict": {"config.no": None}}, []), ({"records": []}, []),
-        ({"experiment": "none"}, []),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("asked", "numbers"), [
+    ({"experiment": "train"}, [1, 2, 3]), ({"experiment": "memory"}, [5]),
+    ({"filter_dict": {"config.algorithm.lr": 0.1, "config.seed": 2}}, [3]),
+    ({"states": None}, [1, 2, 3, 4, 5]), ({"states": ["FAILED"]}, [4]), ({"states": []}, []),
+    ({"states": "FAILED"}, [4]), ({"records": f"{MEMORY}", "experiment": "memory"}, [1]),
+    ({"filter_dict": {"config.no": None}}, []), ({"records": []}, []),
+    ({"experiment": "none"}, []),
+])  # fmt: skip
 def test_runs_are_chosen_and_nothing_chosen_is_nothing(
     asked: dict[str, Any], numbers: list[int]
 ) -> None:
     assert get_results(**asked)["_id"].tolist() == numbers
-
-
-def test_a_file_or_a_database_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="No such file"):
-        get_results(records=[tmp_path / "f"])
-    with pytest.raises(UserError):
-        get_results(database="127.0.0.1:1:none")
 
 
 def test_the_documented_examples(monkeypatch: pytest.MonkeyPatch) -> None:

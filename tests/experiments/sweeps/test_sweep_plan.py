@@ -12,20 +12,9 @@ import pytest
 from pytest import MonkeyPatch
 
 from experiments import sweep
+from experiments.sweeps import definition
 from experiments.sweeps import lock as locks
-from experiments.sweeps.definition import (
-    COMPLETED,
-    FAILED,
-    INTERRUPTED,
-    PENDING,
-    RUNNING,
-    Benchmark,
-    Cell,
-    Method,
-    Sweep,
-    format_value,
-    parse_settings,
-)
+from experiments.sweeps.definition import Benchmark, Cell, Method, Sweep
 from experiments.sweeps.definitions import SWEEPS
 from experiments.sweeps.listing import Status, duration, remaining
 from experiments.sweeps.lock import Lock, Watch, token_of
@@ -64,7 +53,7 @@ def test_the_identity_is_of_what_is_run_not_of_where() -> None:
 
 @pytest.mark.parametrize("value", [1, 0.1, 1e-05, True, None, [1500], "cpu", "1", "True", "a b"])
 def test_values_survive_the_command_line(value: object) -> None:
-    assert parse_settings([f"key={format_value(value)}"]) == {"key": value}
+    assert definition.parse_settings([f"key={definition.format_value(value)}"]) == {"key": value}
 
 
 @pytest.mark.parametrize("name", list(SWEEPS))
@@ -78,11 +67,10 @@ def test_every_definition_gives_different_cells(name: str) -> None:
             assert all(type(c.settings["seed"]) is int for c in grids + finals)
 
 
-FAIR = [(name, benchmark) for name in ("accuracy", "yang_quarter")
-        for benchmark in SWEEPS[name].benchmarks]  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "benchmark"), FAIR)
+@pytest.mark.parametrize(("name", "benchmark"), [
+    (name, benchmark) for name in ("accuracy", "yang_quarter")
+    for benchmark in SWEEPS[name].benchmarks
+])  # fmt: skip
 def test_the_comparison_is_fair(name: str, benchmark: str) -> None:
     """Equal grids and equal budgets, 3 settings, 3 seeds; the outer step for all."""
     plan = make_plan(SWEEPS[name], {"benchmark": benchmark})
@@ -108,9 +96,8 @@ def test_a_quarter_and_the_whole_share_their_grids() -> None:
     for benchmark in SWEEPS["yang_quarter"].benchmarks:
         given = {"benchmark": benchmark, "methods": "ImplicitCGHead"}
         quarter, whole = (make_plan(SWEEPS[n], given) for n in ("yang_quarter", "yang_table1"))
-        assert [c.identity for c in cells_of(quarter)[0]] == [
-            c.identity for c in cells_of(whole)[0]
-        ]
+        one, other = ([c.identity for c in cells_of(plan)[0]] for plan in (quarter, whole))
+        assert one == other
 
 
 def test_a_method_s_settings_beat_the_stage_s_and_the_benchmark_s_beat_both() -> None:
@@ -256,9 +243,10 @@ def test_states_are_those_of_sacred(status: str, trace: list[str] | None, state:
 def test_the_time_left_is_of_all_that_is_to_run() -> None:
     """Also of what was killed or failed, which the same command runs again."""
     times = {"start_time": "2026-01-01T00:00:00+00:00", "stop_time": "2026-01-01T00:10:00+00:00"}
-    done = Status("a/final/0", cell(), COMPLETED, Run({"_id": 1, "status": "COMPLETED", **times}))
-    like = [Status("a/final/1", cell(), s) for s in (PENDING, RUNNING, INTERRUPTED, FAILED)]
-    other = Status("b/final/0", cell(), INTERRUPTED)
+    run = Run({"_id": 1, "status": "COMPLETED", **times})
+    done = Status("a/final/0", cell(), definition.COMPLETED, run)
+    like = [Status("a/final/1", cell(), s) for s in definition.STATES if s != definition.COMPLETED]
+    other = Status("b/final/0", cell(), definition.INTERRUPTED)
     assert remaining([done], 1) == "about 0 s with 1 worker"
     for status in like:
         assert remaining([done, status], 1) == "about 10 min with 1 worker"
@@ -309,8 +297,6 @@ def test_small_things() -> None:
 
 
 PARTS = {"methods": {"a": Method(())}, "benchmarks": {"b": Benchmark()}}
-
-
 NO_PART = "has a method and a benchmark, and each grid has"
 
 

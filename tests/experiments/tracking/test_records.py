@@ -28,7 +28,7 @@ from experiments.tracking.export import main as export
 from experiments.tracking.records import FileRecords
 from experiments.tracking.whole_file import write_whole
 
-pytest_plugins = ("report_fixtures",)
+pytest_plugins = ("report_runs",)
 
 ROOT = Path(__file__).parents[3]
 DAMAGED = "got a damaged file"

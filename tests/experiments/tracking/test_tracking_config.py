@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pytest import CaptureFixture
 from toy_experiment import data, ex
 from toy_process import run
 
@@ -73,7 +74,7 @@ def test_right_words_are_taken() -> None:
     assert (config["steps"], config["data"]["ways"], config["data"]["flip"]) == (2, 4, False)
 
 
-def test_print_config_shows_the_comments_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+def test_print_config_shows_the_comments_of_a_model(capsys: CaptureFixture[str]) -> None:
     ex.run("print_config", options={"--unobserved": True})
     shown = capsys.readouterr().out
     assert re.search(r"ways = 5 .*# classes a task\x1b", shown)
@@ -105,9 +106,7 @@ SECRETS = {
 
 
 @pytest.mark.parametrize("word", SECRETS)
-def test_a_password_among_the_words_is_not_told(
-    word: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_password_among_the_words_is_not_told(word: str, capsys: CaptureFixture[str]) -> None:
     """Nor what a terminal would obey; an unknown command is one line."""
     words: list[tuple[Callable[[list[str]], Any], list[str]]] = [
         (ex.run_commandline, ["toy", f"{word}\x1b[2J"]), (report, [word]), (sweep, ["smoke", word]),

@@ -496,9 +496,7 @@ def test_a_result_that_cannot_be_recorded_costs_nothing_else(
     assert points(database, stored["_id"])["loss"] == [0.5] and not journals(home)
 
 
-def test_the_last_record_is_waited_for(
-    home: Path, database: Any, monkeypatch: MonkeyPatch
-) -> None:
+def test_the_last_record_is_waited_for(home: Path, database: Any, monkeypatch: MonkeyPatch) -> None:
     """On a disk that takes longer than Sacred waits: the end's own upload is not earlier."""
     experiment, finished = TrackedExperiment("slow"), threading.Event()
 

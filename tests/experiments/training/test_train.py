@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib.image import imread
+from pytest import MonkeyPatch
 from train_process import refusal
 from warm_process import run
 
@@ -203,9 +204,7 @@ BAD = {
 }
 
 
-def test_bad_settings_are_one_line_each(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_settings_are_one_line_each(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     os.mkfifo("FIFO")
     for setting, expected in BAD.items():
@@ -217,7 +216,7 @@ def test_bad_settings_are_one_line_each(
     ("0", "2", "MASTER_ADDR expected, but not set"),
 ])  # fmt: skip
 def test_an_environment_that_is_not_torchruns_is_one_line(
-    rank: str, size: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rank: str, size: str, reason: str, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     """And a RANK alone makes no run an unrecorded one."""
     monkeypatch.setenv("RANK", "1")
@@ -235,7 +234,7 @@ def test_an_environment_that_is_not_torchruns_is_one_line(
     torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 bytes"),
 ])  # fmt: skip
 def test_what_does_not_fit_into_memory_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, tmp_path: Path
+    monkeypatch: MonkeyPatch, error: Exception, tmp_path: Path
 ) -> None:
     """While the network is made, and while it trains; another error stays what it is."""
 

@@ -79,14 +79,3 @@ LINEAR: list[tuple[dict[str, Any], Any]] = [
 @pytest.mark.parametrize("settings, expected", LINEAR, ids=[str(s) for s, _ in LINEAR])
 def test_the_linear_solver_is_the_one_that_is_set(settings: dict[str, Any], expected: Any) -> None:
     assert _linear(AlgorithmSettings.of(settings)) == expected
-
-
-@pytest.mark.parametrize("settings, message", [
-    ({"solver": "direct", "truncated": True}, "solver: expected cg with a preconditioner"),
-    ({"solver": "neumann", "preconditioner": "jacobi"}, "expected cg .* got 'neumann'"),
-    ({"name": "imaml_gd", "preconditioner": "kronecker"}, "expected jacobi or nystrom"),
-])  # fmt: skip
-def test_what_does_not_fit_is_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message) as caught:
-        _linear(AlgorithmSettings.of(settings))
-    assert "\n" not in str(caught.value)

@@ -42,9 +42,7 @@ class Resources(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_files_are_whole_balanced_and_escaped(
-    recorder: Recorder, plan: Plan, report: Report
-) -> None:
+def test_files_are_balanced_and_escaped(recorder: Recorder, plan: Plan, report: Report) -> None:
     """The page holds everything itself; tables as LaTeX."""
     fill(recorder, plan, random.Random(0), share=0.8)
     recorder.run({"tasks.name": "<b>&"}, result={"test_accuracy": 0.5}, info={"resumes": "<i>"})
@@ -69,9 +67,7 @@ def test_files_are_whole_balanced_and_escaped(
 
 
 @pytest.mark.parametrize("status", [None, "FAILED"])
-def test_a_database_without_a_complete_run(
-    status: str | None, recorder: Recorder, report: Report
-) -> None:
+def test_without_a_complete_run(status: str | None, recorder: Recorder, report: Report) -> None:
     """What is missing has its command, also for the papers' experiments."""
     papers = [f"experiments.papers.{name}" for name in ("memory", "hypergradient", "convergence")]
     for name in ["train", "memory", "hypergradient", "convergence"] if status else ():
@@ -94,8 +90,6 @@ def test_a_database_without_a_complete_run(
 
 
 BAD = {
-    "acuracy": "did you mean 'accuracy'?",
-    "accuracy benchmark=glyph": "did you mean 'glyphs'?",
     "benchmark=glyphs": "KEY=VALUE needs one sweep that it was given to, got 0 names",
     "accuracy -m mongodb://a:b@c/d": "-m takes HOST:PORT:DB",
     "accuracy --output /dev/null/x": "Not a directory",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 # Helpers that assert:
-HELPERS = ("contract", "verdict", "toy_process", "train_process", "sweep_process")
+HELPERS = ("contract", "verdict", "toy_process", "train_process", "sweep_process", "report_runs")
 pytest.register_assert_rewrite(*HELPERS)
 
 

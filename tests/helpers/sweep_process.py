@@ -26,7 +26,7 @@ class Place:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.env = environment(folder / "data", PYTHONPATH=f"{ROOT}:{HELPERS}")
-        self._started: list[subprocess.Popen[str]] = []
+        self.processes: list[subprocess.Popen[str]] = []
 
     def start(self, *arguments: str, sweep: str = TOY, **options: Any) -> subprocess.Popen[str]:
         where = [f"folder={self.folder}"] if sweep == TOY else []
@@ -36,8 +36,8 @@ class Place:
     def popen(self, command: list[str] | str, **options: Any) -> subprocess.Popen[str]:
         pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         options = {"cwd": self.folder, "env": self.env, **pipe, **options}
-        self._started.append(subprocess.Popen(command, **options))
-        return self._started[-1]
+        self.processes.append(subprocess.Popen(command, **options))
+        return self.processes[-1]
 
     def run(self, *arguments: str, sweep: str = TOY) -> tuple[int, str]:
         return finish(self.start(*arguments, sweep=sweep))
@@ -56,12 +56,6 @@ class Place:
     def _dask(self, *words: str, **variables: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "dask", words[0], "--host", "127.0.0.1", *words[1:]]
         return self.popen(command, env={**self.env, **variables}, **QUIET)
-
-    def clear(self) -> None:
-        for process in self._started:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
 
     def trainings(self) -> list[list[str]]:
         """Cell, process and parent of each training that was started."""
@@ -84,10 +78,12 @@ class Place:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[Place]:
-    """A place whose processes end with the test."""
+    """Its processes end with the test."""
     made = Place(tmp_path)
     yield made
-    made.clear()
+    for process in made.processes:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture

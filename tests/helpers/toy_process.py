@@ -142,9 +142,7 @@ def served(data: Path) -> Iterator[str]:
 
 
 def free_port() -> int:
-    """Of the loopback interface."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
 
 
@@ -163,7 +161,6 @@ class Server:
         program = str(Path(sys.executable).with_name("secantusd-py"))
         self._command = [program, "--config", "empty.toml", "--host", "127.0.0.1", "--port"]
         self._command += [str(port), "--storage-path", "data", "--standalone", *options]
-        self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Return when it answers."""
@@ -175,16 +172,12 @@ class Server:
             client.admin.command("ping")
 
     def kill(self) -> None:
-        """SIGKILL."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
+        self._process.kill()
+        self._process.wait()
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
-    """A server with a URL."""
     server = Server(tmp_path / "server")
     server.start()
     yield server

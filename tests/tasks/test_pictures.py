@@ -213,9 +213,7 @@ def test_what_is_in_no_class_or_in_two_spellings_is_told(root: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [MemoryError, NotImplementedError])
-def test_whatever_the_reader_raises(
-    error: type[Exception], root: Path, monkeypatch: MonkeyPatch
-) -> None:
+def test_whatever_the_reader_raises(error: type, root: Path, monkeypatch: MonkeyPatch) -> None:
     def fail(*arguments: object, **options: object) -> None:
         raise error
 

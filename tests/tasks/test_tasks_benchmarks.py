@@ -249,18 +249,15 @@ def test_archives_are_unpacked(
     assert not list(tmp_path.rglob(".unpacking*"))
 
 
-@pytest.mark.parametrize(
-    ("name", "parts"),
-    [
-        ("cifarfs", ["cifar100.zip from https://zenodo.org/record/7978538/files into ROOT"]),
-        ("fc100", ["fc100.zip from https://zenodo.org/record/7978538/files into ROOT"]),
-        ("mini-imagenet", ["mini-imagenet-cache-test.pkl", "zenodo.org", "into ROOT"]),
-        ("tiered_imagenet", ["train_labels.pkl", "zenodo.org", "into ROOT/tiered-imagenet"]),
-        ("omniglot", ["images_background.zip, images_evaluation.zip", "into ROOT/omniglot-py",
-                      "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"]),
-        ("caltech101", ["caltech-101.zip", "CaltechDATA", "ROOT/caltech101/101_ObjectCategories"]),
-    ],
-)
+@pytest.mark.parametrize(("name", "parts"), [
+    ("cifarfs", ["cifar100.zip from https://zenodo.org/record/7978538/files into ROOT"]),
+    ("fc100", ["fc100.zip from https://zenodo.org/record/7978538/files into ROOT"]),
+    ("mini-imagenet", ["mini-imagenet-cache-test.pkl", "zenodo.org", "into ROOT"]),
+    ("tiered_imagenet", ["train_labels.pkl", "zenodo.org", "into ROOT/tiered-imagenet"]),
+    ("omniglot", ["images_background.zip, images_evaluation.zip", "into ROOT/omniglot-py",
+                  "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"]),
+    ("caltech101", ["caltech-101.zip", "CaltechDATA", "ROOT/caltech101/101_ObjectCategories"]),
+])  # fmt: skip
 def test_without_a_network_the_error_says_what_belongs_where(
     name: str, parts: list[str], tmp_path: Path, attempts: list[Any]
 ) -> None:
@@ -357,9 +354,7 @@ def test_a_damaged_archive_stays(tmp_path: Path, attempts: list[Any]) -> None:
     (b"text", "cannot identify image file it: remove"), (b"BM" + bytes(60), ""),
     (small_png(20, 30), "20 x 30 pixels instead of 84 x 84"),
 ])  # fmt: skip
-def test_a_stored_picture_that_cannot_be_read_is_named(
-    content: bytes, words: str, tmp_path: Path
-) -> None:
+def test_an_unreadable_stored_picture_is_named(content: bytes, words: str, tmp_path: Path) -> None:
     WRITERS["tiered_imagenet"](tmp_path, 3, 3)
     stored = tmp_path / "tiered-imagenet" / "train_images_png.pkl"
     stored.write_bytes(pickle.dumps([content] * 9))

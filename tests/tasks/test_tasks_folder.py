@@ -108,7 +108,8 @@ def test_unreadable_images_are_counted_or_skipped(tmp_path: Path) -> None:
     text, whole = tmp_path / "train" / "train1" / "notes.txt", tmp_path / "test/test0/0.png"
     text.write_text("no image")
     whole.write_bytes(whole.read_bytes()[:60])
-    with pytest.raises(UserError, match=rf"Pillow reads in {text}.*skip_.*\(2 such files\)$"):
+    said = rf"a picture that Pillow reads in {text}.*skip_unreadable=True.*\(2 such files\)$"
+    with pytest.raises(UserError, match=said):
         made(tmp_path)
     with pytest.warns(UserWarning, match="skipped 2 of 37 files .* the first: .*notes.txt"):
         noted = made(tmp_path, skip_unreadable=True).describe()

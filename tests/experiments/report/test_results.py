@@ -49,9 +49,7 @@ def test_a_row_a_run() -> None:
     ({"filter_dict": {"config.no": None}}, []), ({"records": []}, []),
     ({"experiment": "none"}, []),
 ])  # fmt: skip
-def test_runs_are_chosen_and_nothing_chosen_is_nothing(
-    asked: dict[str, Any], numbers: list[int]
-) -> None:
+def test_runs_are_chosen_and_nothing_chosen_is_nothing(asked: Any, numbers: list[int]) -> None:
     assert get_results(**asked)["_id"].tolist() == numbers
 
 

@@ -193,9 +193,7 @@ FILES: dict[str, tuple[bytes | None, str]] = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_that_is_none_is_one_line(
-    name: str, tmp_path: Path, capsys: CaptureFixture[str]
-) -> None:
+def test_a_file_that_is_none(name: str, tmp_path: Path, capsys: CaptureFixture[str]) -> None:
     content, message = FILES[name]
     path = tmp_path / "f"
     if content is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from pytest import MonkeyPatch
 from test_training import TEST_SIZE, Learner, Run, Tasks, falling, schedule
 from train_process import ENDLESS, TIMED, Bench
 
@@ -62,15 +63,6 @@ def interrupted(folder: Path, learner: Learner, kind: type[BaseException] = Keyb
     return checkpoint.load(folder)
 
 
-def resumed(folder: Path, state: dict[str, Any], learner: Learner, **changes: Any) -> Training:
-    """The same run, gone on to its end."""
-    training = trained(folder, learner, **changes)
-    training.load_state_dict(state)
-    checkpoint.restore_generators(state["generators"])
-    training.loop()
-    return training
-
-
 def untimed(training: Training) -> dict[str, Any]:
     """What was recorded, without time and memory."""
     return {k: v for k, v in training.run.values.items() if not k.endswith(TIMED)}
@@ -98,17 +90,12 @@ def test_the_command_that_goes_on_is_printed(tmp_path: Path, capsys: Any, word: 
     assert said in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("where", "steps", "looked"),
-    [("step", 3, False), ("validation", 4, False), ("test", 6, False), ("last test", 10, True)],
-)
-def test_what_is_broken_off_is_done_again(
-    tmp_path: Path, where: str, steps: int, looked: bool
-) -> None:
-    """A step is finished; a validation or a test begins anew, and nothing of it is to be seen.
-
-    The last test is that of theta of the best validation.
-    """
+@pytest.mark.parametrize(("where", "steps"), [
+    ("step", 3), ("validation", 4), ("test", 6), ("last test", 10),
+])  # fmt: skip
+def test_what_is_broken_off_is_done_again(tmp_path: Path, where: str, steps: int) -> None:
+    """A step is finished; a validation or a test begins anew, and nothing of it is to be seen. The
+    last test is that of theta of the best validation."""
     changes = {"early_stopping": True, "test_at": (6,)}
     torch.manual_seed(0)
     (tmp_path / "whole").mkdir()
@@ -116,14 +103,16 @@ def test_what_is_broken_off_is_done_again(
     whole.loop()
     torch.manual_seed(0)
     state = interrupted(tmp_path, Signalled(where, score=falling), **changes)
-    assert (state["steps"], state["_looked"]) == (steps, looked)
+    assert (state["steps"], state["_looked"]) == (steps, where == "last test")
     torch.rand(7)
-    again = resumed(tmp_path, state, Signalled("", score=falling), **changes)
+    again = trained(tmp_path, Signalled("", score=falling), **changes)
+    again.load_state_dict(state)
+    checkpoint.restore_generators(state["generators"])
+    again.loop()
     assert again.scores.state_dict() == whole.scores.state_dict()
     assert untimed(again) == untimed(whole)
-    ends = [checkpoint.load(folder)["generators"]["torch"]
-            for folder in (tmp_path / "whole", tmp_path)]  # fmt: skip
-    assert torch.equal(*ends)
+    folders = tmp_path / "whole", tmp_path
+    assert torch.equal(*(checkpoint.load(at)["generators"]["torch"] for at in folders))
 
 
 def test_another_version_s_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -150,7 +139,7 @@ def test_a_second_signal_ends_at_once_and_saves_nothing(tmp_path: Path, second: 
     assert not (tmp_path / checkpoint.STATE).exists()
 
 
-def test_the_same_ctrl_c_twice_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_ctrl_c_twice_is_one(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     """A terminal sends it to all processes, and a launcher hands it on."""
     monkeypatch.setattr(signals, "SAME", 600.0)
     learner = Signalled("step", signal.SIGINT, signal.SIGINT, signal.SIGTERM)
@@ -158,9 +147,7 @@ def test_the_same_ctrl_c_twice_is_one(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_a_signal_in_the_middle_of_a_save(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
-) -> None:
+def test_a_signal_during_a_save(tmp_path: Path, monkeypatch: MonkeyPatch, times: int) -> None:
     """One: the save is finished. Two: it is broken off, and the older checkpoint is whole."""
     training = trained(tmp_path, Learner(), checkpoint_seconds=1e-6)
     fsync, calls = os.fsync, []
@@ -181,16 +168,14 @@ def test_a_signal_in_the_middle_of_a_save(
     assert [path.name for path in tmp_path.iterdir()] == [checkpoint.STATE]
 
 
+@pytest.mark.usefixtures("not_by_nohup")
 def test_a_hangup_that_is_ignored_stays_so(tmp_path: Path) -> None:
     """As ``nohup`` wants it."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with signals.handled():
-            training = trained(tmp_path, Signalled("step", signal.SIGHUP))
-            training.loop()
-        assert training.steps == 10
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with signals.handled():
+        training = trained(tmp_path, Signalled("step", signal.SIGHUP))
+        training.loop()
+    assert training.steps == 10
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGALRM])

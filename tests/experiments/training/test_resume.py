@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pytest import MonkeyPatch
 from sacred.utils import iterate_flattened, set_by_dotted_path
 from train_process import ENDLESS, LONG, Bench, assert_same, refusal
 
@@ -150,7 +151,7 @@ def test_a_whole_file_of_another_kind_is_one_line(tmp_path: Path, content: Any) 
 
 @pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO, None])
 def test_a_save_that_fails_leaves_the_old_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: int | None
+    tmp_path: Path, monkeypatch: MonkeyPatch, reason: int | None
 ) -> None:
     """By an error, or by other bytes on the disk than were written."""
     checkpoint.save(tmp_path, STATE)
@@ -183,7 +184,7 @@ def test_global_generators_go_on_where_they_were(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [(), ("-u",)], ids=["recorded", "unobserved"])
 def test_a_live_run_is_not_resumed(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+    bench: Bench, monkeypatch: MonkeyPatch, options: tuple[str, ...]
 ) -> None:
     """Running or stopped; killed, it is, and by one process only."""
     monkeypatch.chdir(bench.folder)
@@ -208,7 +209,7 @@ def test_a_live_run_is_not_resumed(
 
 
 def test_a_folder_without_a_checkpoint_stays_as_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     """Also a file that is called like the lock; a lock that leads elsewhere is not followed."""
     monkeypatch.chdir(tmp_path)
@@ -225,9 +226,7 @@ def test_a_folder_without_a_checkpoint_stays_as_it_is(
     assert "expected no run to go on with" in refusal("evaluate", "with", "resume=run")
 
 
-def test_one_that_has_just_been_resumed_is_not_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_that_was_just_resumed_is_not_again(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     """By a file of settings: the other process ends while this one takes the lock."""
     checkpoint.save(tmp_path, STATE)
     file = tmp_path / "settings.json"
@@ -256,7 +255,7 @@ def test_no_two_runs_share_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_file_system_without_locks_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def none(*arguments: Any) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))

@@ -12,14 +12,8 @@ import torch
 from torch import Tensor
 
 from experiments.papers.convergence import __main__ as parts
-from experiments.papers.convergence import theory
-from experiments.papers.convergence.problem import (
-    Algorithm1,
-    Settings,
-    Tasks,
-    make_tasks,
-    trajectory,
-)
+from experiments.papers.convergence import problem, theory
+from experiments.papers.convergence.problem import Algorithm1, Settings, Tasks, trajectory
 from experiments.papers.convergence.theory import ProblemConstants, cg_contraction
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -28,7 +22,7 @@ THETA = torch.tensor([0.3, -0.8, 0.5], dtype=torch.float64)
 
 
 def small(seed: int = 0) -> Tasks:
-    return make_tasks(4, P, Q, 5.0, 0.5, 3.0, 1.0, seed)
+    return problem.make_tasks(4, P, Q, 5.0, 0.5, 3.0, 1.0, seed)
 
 
 def settings(tasks: Tasks, **changes: float) -> Settings:

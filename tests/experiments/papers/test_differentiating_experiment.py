@@ -11,15 +11,8 @@ import pandas as pd
 import pytest
 import torch
 
-from experiments.papers.differentiating import (
-    CURVES,
-    DifferentiatingSettings,
-    Way,
-    draw,
-    features,
-    number,
-    small_network,
-)
+from experiments.papers import differentiating
+from experiments.papers.differentiating import CURVES, Way, number, small_network
 from experiments.papers.hypergradient import Classification, Problem
 from experiments.tracking import UserError
 
@@ -46,7 +39,7 @@ def test_every_way_leads_to_the_dense_oracle(task: Problem) -> None:
 def test_the_picture_has_a_curve_for_each_way() -> None:
     row = {"ms": 1.0, "error": 0.1}
     rows = {f"{name}, {b:g}": row for name, way in CURVES.items() for b in way.budgets}
-    drawing = draw({"head": pd.DataFrame(rows).T})
+    drawing = differentiating.draw({"head": pd.DataFrame(rows).T})
     assert [len(line.get_xdata()) for line in drawing.axes[0].lines] == [
         len(way.budgets) for way in CURVES.values()
     ]
@@ -65,9 +58,10 @@ def test_a_file_that_will_not_do_is_one_line(
         file.write_bytes(content)
     elif content is not None:
         torch.save(content, file)
-    monkeypatch.setattr("experiments.papers.differentiating.make_tasks", lambda **_: given)
+    monkeypatch.setattr(differentiating, "make_tasks", lambda **_: given)
+    settings = differentiating.DifferentiatingSettings(parameters=[str(file)])
     with pytest.raises(UserError, match=r"parameters: expected a file .* got .*a.pt: .*; train"):
-        next(features(DifferentiatingSettings(parameters=[str(file)])))
+        next(differentiating.features(settings))
 
 
 # docs/differentiating.md says what docs/records/differentiating.jsonl.gz holds.

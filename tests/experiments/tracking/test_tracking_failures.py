@@ -35,15 +35,9 @@ LOSSES = [1 / (1 + step) for step in range(STEPS)]
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The data folder of this module's runs in the embedded server."""
-    return tmp_path_factory.mktemp("data")
-
-
-@pytest.fixture(scope="module")
-def embedded(data: Path) -> Iterator[Any]:
+def embedded(home: Path) -> Iterator[Any]:
     """The embedded server's database, kept up by the documented command."""
-    with served(data) as address, connected(address) as database:
+    with served(home) as address, connected(address) as database:
         yield database
 
 
@@ -66,19 +60,19 @@ def printed(run: dict[str, Any]) -> list[str]:
     return [line for line in run["captured_out"].splitlines() if "database" not in line]
 
 
-def test_killing_the_embedded_server_costs_nothing(data: Path, embedded: Any, gate: Path) -> None:
+def test_killing_the_embedded_server_costs_nothing(home: Path, embedded: Any, gate: Path) -> None:
     number = latest(embedded)["_id"] + 1
-    process = start(data, *SLOW, f"hold={gate}")
+    process = start(home, *SLOW, f"hold={gate}")
     wait_for(lambda: half_done(embedded, number))
-    old = server_process(data)
+    old = server_process(home)
     os.kill(old, signal.SIGKILL)
     gate.touch()
     code, output = finish(process)
     assert code == 0, output
-    assert not is_alive(old) and server_process(data) != old
+    assert not is_alive(old) and server_process(home) != old
     assert latest(embedded)["status"] == "COMPLETED"
     assert points(embedded, number)["train/loss"] == LOSSES
-    assert not journals(data)
+    assert not journals(home)
 
 
 def test_what_is_uploaded_survives_a_crash_just_afterwards(tmp_path: Path, server: Server) -> None:
@@ -135,10 +129,10 @@ def test_an_outage_for_a_while_and_one_for_good(tmp_path: Path, server: Server, 
 
 
 @pytest.mark.usefixtures("not_by_nohup")
-def test_a_signal_interrupts_the_run(data: Path, embedded: Any) -> None:
+def test_a_signal_interrupts_the_run(home: Path, embedded: Any) -> None:
     before = latest(embedded)["_id"]
     signals = {signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGINT: 130}
-    processes = [start(data, *SLOW, "steps=100000", "pause=0.04") for _ in signals]
+    processes = [start(home, *SLOW, "steps=100000", "pause=0.04") for _ in signals]
     new = [before + 1, before + 2, before + 3]
     wait_for(lambda: all(half_done(embedded, number) for number in new))
     for process, number in zip(processes, signals, strict=True):
@@ -167,17 +161,17 @@ def test_ctrl_c_while_a_command_starts_is_no_traceback(tmp_path: Path, module: s
     assert code in (-signal.SIGINT, 128 + signal.SIGINT) and "Traceback" not in output, output
 
 
-def test_the_next_run_marks_a_killed_one(data: Path, embedded: Any) -> None:
+def test_the_next_run_marks_a_killed_one(home: Path, embedded: Any) -> None:
     number = latest(embedded)["_id"] + 1
-    process = start(data, "-b", "3000", "with", "steps=100000", "pause=0.05")
-    (journal,) = wait_for(lambda: journals(data))
+    process = start(home, "-b", "3000", "with", "steps=100000", "pause=0.05")
+    (journal,) = wait_for(lambda: journals(home))
     wait_for(lambda: journal.read_text().count("train/loss") > 5)
     process.kill()
     finish(process)
     assert latest(embedded)["status"] == "RUNNING"
-    code, output = run(data, "with", "quick")
+    code, output = run(home, "with", "quick")
     assert code == 0 and f"Uploaded the record that run {number} left; its end is" in output
     killed = embedded["runs"].find_one({"_id": number})
     assert killed["status"] == "FAILED" and killed["fail_trace"][0].startswith("killed")
     assert len(points(embedded, number)["train/loss"]) > 5
-    assert not journals(data)
+    assert not journals(home)

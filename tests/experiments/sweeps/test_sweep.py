@@ -9,9 +9,10 @@ import sys
 import threading
 from typing import Any
 
+import psutil
 import pytest
 from sweep_process import TOY, Place, complete
-from toy_process import DEADLINE, ROOT, finish, read_until
+from toy_process import DEADLINE, ROOT, finish, is_alive, read_until, wait_for
 
 from experiments import sweep
 from experiments.tracking import UserError
@@ -112,3 +113,18 @@ def test_a_tied_module_is_the_main_program_until_its_starter_lets_go(place: Plac
     assert process.stdin is not None
     process.stdin.close()
     assert process.wait(DEADLINE) == -signal.SIGKILL
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl")
+def test_a_stopped_tied_module_dies_with_its_starter(place: Place) -> None:
+    (place.folder / "module.py").write_text(
+        "import os, signal; print(os.getpid(), flush=True); os.kill(os.getpid(), signal.SIGSTOP)"
+    )
+    words = f"[sys.executable, {str(TIED)!r}, 'module'], stdin=subprocess.PIPE"
+    starter = place.popen(
+        [sys.executable, "-c", f"import subprocess, sys; p = subprocess.Popen({words}); p.wait()"]
+    )
+    child = psutil.Process(int(read_until(starter, "\n")))
+    wait_for(lambda: child.status() == psutil.STATUS_STOPPED)
+    starter.kill()
+    wait_for(lambda: not is_alive(child.pid))

@@ -1,9 +1,8 @@
 """ANIL on FC100, as learn2learn's script of this name: tasks drawn by hand, the head adapts."""
-# ruff: noqa: I001
+# ruff: noqa: I001, F401  (the diff finds its place by the script's imports)
 
 import random
 
-import numpy as np
 import torch
 from torch import nn
 import torchvision as tv
@@ -11,7 +10,7 @@ import torchvision as tv
 import learn2learn as l2l
 from learn2learn.data.transforms import ConsecutiveLabels, FusedNWaysKShots, LoadData, RemapLabels
 
-from episodes import fast_adapt, outer_steps
+from episodes import fast_adapt, outer_steps, seeded
 
 
 def tasks_of(mode, ways, shots):
@@ -28,22 +27,9 @@ def tasks_of(mode, ways, shots):
     return l2l.data.Taskset(dataset, task_transforms=transforms, num_tasks=20)
 
 
-def main(
-        ways=5,
-        shots=5,
-        meta_lr=0.001,
-        fast_lr=0.1,
-        adapt_steps=5,
-        meta_bsz=32,
-        iters=1000,
-        cuda=1,
-        seed=42,
-):
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    device = torch.device("cuda" if cuda and torch.cuda.device_count() else "cpu")
-    train_tasks, valid_tasks = (tasks_of(mode, ways, shots) for mode in ("train", "validation"))
+def main(ways, shots, meta_bsz, iters, cuda, meta_lr=0.001, fast_lr=0.1, adapt_steps=5):
+    device = seeded()
+    sets = [tasks_of(mode, ways, shots) for mode in ("train", "validation")]
 
     model = l2l.vision.models.CNN4(output_size=ways, hidden_size=64, embedding_size=64 * 4)
     features = model.features
@@ -57,9 +43,7 @@ def main(
     loss = nn.CrossEntropyLoss(reduction="mean")
 
     def evaluate(batch):
-        settings = loss, adapt_steps, shots, ways, device, features
-        return fast_adapt(batch, head.clone(), *settings)
+        return fast_adapt(batch, head.clone(), loss, adapt_steps, shots, ways, features)
 
-    sets = train_tasks, valid_tasks
     errors = outer_steps(iters, meta_bsz, sets, evaluate, all_parameters, optimizer)
     return errors, {"features": features, "head": head}

@@ -1,5 +1,5 @@
 """ANIL with Kronecker-factored updates on CIFAR-FS, as learn2learn's script of this name."""
-# ruff: noqa: I001
+# ruff: noqa: I001, F401  (the diff finds its place by the script's imports)
 
 import random
 import numpy as np
@@ -7,7 +7,7 @@ import numpy as np
 import learn2learn as l2l
 import torch
 
-from episodes import halves, outer_steps, tasksets
+from episodes import halves, outer_steps, seeded, tasksets
 
 
 class CifarCNN(torch.nn.Module):
@@ -22,13 +22,10 @@ class CifarCNN(torch.nn.Module):
         l2l.vision.models.maml_init_(self.linear)
 
 
-def fast_adapt(
-    batch, features, classifier, update, diff_sgd, loss, adaptation_steps, shots, ways, device
-):
+def fast_adapt(batch, features, classifier, update, diff_sgd, loss, adaptation_steps, shots, ways):
     data, labels = batch
-    data = features(data.to(device))
     adaptation_data, adaptation_labels, evaluation_data, evaluation_labels = halves(
-        data, labels.to(device), shots, ways
+        features(data), labels, shots, ways
     )
 
     # Adapt the model & learned update
@@ -51,41 +48,25 @@ def fast_adapt(
 
 
 def main(
-    fast_lr=0.1,
-    meta_lr=0.003,
-    num_iterations=10000,
-    meta_batch_size=16,
-    adaptation_steps=5,
-    shots=5,
-    ways=5,
-    cuda=1,
-    seed=1234
-    ):
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    device = torch.device("cuda" if cuda and torch.cuda.device_count() else "cpu")
+    ways, shots, meta_batch_size, num_iterations, cuda,
+    fast_lr=0.1, meta_lr=0.003, adaptation_steps=5,
+):  # fmt: skip
+    seeded(1234)
     sets = tasksets("cifarfs", ways, shots, root="~/data")[:2]
 
     model = CifarCNN(output_size=ways)
-    model.to(device)
-    classifier = model.linear
     kfo_transform = l2l.optim.transforms.KroneckerTransform(l2l.nn.KroneckerLinear)
     fast_update = l2l.optim.ParameterUpdate(
-        parameters=classifier.parameters(),
-        transform=kfo_transform,
+        parameters=model.linear.parameters(), transform=kfo_transform
     )
-    fast_update.to(device)
     diff_sgd = l2l.optim.DifferentiableSGD(lr=fast_lr)
     all_parameters = list(model.parameters()) + list(fast_update.parameters())
     opt = torch.optim.Adam(all_parameters, meta_lr)
     loss = torch.nn.CrossEntropyLoss(reduction="mean")
 
     def evaluate(batch):
-        clones = (l2l.clone_module(m) for m in (model.features, classifier, fast_update))
-        return fast_adapt(
-            batch, *clones, diff_sgd, loss, adaptation_steps, shots, ways, device
-        )
+        clones = (l2l.clone_module(m) for m in (model.features, model.linear, fast_update))
+        return fast_adapt(batch, *clones, diff_sgd, loss, adaptation_steps, shots, ways)
 
     errors = outer_steps(num_iterations, meta_batch_size, sets, evaluate, all_parameters, opt)
     return errors, {"model": model, "update": fast_update}

@@ -1,14 +1,24 @@
 """What learn2learn's example scripts have in common."""
 
+import random
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import l2l_implicit  # noqa: F401  (first: it makes learn2learn importable)
 
 import learn2learn as l2l  # isort: skip
+
+
+def seeded(seed: int = 42) -> torch.device:
+    """As the scripts begin; the device that they compute on."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    return torch.device("cpu")
 
 
 def tasksets(name: str, ways: int, shots: int, **settings: Any) -> Any:
@@ -26,11 +36,11 @@ def halves(data: Tensor, labels: Tensor, shots: int, ways: int) -> tuple[Tensor,
 
 
 def fast_adapt(
-    batch: Any, learner: Any, loss: Any, steps: int, shots: int, ways: int, device: Any,
+    batch: Any, learner: Any, loss: Any, steps: int, shots: int, ways: int,
     features: Callable[[Tensor], Tensor] = lambda data: data,
 ) -> Tensor:  # fmt: skip
     """The evaluation loss after the steps of a loop over losses."""
-    data, labels = (part.to(device) for part in batch)
+    data, labels = batch
     x, y, x_query, y_query = halves(features(data), labels, shots, ways)
     for _step in range(steps):
         learner.adapt(loss(learner(x), y))

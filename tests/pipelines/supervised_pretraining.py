@@ -1,5 +1,5 @@
 """Supervised pre-training, then adaptation, as learn2learn's script of this name."""
-# ruff: noqa: I001
+# ruff: noqa: I001, F401  (the diff finds its place by the script's imports)
 
 import random
 import numpy as np
@@ -7,18 +7,17 @@ import numpy as np
 import learn2learn as l2l
 import torch
 
-from episodes import tasksets
+from episodes import seeded, tasksets
 
 
 def fast_adapt(task, features, classifier, shots, ways, device):
     data, labels = task
-    data = features(data.to(device))
+    data = features(data)
     data = (data - data.mean(dim=0, keepdim=True))
-    labels = labels.long().to(device)
 
     (support_data, support_labels), (query_data, query_labels) = l2l.data.partition_task(
         data=data,
-        labels=labels,
+        labels=labels.long(),
         shots=shots,
     )
     classifier.fit_(support_data, support_labels)
@@ -30,13 +29,8 @@ def fast_adapt(task, features, classifier, shots, ways, device):
 
 def pretrain(args):
     options = args.options
-    device = torch.device("cpu")
-    random.seed(options.seed)
-    np.random.seed(options.seed)
-    torch.manual_seed(options.seed)
-    train_tasks, valid_tasks, _ = tasksets(
-        options.dataset, options.ways, options.shots, device=device
-    )
+    sizes = options.shots, options.ways, seeded(options.seed)
+    train_tasks, valid_tasks, _ = tasksets(options.dataset, options.ways, options.shots)
     train_dataset = train_tasks.dataset
     num_classes = int(max(train_dataset.labels)) + 1
     train_loader = torch.utils.data.DataLoader(
@@ -44,8 +38,6 @@ def pretrain(args):
     )
     train_loader = l2l.data.InfiniteIterator(train_loader)
     model = l2l.vision.models.CNN4(output_size=num_classes, hidden_size=64, embedding_size=256)
-    model.to(device)
-    features = model.features
     protonet = l2l.nn.PrototypicalClassifier(distance="cosine")
     opt = torch.optim.SGD(params=model.parameters(), lr=options.lr, momentum=0.9, nesterov=True)
     criterion = torch.nn.CrossEntropyLoss()
@@ -54,7 +46,7 @@ def pretrain(args):
     for iteration in range(options.iterations):
         model.train()
         X, y = next(train_loader)
-        loss = criterion(model(X.to(device)), y.long().to(device))
+        loss = criterion(model(X), y.long())
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -63,8 +55,7 @@ def pretrain(args):
             model.eval()
             with torch.no_grad():
                 for tasks in (train_tasks, valid_tasks):
-                    sizes = options.shots, options.ways, device
-                    acc, valid_loss = fast_adapt(tasks.sample(), features, protonet, *sizes)
+                    acc, valid_loss = fast_adapt(tasks.sample(), model.features, protonet, *sizes)
                     accuracies.append(float(acc))
                     errors.append(float(valid_loss))
     return errors, {"model": model, "accuracies": accuracies}

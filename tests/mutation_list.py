@@ -12,7 +12,7 @@ SECOND = "never_silent_derivatives::test_networks"
 
 MINIMUM = "linear_heads::test_minimum_is_the_dense_one"
 RIGHT = "closed_form::test_every_loss_is_right"
-TRACE = "closed_form::test_data_changed_without_a_trace_are_refused_on_the_general_path"
+TRACE = "never_silent_changes::test_data_changed_before_backward"
 AS_COUNTED = "together::test_diagnostics_are_each_tasks_and_the_parent_counts_them_all"
 
 BOUNDARY = "inner_problem/boundary.py"
@@ -180,7 +180,7 @@ MUTATIONS = (
       "never_silent_kinks::test_a_minimum_on_a_slight_kink_is_told"),
     m("an input behind another counts twice", BOUNDARY,
       "hooks = [node.register_prehook(_stop) for node in self.boundaries]", "hooks = []",
-      "learner::test_an_input_behind_another_input_counts_once"),
+      "learner::test_theta_in_unusual_company"),
     m("a hook of theta acts twice", BOUNDARY, "            live.clear()", "            pass",
       "learner::test_a_hook_of_theta_is_called_once"),
     m("the comparison moves what has no gradient", LOOK, "direction *= at.loss_gradient != 0", "",
@@ -285,7 +285,7 @@ MUTATIONS = (
       "wide = source if dtype is None else widened(source, dtype)", "wide = source",
       "mixed_precision"),
     m("perturbed: the tilt's sign", PERTURBED, "slope = size.unsqueeze(1) * self.b",
-      "slope = -size.unsqueeze(1) * self.b", "perturbed::test_loss_tensors_of_a_linear_head"),
+      "slope = -size.unsqueeze(1) * self.b", "perturbed::test_other_ways"),
     m("perturbed: what is left is no part of the tilt", PERTURBED, "(base.gradient - left)",
       "(base.gradient + 0.0)",
       "perturbed::test_the_tilt_is_relative_to_what_the_inner_solver_left"),

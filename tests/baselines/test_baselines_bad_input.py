@@ -2,7 +2,6 @@
 
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import higher  # noqa: F401  (these tests need the extra "baselines")
 import pytest
 import torch
 import torch.nn.functional as F
+from small_task import message
 from torch import nn
 from warm_process import run
 
@@ -24,14 +24,6 @@ def head() -> nn.Module:
     return nn.Linear(4, 3)
 
 
-def message(kind: Any, call: Callable[[], Any]) -> str:
-    with pytest.raises(kind) as caught:
-        call()
-    text = str(caught.value)
-    assert "\n" not in text and "expected" in text and "got" in text
-    return text
-
-
 @EVERY
 @pytest.mark.parametrize("lr", [[], [torch.ones(3), torch.ones(3)], [0.1, 0.1],
                                 nn.ParameterList([torch.ones(3, 4), torch.ones(1)])])  # fmt: skip
@@ -39,7 +31,7 @@ def test_a_step_size_for_each_parameter(lr: Any, cls: type) -> None:
     """Of another number or shape; elsewhere none at all."""
     several = "2 tensors, of the parameters' shapes or scalars, got ["
     expected = several if cls is UnrolledMAML else "one number, got several; pass one step size"
-    assert f"lr: expected {expected}" in message(ValueError, lambda: cls(head(), lr))
+    assert f"lr: expected {expected}" in message(lambda: cls(head(), lr), ValueError)
 
 
 class Own(torch.optim.SGD):
@@ -79,14 +71,14 @@ LEARNED = {"lr": torch.tensor(0.1, requires_grad=True)}
     (Reptile, LEARNED, TypeError, "cannot be meta-learned"),
 ])  # fmt: skip
 def test_settings(cls: type, settings: dict[str, Any], kind: type, words: str) -> None:
-    assert words in message(kind, lambda: cls(**{"model": head(), "lr": 0.1, **settings}))
+    assert words in message(lambda: cls(**{"model": head(), "lr": 0.1, **settings}), kind)
 
 
 @pytest.mark.parametrize("settings", [row[0] for row in NOT_BY_HIGHER])
 def test_reptile_takes_every_optimizer_and_its_original_no_outer_gradient(
     settings: dict[str, Any],
 ) -> None:
-    text = message(RuntimeError, Reptile(head(), 0.1, **settings).outer_gradient)
+    text = message(Reptile(head(), 0.1, **settings).outer_gradient, RuntimeError)
     assert "expected an adapted clone" in text
 
 
@@ -107,8 +99,7 @@ def test_losses_and_flags(loss: Any, steps: int | None, words: str, cls: type) -
     """And the learner is as it was; the same checks as of the implicit learners."""
     learner = cls(head(), 0.1).clone()
     before, given = list(learner.module.parameters()), loss(learner)
-    errors = TypeError, ValueError, RuntimeError
-    assert words in message(errors, lambda: learner.adapt(given, steps=steps))
+    assert words in message(lambda: learner.adapt(given, steps=steps))
     assert all(a is b for a, b in zip(before, learner.module.parameters(), strict=True))
 
 
@@ -151,18 +142,18 @@ def test_frozen_parameters_and_inference_mode(cls: type) -> None:
     module = head()
     learner = cls(module, 0.1).clone()
     with torch.inference_mode():
-        text = message(RuntimeError, lambda: learner.adapt(lambda: learner(X).sum(), steps=1))
+        text = message(lambda: learner.adapt(lambda: learner(X).sum(), steps=1), RuntimeError)
     assert "use torch.no_grad()" in text
     module.bias.requires_grad_(False)
     learner = cls(module, 0.1).clone()
     loss = F.cross_entropy(learner(X), Y)
-    assert "got bias without" in message(ValueError, lambda: learner.adapt(loss))
+    assert "got bias without" in message(lambda: learner.adapt(loss), ValueError)
 
 
 def test_without_higher(monkeypatch: pytest.MonkeyPatch) -> None:
     """One line, and only where it is needed."""
     monkeypatch.setitem(sys.modules, "higher", None)
-    text = message(ImportError, lambda: UnrolledMAML(head(), 0.1))
+    text = message(lambda: UnrolledMAML(head(), 0.1), ImportError)
     assert "pip install l2l-implicit[baselines]" in text
     for cls in (Learn2LearnMAML, Reptile):
         learner = cls(head(), 0.1).clone()

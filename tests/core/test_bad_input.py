@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small_task import HOWS, adapt, fit
+from small_task import HOWS, adapt, fit, message, network
 from small_task import SIX_LABELS as Y
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -36,15 +36,10 @@ from l2l_implicit.baselines import UnrolledMAML
 from learn2learn.utils import clone_module  # isort: skip
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
-ERRORS = TypeError, ValueError, RuntimeError, FloatingPointError
 
 
 def head(**settings: Any) -> ImplicitCGHead:
     return ImplicitCGHead(nn.Linear(4, 3), **{"lr": 0.1, **settings})
-
-
-def network() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
 
 
 MODULES = pytest.mark.parametrize("make", [lambda: nn.Linear(4, 3), network], ids=["head", "net"])
@@ -59,16 +54,6 @@ def trained(**settings: Any) -> ImplicitCGHead:
     learner = head(**settings).clone()
     learner.adapt(support(learner))
     return learner
-
-
-def message(run: Callable[[], object], kind: Any = ERRORS) -> str:
-    """The text of the error that a call ends in: one line, with what to do."""
-    with pytest.raises(kind) as caught:
-        run()
-    text = str(caught.value)
-    assert "\n" not in text and "expected" in text and "got" in text
-    assert text.count(";") + text.count(":") >= 1, "no remedy after the finding"
-    return text
 
 
 # Keywords of earlier versions: project/test_migration.py.
@@ -458,26 +443,21 @@ def loaded(learner: Any) -> Any:
 
 
 @pytest.mark.parametrize("cls", [ImplicitCGHead, ImplicitMAML])
+@pytest.mark.parametrize("copied, gradients", [(loaded, True), (copy.deepcopy, False)])
 @HOWS
-def test_an_adapted_learner_is_saved(cls: type, how: str, warned: list[str]) -> None:
+def test_an_adapted_learner_is_copied(
+    cls: type, copied: Callable[[Any], Any], gradients: bool, how: str, warned: list[str]
+) -> None:
     """Its graph is not: a hypergradient that ends in it is warned of."""
     learner = cls(nn.Linear(4, 3), 0.1, inner=Newton()).clone()
-    fit(learner, X, how, 5)
-    again = loaded(learner)
+    with torch.set_grad_enabled(gradients):
+        fit(learner, X, how if gradients else "closure", 5)
+    again = copied(learner)
     assert torch.equal(again(X), learner(X)) and not warned
     support(again).backward()
     assert len(warned) == 1 and "of a file or a deep copy" in warned[0]
     again.adapt(support(again))  # it is a learner still
     assert torch.isfinite(again(X)).all()
-
-
-def test_a_deep_copy_is_as_one_that_was_saved(warned: list[str]) -> None:
-    learner = head(inner=Newton()).clone()
-    with torch.no_grad():
-        fit(learner, X, "closure", 5)
-    again = copy.deepcopy(learner)
-    support(again).backward()
-    assert torch.equal(again(X), learner(X)) and len(warned) == 1 and "deep copy" in warned[0]
 
 
 @pytest.mark.parametrize("inner", [Newton(), GradientDescent()], ids=repr)

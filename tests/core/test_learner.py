@@ -1,6 +1,8 @@
 """What the learners do beyond learn2learn's contract: first order, memory, odd modules."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -120,8 +122,8 @@ class Inputs(dict):
 class Nested(nn.Linear):
     """Features in nested arguments."""
 
-    def forward(self, inputs: Inputs, *, scale: dict[str, Tensor]) -> Tensor:
-        return super().forward(inputs.main[0] * scale["value"])
+    def forward(self, inputs: Any, *, scale: dict[str, Tensor] | None = None) -> Tensor:
+        return super().forward(inputs if scale is None else inputs.main[0] * scale["value"])
 
 
 class Named(torch.autograd.Function):
@@ -137,47 +139,6 @@ class Named(torch.autograd.Function):
         return gradient
 
 
-CASES = {  # the head, and whether it is called by the learner's forward
-    "nested inputs": (Nested, True),
-    "nested inputs of the module": (Nested, False),
-    "a function of one's own": (nn.Linear, False),
-    "the features' gradient asked before": (nn.Linear, True),
-    "a first-order learner": (nn.Linear, True),
-}
-
-
-@HOWS
-@pytest.mark.parametrize("case", CASES)
-def test_theta_in_unusual_company(case: str, how: str) -> None:
-    """Features and a scale: their gradients are those of the plain call."""
-    theta, scale, data = torch.randn(4, 4), torch.tensor(1.3), x()
-    plain, (kind, inside), grads = nn.Linear(4, 3), CASES[case], []
-    odd = kind(4, 3)
-    odd.load_state_dict(plain.state_dict())
-    for unusual in (False, True):
-        leaves = [theta.clone().requires_grad_(), scale.clone().requires_grad_()]
-        h, factor = torch.tanh(data @ leaves[0]), leaves[1] * 1.0
-        first_order = unusual and case == "a first-order learner"
-        learner = ImplicitCGHead(odd if unusual else plain, 0.1, first_order, **EXACT).clone()
-        net = learner if inside else learner.module
-
-        def loss(unusual=unusual, h=h, factor=factor, net=net, y=Y) -> Tensor:
-            if unusual and kind is Nested:
-                out = net(Inputs(main=[h]), scale={"value": factor})
-            else:
-                out = net((Named.apply(h) if unusual and "function" in case else h) * factor)
-            value = F.cross_entropy(out, y)
-            if unusual and "before" in case and value.requires_grad:
-                torch.autograd.grad(value, h, retain_graph=True)
-            return value
-
-        for _ in range(8):
-            given = {"loss": loss, "steps": 1} if how == "closure" else {"loss": loss()}
-            learner.adapt(**given, first_order=False)
-        grads.append(torch.autograd.grad(loss(y=Y.roll(1)), leaves))
-    assert relative_error(*grads) < 1e-9
-
-
 class WithFeatures(nn.Linear):
     """Gives its features back."""
 
@@ -185,27 +146,76 @@ class WithFeatures(nn.Linear):
         return super().forward(h), h
 
 
+CE = F.cross_entropy
+OTHER = ImplicitCGHead(nn.Linear(4, 4, dtype=torch.float64), 0.1).clone()
+
+
+def plain(net: Any, h: Tensor, scale: Tensor, y: Tensor) -> Tensor:
+    return CE(net(h * scale), y)
+
+
+def nested(net: Any, h: Tensor, scale: Tensor, y: Tensor) -> Tensor:
+    return CE(net(Inputs(main=[h]), scale={"value": scale}), y)
+
+
+def asked_before(net: Any, h: Tensor, scale: Tensor, y: Tensor) -> Tensor:
+    loss = plain(net, h, scale, y)
+    if loss.requires_grad:
+        torch.autograd.grad(loss, h, retain_graph=True)
+    return loss
+
+
+def twice(net: Any, h: Tensor, y: Tensor, returned: bool = False) -> Tensor:
+    out, again = net(h)
+    again = again if returned else h
+    return CE(net(again.sin())[0], y) + F.mse_loss(out, again[:, :3].tanh())
+
+
+def penalised(learner: Any, net: Any, h: Tensor, y: Tensor) -> Tensor:
+    """By a gradient of what ``net`` makes of the inputs."""
+    slopes = torch.func.vmap(torch.func.grad(lambda row: net(row).tanh().square().sum()))(h)
+    return CE(learner(h), y) + 0.3 * slopes.square().mean()
+
+
+# The head; a loss of the learner, features, a scale and targets; the same without what is unusual.
+Loss = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
+CASES: dict[str, tuple[type[nn.Linear], Loss, Loss]] = {
+    "nested inputs": (Nested, nested, plain),
+    "nested inputs of the module": (Nested, lambda n, *rest: nested(n.module, *rest), plain),
+    "a function of one's own": (
+        nn.Linear, lambda n, h, s, y: plain(n.module, Named.apply(h), s, y), plain),
+    "the features' gradient asked before": (nn.Linear, asked_before, plain),
+    "a first-order learner": (nn.Linear, plain, plain),
+    # An input behind another input counts once.
+    "another learner": (WithFeatures, lambda n, h, s, y: twice(n, OTHER(h * s), y),
+                        lambda n, h, s, y: twice(n, OTHER.module(h * s), y)),
+    "returned features": (WithFeatures, lambda n, h, s, y: twice(n, h * s, y, True),
+                          lambda n, h, s, y: twice(n, h * s, y)),
+    "transforms of functions": (nn.Linear, lambda n, h, s, y: penalised(n, n, h * s, y),
+                                lambda n, h, s, y: penalised(n, n.module, h * s, y)),
+}  # fmt: skip
+
+
 @HOWS
-@pytest.mark.parametrize("through", ["another learner", "returned features"])
-def test_an_input_behind_another_input_counts_once(through: str, how: str) -> None:
-    """A learner's output, or features it has given back, beside the input they come from."""
-    layer, data, grads = nn.Linear(4, 4), x(), []
-    head = WithFeatures(4, 3)
-    for behind in (False, True):
-        scale = torch.ones(4, requires_grad=True)
-        learner = ImplicitCGHead(head, 0.1, **EXACT).clone()
-        other = ImplicitCGHead(layer, 0.1).clone() if through[0] == "a" and behind else layer
+@pytest.mark.parametrize("case", CASES)
+def test_theta_in_unusual_company(case: str, how: str) -> None:
+    """Features and a scale: their gradients are those of the plain call."""
+    theta, data, (kind, unusual, usual) = torch.randn(4, 4), x(), CASES[case]
+    head, grads = kind(4, 3), []
+    for run in (unusual, usual):
+        leaves = [theta.clone().requires_grad_(), torch.tensor(1.3, requires_grad=True)]
+        h, scale = torch.tanh(data @ leaves[0]), leaves[1] * 1.0
+        first_order = not grads and case == "a first-order learner"
+        learner = ImplicitCGHead(head, 0.1, first_order, **EXACT).clone()
 
-        def loss(scale=scale, learner=learner, other=other, behind=behind) -> Tensor:
-            h = other(data * scale)
-            out, again = learner(h)
-            again = again if through[0] == "r" and behind else h
-            distance = F.mse_loss(out, again[:, :3].tanh())
-            return F.cross_entropy(learner(again.sin())[0], Y) + distance
+        def loss(run=run, learner=learner, h=h, scale=scale) -> Tensor:
+            return run(learner, h, scale, Y)
 
-        adapt(learner, loss, how, 12)
-        grads.append(torch.autograd.grad(F.cross_entropy(learner(data * scale)[0], Y), scale)[0])
-    assert relative_error(*grads) < 1e-7
+        for _ in range(12):
+            given = {"loss": loss, "steps": 1} if how == "closure" else {"loss": loss()}
+            learner.adapt(**given, first_order=False)
+        grads.append(torch.autograd.grad(run(learner, h, scale, Y.roll(1)), leaves))
+    assert relative_error(*grads) < 1e-9
 
 
 @HOWS
@@ -237,24 +247,6 @@ def test_gradients_that_are_asked_for_can_be_written_to() -> None:
     for loss, sources in (alone, together):
         for gradient in torch.autograd.grad(loss, sources):
             gradient.mul_(2.0)
-
-
-@HOWS
-def test_transforms_of_functions_run_through_a_learner(how: str) -> None:
-    """A gradient penalty on its inputs, as by the module itself."""
-    head, data, grads = nn.Linear(4, 3), x(), []
-    for inside in (False, True):
-        scale = torch.ones(4, requires_grad=True)
-        learner = ImplicitCGHead(head, 0.1, **EXACT).clone()
-
-        def loss(learner=learner, scale=scale, inside=inside) -> Tensor:
-            h, net = data * scale, learner if inside else learner.module
-            slopes = torch.func.vmap(torch.func.grad(lambda row: net(row).tanh().square().sum()))(h)
-            return F.cross_entropy(learner(h), Y) + 0.3 * slopes.square().mean()
-
-        adapt(learner, loss, how, 12)
-        grads.append(torch.autograd.grad(F.cross_entropy(learner(data * scale), Y), scale)[0])
-    assert relative_error(*grads) < 1e-9
 
 
 @pytest.mark.parametrize(
@@ -306,28 +298,20 @@ def visit(parent: ImplicitCGHead, inputs: Tensor, steps: int, **key: str) -> Imp
 
 @pytest.mark.parametrize("anchor", ["zero", "init"])
 def test_warm_start_continues_where_the_task_ended(anchor: str) -> None:
+    """And does not move the hypergradient."""
     parent = ImplicitCGHead(nn.Linear(4, 3), 0.1, warm_start=True, anchor=anchor, **UNFACTORED)
-    inputs = x()
+    inputs = x().requires_grad_()
     first = visit(parent, inputs, 20, task="a")
+    leaves = [inputs, *(parent.parameters() if anchor == "init" else [])]
+    grads = [p.grad.clone() for p in leaves]
     second = parent.clone(task="a")
     assert torch.equal(second.module.weight, first.module.weight)
     second = visit(parent, inputs, 1, task="a")
+    assert relative_error([p.grad for p in leaves], [2 * g for g in grads]) < 1e-9
     assert second.diagnostics.cg_steps < first.diagnostics.cg_steps
     assert second.diagnostics.unsolved_inner == second.diagnostics.unsolved_linear == 0
     for other in (parent.clone(), parent.clone(task="b"), parent.clone(task=None)):
         assert torch.equal(other.module.weight, parent.module.weight)
-
-
-def test_warm_start_does_not_move_the_hypergradient() -> None:
-    theta, data, grads = torch.randn(4, 4, requires_grad=True), x(), []
-    parent = ImplicitCGHead(nn.Linear(4, 3), 0.1, warm_start=True, anchor="init", **UNFACTORED)
-    for _ in range(2):
-        learner = parent.clone(task=7)
-        h = torch.tanh(data @ theta)
-        fit(learner, h, "closure", 20)
-        leaves = [theta, *parent.module.parameters()]
-        grads.append(torch.autograd.grad(F.cross_entropy(learner(h), Y.roll(1)), leaves))
-    assert relative_error(*grads) < 1e-9
 
 
 def test_a_warm_start_of_other_parameters_is_a_fresh_one() -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from oracles import flat, relative_error
 from problems import NAMES, adapt, hypergradient, make_learner, problem, truth
 from small_task import SIX_LABELS as Y
-from small_task import Made
+from small_task import Made, network
 from small_task import six_inputs as x
 from torch import Tensor, nn
 
@@ -58,22 +58,24 @@ def test_every_kind_of_theta(name: str) -> None:
     assert (said.unsolved, said.is_bound) == (0, False)
 
 
-@pytest.mark.parametrize("name", ["softmax mean bias", "module beside", "leaf direct and upstream"])
-def test_features_computed_in_the_closure(name: str) -> None:
-    """Others at each call; they are told apart by their place in the graph."""
-    error, said = solved(name, cached=False)
-    assert error < 1e-5 and said.unsolved == 0
+OTHER_WAYS: list[tuple[list[str], dict[str, Any], float]] = [  # names, settings, the error
+    (["softmax mean bias", "module beside", "leaf direct and upstream"], {"cached": False}, 1e-5),
+    *((["softmax mean bias", "ridge mean", "anchored softmax"],
+       {"inner": inner, "how": "loss", "steps": steps}, 1e-6)
+      for inner, steps in ((Newton(), 1), (GradientDescent(), 300), (INNER, 80))),
+    (["whole network", "softmax mean bias"],
+     {"linear": Perturbed(tol=1e-8, damping=2.0), "damping": 2.0}, 1e-5),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("inner, steps", [(Newton(), 1), (GradientDescent(), 300), (INNER, 80)])
-@pytest.mark.parametrize("name", ["softmax mean bias", "ridge mean", "anchored softmax"])
-def test_loss_tensors_of_a_linear_head(name: str, inner: object, steps: int) -> None:
-    assert solved(name, CLOSE, inner, "loss", steps)[0] < 1e-6
-
-
-@pytest.mark.parametrize("name", ["whole network", "softmax mean bias"])
-def test_damping(name: str) -> None:
-    assert solved(name, Perturbed(tol=1e-8, damping=2.0), damping=2.0)[0] < 1e-5
+@pytest.mark.parametrize("name, settings, most", [
+    (name, settings, most) for names, settings, most in OTHER_WAYS for name in names
+])  # fmt: skip
+def test_other_ways(name: str, settings: dict[str, Any], most: float) -> None:
+    """Features of the closure, others at each call, are told apart by their place in the graph;
+    loss tensors of a linear head; a damped system."""
+    error, said = solved(name, **settings)
+    assert error < most and said.unsolved == 0
 
 
 NETWORKS = ["two layers anchored", "whole network"]
@@ -172,10 +174,6 @@ def test_many_heads_at_once(inner: object, samples: int) -> None:
 
 
 # A network of two layers.
-
-
-def network() -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
 
 
 def maml(net: nn.Module | None = None, **changes: Any) -> ImplicitMAML:

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import peak_of_live_tensors, relative_error
+from small_task import network
 from torch import Tensor, nn
 
 import l2l_implicit  # noqa: F401  (first: it makes learn2learn importable)
@@ -29,10 +30,6 @@ Make = Callable[..., Any]
 
 def inputs() -> Tensor:
     return torch.randn(9, 4)
-
-
-def network() -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
 
 
 def loss_of(learner: Any, x: Tensor) -> Tensor:

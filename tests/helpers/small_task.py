@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 SIX_LABELS = torch.arange(6) % 3
 HOWS = pytest.mark.parametrize("how", ["loss", "closure"])
+ERRORS = TypeError, ValueError, RuntimeError, FloatingPointError
 
 
 def adapt(learner: Any, loss: Callable[[], Tensor], how: str, steps: int) -> None:
@@ -29,6 +30,21 @@ def silent(category: type[Warning] = Warning) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("error", category)
         yield
+
+
+def message(run: Callable[[], object], kind: Any = ERRORS) -> str:
+    """The text of the error that a call ends in: one line, with what to do."""
+    with pytest.raises(kind) as caught:
+        run()
+    text = str(caught.value)
+    assert "\n" not in text and "expected" in text and "got" in text
+    assert text.count(";") + text.count(":") >= 1, "no remedy after the finding"
+    return text
+
+
+def network() -> nn.Sequential:
+    """A whole network for `six_inputs`."""
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
 
 
 def six_inputs() -> Tensor:

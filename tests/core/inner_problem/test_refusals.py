@@ -191,18 +191,11 @@ UNREGISTERED = (
 )
 
 
-@pytest.mark.parametrize("name", [
-    "_scaled_dot_product_cudnn_attention_backward", "_efficient_attention_backward",
-])  # fmt: skip
-def test_kernels_of_other_devices(name: str) -> None:
-    """Their messages, as torch 2.13 words them; no such device is needed."""
-    line = refusals.of_gradients(RuntimeError(NOT_THERE.format(name)))
-    assert f"got fused attention ({name}); compute it within" in line
-    forward = refusals.of_forward_mode(NotImplementedError(NO_FORWARD.format(name)))
-    assert f"got fused attention ({name}); compute it within" in forward and "\n" not in forward
-
-
 @pytest.mark.parametrize(("text", "got"), [
+    # Kernels of other devices, as torch 2.13 words them.
+    *((text.format(name), f"got fused attention ({name}); compute it within")
+      for name in ("_scaled_dot_product_cudnn_attention_backward", "_efficient_attention_backward")
+      for text in (NOT_THERE, NO_FORWARD)),
     (UNREGISTERED.format("flash_attn._flash_attn_backward"), "fused attention (flash_attn._flash"),
     (UNREGISTERED.format("mine.twist"), "got mine.twist; write it"),
     ("trying to differentiate twice a function that was marked with @once_differentiable",
@@ -212,5 +205,6 @@ def test_kernels_of_other_devices(name: str) -> None:
     ("Something else.\nOn two lines.", "got 'Something else'; clone"),
 ])  # fmt: skip
 def test_messages(text: str, got: str) -> None:
-    line = refusals.of_gradients(RuntimeError(text))
-    assert got in line and "\n" not in line and line.endswith(ENDS)
+    forward = text.startswith("Trying to use forward AD")
+    line = (refusals.of_forward_mode if forward else refusals.of_gradients)(RuntimeError(text))
+    assert got in line and "\n" not in line and (forward or line.endswith(ENDS))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from oracles import flat, relative_error
 from problems import adapt, hypergradient, make_learner, problem, truth
 from small_task import SIX_LABELS as Y
-from small_task import fit
+from small_task import network
 from small_task import six_inputs as x
 from torch import Tensor, nn
 
@@ -73,13 +73,6 @@ def saddle(phi: Tensor) -> Tensor:
 
 def newton(**settings) -> NewtonStep:
     return NewtonStep(**{"lr": 0.1, "cg_steps": 50, "tol": 1e-12, **settings})
-
-
-def test_gradient_step_is_algorithm_1() -> None:
-    start = torch.randn(1, 5)
-    at = linearize(quadratic, start)
-    (slope,) = torch.autograd.grad(quadratic(at.parameters[0]), at.parameters)
-    assert torch.equal(GradientDescent().begin(0.1)(at), start - 0.1 * slope)
 
 
 SOLVED: list[tuple[Function, Tensor, Tensor, int]] = [  # start, minimum, steps
@@ -205,8 +198,7 @@ def test_auto_lr_is_shortened_where_the_objective_rises() -> None:
 def test_a_solvers_tol(method: type) -> None:
     inputs = x()
     for tol in (1e-1, 1e-3):
-        deep = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-        learner = ImplicitCGHead(deep, 0.5, anchor="init", inner=method(tol=tol)).clone()
+        learner = ImplicitCGHead(network(), 0.5, anchor="init", inner=method(tol=tol)).clone()
         loss = F.cross_entropy(learner(inputs), Y)
         first = torch.autograd.grad(loss, list(learner.parameters()))
         start = [p.detach().clone() for p in learner.parameters()]
@@ -219,29 +211,9 @@ def test_a_solvers_tol(method: type) -> None:
 
 
 def test_lbfgs_needs_a_loss_that_it_can_compute_again() -> None:
-    deep = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-    learner = ImplicitCGHead(deep, 0.1, inner=LBFGS()).clone()
+    learner = ImplicitCGHead(network(), 0.1, inner=LBFGS()).clone()
     with pytest.raises(RuntimeError, match=r"expected a loss .* use adapt\(closure, steps=K\)"):
         learner.adapt(F.cross_entropy(learner(x()), Y))
-
-
-def test_ones_own_solver() -> None:
-    """Its steps begin anew with each task; one with a state: `HalfSteps` of test_together.py."""
-    made: list[float] = []
-
-    class Mine:
-        def begin(self, lr: float) -> object:
-            made.append(lr)
-            return lambda at: at.point - 0.5 * at.gradient
-
-    parent = ImplicitCGHead(nn.Linear(4, 3), 0.1, inner=Mine())
-    reference = ImplicitCGHead(parent.module, 0.5, inner=GradientDescent())
-    inputs, weights = x(), []
-    for learner in (parent.clone(), parent.clone(), reference.clone()):
-        fit(learner, inputs, "loss", 3)
-        weights.append(learner.module.weight)
-    assert torch.equal(weights[0], weights[2]) and torch.equal(weights[1], weights[2])
-    assert made == [0.1, 0.1]
 
 
 FROZEN = [m for m in (*LINEAR, *(solver for solver, _ in INNER.values())) if not isinstance(m, Own)]

@@ -86,8 +86,6 @@ def test_reptile_takes_every_optimizer_and_its_original_no_outer_gradient(
 @pytest.mark.parametrize("loss, steps, words", [
     (lambda learner: F.cross_entropy(learner(X), Y), 3, "steps: expected with a closure"),
     (lambda learner: lambda: 3.0, 2, "loss: expected a tensor, got float"),
-    (lambda learner: learner(X), None, "loss: expected a scalar, got shape (6, 3)"),
-    (lambda learner: learner(X).sum() / 0, None, "loss: expected a finite number"),
     (lambda learner: X.clone().requires_grad_().sum(), None, "none of them"),
     (lambda learner: learner.module.weight.square().sum(), None,
      "1 of them do not enter; pass allow_unused=True"),

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small_task import HOWS, adapt, fit, message, network
-from small_task import SIX_LABELS as Y
+from small_task import HOWS, Y, adapt, fit, message, network
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import disable_saved_tensors_hooks

@@ -108,9 +108,6 @@ def test_a_network_whose_parameters_adapt() -> None:
     close(gradients(loss(Chunked(network, 5), x), network), expected)
 
 
-# Batch statistics.
-
-
 def test_support_and_query_as_two_batches_have_their_own_statistics() -> None:
     network, x = Network(nn.BatchNorm2d(4)), pictures()
     twin, parts = copy.deepcopy(network), (x[:SUPPORT], x[SUPPORT:])
@@ -235,9 +232,6 @@ def test_overwritten_parameters_are_an_error_and_leave_the_module_whole() -> Non
     assert network[1].num_batches_tracked == 1
 
 
-# The wrapper itself.
-
-
 def test_the_state_has_the_backbones_keys() -> None:
     network = Network(nn.BatchNorm2d(4))
     model = nn.ModuleDict({"features": Chunked(network, 5), "head": nn.Linear(12, 3)})
@@ -270,9 +264,6 @@ def test_wrong_settings_modules_and_images(
 ) -> None:
     with pytest.raises(error, match=message):
         make()
-
-
-# Memory.
 
 
 def peak(features: nn.Module, number: int) -> int:

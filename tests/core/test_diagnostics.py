@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import flat
+from problems import on_vector
 from small_task import HOWS, adapt, silent
 from torch import Tensor, nn
 
@@ -73,13 +74,13 @@ def run(parent: ImplicitCGHead, x: Tensor, steps: int, how: str = "loss") -> Imp
 
 
 def gradient_norm(learner: ImplicitCGHead, x: Tensor, l2: float) -> float:
-    """Of the inner objective where the learner is, by autograd on a copy."""
-    module = NETS["linear" if len(list(learner.parameters())) == 2 else "deep"]()
-    module.load_state_dict({k: v.detach() for k, v in learner.module.state_dict().items()})
-    parameters = [*module.parameters()]
-    penalty = sum(p.square().sum() for p in parameters)
-    objective = F.cross_entropy(module(x), Y) + 0.5 * l2 * penalty
-    return float(flat(torch.autograd.grad(objective, parameters)).norm())
+    """Of the inner objective where the learner is."""
+
+    def objective(phi: Tensor) -> Tensor:
+        outputs = on_vector(learner.module, phi)(x)
+        return F.cross_entropy(outputs, Y) + 0.5 * l2 * phi.square().sum()
+
+    return float(torch.func.grad(objective)(flat(learner.parameters())).norm())
 
 
 @HOWS
@@ -251,9 +252,6 @@ def test_the_linear_part_bounds_the_systems_error() -> None:
         assert error <= sizes.linear_error(1e-3)
         underrated += residual < error
     assert underrated > 5
-
-
-# Who is told, and who is not.
 
 
 def test_clones_of_clones_report_to_every_parent_and_to_no_other() -> None:

@@ -9,10 +9,7 @@ import torch
 import torch.nn.functional as F
 from oracles import relative_error
 from problems import EXACT
-from small_task import HOWS, adapt, fit
-from small_task import SIX_LABELS as Y
-from small_task import six_inputs as x
-from small_task import small_nets as nets
+from small_task import HOWS, Y, adapt, fit, nets, x
 from torch import Tensor, nn
 
 from l2l_implicit import (
@@ -58,9 +55,6 @@ def test_first_order_is_exactly_learn2learns(how: str, name: str, where: str) ->
         grads = [p.grad for p in parent.parameters()]
         found.append([*learner.module.parameters(), *grads, theta.grad, *learner.buffers()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-
-
-# Other ways to use it, and other modules.
 
 
 @HOWS

@@ -5,10 +5,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from small_task import HOWS, fit
-from small_task import SIX_LABELS as Y
-from small_task import six_inputs as x
-from small_task import small_nets as nets
+from small_task import HOWS, Y, fit, nets, x
 
 from l2l_implicit import GaussNewton, GradientDescent, ImplicitCGHead, Newton
 from l2l_implicit.inner_problem.linearization import Linearization

@@ -18,7 +18,6 @@ from l2l_implicit import (
     GradientDescent,
     ImplicitCGHead,
     ImplicitMAML,
-    LinearSolver,
     Newton,
     Perturbed,
 )
@@ -44,11 +43,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
-
-
-def parent_of(head: str, inner: InnerSolver, **linear: LinearSolver) -> ImplicitCGHead:
-    settings = {"linear": CG(3), "l2": 0.5, **linear}
-    return ImplicitCGHead(HEADS[head](), 0.01, inner=inner, **settings)
 
 
 def task(parent: nn.Module, how: str, steps: int, grad: bool = True) -> Callable[[], None]:
@@ -94,7 +88,8 @@ def test_flat_in_the_steps(how: str, inner: InnerSolver, head: str, many: int) -
     """In ten steps an unrolled learner would hold ten times as much."""
     perturbed = (head, how, inner, many) == ("two layers", "closure", GradientDescent(), 100)
     for linear in (CG(3), *([Perturbed(steps=3)] if perturbed else [])):
-        one, end = peaks(parent_of(head, inner, linear=linear), how, 1, many)
+        parent = ImplicitCGHead(HEADS[head](), 0.01, l2=0.5, inner=inner, linear=linear)
+        one, end = peaks(parent, how, 1, many)
         assert end < 1.02 * one
 
 

@@ -132,9 +132,6 @@ def test_evaluation_without_gradients(first_order: bool) -> None:
         assert torch.equal(found, query_loss(head, low.float()))
 
 
-# Scaled losses.
-
-
 @pytest.mark.parametrize("scale", [2.0**-100, 2.0**-20, SCALE, 2.0**60, 2.0**100])
 @pytest.mark.parametrize("kind", HEADS)
 def test_the_hypergradient_is_linear_in_the_scale(kind: str, scale: float) -> None:

@@ -11,9 +11,7 @@ import torch
 import torch.nn.functional as F
 from oracles import flat, relative_error
 from problems import NAMES, adapt, hypergradient, make_learner, problem, truth
-from small_task import SIX_LABELS as Y
-from small_task import Made, network
-from small_task import six_inputs as x
+from small_task import Made, Y, network, x
 from torch import Tensor, nn
 
 from l2l_implicit import (
@@ -285,9 +283,6 @@ def test_a_loss_may_outlive_its_learner_and_takes_it_along() -> None:
     del loss
     gc.collect()
     assert seen[2]() is None
-
-
-# What cannot be right says so.
 
 
 def test_a_learner_that_is_gone() -> None:

@@ -142,9 +142,6 @@ def test_a_hypernetwork_by_dense_matrices() -> None:
         assert oracles.relative_error([leaf.grad], expected) < tol  # type: ignore[list-item]
 
 
-# Around it.
-
-
 def test_fomaml_starts_from_the_anchor_and_reaches_it() -> None:
     leaf, h = torch.randn(WAYS, WIDTH).requires_grad_(), torch.randn(9, WIDTH)
     head = ImplicitCGHead(nn.Linear(WIDTH, WAYS, bias=False), 0.1, first_order=True)

@@ -28,9 +28,6 @@ from l2l_implicit import (
 )
 from l2l_implicit.linear_solvers import solution as reasons
 
-# The methods.
-
-
 pytestmark = [
     pytest.mark.usefixtures("float64"),
     pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning"),
@@ -271,9 +268,6 @@ def test_nothing_is_made_on_another_device(inner: str, linear: str, together: bo
     with torch.device("meta"):
         found = run(learner, 4)
     assert_same(found, expected, tol=1e-15)
-
-
-# One clear line for each kind of bad input.
 
 
 def head(**settings: Any) -> ImplicitCGHead:

@@ -156,9 +156,6 @@ def first_order(case: Case, lr: float, steps: int, update: Update = sgd) -> tupl
     return grad(case.outer, argnums=(0, 1))(phi, case.constants())
 
 
-# A learner on a case.
-
-
 def support_loss(learner: Any, case: Case, cached: bool = True) -> Callable[[], Tensor]:
     """The inner loss as a closure, on features computed once or at each call."""
     h = case.embed(case.theta, case.support) if cached else None

@@ -183,8 +183,6 @@ def conjugate_gradient(apply: Linear, precondition: Linear, b: Tensor) -> Tensor
     return v
 
 
-# The two forms of the answer.
-
 Query = Callable[[Array], Array]
 
 
@@ -493,9 +491,6 @@ def spoil(trait: str, x: Tensor, scale: float, labels: Tensor, n: int, draw: ran
         x[:, some[0]] = single(scale * log_uniform(draw, 1e2, 1e5))
     elif trait == "contradiction":  # one sample of every class, n times
         x[:n] = x[0].clone()
-
-
-# The truth.
 
 
 class Known(NamedTuple):

@@ -277,8 +277,6 @@ def truth(name: str, damping: float = 0.0) -> list[Tensor]:
     return implicit(task.inner, task.outer, task.leaves(), minimum(name), damping)
 
 
-# The learner under test, run on a problem.
-
 EXACT = {"inner": Newton(cg_steps=200, tol=1e-13), "linear": CG(steps=200, tol=1e-13)}
 
 

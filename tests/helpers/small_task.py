@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SIX_LABELS = torch.arange(6) % 3
+Y = torch.arange(6) % 3
 HOWS = pytest.mark.parametrize("how", ["loss", "closure"])
 ERRORS = TypeError, ValueError, RuntimeError, FloatingPointError
 
@@ -43,21 +43,21 @@ def message(run: Callable[[], object], kind: Any = ERRORS) -> str:
 
 
 def network() -> nn.Sequential:
-    """A whole network for `six_inputs`."""
+    """A whole network for `x`."""
     return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
 
 
-def six_inputs() -> Tensor:
+def x() -> Tensor:
     return torch.randn(6, 4)
 
 
 def fit(learner: Any, inputs: Tensor, how: str = "loss", steps: int = 8) -> None:
     """Adapt to six examples."""
-    adapt(learner, lambda: F.cross_entropy(learner(inputs), SIX_LABELS), how, steps)
+    adapt(learner, lambda: F.cross_entropy(learner(inputs), Y), how, steps)
 
 
-def small_nets() -> dict[str, nn.Module]:
-    """Heads for `six_inputs`."""
+def nets() -> dict[str, nn.Module]:
+    """Heads for `x`."""
     return {
         "linear": nn.Linear(4, 3),
         "deep": nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)),

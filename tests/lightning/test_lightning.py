@@ -177,9 +177,6 @@ def test_arguments_reach_the_head_or_are_an_error() -> None:
             make()
 
 
-# The data module.
-
-
 class Seen(pl.Callback):
     """The tasks' sums as they come, by stage."""
 
@@ -309,9 +306,6 @@ def test_accumulated_batches_of_a_whole_network_are_the_meta_batch(tmp_path: Pat
     by_hand(maml, nn.Identity(), tasks, split, F.mse_loss, 0.03, 4)
     for a, b in zip(module.model.parameters(), maml.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-8, rtol=0)
-
-
-# Around it.
 
 
 @pytest.mark.parametrize("whole", [True, False])

@@ -159,8 +159,6 @@ def test_a_warm_start_is_never_dearer(closed_form: bool, inner: Any, moved: floa
     assert max(calls[1:]) <= calls[0] and max(products[1:]) <= products[0], (calls, products)
 
 
-# No samples.
-
 NONE = torch.zeros(0).long(), torch.zeros(0, 3)
 EMPTY: dict[str, Callable[[Tensor, str], Tensor]] = {
     "cross-entropy": lambda out, reduction: F.cross_entropy(out, NONE[0], reduction=reduction),

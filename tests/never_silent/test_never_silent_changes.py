@@ -91,25 +91,12 @@ def each(change: Callable[[Tensor, Tensor], Any]) -> Callable[[ImplicitCGHead, T
     return run
 
 
-def by_attribute(learner: ImplicitCGHead, values: Tensor) -> None:
-    """New parameters in place of the old ones."""
-    for name, value in named_pieces(learner, values).items():
-        *path, last = name.split(".")
-        owner = learner.module.get_submodule(".".join(path))
-        delattr(owner, last)
-        setattr(owner, last, value)
-
-
 CHANGES = {
     "p.data =": each(lambda p, value: setattr(p, "data", value)),
     "p.data.copy_": each(lambda p, value: p.data.copy_(value)),
     "p.copy_": each(torch.no_grad()(lambda p, value: p.copy_(value))),
-    "vector_to_parameters": lambda learner, v: vector_to_parameters(v, learner.module.parameters()),
-    "load_state_dict(assign=True)": lambda learner, v: learner.module.load_state_dict(
-        named_pieces(learner, v), assign=True),
-    "learner.load_state_dict(assign=True)": lambda learner, v: learner.load_state_dict(
+    "load_state_dict(assign=True)": lambda learner, v: learner.load_state_dict(
         {f"module.{k}": p for k, p in named_pieces(learner, v).items()}, assign=True),
-    "new parameters": by_attribute,
 }  # fmt: skip
 
 

@@ -193,9 +193,6 @@ def shared_error(truths: list[Known], leaves: Leaves) -> float:
     return max(compared(total, total.features, float(leaves.l2.grad), leaves.start())[1:])
 
 
-# The oracle itself.
-
-
 def logits(problem: Problem, phi: Tensor, x: Tensor) -> Tensor:
     ways, width = problem.settings.ways, problem.settings.width
     bias = phi[ways * width :] if problem.settings.bias else None
@@ -236,8 +233,6 @@ def test_the_oracle_is_the_formula_with_dense_matrices(family: str) -> None:
         assert relative_error([vector], [a]) < 1e-6
         assert abs(truth.l2 - float(l2)) < 1e-6 * truth.l2_scale
 
-
-# The learners.
 
 Found = dict[str, list[Outcome]]
 SIZES = [(NUMBER, LARGEST, [*DOORS, *TOGETHER, *OTHERS]),

@@ -19,7 +19,7 @@ from problems import (
     make_learner,
     two_layers,
 )
-from small_task import HOWS, SIX_LABELS, Made, adapt, six_inputs, small_nets
+from small_task import HOWS, Made, adapt, nets
 from torch import Tensor, nn
 from verdict import judge
 
@@ -439,8 +439,8 @@ def test_what_has_changed_is_solved_anew(change: str) -> None:
 @HOWS
 def test_features_overwritten_before_adapt_are_refused(how: str, head: str, what: str) -> None:
     """Torch notices that a saved tensor was overwritten: no silent wrong number."""
-    h, y = six_inputs().requires_grad_() * 1.0, SIX_LABELS.clone()
-    learner = ImplicitCGHead(small_nets()[head], 0.1).clone()
+    h, y = torch.randn(6, 4).requires_grad_() * 1.0, Y[:6].clone()
+    learner = ImplicitCGHead(nets()[head], 0.1).clone()
 
     def support() -> Tensor:
         loss = F.cross_entropy(learner(h), y)
@@ -459,10 +459,10 @@ def test_features_overwritten_before_adapt_are_refused(how: str, head: str, what
 ])  # fmt: skip
 def test_data_overwritten_after_adapt_are_those_of_adapt(data: str, how: str, head: str) -> None:
     """The learner holds copies: what is written to the originals later is of no matter."""
-    theta, x, module = torch.randn(4, 4).requires_grad_(), six_inputs(), small_nets()[head]
+    theta, x, module = torch.randn(4, 4).requires_grad_(), torch.randn(6, 4), nets()[head]
     found = []
     for overwritten in (False, True) if (how, head) != ("together", "deep") else ():
-        y, h = SIX_LABELS.clone(), x @ theta
+        y, h = Y[:6].clone(), x @ theta
         learner = ImplicitCGHead(module, 0.1, l2=0.5).clone()
         if how == "together":
             adapted = learner.adapt_together(h[None], y[None])
@@ -471,11 +471,8 @@ def test_data_overwritten_after_adapt_are_those_of_adapt(data: str, how: str, he
         if overwritten:
             {"features": h.mul_, "features, unseen": h.data.mul_, "targets": y.mul_}[data](0)
         outputs = adapted(x[None])[0] if how == "together" else learner(x)
-        found.append(torch.autograd.grad(F.cross_entropy(outputs, SIX_LABELS.roll(1)), theta))
+        found.append(torch.autograd.grad(F.cross_entropy(outputs, Y[:6].roll(1)), theta))
     assert not found or relative_error(*found) < 1e-12
-
-
-# Closures
 
 
 @pytest.mark.parametrize(("name", "times"), [("gradient", 2), ("newton", 1)])

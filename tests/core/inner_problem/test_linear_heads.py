@@ -19,9 +19,6 @@ pytestmark = pytest.mark.usefixtures("float64")
 SOLVED = 1e-10
 
 
-# The losses.
-
-
 def dense_inverse(loss: OutputLoss, kernel: Tensor, t: int) -> Tensor:
     """``S (I + K S)^-1``, which is ``(S^-1 + K)^-1`` where S has an inverse."""
     m, k = loss.outputs.shape[1:]
@@ -81,9 +78,6 @@ def test_the_hessian_stays_within_the_movement(tasks: int, kind: type[OutputLoss
         moved = (there.gradient - loss.gradient).norm(dim=-1).amax(-1)
         sizes = loss.gradient.norm(dim=-1).amax(-1)
         assert torch.allclose(moved / sizes, omega)
-
-
-# The minimum.
 
 
 @each
@@ -151,9 +145,6 @@ def test_single_precision_asks_for_its_own_digits_only(kind: type[OutputLoss]) -
     assert GOALS == {torch.float64: 1e-13}
 
 
-# Linear systems at the minimum.
-
-
 def dense_solve(there: Case, b: Tensor, damping: float) -> Tensor:
     matrix = there.hessians() + damping * torch.eye(b.shape[1])
     return torch.linalg.solve(matrix, b.unsqueeze(2)).squeeze(2)
@@ -199,9 +190,6 @@ def test_what_the_recursion_leaves_to_single_steps() -> None:
     assert GradientDescent(adaptive=True).solve_heads(heads, 3, 0.1) is None
     assert GradientDescent(tol=1e-3).solve_heads(heads, 3, 0.1) is None
     assert Newton().solve_heads(case(CrossEntropy, 1, l2=0.0).heads, 3, 0.1) is None
-
-
-# More samples than the factor takes.
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,9 +8,7 @@ import torch
 import torch.nn.functional as F
 from oracles import flat, relative_error
 from problems import adapt, hypergradient, make_learner, problem, truth
-from small_task import SIX_LABELS as Y
-from small_task import network
-from small_task import six_inputs as x
+from small_task import Y, network, x
 from torch import Tensor, nn
 
 from l2l_implicit import (
@@ -133,9 +131,6 @@ def test_lbfgs_searches_the_line_where_its_first_trial_is_too_long() -> None:
     assert float(loss().detach()) < 0.9 * before
 
 
-# Whole learners.
-
-
 class Own:
     """An inner solver with the protocol's one method: Newton's steps, without its closed form."""
 
@@ -169,9 +164,6 @@ def test_all_meet_at_one_hypergradient(name: str, inner: str, linear: LinearSolv
     factored = inner == "newton" and not isinstance(linear, Neumann) and "layers" not in name
     assert found.cg_reason == (FACTORED if factored else CONVERGED)
     assert found.unsolved == 0
-
-
-# The parts
 
 
 def test_auto_lr_is_one_over_the_largest_curvature() -> None:

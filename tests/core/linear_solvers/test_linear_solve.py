@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from oracles import rows, spd, subroutine_1
+from oracles import rows, spd
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -47,9 +47,6 @@ def residual(a: Tensor, v: Tensor, b: Tensor) -> float:
     return float((b - a @ v).norm() / b.norm())
 
 
-# Conjugate gradient.
-
-
 @pytest.mark.parametrize("rank", [1, 2, 4, 8])
 def test_exact_after_as_many_steps_as_distinct_eigenvalues(rank: int) -> None:
     q = torch.linalg.qr(torch.randn(8, 8))[0]
@@ -62,17 +59,6 @@ def test_exact_after_as_many_steps_as_distinct_eigenvalues(rank: int) -> None:
     answer = solve(CG(20, 1e-10), a, a @ b)
     assert answer.reason == CONVERGED and answer.steps <= rank
     assert_close(answer.solution, torch.linalg.pinv(a) @ a @ b, rtol=1e-8, atol=1e-8)
-
-
-@pytest.mark.parametrize("steps", [1, 2, 3, 5])
-@pytest.mark.parametrize("warm", [False, True])
-@pytest.mark.parametrize("condition", [3.0, 1e3])
-def test_is_subroutine_1(steps: int, warm: bool, condition: float) -> None:
-    a, b, calls = spd(6, condition), torch.randn(6), []
-    start = torch.linalg.solve(a, b) + 1e-3 * torch.randn(6) if warm else None
-    got = solve(CG(steps, 1e-15), lambda p: (calls.append(1), p @ a)[1], b, start)
-    assert_close(got.solution, subroutine_1(a.mv, b, steps, start), rtol=1e-12, atol=1e-12)
-    assert (got.steps, got.reason, len(calls)) == (steps, MAX_STEPS, steps + warm)
 
 
 @pytest.mark.parametrize("value", [1e6, 1e300, math.nan, math.inf])
@@ -99,9 +85,6 @@ def test_without_a_solution_that_it_could_find(diagonal: list[float], max_steps:
         assert torch.equal(v, torch.zeros(3)) and reason == NOT_POSITIVE
 
 
-# The others.
-
-
 def test_neumann_is_its_series_and_says_how_far_it_got() -> None:
     a, b = torch.diag(torch.linspace(1.0, 4.0, 6)), torch.randn(6)
     answer = solve(Neumann(5, 1e-12, step_size=0.2), a, b)
@@ -124,9 +107,6 @@ def test_direct_solve_of_every_kind_of_matrix() -> None:
     assert singular.reason == NOT_POSITIVE and singular.residual == 1.0
     with pytest.raises(ValueError, match=r"linear=Direct\(\): expected at most .* linear=CG\(\)"):
         solve(Direct(), lambda v: v, torch.ones(LARGEST + 1))
-
-
-# All of them; and T systems at once.
 
 
 EVERY: list[LinearSolver] = [

@@ -83,11 +83,9 @@ SETTINGS = [
     ("loss", F.cross_entropy, ValueError, "nn.CrossEntropyLoss"),
     ("l2", "0.1", TypeError, "'0.1'"),
     ("l2", True, TypeError, "True"),
-    ("first_order", "no", TypeError, "True or False"),
-    ("allow_unused", "no", TypeError, "True or False"),
-    ("allow_nograd", None, TypeError, "True or False"),
-    ("warm_start", 2, TypeError, "True or False"),
-]
+    *((flag, value, TypeError, "True or False") for flag, value in (
+        ("first_order", "no"), ("allow_unused", "no"), ("allow_nograd", None), ("warm_start", 2))),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name, value, kind, hint", SETTINGS)
@@ -245,7 +243,8 @@ def test_losses(make: Callable, loss: Callable, kind: type[Exception], hint: str
 
 
 def test_losses_of_other_moments() -> None:
-    """Of earlier parameters, without gradients, of first order; a wrong number of steps."""
+    """Of earlier parameters, without gradients, of first order; a wrong number of steps; with an
+    l2 that an optimiser has made negative."""
     learner = head().clone()
     loss = support(learner)
     assert "closure" in message(lambda: learner.adapt(loss, steps=3), ValueError)
@@ -259,6 +258,9 @@ def test_losses_of_other_moments() -> None:
     for steps, hint in ((None, "adapt(closure, steps=20)"), (0, "steps (K)"), (1.5, "steps (K)")):
         text = message(lambda k=steps: learner.adapt(lambda: support(learner), steps=k))
         assert hint in text
+    learner = head(l2=torch.tensor(0.1, requires_grad=True)).clone()
+    learner.l2.data.fill_(-0.2)
+    assert message(lambda: learner.adapt(support(learner)), ValueError).startswith("l2")
 
 
 @HOWS
@@ -280,16 +282,6 @@ def test_loss_of_superseded_parameters() -> None:
         text = message(lambda loss=bad: loss.backward(retain_graph=True), RuntimeError)
         assert "second clone()" in text
     fresh.backward()
-
-
-def test_learned_l2_that_turned_negative() -> None:
-    """An optimiser may push it there; the next task must say so."""
-    l2 = torch.tensor(0.1, requires_grad=True)
-    parent = head(l2=l2)
-    l2.data.fill_(-0.2)
-    learner = parent.clone()
-    text = message(lambda: learner.adapt(support(learner)), ValueError)
-    assert text.startswith("l2")
 
 
 WRONG: dict[str, Callable[[Tensor], Any]] = {

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 WAYS, SUPPORT, QUERY = 3, 12, 9
 SIZES = [1, 5, 12, 100]
+close = partial(torch.testing.assert_close, rtol=1e-11, atol=1e-13)
 LABELS = torch.arange(SUPPORT + QUERY) % WAYS
 NORMS: dict[str, Callable[[], nn.Module]] = {
     "none": nn.Identity,
@@ -50,13 +52,9 @@ def pictures(number: int = SUPPORT + QUERY) -> Tensor:
 def gradients(loss: Tensor, module: nn.Module) -> list[Tensor]:
     module.zero_grad()
     loss.backward()
-    return [p.grad.clone() for p in module.parameters() if p.grad is not None]
-
-
-def close(found: list[Tensor], expected: list[Tensor]) -> None:
-    assert len(found) == len(expected) > 0
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
+    found = [p.grad.clone() for p in module.parameters() if p.grad is not None]
+    assert found
+    return found
 
 
 def task_loss(features: Callable[[Tensor], Tensor], head: nn.Module, images: Tensor) -> Tensor:

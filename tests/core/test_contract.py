@@ -5,13 +5,11 @@ from typing import Any
 
 import pytest
 from contract import *  # noqa: F403
+from small_task import FLOAT64, UNSOLVED_OR_NOT
 
 from l2l_implicit import ImplicitCGHead, ImplicitMAML, Newton
 
-pytestmark = [
-    pytest.mark.usefixtures("float64"),
-    pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning"),
-]
+pytestmark = [FLOAT64, UNSOLVED_OR_NOT]
 LEARNERS: dict[str, Callable[..., Any]] = {
     "ImplicitCGHead": lambda *args, **kw: ImplicitCGHead(*args, **{"anchor": "init", **kw}),
     "ImplicitMAML": lambda *args, **kw: ImplicitMAML(*args, **{"inner": Newton(), **kw}),

@@ -59,20 +59,14 @@ def test_implicit_unrolled_and_finite_differences_meet(name: str) -> None:
 
 
 @HOWS
-@pytest.mark.parametrize("inner", list(INNER))
-@pytest.mark.parametrize("name", NAMES)
-def test_every_way_of_adapting(name: str, inner: str, how: str) -> None:
+@pytest.mark.parametrize("name, inner, cached", [
+    *((name, inner, True) for name in NAMES for inner in INNER),
+    *((name, "newton", False)  # features recomputed at every step
+      for name in ("softmax mean bias", "two layers", "leaf direct and upstream")),
+])  # fmt: skip
+def test_every_way_of_adapting(name: str, inner: str, cached: bool, how: str) -> None:
     task, (solver, steps) = problem(name), INNER[inner]
-    _, loss = adapt(make_learner(task, inner=solver), task, how, steps)
-    assert relative_error(hypergradient(task, loss), truth(name)) < 1e-8
-
-
-@HOWS
-@pytest.mark.parametrize("name", ["softmax mean bias", "two layers", "leaf direct and upstream"])
-def test_features_recomputed_at_every_step(name: str, how: str) -> None:
-    task = problem(name)
-    steps = 1 if name.startswith("softmax") else 30  # a linear head is solved at the first
-    _, loss = adapt(make_learner(task), task, how, steps, cached=False)
+    _, loss = adapt(make_learner(task, inner=solver), task, how, steps, cached)
     assert relative_error(hypergradient(task, loss), truth(name)) < 1e-8
 
 

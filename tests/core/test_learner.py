@@ -12,44 +12,34 @@ from problems import EXACT
 from small_task import HOWS, Y, adapt, fit, nets, x
 from torch import Tensor, nn
 
-from l2l_implicit import (
-    CG,
-    LBFGS,
-    GradientDescent,
-    ImplicitCGHead,
-    ImplicitMAML,
-    InnerSolver,
-    Newton,
-)
+from l2l_implicit import CG, LBFGS, GradientDescent, ImplicitCGHead, ImplicitMAML, Newton
 
 from learn2learn.algorithms import MAML  # isort: skip  (after l2l_implicit, which repairs it)
 
 pytestmark = pytest.mark.usefixtures("float64")
+PLACES = ("constructor", "clone", "adapt")
 
 
 @pytest.mark.parametrize("name", list(nets()))
-@pytest.mark.parametrize("where", ["constructor", "clone", "adapt"])
+@pytest.mark.parametrize("where", PLACES)
 @HOWS
 def test_first_order_is_exactly_learn2learns(how: str, name: str, where: str) -> None:
     torch.manual_seed(1)
     module, theta, data = nets()[name], torch.randn(4, 4, requires_grad=True), x()
-    parents = MAML(module, 0.3, first_order=True), ImplicitCGHead(
-        copy.deepcopy(module), 0.3, first_order=where == "constructor"
-    )
+    flags = {place: {"first_order": True} if place == where else {} for place in PLACES}
+    ours = ImplicitCGHead(copy.deepcopy(module), 0.3, **flags["constructor"])
     found = []
-    for parent in parents:
-        ours = type(parent) is not MAML
-        learner = parent.clone(**({"first_order": True} if ours and where == "clone" else {}))
-        h = torch.tanh(data @ theta)
-        flag = {"first_order": True} if ours and where == "adapt" else {}
+    for parent, given in ((MAML(module, 0.3, first_order=True), {}), (ours, flags)):
+        learner, h = parent.clone(**given.get("clone", {})), torch.tanh(data @ theta)
 
         def loss(learner=learner, h=h, y=Y) -> Tensor:
             return F.cross_entropy(learner(h), y)
 
-        if ours and how == "closure":
-            learner.adapt(loss, steps=4, **flag)
-        for _ in range(0 if ours and how == "closure" else 4):
-            learner.adapt(loss(), **flag)
+        if parent is ours and how == "closure":
+            learner.adapt(loss, steps=4, **flags["adapt"])
+        else:
+            for _ in range(4):
+                learner.adapt(loss(), **given.get("adapt", {}))
         theta.grad = None
         loss(y=Y.roll(1)).backward()
         grads = [p.grad for p in parent.parameters()]
@@ -248,7 +238,7 @@ def test_gradients_that_are_asked_for_can_be_written_to() -> None:
     [(None, 1, Newton()), (None, 2, GradientDescent()), (1.0, 3, Newton())],
 )
 def test_an_exception_in_a_closure_leaves_the_learner_as_it_was(
-    factor: float | None, fatal: int, inner: InnerSolver
+    factor: float | None, fatal: int, inner: Any
 ) -> None:
     """Also its hypergradient: what it had before is what it has after. A factor hides the closed
     form, whose closure is called once or twice only."""

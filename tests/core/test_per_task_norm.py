@@ -40,10 +40,8 @@ def both(backbone: nn.Module, images: Tensor, passes: int = 2) -> tuple[nn.Modul
         (features * direction).sum().backward()
         (expected * direction).sum().backward()
     assert list(together.state_dict()) == keys
-    for (name, ours), theirs in zip(
-        together.state_dict().items(), looped.state_dict().values(), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13, msg=name)
+    states = together.state_dict(), looped.state_dict()
+    torch.testing.assert_close(*states, rtol=1e-12, atol=1e-13)
     ours, theirs = ([p.grad for p in net.parameters()] for net in (together, looped))
     # A bias before a batch norm has no effect: its gradient is rounding, so all count as one.
     assert relative_error(ours, theirs) < ROUNDING
@@ -169,10 +167,6 @@ def test_low_precision_under_autocast(cast: torch.dtype) -> None:
     assert backbone[1].running_mean.dtype == torch.float32
 
 
-def folds_into_the_batch() -> nn.Module:
-    return Made(lambda own, x: own.norm(x.flatten(0, 2)).view(x.shape), norm=nn.BatchNorm1d(5))
-
-
 def checkpointed(reentrant: bool) -> nn.Module:
     """A batch norm within activation checkpointing."""
     run = partial(checkpoint, use_reentrant=reentrant)
@@ -190,7 +184,8 @@ REFUSED: list[tuple[Callable[[], nn.Module], str]] = [
     (lambda: parametrizations.spectral_norm(nn.Conv2d(2, 3, 3)), "spectral norm"),
     (lambda: nn.utils.spectral_norm(nn.Conv2d(2, 3, 3)), "spectral norm"),
     (lambda: Chunked(net_2d(), 100), "second pass"),
-    (folds_into_the_batch, "norm: expected the batch of 12 images, got 120 rows"),
+    (lambda: Made(lambda own, x: own.norm(x.flatten(0, 2)).view(x.shape), norm=nn.BatchNorm1d(5)),
+     "norm: expected the batch of 12 images, got 120 rows"),
     (lambda: nn.Flatten(0, 1), "expected one row of features"),
     *((lambda reentrant=reentrant: checkpointed(reentrant), "norm: .* outside of activation check")
       for reentrant in (False, True)),

@@ -23,7 +23,7 @@ from l2l_implicit import (
 
 pytestmark = pytest.mark.usefixtures("float64")
 Y, YQ, WAYS, WIDTH, L2 = torch.arange(9) % 3, torch.arange(6) % 3, 3, 7, 0.3
-Theta = tuple[Tensor, Tensor]
+Theta = tuple[Tensor, Tensor]  # the backbone, the scale of the prototypes
 
 
 class Own(ImplicitCGHead):
@@ -35,12 +35,6 @@ class Own(ImplicitCGHead):
 
 
 # Prototypes: a head on features of theta, whose anchor is theta's too.
-
-
-def data() -> tuple[Theta, Tensor, Tensor]:
-    """The backbone and the prototypes' scale, support and query."""
-    theta = torch.randn(5, WIDTH).requires_grad_(), torch.tensor(0.7).requires_grad_()
-    return theta, torch.randn(9, 5), torch.randn(6, 5)
 
 
 def prototypes(h: Tensor, scale: Tensor) -> list[Tensor]:
@@ -55,17 +49,13 @@ def inner(phi: Tensor, backbone: Tensor, scale: Tensor, x: Tensor) -> Tensor:
     return loss + 0.5 * L2 * (phi - anchor).square().sum()
 
 
-def outer(phi: Tensor, backbone: Tensor, scale: Tensor, xq: Tensor) -> Tensor:
-    return F.cross_entropy(oracles.linear(phi, torch.tanh(xq @ backbone), WAYS), YQ)
-
-
 def expected(theta: Theta, x: Tensor, xq: Tensor) -> tuple[Tensor, list[Tensor]]:
     """The solution and both hypergradients, by dense matrices."""
     def g(phi: Tensor, *theta: Tensor) -> Tensor:
         return inner(phi, *theta, x)
 
-    def f(phi: Tensor, *theta: Tensor) -> Tensor:
-        return outer(phi, *theta, xq)
+    def f(phi: Tensor, backbone: Tensor, scale: Tensor) -> Tensor:
+        return F.cross_entropy(oracles.linear(phi, torch.tanh(xq @ backbone), WAYS), YQ)
 
     phi = oracles.polish(g, torch.zeros(WAYS * (WIDTH + 1)), theta)
     return phi, oracles.implicit(g, f, theta, phi)
@@ -83,7 +73,8 @@ SETTINGS: dict[str, tuple[type[ImplicitCGHead], dict[str, Any], int]] = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_prototypes_by_dense_matrices(name: str, how: str) -> None:
     cls, settings, steps = SETTINGS[name]
-    theta, x, xq = data()
+    theta = torch.randn(5, WIDTH).requires_grad_(), torch.tensor(0.7).requires_grad_()
+    x, xq = torch.randn(9, 5), torch.randn(6, 5)
     phi, gradients = expected(theta, x, xq)
     head = cls(nn.Linear(WIDTH, WAYS), lr=1.0, l2=L2, **settings)
     h = torch.tanh(x @ theta[0])

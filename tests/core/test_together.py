@@ -1,8 +1,8 @@
 """T linear heads adapted together give each task's own numbers, whatever the method."""
 
+import itertools
 import math
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from oracles import count_operations, peak_of_live_tensors, relative_error
 from several_tasks import CLASSES, LOSS, SUPPORT, TASKS, WIDTH, Batch, assert_alike, assert_same
+from small_task import FLOAT64, UNSOLVED_OR_NOT
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -20,7 +21,6 @@ from l2l_implicit import (
     GradientDescent,
     ImplicitCGHead,
     ImplicitGBML,
-    Linearization,
     LinearSolution,
     Neumann,
     Newton,
@@ -28,42 +28,28 @@ from l2l_implicit import (
 )
 from l2l_implicit.linear_solvers import solution as reasons
 
-pytestmark = [
-    pytest.mark.usefixtures("float64"),
-    pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning"),
-]
+pytestmark = [FLOAT64, UNSOLVED_OR_NOT]
 
 
-@dataclass(frozen=True)
 class HalfSteps:
-    """An inner solver of one's own: half a gradient step, and an end."""
-
-    last: int = 3
+    """An inner solver of one's own: three halves of a gradient step, and an end."""
 
     def begin(self, lr: float) -> Any:
-        taken = 0
-
-        def step(at: Linearization) -> Tensor:
-            nonlocal taken
-            taken += 1
-            return at.point if taken > self.last else at.point - 0.5 * lr * at.gradient
-
-        return step
+        taken = itertools.count()
+        return lambda at: at.point - 0.5 * lr * (next(taken) < 3) * at.gradient
 
 
-@dataclass(frozen=True)
 class Richardson:
     """A linear solver of one's own."""
 
-    damping: float = 0.1
+    damping = 0.1
 
     def solve(self, hvp: Any, b: Tensor, start: Tensor | None = None) -> LinearSolution:
         v = torch.zeros_like(b)
         for _ in range(25):
             v = v + 0.3 * (b - hvp(v))
         residual = (b - hvp(v)).norm(dim=1) / b.norm(dim=1).clamp_min(1e-300)
-        steps = torch.full((len(b),), 25)
-        return LinearSolution(v, steps, residual, ["my own"] * len(b))
+        return LinearSolution(v, torch.full((len(b),), 25), residual, ["my own"] * len(b))
 
 
 INNER = {
@@ -280,10 +266,10 @@ def frozen() -> ImplicitCGHead:
     return learner
 
 
-def changed(place: str) -> ImplicitCGHead:
+def changed(place: str, value: Any = torch.zeros_like) -> ImplicitCGHead:
     """With something of its own on the object itself."""
     learner = head()
-    setattr(learner, place, lambda *given: given[0])
+    setattr(learner, place, value)
     return learner
 
 
@@ -313,12 +299,6 @@ class Focal(nn.CrossEntropyLoss):
         return ((1.0 - (-each).exp()) * each).mean()
 
 
-def later() -> ImplicitCGHead:
-    learner = head()
-    learner.loss = nn.L1Loss()
-    return learner
-
-
 X = torch.zeros(2, 8, 7)
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"features": torch.zeros(8, 7)}, ValueError, r"features: expected shape \[T, m, 7\]"),
@@ -345,7 +325,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
        "loss: expected nn.CrossEntropyLoss") for loss in (
         nn.CrossEntropyLoss(weight=torch.ones(3)), nn.CrossEntropyLoss(ignore_index=1),
         nn.CrossEntropyLoss(reduction="none"), nn.L1Loss(), nn.NLLLoss(), Focal())),
-    ({"head": later}, ValueError, "loss: expected nn.CrossEntropyLoss"),
+    ({"head": lambda: changed("loss", nn.L1Loss())}, ValueError, "loss: expected nn.CrossEntropy"),
     *(({"head": lambda name=name: hooked(name)}, ValueError, "got hooks")
       for name in ("pruned", "register_forward_hook", "register_forward_pre_hook",
                    "register_full_backward_hook", "register_full_backward_pre_hook", "learner's")),

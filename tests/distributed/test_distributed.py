@@ -36,8 +36,7 @@ def test_two_processes_give_the_single_processs_parameters(
     paths = folder / name, tmp_path / "train"
     found, expected = (torch.load(path, weights_only=True) for path in paths)
     assert len(expected) - len(found) == (name == "replicated")  # which saves no losses
-    for a, b in zip(found, expected, strict=False):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found, expected[: len(found)], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -55,9 +54,8 @@ def test_two_processes_have_the_gradients_of_one_with_all_tasks(
     loss = torch.stack([whole(task.inputs, task.support_targets) for task in tasks]).mean()
     one = torch.autograd.grad(loss, list(whole.parameters()))
     assert len(found) == 7 and all(bool(g.any()) for g in found)
-    for a, b, c in zip(found, expected, one, strict=True):
-        torch.testing.assert_close(a, c, atol=1e-12, rtol=1e-9)
-        torch.testing.assert_close(b, c, atol=1e-12, rtol=1e-9)
+    for gradients in (found, expected):
+        torch.testing.assert_close(gradients, list(one), atol=1e-12, rtol=1e-9)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -43,13 +43,9 @@ def short(array: Array) -> Tensor:
     return torch.from_numpy(array.astype(np.float64))
 
 
-def narrow(number: Any) -> Any:
-    return np.float64(number) if np.ndim(number) == 0 else number.astype(np.float64)
-
-
 def times(a: Array, b: Array) -> Array:
-    """A product; in long double einsum's loops are twice as fast as matmul's."""
-    return a @ b if a.dtype == np.float64 else np.einsum("ij,jk->ik", a, b)
+    """A product; einsum's loops are twice as fast as matmul's."""
+    return np.einsum("ij,jk->ik", a, b)
 
 
 @dataclass
@@ -93,10 +89,6 @@ class Inner:
 
     def state(self, w: Array) -> Array:
         return self.loss.state(times(self.x, w))
-
-    def in_float64(self) -> Inner:
-        loss = Samples(narrow(self.loss.y), self.loss.squared, narrow(self.loss.c))
-        return Inner(narrow(self.x), loss, narrow(self.anchor), narrow(self.l2))
 
     def slope(self, w: Array, p: Array) -> Array:
         return times(self.x.T, self.loss.slope(p)) + self.l2 * (w - self.anchor)
@@ -198,11 +190,9 @@ class Truth(NamedTuple):
     doubt: float
 
 
-def minimize(
-    inner: Inner, basis: tuple[Tensor, Tensor], w: Array, rounding: float
-) -> tuple[Array, Curvature]:
+def minimize(inner: Inner, basis: tuple[Tensor, Tensor]) -> tuple[Array, Curvature]:
     """The minimum by Newton with an exact line search, and the curvature there."""
-    best, found, idle = np.inf, None, 0
+    best, found, idle, w = np.inf, None, 0, inner.anchor
     for _ in range(100):
         p = inner.state(w)
         slope = inner.slope(w, p)
@@ -211,7 +201,7 @@ def minimize(
         idle = 0 if size < 0.5 * best else idle + 1
         if size < best or found is None:
             best, found = size, (w, curvature)
-        if size <= rounding * float(np.sqrt((w**2).sum())) or (idle > 2 and near(found)):
+        if size <= ROUNDING * float(np.sqrt((w**2).sum())) or (idle > 2 and near(found)):
             break
         direction = curvature.direction(-slope)
         w = w + best_step(inner, w, direction) * direction
@@ -322,9 +312,7 @@ def span(x: Array) -> tuple[Tensor, Tensor]:
 
 def hypergradient(inner: Inner, query: Query, width: int) -> tuple[Truth, Curvature]:
     """``query`` is the outer loss's gradient in ``W``; ``width`` the features without a bias."""
-    basis, rough = span(inner.x), inner.in_float64()
-    w, _ = minimize(rough, basis, rough.anchor, 1e-9)
-    w, curvature = minimize(inner, basis, w.astype(LONG), ROUNDING)
+    w, curvature = minimize(inner, span(inner.x))
     first = of_weights(curvature, w, query(w))
     features, l2, start = first.answer(inner, width)
     moved = np.sqrt(((w - inner.anchor) ** 2).sum())

@@ -115,11 +115,6 @@ def backbone(theta: Theta) -> tuple[Tensor, Tensor]:
     return torch.tanh(support @ theta["backbone"]), torch.tanh(query @ theta["backbone"])
 
 
-def scaled_backbone(theta: Theta) -> tuple[Tensor, Tensor]:
-    support, query = backbone(theta)
-    return theta["scale"] * support, theta["scale"] * query
-
-
 def raw(theta: Theta) -> tuple[Tensor, Tensor]:
     support, query = INPUTS
     return support[:, :WIDTH], query[:, :WIDTH]
@@ -141,19 +136,6 @@ def query_squared(net: Net, theta: Theta, h: tuple[Tensor, Tensor]) -> Tensor:
     return F.mse_loss(net(h[1]), TARGETS[1])
 
 
-def logits_scaled(net: Net, theta: Theta, h: tuple[Tensor, Tensor]) -> Tensor:
-    return F.cross_entropy(theta["scale"] * net(h[0]), LABELS)
-
-
-def query_logits_scaled(net: Net, theta: Theta, h: tuple[Tensor, Tensor]) -> Tensor:
-    return F.cross_entropy(theta["scale"] * net(h[1]), QUERY_LABELS)
-
-
-def learned_targets(net: Net, theta: Theta, h: tuple[Tensor, Tensor]) -> Tensor:
-    """A module beside the learner, known to the loss alone."""
-    return F.mse_loss(net(h[0]), torch.tanh(INPUTS[0] @ theta["beside"]))
-
-
 def leaf_twice(net: Net, theta: Theta, h: tuple[Tensor, Tensor]) -> Tensor:
     """The backbone's weight also enters directly, times the outputs: both ways must count once."""
     direct = (net(h[0]).square().mean(0) * theta["backbone"].square().sum()).sum()
@@ -173,21 +155,8 @@ def features_of_parent(theta: Theta) -> tuple[Tensor, Tensor]:
     return torch.tanh(support @ theta["initial"].t()), torch.tanh(query @ theta["initial"].t())
 
 
-def several_times(net: Net, theta: Theta, h: tuple[Tensor, Tensor]) -> Tensor:
-    return F.cross_entropy(net(h[0]), LABELS) + F.cross_entropy(net(h[0]), LABELS.roll(1)) / 3
-
-
-def own_output(net: Net, theta: Theta, h: tuple[Tensor, Tensor]) -> Tensor:
-    return F.cross_entropy(net(net(h[0])), torch.arange(SUPPORT) % WIDTH)
-
-
 def query_own_output(net: Net, theta: Theta, h: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(net(net(h[1])), torch.arange(QUERY) % WIDTH)
-
-
-def nudged_output(net: Net, theta: Theta, h: tuple[Tensor, Tensor]) -> Tensor:
-    """Its own output plus a leaf: theta upstream of an input that phi is upstream of too."""
-    return F.cross_entropy(net(net(h[0]) + theta["nudge"]), torch.arange(SUPPORT) % WIDTH)
 
 
 def make_problems() -> dict[str, Problem]:
@@ -216,10 +185,11 @@ def make_problems() -> dict[str, Problem]:
                     net(h[0])[:, 0], (LABELS % 2).double()),
                 lambda net, t, h: F.binary_cross_entropy_with_logits(
                     net(h[1])[:, 0], (QUERY_LABELS % 2).double())),
-        Problem("scaled features", linear(3), theta(scale=scalar(1.3)), scaled_backbone, ce,
-                query_ce),
-        Problem("scaled logits", linear(3), theta(scale=scalar(1.4)), backbone, logits_scaled,
-                query_logits_scaled),
+        Problem("scaled features", linear(3), theta(scale=scalar(1.3)),
+                lambda t: tuple(t["scale"] * h for h in backbone(t)), ce, query_ce),
+        Problem("scaled logits", linear(3), theta(scale=scalar(1.4)), backbone,
+                lambda net, t, h: F.cross_entropy(t["scale"] * net(h[0]), LABELS),
+                lambda net, t, h: F.cross_entropy(t["scale"] * net(h[1]), QUERY_LABELS)),
         Problem("anchored softmax", linear(3), theta(l2=scalar(0.3)), backbone, ce, query_ce,
                 anchor="init"),
         Problem("two layers", two_layers(2, 2.0), theta(), backbone, cross_entropy("sum"),
@@ -228,7 +198,9 @@ def make_problems() -> dict[str, Problem]:
                 anchor="init"),
         Problem("whole network", two_layers(), {"l2": scalar(0.5)}, raw, ce, query_ce,
                 anchor="init"),
-        Problem("module beside", linear(3), theta(beside=leaf(RAW, 3)), backbone, learned_targets,
+        # Known to the loss alone.
+        Problem("module beside", linear(3), theta(beside=leaf(RAW, 3)), backbone,
+                lambda net, t, h: F.mse_loss(net(h[0]), torch.tanh(INPUTS[0] @ t["beside"])),
                 query_squared),
         Problem("leaf direct and upstream", linear(3), theta(), backbone, leaf_twice, query_ce,
                 lr=0.6),
@@ -238,10 +210,16 @@ def make_problems() -> dict[str, Problem]:
                 query_ce, anchor="init"),
         Problem("parent makes features", linear(4, False), theta(), features_of_parent, ce,
                 query_ce),
-        Problem("same features twice", linear(3), theta(), backbone, several_times, query_ce),
-        Problem("own output", linear(4), theta(), backbone, own_output, query_own_output,
-                anchor="init", l2=0.5),
-        Problem("own output nudged", linear(4), theta(nudge=leaf(4)), backbone, nudged_output,
+        Problem("same features twice", linear(3), theta(), backbone,
+                lambda net, t, h: ce(net, t, h) + F.cross_entropy(net(h[0]), LABELS.roll(1)) / 3,
+                query_ce),
+        Problem("own output", linear(4), theta(), backbone,
+                lambda net, t, h: F.cross_entropy(net(net(h[0])), torch.arange(SUPPORT) % WIDTH),
+                query_own_output, anchor="init", l2=0.5),
+        # Theta upstream of an input that phi is upstream of too.
+        Problem("own output nudged", linear(4), theta(nudge=leaf(4)), backbone,
+                lambda net, t, h: F.cross_entropy(
+                    net(net(h[0]) + t["nudge"]), torch.arange(SUPPORT) % WIDTH),
                 query_own_output, anchor="init", l2=0.8, lr=0.3),
     ]
     return {problem.name: problem for problem in found}

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,8 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from l2l_implicit import UnsolvedWarning
+
 Y = torch.arange(6) % 3
 HOWS = pytest.mark.parametrize("how", ["loss", "closure"])
+FLOAT64 = pytest.mark.usefixtures("float64")
+UNSOLVED_OR_NOT = pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning")
+unsolved = partial(pytest.warns, UnsolvedWarning)
 ERRORS = TypeError, ValueError, RuntimeError, FloatingPointError
 
 

@@ -100,8 +100,8 @@ def test_accumulated_batches_are_the_meta_batch(tmp_path: Path) -> None:
     trainer(tmp_path).fit(trained, episodes)
     head, split = ImplicitCGHead(nn.Linear(4, 3), lr=0.1), partial(split_support_query, shots=2)
     by_hand(head, body, tasks, split, F.cross_entropy, 0.01, 3)
-    for name, value in body.state_dict().items():
-        torch.testing.assert_close(trained.features.state_dict()[name], value, atol=1e-6, rtol=0)
+    states = trained.features.state_dict(), body.state_dict()
+    torch.testing.assert_close(*states, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("inference_mode", [True, False])
@@ -228,8 +228,7 @@ def test_tasks_of_a_finite_set_too() -> None:
         return [x for x, _ in tasks.train_dataloader()]
 
     alone, helped, later = drawn(0), drawn(2), drawn(0, skip=2)
-    for a, b, c in zip(alone, helped, later, strict=True):
-        assert torch.equal(a, b) and torch.equal(a, c)
+    assert same(alone, helped) and same(alone, later)
     assert len({x.numpy().tobytes() for x in alone}) == 3
     own = Numbers("regression")
     own.num_tasks = 3  # of a set that is not learn2learn's it means whatever it means there
@@ -289,6 +288,7 @@ def test_losses_metrics_and_hypergradients_are_those_of_the_learner(task: str) -
     hits, said = ((z > 0) & (there > 0)).sum(), (z > 0).sum() + (there > 0).sum()
     right = (z - there).abs().mean() if task == "regression" else 2 * hits / said
     assert float(metric) == pytest.approx(float(right), rel=1e-9)
+    assert float(f1(-torch.ones(2, 2), torch.zeros(2, 2))) == 0.0
 
 
 def test_accumulated_batches_of_a_whole_network_are_the_meta_batch(tmp_path: Path) -> None:
@@ -304,8 +304,8 @@ def test_accumulated_batches_of_a_whole_network_are_the_meta_batch(tmp_path: Pat
         return (x[:SHOTS], y[:SHOTS]), (x[SHOTS:], y[SHOTS:])
 
     by_hand(maml, nn.Identity(), tasks, split, F.mse_loss, 0.03, 4)
-    for a, b in zip(module.model.parameters(), maml.parameters(), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-8, rtol=0)
+    ends = [*module.model.parameters()], [*maml.module.parameters()]
+    torch.testing.assert_close(*ends, atol=1e-8, rtol=0)
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -336,12 +336,6 @@ def test_a_checkpoint_keeps_settings_and_task_and_the_command_line_has_them(
     head = made.model if whole else made.classifier
     assert (head.l2, made.train_ways, made.hparams.task) == (0.25, 3, "multilabel")
     assert (head.anchor, made.adaptation_steps) == ("init" if whole else "zero", 20)
-
-
-def test_metrics() -> None:
-    logits, there = torch.tensor([[1.0, -1.0], [2.0, 3.0]]), torch.tensor([[1.0, 1.0], [0.0, 1.0]])
-    assert float(f1(logits, there)) == pytest.approx(2 * 2 / (3 + 3))
-    assert float(f1(-torch.ones(2, 2), torch.zeros(2, 2))) == 0.0
 
 
 def test_what_does_not_fit_is_one_line() -> None:

@@ -13,12 +13,7 @@ from small_task import adapt
 from torch import Tensor, nn
 
 from l2l_implicit import CG, LBFGS, Direct, GradientDescent, ImplicitCGHead, Neumann, Newton
-from l2l_implicit.linear_solvers.solution import (
-    CONVERGED,
-    MAX_STEPS,
-    NOT_POSITIVE,
-    LinearSolution,
-)
+from l2l_implicit.linear_solvers.solution import CONVERGED, MAX_STEPS, NOT_POSITIVE, LinearSolution
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 MANY_TOO = pytest.mark.parametrize("number", [60, pytest.param(3000, marks=pytest.mark.slow)])

@@ -15,11 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function as Operation
 from torch.autograd.function import once_differentiable
 from torch.func import grad
-from torch.utils.checkpoint import (
-    checkpoint,
-    checkpoint_sequential,
-    set_checkpoint_early_stop,
-)
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential, set_checkpoint_early_stop
 from two_layers import FIRST, LAST, QUERY, D, X, Y
 from verdict import Heard, judge, must_be_right
 

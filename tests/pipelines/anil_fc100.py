@@ -1,35 +1,19 @@
-"""ANIL on FC100, as learn2learn's script of this name: tasks drawn by hand, the head adapts."""
+"""ANIL on FC100, as learn2learn's script of this name: the head adapts."""
 # ruff: noqa: I001, F401  (the diff finds its place by the script's imports)
 
 import random
 
 import torch
 from torch import nn
-import torchvision as tv
 
 import learn2learn as l2l
-from learn2learn.data.transforms import ConsecutiveLabels, FusedNWaysKShots, LoadData, RemapLabels
 
-from episodes import fast_adapt, outer_steps, seeded
-
-
-def tasks_of(mode, ways, shots):
-    dataset = l2l.vision.datasets.FC100(
-        root="~/data", transform=tv.transforms.ToTensor(), mode=mode
-    )
-    dataset = l2l.data.MetaDataset(dataset)
-    transforms = [
-        FusedNWaysKShots(dataset, n=ways, k=2 * shots),
-        LoadData(dataset),
-        RemapLabels(dataset),
-        ConsecutiveLabels(dataset),
-    ]
-    return l2l.data.Taskset(dataset, task_transforms=transforms, num_tasks=20)
+from episodes import fast_adapt, outer_steps, seeded, tasksets
 
 
 def main(ways, shots, meta_bsz, iters, cuda, meta_lr=0.001, fast_lr=0.1, adapt_steps=5):
     device = seeded()
-    sets = [tasks_of(mode, ways, shots) for mode in ("train", "validation")]
+    sets = tasksets("fc100", ways, shots, num_tasks=20, root="~/data")[:2]
 
     model = l2l.vision.models.CNN4(output_size=ways, hidden_size=64, embedding_size=64 * 4)
     features = model.features

@@ -10,18 +10,6 @@ import torch
 from episodes import halves, outer_steps, seeded, tasksets
 
 
-class CifarCNN(torch.nn.Module):
-    def __init__(self, output_size=5, hidden_size=32, layers=4):
-        super().__init__()
-        base = l2l.vision.models.ConvBase(
-            hidden=hidden_size, channels=3, max_pool=False, layers=layers, max_pool_factor=0.5
-        )
-        pool = l2l.nn.Lambda(lambda x: x.mean(dim=[2, 3]))
-        self.features = torch.nn.Sequential(base, pool, l2l.nn.Flatten())
-        self.linear = torch.nn.Linear(hidden_size, output_size, bias=True)
-        l2l.vision.models.maml_init_(self.linear)
-
-
 def fast_adapt(batch, features, classifier, update, diff_sgd, loss, adaptation_steps, shots, ways):
     data, labels = batch
     adaptation_data, adaptation_labels, evaluation_data, evaluation_labels = halves(
@@ -54,10 +42,10 @@ def main(
     seeded(1234)
     sets = tasksets("cifarfs", ways, shots, root="~/data")[:2]
 
-    model = CifarCNN(output_size=ways)
+    model = l2l.vision.models.CNN4(output_size=ways, hidden_size=32, embedding_size=32 * 4)
     kfo_transform = l2l.optim.transforms.KroneckerTransform(l2l.nn.KroneckerLinear)
     fast_update = l2l.optim.ParameterUpdate(
-        parameters=model.linear.parameters(), transform=kfo_transform
+        parameters=model.classifier.parameters(), transform=kfo_transform
     )
     diff_sgd = l2l.optim.DifferentiableSGD(lr=fast_lr)
     all_parameters = list(model.parameters()) + list(fast_update.parameters())
@@ -65,7 +53,7 @@ def main(
     loss = torch.nn.CrossEntropyLoss(reduction="mean")
 
     def evaluate(batch):
-        clones = (l2l.clone_module(m) for m in (model.features, model.linear, fast_update))
+        clones = (l2l.clone_module(m) for m in (model.features, model.classifier, fast_update))
         return fast_adapt(batch, *clones, diff_sgd, loss, adaptation_steps, shots, ways)
 
     errors = outer_steps(num_iterations, meta_batch_size, sets, evaluate, all_parameters, opt)

@@ -9,16 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import flat, implicit_from, linear, relative_error, solve
-from problems import (
-    EXACT,
-    Problem,
-    Theta,
-    error_where_it_ended,
-    hypergradient,
-    leaf,
-    make_learner,
-    two_layers,
-)
+from problems import EXACT, Problem, error_where_it_ended, hypergradient, make_learner, two_layers
 from small_task import HOWS, Made, adapt, nets
 from torch import Tensor, nn
 from verdict import judge
@@ -104,9 +95,10 @@ def error_of(
     head: nn.Module, loss: Loss, how: str, steps: int = 20, outside: bool = False
 ) -> float:
     """Of the hypergradient, against the oracle's; ``outside``: not by the learner's forward."""
-    backbone, data, query = leaf(5, WIDTH), torch.randn(M, 5), torch.randn(6, 1)
+    backbone = torch.randn(5, WIDTH, requires_grad=True)
+    data, query = torch.randn(M, 5), torch.randn(6, 1)
 
-    def embed(theta: Theta) -> tuple[Tensor, Tensor]:
+    def embed(theta: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         x = torch.tanh(data @ theta["backbone"])
         return x, x[:6]
 
@@ -385,11 +377,6 @@ def test_a_changed_limit_is_the_one_that_counts() -> None:
     assert learner.diagnostics.unsolved == 1
 
 
-def moved_weights(learner: ImplicitCGHead, h: Tensor) -> tuple[Tensor, Tensor]:
-    learner.module.weight = nn.Parameter(2.0 * learner.module.weight.detach())
-    return h, Y
-
-
 def moved_anchor(learner: ImplicitCGHead, h: Tensor) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         learner._task.initial[0].add_(1.0)
@@ -398,7 +385,8 @@ def moved_anchor(learner: ImplicitCGHead, h: Tensor) -> tuple[Tensor, Tensor]:
 
 CHANGES: dict[str, Callable[[ImplicitCGHead, Tensor], tuple[Tensor, Tensor]]] = {
     "nothing": lambda learner, h: (h, Y),
-    "weights": moved_weights,
+    "weights": lambda learner, h: (setattr(
+        learner.module, "weight", nn.Parameter(2.0 * learner.module.weight.detach())) or h, Y),
     "anchor's values": moved_anchor,
     "l2": lambda learner, h: (setattr(learner, "l2", 0.7) or h, Y),
     "anchor": lambda learner, h: (setattr(learner, "anchor", "zero") or h, Y),

@@ -13,29 +13,18 @@ import pytest
 import torch
 from oracles import flat, relative_error, subroutine_1
 from problems import on_vector
-from small_task import HOWS, Made, adapt
+from small_task import FLOAT64, HOWS, UNSOLVED_OR_NOT, Made, adapt, unsolved
 from torch import Tensor, nn
 from torch.func import hessian, jacrev
 from torch.nn.functional import cross_entropy, dropout, mse_loss
 from torch.utils.checkpoint import checkpoint
 
-from l2l_implicit import (
-    CG,
-    GaussNewton,
-    GradientDescent,
-    Hessian,
-    ImplicitMAML,
-    Newton,
-    UnsolvedWarning,
-)
+from l2l_implicit import CG, GaussNewton, GradientDescent, Hessian, ImplicitMAML, Newton
 from l2l_implicit.linear_solvers.solution import LinearSolution, Matvec
 
 import learn2learn as l2l  # isort: skip  (after l2l_implicit, which repairs it)
 
-pytestmark = [
-    pytest.mark.usefixtures("float64"),
-    pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning"),
-]
+pytestmark = [FLOAT64, UNSOLVED_OR_NOT]
 L2, LABELS = 0.5, torch.arange(8) % 3
 EXACT = CG(steps=300, tol=1e-13)
 
@@ -332,7 +321,7 @@ def test_no_second_derivative_is_asked_of_the_module() -> None:
         warnings.filterwarnings("error", ".*second derivative")
         asked = system_of(module, GaussNewton())
     assert_same(asked, system_of(twin, GaussNewton()))
-    with pytest.warns(UnsolvedWarning, match="second derivative"):
+    with unsolved(match="second derivative"):
         system_of(module, Hessian())
 
 
@@ -347,14 +336,6 @@ def test_without_forward_mode_one_line_or_the_hessian() -> None:
     assert_same(asked, system_of(module, Hessian(), linear=CG(damping=5)))
 
 
-def around(learner: Any, x: Tensor) -> Tensor:
-    return cross_entropy(learner.module(x), LABELS)
-
-
-def fed_back(learner: Any, x: Tensor) -> Tensor:
-    return cross_entropy(learner(torch.cat([learner(x), x[:, :2]], 1)), LABELS)
-
-
 def changed(learner: Any, x: Tensor) -> Tensor:
     loss = cross_entropy(learner(x), LABELS)
     x.data.mul_(2.0)
@@ -362,7 +343,9 @@ def changed(learner: Any, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("loss, text", [
-    (around, "does not use them"), (fed_back, "do not depend on its parameters"),
+    (lambda n, x: cross_entropy(n.module(x), LABELS), "does not use them"),
+    (lambda n, x: cross_entropy(n(torch.cat([n(x), x[:, :2]], 1)), LABELS),
+     "do not depend on its parameters"),
     (changed, "expected the same outputs"),
 ])  # fmt: skip
 def test_refused_in_one_line_and_not_where_asked(loss: Callable, text: str) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from attention import kernel
 from oracles import relative_error
-from small_task import Made
+from small_task import FLOAT64, UNSOLVED_OR_NOT, Made
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,10 +18,7 @@ from l2l_implicit.inner_problem import refusals
 
 import learn2learn as l2l  # isort: skip  (after l2l_implicit, which repairs it)
 
-pytestmark = [
-    pytest.mark.usefixtures("float64"),
-    pytest.mark.filterwarnings("ignore::l2l_implicit.UnsolvedWarning"),
-]
+pytestmark = [FLOAT64, UNSOLVED_OR_NOT]
 Y = torch.arange(6) % 3
 FIRST_ONLY = {"inner": LBFGS(tol=1e-12), "linear": Perturbed(tol=1e-10)}
 SECOND = {"inner": Newton(100, 1e-13), "linear": CG(200, 1e-13)}

@@ -52,10 +52,6 @@ def iterate(
 MATRIX = torch.diag(torch.arange(1.0, 6.0, dtype=torch.float64)) + 0.3
 
 
-def quadratic(phi: Tensor) -> Tensor:
-    return 0.5 * phi @ MATRIX @ phi - phi.sum()
-
-
 def overshoots(phi: Tensor) -> Tensor:
     """Newton's full step, ``-sinh(2 phi) / 2``, diverges from any start beyond 1.09."""
     return phi.cosh().log().sum()
@@ -74,7 +70,8 @@ def newton(**settings) -> NewtonStep:
 
 
 SOLVED: list[tuple[Function, Tensor, Tensor, int]] = [  # start, minimum, steps
-    (quadratic, torch.full((5,), 2.0), torch.linalg.solve(MATRIX, torch.ones(5).double()), 8),
+    (lambda p: 0.5 * p @ MATRIX @ p - p.sum(), torch.full((5,), 2.0),
+     torch.linalg.solve(MATRIX, torch.ones(5).double()), 8),
     (lambda p: p.exp().sum() - 2 * p.sum(), torch.zeros(3), torch.tensor(2.0).log().expand(3), 7),
     *((overshoots, torch.full((3,), start), torch.zeros(3), 60) for start in (1.5, 3.0, 8.0)),
     (lambda p: p.square().sum(), torch.zeros(3), torch.zeros(3), 3),  # stays put

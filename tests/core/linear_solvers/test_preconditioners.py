@@ -148,11 +148,6 @@ def test_nystrom_is_the_dense_approximation_and_its_inverse(rank: int, tasks: in
     assert got.reason == [APPROXIMATED] * tasks
 
 
-def low_rank(n: int, rank: int) -> Tensor:
-    half = torch.randn(n, rank)
-    return half @ half.t()
-
-
 def test_as_a_preconditioner_it_takes_the_large_eigenvalues_away() -> None:
     """Ten of 1e8 and the rest between 1 and 2: what is left is conditioned by about 2."""
     q = torch.linalg.qr(torch.randn(60, 60))[0]
@@ -204,7 +199,8 @@ def krylov(a: Tensor, b: Tensor, steps: int) -> list[Tensor]:
 
 
 def test_truncated_changes_nothing_where_the_loss_is_convex() -> None:
-    system, b = System(rows(low_rank(20, 6)), damping=0.1), torch.randn(3, 20)
+    half, b = torch.randn(20, 6), torch.randn(3, 20)
+    system = System(rows(half @ half.t()), damping=0.1)
     solvers = CG(50, 1e-9, 0.1), CG(50, 1e-9, 0.1, truncated=True)
     plain, short = (solver.solve(system, b) for solver in solvers)
     assert torch.equal(plain.solution, short.solution) and plain.reason == short.reason

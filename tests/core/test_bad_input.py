@@ -124,17 +124,6 @@ def test_a_setting_may_become_one_of_another_kind() -> None:
     assert "expected a torch.nn.Module" in message(lambda: setattr(parent, "module", nn.Linear))
 
 
-def test_a_warm_start_may_be_switched_on_and_off() -> None:
-    parent, steps = head(inner=LBFGS(tol=1e-3)), []
-    for on in (True, True, False):
-        parent.warm_start = on
-        learner = parent.clone(task="a")
-        learner.adapt(lambda n=learner: support(n), steps=50)
-        support(learner).backward()
-        steps.append(learner.diagnostics.inner_steps)
-    assert steps[1] < steps[0] == steps[2]
-
-
 def with_part(change: Callable[[nn.Module], Any]) -> Callable[[nn.Sequential], nn.Module]:
     return lambda net: nn.Sequential(net[0], change(net[1]), net[2])
 

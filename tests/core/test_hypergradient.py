@@ -4,33 +4,18 @@ import copy
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
+import problems
 import pytest
 import torch
 from oracles import finite_difference, flat, implicit, relative_error, unrolled
-from problems import (
-    EXACT,
-    NAMES,
-    Problem,
-    Theta,
-    adapt,
-    cross_entropy,
-    error_where_it_ended,
-    expected,
-    hypergradient,
-    linear,
-    make_learner,
-    minimum,
-    problem,
-    query_cross_entropy,
-    raw,
-    truth,
-)
+from problems import EXACT, NAMES, Problem, adapt, hypergradient, make_learner, problem, truth
 from small_task import HOWS
 from torch import Tensor, nn
 from torch.func import grad, hessian
 
-from l2l_implicit import CG, Direct, GradientDescent, Identity, LinearSolver, Neumann, Newton
+from l2l_implicit import CG, Direct, GaussNewton, GradientDescent, Identity, Neumann, Newton
 from l2l_implicit.linear_solvers.solution import APPROXIMATED, FACTORED
 
 pytestmark = [
@@ -52,28 +37,34 @@ def test_implicit_unrolled_and_finite_differences_meet(name: str) -> None:
     long_way = unrolled(task.inner, task.outer, leaves, task.start(), task.lr, INNER["gradient"][1])
     assert relative_error(got, long_way) < 1e-6
     direction = [torch.randn_like(t) for t in leaves]
-    slope = finite_difference(task.inner, task.outer, leaves, direction, minimum(name))
+    slope = finite_difference(task.inner, task.outer, leaves, direction, problems.minimum(name))
     along = sum(float((g * d).sum()) for g, d in zip(got, direction, strict=True))
     scale = sum(float(g.square().sum()) for g in got) ** 0.5
     assert abs(slope - along) < 1e-6 * max(abs(slope), scale)
 
 
 @HOWS
-@pytest.mark.parametrize("name, inner, cached", [
-    *((name, inner, True) for name in NAMES for inner in INNER),
-    *((name, "newton", False)  # features recomputed at every step
+@pytest.mark.parametrize("name, inner, cached, settings", [
+    *((name, inner, True, {}) for name in NAMES for inner in INNER),
+    *((name, "newton", False, {})  # features recomputed at every step
       for name in ("softmax mean bias", "two layers", "leaf direct and upstream")),
+    *((name, "newton", True, {"curvature": GaussNewton()})  # of a linear head the Hessian
+      for name in ("scaled logits", "leaf direct and upstream", "module beside", "binary logits",
+                   "parent in the loss anchored")),
 ])  # fmt: skip
-def test_every_way_of_adapting(name: str, inner: str, cached: bool, how: str) -> None:
+def test_every_way_of_adapting(
+    name: str, inner: str, cached: bool, settings: dict[str, Any], how: str
+) -> None:
     task, (solver, steps) = problem(name), INNER[inner]
-    _, loss = adapt(make_learner(task, inner=solver), task, how, steps, cached)
+    learner = make_learner(task, inner=solver, **settings)
+    _, loss = adapt(learner, task, how, steps, cached)
     assert relative_error(hypergradient(task, loss), truth(name)) < 1e-8
 
 
 def test_gradient_steps_converge_at_the_rate_of_gradient_descent() -> None:
     """Error <= C (1 - lr mu)^K, with mu the smallest curvature, lr below 1 / the largest."""
     task = problem("softmax mean", lr=0.8)
-    exact, parent = expected(task), make_learner(task, inner=GradientDescent())
+    exact, parent = problems.expected(task), make_learner(task, inner=GradientDescent())
     errors = []
     for steps in (20, 30, 40, 50):
         _, loss = adapt(parent, task, "closure", steps)
@@ -132,15 +123,15 @@ class WrittenOut(nn.Module):
 
 def tabular(*between: nn.Module) -> Problem:
     """Given columns; of the features only their scales are learned."""
-    head = nn.Sequential(linear(6), *between, nn.Tanh(), linear(3, width=6)).double()
+    head = nn.Sequential(nn.Linear(4, 6), *between, nn.Tanh(), nn.Linear(6, 3)).double()
 
-    def embed(theta: Theta) -> tuple[Tensor, Tensor]:
-        support, query = raw(theta)
+    def embed(theta: problems.Theta) -> tuple[Tensor, Tensor]:
+        support, query = problems.raw(theta)
         return support * theta["factors"], query * theta["factors"]
 
     factors = (1 + 0.1 * torch.randn(4)).requires_grad_()
-    return Problem("tabular", head, {"factors": factors}, embed, cross_entropy("mean"),
-                   query_cross_entropy, anchor="init", l2=1.0, lr=0.1)  # fmt: skip
+    return Problem("tabular", head, {"factors": factors}, embed, problems.cross_entropy("mean"),
+                   problems.query_cross_entropy, anchor="init", l2=1.0, lr=0.1)  # fmt: skip
 
 
 CASES: dict[str, Callable[[], Problem]] = {
@@ -164,7 +155,7 @@ def test_of_other_kinds(name: str, how: str) -> None:
         if module.training and isinstance(module, nn.BatchNorm1d | nn.LayerNorm):
             setattr(oracle, child, WrittenOut(module))
     task.head = oracle
-    assert error_where_it_ended(task, learner, got) < 1e-8
+    assert problems.error_where_it_ended(task, learner, got) < 1e-8
     assert parent.diagnostics.unsolved == 0
 
 
@@ -183,7 +174,7 @@ def test_the_damped_system_is_solved(name: str) -> None:
 @pytest.mark.parametrize(
     "linear", [CG(3000, 1e-13, 2.0), Neumann(3000, 1e-13, damping=2.0), Direct(2.0)]
 )
-def test_where_the_matrix_is_indefinite(linear: LinearSolver) -> None:
+def test_where_the_matrix_is_indefinite(linear: Any) -> None:
     task = problem("two layers anchored", l2=0.0)
     task.theta["l2"] = torch.tensor(0.0, requires_grad=True)
     parent = make_learner(task, inner=GradientDescent(), linear=linear)
@@ -220,7 +211,7 @@ def test_of_newtons_method_it_is_the_implicit_gradient(name: str) -> None:
 
     learner, loss = adapt(make_learner(task, inner=Newton(), linear=Identity()), task)
     got = hypergradient(task, loss)
-    assert relative_error(got, one_step(task, newton, minimum(name))) < 1e-8
+    assert relative_error(got, one_step(task, newton, problems.minimum(name))) < 1e-8
     assert relative_error(got, truth(name)) < 1e-8
     assert learner.diagnostics.cg_reason == FACTORED and learner.diagnostics.unsolved == 0
 

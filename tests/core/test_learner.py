@@ -282,8 +282,9 @@ def visit(parent: ImplicitCGHead, inputs: Tensor, steps: int, **key: str) -> Imp
 
 @pytest.mark.parametrize("anchor", ["zero", "init"])
 def test_warm_start_continues_where_the_task_ended(anchor: str) -> None:
-    """And does not move the hypergradient."""
-    parent = ImplicitCGHead(nn.Linear(4, 3), 0.1, warm_start=True, anchor=anchor, **UNFACTORED)
+    """And does not move the hypergradient; it may be switched on and off."""
+    parent = ImplicitCGHead(nn.Linear(4, 3), 0.1, anchor=anchor, **UNFACTORED)
+    parent.warm_start = True
     inputs = x().requires_grad_()
     first = visit(parent, inputs, 20, task="a")
     leaves = [inputs, *(parent.parameters() if anchor == "init" else [])]
@@ -294,7 +295,9 @@ def test_warm_start_continues_where_the_task_ended(anchor: str) -> None:
     assert relative_error([p.grad for p in leaves], [2 * g for g in grads]) < 1e-9
     assert second.diagnostics.cg_steps < first.diagnostics.cg_steps
     assert second.diagnostics.unsolved_inner == second.diagnostics.unsolved_linear == 0
-    for other in (parent.clone(), parent.clone(task="b"), parent.clone(task=None)):
+    others = [parent.clone(), parent.clone(task="b"), parent.clone(task=None)]
+    parent.warm_start = False
+    for other in (*others, parent.clone(task="a")):
         assert torch.equal(other.module.weight, parent.module.weight)
 
 

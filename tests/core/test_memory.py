@@ -93,13 +93,11 @@ def test_flat_in_the_steps(how: str, inner: InnerSolver, head: str, many: int) -
         assert end < 1.02 * one
 
 
-def momentum(parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=1.0, momentum=0.9, weight_decay=0.01)
-
-
 @pytest.mark.parametrize("cls, settings", [
     (Learn2LearnMAML, {}), (Reptile, {}), (UnrolledMAML, {}), (UnrolledMAML, {"learn_init": False}),
-    (UnrolledMAML, {"optimizer": "adam"}), (UnrolledMAML, {"optimizer": momentum}),
+    (UnrolledMAML, {"optimizer": "adam"}),
+    (UnrolledMAML, {"optimizer": lambda parameters: torch.optim.SGD(
+        parameters, lr=1.0, momentum=0.9, weight_decay=0.01)}),
 ])  # fmt: skip
 def test_baselines_are_flat_without_gradients_and_in_first_order(cls: type, settings: Any) -> None:
     for grad in (False, True):

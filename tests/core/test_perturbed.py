@@ -20,12 +20,15 @@ from l2l_implicit import (
     Diagnostics,
     GradientDescent,
     ImplicitCGHead,
+    ImplicitGBML,
     ImplicitMAML,
     Newton,
     Perturbed,
     UnsolvedWarning,
 )
 from l2l_implicit.linear_solvers.solution import INEXACT, MAX_STEPS
+
+import learn2learn as l2l  # isort: skip  (after l2l_implicit, which repairs it)
 
 pytestmark = pytest.mark.usefixtures("float64")
 INNER = LBFGS(tol=1e-12)
@@ -127,23 +130,13 @@ def test_the_tilt_is_relative_to_what_the_inner_solver_left() -> None:
     assert relative_error(both[1], both[0]) < 1e-5
 
 
-class Diagonal(ImplicitCGHead):
-    """A regulariser of its own, with theta in it."""
-
-    def __init__(self, model: nn.Module, lr: float, **settings: Any) -> None:
-        super().__init__(model, lr, **settings)
-        self.logits = nn.ParameterList(torch.randn_like(p) for p in model.parameters())
-
-    def regularizer(self, parameters: Any, anchor: Any) -> Tensor:
-        terms = zip(parameters, anchor, self.logits, strict=True)
-        return 0.5 * sum((F.softplus(s) * (p - a).square()).sum() for p, a, s in terms)
-
-
 def test_a_regulariser_of_ones_own() -> None:
+    """With theta in it."""
     data, grads = x(), []
+    transform = l2l.optim.KroneckerTransform(l2l.nn.KroneckerLinear)
     for settings in (EXACT, WITHOUT):
         torch.manual_seed(1)
-        parent = Diagonal(nn.Linear(4, 3), 0.1, anchor="init", **settings)
+        parent = ImplicitGBML(nn.Linear(4, 3), transform, 0.1, anchor="init", **settings)
         F.cross_entropy(adapted(data, 100, parent)(data), Y.roll(1)).backward()
         grads.append([p.grad for p in parent.parameters()])
     assert relative_error(grads[1], grads[0]) < 1e-5

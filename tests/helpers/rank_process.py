@@ -47,34 +47,18 @@ def learner() -> MetaLearner:
     return MetaLearner(algorithms, MEASURES["classification"], "adam", 0.01, False)
 
 
-def train(folder: Path, ranks: Ranks, batch: int = BATCH) -> None:
-    """Twenty outer steps of so many tasks; rank 0 saves theta and the query losses."""
+def train(folder: Path, ranks: Ranks) -> None:
+    """Twenty outer steps; rank 0 saves theta and the query losses."""
     meta, stream = learner(), torch.Generator().manual_seed(1)
     losses = []
     for _ in range(STEPS):
-        mine = ranks.share([episode(stream) for _ in range(batch)])
+        mine = ranks.share([episode(stream) for _ in range(BATCH)])
         results = meta.hypergradient(mine)
         losses.append([result.loss for result in ranks.collect(results)])
-        ranks.average(meta.parameters, len(mine) / batch)
+        ranks.average(meta.parameters, len(mine) / BATCH)
         meta.optimizer.step()
     if ranks.first:
         torch.save([*(p.detach() for p in meta.parameters), torch.tensor(losses)], folder / "train")
-
-
-def replicated(folder: Path, ranks: Ranks) -> None:
-    """The same, a task a rank, with the backbone under DistributedDataParallel."""
-    meta, stream = learner(), torch.Generator().manual_seed(1)
-    backbone, head = meta.algorithms.backbone, meta.algorithms.training.learner
-    own = [*head.parameters()]  # the rest is DistributedDataParallel's to average
-    training = HeadOnly(DistributedDataParallel(backbone), head, 10, nn.CrossEntropyLoss())
-    for _ in range(STEPS):
-        mine = ranks.share([episode(stream) for _ in range(ranks.size)])
-        meta.optimizer.zero_grad()
-        training.learn(mine, meta.measure.score)
-        ranks.average(own, 1 / ranks.size)
-        meta.optimizer.step()
-    if ranks.first:
-        torch.save([p.detach() for p in meta.parameters], folder / "replicated")
 
 
 class Whole(nn.Module):
@@ -108,6 +92,18 @@ def script(folder: Path, ranks: Ranks) -> None:
         p.grad.data.mul_(1.0 / META_BATCH)
     ranks.average(all_parameters, weight=1.0)
     torch.save([p.grad for p in all_parameters], folder / f"script{ranks.rank}")
+
+
+def replicated(folder: Path, ranks: Ranks) -> None:
+    """The same with the backbone under DistributedDataParallel; the head is averaged by `ranks`."""
+    whole, stream = Whole(), torch.Generator().manual_seed(1)
+    parameters, own = list(whole.parameters()), list(whole.head.parameters())
+    whole.features = DistributedDataParallel(whole.features)
+    for _task in range(META_BATCH // ranks.size):
+        batch = ranks.share([episode(stream) for _ in range(ranks.size)])[0]
+        (whole(batch.inputs, batch.support_targets) * ranks.size / META_BATCH).backward()
+    ranks.average(own, 1 / ranks.size)
+    torch.save([p.grad for p in parameters], folder / f"replicated{ranks.rank}")
 
 
 def wrapped(folder: Path, ranks: Ranks) -> None:

@@ -119,15 +119,6 @@ def test_fit_validate_and_test(tmp_path: Path, inference_mode: bool) -> None:
     assert "valid_accuracy" in (Path(run.logger.log_dir) / "metrics.csv").read_text()
 
 
-def test_validation_does_not_disturb_training(tmp_path: Path) -> None:
-    ends = []
-    for limit in (0, 4):
-        trained = module()
-        trainer(tmp_path, limit_val_batches=limit).fit(trained, data())
-        ends.append(state(trained))
-    assert same(*ends)
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("saved_after", [2, 3])  # outer steps: an epoch's end, and within one
 def test_a_resumed_run_ends_as_if_undisturbed(

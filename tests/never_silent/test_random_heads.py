@@ -12,21 +12,11 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import count, islice
 from typing import Any, NamedTuple
 
+import head_problems
 import pytest
 import torch
 import torch.nn.functional as F
-from head_problems import (
-    PRECISIONS,
-    TASKS,
-    Known,
-    Problem,
-    compared,
-    known,
-    loss_of,
-    problems,
-    query_loss,
-    settings_of,
-)
+from head_problems import PRECISIONS, Known, Problem, compared, known, loss_of, problems, query_loss
 from oracles import flat, implicit, relative_error
 from small_task import adapt
 from solver_settings import WAYS
@@ -245,10 +235,10 @@ def found(request: pytest.FixtureRequest) -> Found:
     kept: Found = {}
     number, largest, doors = request.param
     for family in ("ordinary", "hostile"):
-        sizes = ((s, settings_of(family, s)) for s in count())
+        sizes = ((s, head_problems.settings_of(family, s)) for s in count())
         seeds = (s for s, size in sizes if size.ways**2 * size.shots <= largest)
         kept[family], doubtful = [], 0
-        for seed in islice(seeds, math.ceil(number / TASKS)):
+        for seed in islice(seeds, math.ceil(number / head_problems.TASKS)):
             tasks = problems(family, seed)
             truths = [known(task) for task in tasks]
             doubtful += sum(each.truth.doubt > DOUBT for each in truths)

@@ -130,13 +130,18 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Loss]] = {
 
 
 @HOWS
-@pytest.mark.parametrize("name", CASES)
-def test_products_and_hypergradient_are_the_dense_ones(name: str, how: str) -> None:
+@pytest.mark.parametrize("name, cls", [
+    *((name, Recorded) for name in CASES), ("squared error", Quartic),
+])  # fmt: skip
+def test_products_and_hypergradient_are_the_dense_ones(
+    name: str, cls: type[Recorded], how: str
+) -> None:
+    """Of the anchor; of other theta: test_every_way_of_adapting (core/test_hypergradient.py)."""
     make, loss = CASES[name]
     module = make()
     x, query = torch.randn(2, 8, *([2, 6, 6] if "Conv" in repr(module) else [5]))
-    outputs = function_of(module)
-    maml = recorded(module, inner=GradientDescent())
+    outputs, start = function_of(module), flat(module.parameters())
+    maml = recorded(module, cls, inner=GradientDescent())
     learner, at = maml.clone(), []
 
     def closure() -> Tensor:
@@ -146,49 +151,14 @@ def test_products_and_hypergradient_are_the_dense_ones(name: str, how: str) -> N
 
     adapt(learner, closure, how, 3)
     cross_entropy(learner(query), LABELS).backward()
-    matrix = dense(lambda p: outputs(p, x).reshape(-1), loss, at[-1]) + L2 * torch.eye(len(at[-1]))
+    own = L2 * torch.ones_like(start)
+    if cls is Quartic:
+        own += 12 * (at[-1] - start).square()
+    matrix = dense(lambda p: outputs(p, x).reshape(-1), loss, at[-1]) + torch.diag(own)
     assert_product(maml, matrix)
     if name != "not convex in the outputs":
-        wanted = L2 * torch.linalg.solve(matrix, maml.system["b"][0])
+        wanted = own * torch.linalg.solve(matrix, maml.system["b"][0])
         assert relative_error([flat(p.grad for p in module.parameters())], [wanted]) <= 1e-9
-
-
-@HOWS
-@pytest.mark.parametrize("cls", [Recorded, Quartic])
-def test_theta_of_every_kind(cls: type[Recorded], how: str) -> None:
-    """Inputs with a history, a leaf in the loss, l2 and the anchor: the mixed product is exact, and
-    a regulariser of one's own has its Hessian."""
-    module, query = dense_net(), torch.randn(8, 5)
-    backbone = torch.randn(6, 5).requires_grad_()
-    scale, l2 = torch.tensor(1.5, requires_grad=True), torch.tensor(0.4, requires_grad=True)
-    raw = torch.randn(8, 6)
-    maml, outputs = recorded(module, cls, l2=l2), function_of(module)
-    start, quartic = flat(module.parameters()), float(cls is Quartic)
-    learner, h, at = maml.clone(), torch.tanh(raw @ backbone), []
-
-    def closure() -> Tensor:
-        at.append(flat(learner.parameters()))
-        return cross_entropy(scale * learner(h), LABELS)
-
-    adapt(learner, closure, how, 2)
-    phi = flat(learner.parameters()) if how == "closure" else at[-1]  # it is called to compare, too
-    cross_entropy(learner(query), LABELS).backward()
-
-    def objective(p: Tensor, w: Tensor, s: Tensor, coefficient: Tensor, anchor: Tensor) -> Tensor:
-        z = outputs(p, torch.tanh(raw @ w))
-        own = 0.5 * coefficient * (p - anchor).square() + quartic * (p - anchor).pow(4)
-        return cross_entropy(s * z, LABELS) + own.sum()
-
-    fixed = h.detach()
-    matrix = dense(lambda p: outputs(p, fixed).reshape(-1), lambda z, p: plain(1.5 * z, p), phi)
-    own = torch.diag(0.4 + 12 * quartic * (phi - start).square())
-    v = torch.linalg.solve(matrix + own, maml.system["b"][0])
-    theta = backbone.detach(), scale.detach(), l2.detach(), start
-    slope = torch.func.grad(objective)
-    mixed = torch.func.grad(lambda t: slope(phi, *t) @ v)(theta)
-    initial = flat(p.grad for p in module.parameters())
-    for found, product in zip((backbone.grad, scale.grad, l2.grad, initial), mixed, strict=True):
-        assert relative_error([found], [-product]) <= 1e-9
 
 
 class Several(nn.Module):

@@ -70,7 +70,7 @@ def meta_gradient(
     learner = ImplicitMAML(module, lr=0.1, l2=l2, **settings).clone()
     learner.adapt(lambda: F.cross_entropy(learner(x), Y), steps=100)
     F.cross_entropy(learner(query), Y.roll(1)).backward()
-    found = [p.grad for p in module.parameters()]
+    found = [p.grad for p in module.parameters() if p.requires_grad]
     for parameter in module.parameters():
         parameter.grad = None
     return [*found, x.grad] if in_features else found
@@ -101,14 +101,17 @@ def test_each_way_out_of_fused_attention_leads_to_one_number(module: Callable) -
 
 
 @pytest.mark.parametrize("module", [Attention, Encoder])
-@pytest.mark.parametrize("training", [True, False])
-def test_gauss_newton_needs_no_other_kernel(module: Callable, training: bool) -> None:
+@pytest.mark.parametrize("training, frozen", [(True, False), (False, False), (True, True)])
+def test_gauss_newton_needs_no_other_kernel(
+    module: Callable, training: bool, frozen: bool
+) -> None:
     """Forward mode takes attention in steps, gradients take the kernel: two roundings of one."""
     net, found = module().train(training), []
+    next(net.parameters()).requires_grad_(not frozen)
     for name in ("MATH", "FLASH_ATTENTION"):
         with kernel(name):
             settings = {"curvature": GaussNewton(), "linear": CG(200, 1e-12)}
-            found.append(meta_gradient(net, l2=3.0, **settings))
+            found.append(meta_gradient(net, l2=3.0, allow_nograd=frozen, **settings))
     assert relative_error(found[1], found[0]) < 1e-9
 
 

@@ -13,16 +13,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from l2l_implicit import CG, Direct, Identity, Jacobi, LinearSolver, Neumann, Nystrom
+from l2l_implicit.linear_solvers import solution as reasons
 from l2l_implicit.linear_solvers.curvature import largest_curvature
 from l2l_implicit.linear_solvers.direct import LARGEST
-from l2l_implicit.linear_solvers.solution import (
-    CONVERGED,
-    DIVERGED,
-    MAX_STEPS,
-    NON_FINITE,
-    NOT_POSITIVE,
-    ZERO,
-)
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -53,11 +46,11 @@ def test_exact_after_as_many_steps_as_distinct_eigenvalues(rank: int) -> None:
     a = q @ torch.diag(1.0 + torch.arange(8) % rank) @ q.t()
     b = torch.randn(8)
     answer = solve(CG(20, 1e-11), a, b)
-    assert answer.steps == rank and answer.reason == CONVERGED
+    assert answer.steps == rank and answer.reason == reasons.CONVERGED
     assert_close(answer.solution, torch.linalg.solve(a, b), rtol=1e-9, atol=1e-9)
     a -= q[:, :2] @ q[:, :2].t() @ a  # singular, but consistent
     answer = solve(CG(20, 1e-10), a, a @ b)
-    assert answer.reason == CONVERGED and answer.steps <= rank
+    assert answer.reason == reasons.CONVERGED and answer.steps <= rank
     assert_close(answer.solution, torch.linalg.pinv(a) @ a @ b, rtol=1e-8, atol=1e-8)
 
 
@@ -78,11 +71,11 @@ def test_without_a_solution_that_it_could_find(diagonal: list[float], max_steps:
     a, b = torch.diag(torch.tensor(diagonal)), torch.ones(3)
     v, _, said, reason = solve(CG(max_steps), a, b)
     assert torch.isfinite(v).all() and v.norm() < 1e3
-    assert reason == NOT_POSITIVE or max_steps < 2000 and reason == MAX_STEPS
+    assert reason == reasons.NOT_POSITIVE or max_steps < 2000 and reason == reasons.MAX_STEPS
     assert residual(a, v, b) == pytest.approx(said, rel=1e-6)
     assert float(v @ (a @ v) / 2 - b @ v) <= 0.0
     if max(diagonal) <= 0.0:
-        assert torch.equal(v, torch.zeros(3)) and reason == NOT_POSITIVE
+        assert torch.equal(v, torch.zeros(3)) and reason == reasons.NOT_POSITIVE
 
 
 def test_neumann_is_its_series_and_says_how_far_it_got() -> None:
@@ -91,9 +84,9 @@ def test_neumann_is_its_series_and_says_how_far_it_got() -> None:
     series = sum(torch.linalg.matrix_power(torch.eye(6) - 0.2 * a, j) @ b for j in range(5))
     assert_close(answer.solution, 0.2 * series, rtol=1e-13, atol=1e-14)
     assert answer.residual == pytest.approx(residual(a, answer.solution, b), rel=1e-12)
-    assert (answer.steps, answer.reason) == (5, MAX_STEPS)
-    assert solve(Neumann(5, step_size=0.9), a, b).reason == DIVERGED
-    assert solve(Neumann(), -a, b).reason == DIVERGED
+    assert (answer.steps, answer.reason) == (5, reasons.MAX_STEPS)
+    assert solve(Neumann(5, step_size=0.9), a, b).reason == reasons.DIVERGED
+    assert solve(Neumann(), -a, b).reason == reasons.DIVERGED
     assert solve(Neumann(), a, b, torch.linalg.solve(a, b)).steps == 0
 
 
@@ -102,9 +95,9 @@ def test_direct_solve_of_every_kind_of_matrix() -> None:
     indefinite = torch.diag(torch.tensor([3.0, 2.0, 1.0, -1.0]))
     answer = solve(Direct(), indefinite, b)
     assert_close(answer.solution, torch.linalg.solve(indefinite, b), rtol=1e-14, atol=0)
-    assert answer.reason == NOT_POSITIVE and answer.residual < 1e-15
+    assert answer.reason == reasons.NOT_POSITIVE and answer.residual < 1e-15
     singular = solve(Direct(), torch.zeros_like, b)
-    assert singular.reason == NOT_POSITIVE and singular.residual == 1.0
+    assert singular.reason == reasons.NOT_POSITIVE and singular.residual == 1.0
     with pytest.raises(ValueError, match=r"linear=Direct\(\): expected at most .* linear=CG\(\)"):
         solve(Direct(), lambda v: v, torch.ones(LARGEST + 1))
 
@@ -122,11 +115,11 @@ def test_zero_and_what_is_not_finite(solver: LinearSolver) -> None:
     for start in (None, torch.ones(3, 4)):
         b = torch.tensor([[0.0] * 4, [1.0] * 4, [math.nan, 1.0, 1.0, 1.0]])
         got = solver.solve(rows(a), b, start)
-        assert got.reason[0] == ZERO and not got.solution[0].any()
-        assert got.reason[2] == NON_FINITE and not got.solution[2].any()
+        assert got.reason[0] == reasons.ZERO and not got.solution[0].any()
+        assert got.reason[2] == reasons.NON_FINITE and not got.solution[2].any()
         assert got.relative_residual.tolist()[::2] == [0.0, math.inf]
     got = solver.solve(rows(torch.stack([a, math.nan * a])), torch.ones(2, 4))
-    assert got.reason[1] == NON_FINITE != got.reason[0]
+    assert got.reason[1] == reasons.NON_FINITE != got.reason[0]
     assert bool(got.solution.isfinite().all())
     assert float(got.relative_residual[1]) in (1.0, math.inf)  # that of zero, or not known
     alone, again = (solver.solve(rows(a), torch.ones(1, 4)).solution for _ in range(2))
@@ -149,7 +142,7 @@ def test_ends_of_the_range_of_float64(solver: LinearSolver) -> None:
 
 
 def test_a_system_of_no_unknowns() -> None:
-    assert solve(CG(), torch.eye(0), torch.zeros(0)).reason == ZERO
+    assert solve(CG(), torch.eye(0), torch.zeros(0)).reason == reasons.ZERO
 
 
 def systems() -> tuple[Tensor, Tensor]:
@@ -162,12 +155,12 @@ def systems() -> tuple[Tensor, Tensor]:
     return torch.stack(matrices), b
 
 
-COMMON = {CONVERGED, ZERO, NON_FINITE}
+COMMON = {reasons.CONVERGED, reasons.ZERO, reasons.NON_FINITE}
 SOLVERS: list[tuple[LinearSolver, set[str]]] = [
-    (CG(4, 1e-2), {MAX_STEPS, NOT_POSITIVE}),
-    (Neumann(15, 1e-2), {MAX_STEPS, DIVERGED}),
-    (Neumann(15, 1e-2, step_size=0.3), {MAX_STEPS, DIVERGED}),
-    (Direct(), {NOT_POSITIVE}),
+    (CG(4, 1e-2), {reasons.MAX_STEPS, reasons.NOT_POSITIVE}),
+    (Neumann(15, 1e-2), {reasons.MAX_STEPS, reasons.DIVERGED}),
+    (Neumann(15, 1e-2, step_size=0.3), {reasons.MAX_STEPS, reasons.DIVERGED}),
+    (Direct(), {reasons.NOT_POSITIVE}),
 ]
 
 

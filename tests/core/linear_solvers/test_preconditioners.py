@@ -12,15 +12,8 @@ from torch import Tensor
 
 from l2l_implicit import CG, Identity, Jacobi, Kronecker, Nystrom
 from l2l_implicit.inner_problem.losses import CrossEntropy, OutputLoss, SquaredError
-from l2l_implicit.linear_solvers.solution import (
-    APPROXIMATED,
-    CONVERGED,
-    MAX_STEPS,
-    NON_FINITE,
-    NOT_POSITIVE,
-    TRUNCATED,
-    System,
-)
+from l2l_implicit.linear_solvers import solution as reasons
+from l2l_implicit.linear_solvers.solution import System
 
 pytestmark = pytest.mark.usefixtures("float64")
 Matvec = Callable[[Tensor], Tensor]
@@ -49,7 +42,7 @@ def test_it_is_subroutine_1(steps: int, warm: bool, condition: float, plain: boo
     start = near if warm else None
     solver = CG(steps, 1e-15, preconditioner=None if plain else Dense(c @ c.t()))
     got = solver.solve(lambda p: (calls.append(1), p @ a)[1], b, start)
-    assert got.reason == [MAX_STEPS] * 3 and got.steps.tolist() == [steps] * 3
+    assert got.reason == [reasons.MAX_STEPS] * 3 and got.steps.tolist() == [steps] * 3
     assert len(calls) == steps + warm
     for t in range(3):
         y = None if start is None else torch.linalg.solve(c, start[t])
@@ -65,15 +58,15 @@ def test_the_tolerance_is_that_of_the_users_residual() -> None:
     scaled = CG(400, 1e-6, preconditioner=Dense(1e-9 * torch.linalg.inv(torch.diag(a.diagonal()))))
     got = scaled.solve(rows(a), b)
     left = (b - got.solution @ a).norm(dim=1) / b.norm(dim=1)
-    assert got.reason == [CONVERGED] * 2 and float(left.max()) <= 1.001e-6
+    assert got.reason == [reasons.CONVERGED] * 2 and float(left.max()) <= 1.001e-6
     assert torch.allclose(got.relative_residual, left, rtol=1e-3)
 
 
 def test_a_preconditioner_that_is_not_positive_is_said() -> None:
     got = CG(preconditioner=Dense(-torch.eye(4))).solve(rows(spd(4)), torch.randn(2, 4))
-    assert got.reason == [NOT_POSITIVE] * 2 and not got.solution.any()
+    assert got.reason == [reasons.NOT_POSITIVE] * 2 and not got.solution.any()
     broken = CG(preconditioner=Dense(math.nan * torch.eye(4))).solve(rows(spd(4)), torch.ones(1, 4))
-    assert broken.reason == [NON_FINITE] and bool(broken.solution.isfinite().all())
+    assert broken.reason == [reasons.NON_FINITE] and bool(broken.solution.isfinite().all())
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -145,7 +138,7 @@ def test_nystrom_is_the_dense_approximation_and_its_inverse(rank: int, tasks: in
         assert relative_error([got.solution[t]], [torch.linalg.solve(dense, b[t])]) < 1e-10
         left = b[t] - full[t] @ got.solution[t]
         assert float(got.relative_residual[t] - left.norm() / b[t].norm()) == pytest.approx(0.0)
-    assert got.reason == [APPROXIMATED] * tasks
+    assert got.reason == [reasons.APPROXIMATED] * tasks
 
 
 def test_as_a_preconditioner_it_takes_the_large_eigenvalues_away() -> None:
@@ -156,7 +149,7 @@ def test_as_a_preconditioner_it_takes_the_large_eigenvalues_away() -> None:
     b = torch.randn(2, 60)
     plain = CG(500, 1e-8, damping=1.0).solve(system, b)
     with_it = CG(500, 1e-8, preconditioner=Nystrom(15)).solve(system, b)
-    assert with_it.reason == [CONVERGED] * 2
+    assert with_it.reason == [reasons.CONVERGED] * 2
     assert int((with_it.steps - 15).max()) < 20 < int(plain.steps.min())
     exact = torch.linalg.solve(a + torch.eye(60), b.t()).t()
     assert relative_error([with_it.solution], [exact]) < 1e-6
@@ -168,7 +161,7 @@ def test_negative_curvature_is_left_out_and_said() -> None:
     a = torch.diag(torch.tensor([5.0, 3.0, -4.0, 0.0]))
     b = torch.tensor([[1.0, 1.0, 0.0, 1.0]])
     got = Nystrom(4, damping=1.0).solve(rows(a + torch.eye(4)), b)
-    assert got.reason == [NOT_POSITIVE] and bool(got.solution.isfinite().all())
+    assert got.reason == [reasons.NOT_POSITIVE] and bool(got.solution.isfinite().all())
     assert bool(got.solution.abs().max() <= 1.0 + 1e-9), "longer than b over the damping"
 
 
@@ -181,7 +174,7 @@ def test_one_step_is_as_wrong_as_the_step_contracts(tasks: int) -> None:
     for b in (torch.randn(tasks, 9), q[:, :1].t().expand(tasks, 9)):
         exact = torch.linalg.solve(a, b.t()).t()
         got = Identity(step).solve(rows(a), b)
-        assert torch.equal(got.solution, step * b) and got.reason == [APPROXIMATED] * tasks
+        assert torch.equal(got.solution, step * b) and got.reason == [reasons.APPROXIMATED] * tasks
         error = (got.solution - exact).norm(dim=1) / exact.norm(dim=1)
         assert bool((error <= rho * (1 + 1e-12)).all())
         left = (b - step * b @ a).norm(dim=1) / b.norm(dim=1)
@@ -213,7 +206,7 @@ def test_truncated_ends_on_the_sphere_between_two_steps() -> None:
     a, b, mu = q @ torch.diag(values) @ q.t(), torch.randn(1, 6), 0.5
     radius = float(b.norm()) / mu
     got = CG(20, 1e-9, damping=mu, truncated=True).solve(rows(a), b)
-    assert got.reason == [TRUNCATED] and float(got.solution.norm()) == pytest.approx(radius)
+    assert got.reason == [reasons.TRUNCATED] and float(got.solution.norm()) == pytest.approx(radius)
     path = krylov(a, b[0], int(got.steps))
     assert all(float(v.norm()) < radius for v in path[:-1])
     before, after = path[-2], path[-1]

@@ -9,7 +9,7 @@ import higher  # noqa: F401  (these tests need the extra "baselines")
 import pytest
 import torch
 import torch.nn.functional as F
-from small_task import message
+from small_task import Made, message
 from torch import nn
 from warm_process import run
 
@@ -107,16 +107,10 @@ def with_backward(learner: Any) -> torch.Tensor:
     return loss
 
 
-class Named(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.optimizer, self.encoder = nn.Linear(4, 3), nn.Linear(3, 3)
-
-
 @pytest.mark.parametrize("cls", [UnrolledMAML, Reptile])
 def test_hidden_names(cls: type) -> None:
     with pytest.warns(UserWarning, match=r"called optimizer, .* use learner\.module\.optimizer"):
-        learner = cls(Named(), 0.1)
+        learner = cls(Made(None, optimizer=nn.Linear(4, 3), encoder=nn.Linear(3, 3)), 0.1)
     assert learner.encoder is learner.module.encoder
 
 

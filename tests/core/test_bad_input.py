@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small_task import HOWS, Y, adapt, fit, message, network
+from small_task import HOWS, Made, Y, adapt, fit, message, network
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import disable_saved_tensors_hooks
@@ -396,18 +396,12 @@ def test_a_forgotten_clone(inner: Any, how: str, cloned: bool, warned: list[str]
     assert len(warned) == (not cloned)
 
 
-class Named(nn.Module):
-    """A model whose parts have names of the learner's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.anchor, self.l2 = nn.Linear(4, 3), nn.Parameter(torch.ones(3))
-        self.module, self.encoder = nn.Linear(3, 3), nn.Linear(3, 3)
-        self.register_buffer("loss", torch.zeros(1))
-
-
 def test_hidden_names(warned: list[str]) -> None:
-    learner = ImplicitMAML(Named(), 0.1)
+    parts = {"anchor": nn.Linear(4, 3), "l2": nn.Parameter(torch.ones(3)),
+             "module": nn.Linear(3, 3), "encoder": nn.Linear(3, 3)}  # fmt: skip
+    model = Made(None, **parts)
+    model.register_buffer("loss", torch.zeros(1))
+    learner = ImplicitMAML(model, 0.1)
     (text,) = warned  # not of module, which learn2learn's MAML hides too
     assert "called anchor, l2, loss, which" in text and "use learner.module.anchor" in text
     assert isinstance(learner.module.anchor, nn.Linear) and learner.encoder is not None

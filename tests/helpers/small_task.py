@@ -74,7 +74,7 @@ def nets() -> dict[str, nn.Module]:
 class Made(nn.Module):
     """Parts by name, and what it computes of itself and its inputs."""
 
-    def __init__(self, run: Callable[..., Any], **parts: Any) -> None:
+    def __init__(self, run: Callable[..., Any] | None, **parts: Any) -> None:
         super().__init__()
         self.run = run
         for name, part in parts.items():

@@ -1,5 +1,6 @@
 """Networks and losses whose second derivative autograd does not have, or has wrong."""
 
+import copy
 import itertools
 import warnings
 from collections.abc import Callable
@@ -34,17 +35,6 @@ WAYS: dict[str, tuple[str, int, dict[str, Any]]] = {
 }
 
 
-class Net(nn.Module):
-    """Two layers; ``first`` may be any module from five to four numbers."""
-
-    def __init__(self, first: nn.Module, bend: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.first, self.last, self.bend = first, nn.Linear(HIDDEN, 3).double(), bend
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * self.last(self.bend(self.first(x)))
-
-
 U, _, V = torch.linalg.svd(FIRST.weight.detach(), full_matrices=False)
 SINGULAR = torch.tensor([1.6, 1.0, 0.6, 0.3], dtype=D)  # the first stays the largest
 FIRST.weight.data = U @ torch.diag(SINGULAR) @ V
@@ -54,10 +44,10 @@ Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``(phi, frozen, x) -> logits``: ``frozen`` is phi, taken for a constant."""
 
 
-def net_of(first: nn.Module | None = None, bend: Callable[[Tensor], Tensor] = torch.tanh) -> Net:
-    net = Net(layer() if first is None else first, bend)
-    net.last.load_state_dict(LAST.state_dict())
-    return net
+def net_of(first: nn.Module | None = None, bend: Callable[[Tensor], Tensor] = torch.tanh) -> Made:
+    """Two layers; ``first`` may be any module from five to four numbers."""
+    return Made(lambda own, x: 2 * own.last(bend(own.first(x))),
+                first=layer() if first is None else first, last=copy.deepcopy(LAST))  # fmt: skip
 
 
 def on_start(
@@ -219,7 +209,7 @@ NORMS: dict[str, Norm] = {
 }
 
 
-def used(norm: Norm) -> Net:
+def used(norm: Norm) -> Made:
     """The power iteration of a layer in use has converged."""
     net = net_of(norm(layer()))
     for _ in range(30):
@@ -248,7 +238,7 @@ class First(nn.Linear):
         return checkpointed(super().forward, x, self.kind)
 
 
-CHECKPOINTS: dict[str, Callable[[], Net]] = {
+CHECKPOINTS: dict[str, Callable[[], Made]] = {
     kind: lambda k=kind: net_of(layer(type("First", (First,), {"kind": k}))) for kind in KINDS
 }
 

@@ -12,7 +12,7 @@ SECOND = "never_silent_derivatives::test_networks"
 
 MINIMUM = "linear_heads::test_minimum_is_the_dense_one"
 RIGHT = "closed_form::test_every_loss_is_right"
-TRACE = "never_silent_changes::test_data_changed_before_backward"
+TRACE = "closed_form::test_data_changed_without_a_trace_are_refused_on_the_general_path"
 AS_COUNTED = "together::test_diagnostics_are_each_tasks_and_the_parent_counts_them_all"
 
 BOUNDARY = "inner_problem/boundary.py"

@@ -463,6 +463,23 @@ def test_data_overwritten_after_adapt_are_those_of_adapt(data: str, how: str, he
     assert not found or relative_error(*found) < 1e-12
 
 
+@HOWS
+def test_data_changed_without_a_trace_are_refused_on_the_general_path(how: str) -> None:
+    """There the graph is evaluated again in the backward pass, with what it finds."""
+    x = torch.randn(M, WIDTH)
+    learner = ImplicitCGHead(nn.Linear(WIDTH, CLASSES), 0.1, l2=torch.tensor(0.1).requires_grad_())
+    learner = learner.clone()
+
+    def support() -> Tensor:
+        return (learner(x).square() * x[:, :CLASSES].exp()).mean()
+
+    adapt(learner, support, how, 1)
+    loss = learner(torch.ones(2, WIDTH)).square().sum()
+    x.data.mul_(2.0)
+    with pytest.raises(RuntimeError, match="another gradient when its graph was evaluated again"):
+        loss.backward()
+
+
 @pytest.mark.parametrize(("name", "times"), [("gradient", 2), ("newton", 1)])
 def test_a_closure_that_returns_the_same_loss_is_called_seldom(name: str, times: int) -> None:
     calls, h = 0, torch.randn(M, WIDTH)

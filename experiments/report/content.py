@@ -99,12 +99,10 @@ def number(header: str, key: str, factor: float = 1.0, digits: int = 1) -> Colum
     return Column(header, lambda record: rounded(record.get(key), factor, digits))
 
 
-def mean(
-    header: str, key: str, factor: float = 100.0, best: Callable[[Record], float] | None = None
-) -> Column:
+def mean(header: str, key: str, factor: float = 100.0) -> Column:
     """A column of a mean with its interval: ``KEY_mean`` and ``KEY_half_width``."""
     middle, half = f"{key}_mean", f"{key}_half_width"
-    return Column(header, lambda record: plus_minus(record[middle], record[half], factor), best)
+    return Column(header, lambda record: plus_minus(record[middle], record[half], factor))
 
 
 def told(columns: Sequence[Column], records: Sequence[Record]) -> list[Column]:

@@ -28,10 +28,9 @@ METRICS = tuple(
     for when in ("validation", "test")
     for what in (*SCORES, "half_width", "training_seconds")
 )
-# Of a `Summary`: means over seeds, and the largest of the seeds.
-AVERAGED = ("test", "early_stopped", "validation", "within_run", "step_cpu_seconds",
-            "step_seconds", "iterations")  # fmt: skip
-LARGEST = ("tensor_bytes", "process_bytes")
+AVERAGED = ("test", "early_stopped", "validation", "within_run", "step_cpu_seconds", "iterations")
+"""Of a `Summary`, over seeds."""
+
 NOT_CHOSEN = "its grid is not complete"
 MOST_PARTS = 6
 """Files and packages that a line about other code names."""
@@ -78,11 +77,9 @@ class Summary:
         self.within_run = run.number("result.test_half_width")
         # of theta at the best validation
         self.early_stopped = run.number(f"result.early_stopped_{self.score}")
-        # medians of an outer step, and peaks
+        # median and peak of an outer step
         self.step_cpu_seconds = run.number("result.step_cpu_seconds")
-        self.step_seconds = run.number("result.step_seconds")
         self.tensor_bytes = run.number("result.step_peak_bytes")
-        self.process_bytes = run.number("result.process_peak_bytes")
         self.diverged = str(run.result.get("diverged") or "")  # why
 
         budget = run.number("config.budget") or math.nan
@@ -95,8 +92,10 @@ class Summary:
         self.within = self.points[~spent.shift(fill_value=False)]
         finite = self.within["score"][np.isfinite(self.within["score"])]
         self.validation = float(finite.min() if self.score == "mse" else finite.max())
-        fell = [self.score == "accuracy" and _fell(of) for of in (self.within, self.points)]
-        self.collapsed, self.collapsed_later = fell[0], fell[1] and not fell[0]
+        # whether a score is more than `DROP` below the best before it
+        best = self.within["score"].cummax().ffill().shift()
+        fell = bool((self.within["score"] < best - DROP).any())
+        self.collapsed = self.score == "accuracy" and fell
         self.tests = dict(zip(*run.series(f"test/{self.score}"), strict=True))  # by iteration
         # a run with test_at goes on after its budget
         spent_at = zip(*run.series("test/training_seconds"), strict=True)
@@ -114,24 +113,18 @@ def score_of(run: Run) -> str:
 
 def mean_record(runs: Sequence[Summary], **more: Mean) -> dict[str, Any]:
     """What is known of runs of equal code and settings together: means over seeds, and counts."""
-    largest = {name: [getattr(run, name) for run in runs] for name in LARGEST}
     means = {name: seeds_mean([getattr(run, name) for run in runs]) for name in AVERAGED} | more
     return {
         "seeds": len(runs),
         "runs": run_list(run.run.id for run in runs),
         "collapsed": sum(run.collapsed for run in runs),
-        "collapsed_after_budget": sum(run.collapsed_later for run in runs),
         "diverged": sum(bool(run.diverged) for run in runs),
-        **{name: max(filter(math.isfinite, v), default=math.nan) for name, v in largest.items()},
+        "tensor_bytes": max((run.tensor_bytes for run in runs if math.isfinite(run.tensor_bytes)),
+                            default=math.nan),
         **{f"{name}_mean": mean.mean for name, mean in means.items()},
         **{f"{name}_half_width": mean.half_width for name, mean in means.items()},
         **{f"{name}_seeds": mean.number for name, mean in means.items()},
     }
-
-
-def _fell(points: pd.DataFrame) -> bool:
-    """Whether one of the scores is more than `DROP` below the best before it."""
-    return bool((points["score"] < points["score"].cummax().ffill().shift() - DROP).any())
 
 
 def unequal(tables: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:

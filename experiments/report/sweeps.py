@@ -43,8 +43,7 @@ def _section(state: SweepState) -> Section:
     missing, records = _missing_seeds(records), [r for r in records if r["seeds"]] or records
     items: list[Table | Figure] = [
         _summary_table(state, records, found, missing), *_figures(state, found),
-        *_time_table(state, found), *_details_table(state, records), *_missing_table(state),
-        *_grid_table(state),
+        *_time_table(state, found), *_missing_table(state), *_grid_table(state),
     ]  # fmt: skip
     source = Source(state.command(), [run.id for run in state.runs])
     items = [replace(item, name=content.file_name(item.name, state.name, state.benchmark),
@@ -141,32 +140,6 @@ def _summary_table(
     )  # fmt: skip
 
 
-def _details_table(state: SweepState, records: Sequence[Record]) -> Items:
-    """What else is known of the same runs; nothing while there are none."""
-    if not state.runs:
-        return
-    heads = [
-        *content.texts(label="method"),
-        content.mean("test accuracy, %", "test"),
-        content.mean("early stopped, %", "early_stopped"),
-        content.mean("best validation, %", "validation", best=_best("validation")),
-        content.number("outer step, ms of CPU", "step_cpu_seconds_mean", 1e3),
-        content.number("outer step, ms of wall", "step_seconds_mean", 1e3),
-        content.number("peak of the process, MiB", "process_bytes", 1 / content.MIB, 0),
-        Column("collapsed later", lambda r: _count(r, "collapsed_after_budget")),
-        *content.texts("runs"),
-    ]
-    note = (
-        "±: 95 % over seeds (Student's t). Best validation: within the budget. Outer step: mean"
-        " over seeds of the median over a run's steps, without loading of data and validation."
-        " Peak: the largest of the seeds. Collapsed later: only after the budget, where some"
-        " methods go on to an iteration at which all are compared."
-    )
-    caption = f"Intervals over seeds, and other costs, {state.benchmark}, sweep {state.name}."
-    notes = [note, *_differences(state)]
-    yield Table("details", caption, content.told(heads, records), records, notes=notes, folded=True)
-
-
 def _best(key: str) -> Callable[[Record], float]:
     """Bold is for rows without missing seeds."""
     return lambda r: float(r[f"{key}_mean"]) if r["seeds"] == r["seeds_planned"] else math.nan
@@ -178,12 +151,10 @@ def _accuracy(record: Record) -> str:
 
 
 def _collapsed(record: Record) -> str:
+    if not record["seeds"]:
+        return content.MISSING
     gone = f", {record['diverged']} diverged" if record["diverged"] else ""
-    return _count(record, "collapsed") + gone
-
-
-def _count(record: Record, what: str) -> str:
-    return f"{record[what]} of {record['seeds']}" if record["seeds"] else content.MISSING
+    return f"{record['collapsed']} of {record['seeds']}{gone}"
 
 
 def _missing_seeds(records: Sequence[Record]) -> list[str]:

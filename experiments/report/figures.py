@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
 
-from experiments.report.content import Figure, shortened
+from experiments.report.content import Figure, Items, shortened
 from experiments.report.summary import Summary
 
 Runs = Mapping[str, Sequence[Summary]]
@@ -21,7 +21,7 @@ Runs = Mapping[str, Sequence[Summary]]
 
 AXES = {"iteration": "outer iteration", "seconds": "seconds of training"}
 CAPTION = (
-    "{benchmark}. Validation {score} against outer iterations (left) and seconds of training"
+    "{benchmark}. Validation accuracy against outer iterations (left) and seconds of training"
     " (right;{clock} loading of data and validation excluded). Line: mean over {seeds}; band: from"
     " the lowest to the highest seed, straight between validations, as far as all seeds go; seeds"
     " that have no stretch in common are drawn one by one. A cross: the run diverged there."
@@ -81,11 +81,9 @@ def band(curves: Sequence[pd.Series]) -> pd.DataFrame:
     return pd.DataFrame({how: getattr(joined, how)(axis=1) for how in ("mean", "min", "max")})
 
 
-def draw_curves(methods: Runs, score: str, budget: float) -> Drawing:
-    """Yang et al. 2025, Fig. 1: a row of two panels for each family of methods that is there.
-
-    Accuracies are shown in per cent; the budget, in seconds, as a dotted line, if it is not nan.
-    """
+def draw_curves(methods: Runs, budget: float) -> Drawing:
+    """A row of two panels for each family of methods that is there; the budget, in seconds, is a
+    dotted line, if it is not nan."""
     styles = looks(methods)
     families = list(dict.fromkeys(look.family for look in styles.values()))
     drawing = Drawing(figsize=(11.5, 0.6 + 3.9 * len(families)), layout="constrained")
@@ -96,10 +94,10 @@ def draw_curves(methods: Runs, score: str, budget: float) -> Drawing:
         own = {name: runs for name, runs in methods.items() if styles[name].family == family}
         for axes, horizontal in zip(row, AXES, strict=True):
             for name, runs in own.items():
-                _line(axes, label(name), styles[name], runs, horizontal, score)
+                _line(axes, label(name), styles[name], runs, horizontal)
             axes.grid(alpha=0.25)
             axes.set_xlabel(AXES[horizontal])
-        row[0].set_ylabel(f"validation {score}" + (" (%)" if score == "accuracy" else ""))
+        row[0].set_ylabel("validation accuracy (%)")
         row[0].set_title(family, loc="left", fontsize="medium", fontweight="bold")
         if budget > 0:
             row[1].axvline(budget, color="0.55", linestyle=":", zorder=1)
@@ -109,32 +107,35 @@ def draw_curves(methods: Runs, score: str, budget: float) -> Drawing:
     return drawing
 
 
-def curves_figure(
-    name: str, benchmark: str, methods: Runs, budget: float = math.nan, **more: Any
-) -> Figure:
-    """`draw_curves`, with every validation that it is made of; ``more`` as in `Figure`."""
-    score = next(iter(methods.values()))[0].score
-    counts = [len(runs) for runs in methods.values()]
+def curves(benchmark: str, found: Runs) -> Items:
+    """Yang et al. 2025, Fig. 1, with every validation that it is made of, where there are any; a
+    note names the methods that are not drawn."""
+    methods = {name: runs for name, runs in found.items() if any(len(run.points) for run in runs)}
+    if not methods:
+        return
+    runs = [(method, run) for method, of in methods.items() for run in of]
+    budgets = {run.run.number("config.budget") for _, run in runs}
+    budget = budgets.pop() if len(budgets) == 1 else math.nan
+    counts = [len(of) for of in methods.values()]
     least = f"{min(counts)} to " if min(counts) < max(counts) else ""
     seeds = "the only seed" if max(counts) == 1 else f"{least}{max(counts)} seeds"
-    runs = [(method, run) for method, of in methods.items() for run in of]
     cpu = all(run.run.settings.get("budget_clock") == "cpu" for _, run in runs)
     clock = " of the process's own time," if cpu else ""
+    caption = CAPTION.format(benchmark=benchmark, seeds=seeds, clock=clock) + DOTTED * (budget > 0)
     records = [
         {"method": method, "run": run.run.id, "seed": run.run.seed,
          "outer_iteration": point.iteration, "training_seconds": point.seconds,
          f"validation_{run.score}": point.score, "half_width": point.half_width}
         for method, run in runs for point in run.points.itertuples()
     ]  # fmt: skip
-    caption = CAPTION.format(benchmark=benchmark, score=score, seeds=seeds, clock=clock)
-    draw = partial(draw_curves, methods, score, budget)
-    return Figure(name, caption + DOTTED * (budget > 0), draw, records, **more)
+    absent = ", ".join(name for name in found if name not in methods)
+    notes = [f"Missing: {absent}."] if absent else []
+    draw = partial(draw_curves, methods, budget)
+    yield Figure("curves", caption, draw, records, notes=notes)
 
 
-def _line(
-    axes: Axes, name: str, look: Look, runs: Sequence[Summary], horizontal: str, score: str
-) -> None:
-    curves = [(100 if score == "accuracy" else 1) * _curve(run, horizontal) for run in runs]
+def _line(axes: Axes, name: str, look: Look, runs: Sequence[Summary], horizontal: str) -> None:
+    curves = [_curve(run, horizontal) for run in runs]
     joined = band(curves)
     style: dict[str, Any] = {"color": look.color, "linestyle": look.dashes, "marker": look.marker}
     style |= {"markersize": 4.5, "linewidth": 1.7}
@@ -153,10 +154,10 @@ def _line(
 
 
 def _curve(run: Summary, horizontal: str) -> pd.Series:
-    """Finite scores by iteration or seconds."""
+    """Finite accuracies in per cent, by iteration or seconds."""
     points = run.points[[horizontal, "score"]].astype(float)
     points = points[np.isfinite(points).all(axis=1)].drop_duplicates(horizontal)
-    return points.set_index(horizontal)["score"]
+    return 100 * points.set_index(horizontal)["score"]
 
 
 def draw_panels(

@@ -9,8 +9,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from datetime import UTC, datetime
 
 from experiments.report import content
-from experiments.report.content import Column, Items, Record, Section, Source, Table
-from experiments.report.figures import curves_figure
+from experiments.report.content import Column, Record, Section, Source, Table
 from experiments.report.summary import SCORES, Request, Summary, mean_record, run_list, unequal
 from experiments.sweeps.definition import COMPLETED, FAILED, INTERRUPTED, RUNNING, format_value
 from experiments.sweeps.listing import duration
@@ -22,8 +21,6 @@ SILENT = 600.0
 
 FOLDED_FROM = 40
 
-MOST_LINES = 8
-COMMAND = "python -m experiments.train with ..."
 NOTE = (
     "A row is the mean over the seeds of runs of equal settings and equal code, of each seed the"
     " newest; runs of other settings or other code are another row. Setting: what is not the same"
@@ -71,7 +68,7 @@ def _sweeps(request: Request) -> Table:
 
 
 def trainings(request: Request) -> list[Section]:
-    """A table and a figure for each benchmark; nothing without such runs."""
+    """A table for each benchmark; nothing without such runs."""
     in_sweeps = {run.id for state in request.sweeps if not state.regression
                  for run in state.attempts}  # fmt: skip
     by_benchmark: dict[str, list[Summary]] = {}
@@ -102,7 +99,8 @@ def _benchmark(benchmark: str, runs: Sequence[Summary]) -> Section:
     )
     table = Table(
         content.file_name("other", benchmark), f"Trainings on {benchmark} outside of sweeps.",
-        heads, records, Source(COMMAND, [run.run.id for run in runs]),
+        heads, records,
+        Source("python -m experiments.train with ...", [run.run.id for run in runs]),
         [NOTE, *content.fewer_lines(records, "test", "validation")],
     )  # fmt: skip
     cells = [run.run.id for run in runs if run.run.settings.get("cell")]
@@ -110,8 +108,7 @@ def _benchmark(benchmark: str, runs: Sequence[Summary]) -> Section:
         f"Runs {run_list(cells)} are cells of a sweep: of regressions, or with other settings than"
         " those shown; the report shows that with the name and the KEY=VALUE that it was run with."
     )
-    items = [table, *_figure(benchmark, groups)]
-    return Section(f"{benchmark}, trainings", [text] if cells else [], items)
+    return Section(f"{benchmark}, trainings", [text] if cells else [], [table])
 
 
 def _mean_record(runs: Sequence[Summary], varied: Sequence[str]) -> Record:
@@ -121,23 +118,6 @@ def _mean_record(runs: Sequence[Summary], varied: Sequence[str]) -> Record:
     return {"method": _method(first), "setting": " ".join(shown), "code": str(first.code),
             "score": runs[0].score, **mean_record(runs),
             "command": runs[-1].run.command}  # fmt: skip
-
-
-def _figure(benchmark: str, groups: Sequence[Sequence[Summary]]) -> Items:
-    """Of the newest groups, where there are any with curves."""
-    long = [of for of in groups if all(len(run.points) > 1 for run in of)]
-    curves = {}
-    for of in long[-MOST_LINES:]:
-        ids = run_list(run.run.id for run in of)
-        curves[f"{_method(of[0].run)}, run{'s' * (len(of) > 1)} {ids}"] = of
-    if not curves:
-        return
-    note = f"The newest {MOST_LINES} groups; {len(long) - MOST_LINES} older ones are not drawn."
-    yield curves_figure(
-        content.file_name("curves_other", benchmark), benchmark, curves,
-        source=Source(COMMAND, [run.run.id for of in curves.values() for run in of]),
-        notes=[note] if len(long) > MOST_LINES else [],
-    )  # fmt: skip
 
 
 def _method(run: Run) -> str:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from experiments.report import content
 from experiments.report.content import UNTOLD, Column, Figure, Items, Record, Section, Source, Table
-from experiments.report.figures import curves_figure
+from experiments.report.figures import curves
 from experiments.report.summary import (
     DROP,
     MethodState,
@@ -42,7 +42,7 @@ def _section(state: SweepState) -> Section:
     records = [_record(state, method, found) for method in state.methods]
     missing, records = _missing_seeds(records), [r for r in records if r["seeds"]] or records
     items: list[Table | Figure] = [
-        _summary_table(state, records, found, missing), *_figures(state, found),
+        _summary_table(state, records, found, missing), *curves(state.benchmark, found),
         *_time_table(state, found), *_missing_table(state), *_grid_table(state),
     ]  # fmt: skip
     source = Source(state.command(), [run.id for run in state.runs])
@@ -184,20 +184,6 @@ def _differences(state: SweepState) -> list[str]:
             " the list of runs has the version of each."
         )
     return lines
-
-
-# Curves
-
-
-def _figures(state: SweepState, found: Found) -> Items:
-    """Curves, where some run has any; a note names the methods that are not drawn."""
-    curves = {name: of for name, of in found.items() if any(len(run.points) for run in of)}
-    if curves:
-        budgets = {run.run.number("config.budget") for of in curves.values() for run in of}
-        budget = budgets.pop() if len(budgets) == 1 else math.nan
-        absent = ", ".join(name for name in found if name not in curves)
-        notes = [f"Missing: {absent}."] if absent else []
-        yield curves_figure("curves", state.benchmark, curves, budget, notes=notes)
 
 
 # Seconds to an accuracy

@@ -144,7 +144,6 @@ def test_names_are_told_apart_and_become_files_of_their_own_in_the_folder(
     assert not [path for above in (tmp_path, tmp_path.parent) for path in above.glob("up*")]
     runs = [r["run"] for r in rows(folder, "runs_train")]
     assert len(set(runs)) == len(runs) - 1 == len(ids) + len(names), '1 and "1" look alike'
-    assert len(list(folder.glob("curves_other*.svg"))) == len(names)
     own = [rows(folder, file.stem)[0]["source_runs"] for file in folder.glob("other*.csv")]
     assert len(set(own)) == len(own) == len(names) + 1
 

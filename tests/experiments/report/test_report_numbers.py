@@ -50,7 +50,7 @@ def drawn(*runs: tuple[list[int], list[float]], diverged: str = "") -> Drawing:
     made = [SimpleNamespace(points=pd.DataFrame({"iteration": steps, "seconds": np.add(steps, 1.0),
                                                  "score": scores}), diverged=diverged)
             for steps, scores in runs]
-    return draw_curves({"anil": made}, "accuracy", math.nan)  # type: ignore[dict-item] # fmt: skip
+    return draw_curves({"anil": made}, math.nan)  # type: ignore[dict-item] # fmt: skip
 
 
 def test_a_cross_is_where_a_run_diverged() -> None:

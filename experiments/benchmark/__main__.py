@@ -24,12 +24,10 @@ ex = TrackedExperiment("benchmark", settings=BenchmarkSettings)
 @ex.named_config
 def quick() -> None:
     """Three repetitions, small tasks, the ends of the ranges: under a minute, and rougher."""
-    cases = "cnn4-32px,20-shot,wide,chunked,meta-batch,head,k-sweep,n-sweep,k-memory,peers,imaml"
+    cases = "cnn4-32px,chunked,meta-batch,k-sweep,peers,imaml"
     repetitions = 3
     peer_steps = [5]
     sweep_steps = [5, 200]
-    sweep_cg_steps = [5, 100]
-    memory_steps = [1, 1000]
     network_steps = [1, 5]
 
 

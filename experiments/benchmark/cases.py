@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
-from learn2learn.algorithms import MAML
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from experiments.benchmark import steps as outer
-from experiments.benchmark.measure import Bar, Cost, Row, measure, warm_peak
+from experiments.benchmark.measure import Bar, Cost, Row, measure
 from experiments.benchmark.steps import PEERS, Problem, Step, closure, implicit, loss_tensors
 from experiments.ingredients.algorithm import make_algorithms
 from experiments.ingredients.algorithm_table import AlgorithmSettings
@@ -28,14 +26,13 @@ from l2l_implicit import (
     GaussNewton,
     GradientDescent,
     Hessian,
-    ImplicitCGHead,
     ImplicitMAML,
     LinearSolution,
     checks,
 )
 from l2l_implicit.chunked import Chunked
 
-GROWTH, FLAT = 1.10, 1.01  # over all K or N: of time, of memory
+GROWTH, FLAT = 1.10, 1.01  # over all K: of time, of memory
 TASKS = 8  # of a meta batch
 RELEASED, NEVER_SLOWER, NEVER_LARGER = 5.0, 1.01, 1.01
 # Memory of an iMAML step, and time of a Gauss-Newton product and of a Hessian one, in gradients.
@@ -46,7 +43,6 @@ Limits = Mapping[str, tuple[float, ...]]
 """Of time and, where there are two, of memory over the floor's: by method, or by call."""
 
 FLOOR: Limits = {"adapt(closure)": (1.05, 1.01), "adapt(loss)": (1.08, 1.01)}
-OTHER: Limits = {"adapt(closure)": (1.10,), "adapt(loss)": (1.10,)}
 WIDE: Limits = {"adapt(closure)": (1.05,), "adapt(loss)": (1.10,)}
 
 
@@ -61,10 +57,8 @@ class BenchmarkSettings(RunSettings):
     cg_steps: Count = 20  # conjugate gradient steps N
     peer_steps: Counts = [1, 5, 20, 100]  # K (and N) of the comparison with other methods
     sweep_steps: Counts = [5, 20, 50, 100, 200]  # K, at N = cg_steps
-    sweep_cg_steps: Counts = [5, 10, 20, 50, 100]  # N, at K = steps
-    memory_steps: Counts = [1, 10, 100, 1000, 10000]  # K at which memory is measured
     network_steps: Counts = [1, 5, 20]  # K (and N) of iMAML on the whole network
-    hidden: Count = 64  # filters a layer of cnn4 (at 84 pixels: 32 at most)
+    hidden: Count = 64  # filters a layer
     chunk_size: Count = 25  # images
     channels_last: bool = True  # for every method
     compile: bool = False  # in the case layouts, also by torch.compile: half a minute
@@ -152,33 +146,23 @@ def layouts(c: BenchmarkSettings) -> list[Row]:
     return c.rows(f"layouts: {problem.title}", c.costs(steps))
 
 
-# Growth with K and N
+# Growth with K
 
 
-def cg_steps_sweep(c: BenchmarkSettings) -> list[Row]:
-    """Time over N at K = 20; once as it is used, once with a tolerance that is never reached.
-
-    Newton's backward pass uses the factor of its inner solve: it takes no such step.
-    """
-    pairs = [(c.steps, n) for n in c.sweep_cg_steps]
-    return _sweep(c, "N", pairs) + _sweep(c, "N, all of them (cg_tol = 1e-12)", pairs, tol=1e-12)
-
-
-def _sweep(
-    c: BenchmarkSettings, what: str, pairs: Sequence[tuple[int, int]], **settings: float
-) -> list[Row]:
+def steps_sweep(c: BenchmarkSettings) -> list[Row]:
+    """Over K at N = 20."""
     problem, kinds = c.problem(), ("newton", "gradient")
-    ours = {f"{kind} {k} {n}": implicit(problem, kind, closure(k), n, **settings)
-            for kind in kinds for k, n in pairs}  # fmt: skip
+    ours = {f"{kind} {k}": implicit(problem, kind, closure(k), c.cg_steps)
+            for kind in kinds for k in c.sweep_steps}  # fmt: skip
     costs = c.costs({"supervised": outer.supervised(problem), **ours})
-    case = f"growth with {what}: {problem.title}"
+    case = f"growth with K: {problem.title}"
     rows = [Row(case, "supervised", cost=costs["supervised"])]
     for kind in kinds:
-        own = [costs[f"{kind} {k} {n}"] for k, n in pairs]
-        rows += [Row(case, f"implicit, {kind}", *pair, cost)
-                 for pair, cost in zip(pairs, own, strict=True)]  # fmt: skip
-        bar = _range("time", [cost.time_ratio for cost in own], GROWTH)
-        rows.append(Row(case, f"implicit, {kind}, whole range", bars=(bar,)))
+        own = {k: costs[f"{kind} {k}"] for k in c.sweep_steps}
+        rows += [Row(case, f"implicit, {kind}", k, c.cg_steps, cost) for k, cost in own.items()]
+        bars = (_range("time", [cost.time_ratio for cost in own.values()], GROWTH),
+                _range("memory", [cost.peak_bytes for cost in own.values()], FLAT))  # fmt: skip
+        rows.append(Row(case, f"implicit, {kind}, whole range", bars=bars))
     return rows
 
 
@@ -186,22 +170,7 @@ def _range(what: str, values: Sequence[float], limit: float) -> Bar:
     return Bar(f"{what}, largest over smallest", max(values) / min(values), limit)
 
 
-def steps_memory(c: BenchmarkSettings) -> list[Row]:
-    """Peak memory over K: gradient steps, which are all taken, by closure and by loss tensors."""
-    problem, nan = c.problem(), math.nan
-    case, floor = f"memory over K: {problem.title}", warm_peak(outer.supervised(problem), c.device)
-    rows = [Row(case, "supervised", cost=Cost(nan, floor, nan, 1.0))]
-    for call, adapt in CALLS.items():
-        name, peaks = f"implicit, gradient, {call}", []
-        for k in c.memory_steps:
-            peaks.append(warm_peak(implicit(problem, "gradient", adapt(k), c.cg_steps), c.device))
-            cost = Cost(nan, peaks[-1], nan, peaks[-1] / floor)
-            rows.append(Row(case, name, k, c.cg_steps, cost))
-        rows.append(Row(case, f"{name}, whole range", bars=(_range("memory", peaks, FLAT),)))
-    return rows
-
-
-# Many tasks together, and the head alone
+# Many tasks together
 
 
 def meta_batch(c: BenchmarkSettings) -> list[Row]:
@@ -246,44 +215,6 @@ def _engine(
     )  # fmt: skip
     learner = MetaLearner(algorithms, measure_of, "adam", 1e-3, c.channels_last)
     return lambda: learner.hypergradient(episodes) and None
-
-
-def head_alone(c: BenchmarkSettings) -> list[Row]:
-    """What follows the features: inner loop, query loss, and the gradient in the features."""
-    problem = c.problem()
-    with torch.no_grad():
-        many = torch.stack([problem.backbone(_episode(problem, t).inputs) for t in range(TASKS)])
-
-    def one(head: MAML | ImplicitCGHead, adapt: outer.Adapt) -> Step:
-        return outer.cached(problem, head, adapt, lambda _: many[0].clone().requires_grad_())
-
-    floor, k = "ANIL (learn2learn), features given", c.steps
-    steps = {floor: one(MAML(problem.new_head(), outer.STEP_SIZE), loss_tensors(k))}
-    for kind in ("newton", "gradient"):
-        head = outer.head_of(problem, kind, c.cg_steps)
-        for call, adapt in CALLS.items():
-            steps[f"implicit, {kind}, {call}"] = one(head, adapt(k))
-        steps[f"implicit, {kind}, a task of {TASKS} together"] = _together(problem, head, many, k)
-    costs = c.costs(steps)
-    for name in (name for name in costs if name.endswith("together")):
-        costs[name] = Cost(*(value / TASKS for value in costs[name]))  # they are those of all
-    limits = {"implicit, newton, adapt(closure)": (0.5,),
-              f"implicit, newton, a task of {TASKS} together": (0.15,)}  # fmt: skip
-    case = f"head alone, {many.shape[2]} features given: {problem.title}"
-    first, *rows = c.rows(case, costs, limits)
-    return [first._replace(steps=k), *rows]
-
-
-def _together(problem: Problem, head: ImplicitCGHead, given: Tensor, steps: int) -> Step:
-    labels, targets = (t.expand(TASKS, -1) for t in (problem.support[1], problem.query[1]))
-
-    def step() -> None:
-        features = given.clone().requires_grad_()
-        adapted = head.adapt_together(features[:, : problem.split], labels, steps)
-        outputs = adapted(features[:, problem.split :])
-        cross_entropy(outputs.flatten(0, 1), targets.flatten(0, 1)).backward()
-
-    return step
 
 
 # Against the peers
@@ -394,22 +325,14 @@ _WIDE = partial(against_floor, limits=WIDE, network="cnn4, pooled once")
 CASES: dict[str, Case] = {
     "cnn4-32px": partial(against_floor, limits=FLOOR),
     "two-threads": two_threads,
-    "cnn4-84px": lambda c: against_floor(c, FLOOR, pixels=84, hidden=min(32, c.hidden)),
-    "20-way": partial(against_floor, limits=OTHER, ways=20),
-    "20-shot": partial(against_floor, limits=OTHER, shots=20),
-    "wide": _WIDE,
     "wide-20-way-1-shot": partial(_WIDE, tensors=False, ways=20, shots=1),
     "wide-20-way-5-shot": partial(_WIDE, tensors=False, ways=20),
     "meta-batch": meta_batch,
-    "head": head_alone,
     "chunked": fifty_shot_chunked,
-    "k-sweep": lambda c: _sweep(c, "K", [(k, c.cg_steps) for k in c.sweep_steps]),
-    "n-sweep": cg_steps_sweep,
-    "k-memory": steps_memory,
+    "k-sweep": steps_sweep,
     "peers": against_peers,
     "imaml": whole_network,
     "layouts": layouts,
-    "resnet12": lambda c: against_floor(c, FLOOR, "resnet12", tensors=False, pixels=84),
 }  # fmt: skip
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import random
 import statistics
 import time
@@ -18,10 +17,7 @@ from experiments.training.peak_memory import peak_memory
 
 
 class Cost(NamedTuple):
-    """Median seconds, peak bytes, and both over the floor's (time: median of the ratios).
-
-    What was not measured is nan.
-    """
+    """Median seconds, peak bytes, and both over the floor's (time: median of the ratios)."""
 
     seconds: float
     peak_bytes: float
@@ -81,12 +77,6 @@ def _seconds_of(step: Step, device: str) -> float:
         gc.enable()
 
 
-def warm_peak(step: Step, device: str) -> float:
-    """Peak of the second call: the first leaves the gradients' own memory behind."""
-    step()
-    return peak_memory(step, device)
-
-
 # The table
 
 
@@ -120,9 +110,11 @@ class Row(NamedTuple):
     @property
     def cells(self) -> list[str]:
         """Without the case: method, K, N, ms, time, MiB, memory, bars."""
-        seconds, peak, time, memory = self.cost or [math.nan] * 4
-        figures = ((1000 * seconds, 1), (time, 3), (peak / 2**20, 1), (memory, 3))
-        numbers = [f"{x:.{digits}f}" if math.isfinite(x) else "" for x, digits in figures]
+        numbers = [""] * 4
+        if self.cost is not None:
+            seconds, peak, time, memory = self.cost
+            numbers = [f"{1000 * seconds:.1f}", f"{time:.3f}", f"{peak / 2**20:.1f}",
+                       f"{memory:.3f}"]  # fmt: skip
         counts = ["" if n is None else str(n) for n in (self.steps, self.cg_steps)]
         return [self.method, *counts, *numbers, "; ".join(map(str, self.bars))]
 
@@ -130,7 +122,6 @@ class Row(NamedTuple):
     def metrics(self) -> dict[str, float]:
         """All figures by name."""
         values = self.cost._asdict() if self.cost else {}
-        values = {name: value for name, value in values.items() if math.isfinite(value)}
         return values | {f"bar: {bar.quantity}": bar.value for bar in self.bars}
 
 

@@ -21,15 +21,8 @@ from experiments.tracking import UserError
 from experiments.tracking.config import Count, Counts, Positive, RunSettings, Seed, Text, Threads
 from experiments.training.episodes import Episode
 from experiments.training.meta_learner import MEASURES, MetaLearner
-from l2l_implicit import (
-    CG,
-    GaussNewton,
-    GradientDescent,
-    Hessian,
-    ImplicitMAML,
-    LinearSolution,
-    checks,
-)
+from l2l_implicit import CG, GaussNewton, GradientDescent, Hessian, ImplicitMAML, LinearSolution
+from l2l_implicit.checks import choice
 from l2l_implicit.chunked import Chunked
 
 GROWTH, FLAT = 1.10, 1.01  # over all K: of time, of memory
@@ -71,8 +64,8 @@ class BenchmarkSettings(RunSettings):
         self, network: str = "cnn4", channels_last: bool | None = None, **shape: int
     ) -> Problem:
         last = self.channels_last if channels_last is None else channels_last
-        wanted = outer.Shape(network, **{"hidden": self.hidden, **shape})
-        return outer.build(wanted, self.device, last, self.seed)
+        return outer.build(network, self.hidden, device=self.device, channels_last=last,
+                           seed=self.seed, **shape)  # fmt: skip
 
     def costs(self, steps: Mapping[str, Step]) -> dict[str, Cost]:
         """Of each step; the first is the floor."""
@@ -179,7 +172,11 @@ def meta_batch(c: BenchmarkSettings) -> list[Row]:
     Over as many supervised steps, one after the other.
     """
     problem = c.problem()
-    episodes = [_episode(problem, seed) for seed in range(TASKS)]
+    generator, episodes = torch.Generator().manual_seed(0), []
+    for _ in range(TASKS):
+        images = torch.empty_like(problem.images)  # in its layout
+        images.copy_(torch.randn(images.shape, generator=generator))
+        episodes.append(Episode(images, problem.support[1], problem.query[1]))
     backbone, head = copy.deepcopy(problem.backbone), problem.new_head()
 
     def supervised() -> None:
@@ -193,13 +190,6 @@ def meta_batch(c: BenchmarkSettings) -> list[Row]:
         steps[f"implicit, newton, {name}"] = _engine(problem, episodes, together, c)
     asked = {"implicit, newton, heads together": (1.02,)}
     return c.rows(f"meta batch of {TASKS}: {problem.title}", c.costs(steps), asked)
-
-
-def _episode(problem: Problem, seed: int) -> Episode:
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.empty_like(problem.images)  # in its layout
-    images.copy_(torch.randn(images.shape, generator=generator))
-    return Episode(images, problem.support[1], problem.query[1])
 
 
 def _engine(
@@ -343,7 +333,7 @@ def select(names: str) -> dict[str, Case]:
     chosen = [name.strip() for name in names.split(",") if name.strip()]
     try:
         for name in chosen or [names]:
-            checks.choice("cases", name, ["all", *CASES])
+            choice("cases", name, ["all", *CASES])
     except ValueError as error:
         raise UserError(str(error)) from error
     return {name: CASES[name] for name in chosen}

@@ -26,25 +26,6 @@ STEP_SIZE = 0.1
 L2 = 0.1  # of the peers that carry a regulariser of their own
 
 
-class Shape(NamedTuple):
-    """What a task looks like: ``ways * (shots + queries)`` square images, a network for them."""
-
-    network: str = "cnn4"  # a key of `NETWORKS`
-    hidden: int = 64  # filters a layer
-    pixels: int = 32
-    ways: int = 5
-    shots: int = 5
-    queries: int = 5
-
-    @property
-    def title(self) -> str:
-        network = self.network.replace("cnn4", f"CNN4-{self.hidden}")
-        return (
-            f"{self.ways}-way {self.shots}-shot, {self.queries} queries a class, "
-            f"{network}, {self.pixels} x {self.pixels}"
-        )
-
-
 class Problem(NamedTuple):
     """A task with its backbone; every method takes a copy of ``head``, equal at the start."""
 
@@ -94,21 +75,24 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-def build(shape: Shape, device: str = "cpu", channels_last: bool = True, seed: int = 0) -> Problem:
-    """Random images and a network in training mode, the same for a seed."""
+def build(
+    network: str = "cnn4", hidden: int = 64, pixels: int = 32, ways: int = 5, shots: int = 5,
+    queries: int = 5, device: str = "cpu", channels_last: bool = True, seed: int = 0,
+) -> Problem:  # fmt: skip
+    """Random square images and one of `NETWORKS` with ``hidden`` filters, in training mode."""
     torch.manual_seed(seed)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    number = shape.ways * (shape.shots + shape.queries)
-    images = torch.randn(number, 3, shape.pixels, shape.pixels, device=device)
+    images = torch.randn(ways * (shots + queries), 3, pixels, pixels, device=device)
     images = images.contiguous(memory_format=layout)
-    backbone = NETWORKS[shape.network](shape.hidden).to(device, memory_format=layout)
+    backbone = NETWORKS[network](hidden).to(device, memory_format=layout)
     with torch.no_grad():
         width = backbone.eval()(images[:2]).shape[1]
-    classes = torch.arange(shape.ways, device=device)
-    labels = torch.cat([classes.repeat_interleave(n) for n in (shape.shots, shape.queries)])
-    head = nn.Linear(width, shape.ways, device=device)
-    return Problem(shape.title, backbone.train(), head, images, labels, shape.ways * shape.shots,
-                   device)  # fmt: skip
+    classes = torch.arange(ways, device=device)
+    labels = torch.cat([classes.repeat_interleave(n) for n in (shots, queries)])
+    head = nn.Linear(width, ways, device=device)
+    title = (f"{ways}-way {shots}-shot, {queries} queries a class,"
+             f" {network.replace('cnn4', f'CNN4-{hidden}')}, {pixels} x {pixels}")  # fmt: skip
+    return Problem(title, backbone.train(), head, images, labels, ways * shots, device)
 
 
 # The floor, and ours

@@ -13,17 +13,15 @@ from experiments.benchmark import cases, steps
 from experiments.benchmark import measure as table
 from experiments.benchmark.cases import CASES, RELEASED_STEPS, BenchmarkSettings, select
 from experiments.benchmark.measure import Bar, Cost, Row, as_markdown, measure
-from experiments.benchmark.steps import NETWORKS, PEERS, Problem, Shape, build
+from experiments.benchmark.steps import NETWORKS, PEERS, Problem, build
 from experiments.tracking import UserError
 from experiments.training.peak_memory import peak_memory
 from l2l_implicit.chunked import Chunked
 
-SMALL = Shape("cnn4, GroupNorm", hidden=8, pixels=16, ways=3, shots=2, queries=2)
-
 
 def problem() -> Problem:
     """No batch statistics: support and query may go through the backbone together or apart."""
-    return build(SMALL)
+    return build("cnn4, GroupNorm", hidden=8, pixels=16, ways=3, shots=2, queries=2)
 
 
 Make = Callable[[Problem], steps.Step]
@@ -184,7 +182,7 @@ WIDTHS = {"cnn4, pooled once": (32, 16384), "cnn4": (84, 1600)}
 @pytest.mark.parametrize("network", list(WIDTHS))
 def test_the_number_of_features(network: str) -> None:
     pixels, width = WIDTHS[network]
-    made = build(Shape(network, pixels=pixels, ways=2, shots=1, queries=1))
+    made = build(network, pixels=pixels, ways=2, shots=1, queries=1)
     assert made.head.in_features == width and made.backbone.training
     assert made.images.is_contiguous(memory_format=torch.channels_last)
     assert len(made.support[0]) == len(made.query[1]) == 2

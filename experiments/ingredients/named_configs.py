@@ -40,26 +40,26 @@ _SMOKE: Config = {
 
 def _yang() -> dict[str, Config]:
     """Yang et al. (2025), section 5 and appendix C.2: ``yang_<benchmark>_<algorithm>``."""
-    small = {"rm_metal": (1e-4, 0.1, 20), "itd_bio": (1e-4, 0.1, 20),
-             "maml": (1e-3, 0.5, 3), "anil": (1e-4, 0.1, 10)}
-    large = {"rm_metal": (1e-3, 0.05, 20), "itd_bio": (1e-3, 0.05, 20),
-             "maml": (5e-3, 0.5, 3), "anil": (1e-3, 0.1, 5)}
-    filters = {"cifarfs": 64, "fc100": 64, "mini_imagenet": 32, "tiered_imagenet": 32}
-    found = {}
-    for benchmark, hidden in filters.items():
-        for name, (meta_lr, lr, steps) in (small if hidden == 64 else large).items():
-            algorithm: Config = {"name": name, "lr": lr, "steps": steps, "test_steps": 20}
-            if name == "rm_metal":
-                algorithm |= {"variant": "paper", "cg_steps": 20}
-            if name == "maml":
-                algorithm |= {"test_scope": "head"}
-            found[f"yang_{benchmark}_{name}"] = {
-                "tasks": {"name": benchmark, "ways": 5, "shots": 5, "queries": 5},
-                "model": {"name": "cnn4", "hidden": hidden},
-                "algorithm": algorithm,
-                "meta_lr": meta_lr, "iterations": 2000, "meta_batch": 32,
-            }  # fmt: skip
-    return found
+    printed = {  # meta_lr, lr, steps: on CIFAR-FS and FC100, and on mini- and tieredImageNet
+        "rm_metal": ((1e-4, 0.1, 20), (1e-3, 0.05, 20)),
+        "itd_bio": ((1e-4, 0.1, 20), (1e-3, 0.05, 20)),
+        "maml": ((1e-3, 0.5, 3), (5e-3, 0.5, 3)),
+        "anil": ((1e-4, 0.1, 10), (1e-3, 0.1, 5)),
+    }
+    more = {"rm_metal": {"variant": "paper", "cg_steps": 20}, "maml": {"test_scope": "head"}}
+    data = {"cifarfs": (64, 0), "fc100": (64, 0), "mini_imagenet": (32, 1),
+            "tiered_imagenet": (32, 1)}  # fmt: skip
+    return {
+        f"yang_{benchmark}_{name}": {
+            "tasks": {"name": benchmark, "ways": 5, "shots": 5, "queries": 5},
+            "model": {"name": "cnn4", "hidden": hidden},
+            "algorithm": {"name": name, "lr": lr, "steps": steps, "test_steps": 20,
+                          **more.get(name, {})},
+            "meta_lr": meta_lr, "iterations": 2000, "meta_batch": 32,
+        }
+        for benchmark, (hidden, column) in data.items() for name, rows in printed.items()
+        for meta_lr, lr, steps in [rows[column]]
+    }  # fmt: skip
 
 
 def _rajeswaran() -> dict[str, Config]:
@@ -71,27 +71,23 @@ def _rajeswaran() -> dict[str, Config]:
     ours. Its lambda (2 on Omniglot, 0.5 on mini-ImageNet) is here what learns, 0.5 and Hessian-free
     0.1: docs/choosing.md.
     """
-    def config(name: str, ways: int, shots: int, queries: int, tested: int, hidden: int, kind: str,
-               steps: int) -> Config:  # fmt: skip
-        network = "omniglot_cnn" if name == "omniglot" else "cnn4"
-        gd = {"l2": 0.5, "lr": 0.1, "steps": steps}
-        own = gd if kind == "gd" else {"l2": 0.1, "steps": 5}
-        return {
-            "tasks": {"name": name, "ways": ways, "shots": shots, "queries": queries,
-                      "test_queries": tested},
-            "model": {"name": network, "hidden": hidden, "channels_last": False},
-            "algorithm": {"name": f"imaml_{kind}", "cg_steps": 5, **own},
-        }  # fmt: skip
-
-    omniglot = [(ways, shots, kind, steps) for ways, steps in ((5, 16), (20, 25))
-                for shots in (1, 5) for kind in ("gd", "hf")]  # fmt: skip
-    return {
-        **{f"rajeswaran_omniglot_{ways}way_{shots}shot_{kind}":
-           config("omniglot", ways, shots, 5, shots, 64, kind, steps)
-           for ways, shots, kind, steps in omniglot},
-        **{f"rajeswaran_mini_imagenet_{kind}":
-           config("mini_imagenet", 5, 1, 15, 15, 32, kind, 10) for kind in ("gd", "hf")},
+    kinds: dict[str, Config] = {"gd": {"l2": 0.5, "lr": 0.1}, "hf": {"l2": 0.1, "steps": 5}}
+    tables = {
+        f"omniglot_{ways}way_{shots}shot":
+            (("omniglot", ways, shots, 5, shots), ("omniglot_cnn", 64), steps)
+        for ways, steps in ((5, 16), (20, 25)) for shots in (1, 5)
     }  # fmt: skip
+    tables["mini_imagenet"] = (("mini_imagenet", 5, 1, 15, 15), ("cnn4", 32), 10)
+    sizes = ("name", "ways", "shots", "queries", "test_queries")
+    return {
+        f"rajeswaran_{table}_{kind}": {
+            "tasks": dict(zip(sizes, task, strict=True)),
+            "model": {"name": network, "hidden": hidden, "channels_last": False},
+            "algorithm": {"name": f"imaml_{kind}", "cg_steps": 5, "steps": steps, **own},
+        }
+        for table, (task, (network, hidden), steps) in tables.items()
+        for kind, own in kinds.items()
+    }
 
 
 def _best() -> dict[str, Config]:

@@ -34,15 +34,8 @@ def overview(request: Request) -> list[Section]:
     runs = request.archive.runs
     counts = Counter(run.status for run in runs)
     told = ", ".join(f"{number} {status}" for status, number in counts.most_common())
-    text = [f"{len(runs)} runs: {told}." if runs else "There are no runs yet."]
-    codes = Counter(name for name, _ in {(run.experiment, run.code.signature) for run in runs})
-    several = [f"{name} of {number}" for name, number in sorted(codes.items()) if number > 1]
-    if several:
-        text.append(
-            f"Versions of the code: runs of {', '.join(several)}. Runs of different code or"
-            " settings are in rows of their own, or a line beside the table says what differs."
-        )
-    return [Section("Overview", text, [_sweeps(request)] if request.sweeps else [])]
+    text = f"{len(runs)} runs: {told}." if runs else "There are no runs yet."
+    return [Section("Overview", [text], [_sweeps(request)] if request.sweeps else [])]
 
 
 def _sweeps(request: Request) -> Table:

@@ -174,11 +174,10 @@ class MethodState:
     """One row of a sweep's table.
 
     Attributes:
-        chosen: the candidate of the final runs, as the sweep decides, or, where it cannot yet, the
-            one that has such runs; None: not decided.
+        setting: of the candidate that the sweep decides for, or, where it cannot yet, that has
+            final runs; empty without a grid.
         remark: how that was decided, where it was not by a complete grid.
         runs: the complete final runs that count, by seed.
-        setting: the chosen candidate's; empty without a grid.
     """
 
     def __init__(self, group: Group, by_cell: Mapping[str, Sequence[Run]]) -> None:
@@ -186,20 +185,18 @@ class MethodState:
             return [recorded(name, cell, by_cell.get(cell.identity, ()))
                     for name, cell in cells.items()]  # fmt: skip
 
-        self.name, self.candidates, self.grid = group.name, group.candidates, states(group.grid)
+        self.name, self.grid = group.name, states(group.grid)
         finals = [states(cells) for cells in group.finals]
         counts = [sum(cell.run is not None for cell in cells) for cells in finals]
-        self.chosen: int | None = counts.index(max(counts)) if max(counts) else None
+        chosen = counts.index(max(counts)) if max(counts) else None
         self.remark = "Final runs are there, but not all of the grid" if max(counts) else ""
         scores = [cell.run.last_validation for cell in self.grid if cell.run is not None]
         if len(scores) == len(self.grid):
-            self.chosen = best(scores) if scores else 0
-            self.remark = ""
+            chosen, self.remark = best(scores) if scores else 0, ""
         unknown = [Status(n, None, PENDING, None, NOT_CHOSEN) for n in group.final_names()]
-        self.finals = unknown if self.chosen is None else finals[self.chosen]
+        self.finals = unknown if chosen is None else finals[chosen]
         self.runs = [cell.run for cell in self.finals if cell.run is not None]
-        chosen = self.chosen
-        self.setting = NOT_CHOSEN if chosen is None else describe(self.candidates[chosen])
+        self.setting = NOT_CHOSEN if chosen is None else describe(group.candidates[chosen])
 
 
 class SweepState:

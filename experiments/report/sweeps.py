@@ -21,7 +21,8 @@ from experiments.report.summary import (
     run_list,
 )
 from experiments.statistics import Mean, seeds_mean
-from experiments.sweeps.definition import COMPLETED, Published, describe
+from experiments.sweeps.definition import COMPLETED, Published
+from experiments.sweeps.listing import Status
 
 SHARE = 0.90
 """Of the best validation accuracy, for the time to it."""
@@ -43,7 +44,7 @@ def _section(state: SweepState) -> Section:
     missing, records = _missing_seeds(records), [r for r in records if r["seeds"]] or records
     items: list[Table | Figure] = [
         _summary_table(state, records, found, missing), *curves(state.benchmark, found),
-        *_time_table(state, found), *_missing_table(state), *_grid_table(state),
+        *_time_table(state, found), *_missing_table(state),
     ]  # fmt: skip
     source = Source(state.command(), [run.id for run in state.runs])
     items = [replace(item, name=content.file_name(item.name, state.name, state.benchmark),
@@ -136,7 +137,8 @@ def _summary_table(
     return Table(
         "summary",
         f"Test accuracy and cost, {state.benchmark}, sweep {state.name}.",
-        content.told(heads, records), records, notes=[*notes, *missing, *_differences(state)],
+        content.told(heads, records), records,
+        notes=[*notes, *missing, *_candidates(state), *_differences(state)],
     )  # fmt: skip
 
 
@@ -168,6 +170,21 @@ def _missing_seeds(records: Sequence[Record]) -> list[str]:
           f" {r['seeds']} seeds have a test accuracy"
           for r in records if r["equal_iterations"] and 0 < r["equal_seeds"] < r["seeds"]),
     ]  # fmt: skip
+
+
+def _candidates(state: SweepState) -> list[str]:
+    """What the settings were chosen by, a line for all methods."""
+
+    def shown(cell: Status) -> str:
+        if cell.run is None:
+            return cell.state
+        last = cell.run.last_validation
+        return content.rounded(last, 100) if math.isfinite(last) else "diverged"
+
+    told = "; ".join(f"{method.name} {', '.join(map(shown, method.grid))}"
+                     for method in state.methods if method.grid)  # fmt: skip
+    note = "Setting: the best last validation accuracy of a grid, %, seed 0. In the grid's order: "
+    return [f"{note}{told}."] if told else []
 
 
 def _differences(state: SweepState) -> list[str]:
@@ -278,35 +295,3 @@ def _missing_table(state: SweepState) -> Items:
         Source(state.command(), [run.id for cell in cells for run in cell.runs]),
         folded=len(cells) >= FOLDED_FROM,
     )  # fmt: skip
-
-
-def _grid_table(state: SweepState) -> Items:
-    """The last validation accuracy of every candidate; nothing for a sweep without grids."""
-    runs = [cell.run for method in state.methods for cell in method.grid if cell.run is not None]
-    records = [
-        {
-            "method": method.name,
-            "setting": describe(setting),
-            "validation_accuracy": cell.run.last_validation if cell.run else -math.inf,
-            "chosen": "yes" if method.chosen == index else "",
-            "state": cell.state,
-            "run": "" if cell.run is None else cell.run.id,
-        }
-        for method in state.methods
-        for index, (setting, cell) in enumerate(zip(method.candidates, method.grid, strict=False))
-    ]
-    if not records:
-        return
-    method, setting, chosen, run = content.texts("method", "setting", "chosen", "run")
-    yield Table(
-        "grid",
-        "How the settings were chosen: the last validation accuracy of each candidate, seed 0.",
-        (method, setting, Column("last validation, %", _shown_candidate), chosen, run), records,
-        Source(state.command(), [run.id for run in runs]), folded=True,
-    )  # fmt: skip
-
-
-def _shown_candidate(record: Record) -> str:
-    if math.isfinite(record["validation_accuracy"]):
-        return content.rounded(record["validation_accuracy"], 100)
-    return "diverged" if record["state"] == COMPLETED else str(record["state"])

@@ -151,13 +151,17 @@ def _memory(run: Run, metrics: Metrics) -> Items:
         told = "; ".join(f"{name} at K = {', '.join(k)}" for name, k in left.items() if k)
         limit = f"limit_gib={of('limit_gib')}; a larger one fills them."
         notes = [f"Missing: {told}: the forecast was above {limit}"] if told else []
-        ours, labels = peaks.get(OURS, pd.Series()), {name: _method(name) for name in peaks}
-        rows = [({**labels[name], "saved": _saved(name, ours, curve)}, curve)
+        labels = {name: _method(name) for name in peaks}
+        ours = peaks.get(OURS, pd.Series()).get(CLAIM_AT, math.nan)
+        # the share of a method's memory that ImplicitCGHead does without
+        saved = {name: 1 - ours / (curve.get(CLAIM_AT) or math.nan)
+                 for name, curve in peaks.items() if not name.startswith("rm_metal/")}  # fmt: skip
+        rows = [({**labels[name], "saved": saved.get(name, math.nan)}, curve)
                 for name, curve in peaks.items()]  # fmt: skip
         last, claim = [], []
-        if CLAIM_AT in ours:
-            saved = f"ImplicitCGHead below it at K = {CLAIM_AT}, %"
-            last = [content.number(saved, "saved", 100, 0)]
+        if math.isfinite(ours):
+            header = f"ImplicitCGHead below it at K = {CLAIM_AT}, %"
+            last = [content.number(header, "saved", 100, 0)]
             claim = ["ImplicitCGHead below it: with cached features, the package's default."]
         about = f"against inner steps K. {title}; {task}."
         yield _curves(
@@ -174,13 +178,6 @@ def _memory(run: Run, metrics: Metrics) -> Items:
 def _method(name: str) -> dict[str, Any]:
     method, _, variant = name.partition("/")
     return {"method": SHOWN.get(method, method), "variant": variant.replace("_", " ")}
-
-
-def _saved(name: str, ours: pd.Series, theirs: pd.Series) -> float:
-    """The share of a method's memory that ImplicitCGHead does without."""
-    if name.startswith("rm_metal/") or CLAIM_AT not in ours:
-        return math.nan
-    return float(1 - ours[CLAIM_AT] / (theirs.get(CLAIM_AT) or math.nan))
 
 
 def draw_memory(metrics: Metrics, prefix: str) -> Drawing:

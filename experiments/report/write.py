@@ -111,14 +111,11 @@ def pictures(figure: Figure) -> tuple[bytes, bytes]:
 def csv_text(records: Sequence[Record], source: Source) -> str:
     """The raw values, a line a record; the command and the run ids are its last content."""
     own = {"source_command": source.command, "source_runs": run_list(source.runs)}
-    frame = pd.DataFrame(records, dtype=object).assign(**own).map(_inert)
+    frame = pd.DataFrame(records, dtype=object).assign(**own).map(
+        # text that a spreadsheet would run as a formula begins with a quote
+        lambda v: f"'{v}" if isinstance(v, str) and v.startswith(("=", "+", "-", "@")) else v
+    )
     return frame.to_csv(index=False, na_rep="nan", lineterminator="\n")
-
-
-def _inert(value: Any) -> Any:
-    """Text that a spreadsheet would run as a formula begins with a quote."""
-    formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@"))
-    return f"'{value}" if formula else value
 
 
 def markdown_text(table: Table) -> str:

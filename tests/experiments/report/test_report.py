@@ -35,6 +35,8 @@ def test_methods_are_compared_seed_by_seed(recorder: Recorder, plan: Plan, repor
     assert "| anil | algorithm.lr=0.1 | 2/3 | 64.0 ± 1.0 | 25.4 | 4.0 ± 12.7 | 70.0 |" in summary
     assert "| 3.0 ± 25.4 |" in summary and "| 300 | 0.100 | 32.0 | 0 of 2 |" in summary
     assert "Early stopped: test accuracy of theta" in summary
+    of_grid = "50.0, 60.0, 55.0"
+    assert f"In the grid's order: ImplicitCGHead {of_grid}; anil {of_grid}." in summary
     said = "anil, runs 10, 11: only 1 of 2 seeds have a finite early stopped score"
     assert said not in summary
     gone = {"$set": {"result.early_stopped_accuracy": math.nan}}

@@ -24,7 +24,7 @@ ex = TrackedExperiment("benchmark", settings=BenchmarkSettings)
 @ex.named_config
 def quick() -> None:
     """Three repetitions, small tasks, the ends of the ranges: under a minute, and rougher."""
-    cases = "cnn4-32px,chunked,meta-batch,k-sweep,peers,imaml"
+    cases = "cnn4-32px,chunked,meta-batch,head,k-sweep,peers,imaml"
     repetitions = 3
     peer_steps = [5]
     sweep_steps = [5, 200]

@@ -9,6 +9,7 @@ from itertools import product
 from typing import Any
 
 import torch
+from learn2learn.algorithms import MAML
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -21,7 +22,15 @@ from experiments.tracking import UserError
 from experiments.tracking.config import Count, Counts, Positive, RunSettings, Seed, Text, Threads
 from experiments.training.episodes import Episode
 from experiments.training.meta_learner import MEASURES, MetaLearner
-from l2l_implicit import CG, GaussNewton, GradientDescent, Hessian, ImplicitMAML, LinearSolution
+from l2l_implicit import (
+    CG,
+    GaussNewton,
+    GradientDescent,
+    Hessian,
+    ImplicitCGHead,
+    ImplicitMAML,
+    LinearSolution,
+)
 from l2l_implicit.checks import choice
 from l2l_implicit.chunked import Chunked
 
@@ -163,7 +172,7 @@ def _range(what: str, values: Sequence[float], limit: float) -> Bar:
     return Bar(f"{what}, largest over smallest", max(values) / min(values), limit)
 
 
-# Many tasks together
+# Many tasks together, and the head alone
 
 
 def meta_batch(c: BenchmarkSettings) -> list[Row]:
@@ -172,11 +181,7 @@ def meta_batch(c: BenchmarkSettings) -> list[Row]:
     Over as many supervised steps, one after the other.
     """
     problem = c.problem()
-    generator, episodes = torch.Generator().manual_seed(0), []
-    for _ in range(TASKS):
-        images = torch.empty_like(problem.images)  # in its layout
-        images.copy_(torch.randn(images.shape, generator=generator))
-        episodes.append(Episode(images, problem.support[1], problem.query[1]))
+    episodes = [_episode(problem, seed) for seed in range(TASKS)]
     backbone, head = copy.deepcopy(problem.backbone), problem.new_head()
 
     def supervised() -> None:
@@ -192,6 +197,13 @@ def meta_batch(c: BenchmarkSettings) -> list[Row]:
     return c.rows(f"meta batch of {TASKS}: {problem.title}", c.costs(steps), asked)
 
 
+def _episode(problem: Problem, seed: int) -> Episode:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.empty_like(problem.images)  # in its layout
+    images.copy_(torch.randn(images.shape, generator=generator))
+    return Episode(images, problem.support[1], problem.query[1])
+
+
 def _engine(
     problem: Problem, episodes: Sequence[Episode], together: object, c: BenchmarkSettings
 ) -> Step:
@@ -205,6 +217,44 @@ def _engine(
     )  # fmt: skip
     learner = MetaLearner(algorithms, measure_of, "adam", 1e-3, c.channels_last)
     return lambda: learner.hypergradient(episodes) and None
+
+
+def head_alone(c: BenchmarkSettings) -> list[Row]:
+    """What follows the features: inner loop, query loss, and the gradient in the features."""
+    problem = c.problem()
+    with torch.no_grad():
+        many = torch.stack([problem.backbone(_episode(problem, t).inputs) for t in range(TASKS)])
+
+    def one(head: MAML | ImplicitCGHead, adapt: outer.Adapt) -> Step:
+        return outer.cached(problem, head, adapt, lambda _: many[0].clone().requires_grad_())
+
+    floor, k = "ANIL (learn2learn), features given", c.steps
+    steps = {floor: one(MAML(problem.new_head(), outer.STEP_SIZE), loss_tensors(k))}
+    for kind in ("newton", "gradient"):
+        head = outer.head_of(problem, kind, c.cg_steps)
+        for call, adapt in CALLS.items():
+            steps[f"implicit, {kind}, {call}"] = one(head, adapt(k))
+        steps[f"implicit, {kind}, a task of {TASKS} together"] = _together(problem, head, many, k)
+    costs = c.costs(steps)
+    for name in (name for name in costs if name.endswith("together")):
+        costs[name] = Cost(*(value / TASKS for value in costs[name]))  # they are those of all
+    limits = {"implicit, newton, adapt(closure)": (0.5,),
+              f"implicit, newton, a task of {TASKS} together": (0.15,)}  # fmt: skip
+    case = f"head alone, {many.shape[2]} features given: {problem.title}"
+    first, *rows = c.rows(case, costs, limits)
+    return [first._replace(steps=k), *rows]
+
+
+def _together(problem: Problem, head: ImplicitCGHead, given: Tensor, steps: int) -> Step:
+    labels, targets = (t.expand(TASKS, -1) for t in (problem.support[1], problem.query[1]))
+
+    def step() -> None:
+        features = given.clone().requires_grad_()
+        adapted = head.adapt_together(features[:, : problem.split], labels, steps)
+        outputs = adapted(features[:, problem.split :])
+        cross_entropy(outputs.flatten(0, 1), targets.flatten(0, 1)).backward()
+
+    return step
 
 
 # Against the peers
@@ -318,11 +368,13 @@ CASES: dict[str, Case] = {
     "wide-20-way-1-shot": partial(_WIDE, tensors=False, ways=20, shots=1),
     "wide-20-way-5-shot": partial(_WIDE, tensors=False, ways=20),
     "meta-batch": meta_batch,
+    "head": head_alone,
     "chunked": fifty_shot_chunked,
     "k-sweep": steps_sweep,
     "peers": against_peers,
     "imaml": whole_network,
     "layouts": layouts,
+    "resnet12": lambda c: against_floor(c, FLOOR, "resnet12", tensors=False, pixels=84),
 }  # fmt: skip
 
 

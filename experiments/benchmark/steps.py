@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import higher
 import learn2learn as l2l
 import torch
 from learn2learn.algorithms import MAML
@@ -72,6 +73,7 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "cnn4": lambda hidden: l2l.vision.models.CNN4Backbone(hidden_size=hidden),
     "cnn4, GroupNorm": _group_norm,
     "cnn4, pooled once": _wide,
+    "resnet12": lambda _: l2l.vision.models.ResNet12Backbone(),
 }
 
 
@@ -188,6 +190,22 @@ def implicit(problem: Problem, step: str, adapt: Adapt, cg_steps: int, **setting
 # The peers
 
 
+def higher_head(problem: Problem, steps: int) -> Step:
+    """`higher` on the head, features computed once."""
+    head = problem.new_head()
+    optimizer = torch.optim.SGD(head.parameters(), STEP_SIZE)
+
+    def step() -> None:
+        features = problem.backbone(problem.images)
+        support, query = features[: problem.split], features[problem.split :]
+        with higher.innerloop_ctx(head, optimizer, copy_initial_weights=False) as (learner, inner):
+            for _ in range(steps):
+                inner.step(cross_entropy(learner(support), problem.support[1]))
+            cross_entropy(learner(query), problem.query[1]).backward()
+
+    return step
+
+
 def _anil(problem: Problem) -> Any:
     return MAML(problem.new_head(), STEP_SIZE)
 
@@ -199,6 +217,7 @@ def _itd_bio(problem: Problem) -> Any:
 PEERS: dict[str, Callable[[Problem, int], Step]] = {
     "ANIL (learn2learn), features cached": lambda p, k: cached(p, _anil(p), loss_tensors(k)),
     "ITD-BiO, features cached": lambda p, k: cached(p, _itd_bio(p), closure(k)),
+    "higher, head, features cached": higher_head,
     "ANIL (learn2learn), as published":
         lambda p, k: apart(p, _anil(p), loss_tensors(k), again=True),
     # Ji et al. (2020): of a regularised head

@@ -33,17 +33,11 @@ Solve = Callable[[Linearization, Tensor], LinearSolution]
 
 @dataclass(eq=False)
 class SavedLinearization:
-    """Holds the one linearization of a learner until it is used or superseded.
+    """Holds the one linearization of a learner until it is used or superseded."""
 
-    Args:
-        linearization: of the inner objectives at (about) the solution.
-        solve: maps it and ``b`` to the ``v`` of ``H v = b``, shapes ``[T, n]``.
-        unreached: called where eq. (8) has no term besides the query loss's own gradient.
-    """
-
-    linearization: Linearization | None
-    solve: Solve
-    unreached: Callable[[], None]
+    linearization: Linearization | None  # of the inner objectives at (about) the solution
+    solve: Solve  # maps it and b to the v of H v = b, shapes [T, n]
+    unreached: Callable[[], None]  # for where eq. (8) has the query loss's own gradient alone
 
 
 class ImplicitSolution(Function):

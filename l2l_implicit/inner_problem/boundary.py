@@ -171,15 +171,11 @@ def cut(nodes: Sequence[Any]) -> Iterator[None]:
 
 
 class MetaInputs(NamedTuple):
-    """Where theta enters an inner objective: marked boundaries, and leaves used directly.
-
-    Attributes:
-        names: of the operations in between, by which one loss is told from another.
-    """
+    """Where theta enters an inner objective: marked boundaries, and leaves used directly."""
 
     boundaries: list[Any]
     leaves: list[Tensor]
-    names: list[str]
+    names: list[str]  # of the operations in between, by which one loss is told from another
 
     def sources(self) -> list[Tensor]:
         """The tensors of theta: what was marked, then the leaves."""
@@ -251,16 +247,11 @@ def _stop(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     return tuple(None if g is None else torch.zeros_like(g) for g in gradients)
 
 
-def end_of_gradients(leaves: Iterable[Tensor]) -> None:
-    """Make it an error that ``backward()`` leaves a gradient in ``leaves``, of an inner step.
+def end_of_gradients(leaf: Tensor) -> None:
+    """Hook of an inner step's parameters, in which ``backward()`` is to leave no gradient.
 
-    The gradient belongs to theta, and there is no way on from here.
+    It belongs to theta, and there is no way on from here.
     """
-    for leaf in leaves:
-        leaf.register_post_accumulate_grad_hook(_refuse)
-
-
-def _refuse(leaf: Tensor) -> None:
     lost, leaf.grad = leaf.grad, None
     if lost is not None and bool(lost.any()):
         raise RuntimeError(

@@ -42,25 +42,15 @@ _MOST_STEPS, _MOST_REFINEMENTS, _NEAR, _TINY = 100, 6, 2e-3, 1e-300
 
 
 class HeadProblem(NamedTuple):
-    """What T inner problems of linear heads are made of.
+    """What T inner problems of linear heads are made of."""
 
-    Attributes:
-        x: the features, ``[T, m, d]``, float64, detached; a copy that nobody else writes to.
-        source: the tensor with history that ``x`` is a copy of, in its own shape, or None.
-        loss: with its targets; its outputs are of no matter.
-        quadratic: the regulariser.
-        weight: shape of a head's weight, ``[k, d]``.
-        bias: whether the head adds a bias.
-        goal: movement and relative residual that are small enough for the features' precision.
-    """
-
-    x: Tensor
-    source: Tensor | None
-    loss: OutputLoss
+    x: Tensor  # the features, [T, m, d], float64, detached; a copy that nobody else writes to
+    source: Tensor | None  # the tensor with history that x is a copy of, in its own shape
+    loss: OutputLoss  # with its targets; its outputs are of no matter
     quadratic: SquaredDistance
-    weight: Size
+    weight: Size  # shape of a head's weight, [k, d]
     bias: bool
-    goal: float
+    goal: float  # movement and relative residual that are small enough for the features' precision
 
     def outputs(self, vector: Tensor) -> Tensor:
         """``X V' + e`` for heads ``[T, n]``, shape ``[T, m, k]``."""
@@ -133,10 +123,9 @@ class LinearHeads(Linearization):
 
     def diagonal(self) -> Tensor:
         """That of the Hessian, exactly, ``[T, n]``."""
-        problem = self.problem
-        own = [self.loss.curve(one)[..., c] for c, one in enumerate(self._one_output_each())]
-        squares = problem._replace(x=problem.x.square())
-        return squares.in_phi(torch.stack(own, 2)).add_(self.quadratic.strength)
+        own = self._curvatures().diagonal(dim1=0, dim2=3)
+        squares = self.problem._replace(x=self.problem.x.square())
+        return squares.in_phi(own).add_(self.quadratic.strength)
 
     def kronecker_inverse(self, shift: float) -> Matvec:
         r"""The inverse of :math:`A \otimes B + \mu I`, an approximation of the (damped) Hessian.
@@ -152,8 +141,7 @@ class LinearHeads(Linearization):
             Martens, Grosse (2015), Kronecker-factored Approximate Curvature.
         """
         problem = self.problem
-        mean = torch.stack([self.loss.curve(one).mean(1) for one in self._one_output_each()], 2)
-        outputs, turn = torch.linalg.eigh(mean)
+        outputs, turn = torch.linalg.eigh(self._curvatures().mean(2).transpose(0, 1))
         basis, values, _ = torch.linalg.svd(problem.rows(), full_matrices=False)
         outputs = outputs.clamp_min_(0.0).unsqueeze(1)
         share = outputs / (outputs * values.square().unsqueeze(2) + shift)
@@ -165,10 +153,11 @@ class LinearHeads(Linearization):
 
         return inverse
 
-    def _one_output_each(self) -> list[Tensor]:
-        """Changes by 1 of one output of all samples, ``[T, m, k]``, for each output."""
-        zero, k = torch.zeros_like(self.loss.outputs), self.problem.weight[0]
-        return [zero.index_fill(2, torch.tensor(c, device=zero.device), 1.0) for c in range(k)]
+    def _curvatures(self) -> Tensor:
+        """S of each sample as a matrix, ``[k, T, m, k]``."""
+        outputs, k = self.loss.outputs, self.problem.weight[0]
+        each = torch.eye(k, dtype=outputs.dtype, device=outputs.device).view(k, 1, 1, k)
+        return self.loss.curve(each.expand(k, *outputs.shape))
 
     def moved(self, point: Tensor) -> LinearHeads:
         """The same objectives linearized at another ``point``, shape ``[T, n]``."""
@@ -179,7 +168,7 @@ class LinearHeads(Linearization):
         own, (x, _, loss, quadratic, *_) = slice(t, t + 1), self.problem
         loss = type(loss)(loss.outputs, loss.targets[own], loss.scale)
         if quadratic.center is not None and len(quadratic.center) > 1:
-            quadratic = SquaredDistance.around(quadratic.center[own], quadratic.strength)
+            quadratic = SquaredDistance(quadratic.strength, [quadratic.center[own]], x.dtype)
         alone = self.problem._replace(x=x[own], source=None, loss=loss, quadratic=quadratic)
         return LinearHeads(alone, self.point[own])
 
@@ -194,7 +183,8 @@ class LinearHeads(Linearization):
         """
         strength = self.quadratic.strength + damping
         pull = self.quadratic.offset(self.point) * self.quadratic.strength + slope
-        quadratic = SquaredDistance.around(self.point - pull / strength, strength)
+        center = self.point - pull / strength
+        quadratic = SquaredDistance(strength, [center], center.dtype, len(center))
         problem = self.problem._replace(quadratic=quadratic, goal=GOALS[torch.float64])
         return LinearHeads(problem, self.point)
 
@@ -239,30 +229,31 @@ class LinearHeads(Linearization):
     def minimum(self) -> LinearHeads | None:
         r"""The same objectives linearized at their minima; None for too many samples, or l2 = 0.
 
-        Newton's method on A from A = 0, which is the anchor: where it starts is of no matter for a
-        strongly convex problem. With :math:`\rho = G + l_2 A` and the Gram matrix K the gradient is
-        :math:`X^\top \rho` and the step :math:`\Delta A = -(\rho - \hat S K \rho / l_2) / l_2`,
-        :math:`\hat S` the inverse of `OutputLoss.inverse`. Near the minimum a step of movement
-        :math:`\omega` leaves one of :math:`\omega^2 / 2`: the last digit costs one more step.
+        Newton's method on :math:`C = l_2 A` from 0, which is the anchor: where it starts is of no
+        matter for a strongly convex problem. With :math:`\rho = G + C` and the Gram matrix
+        :math:`\hat K`, over l2, the gradient is :math:`X^\top \rho` and the step
+        :math:`\Delta C = \hat S \hat K \rho - \rho`, :math:`\hat S` that of `OutputLoss.inverse`.
+        Near the minimum a step of movement :math:`\omega` leaves one of :math:`\omega^2 / 2`: the
+        last digit costs one more step.
         """
-        problem, strength = self.problem, self.quadratic.strength
+        problem, strength, center = self.problem, self.quadratic.strength, self.quadratic.center
         if strength == 0.0 or problem.x.shape[1] > MOST_SAMPLES:
             return None
         gram, goal = problem.gram(), problem.goal
-        kernel, center = gram / strength, self.quadratic.center
+        kernel = gram / strength
         base = gram.new_zeros(*gram.shape[:2], problem.weight[0])
         if center is not None:
             base = problem.outputs(center.expand_as(self.point))
-        a, outputs, last, inverse = torch.zeros_like(base), base, math.inf, None
+        c, outputs, last, inverse = torch.zeros_like(base), base, math.inf, None
         movements: list[Tensor] = []
         least: float | Tensor = math.inf if center is None else 0.0
         for _ in range(_MOST_STEPS if base.numel() else 0):
             loss = problem.loss.moved(outputs)
             if inverse is None or last > _NEAR:  # near enough the last one does
                 inverse = loss.inverse(kernel, alike=not movements and center is None)
-            rho = torch.add(loss.gradient, a, alpha=strength)
-            change = inverse(torch.bmm(kernel, rho)).sub_(rho).div_(strength)
-            move = torch.bmm(gram, change)
+            rho = loss.gradient + c
+            change = inverse(torch.bmm(kernel, rho)).sub_(rho)
+            move = torch.bmm(kernel, change)
             omega = loss.movement(vector_norm(move, dim=2).amax(1))
             movements.append(omega)
             largest = float(omega) if len(omega) == 1 else float(omega.max())
@@ -270,50 +261,21 @@ class LinearHeads(Linearization):
                 falls = omega < 0.75 * least  # a few times only, since it cannot fall for ever
                 least = torch.where(falls, omega, least)
                 if not bool(falls.all()):
-                    change, move = self._shortened(loss, a, base, change, move, rho, omega, falls)
-            a, outputs = a + change, outputs + move
+                    change, move = _shortened(loss, c, base, change, move, rho, omega, falls)
+            c, outputs = c + change, outputs + move
             small = largest < _NEAR and 0.5 * largest * max(largest, last) <= goal
             if small or largest < 1e-3 and largest > 0.5 * last or math.isnan(largest):
                 break  # solved; at rounding's floor; lost
             last = largest
-        point = problem.in_phi(a)
-        there = LinearHeads(problem, point if center is None else point + center)
+        point = problem.in_phi(c / strength)
+        there = self.moved(point if center is None else point + center)
         there.solved = there.is_bound = True
         long = torch.stack(movements) > _NEAR if movements else gram.new_zeros(0, len(gram))
         there.steps = (long.sum(0) + 1).clamp_max_(len(movements))
         there._factored = gram, inverse
-        if base.numel():
-            there.loss = problem.loss.moved(outputs)
-            there._rho = torch.add(there.loss.gradient, a, alpha=strength)
+        there.loss = problem.loss.moved(outputs)
+        there._rho = there.loss.gradient + c
         return there
-
-    def _shortened(
-        self, loss: OutputLoss, a: Tensor, base: Tensor, change: Tensor, move: Tensor, rho: Tensor,
-        omega: Tensor, whole: Tensor,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        r"""What to take of a long step: all where ``whole``, or it lowers the objective enough.
-
-        Else the best of a few shares, one of which, :math:`\ln(1 + \omega) / \omega`, is sure to
-        lower it: the Hessian changes by at most :math:`e^{\omega}` there (Sun, Tran-Dinh 2019).
-        """
-        outputs, half = loss.outputs, 0.5 * self.quadratic.strength
-
-        def objective(a: Tensor, outputs: Tensor) -> Tensor:
-            penalty = (a * (outputs - base)).sum((-2, -1))
-            return loss.value(outputs).add_(penalty, alpha=half)
-
-        now, slope = objective(a, outputs), (rho * move).sum((1, 2))
-        enough = whole | (objective(a + change, outputs + move) <= now + 1e-4 * slope)
-        if bool(enough.all()):
-            return change, move
-        sure = torch.where(omega.isfinite(), torch.log1p(omega) / omega, 0.0)
-        halves = torch.exp2(-torch.arange(12.0, dtype=a.dtype, device=a.device))
-        shares = torch.cat([halves.unsqueeze(1).expand(-1, len(omega)), sure.unsqueeze(0)])
-        each = shares.unsqueeze(2).unsqueeze(3)
-        values = objective(a + each * change, outputs + each * move).nan_to_num(nan=math.inf)
-        best = shares.gather(0, values.argmin(0, keepdim=True))[0]
-        share = torch.where(enough, 1.0, best).view(-1, 1, 1)
-        return share * change, share * move
 
     def solve(self, b: Tensor, damping: float) -> LinearSolution:
         r"""``(H + damping I) v = b`` by the minimum's factor and refinements, shapes ``[T, n]``.
@@ -345,9 +307,8 @@ class LinearHeads(Linearization):
         steps, reasons = torch.zeros_like(relative, dtype=torch.long), [solution.FACTORED] * len(b)
         if not (math.isfinite(largest + float(v.sum())) and float(b_norm.min()) > 0.0):
             good = v.sum(1).isfinite() & relative.isfinite()
-            names = zip(good.tolist(), b_norm.tolist(), strict=True)
-            found = {True: solution.ZERO, False: solution.FACTORED}
-            reasons = [found[n == 0.0] if g else solution.NON_FINITE for g, n in names]
+            kinds = solution.NON_FINITE, solution.FACTORED, solution.ZERO
+            reasons = [kinds[i] for i in torch.where(good, 1 + (b_norm == 0.0), 0).tolist()]
             v, q = (torch.where(good.view(-1, *[1] * (t.dim() - 1)), t, 0.0) for t in (v, q))
             relative = torch.where(good, relative, torch.inf)
         return LinearSolution(v, steps, relative, reasons, q)
@@ -397,3 +358,32 @@ class LinearHeads(Linearization):
         rounding = eps + 0.4 * eps * amplified * noise
         rounding += 8.0 * torch.finfo(torch.float64).eps * (1.0 + curvature / strength)
         return inner, sizes.linear_error(strength + damping), rounding
+
+
+def _shortened(
+    loss: OutputLoss, c: Tensor, base: Tensor, change: Tensor, move: Tensor, rho: Tensor,
+    omega: Tensor, whole: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    r"""What to take of a long step: all where ``whole``, or it lowers the objective enough.
+
+    Else the best of a few shares, one of which, :math:`\ln(1 + \omega) / \omega`, is sure to
+    lower it: the Hessian changes by at most :math:`e^{\omega}` there (Sun, Tran-Dinh 2019).
+    """
+    outputs = loss.outputs
+
+    def objective(c: Tensor, outputs: Tensor) -> Tensor:
+        penalty = (c * (outputs - base)).sum((-2, -1))
+        return loss.value(outputs).add_(penalty, alpha=0.5)
+
+    now, slope = objective(c, outputs), (rho * move).sum((1, 2))
+    enough = whole | (objective(c + change, outputs + move) <= now + 1e-4 * slope)
+    if bool(enough.all()):
+        return change, move
+    sure = torch.where(omega.isfinite(), torch.log1p(omega) / omega, 0.0)
+    halves = torch.exp2(-torch.arange(12.0, dtype=c.dtype, device=c.device))
+    shares = torch.cat([halves.unsqueeze(1).expand(-1, len(omega)), sure.unsqueeze(0)])
+    each = shares.unsqueeze(2).unsqueeze(3)
+    values = objective(c + each * change, outputs + each * move).nan_to_num(nan=math.inf)
+    best = shares.gather(0, values.argmin(0, keepdim=True))[0]
+    share = torch.where(enough, 1.0, best).view(-1, 1, 1)
+    return share * change, share * move

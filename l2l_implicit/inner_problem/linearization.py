@@ -54,13 +54,6 @@ class SquaredDistance:
             return False
         return self.center is None or torch.equal(self.center, other.center)  # type: ignore[arg-type]
 
-    @classmethod
-    def around(cls, center: Tensor, strength: float) -> SquaredDistance:
-        """With a constant ``center``, shape ``[T, n]``."""
-        made = cls(strength, [], center.dtype)
-        made.center = center
-        return made
-
     def offset(self, point: Tensor) -> Tensor:
         """phi - a, shapes ``[T, n]``."""
         return point if self.center is None else point - self.center
@@ -87,21 +80,14 @@ class SquaredDistance:
 
 
 class Sizes(NamedTuple):
-    """Norms that the error of one task's hypergradient is made of.
+    """Norms that the error of one task's hypergradient is made of."""
 
-    Attributes:
-        gradient, first: of the inner gradient where it was linearized, and of the first one.
-        residual: of the linear system, relative to b.
-        b, v: of its right-hand side and solution.
-        scales: what `Linearization.scales` has.
-    """
-
-    gradient: float
-    first: float
-    residual: float
-    b: float
-    v: float
-    scales: tuple[float, ...]
+    gradient: float  # of the inner gradient where it was linearized
+    first: float  # of the first one
+    residual: float  # of the linear system, relative to b
+    b: float  # of its right-hand side
+    v: float  # of its solution
+    scales: tuple[float, ...]  # what `Linearization.scales` has
 
     def linear_error(self, strength: float) -> float:
         """What the residual costs v where the matrix is at least ``strength`` times I."""

@@ -41,22 +41,16 @@ class Pass:
 
     Made before the pass: of a module that shares the parameters and has buffers of its own, so that
     another pass leaves running statistics alone, and of the state of the random numbers.
-
-    Attributes:
-        parameters: the ids of its parameters.
-        arguments: positional and by name.
-        differentiable: which of the tensors that it gave have a history.
     """
 
-    arguments: tuple[Sequence[Any], dict[str, Any]]
-    differentiable: list[bool]
+    arguments: tuple[Sequence[Any], dict[str, Any]]  # positional and by name
+    differentiable: list[bool]  # which of the tensors that it gave have a history
 
     def __init__(self, module: nn.Module) -> None:
         self._module = _twin(module, {})
         parameters = [*self._module.parameters()]
         self.parameters = {*map(id, parameters)}
-        first = parameters[0].device if parameters else torch.device("cpu")
-        self._random = RandomState(first)
+        self._random = RandomState(parameters[0].device if parameters else torch.device("cpu"))
 
     def inner_inputs(self) -> bool:
         """Whether an input depends on phi, as far as gradients have shown it."""

@@ -29,24 +29,16 @@ _TOL = 0.01  # more than rounding (a GPU's of products, too) changes of a gradie
 class HeadLoss(NamedTuple):
     """What a loss's graph was found to be: a loss of a linear map of features.
 
-    Attributes:
-        x: the features, shape ``[m, d]``, detached; a copy that nobody else writes to. The task
-            dimension of ``adapt_together`` comes before, as in the targets.
-        source: the tensor with history that ``x`` is a copy of, or None.
-        origin: of ``source``, what two tensors share only if they have the same history.
-        bias: whether the map adds one.
-        targets: class indices ``[m]`` or values ``[m, k]``; a copy.
-        loss: `CrossEntropy` or `SquaredError`.
-        scale: what the loss is multiplied by: 1, or 1 over what a mean divides by.
+    The task dimension of ``adapt_together`` comes before those of ``x`` and ``targets``.
     """
 
-    x: Tensor
-    source: Tensor | None
-    origin: tuple[Any, int] | None
-    bias: bool
-    targets: Tensor
+    x: Tensor  # the features, [m, d], detached; a copy that nobody else writes to
+    source: Tensor | None  # the tensor with history that x is a copy of
+    origin: tuple[Any, int] | None  # what tensors share with source only if they share its history
+    bias: bool  # whether the map adds one
+    targets: Tensor  # class indices [m] or values [m, k]; a copy
     loss: type[OutputLoss]
-    scale: float
+    scale: float  # what the loss is multiplied by: 1, or 1 over what a mean divides by
 
     def same(self, other: HeadLoss) -> bool:
         """Whether both are one loss with one set of targets on features of the same numbers."""

@@ -401,11 +401,11 @@ CHANGES: dict[str, Callable[[ImplicitCGHead, Tensor], tuple[Tensor, Tensor]]] = 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_has_changed_is_solved_anew(change: str) -> None:
     learner, h = solved()
-    before = learner._task.linearization()
+    before = learner._task.saved().linearization
     h, y = CHANGES[change](learner, h)
     weights = list(learner.module.parameters())
     learner.adapt(F.cross_entropy(learner(h), y))
-    at = learner._task.linearization()
+    at = learner._task.saved().linearization
     same = all(map(operator.is_, weights, learner.module.parameters()))
     assert (at is before and same) == (change == "nothing")
     assert at is not None and float(at.gradient_norm) < 1e-9

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.func import hessian
 
 from l2l_implicit import GradientDescent, Newton
-from l2l_implicit.inner_problem.linear_heads import GOALS, MOST_SAMPLES, LinearHeads
+from l2l_implicit.inner_problem import linear_heads
+from l2l_implicit.inner_problem.linear_heads import GOALS, MOST_SAMPLES
 from l2l_implicit.inner_problem.losses import CrossEntropy, OutputLoss, SquaredError
 from l2l_implicit.linear_solvers.solution import FACTORED, NON_FINITE, ZERO
 
@@ -130,7 +131,7 @@ def test_minimum_where_long_steps_fail(tasks: int, monkeypatch: pytest.MonkeyPat
     """From an anchor whose outputs are saturated a whole Newton step overshoots by far."""
     found = case(CrossEntropy, tasks, x=30.0 * torch.randn(tasks, M, WIDTH), l2=1e-2)
     assert_minimum(found.at(found.heads.minimum()))
-    monkeypatch.setattr(LinearHeads, "_shortened", lambda self, loss, a, base, *step: step[:2])
+    monkeypatch.setattr(linear_heads, "_shortened", lambda loss, c, base, *step: step[:2])
     with pytest.raises((AssertionError, RuntimeError)):
         assert_minimum(found.at(found.heads.minimum()))
 

@@ -170,6 +170,17 @@ def flag(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected True or False, got {value!r}; pass a bool")
 
 
+def flags(
+    learner: Any, first_order: Any, allow_unused: Any, allow_nograd: Any
+) -> dict[str, bool]:
+    """learn2learn's three, in this order: what is given, or for None the learner's own."""
+    found = dict(first_order=first_order, allow_unused=allow_unused, allow_nograd=allow_nograd)
+    for name, value in found.items():
+        found[name] = getattr(learner, name) if value is None else value
+        flag(name, found[name])
+    return found
+
+
 def coefficient(l2: Any) -> None:
     """The regulariser's strength: a finite number, at least 0."""
     do = "clamp it, or learn its logarithm by overriding regularizer()"
@@ -233,12 +244,9 @@ def no_transform() -> None:
         )
 
 
-def adapt(loss: Any, steps: Any, **flags: Any) -> None:
+def adapt(loss: Any, steps: Any) -> None:
     """What ``adapt`` got: a tensor alone, or a closure with its number of steps."""
     no_transform()
-    for name, value in flags.items():
-        if value is not None:
-            flag(name, value)
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "adapt: expected a mode in which gradients can be enabled, got torch.inference_mode(); "
@@ -257,7 +265,7 @@ def adapt(loss: Any, steps: Any, **flags: Any) -> None:
             "steps: expected the number K of inner steps with a closure, got none; call "
             "adapt(closure, steps=20)"
         )
-    elif not (type(steps) is int and steps >= 1):
+    else:
         count("steps (K)", steps)
 
 
@@ -443,7 +451,7 @@ def can_be_together(learner: Any) -> None:
     alone = {
         "first_order=True": learner.first_order,
         "warm_start=True": learner.warm_start,
-        "a regularizer of its own": not learner._plain_regularizer,
+        "a regularizer of its own": not learner._plain("regularizer"),
         "frozen parameters": learner.allow_nograd
         and not all(p.requires_grad for p in head.parameters()),
         "hooks (weight_norm, pruning)": any(getattr(m, h) for m in (learner, head) for h in hooks),

@@ -9,7 +9,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from learn2learn.algorithms import MAML
@@ -61,7 +61,6 @@ from l2l_implicit.vectors import (
 if TYPE_CHECKING:
     from l2l_implicit.together import AdaptedHeads
 
-Self = TypeVar("Self", bound="ImplicitCGHead")
 Closure = Callable[[], Tensor]
 
 _LOOKS = 40  # steps of loss tensors at which the second derivative is compared, at most
@@ -71,48 +70,27 @@ _PART = 0.45  # of `accuracy` that either solver may leave: a tenth is for round
 
 @dataclass(eq=False, slots=True)
 class Task:
-    """The state of one adaptation.
+    """The state of one adaptation."""
 
-    Args:
-        key: the task's identity, or None.
-        initial: the module's parameters before the first step, with their history.
-        learner: whose it is.
-        made_by, step: the inner solver's state, and the solver and step size that it is of.
-        first_norm: norm of the first inner gradient; for tasks together ``[T]``.
-        steps: inner steps taken.
-        looks, taken, missing: how often loss tensors were looked at; the last step of theirs, until
-            it has shown what the second derivative is; what that left of the step before.
-        independent, trusted: see `recognize`.
-        saved: the linearization that the current parameters depend on, if it is alive.
-        again: its closure, where the backward pass calls it.
-        solution, settings: of what was solved at once: phi as installed, ``[n]``; the learner's.
-    """
-
-    key: Hashable | None
-    initial: list[Tensor]
-    learner: weakref.ref[Any] | None = None
-    made_by: tuple[InnerSolver, float] | None = None
-    step: InnerStep | None = None
-    first_norm: float | Tensor = 0.0
-    steps: int = 0
-    looks: int = 0
-    taken: StepTaken | None = None
-    missing: float = math.inf
-    independent: set[weakref.ref[Tensor]] = field(default_factory=set)
+    key: Hashable | None  # the task's identity
+    initial: list[Tensor]  # the module's parameters before the first step, with their history
+    learner: weakref.ref[Any] | None = None  # whose it is
+    step: InnerStep | None = None  # the inner solver's state
+    made_by: tuple[InnerSolver, float] | None = None  # the solver and step size that it is of
+    first_norm: float | Tensor = 0.0  # of the first inner gradient; for tasks together [T]
+    steps: int = 0  # inner steps taken
+    looks: int = 0  # steps of loss tensors at which the second derivative was compared
+    taken: StepTaken | None = None  # the last of them, until it has shown what that is
+    missing: float = math.inf  # what it left of the step before
+    independent: set[weakref.ref[Tensor]] = field(default_factory=set)  # see `recognize`
     trusted: bool = False
-    saved: weakref.ref[SavedLinearization] | None = None
-    again: Again | None = None
-    solution: Tensor | None = None
-    settings: tuple[Any, ...] = ()
+    saved: weakref.ref[SavedLinearization] | None = None  # what the current parameters depend on
+    again: Again | None = None  # its closure, where the backward pass calls it
+    settings: tuple[Any, ...] = ()  # the learner's, where a loss tensor was solved at once
 
     def __reduce__(self) -> Any:
         """Saved without its graph: what is read back has the adapted parameters alone."""
         return Task, (self.key, self.initial)
-
-    def linearization(self) -> Linearization | None:
-        """The one that the current parameters depend on, if it is alive."""
-        saved = None if self.saved is None else self.saved()
-        return None if saved is None else saved.linearization
 
     def release(self) -> None:
         """Drop the linearization that the next one replaces."""
@@ -124,10 +102,11 @@ class Task:
         self, loss: HeadLoss, quadratic: SquaredDistance, phi: Sequence[Tensor]
     ) -> LinearHeads | None:
         """The solution of this very problem, if the current parameters are it."""
-        at = self.linearization()
-        if self.solution is None or not isinstance(at, LinearHeads) or at.known is None:
+        saved = self.saved() if self.saved is not None and self.settings else None
+        at = None if saved is None else saved.linearization
+        if not isinstance(at, LinearHeads):
             return None
-        unmoved = torch.equal(self.solution, flatten(phi).detach())
+        unmoved = torch.equal(at.point[0].to(phi[0].dtype), flatten(phi).detach())
         return at if unmoved and at.quadratic.same(quadratic) and at.known.same(loss) else None
 
 
@@ -206,10 +185,6 @@ class ImplicitCGHead(MAML):
         self.curvature, self.loss, self.accuracy = curvature, loss, accuracy
         self.max_error = (accuracy or 0.01) if max_error is None else max_error
         self.warm_start = warm_start
-        cls, own = type(self), ImplicitCGHead
-        self._plain_regularizer = cls.regularizer is own.regularizer
-        self._plain_step = cls.inner_step is own.inner_step
-        self._plain_solve = cls.linear_solve is own.linear_solve
         self.diagnostics = Diagnostics()
         # Each task's phi and v, shape [1, n] each, at the end of its last visit.
         self._memory: dict[Hashable, tuple[Tensor, Tensor]] = {}
@@ -225,9 +200,7 @@ class ImplicitCGHead(MAML):
             for table in ("_parameters", "_modules"):  # torch keeps another kind out of its place
                 self.__dict__.get(table, {}).pop(name, None)
             if name == "module":
-                self._task = Task(key=None, initial=list(value.parameters()))
-        if name in ("regularizer", "inner_step", "linear_solve"):  # as an override
-            self.__dict__[f"_plain_{name.split('_')[-1]}"] = False
+                self._task = Task(None, list(value.parameters()))
         super().__setattr__(name, value)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -237,7 +210,12 @@ class ImplicitCGHead(MAML):
             if p.is_leaf and p.requires_grad and not isinstance(p, nn.Parameter):
                 p.register_post_accumulate_grad_hook(self.diagnostics.unreached)
 
-    # Three places to override.
+    # Three places to override, in a subclass or on a learner.
+
+    def _plain(self, name: str) -> bool:
+        """Whether this method is the class's own."""
+        own = getattr(ImplicitCGHead, name)
+        return name not in vars(self) and getattr(type(self), name) is own
 
     def regularizer(self, parameters: Sequence[Tensor], anchor: Sequence[Tensor]) -> Tensor:
         r"""The inner regulariser as a scalar tensor: :math:`(l_2/2) \|\phi - a\|^2`.
@@ -265,7 +243,7 @@ class ImplicitCGHead(MAML):
     # learn2learn's contract.
 
     def clone(
-        self: Self, first_order: bool | None = None, allow_unused: bool | None = None,
+        self, first_order: bool | None = None, allow_unused: bool | None = None,
         allow_nograd: bool | None = None, *,
         task: Hashable | None = None, anchor: Tensor | Sequence[Tensor] | None = None,
     ) -> Self:  # fmt: skip
@@ -283,14 +261,11 @@ class ImplicitCGHead(MAML):
             self.diagnostics.say()
         clone = shallow_copy(self)
         clone._modules["module"] = clone_module(self.module)
-        flags = dict(first_order=first_order, allow_unused=allow_unused, allow_nograd=allow_nograd)
-        for name, value in flags.items():
-            if value is not None:
-                setattr(clone, name, value)
-        clone.diagnostics = Diagnostics(parent=self.diagnostics)
-        clone._task = Task(key=task, initial=list(self.module.parameters()))
-        for initial, copied in zip(clone._task.initial, clone.module.parameters(), strict=True):
-            copied.requires_grad_(initial.requires_grad)  # clones made under no_grad() lose it
+        flags = checks.flags(self, first_order, allow_unused, allow_nograd)
+        initial, own = list(self.module.parameters()), Diagnostics(parent=self.diagnostics)
+        clone.__dict__.update(flags, diagnostics=own, _task=Task(task, initial))
+        for before, copied in zip(initial, clone.module.parameters(), strict=True):
+            copied.requires_grad_(before.requires_grad)  # clones made under no_grad() lose it
         if anchor is not None:
             clone._begin_at(anchor)
         if clone.warm_start and task in clone._memory:
@@ -354,11 +329,9 @@ class ImplicitCGHead(MAML):
             ValueError: if the loss is no finite scalar that depends on the parameters.
             RuntimeError: if it cannot be differentiated twice.
         """
-        flags = dict(first_order=first_order, allow_unused=allow_unused, allow_nograd=allow_nograd)
-        checks.adapt(loss, steps, **flags)
-        first_order = self.first_order if first_order is None else first_order
-        allow_nograd = self.allow_nograd if allow_nograd is None else allow_nograd
-        unused = self.allow_unused if allow_unused is None else allow_unused
+        flags = checks.flags(self, first_order, allow_unused, allow_nograd)
+        first_order, unused, allow_nograd = flags.values()
+        checks.adapt(loss, steps)
         task = self._task
         if task.learner is None or task.learner() is not self:  # shared, by clone_module()
             self._task = Task(task.key, task.initial, weakref.ref(self))
@@ -418,7 +391,7 @@ class ImplicitCGHead(MAML):
         from l2l_implicit.together import adapt_heads
 
         several = shallow_copy(self)
-        several._task = Task(key=None, initial=list(self.module.parameters()))
+        several._task = Task(None, list(self.module.parameters()))
         return adapt_heads(several, features, targets, steps, anchor)
 
     @property
@@ -435,8 +408,8 @@ class ImplicitCGHead(MAML):
     def _adapt_loss(self, loss: Tensor, phi: list[Tensor], unused: bool, keep: bool) -> None:
         task = self._task
         known = self._known(loss, phi)
-        settings = self.anchor, self.inner, self.linear, self.accuracy, self.max_error
-        if known is not None and self._plain_step and getattr(self.inner, "at_once", False):
+        if known is not None and self._at_once:
+            settings = self.anchor, self.inner, self.linear, self.accuracy, self.max_error
             quadratic = self._quadratic(phi, torch.float64)
             there = task.solved(known, quadratic, phi) if keep else None
             if there is None:
@@ -447,8 +420,7 @@ class ImplicitCGHead(MAML):
             there.sees(known)
             self._install(there.point, phi, there if keep else None)
             self._note(there, [self.diagnostics])
-            if keep:
-                task.solution, task.settings = there.point[0].to(phi[0].dtype), settings
+            task.settings = settings
             return
         if known is None and isinstance(self.linear, Perturbed):
             raise TypeError(
@@ -475,10 +447,12 @@ class ImplicitCGHead(MAML):
         try:
             at: Linearization | None = self._solve_heads(objective, steps)
             if at is None:
+                self._task.steps, self._task.first_norm = before
                 at = descend(
                     objective.linearize, objective.evaluate, self._step, objective.start,
                     steps=steps, keep=keep,
-                    hvp=not self._plain_step or getattr(self._stepper(), "needs_hvp", True),
+                    hvp=not self._plain("inner_step")
+                    or getattr(self._stepper(), "needs_hvp", True),
                 )  # fmt: skip
                 if keep and isinstance(at, AutogradLinearization) and at.differentiable:
                     self._compare(at, objective)
@@ -497,25 +471,22 @@ class ImplicitCGHead(MAML):
         if known is None:
             return None
         quadratic = self._quadratic(objective.phi, torch.float64)
-        before = self._task.steps, self._task.first_norm
         there = self._on_heads(known.heads(objective.phi, quadratic), steps)
-        if self._plain_step and getattr(self.inner, "at_once", False):
-            there.sees(known)  # solved: what it draws at another call is another problem
-            return there
-        again = self._known(objective.loss(there.point), objective.phi)
-        if again is None or not again.same(known):
-            self._task.steps, self._task.first_norm = before
-            objective.fresh = None
-            return None  # the closure draws anew each time: it has to be asked at each step
-        there.sees(again)
+        if not self._at_once:  # else what it draws at another call is another problem
+            again = self._known(objective.loss(there.point), objective.phi)
+            if again is None or not again.same(known):
+                objective.fresh = None
+                return None  # the closure draws anew each time: it has to be asked at each step
+            known = again
+        there.sees(known)
         return there
 
     def _on_heads(self, at: LinearHeads, steps: int) -> LinearHeads:
         """The inner loop of linear heads: their objectives are known everywhere."""
         task, there = self._task, None
-        exact = getattr(self.inner, "at_once", False)  # beyond any accuracy
-        if self._plain_step and hasattr(self.inner, "solve_heads") and (exact or not self.accuracy):
-            there = self.inner.solve_heads(at, steps, self.lr)
+        solve = getattr(self.inner, "solve_heads", None) if self._plain("inner_step") else None
+        if solve is not None and (self._at_once or not self.accuracy):  # exact: beyond any accuracy
+            there = solve(at, steps, self.lr)
         if there is None:
             points: list[Tensor] = []
             counts: list[int] = []
@@ -543,6 +514,11 @@ class ImplicitCGHead(MAML):
             task.first_norm = first if len(first) > 1 else task.first_norm or float(first)
         checks.finite_solutions(there.point)
         return there
+
+    @property
+    def _at_once(self) -> bool:
+        """Whether a linear head is solved at once, whatever the number of steps."""
+        return self._plain("inner_step") and getattr(self.inner, "at_once", False)
 
     def _step(self, at: Linearization) -> Tensor:
         task, norm = self._task, float(at.gradient_norm)
@@ -584,7 +560,7 @@ class ImplicitCGHead(MAML):
 
     def _known(self, loss: Tensor, phi: Sequence[Tensor]) -> HeadLoss | None:
         """The loss as one of a linear head, if the whole objective has a closed form."""
-        if self._plain_regularizer:
+        if self._plain("regularizer"):
             with contextlib.suppress(RuntimeError):  # freed, changed in place: autograd says so
                 task = self._task
                 found = recognize(loss, phi, task.independent, task.trusted)
@@ -604,7 +580,7 @@ class ImplicitCGHead(MAML):
         if known is not None:
             return known.heads(phi, self._quadratic(phi, torch.float64))
         settings: dict[str, Any] = {"unused": unused}
-        if self._plain_regularizer:
+        if self._plain("regularizer"):
             settings["quadratic"] = self._quadratic(phi, phi[0].dtype)
         else:  # the user's own, which autograd carries like the loss
             anchor = self._initial_of(phi) if self.anchor == "init" else []
@@ -641,9 +617,8 @@ class ImplicitCGHead(MAML):
     ) -> None:  # fmt: skip
         """Make ``point`` the module's parameters, with the implicit gradient of ``at``."""
         task = self._task
-        if task.saved is not None:
-            task.release()
-        task.solution = task.saved = task.again = None
+        task.release()
+        task.saved, task.again, task.settings = None, None, ()
         if at is None:
             for leaf in self._put(point, phi):
                 leaf.register_post_accumulate_grad_hook(self.diagnostics.unreached)
@@ -698,7 +673,7 @@ class ImplicitCGHead(MAML):
         key, memory = self._task.key, self._memory
         start = memory[key][1].to(b) if self.warm_start and key in memory else None
         damping = float(getattr(self.linear, "damping", 0.0))
-        plain = self.linear if self._plain_solve else None
+        plain = self.linear if self._plain("linear_solve") else None
         if isinstance(at, LinearHeads) and at.solved and getattr(plain, "takes_factor", False):
             answer = at.solve(b, damping)
         elif isinstance(plain, Perturbed):
@@ -807,7 +782,8 @@ class _ClosureObjective:
         if point is None:
             point = flatten(self._before).detach().unsqueeze(0)
         self.phi = self._learner._put(point, self.phi)
-        end_of_gradients(self.phi)  # the closure's own, or those of what it keeps
+        for leaf in self.phi:  # for the closure's own backward(), or that of what it keeps
+            leaf.register_post_accumulate_grad_hook(end_of_gradients)
         if isinstance(self._learner.linear, Perturbed):
             self.random = RandomState(point.device)
         loss = checks.loss(self._closure())

@@ -218,7 +218,7 @@ class _Response:
         """The solutions under tilts of ``size``, ``[T]``, from ``ahead`` on, shapes ``[T, n]``."""
         at, learner, damping = self.at, self.learner, self.settings.damping
         slope = size.unsqueeze(1) * self.b
-        solve = getattr(learner.inner, "solve_heads", None) if learner._plain_step else None
+        solve = getattr(learner.inner, "solve_heads", None) if learner._plain("inner_step") else None
         if isinstance(at, LinearHeads) and solve and at.quadratic.strength + damping > 0.0:
             there = solve(at.tilted(slope - self.left, damping), self.settings.steps, learner.lr)
             if there is not None:

@@ -61,9 +61,7 @@ class BaselineLearner(MAML):
         pairs = zip(clone.module.parameters(), self.module.parameters(), strict=True)
         for copied, initial in pairs:
             copied.requires_grad_(initial.requires_grad)  # a copy without a history loses it
-        given = {"first_order": first_order, "allow_unused": allow_unused,
-                 "allow_nograd": allow_nograd}  # fmt: skip
-        clone.__dict__.update((name, flag) for name, flag in given.items() if flag is not None)
+        clone.__dict__.update(checks.flags(self, first_order, allow_unused, allow_nograd))
         clone._begin(self)
         return clone
 
@@ -84,10 +82,9 @@ class BaselineLearner(MAML):
         Raises:
             ValueError: if the loss is no finite scalar that depends on the parameters.
         """
-        first_order = self.first_order if first_order is None else first_order
-        unused = self.allow_unused if allow_unused is None else allow_unused
-        nograd = self.allow_nograd if allow_nograd is None else allow_nograd
-        checks.adapt(loss, steps, first_order=first_order, allow_unused=unused, allow_nograd=nograd)
+        flags = checks.flags(self, first_order, allow_unused, allow_nograd)
+        first_order, unused, nograd = flags.values()
+        checks.adapt(loss, steps)
         checks.inner_parameters(self.module, nograd)
         keep, call = torch.is_grad_enabled(), (lambda: loss) if isinstance(loss, Tensor) else loss
         with torch.enable_grad():

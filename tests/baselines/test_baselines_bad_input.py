@@ -98,6 +98,8 @@ def test_losses_and_flags(loss: Any, steps: int | None, words: str, cls: type) -
     learner = cls(head(), 0.1).clone()
     before, given = list(learner.module.parameters()), loss(learner)
     assert words in message(lambda: learner.adapt(given, steps=steps))
+    text = message(lambda: learner.clone(first_order="no"))
+    assert text.startswith("first_order: expected True or False")
     assert all(a is b for a, b in zip(before, learner.module.parameters(), strict=True))
 
 

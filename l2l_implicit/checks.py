@@ -176,8 +176,9 @@ def flags(
     """learn2learn's three, in this order: what is given, or for None the learner's own."""
     found = dict(first_order=first_order, allow_unused=allow_unused, allow_nograd=allow_nograd)
     for name, value in found.items():
-        found[name] = getattr(learner, name) if value is None else value
-        flag(name, found[name])
+        found[name] = value = getattr(learner, name) if value is None else value
+        if type(value) is not bool:
+            flag(name, value)
     return found
 
 
@@ -265,7 +266,7 @@ def adapt(loss: Any, steps: Any) -> None:
             "steps: expected the number K of inner steps with a closure, got none; call "
             "adapt(closure, steps=20)"
         )
-    else:
+    elif not (type(steps) is int and steps >= 1):
         count("steps (K)", steps)
 
 

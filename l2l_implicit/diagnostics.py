@@ -103,7 +103,6 @@ class Diagnostics:
         Args:
             steps, products, reason: inner steps taken; of the linear solve. None: of an inner
                 problem as ``adapt`` has left it, without a hypergradient.
-            sizes: norms at the linearization.
             errors, is_bound: its error's parts (inner problem, linear system, rounding), and
                 whether their sum is a bound.
             settings: ``max_error``, and the two solvers, which a warning names.
@@ -113,8 +112,8 @@ class Diagnostics:
         done, before = reason is not None, self._open is not None
         waits = inner and not done
         self._open = (errors[0], is_bound, settings) if waits else None
-        one = self
-        while True:
+        lineage = self._lineage()
+        for one in lineage:
             one.inner_steps, one.inner_gradient_norm = steps, sizes.gradient
             if done or one is self:  # a parent keeps what its last hypergradient said
                 one.cg_steps, one.cg_residual = products, sizes.residual
@@ -126,18 +125,13 @@ class Diagnostics:
                 one.unsolved += bad
                 one.unsolved_linear += linear
             one.waiting = self if waits else one.waiting
-            if one.parent is None:
-                break
-            one = one.parent
-        if bad and done and not one._said:
-            one._said = True
+        if bad and done and not lineage[-1]._said:
+            lineage[-1]._said = True
             warnings.warn(self._why(errors, is_bound, *settings), UnsolvedWarning, stacklevel=2)
 
     def say(self) -> None:
         """Warn of an unsolved inner problem to which no hypergradient has come."""
-        last, self.waiting, root = self.waiting, None, self
-        while root.parent is not None:
-            root = root.parent
+        last, self.waiting, root = self.waiting, None, self._lineage()[-1]
         if last is not None and last._open is not None and not root._said:
             root._said, (error, is_bound, settings) = True, last._open
             text = last._why((error, 0.0, 0.0), is_bound, *settings)
@@ -145,11 +139,14 @@ class Diagnostics:
 
     def unreached(self, leaf: Tensor | None = None) -> None:
         """Warn, once, that no hypergradient reaches what is meta-learned; or ends in a ``leaf``."""
-        if self.parent is not None:
-            self.parent.unreached(leaf)
-        elif not self._said_unreached:
-            self._said_unreached = True
+        root = self._lineage()[-1]
+        if not root._said_unreached:
+            root._said_unreached = True
             warnings.warn(_UNREACHED if leaf is None else _NOT_CARRIED, stacklevel=2)
+
+    def _lineage(self) -> list[Diagnostics]:
+        """These, their parent's, and so on to those of the learner that was made first."""
+        return [self, *([] if self.parent is None else self.parent._lineage())]
 
     def _why(
         self, errors: tuple[float, float, float], is_bound: bool, limit: float, inner: object,

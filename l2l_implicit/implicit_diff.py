@@ -107,12 +107,10 @@ def split(phi: Tensor, shapes: Sequence[Size]) -> tuple[Tensor, ...]:
 def attach(
     saved: SavedLinearization, phi: Tensor, shapes: Sequence[Size], constants: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """Phi with its implicit gradient.
+    """Phi, ``[T, n]`` and detached, in tensors of these ``shapes`` with its implicit gradient.
 
     Args:
         saved: holds the linearization; after this call the graph alone owns it.
-        phi: shape ``[T, n]``, detached.
-        shapes: of the tensors to return.
         constants: tensors that phi does not depend on but that get an explicit zero gradient.
     """
     assert saved.linearization is not None

@@ -20,7 +20,7 @@ from torch.linalg import vector_norm
 from l2l_implicit import checks
 from l2l_implicit.diagnostics import Diagnostics, UnsolvedWarning
 from l2l_implicit.implicit_diff import SHAPE, SavedLinearization, attach
-from l2l_implicit.inner_problem.boundary import each_tensor, end_of_gradients, marked, transformed
+from l2l_implicit.inner_problem.boundary import each_tensor, end_of_gradients, marked
 from l2l_implicit.inner_problem.gauss_newton import Curvature, Hessian
 from l2l_implicit.inner_problem.linear_heads import LinearHeads
 from l2l_implicit.inner_problem.linearization import (
@@ -210,12 +210,7 @@ class ImplicitCGHead(MAML):
             if p.is_leaf and p.requires_grad and not isinstance(p, nn.Parameter):
                 p.register_post_accumulate_grad_hook(self.diagnostics.unreached)
 
-    # Three places to override, in a subclass or on a learner.
-
-    def _plain(self, name: str) -> bool:
-        """Whether this method is the class's own."""
-        own = getattr(ImplicitCGHead, name)
-        return name not in vars(self) and getattr(type(self), name) is own
+    # Three places to override.
 
     def regularizer(self, parameters: Sequence[Tensor], anchor: Sequence[Tensor]) -> Tensor:
         r"""The inner regulariser as a scalar tensor: :math:`(l_2/2) \|\phi - a\|^2`.
@@ -263,9 +258,10 @@ class ImplicitCGHead(MAML):
         clone._modules["module"] = clone_module(self.module)
         flags = checks.flags(self, first_order, allow_unused, allow_nograd)
         initial, own = list(self.module.parameters()), Diagnostics(parent=self.diagnostics)
-        clone.__dict__.update(flags, diagnostics=own, _task=Task(task, initial))
-        for before, copied in zip(initial, clone.module.parameters(), strict=True):
-            copied.requires_grad_(before.requires_grad)  # clones made under no_grad() lose it
+        clone.__dict__.update(flags, diagnostics=own, _task=Task(task, initial, weakref.ref(clone)))
+        if not torch.is_grad_enabled():  # then copies lose it
+            for before, copied in zip(initial, clone.module.parameters(), strict=True):
+                copied.requires_grad_(before.requires_grad)
         if anchor is not None:
             clone._begin_at(anchor)
         if clone.warm_start and task in clone._memory:
@@ -293,7 +289,8 @@ class ImplicitCGHead(MAML):
         """
         low = precision_of(self.module)
         dtype = None if low is None else low[1]
-        mark = torch.is_grad_enabled() and not (self.first_order or transformed())
+        within = torch._C._are_functorch_transforms_active()  # their graphs take no mark
+        mark = torch.is_grad_enabled() and not (self.first_order or within)
         change = functools.partial(marked, dtype=dtype, mark=mark)
         args, kwargs = each_tensor(args, change), each_tensor(kwargs, change)
         run, again = self.module, self._task.again
@@ -408,7 +405,8 @@ class ImplicitCGHead(MAML):
     def _adapt_loss(self, loss: Tensor, phi: list[Tensor], unused: bool, keep: bool) -> None:
         task = self._task
         known = self._known(loss, phi)
-        if known is not None and self._at_once:
+        exact = self._plain("inner_step") and getattr(self.inner, "at_once", False)
+        if known is not None and exact:
             settings = self.anchor, self.inner, self.linear, self.accuracy, self.max_error
             quadratic = self._quadratic(phi, torch.float64)
             there = task.solved(known, quadratic, phi) if keep else None
@@ -467,12 +465,14 @@ class ImplicitCGHead(MAML):
 
     def _solve_heads(self, objective: _ClosureObjective, steps: int) -> LinearHeads | None:
         """The end of the inner loop of a closure whose loss is one of a linear head; else None."""
-        known = self._known(objective.loss(), objective.phi)
+        at_once = self._plain("inner_step") and getattr(self.inner, "at_once", False)
+        start = flatten(objective.phi).detach().unsqueeze(0)
+        known = self._known(objective.loss(start), objective.phi)
         if known is None:
             return None
         quadratic = self._quadratic(objective.phi, torch.float64)
         there = self._on_heads(known.heads(objective.phi, quadratic), steps)
-        if not self._at_once:  # else what it draws at another call is another problem
+        if not at_once:  # else what it draws at another call is another problem
             again = self._known(objective.loss(there.point), objective.phi)
             if again is None or not again.same(known):
                 objective.fresh = None
@@ -484,8 +484,9 @@ class ImplicitCGHead(MAML):
     def _on_heads(self, at: LinearHeads, steps: int) -> LinearHeads:
         """The inner loop of linear heads: their objectives are known everywhere."""
         task, there = self._task, None
-        solve = getattr(self.inner, "solve_heads", None) if self._plain("inner_step") else None
-        if solve is not None and (self._at_once or not self.accuracy):  # exact: beyond any accuracy
+        solve = self._plain("inner_step") and getattr(self.inner, "solve_heads", None)
+        exact = getattr(self.inner, "at_once", False)  # beyond any accuracy
+        if solve and (exact or not self.accuracy):
             there = solve(at, steps, self.lr)
         if there is None:
             points: list[Tensor] = []
@@ -504,21 +505,16 @@ class ImplicitCGHead(MAML):
             there = here
             if len(points) > 1:
                 there = at.moved(torch.cat(points))
-                there.steps = torch.tensor(counts, device=there.point.device)
+                there.steps = counts
         elif there.steps is None:
             task.steps += steps
         elif len(there.steps) == 1:
-            task.steps += int(there.steps)
+            task.steps += int(there.steps[0])
         if at.quadratic.strength == 0.0:  # then the error is measured by the first gradient
             first = at.gradient_norm
             task.first_norm = first if len(first) > 1 else task.first_norm or float(first)
         checks.finite_solutions(there.point)
         return there
-
-    @property
-    def _at_once(self) -> bool:
-        """Whether a linear head is solved at once, whatever the number of steps."""
-        return self._plain("inner_step") and getattr(self.inner, "at_once", False)
 
     def _step(self, at: Linearization) -> Tensor:
         task, norm = self._task, float(at.gradient_norm)
@@ -557,6 +553,11 @@ class ImplicitCGHead(MAML):
             phi = new
 
     # The inner problem.
+
+    def _plain(self, name: str) -> bool:
+        """Whether a method is this class's own, overridden neither below it nor on the learner."""
+        own = getattr(ImplicitCGHead, name)
+        return name not in vars(self) and getattr(type(self), name) is own
 
     def _known(self, loss: Tensor, phi: Sequence[Tensor]) -> HeadLoss | None:
         """The loss as one of a linear head, if the whole objective has a closed form."""
@@ -617,7 +618,8 @@ class ImplicitCGHead(MAML):
     ) -> None:  # fmt: skip
         """Make ``point`` the module's parameters, with the implicit gradient of ``at``."""
         task = self._task
-        task.release()
+        if task.saved is not None:
+            task.release()
         task.saved, task.again, task.settings = None, None, ()
         if at is None:
             for leaf in self._put(point, phi):
@@ -645,10 +647,10 @@ class ImplicitCGHead(MAML):
             for row in torch.stack([*columns], 1).tolist():
                 at.sizes.append(Sizes(row[0], row[1], math.nan, 1.0, 0.0, tuple(row[2:])))
         settings = self.max_error, self.inner, self.linear
-        steps = [self._task.steps] * len(at.point) if at.steps is None else at.steps.tolist()
+        steps = [self._task.steps] * len(at.point) if at.steps is None else at.steps
         for mine, taken, sizes in zip(diagnostics, steps, at.sizes, strict=False):
             errors = at.errors(sizes, 0.0, 0.0)[0], math.nan, math.nan
-            mine.record(taken, 0, None, sizes, errors, at.is_bound, settings)
+            mine.record(int(taken), 0, None, sizes, errors, at.is_bound, settings)
 
     # The backward pass.
 
@@ -690,23 +692,21 @@ class ImplicitCGHead(MAML):
                 f"system{f' of tasks {bad}' if len(b) > 1 else ''}; look for nan in the data or "
                 "the query loss, or raise l2"
             )
-        columns = (
-            answer.relative_residual, vector_norm(b, dim=1),
-            vector_norm(answer.solution, dim=1), answer.steps,
-            torch.full_like(answer.steps, self._task.steps) if at.steps is None else at.steps,
-            torch.zeros_like(answer.relative_residual) if answer.products_error is None
-            else answer.products_error,
-        )  # fmt: skip
+        norms = vector_norm(b, dim=1), vector_norm(answer.solution, dim=1)
+        columns = [answer.steps, answer.relative_residual, *norms]
+        if answer.products_error is not None:
+            columns.append(answer.products_error)
         rows = torch.stack([*map(Tensor.double, columns)], 1).tolist()
-        tasks = zip(diagnostics, at.sizes, rows, answer.reason, strict=True)
+        steps = [self._task.steps] * len(b) if at.steps is None else at.steps
+        tasks = zip(diagnostics, steps, at.sizes, rows, answer.reason, strict=True)
         settings = self.max_error, self.inner, self.linear
-        for mine, sizes, row, reason in tasks:
-            sizes = sizes._replace(residual=row[0], b=row[1], v=row[2])
+        for mine, taken, sizes, (spent, residual, *lengths), reason in tasks:
+            sizes = sizes._replace(residual=residual, b=lengths[0], v=lengths[1])
             errors = at.errors(sizes, damping, torch.finfo(phi.dtype).eps)
-            errors = errors[0], errors[1], errors[2] + row[5]
+            errors = errors[0], errors[1], errors[2] + sum(lengths[2:])
             exact = solution.FACTORED, solution.ZERO  # another v is not bounded in theta
             bound = at.is_bound and reason in exact
-            mine.record(int(row[4]), int(row[3]), reason, sizes, errors, bound, settings)
+            mine.record(int(taken), int(spent), reason, sizes, errors, bound, settings)
         if self.warm_start and key is not None:
             memory[key] = phi, answer.solution
         return answer
@@ -762,25 +762,18 @@ class ImplicitCGHead(MAML):
 
 
 class _ClosureObjective:
-    """The inner objective of a closure: puts phi into the module, calls it, linearizes its loss.
-
-    Attributes:
-        phi: the tensors that the module holds now.
-        fresh: a point and the loss there, not used yet.
-    """
+    """The inner objective of a closure: puts phi into the module, calls it, linearizes its loss."""
 
     def __init__(
         self, learner: ImplicitCGHead, closure: Closure, phi: list[Tensor], unused: bool
     ) -> None:
-        self.phi = self._before = phi
+        self.phi = self._before = phi  # the tensors that the module holds now, and held before
         self._learner, self._closure, self._unused = learner, closure, unused
-        self.fresh: tuple[Tensor, Tensor] | None = None
+        self.fresh: tuple[Tensor, Tensor] | None = None  # a point and the loss there, not used yet
         self.random: RandomState | None = None  # before the last call, where it is to come again
 
-    def loss(self, point: Tensor | None = None) -> Tensor:
-        """The loss at ``point``, shape ``[1, n]``; None: where the learner stood before."""
-        if point is None:
-            point = flatten(self._before).detach().unsqueeze(0)
+    def loss(self, point: Tensor) -> Tensor:
+        """The loss at ``point``, shape ``[1, n]``."""
         self.phi = self._learner._put(point, self.phi)
         for leaf in self.phi:  # for the closure's own backward(), or that of what it keeps
             leaf.register_post_accumulate_grad_hook(end_of_gradients)

@@ -218,7 +218,7 @@ class _Response:
         """The solutions under tilts of ``size``, ``[T]``, from ``ahead`` on, shapes ``[T, n]``."""
         at, learner, damping = self.at, self.learner, self.settings.damping
         slope = size.unsqueeze(1) * self.b
-        solve = getattr(learner.inner, "solve_heads", None) if learner._plain("inner_step") else None
+        solve = learner._plain("inner_step") and getattr(learner.inner, "solve_heads", None)
         if isinstance(at, LinearHeads) and solve and at.quadratic.strength + damping > 0.0:
             there = solve(at.tilted(slope - self.left, damping), self.settings.steps, learner.lr)
             if there is not None:
@@ -290,9 +290,8 @@ class Tilted(Linearization):
         self, base: Linearization, origin: Tensor, left: Tensor, slope: Tensor, damping: float,
         since: Tilted | None,
     ) -> None:  # fmt: skip
-        super().__init__(base.point, base.quadratic)
-        self._base, self._damping = base, damping
-        move = base.point - origin
+        self.point, self.quadratic = base.point, base.quadratic
+        self._base, self._damping, move = base, damping, base.point - origin
         self.gradient = (base.gradient - left).add_(move, alpha=damping) + slope
         value = torch.zeros_like(move[:, 0])
         if since is not None:

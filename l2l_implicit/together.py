@@ -51,8 +51,7 @@ def adapt_heads(
     """`ImplicitCGHead.adapt_together`."""
     checks.can_be_together(learner)
     checks.head_loss(learner.loss)
-    if learner.diagnostics.waiting is not None:
-        learner.diagnostics.say()
+    learner.diagnostics.say()
     checks.count("steps (K)", steps)
     head: nn.Linear = learner.module
     loss, keep = learner.loss, torch.is_grad_enabled()

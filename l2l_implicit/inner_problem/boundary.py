@@ -41,10 +41,6 @@ class Boundary(Function):
         return gradient, None  # autograd rounds it to the source's dtype
 
 
-# Within torch.func's transforms: they have graphs of their own, which take no mark.
-transformed = torch._C._are_functorch_transforms_active
-
-
 def marked(tensor: Tensor, dtype: torch.dtype | None, mark: bool) -> Tensor:
     """An input of the module: marked if it has history, unless ``mark`` is False.
 
@@ -135,9 +131,7 @@ def mark_outputs(value: Any, made_by: Any) -> Any:
 def find_outputs(loss: Tensor, inner: Sequence[Tensor]) -> tuple[list[Any], bool]:
     """The `Outputs` of phi's passes that ``loss`` is made of, and whether it uses phi besides.
 
-    Args:
-        loss: a scalar.
-        inner: phi; a pass with other parameters is an operation like any other.
+    ``inner`` is phi; a pass with other parameters is an operation like any other.
     """
     known = {id(tensor) for tensor in inner}
     made = {tensor.grad_fn for tensor in inner if tensor.grad_fn is not None}

@@ -5,9 +5,6 @@ outputs in phi and :math:`H_L` the loss's Hessian in the outputs,
 
 .. math:: \nabla^2 \text{loss} = J^\top H_L J + \sum_i \frac{\partial \text{loss}}{\partial z_i}
           \nabla^2 z_i, \qquad G = J^\top H_L J .
-
-G is what is left where the network is replaced by its linearization, and where the loss's gradient
-in the outputs vanishes. For a loss that is convex in the outputs it is positive semidefinite.
 """
 
 import math
@@ -69,12 +66,12 @@ class Hessian:
 class GaussNewton:
     r"""The Gauss-Newton matrix :math:`G = J^\top H_L J`, by forward mode and one backward pass.
 
-    Positive semidefinite for cross-entropy and squared error, whatever the network: with ``l2``
-    conjugate gradient meets no negative curvature, and Newton's direction is one of descent. A
-    product takes half the memory of the Hessian's. The hypergradient is the one of the network
-    linearized at the solution: it is the true one where the loss's gradient in the outputs
-    vanishes (a support set that is fitted), and where the network is linear in phi. The mixed
-    product of eq. (8) stays exact.
+    Positive semidefinite where the loss is convex in the outputs, as cross-entropy and squared
+    error are, whatever the network: with ``l2`` conjugate gradient meets no negative curvature,
+    and Newton's direction is one of descent. A product takes half the memory of the Hessian's.
+    The hypergradient is the one of the network linearized at the solution: it is the true one
+    where the loss's gradient in the outputs vanishes (a support set that is fitted), and where the
+    network is linear in phi. The mixed product of eq. (8) stays exact.
 
     What the loss has of phi besides the outputs, a penalty on the weights say, enters with its own
     Hessian. A linear head that is recognised has its Hessian, which is the same matrix.

@@ -87,14 +87,13 @@ class LinearHeads(Linearization):
     """
 
     solved = False
+    known: Any = None
+    # The Gram matrix, and the inverse of a Newton step's Hessian; see `OutputLoss.inverse`.
+    _factored: tuple[Tensor, Inverse | None] | None = None
+    _rho: Tensor | None = None  # the gradient in the span of the samples, ``[T, m, k]``
 
     def __init__(self, problem: HeadProblem, point: Tensor) -> None:
-        super().__init__(point, problem.quadratic)
-        self.problem = problem
-        # The Gram matrix, and the inverse of a Newton step's Hessian; see `OutputLoss.inverse`.
-        self._factored: tuple[Tensor, Inverse | None] | None = None
-        self.known: Any = None
-        self._rho: Tensor | None = None  # the gradient in the span of the samples, ``[T, m, k]``
+        self.problem, self.point, self.quadratic = problem, point, problem.quadratic
 
     @cached_property
     def loss(self) -> OutputLoss:
@@ -268,10 +267,10 @@ class LinearHeads(Linearization):
                 break  # solved; at rounding's floor; lost
             last = largest
         point = problem.in_phi(c / strength)
-        there = self.moved(point if center is None else point + center)
+        there = LinearHeads(problem, point if center is None else point + center)
         there.solved = there.is_bound = True
         long = torch.stack(movements) > _NEAR if movements else gram.new_zeros(0, len(gram))
-        there.steps = (long.sum(0) + 1).clamp_max_(len(movements))
+        there.steps = (long.sum(0) + 1).clamp_max_(len(movements)).tolist()
         there._factored = gram, inverse
         there.loss = problem.loss.moved(outputs)
         there._rho = there.loss.gradient + c

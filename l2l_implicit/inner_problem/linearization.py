@@ -106,7 +106,7 @@ class Linearization(ABC):
         quadratic: R in closed form; zero if the loss holds it already.
         gradient, objective: of g at ``point``, ``[T, n]``, detached; its values, ``[T]``.
         differentiable: whether there are products; without them there are value and gradient.
-        steps: inner steps that led here, where the solver counts them itself, ``[T]``.
+        steps: each task's inner steps that led here, where the solver counts them itself.
         elsewhere: what `evaluate` asks, where something can compute them there.
         accuracy: the inner part of `errors` at which the learner ends the inner loop; a solver's
             own tolerance then stands idle. None: there is none.
@@ -124,16 +124,15 @@ class Linearization(ABC):
         >>> learner.adapt(lambda: learner(h).square().mean(), steps=20)
     """
 
+    point: Tensor
+    quadratic: SquaredDistance
     gradient: Tensor
     objective: Tensor
     differentiable = True
-    steps: Tensor | None = None
+    steps: Sequence[int] | None = None
     elsewhere: Evaluate | None = None
     accuracy: float | None = None
     sizes: Sequence[Sizes] = ()
-
-    def __init__(self, point: Tensor, quadratic: SquaredDistance) -> None:
-        self.point, self.quadratic = point, quadratic
 
     @property
     def gradient_norm(self) -> Tensor:
@@ -241,8 +240,8 @@ class AutogradLinearization(Linearization):
         stand_ins: Sequence[Tensor] = (), unused: bool = False, differentiable: bool = True,
         keeps_second: bool = True, retain: bool = False,
     ) -> None:  # fmt: skip
-        quadratic = quadratic or SquaredDistance(0.0, [], torch.float32)
-        super().__init__(flatten(parameters).detach().unsqueeze(0), quadratic)
+        self.quadratic = quadratic or SquaredDistance(0.0, [], torch.float32)
+        self.point = flatten(parameters).detach().unsqueeze(0)
         gradients = inner_gradient(
             loss, parameters, unused, create_graph=differentiable and keeps_second,
             retain_graph=differentiable or retain,

@@ -103,8 +103,41 @@ class CrossEntropy(OutputLoss):
         return weighted.addcmul_(self.probabilities, total, value=-1.0).mul_(self.scale)
 
     def inverse(self, kernel: Tensor, alike: bool = False) -> Inverse:
-        p = self.probabilities
-        return _softmax_inverse(p[..., :1] if alike else p, self.scale, kernel, p.shape[2])
+        r"""By one Cholesky factor for each class and one for all.
+
+        With :math:`D_c` the diagonal matrix of the samples' :math:`s \, p_c`,
+        :math:`E_c = D_c^{1/2} (I + D_c^{1/2} \hat K D_c^{1/2})^{-1} D_c^{1/2}` and R the sum over
+        classes, the inverse is :math:`E - E R^\top (R E R^\top)^{-1} R E`: k systems of m unknowns
+        instead of one of k m, and all of them well conditioned.
+
+        References:
+            Rasmussen, Williams (2006), Gaussian Processes for ML, eq. 3.47, Algorithm 3.3.
+        """
+        p = self.probabilities[..., :1] if alike else self.probabilities
+        root = (self.scale * p).sqrt_().mT.unsqueeze(3)  # [T, k, m, 1]; one k where alike
+        eye = torch.eye(kernel.shape[1], dtype=kernel.dtype, device=kernel.device)
+        outer = root * root.mT
+        factor, _ = torch.linalg.cholesky_ex(torch.addcmul(eye, outer, kernel.unsqueeze(1)))
+        try:
+            each = torch.cholesky_inverse(factor).mul_(outer)  # E, [T, k, m, m]
+        except torch.linalg.LinAlgError as error:
+            raise FloatingPointError(
+                "linear head: expected features that float64 can tell apart at this l2, got a "
+                "singular system; scale the features down, or raise l2"
+            ) from error
+        # E is at most s; a singular total (classes without probability) is no harm that way.
+        total = each.sum(1)
+        if alike:
+            total.mul_(self.outputs.shape[2])
+        total.add_(eye, alpha=4.0 * torch.finfo(eye.dtype).eps * self.scale)
+        total_factor, _ = torch.linalg.cholesky_ex(total)
+
+        def inverse(right: Tensor) -> Tensor:
+            by_class = (each * right.mT.unsqueeze(2)).sum(3)  # [T, k, m]
+            common = torch.cholesky_solve(by_class.sum(1).unsqueeze(2), total_factor)
+            return by_class.sub_((each * common.mT.unsqueeze(1)).sum(3)).mT
+
+        return inverse
 
     def movement(self, change: Tensor) -> Tensor:
         return math.sqrt(2.0) * change  # the most that two outputs of a sample part
@@ -145,40 +178,3 @@ class SquaredError(OutputLoss):
 
     def least_curvature(self) -> Tensor:
         return torch.full_like(self.outputs[:, 0, 0], 2.0 * self.scale)
-
-
-def _softmax_inverse(p: Tensor, scale: float, kernel: Tensor, classes: int) -> Inverse:
-    r"""The inverse for the softmax, by one Cholesky factor for each class and one for all.
-
-    With :math:`D_c` the diagonal matrix of the samples' :math:`s \, p_c`,
-    :math:`E_c = D_c^{1/2} (I + D_c^{1/2} \hat K D_c^{1/2})^{-1} D_c^{1/2}` and R the sum over
-    classes, the inverse is :math:`E - E R^\top (R E R^\top)^{-1} R E`: k systems of m unknowns
-    instead of one of k m, and all of them well conditioned.
-
-    References:
-        Rasmussen, Williams (2006), Gaussian Processes for ML, eq. 3.47, Algorithm 3.3.
-    """
-    root = (scale * p).sqrt_().mT.unsqueeze(3)  # [T, k, m, 1]; one k where alike
-    eye = torch.eye(kernel.shape[1], dtype=kernel.dtype, device=kernel.device)
-    outer = root * root.mT
-    factor, _ = torch.linalg.cholesky_ex(torch.addcmul(eye, outer, kernel.unsqueeze(1)))
-    try:
-        each = torch.cholesky_inverse(factor).mul_(outer)  # E, [T, k, m, m]
-    except torch.linalg.LinAlgError as error:
-        raise FloatingPointError(
-            "linear head: expected features that float64 can tell apart at this l2, got a "
-            "singular system; scale the features down, or raise l2"
-        ) from error
-    # E is at most s; a singular total (classes without probability) is no harm that way.
-    total = each.sum(1)
-    if p.shape[2] < classes:
-        total.mul_(classes)
-    total.add_(eye, alpha=4.0 * torch.finfo(eye.dtype).eps * scale)
-    total_factor, _ = torch.linalg.cholesky_ex(total)
-
-    def inverse(right: Tensor) -> Tensor:
-        by_class = (each * right.mT.unsqueeze(2)).sum(3)  # [T, k, m]
-        common = torch.cholesky_solve(by_class.sum(1).unsqueeze(2), total_factor)
-        return by_class.sub_((each * common.mT.unsqueeze(1)).sum(3)).mT
-
-    return inverse

@@ -85,8 +85,6 @@ def recognize(
     (weight, bias) or (weight,).
 
     Args:
-        loss: a scalar with a graph.
-        parameters: phi.
         independent: the features whose history was last found to be free of phi, and so of every
             later phi; weak, since a history is as large as its backbone's graph.
         trusted: leave out the comparison with autograd's gradient.

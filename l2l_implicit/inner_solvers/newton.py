@@ -73,7 +73,7 @@ def _many_samples(at: LinearHeads, lr: float) -> LinearHeads:
         points.append(here.point)
         steps.append(count)
     there = at.moved(torch.cat(points))
-    there.solved, there.steps = True, torch.tensor(steps, device=at.point.device)
+    there.solved, there.steps = True, steps
     return there
 
 

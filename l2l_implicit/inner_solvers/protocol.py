@@ -103,7 +103,6 @@ def descend(
             value and gradient alone.
         step: the inner solver; it says by ``at.point`` itself that further steps would stay there.
         start: gives the first point, shape ``[1, n]``, which nobody else is to hold.
-        steps: the most steps.
         hvp: whether ``step`` needs products.
         keep: whether the last linearization is to have products.
     """

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from l2l_implicit import checks
 from l2l_implicit.linear_solvers import solution
-from l2l_implicit.linear_solvers.solution import LinearSolution, Matvec, RightHandSides, norm
+from l2l_implicit.linear_solvers.solution import LinearSolution, Matvec, RightHandSides
 
 LARGEST = 4096
 
@@ -64,7 +64,6 @@ class Direct:
             by_lu, singular = torch.linalg.solve_ex(a, unit)
             usable = (singular == 0) & by_lu.isfinite().flatten(1).all(1)
             v[indefinite] = torch.where(usable.view(-1, 1, 1), by_lu, 0.0)[indefinite]
-        left, v = norm((unit - a @ v).squeeze(2)), v.squeeze(2)
-        steps = torch.full_like(right.zero, n, dtype=torch.long)
+        left, steps = (unit - a @ v).norm(dim=(1, 2)), torch.full_like(info, n, dtype=torch.long)
         reasons = {solution.NOT_POSITIVE: indefinite, solution.CONVERGED: sound}
-        return right.answer(v, steps, left, ~sound, reasons)
+        return right.answer(v.squeeze(2), steps, left, ~sound, reasons)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from l2l_implicit import checks
 from l2l_implicit.linear_solvers import solution
@@ -43,7 +44,6 @@ class Neumann:
     tol: float = 1e-4
     step_size: float | None = None
     damping: float = 0.0
-    takes_factor = False
 
     def __post_init__(self) -> None:
         checks.count("Neumann: steps (N)", self.steps)
@@ -61,7 +61,7 @@ class Neumann:
             broken, alpha = broken | ~largest.isfinite(), torch.where(largest > 0, 1 / largest, 0.0)
         else:
             alpha = torch.full_like(right.norm, self.step_size)
-        left = first = smallest = solution.norm(r)
+        left = first = smallest = vector_norm(r, dim=1)
         best, diverged = v, (alpha == 0.0) & ~broken
         active = ~(broken | right.zero | diverged)
         steps = torch.zeros_like(active, dtype=torch.long)
@@ -72,7 +72,7 @@ class Neumann:
             share = torch.where(active, alpha, 0.0).unsqueeze(1)
             product = torch.where(active.unsqueeze(1), system(r), 0.0)
             v, r, steps = v + share * r, r - share * product, steps + active
-            left = torch.where(active, solution.norm(r), left)
+            left = torch.where(active, vector_norm(r, dim=1), left)
             broken = broken | (active & ~left.isfinite() & (steps == 1))
             diverged = torch.where(active, ~(left <= first), diverged)
             better = left < smallest

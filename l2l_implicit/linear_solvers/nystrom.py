@@ -47,7 +47,6 @@ class Nystrom:
     rank: int = 20
     damping: float = 0.0
     seed: int = 0
-    takes_factor = False
 
     def __post_init__(self) -> None:
         checks.count("Nystrom: rank", self.rank)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 if TYPE_CHECKING:
     from l2l_implicit.inner_problem.linearization import Linearization
@@ -110,11 +111,6 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).view(-1)
 
 
-def norm(a: Tensor) -> Tensor:
-    """Norms task by task, ``[T, n] -> [T]``."""
-    return dot(a, a).sqrt()
-
-
 class RightHandSides:
     """T right-hand sides in units, powers of two, in which no square overflows or underflows.
 
@@ -129,7 +125,7 @@ class RightHandSides:
         units = largest / (2.0 * torch.frexp(largest).mantissa)
         self.units = torch.where(self.zero | self.lost, 1.0, units).unsqueeze(1)
         self.scaled = torch.where(self.lost.unsqueeze(1), 0.0, b / self.units)
-        self.norm = norm(self.scaled)
+        self.norm = vector_norm(self.scaled, dim=1)
 
     def begin(self, system: Matvec, start: Tensor | None) -> tuple[Tensor, Tensor]:
         """``start``, and its residual; where that is worse than zero's, or not finite, zero."""
@@ -137,7 +133,7 @@ class RightHandSides:
             return torch.zeros_like(self.scaled), self.scaled
         v = start / self.units
         residual = self.scaled - system(v)
-        better = (norm(residual) <= self.norm).unsqueeze(1)
+        better = (vector_norm(residual, dim=1) <= self.norm).unsqueeze(1)
         return v.masked_fill_(~better, 0.0), torch.where(better, residual, self.scaled)
 
     def answer(
@@ -169,11 +165,10 @@ class System:
     Args:
         matvec: products with A, ``[T, n] -> [T, n]``.
         damping: what is added to A's diagonal.
-        at: the linearization whose Hessian A is.
+        at: the linearization whose Hessian A is; None where only the products are known.
         accuracy: relative error of the solution at which to stop; None: the solver's tolerance.
 
     Attributes:
-        damping, at: see above; ``at`` is None where only the products are known.
         shift: the multiple of the identity that is known to be in the matrix: l2 plus damping.
         calls: how many products there were.
     """
@@ -205,7 +200,7 @@ class System:
         """
         if self._accuracy is None:
             return tol * b_norm
-        scale = self.shift * norm(v) if self.shift > 0.0 else b_norm
+        scale = self.shift * vector_norm(v, dim=1) if self.shift > 0.0 else b_norm
         return self._accuracy * scale
 
 
@@ -215,6 +210,6 @@ def applied_once(
     """``inverse(b)`` as the solution, with its true residual, for which one product is spent."""
     right = RightHandSides(b)
     v = inverse(right.scaled)
-    left, steps = norm(right.scaled - hvp(v)), torch.ones_like(right.zero, dtype=torch.long)
-    lost = ~left.isfinite()
+    left = vector_norm(right.scaled - hvp(v), dim=1)
+    steps, lost = torch.ones_like(left, dtype=torch.long), ~left.isfinite()
     return right.answer(v, steps, left, lost, {**reasons, APPROXIMATED: ~lost})

@@ -12,19 +12,12 @@ from l2l_implicit.checks import printable
 
 
 class Needed(NamedTuple):
-    """A file or folder that a data set reads.
+    """A file or folder that a data set reads; paths are from the root."""
 
-    Attributes:
-        path: of the file or folder, from the root.
-        url: public address of the file, or of the archive that holds it.
-        archive: name under which the archive is looked for, from the root; None: no archive.
-        into: folder into which the archive is unpacked, from the root.
-    """
-
-    path: str
-    url: str
-    archive: str | None = None
-    into: str = "."
+    path: str  # of the file or folder
+    url: str  # public address of the file, or of the archive that holds it
+    archive: str | None = None  # where the archive is looked for; None: no archive
+    into: str = "."  # folder into which the archive is unpacked
 
 
 def provide(

@@ -89,8 +89,8 @@ def test_minimum_is_the_dense_one(
 ) -> None:
     found = case(kind, tasks, bias=bias, anchored=anchored, l2=0.05)
     there = found.heads.minimum()
-    assert there.solved and there.steps is not None and there.steps.shape == (tasks,)
-    assert bool((there.steps < 15).all())
+    assert there.solved and there.steps is not None and len(there.steps) == tasks
+    assert max(there.steps) < 15
     assert relative_error([there.point], [dense_minimum(found)]) < 1e-12
     elsewhere = found.heads.moved(100.0 * torch.randn_like(there.point)).minimum()
     assert torch.equal(elsewhere.point, there.point)  # where it starts is of no matter

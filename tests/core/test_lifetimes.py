@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from small_task import HOWS, Y, fit, nets, x
 
 from l2l_implicit import GaussNewton, GradientDescent, ImplicitCGHead, Newton
-from l2l_implicit.inner_problem.linearization import Linearization
+from l2l_implicit.inner_problem.linear_heads import LinearHeads
+from l2l_implicit.inner_problem.linearization import AutogradLinearization
 
 pytestmark = pytest.mark.usefixtures("float64", "no_collector")
 
@@ -17,13 +18,13 @@ pytestmark = pytest.mark.usefixtures("float64", "no_collector")
 def linearizations(monkeypatch: pytest.MonkeyPatch) -> weakref.WeakSet:
     """Every linearization that is alive."""
     alive: weakref.WeakSet = weakref.WeakSet()
-    initialize = Linearization.__init__
+    for kind in (AutogradLinearization, LinearHeads):
 
-    def spy(self, *args, **kwargs):
-        initialize(self, *args, **kwargs)
-        alive.add(self)
+        def spy(self, *args, initialize=kind.__init__, **kwargs):
+            initialize(self, *args, **kwargs)
+            alive.add(self)
 
-    monkeypatch.setattr(Linearization, "__init__", spy)
+        monkeypatch.setattr(kind, "__init__", spy)
     return alive
 
 

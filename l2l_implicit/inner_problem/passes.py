@@ -140,14 +140,11 @@ class _BatchNormTangents(TorchFunctionMode):
             var, mean = own["running_var"], own["running_mean"]
         r, centred = (var + own["eps"]).rsqrt(), x - mean.view(shape)
         scale = r if gamma is None else gamma * r
-        slope, shift = torch.zeros_like(r), torch.zeros_like(r)
+        slope = torch.zeros_like(r) if dgamma is None else dgamma * r
+        shift = torch.zeros_like(r) if dbeta is None else dbeta
         if own["training"]:
             slope = slope - scale * r * r * (centred * dx).mean(over)
             shift = shift - scale * dx.mean(over)
-        if dgamma is not None:
-            slope = slope + dgamma * r
-        if dbeta is not None:
-            shift = shift + dbeta
         dy = centred.mul_(slope.view(shape)).addcmul_(dx, scale.view(shape))
         dy.add_(shift.view(shape))
         own |= {"input": x, "weight": gamma, "bias": beta}

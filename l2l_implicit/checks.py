@@ -422,6 +422,15 @@ def head_loss(value: Any) -> None:
         )
 
 
+def override(name: str, value: Any) -> None:
+    """A function in place of one learner's method, behind which a module would be hidden."""
+    if isinstance(value, nn.Module) or not callable(value):
+        raise TypeError(
+            f"{name}: expected a function, got a {type(value).__name__}; keep a module under "
+            f"another name, and call it in the function or in a subclass's {name}()"
+        )
+
+
 SETTINGS: dict[str, Callable[[Any], object]] = {
     "module": model, "lr": step_size, "l2": coefficient, "anchor": _anchor_name,
     "inner": partial(has_method, "inner", "an inner solver such as Newton()", "begin(lr)"),
@@ -434,6 +443,7 @@ SETTINGS: dict[str, Callable[[Any], object]] = {
     "max_error": partial(positive, "max_error"),
     **{name: partial(flag, name)
        for name in ("warm_start", "first_order", "allow_unused", "allow_nograd")},
+    **{name: partial(override, name) for name in ("regularizer", "inner_step", "linear_solve")},
 }  # fmt: skip
 
 # Many tasks at once.

@@ -12,6 +12,7 @@ from oracles import flat, implicit, minimize, polish, relative_error
 from problems import EXACT, adapt, hypergradient, make_learner, problem, truth
 from several_tasks import Batch, assert_alike
 from small_task import HOWS
+from torch import nn
 
 from l2l_implicit import GradientDescent, Identity, ImplicitCGHead, UnsolvedWarning
 from l2l_implicit.inner_solvers.protocol import InnerSolver
@@ -74,6 +75,15 @@ def test_an_override_of_one_learner_is_that_of_a_class(place: str, how: str) -> 
         _, loss = adapt(learner, task, how, 3)
         grads.append(torch.autograd.grad(loss, [task.theta["backbone"], *task.head.parameters()]))
     assert relative_error(grads[1], grads[0]) == 0.0 and relative_error(grads[2], grads[0]) > 0.01
+
+
+@pytest.mark.parametrize("place", OVERRIDES)
+@pytest.mark.parametrize("value", [nn.Softplus(), 0.1])
+def test_an_override_of_one_learner_is_a_function(place: str, value: object) -> None:
+    """torch keeps a module where the method's name does not find it."""
+    learner = ImplicitCGHead(nn.Linear(2, 2), 0.1)
+    with pytest.raises(TypeError, match=f"^{place}: expected a function, got a"):
+        setattr(learner, place, value)
 
 
 @HOWS

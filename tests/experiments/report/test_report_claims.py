@@ -214,24 +214,45 @@ def test_how_many_collapsed_is_what_home_says(page: str) -> None:
     assert f"{itd[0]} of {itd[1]} of ITD-BiO's and {anil[0]} of {anil[1]} of ANIL's" in text
 
 
-def test_three_seeds_of_cifarfs() -> None:
-    """The first one's settings and code, and the accuracies that the docs have."""
-    first, again = ([line["runs"] for line in recorded(DOCS / "records" / name)] for name in
-                    ("yang_table1_cifarfs.jsonl.gz", AGAIN.name))  # fmt: skip
-    own: dict[str, Any] = {"seed": None, "cell": None, "resume": None}
-    runs = [run for run in first if run["config"] | own == again[0]["config"] | own] + again
+@pytest.mark.parametrize("name", ["ImplicitCGHead", "anil", "itd_bio"])
+def test_three_seeds_of_cifarfs(name: str) -> None:
+    """The first one's settings and code, until the run ended, and the accuracies of the page."""
+    first, again = ([line["runs"] for line in recorded(DOCS / "records" / file)
+                     if method_of(line["runs"]["config"], "yang_table1") == name
+                     and line["runs"]["config"]["early_stopping"]]
+                    for file in ("yang_table1_cifarfs.jsonl.gz", AGAIN.name))  # fmt: skip
+    own: dict[str, Any] = {"seed": None, "cell": None, "resume": None, "iterations": None}
+    (run,) = (run for run in first if run["config"] | own == again[0]["config"] | own)
+    runs = [run, *again]
     assert [run["config"]["seed"] for run in runs] == [0, 1, 2]
     for run in again:
         assert run["config"] | own == runs[0]["config"] | own
         assert run["experiment"]["repositories"] == runs[0]["experiment"]["repositories"]
-    ended, early = ([100 * run["result"][f"{name}_accuracy"] for run in runs]
-                    for name in ("test", "early_stopped"))  # fmt: skip
+    ended, early = ([100 * run["result"][f"{what}_accuracy"] for run in runs]
+                    for what in ("test", "early_stopped"))  # fmt: skip
+    shown = [", ".join(f"{value:.1f}" for value in values) for values in (ended, early)]
+    shown += [f"{mean(early):.1f} ± {half_width(early):.1f}"]
+    shown += [", ".join(f"{run['result']['iterations']:,}" for run in runs)]
+    page = DOCS / "reproduction.md"
+    columns = ("at the end", "early stopped, by seed", "mean, early stopped", "iterations, by seed")
+    assert [column_of(page, column)[name] for column in columns] == shown
+    if name == "ImplicitCGHead":
+        both = f"{mean(ended):.1f} ± {half_width(ended):.1f} % (95 % between three seeds)"
+        assert both in " ".join(page.read_text().split())
+
+
+def test_how_far_its_peers_are_behind_on_cifarfs() -> None:
+    """With theta of the best validation, seed by seed."""
+    found: dict[str, dict[int, float]] = defaultdict(dict)
+    for file in ("yang_table1_cifarfs.jsonl.gz", AGAIN.name):
+        for name, runs in finals(recorded(DOCS / "records" / file), "yang_table1").items():
+            early = {run.seed: 100 * run.result["early_stopped_accuracy"] for run in runs}
+            found[name] |= early
+    leads = [[found["ImplicitCGHead"][seed] - found[name][seed] for seed in range(3)]
+             for name in ("anil", "itd_bio")]  # fmt: skip
+    behind = " and ".join(f"{mean(lead):.1f} ± {half_width(lead):.1f}" for lead in leads)
     text = " ".join((DOCS / "reproduction.md").read_text().split())
-    said = "Three seeds have {:.1f}, {:.1f} and {:.1f} %, early stopped {:.1f}, {:.1f} and {:.1f}"
-    assert said.format(*ended, *early) in text
-    means = [(mean(found), T_975[2] * stdev(found) / math.sqrt(3)) for found in (ended, early)]
-    said = "in the mean {:.1f} ± {:.1f} and {:.1f} ± {:.1f} %"
-    assert said.format(*means[0], *means[1]) in text
+    assert f"they are {behind} points behind**, seed by seed" in text
 
 
 def test_anil_with_the_smaller_outer_step() -> None:
@@ -255,22 +276,35 @@ def test_anil_with_the_smaller_outer_step() -> None:
     assert said.format(settings["meta_lr"], fell_at, 100 * best[-1], *early) in text
 
 
-SECOND = {
-    "again_yang_table1_fc100": ("a second seed has {0:.1f} ± {1:.1f} %, early stopped {2:.1f}; that"
-                                " theta has {4:.1f} ± {5:.1f} % with `test_l2=3` and ten crops"),
-    "again_itd_bio_cifarfs": "({0:.1f} ± {1:.1f} % after 340 iterations, early stopped {2:.1f})",
-}  # fmt: skip
+def test_a_second_seed_of_fc100() -> None:
+    """And its early stopped theta, tested with heads held closer, with one crop and with ten."""
+    run, *tests = (line["runs"]
+                   for line in recorded(DOCS / "records" / "again_yang_table1_fc100.jsonl.gz"))
+    text, result = " ".join((DOCS / "reproduction.md").read_text().split()), run["result"]
+    crops = {test["config"]["algorithm"].get("test_crops"): test["result"] for test in tests}
+    found = (result["test_accuracy"], result["test_half_width"], result["early_stopped_accuracy"],
+             *(crops[n][f"test_{what}"] for n in (None, 10) for what in ("accuracy", "half_width")))
+    said = ("a second seed has {:.1f} ± {:.1f} %, early stopped {:.1f}; that theta has {:.1f} ± "
+            "{:.1f} % with `test_l2=3`, and {:.1f} ± {:.1f} % with ten crops besides")  # fmt: skip
+    assert said.format(*(100 * value for value in found)) in text
+    assert all(test["config"]["algorithm"]["test_l2"] == 3 for test in tests)
 
 
-@pytest.mark.parametrize("name", SECOND)
-def test_second_seeds(name: str) -> None:
-    found = []
-    for line in recorded(DOCS / "records" / f"{name}.jsonl.gz"):
-        result = line["runs"]["result"]
-        found += [100 * result.get(f"{kind}_{part}", math.nan) for kind in ("test", "early_stopped")
-                  for part in ("accuracy", "half_width")]  # fmt: skip
-    text = " ".join((DOCS / "reproduction.md").read_text().split())
-    assert SECOND[name].format(*found) in text
+def test_the_best_by_what_the_test_has() -> None:
+    """One run for each number: the training's own test, or one of its weights alone."""
+    found = {}
+    for name in ("cifarfs", "fc100"):
+        for line in recorded(DOCS / "records" / f"best_{name}.jsonl.gz"):
+            run = line["runs"]
+            algorithm = run["config"]["algorithm"]
+            of = algorithm.get("test_l2", algorithm["l2"]), algorithm.get("test_crops")
+            found[of, name] = f"{100 * run['result']['test_accuracy']:.1f}"
+    rows = {"`l2=0.1` in test as in training, one crop": (0.1, None),
+            "`test_l2=3`, one crop": (3, None), "`test_l2=3`, ten crops": (3, 10)}
+    page = (DOCS / "reproduction.md").read_text()
+    for words, of in rows.items():
+        shown = " | ".join(found.get((of, name), "–") for name in ("cifarfs", "fc100"))
+        assert f"| {words} | {shown} |" in page
 
 
 def column_of(page: Path, name: str) -> dict[str, str]:

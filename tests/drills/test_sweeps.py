@@ -37,33 +37,33 @@ WANTED = eval(
 """How many clients want each cell."""
 
 
-def statuses(database: Any) -> list[str]:
-    return [run["status"] for run in database["runs"].find().sort("_id", 1)]
+def statuses(recorded: Any) -> list[str]:
+    return [run["status"] for run in recorded["runs"].find().sort("_id", 1)]
 
 
-def held(place: Place, database: Any, number: int) -> None:
+def held(place: Place, recorded: Any, number: int) -> None:
     """Wait for trainings that have a RUNNING record, so that a signal is recorded."""
     wait_for(lambda: place.started().total() == number)
-    wait_for(lambda: database["runs"].count_documents({"status": "RUNNING"}) > 0)
+    wait_for(lambda: recorded["runs"].count_documents({"status": "RUNNING"}) > 0)
 
 
-def test_a_worker_killed_in_mid_cell(place: Place, database: Any) -> None:
+def test_a_worker_killed_in_mid_cell(place: Place, recorded: Any) -> None:
     sweep = place.start("methods=plain", "seeds=1", "hold=True", "--workers", "1")
-    held(place, database, 1)
+    held(place, recorded, 1)
     first = place.training()
     worker = parent(first)
     assert parent(worker) == sweep.pid
     os.kill(worker, signal.SIGKILL)
     wait_for(lambda: not is_alive(first))
     wait_for(lambda: place.started().total() == 2)
-    assert not complete(database)
+    assert not complete(recorded)
     place.let_end(2)
     code, output = finish(sweep)
     assert code == 0 and "Traceback" not in output and "distributed" not in output, output
-    assert statuses(database) == ["FAILED", "COMPLETED"]
+    assert statuses(recorded) == ["FAILED", "COMPLETED"]
 
 
-def test_a_worker_killed_again_and_again_is_given_up(place: Place, database: Any) -> None:
+def test_a_worker_killed_again_and_again_is_given_up(place: Place, recorded: Any) -> None:
     """Dask's own limit: three deaths are forgiven; nothing is chosen, and it is said."""
     sweep = place.start("methods=tuned", "seeds=1", "hold=True", "--workers", "1")
     place.let_end(2)  # two settings of the grid complete, the third takes its worker with it
@@ -79,40 +79,40 @@ def test_a_worker_killed_again_and_again_is_given_up(place: Place, database: Any
     assert code == 1 and "Traceback" not in output, output
     assert "tuned/grid/2: interrupted: its worker died" in output
     assert "tuned/final/0: pending: nothing is chosen before its whole grid" in output
-    assert len(complete(database)) == 2
+    assert len(complete(recorded)) == 2
     place.let_end(100)
     code, output = place.run("methods=tuned", "seeds=1", "hold=True")
     assert code == 0 and "tuned: lr=0.2, of validation accuracies 90.0 100.0 100.0" in output
-    assert len(complete(database)) == len(set(complete(database))) == 3
+    assert len(complete(recorded)) == len(set(complete(recorded))) == 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGXCPU])
-def test_a_death_from_outside_is_no_failure(place: Place, database: Any, number: Any) -> None:
+def test_a_death_from_outside_is_no_failure(place: Place, recorded: Any, number: Any) -> None:
     """The better setting dies twice in one call: nothing is chosen until it has completed."""
     sweep = place.start("methods=tuned", "seeds=1", "hold=True", "--workers", "1")
     place.let_end(1)
     for started in (2, 3):
-        held(place, database, started)
-        wait_for(lambda: statuses(database)[-1] == "RUNNING")
+        held(place, recorded, started)
+        wait_for(lambda: statuses(recorded)[-1] == "RUNNING")
         os.kill(place.training(), number)
-        wait_for(lambda: statuses(database)[-1] != "RUNNING" or sweep.poll() is not None)
+        wait_for(lambda: statuses(recorded)[-1] != "RUNNING" or sweep.poll() is not None)
     place.let_end(4)
     code, output = finish(sweep)
     assert code == 1 and f"tuned/grid/1: interrupted: killed by {number.name}" in output, output
     assert "tuned/final/0: pending: nothing is chosen before its whole grid" in output
-    assert "missing: tuned/grid/1" in output and len(complete(database)) == 2
+    assert "missing: tuned/grid/1" in output and len(complete(recorded)) == 2
     place.let_end(100)
     code, output = place.run("methods=tuned", "seeds=1", "hold=True")
     assert code == 0 and "tuned: lr=0.2, of" in output, output
 
 
-def test_a_killed_sweep_goes_on_from_the_checkpoint(place: Place, database: Any) -> None:
+def test_a_killed_sweep_goes_on_from_the_checkpoint(place: Place, recorded: Any) -> None:
     """The training stops itself after its checkpoint, and is killed with the sweep."""
     (place.folder / "resumed.py").write_text(RESUMED)
     place.env |= train_process.environment(signal=[12, signal.SIGSTOP], checkpoint=8)
     sweep = place.start("--workers", "1", sweep="resumed.py")
     folder = wait_for(lambda: list(place.folder.glob("runs/*/checkpoint.pt")))[0].parent
-    wait_for(lambda: statuses(database) == ["RUNNING"])
+    wait_for(lambda: statuses(recorded) == ["RUNNING"])
     (training,) = wait_for(lambda: [child.pid for child in psutil.Process(sweep.pid).children(True)
                                     if child.status() == psutil.STATUS_STOPPED])  # fmt: skip
     sweep.kill()
@@ -121,29 +121,29 @@ def test_a_killed_sweep_goes_on_from_the_checkpoint(place: Place, database: Any)
     place.env |= train_process.environment()
     code, output = place.run("--workers", "1", sweep="resumed.py")
     assert code == 0, output
-    assert statuses(database) == ["INTERRUPTED", "COMPLETED"]
-    assert database["runs"].find_one({"_id": 2})["info"]["resumes"] == folder.name
+    assert statuses(recorded) == ["INTERRUPTED", "COMPLETED"]
+    assert recorded["runs"].find_one({"_id": 2})["info"]["resumes"] == folder.name
     assert place.run(sweep="resumed.py")[0] == 0
-    assert len(statuses(database)) == 2, "nothing finished runs twice"
-    assert database["sweep_locks"].distinct("_id") == ["database"]
+    assert len(statuses(recorded)) == 2, "nothing finished runs twice"
+    assert recorded["sweep_locks"].distinct("_id") == ["database"]
 
 
 @pytest.mark.usefixtures("not_by_nohup")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_stopped_sweep_brings_its_trainings_home(
-    place: Place, database: Any, number: signal.Signals
+    place: Place, recorded: Any, number: signal.Signals
 ) -> None:
     """As from a terminal or a batch system: every process of the sweep's group gets the signal."""
     sweep = place.start("methods=plain", "seeds=2", "hold=True", "--workers", "2",
                         start_new_session=True)  # fmt: skip
-    held(place, database, 2)
-    wait_for(lambda: statuses(database) == ["RUNNING"] * 2)
+    held(place, recorded, 2)
+    wait_for(lambda: statuses(recorded) == ["RUNNING"] * 2)
     os.killpg(sweep.pid, number)
     code, output = finish(sweep)
     assert code == 128 + number and f"stopped by {number.name}; the same command" in output, output
     assert "Traceback" not in output
-    assert statuses(database) == ["INTERRUPTED"] * 2
-    assert database["sweep_locks"].distinct("_id") == ["database"]
+    assert statuses(recorded) == ["INTERRUPTED"] * 2
+    assert recorded["sweep_locks"].distinct("_id") == ["database"]
     assert "2 interrupted" in place.run("methods=plain", "seeds=2", "hold=True", "--list")[1]
 
 
@@ -153,10 +153,10 @@ async def greeted(address: str) -> None:
     await comm.close()
 
 
-def test_nobody_else_on_this_machine_gives_orders(place: Place, database: Any) -> None:
+def test_nobody_else_on_this_machine_gives_orders(place: Place, recorded: Any) -> None:
     """Dask runs whatever it is sent: every port of a sweep of one's own wants its keys."""
     sweep = place.start("methods=plain", "seeds=1", "hold=True", "--workers", "1")
-    held(place, database, 1)
+    held(place, recorded, 1)
     own = psutil.Process(sweep.pid)
     listening = {
         connection.laddr.port
@@ -173,7 +173,7 @@ def test_nobody_else_on_this_machine_gives_orders(place: Place, database: Any) -
     assert finish(sweep)[0] == 0
 
 
-def test_two_clients_on_one_scheduler(place: Place, database: Any) -> None:
+def test_two_clients_on_one_scheduler(place: Place, recorded: Any) -> None:
     _, address = place.scheduler()
     for _ in range(2):
         place.worker(address)
@@ -182,36 +182,36 @@ def test_two_clients_on_one_scheduler(place: Place, database: Any) -> None:
     assert [code for code, _ in both] == [0, 0], both
     assert all("7 completed" in output and "Traceback" not in output for _, output in both), both
     # one final run is the very run of the grid
-    assert len(complete(database)) == len(set(complete(database))) == 6
+    assert len(complete(recorded)) == len(set(complete(recorded))) == 6
     assert set(place.started().values()) == {1}
 
 
-def test_a_killed_client_leaves_its_cells_to_the_other(place: Place, database: Any) -> None:
+def test_a_killed_client_leaves_its_cells_to_the_other(place: Place, recorded: Any) -> None:
     _, address = place.scheduler()
     place.worker(address)
     words = ("methods=plain", "seeds=2", "hold=True", "--scheduler", address)
     first = place.start(*words)
-    held(place, database, 1)
+    held(place, recorded, 1)
     second = place.start(*words)
     with Client(address) as client:
         wait_for(lambda: client.run_on_scheduler(WANTED) == [2, 2])
     first.kill()
     finish(first)
     place.let_end(1)
-    held(place, database, 2)
-    wait_for(lambda: statuses(database) == ["COMPLETED", "RUNNING"])
+    held(place, recorded, 2)
+    wait_for(lambda: statuses(recorded) == ["COMPLETED", "RUNNING"])
     second.kill()
-    wait_for(lambda: statuses(database) == ["COMPLETED", "INTERRUPTED"])
+    wait_for(lambda: statuses(recorded) == ["COMPLETED", "INTERRUPTED"])
     wait_for(lambda: not is_alive(place.training()))
 
 
-def test_the_scheduler_goes(place: Place, database: Any) -> None:
+def test_the_scheduler_goes(place: Place, recorded: Any) -> None:
     scheduler, address = place.scheduler()
     place.worker(address)
     words = ("methods=plain", "seeds=3", "hold=True", "--scheduler")
     place.let_end(1)
     sweep = place.start(*words, address)
-    held(place, database, 2)
+    held(place, recorded, 2)
     scheduler.kill()
     code, output = finish(sweep)
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
@@ -224,11 +224,11 @@ def test_the_scheduler_goes(place: Place, database: Any) -> None:
     place.let_end(100)
     code, output = place.run(*words, address)
     assert code == 0 and "3 completed" in output, output
-    assert len(complete(database)) == len(set(complete(database))) == 3
-    assert place.started().total() == 4 == len(statuses(database))
+    assert len(complete(recorded)) == len(set(complete(recorded))) == 3
+    assert place.started().total() == 4 == len(statuses(recorded))
 
 
-def test_twelve_cells_on_two_schedulers_of_one_database(place: Place, database: Any) -> None:
+def test_twelve_cells_on_two_schedulers_of_one_database(place: Place, recorded: Any) -> None:
     """Neither waits for the other while there is something else to do, and none runs twice."""
     addresses = [place.scheduler(name)[1] for name in ("one", "two")]
     for address in addresses:
@@ -237,12 +237,12 @@ def test_twelve_cells_on_two_schedulers_of_one_database(place: Place, database: 
     both = [finish(process) for process in [place.start(*words, a) for a in addresses]]
     assert [code for code, _ in both] == [0, 0], both
     assert all("12 cells: 12 completed" in output for _, output in both), both
-    assert len(complete(database)) == len(set(complete(database))) == 12
+    assert len(complete(recorded)) == len(set(complete(recorded))) == 12
     assert set(place.started().values()) == {1}
     assert len({worker for _, _, worker in place.trainings()}) == 2, "both have worked"
 
 
-def test_a_worker_of_another_database_is_told(place: Place, database: Any) -> None:
+def test_a_worker_of_another_database_is_told(place: Place, recorded: Any) -> None:
     _, address = place.scheduler()
     place.worker(address, L2L_IMPLICIT_DATA=str(place.folder / "other"))
     code, output = place.run("methods=plain", "seeds=1", "--scheduler", address)
@@ -250,7 +250,7 @@ def test_a_worker_of_another_database_is_told(place: Place, database: Any) -> No
     assert not place.started() and "Traceback" not in output
 
 
-def test_a_worker_outside_the_checkout_loses_nothing(place: Place, database: Any) -> None:
+def test_a_worker_outside_the_checkout_loses_nothing(place: Place, recorded: Any) -> None:
     """It ends at the first cell that it is sent, with Python's own words in its terminal."""
     _, address = place.scheduler()
     stranger = place.worker(address, PYTHONPATH="")
@@ -259,20 +259,20 @@ def test_a_worker_outside_the_checkout_loses_nothing(place: Place, database: Any
     stranger.wait()
     place.worker(address)
     assert finish(sweep)[0] == 0
-    assert statuses(database) == ["COMPLETED"]
+    assert statuses(recorded) == ["COMPLETED"]
 
 
-def test_a_database_that_goes_away_costs_nothing(place: Place, database: Any) -> None:
+def test_a_database_that_goes_away_costs_nothing(place: Place, recorded: Any) -> None:
     sweep = place.start("methods=plain", "seeds=2", "hold=True", "--workers", "1")
-    held(place, database, 1)
+    held(place, recorded, 1)
     os.kill(server_process(place.folder / "data"), signal.SIGKILL)
     place.let_end(2)
     code, output = finish(sweep)
     assert code == 0, output
-    assert len(complete(database)) == 2 and set(place.started().values()) == {1}
+    assert len(complete(recorded)) == 2 and set(place.started().values()) == {1}
 
 
-def test_printed_lines_run_their_own_cell_in_any_order(place: Place, database: Any) -> None:
+def test_printed_lines_run_their_own_cell_in_any_order(place: Place, recorded: Any) -> None:
     code, output = place.run("methods=tuned", "seeds=2", "pause=0.3", "--print")
     lines = output.splitlines()
     assert code == 0 and len(lines) == 5
@@ -282,7 +282,7 @@ def test_printed_lines_run_their_own_cell_in_any_order(place: Place, database: A
     commands = [lines[-1], lines[-2], lines[0], lines[0], lines[-1]]
     ended = [finish(p) for p in [place.popen(line, shell=True) for line in commands]]
     assert [code for code, _ in ended] == [0] * 5, ended
-    assert len(complete(database)) == 4 and set(place.started().values()) == {1}
+    assert len(complete(recorded)) == 4 and set(place.started().values()) == {1}
 
 
 SBATCH = """#!/bin/sh
@@ -292,7 +292,7 @@ wait
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_two_machines_and_slurm_of_the_docs(place: Place, database: Any, number: int) -> None:
+def test_two_machines_and_slurm_of_the_docs(place: Place, recorded: Any, number: int) -> None:
     """Both machines here; with a stand-in for sbatch that runs the tasks of an array here. The
     commands are those of the page's blocks that say that they are run here."""
     (place.folder / "sbatch").write_text(SBATCH)
@@ -315,4 +315,4 @@ def test_two_machines_and_slurm_of_the_docs(place: Place, database: Any, number:
             process.wait()
     code, output = finish(place.popen(["sh", "-c", f"exec {last}"]))
     assert code == 0, output
-    assert len(complete(database)) == len(set(complete(database))) == 2
+    assert len(complete(recorded)) == len(set(complete(recorded))) == 2

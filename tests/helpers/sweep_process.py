@@ -87,8 +87,8 @@ def place(tmp_path: Path) -> Iterator[Place]:
 
 
 @pytest.fixture
-def database(place: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The runs' database of the place."""
+def recorded(place: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The database of the place. A fixture of a plugin is every file's: no other has its name."""
     own_data(monkeypatch, place.folder / "data")
     with open_database() as documents:
         yield documents

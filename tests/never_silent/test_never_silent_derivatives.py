@@ -73,8 +73,7 @@ def after_task(maml: ImplicitMAML, how: str, steps: int, loss: Callable[..., Ten
     adapt(learner, lambda: loss(learner(X), Y), how, steps)
     F.cross_entropy(learner(QUERY), Y).backward()
     gradients = {name: p.grad for name, p in maml.module.named_parameters()}
-    bias = gradients.pop("first.bias")
-    return flat([*gradients.values(), bias])
+    return flat([gradients[name] for name in sorted(gradients, key="first.bias".__eq__)])
 
 
 def logits(phi: Tensor, frozen: Tensor, x: Tensor) -> Tensor:

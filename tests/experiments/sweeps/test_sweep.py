@@ -1,4 +1,4 @@
-"""Sweeps as a user runs them: real processes, the embedded database. What dies: tests/drills."""
+"""Sweeps as a user runs them: real processes, the embedded recorded. What dies: tests/drills."""
 
 import os
 import platform
@@ -22,7 +22,7 @@ pytest_plugins = ("sweep_process",)
 TIED = ROOT / "experiments" / "sweeps" / "tied.py"
 
 
-def test_a_sweep_lists_runs_chooses_retries_and_skips(place: Place, database: Any) -> None:
+def test_a_sweep_lists_runs_chooses_retries_and_skips(place: Place, recorded: Any) -> None:
     code, output = place.run("seeds=1", "--list")
     assert code == 0 and "7 cells: 0 completed, 7 pending" in output
     assert not place.started()
@@ -34,10 +34,10 @@ def test_a_sweep_lists_runs_chooses_retries_and_skips(place: Place, database: An
     assert "error: broken/final/0: failed: exit status 1: error: the toy was told to fail" in output
     assert "tuned/final/0: test accuracy 60.0 ± 1.0 %" in output
     # the final run with seed 0 is the very run of the grid: here the stages are equal
-    assert len(complete(database)) == len(set(complete(database))) == 5
+    assert len(complete(recorded)) == len(set(complete(recorded))) == 5
     # what was killed once is tried again, what failed by itself is not
     assert sorted(place.started().values()) == [1] * 5 + [2]
-    assert database["sweep_locks"].distinct("_id") == ["database"]
+    assert recorded["sweep_locks"].distinct("_id") == ["database"]
 
     before = place.started().total()
     assert place.run("--list", "seeds=1")[1].splitlines()[-1] == "7 cells: 6 completed, 1 failed"
@@ -46,13 +46,13 @@ def test_a_sweep_lists_runs_chooses_retries_and_skips(place: Place, database: An
     assert place.started().total() == before + 1, "only what is missing runs"
 
 
-def test_other_code_is_said_and_redone_only_if_asked(place: Place, database: Any) -> None:
+def test_other_code_is_said_and_redone_only_if_asked(place: Place, recorded: Any) -> None:
     assert "other code" not in place.run("methods=plain", "seeds=1")[1]
-    database["fs.files"].update_many({}, {"$set": {"md5": "another file"}})
+    recorded["fs.files"].update_many({}, {"$set": {"md5": "another file"}})
     code, output = place.run("methods=plain", "seeds=1")
     assert code == 0 and "1 completed (1 by other code)" in output and "other code (" in output
     assert place.started().total() == 1
-    database["fs.files"].delete_many({})
+    recorded["fs.files"].delete_many({})
     code, output = place.run("methods=plain", "seeds=1", "--redo-changed")
     assert code == 0 and place.started().total() == 2, output
     assert place.run("methods=plain", "seeds=1", "--redo-changed")[0] == 0
@@ -65,12 +65,12 @@ def test_a_reader_that_has_seen_enough_is_no_error(place: Place) -> None:
     assert (code, output) == (128 + signal.SIGPIPE, "")
 
 
-def test_the_real_training(place: Place, database: Any) -> None:
+def test_the_real_training(place: Place, recorded: Any) -> None:
     code, output = place.run("seeds=1", sweep="smoke")
     assert code == 0 and "test accuracy" in output, output
-    assert len(complete(database)) == 1
+    assert len(complete(recorded)) == 1
     assert "1 cells: 1 completed" in place.run("seeds=1", "--list", sweep="smoke")[1]
-    (run,) = database["runs"].find()
+    (run,) = recorded["runs"].find()
     # a run's code is the same, whoever starts it
     assert not [name for name, _ in run["experiment"]["sources"] if "sweep" in name]
     # and so is its time: Dask's workers give memory back, which a training must not
